@@ -1,0 +1,4 @@
+"""Agents: one short file a family; each composes core parts."""
+
+if not __name__.startswith("unified_rl."):
+    raise ImportError(f"import this package as unified_rl.{__name__}, not as {__name__}; run 'make install' first")

@@ -1,0 +1,1 @@
+"""Control environments: batched MuJoCo, the two-route task, any Gymnasium id."""

@@ -1,0 +1,1 @@
+"""Language environments: token tasks, verifiers, multi-turn tasks, data files."""

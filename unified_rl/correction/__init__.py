@@ -1,0 +1,1 @@
+"""The one off-policy correction: levels, kernels, mismatch weights, rejection, reduction, diagnostics."""

@@ -1,0 +1,25 @@
+"""Errors that are the user's to mend. Each message names the thing, where it is, and the fix."""
+
+
+class UnifiedRLError(Exception):
+    """Base class: the command line prints these without a traceback."""
+
+
+class ConfigError(UnifiedRLError, ValueError):
+    """A configuration that cannot be composed or built."""
+
+
+class RecordError(UnifiedRLError, ValueError):
+    """A batch of experience that breaks the record of :mod:`unified_rl.units`."""
+
+
+class CheckpointError(UnifiedRLError, RuntimeError):
+    """A run folder or checkpoint that is missing, damaged, in use or of another version."""
+
+
+class NonFiniteError(UnifiedRLError, FloatingPointError):
+    """A NaN or infinity in an observation, reward, loss or gradient."""
+
+
+class DataError(UnifiedRLError, ValueError):
+    """A data file that cannot be read; the message names the file and the line."""

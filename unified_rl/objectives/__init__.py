@@ -1,0 +1,1 @@
+"""Loss terms beside the policy gradient: value, imitation, entropy, divergence."""

@@ -1,0 +1,1 @@
+"""Policies and critics of every class; anything with sample, log_prob and nll."""

@@ -1,0 +1,1 @@
+"""The one replay: schema, storage, samplers, sum tree, staleness index, mixing."""

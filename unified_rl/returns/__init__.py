@@ -1,0 +1,1 @@
+"""One backward scan for every value target, group baselines, off-policy evaluation."""

@@ -1,0 +1,1 @@
+"""Where experience comes from: batched control rollouts and language-model rollouts."""

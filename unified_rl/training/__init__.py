@@ -1,0 +1,1 @@
+"""The trainer loop, checkpoint and resume, evaluation, metrics, seeding."""
