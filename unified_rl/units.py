@@ -4,8 +4,8 @@ A **unit** is the smallest thing a policy samples and can put a log-probability 
 dimension, a whole Gaussian action). A **step** is one exchange with the environment. A **row** is a trajectory or a
 piece of one. A **group** is the set of rows that share a prompt or a reset state.
 
-A batch is a :class:`~tensordict.TensorDict` of ``B`` rows, each with ``N`` units in time order and ``T`` steps. Keys are
-flat, log-probs are float32, masks are bool, indices are int64 (see :data:`UNIT_KEYS` and :data:`STEP_KEYS`).
+A batch is a :class:`~tensordict.TensorDict` of ``B`` rows, each with ``N`` units in time order and ``T`` steps. Keys
+are flat, log-probs are float32, masks are bool, indices are int64 (see :data:`UNIT_KEYS` and :data:`STEP_KEYS`).
 """
 
 from __future__ import annotations
@@ -191,7 +191,8 @@ def validate_record(batch: TensorDictBase, *, current_version: int | None = None
     rows = batch.batch_size[0] if len(batch.batch_size) else -1
     missing = [key for key in REQUIRED_KEYS if key not in batch.keys()]
     if missing:
-        raise RecordError(f"the record lacks {', '.join(missing)}; it holds {', '.join(sorted(map(str, batch.keys())))}")
+        held = ", ".join(sorted(map(str, batch.keys())))
+        raise RecordError(f"the record lacks {', '.join(missing)}; it holds {held}")
     width, steps = batch["mask"].shape[-1], batch["reward"].shape[-1]
     for table, shape in ((UNIT_KEYS, (rows, width)), (STEP_KEYS, (rows, steps)), (ROW_KEYS, (rows,))):
         for key, dtype in table.items():
