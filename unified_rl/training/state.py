@@ -1,0 +1,93 @@
+"""Nested state to and from safetensors plus JSON: no pickle anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unified_rl.errors import CheckpointError
+
+_TENSOR, _ARRAY, _TUPLE, _INT_KEYS = "__tensor__", "__array__", "__tuple__", "__int_keys__"
+
+
+def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """The JSON side of ``value``; tensors and arrays move into ``tensors`` under their path.
+
+    Raises:
+        TypeError: a value that is neither plain nor a tensor; the message names its path.
+    """
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().to("cpu").clone().contiguous()
+        return {_TENSOR: path}
+    if isinstance(value, np.ndarray):
+        tensors[path] = torch.from_numpy(np.array(value, copy=True, order="C"))
+        return {_ARRAY: path}
+    if isinstance(value, dict):
+        packed = {str(k): pack(v, tensors, f"{path}/{k}") for k, v in value.items()}
+        return {_INT_KEYS: packed} if value and all(isinstance(k, int) for k in value) else packed
+    if isinstance(value, tuple):
+        return {_TUPLE: [pack(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]}
+    if isinstance(value, list):
+        return [pack(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"state{path} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of :func:`pack`."""
+    if isinstance(value, list):
+        return [unpack(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if _ARRAY in value:
+        return tensors[value[_ARRAY]].numpy()
+    if _TUPLE in value:
+        return tuple(unpack(v, tensors) for v in value[_TUPLE])
+    if _INT_KEYS in value:
+        return {int(k): unpack(v, tensors) for k, v in value[_INT_KEYS].items()}
+    return {k: unpack(v, tensors) for k, v in value.items()}
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Writes ``state.json`` and ``state.safetensors`` into ``folder`` and flushes them to disk.
+
+    Raises:
+        OSError: when the disk is full or the folder cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    packed = pack(state, tensors)
+    save_file(tensors, folder / "state.safetensors")
+    (folder / "state.json").write_text(json.dumps(packed))
+    for name in ("state.safetensors", "state.json"):
+        with open(folder / name, "rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Reads what :func:`save_state` wrote.
+
+    Raises:
+        CheckpointError: a missing or damaged file; the message names it.
+    """
+    for name in ("state.json", "state.safetensors"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} holds no {name}: it is not a complete checkpoint; use an earlier one")
+    try:
+        packed = json.loads((folder / "state.json").read_text())
+        tensors = load_file(folder / "state.safetensors")
+        return unpack(packed, tensors)
+    except (json.JSONDecodeError, SafetensorError, KeyError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder} is damaged ({error}); use an earlier checkpoint") from error
