@@ -1,0 +1,328 @@
+"""The one replay: a ring of rows behind a fixed schema, written and read leaf by leaf."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from unified_rl.errors import ConfigError, RecordError
+from unified_rl.replay.ingest import from_collector
+from unified_rl.replay.ring import IntArray, Ring
+from unified_rl.replay.sampler import Sampler
+from unified_rl.replay.schema import Schema
+from unified_rl.replay.store import Leaves, MemoryStore
+from unified_rl.units import STEP_KEYS
+
+Rows = TensorDictBase | Mapping[str, Tensor]
+_CHUNK = 65_536
+
+
+class Replay:
+    """Experience of either domain: transitions in lanes, or responses as rows.
+
+    Rows of one write are consecutive. With ``lanes > 1`` a write is ``[T, lanes]``, row ``index = slot * lanes +
+    lane``, and windows follow one lane through time. The key set, trailing shapes and dtypes of the first write (or
+    of :meth:`set_schema`) bind all later ones. It has TorchRL's buffer interface, so that a TorchRL collector can
+    write into it. One writer a process, and no lock: a reader in another thread sees committed rows only, but may
+    find one overwritten while it reads if the ring is full.
+
+    Args:
+        capacity: rows held at most (rounded down to whole slots).
+        lanes: rows of one slot, one a simulation; 1 for language rows.
+        sampler: how rows are drawn.
+        device: where rows are stored and sampled batches live.
+        seed: of the replay's own random stream.
+        cut: whether a window's ``step_mask`` ends with its first episode.
+        trim_key: a ``[*, N]`` bool key; unit keys of a batch are cut to its longest row.
+        count_uses: whether ``use_count`` is kept.
+        discount: written to rows that come from a TorchRL collector.
+
+    Raises:
+        ConfigError: an argument that does not fit the others.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        lanes: int = 1,
+        sampler: Sampler,
+        device: str = "cpu",
+        seed: int = 0,
+        cut: bool = True,
+        trim_key: str | None = None,
+        count_uses: bool = True,
+        discount: float = 0.99,
+    ) -> None:
+        if lanes < 1 or capacity < lanes:
+            raise ConfigError(f"capacity {capacity} must hold at least one slot of {lanes} lane(s)")
+        self.lanes, self.sampler, self.device = lanes, sampler, torch.device(device)
+        self.cut, self.trim_key, self.count_uses, self.discount = cut, trim_key, count_uses, discount
+        self.schema: Schema | None = None
+        self._rng = np.random.Generator(np.random.PCG64(seed))
+        self._store = MemoryStore(self.device)
+        size = capacity // lanes * lanes
+        self.ring = Ring(capacity=size, physical=size, lanes=lanes)
+        self._leaves: Leaves = {}
+        self._columns: dict[str, NDArray[Any]] = {
+            name: np.zeros(size, dtype=dtype) for name, dtype in self._column_types().items()
+        }
+        self._ones = torch.ones(0, dtype=torch.int32)
+        sampler.bind(self.ring, self._columns)
+
+    # -- what it holds ---------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.ring.live
+
+    @property
+    def capacity(self) -> int:
+        """Rows held at most."""
+        return self.ring.capacity
+
+    @property
+    def write_count(self) -> int:
+        """Rows ever written."""
+        return self.ring.written
+
+    @property
+    def pending(self) -> int:
+        """Rows that the sampler may still return: for :class:`Fresh` the unconsumed ones, else all."""
+        return self.sampler.pending()
+
+    @property
+    def use_count(self) -> Tensor:
+        """``[positions]`` int32 on the CPU: how often the row at each ``index`` was drawn since it was written."""
+        return torch.from_numpy(self._columns["use_count"])
+
+    @property
+    def storage(self) -> Any:
+        """TorchRL's storage object that holds the rows."""
+        return self._store.storage
+
+    def _column_types(self) -> dict[str, Any]:
+        return {"use_count": np.int32, **self.sampler.column_types()}
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def set_schema(self, example: Rows) -> None:
+        """Fixes the schema before the first write.
+
+        Args:
+            example: a batch as a write would bring it; its values are ignored.
+
+        Raises:
+            RecordError: if a schema is fixed already and this one differs.
+        """
+        items, lead = self._normalise(example)
+        if self.schema is not None:
+            self.schema.check(items, lead)
+        else:
+            self._allocate(Schema.of(items, len(lead)))
+
+    def _allocate(self, schema: Schema) -> None:
+        absent = [key for key in self.sampler.keys if key not in schema.fields]
+        if absent:
+            name = type(self.sampler).__name__
+            raise RecordError(f"the sampler {name} needs {', '.join(absent)}; rows hold {', '.join(schema.fields)}")
+        if self.trim_key is not None and self.trim_key not in schema.fields:
+            raise RecordError(f"trim_key is {self.trim_key}, but rows hold {', '.join(schema.fields)}")
+        self._leaves = self._store.allocate(schema, self.ring.physical)
+        self._watched = [key for key in (*self.sampler.keys, *self.sampler.optional_keys) if key in schema.fields]
+        self.schema = schema
+
+    def _normalise(self, rows: Rows) -> tuple[dict[str, Tensor], torch.Size]:
+        """The leaves of a write and its batch size: ``[B]``, or ``[T, lanes]``."""
+        items = dict(rows.items())
+        lead = rows.batch_size if isinstance(rows, TensorDictBase) else self._guess_lead(items)
+        if "next" in items and isinstance(rows, TensorDictBase):
+            items, lead = self._ingest(rows)
+        if len(lead) == 2 and lead[1] == self.lanes:
+            return items, lead
+        if len(lead) == 1 and self.lanes == 1:
+            return items, lead
+        wanted = "[B] or [T, 1]" if self.lanes == 1 else f"[T, {self.lanes}]"
+        raise RecordError(f"rows of batch size {list(lead)} were written to a replay of {self.lanes} lane(s): {wanted}")
+
+    def _guess_lead(self, items: Mapping[str, Tensor]) -> torch.Size:
+        if not items:
+            raise RecordError("a row without a single key cannot be stored")
+        return next(iter(items.values())).shape[: 1 if self.lanes == 1 else 2]
+
+    def _ingest(self, rows: TensorDictBase) -> tuple[dict[str, Tensor], torch.Size]:
+        items = from_collector(rows, discount=self.discount)
+        lead = rows.batch_size
+        if len(lead) == 2:  # TorchRL is batch-major, slots are time-major
+            items = {key: value.transpose(0, 1) for key, value in items.items()}
+            lead = torch.Size((lead[1], lead[0]))
+        return items, lead
+
+    def extend(self, rows: Rows) -> Tensor:
+        """Writes a batch of rows, oldest first.
+
+        Args:
+            rows: batch size ``[B]`` (one lane) or ``[T, lanes]``; or a TorchRL collector's batch, ``[T]`` or
+                ``[lanes, T]``, which goes through :func:`from_collector`.
+
+        Returns:
+            ``[B]`` or ``[T, lanes]`` int64: the ``index`` of every row.
+
+        Raises:
+            RecordError: a key too few or too many, another shape or dtype, more rows than fit; nothing is written.
+        """
+        items, lead = self._normalise(rows)
+        if self.schema is None:
+            self._allocate(Schema.of(items, len(lead)))
+        schema = self.schema
+        assert schema is not None
+        schema.check(items, lead)
+        count = lead.numel()
+        if count > self.ring.capacity:
+            raise RecordError(f"{count} rows do not fit a replay of capacity {self.ring.capacity}; raise it")
+        self.sampler.before_write(count)
+        if len(lead) == 2:
+            items = {key: value.flatten(0, 1) for key, value in items.items()}
+        low = self.ring.written
+        self._write(items, low, low + count)
+        return torch.from_numpy(np.arange(low, low + count) % self.ring.physical).view(lead)
+
+    def _write(self, items: Mapping[str, Tensor], low: int, high: int) -> None:
+        """Data first, then the commit, then the sampler."""
+        for offset, first, last in self.ring.pieces(low, high):
+            piece = slice(offset, offset + last - first)
+            for key, leaf in self._leaves.items():
+                leaf.write(first, last, items[key][piece])
+        self.ring.write(self._columns["use_count"], low, high, 0)
+        self.ring.written = high
+        self.sampler.wrote(low, high, {key: _numpy(items[key]) for key in self._watched})
+
+    def add(self, row: Rows) -> Tensor:
+        """Writes one slot: a row ``[]``, or one row a lane ``[lanes]``; returns its index."""
+        if isinstance(row, TensorDictBase):
+            slot = row.unsqueeze(-1 if "next" in row.keys() and row.ndim else 0)
+            return self.extend(slot).squeeze(0)
+        return self.extend({key: value.unsqueeze(0) for key, value in row.items()}).squeeze(0)
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        batch_size: int,
+        *,
+        length: int | None = None,
+        keys: Sequence[str] | None = None,
+        version: int | None = None,
+    ) -> TensorDict:
+        """Draws rows, or windows of ``length`` consecutive slots of one lane.
+
+        Args:
+            batch_size: rows or windows.
+            length: slots in a window; windows never cross the newest row, nor change lanes.
+            keys: the leaves to read; all by default.
+            version: the consumer's policy version, for samplers that bound staleness.
+
+        Returns:
+            ``[batch_size]``, or ``[batch_size, length]`` with ``step_mask`` (True up to and including the first end of
+            an episode); ``index`` int64 holds where each row is stored.
+
+        Raises:
+            RecordError: if the replay cannot serve the draw, or a key is unknown.
+        """
+        length = length or self.sampler.length
+        draw = self.sampler.draw(batch_size, self._rng, length or 1, version)
+        serials = draw.serials
+        if length is not None:
+            serials = (serials[:, None] + np.arange(0, length * self.lanes, self.lanes)).reshape(-1)
+        position = self.ring.position(serials)
+        index = torch.from_numpy(position)
+        if self.count_uses:
+            self._count(index)
+        if self.device.type != "cpu":
+            index = index.to(self.device)
+        items = self._gather(index, keys)
+        for key, value in draw.extras.items():
+            items[key] = torch.from_numpy(value).to(self.device)
+        items["index"] = index
+        if length is None:
+            return _tensordict(items, (batch_size,), self.device)
+        return self._windows(items, batch_size, length, index)
+
+    def _count(self, index: Tensor) -> None:
+        if len(self._ones) != len(index):
+            self._ones = torch.ones(len(index), dtype=torch.int32)
+        self.use_count.index_add_(0, index, self._ones)
+
+    def _gather(self, index: Tensor, keys: Sequence[str] | None) -> dict[str, Tensor]:
+        leaves = self._leaves
+        try:
+            wanted = leaves if keys is None else {key: leaves[key] for key in keys}
+        except KeyError as error:
+            raise RecordError(f"rows hold no {error}; they hold {', '.join(leaves)}") from None
+        if self.trim_key is None:
+            return {key: leaf.data.index_select(0, index) for key, leaf in wanted.items()}
+        width = leaves[self.trim_key].data.shape[1]
+        kept = max(1, int(leaves[self.trim_key].data.index_select(0, index).any(0).count_nonzero()))
+        return {key: _narrow(key, leaf.data, width, kept).index_select(0, index) for key, leaf in wanted.items()}
+
+    def _windows(self, items: dict[str, Tensor], batch_size: int, length: int, index: Tensor) -> TensorDict:
+        shape = (batch_size, length)
+        extras = {key: value for key, value in items.items() if value.shape[0] == batch_size != len(index)}
+        out = {key: value.unflatten(0, shape) for key, value in items.items() if key not in extras}
+        out.update({key: value.unsqueeze(1).expand(*shape, *value.shape[1:]) for key, value in extras.items()})
+        out["step_mask"] = self._step_mask(index, shape)
+        return _tensordict(out, shape, self.device)
+
+    def _step_mask(self, index: Tensor, shape: tuple[int, int]) -> Tensor:
+        """``[B, T]`` bool: True up to and including the first step that ends an episode."""
+        mask = torch.ones(shape, dtype=torch.bool, device=self.device)
+        if not self.cut or shape[1] == 1:
+            return mask
+        ended = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        for key in ("terminated", "truncated", "done"):
+            if key in self._leaves:
+                ended |= self._leaves[key].data.index_select(0, index).view(shape)
+        mask[:, 1:] = ended[:, :-1].cumsum(1) == 0
+        if "episode" in self._leaves:
+            episode = self._leaves["episode"].data.index_select(0, index).view(shape)
+            mask &= (episode == episode[:, :1]).cumprod(1).bool()
+        return mask
+
+    def update_priority(self, index: Tensor, priority: Tensor) -> None:
+        """New priorities ``[...]`` of the rows ``index [...]``; samplers without priorities ignore them.
+
+        Raises:
+            RecordError: shapes that differ, or a priority that is negative or not finite.
+        """
+        if index.shape != priority.shape:
+            raise RecordError(f"index {tuple(index.shape)} and priority {tuple(priority.shape)} differ in shape")
+        self.sampler.update(_numpy(index).reshape(-1), _numpy(priority).reshape(-1).astype(np.float64))
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def _meta(self) -> dict[str, Any]:
+        return {"written": self.ring.written, "rng": json.dumps(self._rng.bit_generator.state)}
+
+
+def _numpy(value: Tensor) -> NDArray[Any]:
+    return value.detach().cpu().numpy()
+
+
+def _narrow(key: str, data: Tensor, width: int, kept: int) -> Tensor:
+    """A leaf cut to its first ``kept`` units, if it is one of units."""
+    is_unit = data.ndim > 1 and data.shape[1] == width and key not in STEP_KEYS
+    return data.narrow(1, 0, kept) if is_unit else data
+
+
+def _tensordict(items: dict[str, Tensor], shape: tuple[int, ...], device: torch.device) -> TensorDict:
+    """A TensorDict whose shapes are right by construction, so that nothing is validated."""
+    return TensorDict._new_unsafe(items, torch.Size(shape), device)
+
+
+__all__ = ["IntArray", "Replay"]
