@@ -219,3 +219,45 @@ def _raise_at(bad: Tensor, message: str) -> None:
     if bool(bad.any()):
         row, column = bad.nonzero()[0].tolist()
         raise RecordError(f"{message} (row {row}, position {column}; {int(bad.sum())} in all)")
+
+
+def split_steps(record: TensorDictBase) -> TensorDict:
+    """Every step of a control record as a row of its own, so that minibatches may shuffle steps.
+
+    Only meaningful for corrections at the level of units or steps.
+
+    Args:
+        record: batch size ``[B]`` with ``T`` steps of ``U`` units each, every tensor ``[B]``, ``[B, T, ...]`` or
+            ``[B, T * U]``.
+
+    Returns:
+        Batch size ``[B * T]``, one step of ``U`` units a row; ``group``, ``source`` and ``index`` are repeated.
+
+    Raises:
+        RecordError: steps that do not have the same number of units.
+    """
+    rows, steps = record["reward"].shape
+    width = record["mask"].shape[-1]
+    if width % steps:
+        raise RecordError(f"{width} units are not a multiple of {steps} steps: rows cannot be split into steps")
+    items: dict[str, Tensor] = {}
+    for key, value in record.items():
+        if value.ndim == 1:
+            items[key] = value.repeat_interleave(steps)
+        elif value.shape[1] == steps:
+            items[key] = value.reshape(rows * steps, 1, *value.shape[2:])
+        else:
+            items[key] = value.reshape(rows * steps, width // steps)
+    items["step_index"] = torch.zeros_like(items["step_index"])
+    return TensorDict(items, batch_size=[rows * steps])
+
+
+def trim_units(record: TensorDictBase, width: int) -> TensorDict:
+    """Cuts unit keys and tokens of a language record to ``width`` columns (what follows is padding)."""
+    full = record["tokens"].shape[-1]
+    keys = set(UNIT_KEYS) | {"tokens", "token_mask", "advantage", "value"}
+    items = {
+        key: value[:, :width] if key in keys and value.ndim > 1 and value.shape[1] == full else value
+        for key, value in record.items()
+    }
+    return TensorDict(items, batch_size=record.batch_size)

@@ -1,1 +1,18 @@
 """Where experience comes from: batched control rollouts and language-model rollouts."""
+
+from unified_rl.rollout.control import ControlRollout
+from unified_rl.rollout.language import LanguageRollout, converse
+from unified_rl.rollout.protocols import ControlEnv, LanguageEnv, StepResult, TurnResult
+from unified_rl.rollout.torchrl_env import TorchRLControlEnv, as_environment
+
+__all__ = [
+    "ControlEnv",
+    "ControlRollout",
+    "LanguageEnv",
+    "LanguageRollout",
+    "StepResult",
+    "TorchRLControlEnv",
+    "TurnResult",
+    "as_environment",
+    "converse",
+]

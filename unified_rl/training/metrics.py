@@ -45,6 +45,12 @@ class Means:
         self._sums, self._counts = {}, {}
         return means
 
+    def pop_tensors(self) -> dict[str, Any]:
+        """The means since the last call, without a copy from the device."""
+        means = {key: value / self._counts[key] for key, value in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
+
     def state_dict(self) -> dict[str, Any]:
         """Sums and counts."""
         return {"sums": to_floats(self._sums), "counts": dict(self._counts)}

@@ -1,0 +1,361 @@
+"""Policy gradient for any policy that has log-probabilities, in either domain, from fresh or replayed rows.
+
+PPO, GRPO, DAPO, V-trace actor-critics and their relatives are this agent with another correction, baseline and replay.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+
+from unified_rl.correction import Correction
+from unified_rl.errors import ConfigError
+from unified_rl.objectives import Optimizer, value_loss
+from unified_rl.policies.critics import ValueCritic
+from unified_rl.replay import Replay
+from unified_rl.returns import gae, group_advantage, vtrace
+from unified_rl.training.metrics import Means
+from unified_rl.units import Steps, record_from_steps, split_steps, trim_units, validate_record
+
+
+class PolicyGradient:
+    """One update: draw rows, compute advantages, then epochs of minibatches through the correction.
+
+    Args:
+        policy: any policy.
+        correction: what multiplies the score function (see :mod:`unified_rl.correction`).
+        generator: stream of the minibatch order.
+        rows: rows of one update (by default what one collection yields).
+        length: steps of a control row (the rollout's horizon); None for language.
+        lr: learning rate of policy and critic.
+        epochs: passes over the rows of an update.
+        minibatch: rows (or steps, see ``shuffle_steps``) of one optimiser step; None takes all.
+        micro_batch: rows of one forward pass; gradients accumulate to the same gradient.
+        advantage: ``critic`` (GAE, or V-trace with ``off_policy_targets``), ``group`` (the return against its
+            group), or ``auto``: critic for control, group for language.
+        gamma: discount of a step; None is 0.99 for control and 1 for language.
+        lam: trace parameter of GAE and V-trace.
+        off_policy_targets: value targets and advantages by V-trace from the current policy's ratios.
+        value_coef: weight of the value loss.
+        value_clip: bound of the value's move, see :func:`unified_rl.objectives.value_loss`.
+        critic_hidden: widths of the value network.
+        entropy_coef: weight of the policy's entropy; needs a policy with ``entropy``.
+        normalize_advantage: standardise advantages over the rows of an update.
+        drop_equal_groups: leave out rows of groups whose rewards are all equal (DAPO's filter; they have no
+            gradient, but they count in the denominators unless dropped).
+        max_grad_norm: bound of the gradient norm.
+        target_kl: stop the epochs of an update where the KL estimate k3 to the behaviour policy exceeds this.
+        anneal_lr: decay the learning rate linearly to 0 over the run.
+        shuffle_steps: minibatches of single steps instead of whole rows; None does so for control where the
+            correction's level allows it.
+        adam_eps: Adam's denominator offset.
+        weight_decay: decoupled weight decay.
+        device: where updates run.
+        compile: compile the policy's scoring function with ``torch.compile``.
+
+    Raises:
+        ConfigError: settings that do not fit the policy.
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        correction: Correction,
+        generator: torch.Generator,
+        rows: int,
+        length: int | None = None,
+        lr: float = 3e-4,
+        epochs: int = 1,
+        minibatch: int | None = None,
+        micro_batch: int | None = None,
+        advantage: str = "auto",
+        gamma: float | None = None,
+        lam: float = 0.95,
+        off_policy_targets: bool = False,
+        value_coef: float = 0.5,
+        value_clip: float | None = None,
+        critic_hidden: tuple[int, ...] = (64, 64),
+        entropy_coef: float = 0.0,
+        normalize_advantage: bool | None = None,
+        drop_equal_groups: bool = False,
+        max_grad_norm: float | None = 1.0,
+        target_kl: float | None = None,
+        anneal_lr: bool = False,
+        shuffle_steps: bool | None = None,
+        adam_eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        device: str = "cpu",
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.language = hasattr(policy, "generate")
+        if advantage not in ("auto", "critic", "group"):
+            raise ConfigError(f"agent.advantage is {advantage!r}; it is one of auto, critic, group")
+        if advantage == "critic" and self.language:
+            raise ConfigError("agent.advantage=critic needs a control policy; use advantage=group for language")
+        self.use_critic = advantage == "critic" or (advantage == "auto" and not self.language)
+        self.policy, self.correction, self.generator = policy, correction, generator
+        self.rows, self.length = rows, length
+        self.epochs, self.minibatch, self.micro_batch = epochs, minibatch, micro_batch
+        self.gamma = gamma if gamma is not None else (1.0 if self.language else 0.99)
+        self.lam, self.off_policy_targets = lam, off_policy_targets
+        self.value_coef, self.value_clip, self.entropy_coef = value_coef, value_clip, entropy_coef
+        self.normalize_advantage = self.use_critic if normalize_advantage is None else normalize_advantage
+        self.drop_equal_groups, self.target_kl = drop_equal_groups, target_kl
+        self.lr, self.anneal_lr = lr, anneal_lr
+        self.shuffle_steps = self._may_split() if shuffle_steps is None else shuffle_steps
+        if self.shuffle_steps and not self._may_split():
+            raise ConfigError(f"agent.shuffle_steps cuts rows that the correction level {correction.level_name!r} needs whole")
+        if entropy_coef and not hasattr(policy, "entropy"):
+            raise ConfigError(f"agent.entropy_coef needs a policy with an entropy; {type(policy).__name__} has none")
+        self.device = torch.device(device)
+        self.critic: ValueCritic | None = None
+        modules: dict[str, nn.Module] = {"policy": policy}
+        if self.use_critic:
+            self.critic = ValueCritic(
+                policy.observation_dim,
+                critic_hidden,
+                normalize_observation=getattr(policy, "normalizer", None) is not None,
+                seed=seed,
+            ).to(self.device)
+            modules["critic"] = self.critic
+        self.optimizer = Optimizer(
+            modules, lr, weight_decay=weight_decay, eps=adam_eps, max_grad_norm=max_grad_norm
+        )
+        self.reference = copy.deepcopy(policy).requires_grad_(False) if correction.needs("reference") else None
+        self._score = torch.compile(policy.log_prob) if compile else policy.log_prob
+        self.version = 0
+        self.checked = False
+
+    def _may_split(self) -> bool:
+        return not self.language and self.correction.level_name in ("unit", "step") and self.use_critic
+
+    # ------------------------------------------------------------------ one update
+
+    def update(self, replay: Replay, progress: float = 0.0) -> dict[str, Any]:
+        """Trains on one batch of rows from the replay.
+
+        Args:
+            replay: where the rows come from.
+            progress: share of the run that is done, for ``anneal_lr``.
+
+        Returns:
+            Metrics, scalar tensors or floats.
+        """
+        if self.anneal_lr:
+            self.optimizer.set_lr(self.lr * (1.0 - progress))
+        record = self._draw(replay)
+        metrics: dict[str, Any] = {} if self.checked else self.identity_check(record)
+        record = self._annotate(record, metrics)
+        if not len(record):
+            self.version += 1
+            return metrics
+        metrics |= self._optimize(split_steps(record) if self.shuffle_steps else record)
+        if not self.language:
+            self._update_normalizers(record)
+        self.version += 1
+        return metrics
+
+    def _draw(self, replay: Replay) -> TensorDict:
+        batch = replay.sample(self.rows, length=self.length, version=self.version).to(self.device)
+        record = batch if self.language else record_from_steps(batch)
+        validate_record(record, current_version=self.version)
+        if self.language:
+            record = trim_units(record, int(record["token_mask"].sum(-1).max()))
+        return record
+
+    def identity_check(self, record: TensorDictBase, tolerance: float = 1e-2) -> dict[str, Any]:
+        """On the first update: units sampled by the current weights must have ratio 1.
+
+        Raises:
+            ConfigError: they do not; then the policy's ``sample`` and ``log_prob`` disagree.
+        """
+        fresh = record["mask"] & (record["policy_version"] == self.version)
+        self.checked = True
+        if not bool(fresh.any()) or self.version > 0:
+            return {}
+        with torch.no_grad():
+            log_prob = self._score(record).log_prob
+        gap = torch.where(fresh, log_prob - record["behavior_log_prob"], 0.0).abs().max()
+        if not bool(gap <= tolerance):
+            raise ConfigError(
+                f"fresh data should have log-ratio 0, but the largest is {float(gap):.3g}: the policy's sample() and "
+                "log_prob() disagree (temperature, truncation, std floor or dtype)"
+            )
+        return {"identity/max_log_ratio": gap}
+
+    @torch.no_grad()
+    def _annotate(self, record: TensorDict, metrics: dict[str, Any]) -> TensorDict:
+        """Adds anchors, values and advantages: everything that is fixed before the first optimiser step."""
+        total = _row_return(record)
+        metrics["train/reward"] = total.mean()
+        if self.drop_equal_groups and not self.use_critic:
+            kept = _spread_groups(total, record["group"])
+            metrics["train/groups_kept"] = kept.float().mean()
+            record = record[kept]
+            if not len(record):
+                return record
+        self._add_anchors(record)
+        if self.use_critic:
+            self._critic_advantage(record)
+        else:
+            record["advantage"] = group_advantage(_row_return(record), record["group"], **self.correction.advantage)
+            record["advantage"] = record["advantage"][:, None].expand_as(record["reward"]).contiguous()
+        metrics["train/zero_advantage"] = (record["advantage"] == 0).float().mean()
+        return record
+
+    def _add_anchors(self, record: TensorDict) -> None:
+        if self.correction.needs("proximal") or self.off_policy_targets:
+            stale = bool((record["policy_version"] != self.version).any())
+            fresh = record["behavior_log_prob"]
+            record["proximal_log_prob"] = self._chunked(self.policy, record) if stale else fresh.clone()
+        if self.reference is not None:
+            record["reference_log_prob"] = self._chunked(self.reference, record)
+
+    def _chunked(self, policy: Any, record: TensorDict) -> Tensor:
+        size = self.micro_batch or len(record)
+        return torch.cat([policy.log_prob(part).log_prob.detach() for part in record.split(size)])
+
+    def _critic_advantage(self, record: TensorDict) -> None:
+        assert self.critic is not None
+        value = self.critic(record["observation"])
+        following = self.critic(record["next_observation"])
+        valid = record["step_mask"]
+        done = record["terminated"] | record["truncated"] | _episode_ends(record)
+        args = (record["reward"], value, following, record["terminated"], done)
+        if self.off_policy_targets:
+            ratio = Steps.of(record).sum(record["proximal_log_prob"] - record["behavior_log_prob"])
+            advantage, target = vtrace(*args, ratio, record["discount"], lam=self.lam, mask=valid)
+        else:
+            advantage, target = gae(*args, record["discount"], self.lam, mask=valid)
+        if self.normalize_advantage:
+            advantage = _standardise(advantage, valid)
+        record["advantage"], record["value_target"], record["value"] = advantage, target, value
+
+    # ------------------------------------------------------------------ optimiser steps
+
+    def _optimize(self, rows: TensorDict) -> dict[str, Any]:
+        means, first = Means(), {}
+        size = min(self.minibatch or len(rows), len(rows))
+        for _ in range(self.epochs):
+            whole = size == len(rows)
+            order = None if whole else torch.randperm(len(rows), generator=self.generator).to(self.device)
+            for start in range(0, len(rows), size):
+                batch = rows if order is None else rows[order[start : start + size]]
+                metrics, diagnostics = self._step(batch, want_diagnostics=not first)
+                means.add(metrics)
+                first = first or diagnostics
+            if self.target_kl is not None and float(metrics.get("kl/k3", 0.0)) > self.target_kl:
+                break
+        return {**means.pop(), **first}
+
+    def _step(self, batch: TensorDict, want_diagnostics: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        self.optimizer.zero_grad()
+        parts = [batch] if not self.micro_batch else list(batch.split(self.micro_batch))
+        if len(parts) > 1:
+            with torch.no_grad():
+                needed = self.correction.needs_full_pass or want_diagnostics
+                scored = self._chunked(self.policy, batch) if needed else batch["behavior_log_prob"]
+            stats = self.correction.prepare(scored, batch)
+            split_stats = list(stats.split(self.micro_batch))
+        diagnostics: dict[str, Any] = {}
+        total: Tensor | None = None
+        means = Means()
+        for index, part in enumerate(parts):
+            log_prob = self._score(part).log_prob
+            if len(parts) == 1:
+                scored = log_prob.detach()
+                stats = self.correction.prepare(scored, batch)
+                split_stats = [stats]
+            out = self.correction.loss(log_prob, part, split_stats[index])
+            loss = out.loss + self._extra(part, means, len(part) / len(batch))
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+            means.add(out.metrics)
+        if want_diagnostics:
+            diagnostics = self.correction.diagnostics(scored, batch, stats, version=self.version)
+        assert total is not None
+        norm = self.optimizer.step(total)
+        return {**means.pop_tensors(), "loss/total": total, "grad/norm": norm}, diagnostics
+
+    def _extra(self, part: TensorDict, means: Means, share: float) -> Tensor | float:
+        """Value loss and entropy bonus of a micro-batch that is ``share`` of its batch."""
+        extra: Tensor | float = 0.0
+        if self.critic is not None:
+            value = self.critic(part["observation"])
+            error = value_loss(value, part["value_target"], part["step_mask"], part["value"], self.value_clip)
+            means.add({"loss/value": error.detach()})
+            extra = extra + self.value_coef * error * share
+        if self.entropy_coef:
+            entropy = self.policy.entropy(part["observation"])
+            entropy = torch.where(part["mask"], entropy, 0.0).sum() / part["mask"].sum().clamp(min=1)
+            means.add({"policy/entropy": entropy.detach()})
+            extra = extra - self.entropy_coef * entropy * share
+        return extra
+
+    def _update_normalizers(self, record: TensorDict) -> None:
+        seen = record["observation"][record["step_mask"]]
+        for module in (self.policy, self.critic):
+            if module is not None and hasattr(module, "update_normalizer"):
+                module.update_normalizer(seen)
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact continuation needs beside the replay and the rollout."""
+        return {
+            "policy": dict(self.policy.state_dict()),
+            "critic": dict(self.critic.state_dict()) if self.critic is not None else None,
+            "reference": dict(self.reference.state_dict()) if self.reference is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "version": self.version,
+            "checked": self.checked,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.policy.load_state_dict(state["policy"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
+        if self.reference is not None:
+            self.reference.load_state_dict(state["reference"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.version, self.checked = state["version"], state["checked"]
+
+
+def _row_return(record: TensorDictBase) -> Tensor:
+    """Sum of the valid rewards of each row, ``[B]``."""
+    reward = record["reward"]
+    mask = record.get("step_mask", None)
+    return (reward if mask is None else torch.where(mask, reward, 0.0)).sum(-1)
+
+
+def _spread_groups(total: Tensor, group: Tensor) -> Tensor:
+    """Rows ``[B]`` whose group holds at least two different returns."""
+    _, inverse = torch.unique(group, return_inverse=True)
+    count = int(inverse.max()) + 1
+    low = total.new_full((count,), torch.inf).scatter_reduce(0, inverse, total, "amin")
+    high = total.new_full((count,), -torch.inf).scatter_reduce(0, inverse, total, "amax")
+    return (high > low)[inverse]
+
+
+def _episode_ends(record: TensorDictBase) -> Tensor:
+    """Steps ``[B, T]`` after which the row goes on with another episode."""
+    episode = record["episode"]
+    ends = torch.zeros_like(episode, dtype=torch.bool)
+    ends[:, :-1] = episode[:, 1:] != episode[:, :-1]
+    return ends
+
+
+def _standardise(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` with mean 0 and standard deviation 1 over masked-in entries."""
+    kept = x[mask]
+    if kept.numel() < 2:
+        return x
+    return (x - kept.mean()) / (kept.std() + 1e-8)

@@ -1,0 +1,103 @@
+"""One optimiser step that refuses NaN: fused AdamW, clipped gradients, a check before the parameters move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unified_rl.errors import NonFiniteError
+
+
+def first_non_finite(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
+    """The name of the first tensor with a NaN or infinity."""
+    for name, value in named:
+        if value is not None and not bool(torch.isfinite(value).all()):
+            return name
+    return None
+
+
+class Optimizer:
+    """AdamW over named modules, with a global gradient-norm bound and a finiteness check before every step.
+
+    Args:
+        modules: modules by name; names appear in errors.
+        lr: learning rate.
+        weight_decay: decoupled weight decay.
+        betas: Adam's decay rates.
+        eps: Adam's denominator offset.
+        max_grad_norm: bound of the global gradient norm; None for no bound.
+        capturable: needed inside a captured CUDA graph.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_grad_norm: float | None = None,
+        capturable: bool = False,
+    ) -> None:
+        self.named = [
+            (f"{prefix}.{name}", parameter)
+            for prefix, module in modules.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        ]
+        self.parameters = [parameter for _, parameter in self.named]
+        self.lr, self.max_grad_norm = lr, max_grad_norm
+        self.adam = torch.optim.AdamW(
+            self.parameters, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True, capturable=capturable
+        )
+        self.steps = 0
+
+    def zero_grad(self) -> None:
+        """Drops the gradients."""
+        self.adam.zero_grad(set_to_none=True)
+
+    def step(self, loss: Tensor) -> Tensor:
+        """Clips, checks and steps; gradients must have been computed.
+
+        Args:
+            loss: the loss they came from, for the check.
+
+        Returns:
+            The gradient norm before clipping, a scalar tensor.
+
+        Raises:
+            NonFiniteError: the loss or a gradient is not finite; names it and the step; nothing was changed.
+        """
+        bound = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
+        norm = nn.utils.clip_grad_norm_(self.parameters, bound)
+        if not bool(torch.isfinite(loss.detach() + norm)):
+            self._refuse(loss)
+        self.adam.step()
+        self.steps += 1
+        return norm
+
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate of every group."""
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and step counts, by parameter position."""
+        return {"adam": self.adam.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.adam.load_state_dict(state["adam"])
+        self.steps = state["steps"]
+
+    def _refuse(self, loss: Tensor) -> None:
+        if not bool(torch.isfinite(loss)):
+            raise NonFiniteError(f"the loss is {float(loss)} at optimiser step {self.steps}; the step was not taken")
+        name = first_non_finite((n, p.grad) for n, p in self.named)
+        raise NonFiniteError(
+            f"the gradient of {name or 'the parameters (its norm overflows)'} is not finite at optimiser step "
+            f"{self.steps}; the step was not taken"
+        )

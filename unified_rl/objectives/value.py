@@ -1,0 +1,27 @@
+"""Value regression."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def value_loss(
+    value: Tensor, target: Tensor, mask: Tensor, old_value: Tensor | None = None, clip: float | None = None
+) -> Tensor:
+    """Half the mean squared error over masked-in entries; 0 with a graph where nothing is masked in.
+
+    Args:
+        value: any shape, with gradient.
+        target: same shape, detached here.
+        mask: same shape, bool.
+        old_value: the prediction at the start of the update; needed with ``clip``.
+        clip: with ``old_value``, the larger of the clipped and unclipped errors counts ("Proximal Policy Optimization
+            Algorithms", arXiv:1707.06347, as commonly implemented).
+    """
+    error = (value - torch.where(mask, target.detach(), value.detach())).square()
+    if clip is not None and old_value is not None:
+        bounded = old_value + (value - old_value).clamp(-clip, clip)
+        error = torch.maximum(error, (bounded - target.detach()).square())
+    kept = torch.where(mask, error, torch.zeros_like(error))
+    return 0.5 * kept.sum() / mask.sum().clamp(min=1)
