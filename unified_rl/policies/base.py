@@ -1,0 +1,231 @@
+"""What every control policy shares: sampling, re-scoring and supervised losses around three small hooks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.envs.utils import ExplorationType, exploration_type
+
+from unified_rl.errors import ConfigError, RecordError
+from unified_rl.policies.normalizer import RunningNormalizer
+from unified_rl.units import UnitLogProb
+
+HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
+DETERMINISTIC = (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN, ExplorationType.MEDIAN)
+"""TorchRL exploration types under which ``forward`` adds no noise."""
+
+
+def normal_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Elementwise log-density of a Normal; all arguments broadcast."""
+    return -0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - HALF_LOG_TWO_PI
+
+
+def draw_normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers of ``like``'s dtype and device, drawn where the generator lives."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+def draw_uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers in [0, 1) of ``like``'s dtype and device, drawn where the generator lives."""
+    device = like.device if generator is None else generator.device
+    return torch.rand(tuple(shape), generator=generator, device=device, dtype=like.dtype).to(like.device)
+
+
+class Policy(TensorDictModuleBase):
+    """A control policy: samples actions, scores stored samples again, and has a supervised loss.
+
+    Subclasses set ``rescoring_keys`` and ``num_units`` and implement :meth:`_sample`, :meth:`_log_prob` and
+    :meth:`_nll` on flat batches ``[M, ...]``; everything about batch layouts is here. It is a TensorDict module:
+    ``forward`` samples, so that it can be the policy of a TorchRL collector, and heeds TorchRL's exploration type.
+
+    Args:
+        observation_dim: width ``d`` of the observation.
+        action_dim: width ``a`` of the action.
+        action_low: ``a`` lower bounds of the action that the environment takes.
+        action_high: ``a`` upper bounds.
+        num_actions: number of actions of a discrete space; only some policies support it.
+        normalize_observation: keep running moments of the observation and standardise by them; the owner calls
+            :meth:`update_normalizer` between updates.
+        seed: of the initial weights, and of the policy's own :attr:`generator`.
+
+    Raises:
+        ConfigError: sizes and bounds that do not fit together.
+    """
+
+    rescoring_keys: tuple[str, ...] = ()
+    """Keys beside ``action`` and ``behavior_log_prob`` that a sample holds and :meth:`log_prob` needs."""
+    num_units: int = 1
+    """``U``, units of one action."""
+    exact: bool = True
+    """Whether ratios of two log-probs are exact importance weights of the executed action."""
+    supports_discrete: bool = False
+    action_low: Tensor
+    action_high: Tensor
+    action_middle: Tensor
+    action_half: Tensor
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        action_low: Sequence[float],
+        action_high: Sequence[float],
+        *,
+        num_actions: int | None = None,
+        normalize_observation: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.in_keys = ["observation"]
+        self.out_keys = ["action", *self.rescoring_keys, "behavior_log_prob"]
+        self.observation_dim = observation_dim
+        self.action_dim = action_dim
+        self.num_actions = num_actions
+        self.seed = seed
+        self.normalizer: nn.Module | None = RunningNormalizer(observation_dim) if normalize_observation else None
+        self._generator: torch.Generator | None = None
+        if num_actions is not None and not self.supports_discrete:
+            raise ConfigError(
+                f"{type(self).__name__} needs continuous actions, but the environment has {num_actions} discrete "
+                "ones; use policy=autoregressive"
+            )
+        self._register_bounds(action_low, action_high)
+
+    def _register_bounds(self, low: Sequence[float], high: Sequence[float]) -> None:
+        if self.num_actions is not None:
+            return
+        if len(low) != self.action_dim or len(high) != self.action_dim:
+            raise ConfigError(f"action_low and action_high need {self.action_dim} entries, got {len(low)}, {len(high)}")
+        bottom, top = torch.tensor(list(map(float, low))), torch.tensor(list(map(float, high)))
+        if not bool((top > bottom).all()):
+            raise ConfigError(f"action_low must lie below action_high, got {list(low)} and {list(high)}")
+        bounded = torch.isfinite(bottom) & torch.isfinite(top)
+        middle = torch.where(bounded, 0.5 * (bottom + top), torch.zeros_like(top))
+        half = torch.where(bounded, 0.5 * (top - bottom), torch.ones_like(top))
+        for name, value in (("low", bottom), ("high", top), ("middle", middle), ("half", half)):
+            self.register_buffer(f"action_{name}", value, persistent=False)
+        self.bounded = bool(bounded.all())
+
+    # --- what a subclass implements, on flat batches -------------------------------------------------------------
+
+    def _sample(self, observation: Tensor, generator: torch.Generator, deterministic: bool) -> dict[str, Tensor]:
+        """Draws for ``observation [M, d]``: ``action [M, a]``, the re-scoring keys and ``behavior_log_prob [M, U]``."""
+        raise NotImplementedError
+
+    def _log_prob(self, observation: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+        """Log-probs ``[M, U]`` of stored samples: ``observation [M, d]`` and each re-scoring key ``[M, ...]``."""
+        raise NotImplementedError
+
+    def _nll(self, observation: Tensor, action: Tensor, generator: torch.Generator) -> Tensor:
+        """Supervised loss ``[M, L]`` of ``action [M, a]`` in the environment's coordinates."""
+        raise NotImplementedError
+
+    # --- the public face ----------------------------------------------------------------------------------------
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The stream used where no generator is passed; settable. Its state is the owner's to checkpoint."""
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(self.seed)
+        return self._generator
+
+    @generator.setter
+    def generator(self, value: torch.Generator) -> None:
+        self._generator = value
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Samples for ``observation [..., d]`` and writes the out keys (TorchRL's entry point)."""
+        deterministic = exploration_type() in DETERMINISTIC
+        return tensordict.update(self.sample(tensordict["observation"], deterministic=deterministic))
+
+    @torch.no_grad()
+    def sample(
+        self, observation: Tensor, generator: torch.Generator | None = None, deterministic: bool = False
+    ) -> TensorDict:
+        """Samples an action for each observation.
+
+        Args:
+            observation: ``[..., d]`` float, raw.
+            generator: random stream; :attr:`generator` if None.
+            deterministic: the policy's best single guess. It has no density, so ``behavior_log_prob`` is NaN, which
+                :func:`unified_rl.units.validate_record` refuses.
+
+        Returns:
+            Batch size ``[...]``: ``action [..., a]`` float32 in the environment's coordinates (int64 where discrete),
+            the re-scoring keys, and ``behavior_log_prob [..., U]``.
+        """
+        lead = observation.shape[:-1]
+        flat = self.normalize(observation.reshape(-1, observation.shape[-1]))
+        out = self._sample(flat, self.generator if generator is None else generator, deterministic)
+        if len(lead) != 1:
+            out = {key: value.reshape(*lead, *value.shape[1:]) for key, value in out.items()}
+        return TensorDict(out, batch_size=lead)
+
+    def log_prob(self, batch: TensorDictBase) -> UnitLogProb:
+        """Scores stored samples under the present weights.
+
+        Args:
+            batch: a record with ``observation [B, T, d]`` or ``[B, d]`` and the re-scoring keys of the same leading
+                shape. ``mask [B, N]`` is passed through; without it ``unit_mask [B, (T,) U]``; else all True.
+
+        Raises:
+            RecordError: a re-scoring key is missing.
+        """
+        observation = batch["observation"]
+        rows, lead = observation.shape[0], observation.shape[:-1]
+        stored = {key: self._stored(batch, key).flatten(0, len(lead) - 1) for key in self.rescoring_keys}
+        flat = self.normalize(observation.reshape(-1, observation.shape[-1]))
+        log_prob = self._log_prob(flat, stored).reshape(rows, -1)
+        return UnitLogProb(log_prob, self._mask(batch, log_prob), self.exact)
+
+    def nll(self, batch: TensorDictBase, generator: torch.Generator | None = None) -> Tensor:
+        """Supervised loss ``[B, N']`` of ``action [B, (T,) a]`` given ``observation [B, (T,) d]``.
+
+        ``N'`` is ``T`` (1 without a time axis) times the entries a step of this policy has. ``generator`` feeds the
+        noise of flow and diffusion losses; :attr:`generator` if None.
+        """
+        observation, action = batch["observation"], batch["action"]
+        rows, steps = observation.shape[0], observation.ndim - 1
+        flat = self.normalize(observation.reshape(-1, observation.shape[-1]))
+        loss = self._nll(flat, action.flatten(0, steps - 1), self.generator if generator is None else generator)
+        return loss.reshape(rows, -1)
+
+    def update_normalizer(self, observation: Tensor) -> None:
+        """Adds raw ``observation [..., d]`` to the running moments; does nothing where normalisation is off."""
+        if isinstance(self.normalizer, RunningNormalizer):
+            self.normalizer.update(observation)
+
+    def normalize(self, observation: Tensor) -> Tensor:
+        """The observation as the network sees it, same shape."""
+        return observation if self.normalizer is None else self.normalizer(observation)
+
+    def to_env(self, normalized: Tensor) -> Tensor:
+        """From coordinates in which the bounds are -1 and 1 to the environment's, clipped to its bounds."""
+        action = torch.addcmul(self.action_middle, self.action_half, normalized)
+        return torch.minimum(torch.maximum(action, self.action_low), self.action_high)
+
+    def from_env(self, action: Tensor) -> Tensor:
+        """The inverse of :meth:`to_env` inside the bounds."""
+        return (action - self.action_middle) / self.action_half
+
+    def _stored(self, batch: TensorDictBase, key: str) -> Tensor:
+        value = batch.get(key, None)
+        if value is None:
+            raise RecordError(
+                f"{type(self).__name__} cannot score this batch: it lacks {key!r}; store all keys that sample() returns"
+            )
+        return value
+
+    @staticmethod
+    def _mask(batch: TensorDictBase, log_prob: Tensor) -> Tensor:
+        for key in ("mask", "unit_mask"):
+            mask = batch.get(key, None)
+            if mask is not None:
+                return mask.reshape(log_prob.shape)
+        return torch.ones_like(log_prob, dtype=torch.bool)

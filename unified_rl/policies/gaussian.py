@@ -1,0 +1,173 @@
+"""Gaussian policies, with and without tanh squashing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unified_rl.errors import ConfigError
+from unified_rl.policies.base import HALF_LOG_TWO_PI, Policy, draw_normal, normal_log_prob
+from unified_rl.policies.networks import linear, mlp, seeded, trunk_width
+
+SQUASH_LIMIT = 0.999
+"""Demonstrated actions are clipped to this share of the range before atanh, which is infinite at the bounds."""
+
+
+class GaussianPolicy(Policy):
+    """A diagonal Gaussian over a raw action, which the environment sees clipped or tanh-squashed, and scaled.
+
+    ``raw_action ~ N(mean(s), std)`` in coordinates where the action bounds are -1 and 1. Stored log-probs are of the
+    *raw* action: the Jacobian of the squashing is the same for both policies, so it cancels in every ratio, and a
+    clipped action keeps an exact density. One unit an action, or one per dimension.
+
+    With ``squash`` and ``state_dependent_std`` it is the actor of "Soft Actor-Critic" (arXiv:1801.01290); without
+    both, that of "Proximal Policy Optimization" (arXiv:1707.06347).
+
+    Args:
+        observation_dim: width of the observation.
+        action_dim: width of the action.
+        action_low: lower bounds.
+        action_high: upper bounds.
+        num_actions: must be None.
+        squash: tanh-squash the raw action; else the environment's bounds clip it.
+        state_dependent_std: the network gives the standard deviation; else it is a free parameter per dimension.
+        per_dimension: one unit per action dimension instead of one per action.
+        hidden: widths of the hidden layers.
+        activation: a name in :data:`unified_rl.policies.networks.ACTIVATIONS`.
+        orthogonal: orthogonal initialisation.
+        output_gain: gain of the mean layer with ``orthogonal``.
+        initial_log_std: of a free standard deviation.
+        log_std_low: floor of the log standard deviation, in sampling and scoring alike.
+        log_std_high: its ceiling.
+        normalize_observation: standardise observations by running moments.
+        seed: of the initial weights.
+
+    Raises:
+        ConfigError: discrete actions, or squashing without finite bounds.
+    """
+
+    rescoring_keys = ("raw_action",)
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        action_low: Sequence[float],
+        action_high: Sequence[float],
+        num_actions: int | None = None,
+        *,
+        squash: bool = False,
+        state_dependent_std: bool = False,
+        per_dimension: bool = False,
+        hidden: Sequence[int] = (64, 64),
+        activation: str = "tanh",
+        orthogonal: bool = True,
+        output_gain: float = 0.01,
+        initial_log_std: float = 0.0,
+        log_std_low: float = -5.0,
+        log_std_high: float = 2.0,
+        normalize_observation: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            observation_dim,
+            action_dim,
+            action_low,
+            action_high,
+            num_actions=num_actions,
+            normalize_observation=normalize_observation,
+            seed=seed,
+        )
+        if squash and not self.bounded:
+            raise ConfigError("squash needs finite action bounds; set squash to false")
+        if log_std_low >= log_std_high:
+            raise ConfigError(f"log_std_low {log_std_low} must lie below log_std_high {log_std_high}")
+        self.squash = squash
+        self.state_dependent_std = state_dependent_std
+        self.per_dimension = per_dimension
+        self.num_units = action_dim if per_dimension else 1
+        self.log_std_low, self.log_std_high = log_std_low, log_std_high
+        with seeded(seed):
+            self.trunk = mlp(observation_dim, hidden, activation=activation, orthogonal=orthogonal)
+            width = trunk_width(observation_dim, hidden)
+            outputs = 2 * action_dim if state_dependent_std else action_dim
+            self.head = linear(width, outputs, gain=output_gain if orthogonal else None)
+        if not state_dependent_std:
+            self.log_std = nn.Parameter(torch.full((action_dim,), float(initial_log_std)))
+
+    def mean_and_log_std(self, observation: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean ``[M, a]`` and bounded log standard deviation (``[M, a]`` or ``[a]``) of the raw action.
+
+        ``observation [M, d]`` is already normalised.
+        """
+        out = self.head(self.trunk(observation))
+        if self.state_dependent_std:
+            mean, log_std = out.chunk(2, dim=-1)
+        else:
+            mean, log_std = out, self.log_std
+        return mean, log_std.clamp(self.log_std_low, self.log_std_high)
+
+    def rsample(
+        self, observation: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Reparameterised sample with the log-prob of the *action*, for pathwise gradients.
+
+        Args:
+            observation: ``[M, d]`` raw.
+            generator: random stream; :attr:`generator` if None.
+            noise: ``[M, a]`` standard normal to use instead of drawing (for captured graphs).
+
+        Returns:
+            ``action [M, a]`` in the environment's coordinates, and ``log_prob [M]`` of the action scaled to [-1, 1],
+            the tanh Jacobian included (the coordinates in which a target entropy of minus the action width is meant).
+        """
+        mean, log_std = self.mean_and_log_std(self.normalize(observation))
+        if noise is None:
+            noise = draw_normal(mean.shape, mean, self.generator if generator is None else generator)
+        raw = torch.addcmul(mean, log_std.exp(), noise)
+        # the part of the density without gradient: the noise is its own standardised sample
+        constant = noise.square().sum(-1).mul_(-0.5).sub_(self.action_dim * HALF_LOG_TWO_PI)
+        if not self.squash:
+            return self.to_env(raw), constant - log_std.sum(-1)
+        # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2 x)), finite for every x
+        jacobian = (raw + F.softplus(-2.0 * raw)).mul(2.0) - log_std
+        action = torch.addcmul(self.action_middle, self.action_half, torch.tanh(raw))
+        return action, constant - 2.0 * math.log(2.0) * self.action_dim + jacobian.sum(-1)
+
+    def entropy(self, observation: Tensor) -> Tensor:
+        """Closed-form entropy of the raw action, ``[B, N]``, for ``observation [B, d]`` or ``[B, T, d]``."""
+        flat = self.normalize(observation.reshape(-1, observation.shape[-1]))
+        mean, log_std = self.mean_and_log_std(flat)
+        per_dimension = (log_std + (0.5 + HALF_LOG_TWO_PI)).expand_as(mean)
+        return self._units(per_dimension).reshape(observation.shape[0], -1)
+
+    def _units(self, per_dimension: Tensor) -> Tensor:
+        return per_dimension if self.per_dimension else per_dimension.sum(-1, keepdim=True)
+
+    def _action(self, raw: Tensor) -> Tensor:
+        return self.to_env(torch.tanh(raw) if self.squash else raw)
+
+    def _sample(self, observation: Tensor, generator: torch.Generator, deterministic: bool) -> dict[str, Tensor]:
+        mean, log_std = self.mean_and_log_std(observation)
+        if deterministic:
+            log_prob = mean.new_full((mean.shape[0], self.num_units), torch.nan)
+            return {"action": self._action(mean), "raw_action": mean, "behavior_log_prob": log_prob}
+        raw = torch.addcmul(mean, log_std.exp(), draw_normal(mean.shape, mean, generator))
+        log_prob = self._units(normal_log_prob(raw, mean, log_std))
+        return {"action": self._action(raw), "raw_action": raw, "behavior_log_prob": log_prob}
+
+    def _log_prob(self, observation: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+        mean, log_std = self.mean_and_log_std(observation)
+        return self._units(normal_log_prob(stored["raw_action"], mean, log_std))
+
+    def _nll(self, observation: Tensor, action: Tensor, generator: torch.Generator) -> Tensor:
+        """Minus the log-density of the raw action that leads to ``action``, ``[M, 1]``."""
+        raw = self.from_env(action)
+        if self.squash:
+            raw = torch.atanh(raw.clamp(-SQUASH_LIMIT, SQUASH_LIMIT))
+        mean, log_std = self.mean_and_log_std(observation)
+        return -normal_log_prob(raw, mean, log_std).sum(-1, keepdim=True)
