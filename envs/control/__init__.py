@@ -1,1 +1,7 @@
 """Control environments: batched MuJoCo, the two-route task, any Gymnasium id."""
+
+from unified_rl.envs.control.base import ControlEnvBase
+from unified_rl.envs.control.chunk import ActionChunk
+from unified_rl.envs.control.mujoco_env import TASKS, BatchedMujocoEnv, make_mujoco
+
+__all__ = ["TASKS", "ActionChunk", "BatchedMujocoEnv", "ControlEnvBase", "make_mujoco"]

@@ -1,0 +1,171 @@
+"""The common face of control environments: our batched protocol and TorchRL's ``EnvBase`` over two small methods."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase
+
+from unified_rl.errors import ConfigError, NonFiniteError
+from unified_rl.rollout.protocols import StepResult
+
+
+class Advance(NamedTuple):
+    """One step before any reset; the fields are those of :class:`~unified_rl.rollout.protocols.StepResult`."""
+
+    reward: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    next_observation: Tensor
+    executed: Tensor
+    info: dict[str, Tensor]
+
+
+class ControlEnvBase(EnvBase):
+    """K simulations as one TorchRL environment of batch size ``[K]`` and as the native batched protocol.
+
+    A subclass gives :meth:`advance`, :meth:`restart`, :meth:`seed_streams`, :meth:`state_dict` and
+    :meth:`load_state_dict`. The native calls (:meth:`reset_batch`, :meth:`step_batch`) reset ended episodes themselves
+    and always return the true final observation; the TorchRL calls leave resets to the caller, as TorchRL expects.
+
+    Args:
+        num_envs: K.
+        observation_dim: ``d``.
+        action_low, action_high: action bounds, one number a dimension.
+        max_steps: steps before an episode is truncated.
+        num_actions: number of discrete actions, or None where actions are real vectors.
+    """
+
+    domain = "control"
+
+    def __init__(
+        self,
+        num_envs: int,
+        observation_dim: int,
+        action_low: list[float],
+        action_high: list[float],
+        max_steps: int,
+        num_actions: int | None = None,
+    ) -> None:
+        if num_envs < 1:
+            raise ConfigError(f"num_envs is {num_envs}; set it to 1 or more")
+        super().__init__(device="cpu", batch_size=[num_envs])
+        self.num_envs, self.max_steps = num_envs, max_steps
+        self._inputs: dict[str, Any] = {
+            "observation_dim": observation_dim,
+            "action_dim": len(action_low),
+            "action_low": list(action_low),
+            "action_high": list(action_high),
+        }
+        if num_actions is not None:
+            self._inputs["num_actions"] = num_actions
+        self._make_specs()
+
+    def _make_specs(self) -> None:
+        count, inputs = self.num_envs, self._inputs
+        observation = Unbounded(shape=(count, inputs["observation_dim"]), dtype=torch.float32)
+        self.observation_spec = Composite(observation=observation, shape=(count,))
+        shape = (count, inputs["action_dim"])
+        if "num_actions" in inputs:
+            self.action_spec = Categorical(inputs["num_actions"], shape=shape, dtype=torch.int64)
+        else:
+            low, high = (torch.tensor(inputs[key]).expand(shape) for key in ("action_low", "action_high"))
+            self.action_spec = Bounded(low, high, shape=shape, dtype=torch.float32)
+        self.reward_spec = Unbounded(shape=(count, 1), dtype=torch.float32)
+        flags = {key: Categorical(2, shape=(count, 1), dtype=torch.bool) for key in ("done", "terminated", "truncated")}
+        self.done_spec = Composite(flags, shape=(count,))
+
+    @abstractmethod
+    def advance(self, action: Tensor, running: Tensor | None = None) -> Advance:
+        """Steps the simulations ``running [K]`` bool (default: all) with ``action [K, a]`` and resets none."""
+
+    @abstractmethod
+    def current_observation(self) -> Tensor:
+        """What the policy sees now, ``[K, d]`` float32."""
+
+    @abstractmethod
+    def restart(self, ended: Tensor) -> Tensor:
+        """Starts new episodes where ``ended [K]`` bool; returns their observations ``[n, d]`` float32 by lane."""
+
+    @abstractmethod
+    def seed_streams(self, seed: int) -> None:
+        """Restarts the environment's random streams."""
+
+    def policy_inputs(self) -> dict[str, Any]:
+        """Sizes and bounds that a policy's constructor takes."""
+        return dict(self._inputs)
+
+    def reset_batch(self, seed: int | None = None) -> Tensor:
+        """Starts a new episode in every simulation, after reseeding where a seed is given; ``[K, d]`` float32."""
+        if seed is not None:
+            self.seed_streams(seed)
+        return self.restart(torch.ones(self.num_envs, dtype=torch.bool))
+
+    def step_batch(self, action: Tensor) -> StepResult:
+        """Steps every simulation with ``action [K, a]`` and resets those that ended.
+
+        Raises:
+            NonFiniteError: a NaN or infinity in the action, observation or reward; names the simulation and its step.
+        """
+        step = self.advance(action)
+        observation = step.next_observation
+        ended = step.terminated | step.truncated
+        if ended.any():
+            observation = observation.clone()
+            observation[ended] = self.restart(ended)
+        return StepResult(
+            observation,
+            step.reward,
+            step.terminated,
+            step.truncated,
+            step.next_observation,
+            step.executed,
+            step.info,
+        )
+
+    def demonstrations(self, n: int, generator: torch.Generator | None = None) -> TensorDict:
+        """``[n]`` expert pairs ``observation``, ``action``; only environments with a scripted expert have any."""
+        raise ConfigError(
+            f"{type(self).__name__} has no scripted expert; use env=two_route, or train an agent and record its data"
+        )
+
+    def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDict:
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        ended = torch.ones(self.num_envs, dtype=torch.bool) if mask is None else mask.reshape(self.num_envs)
+        observation = torch.zeros(self.num_envs, self._inputs["observation_dim"])
+        if mask is not None and tensordict is not None and "observation" in tensordict.keys():
+            observation = tensordict["observation"].clone()
+        if ended.any():
+            observation[ended] = self.restart(ended)
+        return TensorDict({"observation": observation}, batch_size=self.batch_size)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDict:
+        step = self.advance(tensordict["action"])
+        terminated, truncated = step.terminated.unsqueeze(-1), step.truncated.unsqueeze(-1)
+        out = {"observation": step.next_observation, "reward": step.reward.unsqueeze(-1)}
+        out |= {"terminated": terminated, "truncated": truncated, "done": terminated | truncated}
+        return TensorDict(out, batch_size=self.batch_size)
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is not None:
+            self.seed_streams(seed)
+
+
+def raise_non_finite(name: str, value: Tensor, elapsed: Tensor) -> None:
+    """Names the first simulation whose ``value [K, ...]`` is not finite, and its step ``elapsed [K]``.
+
+    Raises:
+        NonFiniteError: where there is such a simulation; nothing happens otherwise.
+    """
+    bad = ~torch.isfinite(value.reshape(len(value), -1)).all(dim=1)
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise NonFiniteError(
+            f"the {name} of simulation {index} is not finite at step {int(elapsed[index])} of its episode "
+            f"({int(bad.sum())} of {len(bad)} simulations): lower the action scale or look at the policy's output"
+        )

@@ -1,0 +1,97 @@
+"""Open-loop chunks: one policy decision is h actions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from unified_rl.envs.control.base import Advance, ControlEnvBase
+
+from unified_rl.errors import ConfigError
+
+
+class ActionChunk(ControlEnvBase):
+    """Executes ``h`` actions of ``a`` dimensions a decision: an action is ``[K, h * a]``, first action first.
+
+    The reward of a decision is ``sum_i gamma^i r_i`` over the executed actions. A simulation whose episode ends inside
+    a chunk executes no more of it (``executed`` counts what it did) and keeps its true final observation.
+
+    Args:
+        env: an environment whose :meth:`advance` accepts a mask of running simulations.
+        horizon: h.
+        gamma: discount between the actions of a chunk.
+
+    Raises:
+        ConfigError: ``horizon`` below 1, or discrete actions.
+    """
+
+    def __init__(self, env: ControlEnvBase, horizon: int = 4, gamma: float = 0.99) -> None:
+        inputs = env.policy_inputs()
+        if horizon < 1 or "num_actions" in inputs:
+            raise ConfigError(f"a chunk needs real-valued actions and a length of 1 or more, got {horizon}")
+        self._horizon, self._gamma, self._action_dim = horizon, gamma, inputs["action_dim"]
+        super().__init__(
+            env.num_envs,
+            inputs["observation_dim"],
+            inputs["action_low"] * horizon,
+            inputs["action_high"] * horizon,
+            -(-env.max_steps // horizon),
+        )
+        self.inner = env
+
+    def advance(self, action: Tensor, running: Tensor | None = None) -> Advance:
+        """Executes the chunk ``[K, h * a]`` in every running simulation until its end or the episode's."""
+        plan = action.reshape(self.num_envs, self._horizon, self._action_dim)
+        active = torch.ones(self.num_envs, dtype=torch.bool) if running is None else running.clone()
+        total = self.inner.advance(plan[:, 0], active)
+        active = active & ~(total.terminated | total.truncated)
+        discount = 1.0
+        for index in range(1, self._horizon):
+            if not bool(active.any()):
+                break
+            discount *= self._gamma
+            total, active = self._merge(total, self.inner.advance(plan[:, index], active), active, discount)
+        return total
+
+    @staticmethod
+    def _merge(total: Advance, step: Advance, active: Tensor, discount: float) -> tuple[Advance, Tensor]:
+        merged = Advance(
+            total.reward + torch.where(active, discount * step.reward, torch.zeros_like(step.reward)),
+            torch.where(active, step.terminated, total.terminated),
+            torch.where(active, step.truncated, total.truncated),
+            torch.where(active.unsqueeze(-1), step.next_observation, total.next_observation),
+            total.executed + torch.where(active, step.executed, torch.zeros_like(step.executed)),
+            {key: torch.where(active, value, total.info[key]) for key, value in step.info.items()},
+        )
+        return merged, active & ~(step.terminated | step.truncated)
+
+    def restart(self, ended: Tensor) -> Tensor:
+        """Starts new episodes where ``ended [K]``; their observations ``[n, d]`` float32."""
+        return self.inner.restart(ended)
+
+    def seed_streams(self, seed: int) -> None:
+        """Restarts the random streams of the environment inside."""
+        self.inner.seed_streams(seed)
+
+    def demonstrations(self, n: int, generator: torch.Generator | None = None) -> TensorDict:
+        """The demonstrations of the environment inside, if it records chunks of this length."""
+        return self.inner.demonstrations(n, generator)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The state of the environment inside; a chunk is never half done between calls."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Restores :meth:`state_dict`."""
+        self.inner.load_state_dict(state)
+
+    def current_observation(self) -> Tensor:
+        """What the policy sees now, ``[K, d]`` float32."""
+        return self.inner.current_observation()
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """Closes the environment inside."""
+        self.inner.close(raise_if_closed=False)
+        super().close(raise_if_closed=False)

@@ -1,0 +1,184 @@
+"""One environment over K MuJoCo simulations, with the semantics of Gymnasium's v5 tasks."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from unified_rl.envs.control.base import Advance, ControlEnvBase, raise_non_finite
+from unified_rl.envs.control.chunk import ActionChunk
+from unified_rl.envs.control.locomotion import Ant, Humanoid
+from unified_rl.envs.control.manipulation import InvertedDoublePendulum, InvertedPendulum, Pusher, Reacher
+from unified_rl.envs.control.simulation import Simulations
+from unified_rl.envs.control.tasks import HalfCheetah, Hopper, Swimmer, Task, Walker2d
+
+from unified_rl.errors import CheckpointError, ConfigError
+
+TASKS: dict[str, type[Task]] = {
+    "HalfCheetah-v5": HalfCheetah,
+    "Hopper-v5": Hopper,
+    "Walker2d-v5": Walker2d,
+    "Ant-v5": Ant,
+    "Humanoid-v5": Humanoid,
+    "Swimmer-v5": Swimmer,
+    "Reacher-v5": Reacher,
+    "Pusher-v5": Pusher,
+    "InvertedPendulum-v5": InvertedPendulum,
+    "InvertedDoublePendulum-v5": InvertedDoublePendulum,
+}
+"""The batched tasks by their Gymnasium id."""
+
+
+class BatchedMujocoEnv(ControlEnvBase):
+    """K simulations of a :class:`~unified_rl.envs.control.tasks.Task`.
+
+    Actions are not clipped; MuJoCo itself clamps controls to the model's range, as in Gymnasium's v5 tasks.
+
+    Args:
+        task: what is simulated and rewarded.
+        num_envs: K.
+        seed: of the one generator that draws every start state.
+        threads: worker threads for the physics; 1 is best below some 64 simulations.
+    """
+
+    def __init__(self, task: Task, num_envs: int = 1, seed: int = 0, threads: int = 1) -> None:
+        model = task.load_model()
+        simulations = Simulations(model, num_envs, task.views, task.frame_skip, task.contact_forces, threads)
+        dim = task.observe(simulations.read(np.arange(1))).shape[1]
+        low, high = model.actuator_ctrlrange.astype(np.float32).T
+        super().__init__(num_envs, dim, low.tolist(), high.tolist(), task.max_steps)
+        self.task, self.model, self.simulations = task, model, simulations
+        self._elapsed = np.zeros(num_envs, dtype=np.int64)
+        self._action = np.zeros((num_envs, model.nu))
+        self._observation = np.zeros((num_envs, dim))
+        self._memory = task.memory(model, simulations.read(np.arange(num_envs)))
+        self._ones = torch.ones(num_envs, dtype=torch.int64)
+        self.seed_streams(seed)
+        self.reset_batch()
+
+    @property
+    def observation64(self) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """The current observation before the cast to float32, ``[K, d]`` float64; overwritten by the next step."""
+        return self._observation
+
+    def seed_streams(self, seed: int) -> None:
+        """Restarts the generator of start states."""
+        self._rng = np.random.default_rng(seed)
+
+    def advance(self, action: Tensor, running: Tensor | None = None) -> Advance:
+        """Steps the simulations ``running [K]`` (default: all) with ``action [K, nu]`` and resets none."""
+        np.copyto(self._action, action.detach().numpy())
+        if not math.isfinite(self._action.sum()):
+            raise_non_finite("action", torch.from_numpy(self._action), torch.from_numpy(self._elapsed))
+        frame = self.simulations.step(self._action, None if running is None else np.flatnonzero(running.numpy()))
+        self._elapsed += 1 if running is None else running.numpy()
+        outcome = self.task.outcome(self.model, frame, self._memory, self._action)
+        self._memory[:] = outcome.memory
+        self._observation[:] = self.task.observe(frame)
+        if not math.isfinite(self._observation.sum() + outcome.reward.sum()):
+            elapsed = torch.from_numpy(self._elapsed)
+            raise_non_finite("observation", torch.from_numpy(self._observation), elapsed)
+            raise_non_finite("reward", torch.from_numpy(outcome.reward), elapsed)
+        return Advance(
+            torch.from_numpy(outcome.reward.astype(np.float32)),
+            torch.from_numpy(outcome.terminated),
+            torch.from_numpy(self._elapsed >= self.max_steps),
+            torch.from_numpy(self._observation.astype(np.float32)),
+            self._ones,
+            {name: torch.from_numpy(value) for name, value in outcome.info.items()},
+        )
+
+    def restart(self, ended: Tensor) -> Tensor:
+        """Draws new start states where ``ended [K]`` bool; their observations ``[n, d]`` float32."""
+        lanes = np.flatnonzero(ended.numpy())
+        return self.restart_at(lanes, *self.task.initial(self.model, self._rng, len(lanes)))
+
+    def restart_at(self, lanes: np.ndarray[Any, Any], qpos: np.ndarray[Any, Any], qvel: np.ndarray[Any, Any]) -> Tensor:
+        """Starts new episodes of simulations ``lanes [n]`` in given states; observations ``[n, d]`` float32."""
+        frame = self.simulations.reset(lanes, qpos, qvel)
+        self._elapsed[lanes] = 0
+        self._memory[lanes] = self.task.memory(self.model, frame)
+        self._observation[lanes] = self.task.observe(frame)
+        return torch.from_numpy(self._observation[lanes].astype(np.float32))
+
+    def current_observation(self) -> Tensor:
+        """What the policy sees now, ``[K, d]`` float32."""
+        return torch.from_numpy(self._observation.astype(np.float32))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Physics with warm starts, current observation, what the next reward needs, elapsed steps, generator."""
+        return {
+            "physics": torch.from_numpy(self.simulations.state()),
+            "observation": torch.from_numpy(self._observation.copy()),
+            "memory": torch.from_numpy(self._memory.copy()),
+            "elapsed": torch.from_numpy(self._elapsed.copy()),
+            "rng": json.dumps(self._rng.bit_generator.state),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Restores :meth:`state_dict` bit for bit and recomputes nothing.
+
+        Raises:
+            CheckpointError: the state is of another task or number of simulations.
+        """
+        mine = self.simulations.state().shape
+        if tuple(state["physics"].shape) != mine or state["observation"].shape != self._observation.shape:
+            raise CheckpointError(
+                f"the saved simulations are {tuple(state['physics'].shape)}, this environment's are {mine}: "
+                "resume with the same env and num_envs"
+            )
+        self.simulations.load(state["physics"].numpy())
+        self._observation[:] = state["observation"].numpy()
+        self._memory[:] = state["memory"].numpy()
+        self._elapsed[:] = state["elapsed"].numpy()
+        self._rng.bit_generator.state = json.loads(state["rng"])
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """Stops the worker threads."""
+        self.simulations.close()
+        super().close(raise_if_closed=False)
+
+
+def make_mujoco(
+    name: str,
+    num_envs: int = 1,
+    seed: int = 0,
+    threads: int = 1,
+    chunk: int = 1,
+    gamma: float = 0.99,
+    options: dict[str, Any] | None = None,
+) -> ControlEnvBase:
+    """A batched MuJoCo task by its Gymnasium id.
+
+    Args:
+        name: a key of :data:`TASKS`.
+        num_envs: number of simulations K.
+        seed: of the start states.
+        threads: worker threads for the physics.
+        chunk: actions executed open loop per policy decision.
+        gamma: discount inside a chunk.
+        options: fields of the task to change, for example ``{ctrl_cost_weight: 0.0}``.
+
+    Raises:
+        ConfigError: an unknown name or option, with the nearest known one.
+    """
+    if name not in TASKS:
+        raise ConfigError(
+            f"no batched MuJoCo task {name!r}{_nearest(name, TASKS)}; any other id runs with env=gymnasium"
+        )
+    known = TASKS[name].__dataclass_fields__
+    for option in options or {}:
+        if option not in known:
+            raise ConfigError(f"{name} has no option {option!r}{_nearest(option, known)}; it has {', '.join(known)}")
+    env = BatchedMujocoEnv(TASKS[name](**(options or {})), num_envs, seed, threads)
+    return env if chunk == 1 else ActionChunk(env, chunk, gamma)
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), 1, 0.3)
+    return f", did you mean {near[0]!r}?" if near else ""
