@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.replay.ingest import from_collector
-from unified_rl.replay.ring import IntArray, Ring
 from unified_rl.replay.sampler import Sampler
 from unified_rl.replay.schema import Schema
-from unified_rl.replay.store import Leaves, MemoryStore
+from unified_rl.replay.state import ReplayState, to_numpy
+from unified_rl.replay.store import MemmapStore, MemoryStore
 from unified_rl.units import STEP_KEYS
 
-Rows = TensorDictBase | Mapping[str, Tensor]
-_CHUNK = 65_536
+Rows: TypeAlias = TensorDictBase | Mapping[str, Tensor]
 
 
-class Replay:
+class Replay(ReplayState):
     """Experience of either domain: transitions in lanes, or responses as rows.
 
     Rows of one write are consecutive. With ``lanes > 1`` a write is ``[T, lanes]``, row ``index = slot * lanes +
@@ -37,6 +34,10 @@ class Replay:
         capacity: rows held at most (rounded down to whole slots).
         lanes: rows of one slot, one a simulation; 1 for language rows.
         sampler: how rows are drawn.
+        storage: ``memory``, or ``memmap``: files under ``path`` that survive the process. A kill at any instruction
+            loses no committed row; a replay made again with the same ``path`` continues, with the same next draw.
+        path: the folder of a memory-mapped replay.
+        durable: of a memory-mapped replay: also survive the machine's failure, at the cost of a sync a write or draw.
         device: where rows are stored and sampled batches live.
         seed: of the replay's own random stream.
         cut: whether a window's ``step_mask`` ends with its first episode.
@@ -46,6 +47,7 @@ class Replay:
 
     Raises:
         ConfigError: an argument that does not fit the others.
+        CheckpointError: ``path`` holds a damaged replay, or one of another version or size, or is in use.
     """
 
     def __init__(
@@ -54,6 +56,9 @@ class Replay:
         *,
         lanes: int = 1,
         sampler: Sampler,
+        storage: str = "memory",
+        path: str | None = None,
+        durable: bool = False,
         device: str = "cpu",
         seed: int = 0,
         cut: bool = True,
@@ -61,36 +66,12 @@ class Replay:
         count_uses: bool = True,
         discount: float = 0.99,
     ) -> None:
-        if lanes < 1 or capacity < lanes:
-            raise ConfigError(f"capacity {capacity} must hold at least one slot of {lanes} lane(s)")
-        self.lanes, self.sampler, self.device = lanes, sampler, torch.device(device)
+        self.device = torch.device(device)
         self.cut, self.trim_key, self.count_uses, self.discount = cut, trim_key, count_uses, discount
-        self.schema: Schema | None = None
-        self._rng = np.random.Generator(np.random.PCG64(seed))
-        self._store = MemoryStore(self.device)
-        size = capacity // lanes * lanes
-        self.ring = Ring(capacity=size, physical=size, lanes=lanes)
-        self._leaves: Leaves = {}
-        self._columns: dict[str, NDArray[Any]] = {
-            name: np.zeros(size, dtype=dtype) for name, dtype in self._column_types().items()
-        }
         self._ones = torch.ones(0, dtype=torch.int32)
-        sampler.bind(self.ring, self._columns)
+        super().__init__(capacity, lanes, sampler, _make_store(storage, path, durable, self.device), seed)
 
     # -- what it holds ---------------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        return self.ring.live
-
-    @property
-    def capacity(self) -> int:
-        """Rows held at most."""
-        return self.ring.capacity
-
-    @property
-    def write_count(self) -> int:
-        """Rows ever written."""
-        return self.ring.written
 
     @property
     def pending(self) -> int:
@@ -106,9 +87,6 @@ class Replay:
     def storage(self) -> Any:
         """TorchRL's storage object that holds the rows."""
         return self._store.storage
-
-    def _column_types(self) -> dict[str, Any]:
-        return {"use_count": np.int32, **self.sampler.column_types()}
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -126,17 +104,6 @@ class Replay:
             self.schema.check(items, lead)
         else:
             self._allocate(Schema.of(items, len(lead)))
-
-    def _allocate(self, schema: Schema) -> None:
-        absent = [key for key in self.sampler.keys if key not in schema.fields]
-        if absent:
-            name = type(self.sampler).__name__
-            raise RecordError(f"the sampler {name} needs {', '.join(absent)}; rows hold {', '.join(schema.fields)}")
-        if self.trim_key is not None and self.trim_key not in schema.fields:
-            raise RecordError(f"trim_key is {self.trim_key}, but rows hold {', '.join(schema.fields)}")
-        self._leaves = self._store.allocate(schema, self.ring.physical)
-        self._watched = [key for key in (*self.sampler.keys, *self.sampler.optional_keys) if key in schema.fields]
-        self.schema = schema
 
     def _normalise(self, rows: Rows) -> tuple[dict[str, Tensor], torch.Size]:
         """The leaves of a write and its batch size: ``[B]``, or ``[T, lanes]``."""
@@ -190,18 +157,22 @@ class Replay:
         if len(lead) == 2:
             items = {key: value.flatten(0, 1) for key, value in items.items()}
         low = self.ring.written
-        self._write(items, low, low + count)
+        room = self.ring.physical - self.ring.capacity or count  # a memory-mapped write touches no live row
+        for offset in range(0, count, room):
+            part = items if count <= room else {key: value[offset : offset + room] for key, value in items.items()}
+            self._write(part, low + offset, min(low + offset + room, low + count))
         return torch.from_numpy(np.arange(low, low + count) % self.ring.physical).view(lead)
 
     def _write(self, items: Mapping[str, Tensor], low: int, high: int) -> None:
-        """Data first, then the commit, then the sampler."""
+        """Rows first, the commit last."""
         for offset, first, last in self.ring.pieces(low, high):
             piece = slice(offset, offset + last - first)
             for key, leaf in self._leaves.items():
                 leaf.write(first, last, items[key][piece])
         self.ring.write(self._columns["use_count"], low, high, 0)
         self.ring.written = high
-        self.sampler.wrote(low, high, {key: _numpy(items[key]) for key in self._watched})
+        self.sampler.wrote(low, high, {key: to_numpy(items[key]) for key in self._watched})
+        self._commit()
 
     def add(self, row: Rows) -> Tensor:
         """Writes one slot: a row ``[]``, or one row a lane ``[lanes]``; returns its index."""
@@ -237,6 +208,7 @@ class Replay:
         """
         length = length or self.sampler.length
         draw = self.sampler.draw(batch_size, self._rng, length or 1, version)
+        self._commit()
         serials = draw.serials
         if length is not None:
             serials = (serials[:, None] + np.arange(0, length * self.lanes, self.lanes)).reshape(-1)
@@ -261,10 +233,10 @@ class Replay:
 
     def _gather(self, index: Tensor, keys: Sequence[str] | None) -> dict[str, Tensor]:
         leaves = self._leaves
-        try:
-            wanted = leaves if keys is None else {key: leaves[key] for key in keys}
-        except KeyError as error:
-            raise RecordError(f"rows hold no {error}; they hold {', '.join(leaves)}") from None
+        unknown = [key for key in (*(keys or ()), self.trim_key) if key is not None and key not in leaves]
+        if unknown:
+            raise RecordError(f"rows hold no {', '.join(unknown)}; they hold {', '.join(leaves)}")
+        wanted = leaves if keys is None else {key: leaves[key] for key in keys}
         if self.trim_key is None:
             return {key: leaf.data.index_select(0, index) for key, leaf in wanted.items()}
         width = leaves[self.trim_key].data.shape[1]
@@ -302,16 +274,20 @@ class Replay:
         """
         if index.shape != priority.shape:
             raise RecordError(f"index {tuple(index.shape)} and priority {tuple(priority.shape)} differ in shape")
-        self.sampler.update(_numpy(index).reshape(-1), _numpy(priority).reshape(-1).astype(np.float64))
-
-    # -- state -----------------------------------------------------------------------------------------------------
-
-    def _meta(self) -> dict[str, Any]:
-        return {"written": self.ring.written, "rng": json.dumps(self._rng.bit_generator.state)}
+        self.sampler.update(to_numpy(index).reshape(-1), to_numpy(priority).reshape(-1).astype(np.float64))
+        self._commit()
 
 
-def _numpy(value: Tensor) -> NDArray[Any]:
-    return value.detach().cpu().numpy()
+def _make_store(storage: str, path: str | None, durable: bool, device: torch.device) -> MemoryStore:
+    if storage == "memory":
+        return MemoryStore(device)
+    if storage != "memmap":
+        raise ConfigError(f"storage is 'memory' or 'memmap', not {storage!r}")
+    if path is None:
+        raise ConfigError("storage=memmap needs a path")
+    if device.type != "cpu":
+        raise ConfigError(f"storage=memmap keeps rows in files, so device is cpu, not {device}")
+    return MemmapStore(path, durable)
 
 
 def _narrow(key: str, data: Tensor, width: int, kept: int) -> Tensor:
@@ -323,6 +299,3 @@ def _narrow(key: str, data: Tensor, width: int, kept: int) -> Tensor:
 def _tensordict(items: dict[str, Tensor], shape: tuple[int, ...], device: torch.device) -> TensorDict:
     """A TensorDict whose shapes are right by construction, so that nothing is validated."""
     return TensorDict._new_unsafe(items, torch.Size(shape), device)
-
-
-__all__ = ["IntArray", "Replay"]
