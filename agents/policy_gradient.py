@@ -19,7 +19,7 @@ from unified_rl.policies.critics import ValueCritic
 from unified_rl.replay import Replay
 from unified_rl.returns import gae, group_advantage, vtrace
 from unified_rl.training.metrics import Means
-from unified_rl.units import Steps, record_from_steps, split_steps, trim_units, validate_record
+from unified_rl.units import Steps, record_from_steps, split_episodes, split_steps, trim_units, validate_record
 
 
 class PolicyGradient:
@@ -162,6 +162,8 @@ class PolicyGradient:
 
     def _draw(self, replay: Replay) -> TensorDict:
         batch = replay.sample(self.rows, length=self.length, version=self.version).to(self.device)
+        if not self.language and not self.shuffle_steps:
+            batch = split_episodes(batch)
         record = batch if self.language else record_from_steps(batch)
         validate_record(record, current_version=self.version)
         if self.language:

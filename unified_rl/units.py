@@ -252,6 +252,45 @@ def split_steps(record: TensorDictBase) -> TensorDict:
     return TensorDict(items, batch_size=[rows * steps])
 
 
+def split_episodes(segment: TensorDictBase) -> TensorDict:
+    """Windows of transitions cut where the episode changes: every piece of an episode becomes a row of its own.
+
+    Sequence- and prefix-level ratios would otherwise multiply across episodes.
+
+    Args:
+        segment: batch size ``[B, T]`` with ``episode [B, T]`` and optionally ``step_mask [B, T]``.
+
+    Returns:
+        Batch size ``[R, W]``: ``R`` pieces, padded at the end to the longest; ``step_mask [R, W]`` marks real steps,
+        padding holds zeros (episode, group and version repeat the piece's first).
+    """
+    episode = segment["episode"]
+    rows, steps = episode.shape
+    step_mask = segment.get("step_mask", None)
+    valid = torch.ones_like(episode, dtype=torch.bool) if step_mask is None else step_mask
+    starts = torch.ones_like(valid)
+    starts[:, 1:] = (episode[:, 1:] != episode[:, :-1]) | (valid[:, 1:] != valid[:, :-1])
+    piece = starts.flatten().cumsum(0) - 1
+    index = torch.arange(steps, device=episode.device).expand(rows, -1)
+    position = (index - torch.where(starts, index, torch.zeros_like(index)).cummax(-1).values).flatten()
+    kept = valid.flatten()
+    piece = torch.unique(piece[kept], return_inverse=True)[1]
+    position = position[kept]
+    count, width = int(piece.max()) + 1 if len(piece) else 0, int(position.max()) + 1 if len(position) else 0
+    items: dict[str, Tensor] = {}
+    for key, value in segment.items():
+        flat = value.flatten(0, 1)[kept]
+        out = flat.new_zeros((count, width, *flat.shape[1:]))
+        if key in ("episode", "group", "source", "policy_version"):
+            out[piece.flip(0)] = flat.flip(0)[:, None]  # the first step of a piece is written last
+        out[piece, position] = flat
+        items[key] = out
+    mask = torch.zeros(count, width, dtype=torch.bool, device=episode.device)
+    mask[piece, position] = True
+    items["step_mask"] = mask
+    return TensorDict(items, batch_size=[count, width])
+
+
 def trim_units(record: TensorDictBase, width: int) -> TensorDict:
     """Cuts unit keys and tokens of a language record to ``width`` columns (what follows is padding)."""
     full = record["tokens"].shape[-1]

@@ -1,0 +1,97 @@
+"""Behaviour cloning and supervised fine-tuning: one agent, the policy's own supervised loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from unified_rl.objectives import Optimizer
+from unified_rl.replay import Replay
+from unified_rl.units import trim_units
+
+
+class BehaviorCloning:
+    """Minimises ``policy.nll`` over rows of demonstrations.
+
+    For a language model this is supervised fine-tuning, for a flow policy flow matching, for a diffusion policy
+    epsilon prediction, for a Gaussian maximum likelihood.
+
+    Args:
+        policy: any policy.
+        generator: stream of losses that draw noise (flow and diffusion).
+        rows: rows of one collection; the default batch.
+        length: unused.
+        correction: unused.
+        lr: learning rate.
+        batch_size: rows of one optimiser step; by default ``rows``.
+        updates: optimiser steps per call of :meth:`update`.
+        gamma: recorded in collected rows only.
+        max_grad_norm: bound of the gradient norm.
+        weight_decay: decoupled weight decay.
+        device: where updates run.
+        seed: unused (no network of its own).
+    """
+
+    def __init__(
+        self,
+        policy: Any,
+        generator: torch.Generator,
+        rows: int = 256,
+        length: int | None = None,
+        correction: Any = None,
+        lr: float = 1e-3,
+        batch_size: int | None = None,
+        updates: int = 1,
+        gamma: float = 0.99,
+        max_grad_norm: float | None = 1.0,
+        weight_decay: float = 0.0,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        self.policy, self.generator, self.gamma = policy, generator, gamma
+        self.batch_size, self.updates = batch_size or rows, updates
+        self.device = torch.device(device)
+        self.optimizer = Optimizer({"policy": policy}, lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        if hasattr(policy, "generator"):
+            policy.generator = generator
+        self.version = 0
+
+    def step(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """One optimiser step on a batch of demonstrations; returns ``loss/nll`` (mean over supervised units)."""
+        batch = batch.to(self.device)
+        if "tokens" in batch.keys():
+            batch = trim_units(batch, int(batch["token_mask"].sum(-1).max()))
+        nll = self.policy.nll(batch)
+        mask = batch["mask"] if "mask" in batch.keys() and batch["mask"].shape == nll.shape else None
+        loss = nll.mean() if mask is None else torch.where(mask, nll, 0.0).sum() / mask.sum().clamp(min=1)
+        self.optimizer.zero_grad()
+        loss.backward()
+        norm = self.optimizer.step(loss)
+        return {"loss/nll": loss.detach(), "grad/norm": norm}
+
+    def update(self, replay: Replay, progress: float = 0.0) -> dict[str, Any]:
+        """``updates`` optimiser steps on rows drawn from the replay."""
+        metrics: dict[str, Any] = {}
+        for _ in range(self.updates):
+            metrics = self.step(replay.sample(self.batch_size, version=self.version))
+        self.version += 1
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Policy, optimiser, stream and version."""
+        return {
+            "policy": dict(self.policy.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "version": self.version,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.policy.load_state_dict(state["policy"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.version = state["version"]

@@ -1,0 +1,56 @@
+"""The progress display of one run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SHOWN = {"eval/score": "score", "rollout/return": "return", "rollout/reward": "reward", "ess/unit": "ESS", "kl/k3": "KL"}
+
+
+class Display:
+    """A rich progress bar with the latest score, effective sample size and KL.
+
+    Args:
+        name: the run's name.
+        steps: the budget.
+    """
+
+    def __init__(self, name: str, steps: int) -> None:
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self.name, self.steps = name, steps
+        self.task: Any = None
+        self.stage: Any = None
+        self.latest: dict[str, float] = {}
+
+    def __enter__(self) -> Display:
+        """Starts drawing."""
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Stops drawing."""
+        self.progress.stop()
+
+    def warm_start(self, stage: int, update: int, budget: int, loss: float, threshold: float | None) -> None:
+        """Shows a step of the warm start."""
+        if self.stage is None or self.stage[0] != stage:
+            self.stage = (stage, self.progress.add_task(f"warm start {stage + 1}", total=None, note=""))
+        goal = "" if threshold is None else f" (until {threshold})"
+        self.progress.update(self.stage[1], completed=update, total=budget, note=f"loss {loss:.3f}{goal}")
+
+    def update(self, steps: int, metrics: dict[str, float]) -> None:
+        """Shows a logged row."""
+        if self.task is None:
+            self.task = self.progress.add_task(self.name, total=self.steps, note="")
+        self.latest |= {SHOWN[key]: value for key, value in metrics.items() if key in SHOWN}
+        note = "  ".join(f"{key} {value:.3g}" for key, value in self.latest.items())
+        self.progress.update(self.task, completed=min(steps, self.steps), note=note)

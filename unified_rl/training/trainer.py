@@ -1,0 +1,183 @@
+"""One loop for every agent and domain: collect, store, update, log, evaluate, checkpoint."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from unified_rl.errors import NonFiniteError
+from unified_rl.training.checkpoint import write_checkpoint
+from unified_rl.training.metrics import Means, MetricLog
+from unified_rl.training.settings import TrainSettings
+
+
+class StopSignal:
+    """Turns the first Ctrl-C (or SIGTERM) into a request to stop after the update under way; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        """Installs the handlers (in the main thread only)."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Puts the old handlers back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+class Trainer:
+    """Runs an agent to its budget.
+
+    The rows of an update are ``rollout.staleness`` updates old: the loop keeps that many collected batches waiting in
+    the replay, so every update trains on rows that an older policy really sampled, and every run of the same budget
+    sees the same number of environment samples and gradient steps.
+
+    Args:
+        settings: intervals and budget.
+        folder: the run folder.
+        agent: anything with ``update(replay, progress)``, ``version``, ``state_dict`` and ``load_state_dict``.
+        rollout: a source of rows with ``collect(version)``, or None where the agent collects by itself.
+        replay: the replay, or None likewise.
+        evaluate: ``() -> metrics`` on held-out problems or seeds.
+        display: called with ``(steps, metrics)`` for progress.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        folder: Path,
+        agent: Any,
+        rollout: Any,
+        replay: Any,
+        evaluate: Callable[[], dict[str, float]],
+        display: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> None:
+        self.settings, self.folder, self.agent = settings, folder, agent
+        self.rollout, self.replay, self.evaluate = rollout, replay, evaluate
+        self.display = display or (lambda steps, metrics: None)
+        self.per_update = rollout.steps_per_collect if rollout is not None else agent.steps_per_update
+        self.staleness = rollout.staleness if rollout is not None else 0
+        self.planned = math.ceil(settings.steps / self.per_update)
+        self.collected = self.updates = 0
+        self.elapsed = 0.0
+        self.means = Means()
+        self.log: MetricLog | None = None
+        self._saved = -1
+        self._clean = True
+
+    @property
+    def steps(self) -> int:
+        """Environment steps (or conversations) behind the updates so far."""
+        return self.updates * self.per_update
+
+    def run(self) -> None:
+        """Trains until the budget is used, from wherever the state is.
+
+        Raises:
+            NonFiniteError: a NaN; a checkpoint from before it exists.
+            KeyboardInterrupt: after a checkpoint was written.
+        """
+        self.log = MetricLog(self.folder, keep_until=self.updates)
+        self._clock = time.monotonic() - self.elapsed
+        try:
+            with StopSignal() as stop:
+                if self.updates == 0:
+                    self._log(self.evaluate())
+                while self.updates < self.planned:
+                    self._iterate()
+                    if stop.requested:
+                        raise KeyboardInterrupt
+        except NonFiniteError:
+            self.save()
+            raise
+        finally:
+            if self._clean and self._saved != self.updates:
+                self.save()
+            self.log.close()
+
+    def _iterate(self) -> None:
+        self._clean = False
+        while self.rollout is not None and self.collected < self.planned:
+            if self.collected - self.updates > self.staleness:
+                break
+            rows, metrics = self.rollout.collect(self.agent.version)
+            self.replay.extend(rows)
+            self.collected += 1
+            self.means.add(metrics)
+        self.updates += 1  # counted before it runs: rows that met a NaN are spent, and a resumed run goes on behind them
+        self.means.add(self.agent.update(self.replay, (self.updates - 1) / self.planned))
+        self._clean = True
+        last = self.updates == self.planned
+        settings = self.settings
+        evaluate = last or self._crossed(settings.eval_every)
+        if evaluate or self._crossed(settings.log_every):
+            metrics = self.means.pop()
+            self._log({**metrics, **(self.evaluate() if evaluate else {})})
+        if not last and self._crossed(settings.checkpoint_every):
+            self.save()
+
+    def _crossed(self, every: int | None) -> bool:
+        """Whether the last update passed a multiple of ``every`` steps."""
+        if not every:
+            return False
+        return self.steps // every > (self.steps - self.per_update) // every
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        assert self.log is not None
+        self.elapsed = time.monotonic() - self._clock
+        self.log.write(self.updates, self.steps, self.elapsed, metrics)
+        self.display(self.steps, metrics)
+
+    # ------------------------------------------------------------------ state
+
+    def save(self) -> Path:
+        """Writes a checkpoint of everything.
+
+        Raises:
+            CheckpointError: the disk is full; earlier checkpoints are intact.
+        """
+        replay = self.replay if self.settings.checkpoint_replay else None
+        path = write_checkpoint(
+            self.folder / "checkpoints", self.updates, self.state_dict(), replay, self.settings.keep_checkpoints
+        )
+        self._saved = self.updates
+        return path
+
+    def state_dict(self) -> dict[str, Any]:
+        """Agent, rollout, counters and the means that wait for the next logged row."""
+        return {
+            "agent": self.agent.state_dict(),
+            "rollout": self.rollout.state_dict() if self.rollout is not None else None,
+            "collected": self.collected,
+            "updates": self.updates,
+            "elapsed": self.elapsed,
+            "means": self.means.state_dict(),
+            "has_replay": self.replay is not None and self.settings.checkpoint_replay,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
+        """Restores :meth:`state_dict`; the replay is read from ``folder/replay``."""
+        self.agent.load_state_dict(state["agent"])
+        if self.rollout is not None:
+            self.rollout.load_state_dict(state["rollout"])
+        if self.replay is not None and state["has_replay"]:
+            self.replay.loads(folder / "replay")
+        self.collected, self.updates, self.elapsed = state["collected"], state["updates"], state["elapsed"]
+        self.means.load_state_dict(state["means"])
+        self._saved = self.updates

@@ -1,0 +1,104 @@
+"""A supervised stage before reinforcement learning: imitate demonstrations until a loss threshold."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unified_rl.errors import ConfigError
+from unified_rl.training.checkpoint import latest_checkpoint, read_checkpoint
+
+
+class WarmStart:
+    """Stages of imitation on the environment's own demonstrations, or the policy of an earlier run.
+
+    Reinforcement learning only sharpens what a policy can already sample, so a stage ends on a loss threshold rather
+    than on a step count.
+
+    Args:
+        stages: each a mapping with optional keys ``style`` (passed to the environment's ``demonstrations``),
+            ``until_loss`` (smoothed loss at which the stage ends), ``updates`` (optimiser steps; with ``until_loss``
+            the most that are made, and reaching them is an error) and ``lr``.
+        batch_size: demonstrations of one optimiser step.
+        lr: learning rate of stages that name none.
+        dataset: demonstrations drawn once and reused (None draws fresh ones every step).
+        smoothing: share of the old value in the smoothed loss.
+        run: a run folder whose policy is loaded instead; ``stages`` are then skipped.
+
+    Raises:
+        ConfigError: a stage with an unknown key, or with neither ``until_loss`` nor ``updates``.
+    """
+
+    KEYS = ("style", "until_loss", "updates", "lr")
+
+    def __init__(
+        self,
+        stages: list[dict[str, Any]] | None = None,
+        batch_size: int = 256,
+        lr: float = 1e-3,
+        dataset: int | None = None,
+        smoothing: float = 0.95,
+        run: str | None = None,
+    ) -> None:
+        self.stages = [dict(stage) for stage in stages or []]
+        self.batch_size, self.lr, self.dataset, self.smoothing, self.run = batch_size, lr, dataset, smoothing, run
+        for number, stage in enumerate(self.stages):
+            unknown = [key for key in stage if key not in self.KEYS]
+            if unknown:
+                raise ConfigError(f"warm_start.stages[{number}] has unknown keys {unknown}; known: {', '.join(self.KEYS)}")
+            if stage.get("until_loss") is None and stage.get("updates") is None:
+                raise ConfigError(f"warm_start.stages[{number}] needs until_loss or updates")
+
+    def load_policy(self, policy: Any) -> None:
+        """Loads the policy of :attr:`run`.
+
+        Raises:
+            CheckpointError: no such run or no checkpoint in it.
+            ConfigError: the run's policy has another shape.
+        """
+        assert self.run is not None
+        state = read_checkpoint(latest_checkpoint(Path(self.run)))
+        try:
+            policy.load_state_dict(state["agent"]["policy"])
+        except (RuntimeError, KeyError) as error:
+            raise ConfigError(f"the policy of {self.run} does not fit this one: {str(error).splitlines()[0]}") from error
+
+    def fit(self, env: Any, make_agent: Any, demonstration_generator: torch.Generator, report: Any) -> None:
+        """Runs the stages.
+
+        Args:
+            env: anything with ``demonstrations(count, generator, ...)``.
+            make_agent: ``lr -> BehaviorCloning`` over the policy to train.
+            demonstration_generator: stream of the demonstrations.
+            report: called with ``(stage, update, budget, loss, threshold)`` after every step.
+
+        Raises:
+            ConfigError: a stage used up its updates above its threshold.
+        """
+        for number, stage in enumerate(self.stages):
+            agent = make_agent(stage.get("lr") or self.lr)
+            self._run_stage(number, stage, env, agent, demonstration_generator, report)
+
+    def _run_stage(self, number: int, stage: dict[str, Any], env: Any, agent: Any, stream: Any, report: Any) -> None:
+        style, threshold, budget = stage.get("style"), stage.get("until_loss"), stage.get("updates") or 20_000
+        options = {} if style is None else {"style": style}
+        pool = env.demonstrations(self.dataset, stream, **options) if self.dataset else None
+        smooth = math.nan
+        for update in range(1, budget + 1):
+            if pool is None:
+                batch = env.demonstrations(self.batch_size, stream, **options)
+            else:
+                batch = pool[torch.randint(len(pool), (self.batch_size,), generator=stream)]
+            loss = float(agent.step(batch)["loss/nll"])
+            smooth = loss if math.isnan(smooth) else self.smoothing * smooth + (1 - self.smoothing) * loss
+            report(number, update, budget, smooth, threshold)
+            if threshold is not None and smooth <= threshold:
+                return
+        if threshold is not None:
+            raise ConfigError(
+                f"warm start stage {number} ended at loss {smooth:.4f} after {budget} updates, above until_loss="
+                f"{threshold}; raise its updates or its lr, or loosen the threshold"
+            )
