@@ -83,7 +83,8 @@ class Policy(TensorDictModuleBase):
     ) -> None:
         super().__init__()
         self.in_keys = ["observation"]
-        self.out_keys = ["action", *self.rescoring_keys, "behavior_log_prob"]
+        extra = [key for key in self.rescoring_keys if key != "action"]
+        self.out_keys = ["action", *extra, "behavior_log_prob"]
         self.observation_dim = observation_dim
         self.action_dim = action_dim
         self.num_actions = num_actions
@@ -177,11 +178,7 @@ class Policy(TensorDictModuleBase):
         Raises:
             RecordError: a re-scoring key is missing.
         """
-        observation = batch["observation"]
-        rows, lead = observation.shape[0], observation.shape[:-1]
-        stored = {key: self._stored(batch, key).flatten(0, len(lead) - 1) for key in self.rescoring_keys}
-        flat = self.normalize(observation.reshape(-1, observation.shape[-1]))
-        log_prob = self._log_prob(flat, stored).reshape(rows, -1)
+        log_prob = self._log_prob(*self._flatten(batch)).reshape(batch["observation"].shape[0], -1)
         return UnitLogProb(log_prob, self._mask(batch, log_prob), self.exact)
 
     def nll(self, batch: TensorDictBase, generator: torch.Generator | None = None) -> Tensor:
@@ -195,6 +192,11 @@ class Policy(TensorDictModuleBase):
         flat = self.normalize(observation.reshape(-1, observation.shape[-1]))
         loss = self._nll(flat, action.flatten(0, steps - 1), self.generator if generator is None else generator)
         return loss.reshape(rows, -1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
 
     def update_normalizer(self, observation: Tensor) -> None:
         """Adds raw ``observation [..., d]`` to the running moments; does nothing where normalisation is off."""
@@ -213,6 +215,13 @@ class Policy(TensorDictModuleBase):
     def from_env(self, action: Tensor) -> Tensor:
         """The inverse of :meth:`to_env` inside the bounds."""
         return (action - self.action_middle) / self.action_half
+
+    def _flatten(self, batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """Normalised observations ``[M, d]`` and the stored keys ``[M, ...]`` of a batch with any leading shape."""
+        observation = batch["observation"]
+        lead = observation.ndim - 1
+        stored = {key: self._stored(batch, key).flatten(0, lead - 1) for key in self.rescoring_keys}
+        return self.normalize(observation.reshape(-1, observation.shape[-1])), stored
 
     def _stored(self, batch: TensorDictBase, key: str) -> Tensor:
         value = batch.get(key, None)

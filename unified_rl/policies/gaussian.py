@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -138,8 +139,12 @@ class GaussianPolicy(Policy):
         action = torch.addcmul(self.action_middle, self.action_half, torch.tanh(raw))
         return action, constant - 2.0 * math.log(2.0) * self.action_dim + jacobian.sum(-1)
 
-    def entropy(self, observation: Tensor) -> Tensor:
-        """Closed-form entropy of the raw action, ``[B, N]``, for ``observation [B, d]`` or ``[B, T, d]``."""
+    def entropy(self, batch: TensorDictBase | Tensor) -> Tensor:
+        """Closed-form entropy of the raw action, ``[B, N]`` nats.
+
+        ``batch`` is a record with ``observation [B, (T,) d]``, or that observation itself.
+        """
+        observation = batch if isinstance(batch, Tensor) else batch["observation"]
         flat = self.normalize(observation.reshape(-1, observation.shape[-1]))
         mean, log_std = self.mean_and_log_std(flat)
         per_dimension = (log_std + (0.5 + HALF_LOG_TWO_PI)).expand_as(mean)

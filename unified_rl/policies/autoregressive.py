@@ -1,0 +1,177 @@
+"""Autoregressive policies over action tokens: one categorical per action dimension, given the earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from unified_rl.errors import ConfigError
+from unified_rl.policies.base import Policy
+from unified_rl.policies.networks import activation_named, mlp, seeded, trunk_width
+from unified_rl.policies.sampling import Sampling, draw, entropy_of, token_log_prob
+
+
+def to_bins(value: Tensor, bins: int) -> Tensor:
+    """Bin ids int64 of values in [-1, 1] (clipped to it), ``bins`` of equal width; any shape."""
+    return ((value + 1.0) * (0.5 * bins)).floor().clamp(0, bins - 1).to(torch.int64)
+
+
+def from_bins(index: Tensor, bins: int) -> Tensor:
+    """Centres float32 of bins: within ``1 / bins`` of every value that :func:`to_bins` puts there."""
+    return (2.0 * index.to(torch.float32) + 1.0) / bins - 1.0
+
+
+class AutoregressivePolicy(Policy):
+    """Discretised actions, sampled one dimension after another; one unit a dimension.
+
+    Dimension i's logits are an MLP of the observation, of i, and of the bins of the dimensions before i. For a discrete
+    action space there is one unit with ``num_actions`` categories and ``action`` is int64 ``[.., 1]``. Stored
+    log-probs are those after temperature and top-p, and re-scoring applies the same transform; with top-p below 1 the
+    two policies' supports differ, so ratios are no exact importance weights (``exact`` is False).
+
+    Sources: per-dimension action tokens as in "RT-1" (arXiv:2212.06817) and "Discrete Sequential Prediction of
+    Continuous Actions for Deep RL" (arXiv:1705.05035).
+
+    Args:
+        observation_dim: width of the observation.
+        action_dim: width of the action.
+        action_low: lower bounds.
+        action_high: upper bounds.
+        num_actions: number of actions of a discrete space; None for continuous actions in bins.
+        bins: bins a dimension.
+        temperature: divides the logits, in sampling and re-scoring; the supervised loss uses 1.
+        top_p: share of probability that is kept, likewise.
+        hidden: widths of the hidden layers over the observation.
+        activation: a name in :data:`unified_rl.policies.networks.ACTIVATIONS`.
+        normalize_observation: standardise observations by running moments.
+        seed: of the initial weights.
+
+    Raises:
+        ConfigError: unbounded continuous actions, fewer than two bins, or a temperature or top-p out of range.
+    """
+
+    supports_discrete = True
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        action_low: Sequence[float],
+        action_high: Sequence[float],
+        num_actions: int | None = None,
+        *,
+        bins: int = 21,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        hidden: Sequence[int] = (128, 128),
+        activation: str = "relu",
+        normalize_observation: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.rescoring_keys = ("action",) if num_actions is not None else ("action_bins",)
+        super().__init__(
+            observation_dim,
+            action_dim,
+            action_low,
+            action_high,
+            num_actions=num_actions,
+            normalize_observation=normalize_observation,
+            seed=seed,
+        )
+        self.discrete = num_actions is not None
+        self.bins = bins if num_actions is None else num_actions
+        if self.bins < 2:
+            raise ConfigError(f"an autoregressive policy needs at least 2 bins or actions, got {self.bins}")
+        if not self.discrete and not self.bounded:
+            raise ConfigError("action bins need finite action bounds")
+        self.num_units = 1 if self.discrete else action_dim
+        self.sampling = Sampling(temperature=temperature, top_p=top_p)
+        self.exact = not self.sampling.truncates
+        self._build(hidden, activation, seed)
+
+    def _build(self, hidden: Sequence[int], activation: str, seed: int) -> None:
+        width = trunk_width(self.observation_dim, hidden)
+        with seeded(seed):
+            self.trunk = mlp(self.observation_dim, hidden, width, activation=activation)
+            self.position: nn.Parameter | None = None
+            self.embedding: nn.Embedding | None = None
+            if self.num_units > 1:
+                self.position = nn.Parameter(torch.randn(self.num_units, width) * 0.1)
+                # bins of the last dimension condition nothing
+                self.embedding = nn.Embedding((self.num_units - 1) * self.bins, width)
+                nn.init.normal_(self.embedding.weight, std=self.num_units**-0.5)
+            self.head = nn.Sequential(
+                activation_named(activation)(), *mlp(width, (width,), self.bins, activation=activation)
+            )
+
+    # --- values and bins -----------------------------------------------------------------------------------------
+
+    def bins_of(self, action: Tensor) -> Tensor:
+        """Bin ids ``[M, U]`` int64 of actions ``[M, a]`` in the environment's coordinates."""
+        if self.discrete:
+            return action.reshape(-1, 1).to(torch.int64)
+        return to_bins(self.from_env(action), self.bins)
+
+    def action_of(self, bins: Tensor) -> Tensor:
+        """The inverse: bin centres ``[M, a]`` in the environment's coordinates (the ids themselves if discrete)."""
+        return bins if self.discrete else self.to_env(from_bins(bins, self.bins))
+
+    # --- logits --------------------------------------------------------------------------------------------------
+
+    def _embed(self, bins: Tensor) -> Tensor:
+        """Embeddings ``[M, n, H]`` of the first ``n <= U - 1`` dimensions' bins ``[M, n]``."""
+        assert self.embedding is not None
+        offset = torch.arange(bins.shape[-1], device=bins.device) * self.bins
+        return self.embedding(bins + offset)
+
+    def _logits(self, observation: Tensor, bins: Tensor) -> Tensor:
+        """Untransformed logits ``[M, U, bins]`` of every dimension given the stored bins before it, in one pass."""
+        context = self.trunk(observation).unsqueeze(1)
+        if self.position is not None:
+            earlier = self._embed(bins[:, :-1]).cumsum(1)
+            context = context + self.position + nn.functional.pad(earlier, (0, 0, 1, 0))
+        return self.head(context)
+
+    def _draw(self, logits: Tensor, generator: torch.Generator, deterministic: bool) -> Tensor:
+        if deterministic:
+            return logits.argmax(-1)
+        return draw(logits.to(generator.device), generator).to(logits.device)
+
+    def _sample(self, observation: Tensor, generator: torch.Generator, deterministic: bool) -> dict[str, Tensor]:
+        context = self.trunk(observation)
+        earlier = torch.zeros_like(context)
+        bins, log_probs = [], []
+        for i in range(self.num_units):
+            given = context if self.position is None else context + self.position[i] + earlier
+            logits = self.sampling.logits(self.head(given))
+            chosen = self._draw(logits, generator, deterministic)
+            bins.append(chosen)
+            log_probs.append(token_log_prob(logits, chosen))
+            if self.embedding is not None and i + 1 < self.num_units:
+                earlier = earlier + self.embedding(chosen + i * self.bins)
+        stored, log_prob = torch.stack(bins, -1), torch.stack(log_probs, -1)
+        if deterministic:
+            log_prob = torch.full_like(log_prob, torch.nan)
+        out = {"action": self.action_of(stored), "behavior_log_prob": log_prob}
+        return out if self.discrete else out | {"action_bins": stored}
+
+    def _stored_bins(self, stored: Mapping[str, Tensor]) -> Tensor:
+        return stored[self.rescoring_keys[0]].reshape(-1, self.num_units).to(torch.int64)
+
+    def _log_prob(self, observation: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+        bins = self._stored_bins(stored)
+        return token_log_prob(self.sampling.logits(self._logits(observation, bins)), bins)
+
+    def entropy(self, batch: TensorDictBase) -> Tensor:
+        """Entropy ``[B, N]`` in nats of each dimension's sampling distribution given the stored earlier ones."""
+        observation, stored = self._flatten(batch)
+        logits = self.sampling.logits(self._logits(observation, self._stored_bins(stored)))
+        return entropy_of(logits).reshape(batch["observation"].shape[0], -1)
+
+    def _nll(self, observation: Tensor, action: Tensor, generator: torch.Generator) -> Tensor:
+        """Cross-entropy ``[M, U]`` of each dimension's bin given the earlier ones, at temperature 1."""
+        bins = self.bins_of(action)
+        return -token_log_prob(self._logits(observation, bins), bins)

@@ -1,0 +1,236 @@
+"""The one transition rule of flow and diffusion policies: a chain of Gaussian steps from noise to action.
+
+``x_0 ~ N(0, I)``, ``x_{k+1} ~ N(mean_k(x_k, s), std_k(x_k, s))``, and the action is ``x_K`` clipped to its bounds. The
+stored log-prob has one entry a step, so a ratio of two chains is an exact importance weight: its expectation given
+the action is the ratio of the marginals. The start's density is the same for every weight and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unified_rl.errors import ConfigError
+from unified_rl.policies.base import Policy, draw_normal, normal_log_prob
+from unified_rl.policies.networks import linear, mlp, seeded, time_features
+
+TIME_FEATURES = 8
+
+
+class ChainNetwork(nn.Module):
+    """An MLP of observation, chain state and time, in which what does not change along the chain is computed once.
+
+    Args:
+        observation_dim: width ``d``.
+        action_dim: width ``a`` of the chain state.
+        outputs: width of the output.
+        hidden: widths of the hidden layers, at least one.
+        activation: a name in :data:`unified_rl.policies.networks.ACTIVATIONS`.
+    """
+
+    def __init__(
+        self, observation_dim: int, action_dim: int, outputs: int, hidden: Sequence[int], activation: str
+    ) -> None:
+        super().__init__()
+        if not hidden:
+            raise ConfigError("a flow or diffusion policy needs at least one hidden layer")
+        self.sizes = [observation_dim, action_dim, TIME_FEATURES]
+        self.first = linear(sum(self.sizes), hidden[0])
+        # the trunk begins with an activation: its first linear layer is the one above, taken apart
+        self.rest = mlp(hidden[0], hidden, outputs, activation=activation)[1:]
+
+    def condition(self, observation: Tensor) -> Tensor:
+        """The observation's share of the first layer: ``[M, d]`` to ``[M, H]``."""
+        return F.linear(observation, self.first.weight[:, : self.sizes[0]], self.first.bias)
+
+    def clock(self, time: Tensor) -> Tensor:
+        """The time's share of the first layer: ``[...]`` in [0, 1] to ``[..., H]``."""
+        return F.linear(time_features(time, TIME_FEATURES), self.first.weight[:, -TIME_FEATURES:])
+
+    def forward(self, condition: Tensor, state: Tensor, clock: Tensor) -> Tensor:
+        """Output ``[..., outputs]`` for ``state [..., a]`` and broadcastable condition and clock ``[..., H]``."""
+        weight = self.first.weight[:, self.sizes[0] : -TIME_FEATURES]
+        return self.rest(F.linear(state, weight) + condition + clock)
+
+
+class ChainPolicy(Policy):
+    """Base of flow and diffusion policies; one unit a denoising step.
+
+    Subclasses give the rule of one step (:meth:`_kernel`), its noiseless form (:meth:`_noiseless`) and a supervised
+    loss. Chain states are in coordinates where the action bounds are -1 and 1, and are stored unclipped.
+
+    Args:
+        observation_dim: width of the observation.
+        action_dim: width of the action.
+        action_low: lower bounds.
+        action_high: upper bounds.
+        num_actions: must be None.
+        outputs: width of the network's output.
+        steps: ``K``, steps of the chain.
+        trained_steps: ``K'``; the first ``K - K'`` steps are run by a frozen copy of the network (see
+            :meth:`freeze_prefix`) and are part of the start's distribution, so there are ``K'`` units and the stored
+            chain begins after them. None trains all. "Diffusion Policy Policy Optimization" (arXiv:2409.00588).
+        mean_over_dims: log-probs are means over the action's dimensions instead of sums, as in that paper. Ratios
+            are then no importance weights (``exact`` is False).
+        zero_start: deterministic use starts from 0 instead of from drawn noise. One action per observation, but a
+            multi-modal policy then shows one mode only.
+        hidden: widths of the hidden layers.
+        activation: a name in :data:`unified_rl.policies.networks.ACTIVATIONS`.
+        normalize_observation: standardise observations by running moments.
+        seed: of the initial weights.
+
+    Raises:
+        ConfigError: discrete or unbounded actions, or numbers of steps that do not fit.
+    """
+
+    rescoring_keys = ("chain",)
+    times: Tensor
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        action_low: Sequence[float],
+        action_high: Sequence[float],
+        num_actions: int | None,
+        *,
+        outputs: int,
+        steps: int,
+        trained_steps: int | None,
+        mean_over_dims: bool,
+        zero_start: bool,
+        hidden: Sequence[int],
+        activation: str,
+        normalize_observation: bool,
+        seed: int,
+    ) -> None:
+        super().__init__(
+            observation_dim,
+            action_dim,
+            action_low,
+            action_high,
+            num_actions=num_actions,
+            normalize_observation=normalize_observation,
+            seed=seed,
+        )
+        if steps < 1 or not 1 <= (trained_steps or steps) <= steps:
+            raise ConfigError(f"1 <= trained_steps <= steps must hold, got {trained_steps} of {steps}")
+        if not self.bounded:
+            raise ConfigError(f"{type(self).__name__} needs finite action bounds to scale actions to [-1, 1]")
+        self.steps = steps
+        self.num_units = trained_steps or steps
+        self.mean_over_dims, self.zero_start = mean_over_dims, zero_start
+        self.exact = not mean_over_dims
+        self.register_buffer("times", torch.arange(steps) / steps, persistent=False)
+        with seeded(seed):
+            self.network = ChainNetwork(observation_dim, action_dim, outputs, hidden, activation)
+        self.frozen: ChainNetwork | None = None
+        if trained_steps is not None and trained_steps < steps:
+            self.frozen = deepcopy(self.network).requires_grad_(False)
+            self.register_load_state_dict_pre_hook(_fill_frozen)
+
+    # --- what a subclass implements ------------------------------------------------------------------------------
+
+    def _kernel(self, output: Tensor, state: Tensor, index: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation ``[..., a]`` of the state after ``state [..., a]``.
+
+        ``output [..., outputs]`` is the network's; ``index`` is the step, or a slice's worth of steps ``[K']`` for
+        states ``[M, K', a]``.
+        """
+        raise NotImplementedError
+
+    def _noiseless(self, output: Tensor, state: Tensor, index: Tensor | int) -> Tensor:
+        """The state after ``state [..., a]`` in deterministic use."""
+        raise NotImplementedError
+
+    # --- shared --------------------------------------------------------------------------------------------------
+
+    def freeze_prefix(self) -> None:
+        """Makes the frozen first steps use the present weights; call it once, after pre-training.
+
+        Raises:
+            ConfigError: the policy trains all of its steps.
+        """
+        if self.frozen is None:
+            raise ConfigError("this policy has no frozen steps; set policy.trained_steps below policy.steps")
+        self.frozen.load_state_dict(self.network.state_dict())
+
+    def integrate(self, observation: Tensor, start: Tensor) -> Tensor:
+        """The noiseless map from ``start [M, a]`` to a normalised action ``[M, a]``, with gradients.
+
+        ``observation [M, d]`` is raw. Not clipped.
+        """
+        return self._run(self.normalize(observation), [start], deterministic=True)[0][:, -1]
+
+    def _networks(self) -> list[ChainNetwork]:
+        frozen = self.steps - self.num_units
+        return [self.network if k >= frozen or self.frozen is None else self.frozen for k in range(self.steps)]
+
+    def _run(self, observation: Tensor, noise: Sequence[Tensor], deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the chain from ``noise[0]`` with noises ``noise[1:]``.
+
+        Returns the states ``[M, K'+1, a]`` from the first trained step on, and the means and log standard deviations
+        ``[M, K', a]`` of the trained steps (meaningless in deterministic use).
+        """
+        networks = self._networks()
+        conditions = {id(net): net.condition(observation) for net in networks}
+        clocks = {id(net): net.clock(self.times) for net in networks}
+        state, states, means, log_stds = noise[0], [noise[0]], [], []
+        for k, net in enumerate(networks):
+            output = net(conditions[id(net)], state, clocks[id(net)][k])
+            if deterministic:
+                state = mean = log_std = self._noiseless(output, state, k)
+            else:
+                mean, log_std = self._kernel(output, state, k)
+                log_std = log_std.expand_as(mean)
+                state = torch.addcmul(mean, log_std.exp(), noise[k + 1])
+            states.append(state)
+            means.append(mean)
+            log_stds.append(log_std)
+        first = self.steps - self.num_units
+        return torch.stack(states[first:], 1), torch.stack(means[first:], 1), torch.stack(log_stds[first:], 1)
+
+    def _sample(self, observation: Tensor, generator: torch.Generator, deterministic: bool) -> dict[str, Tensor]:
+        shape = (observation.shape[0], self.action_dim)
+        noise = draw_normal((1 if deterministic else self.steps + 1, *shape), observation, generator)
+        if deterministic and self.zero_start:
+            noise = torch.zeros_like(noise)
+        chain, mean, log_std = self._run(observation, noise.unbind(0), deterministic)
+        if deterministic:
+            log_prob = mean.new_full(mean.shape[:-1], torch.nan)
+        else:
+            log_prob = self._reduce(normal_log_prob(chain[:, 1:], mean, log_std))
+        return {"action": self.to_env(chain[:, -1]), "chain": chain, "behavior_log_prob": log_prob}
+
+    def transitions(self, observation: Tensor, chain: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and log standard deviations ``[M, K', a]`` of all stored transitions, in one pass of the network.
+
+        ``observation [M, d]`` is already normalised, ``chain [M, K'+1, a]``.
+        """
+        index = torch.arange(self.steps - self.num_units, self.steps, device=chain.device)
+        state = chain[:, :-1]
+        output = self.network(
+            self.network.condition(observation).unsqueeze(1), state, self.network.clock(self.times[index])
+        )
+        mean, log_std = self._kernel(output, state, index)
+        return mean, log_std.expand_as(mean)
+
+    def _log_prob(self, observation: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
+        chain = stored["chain"]
+        mean, log_std = self.transitions(observation, chain)
+        return self._reduce(normal_log_prob(chain[:, 1:], mean, log_std))
+
+    def _reduce(self, per_dimension: Tensor) -> Tensor:
+        return per_dimension.mean(-1) if self.mean_over_dims else per_dimension.sum(-1)
+
+
+def _fill_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Weights saved by a policy without frozen steps become the frozen ones too (pre-train, then fine-tune)."""
+    start = f"{prefix}network."
+    for key in [key for key in state if key.startswith(start)]:
+        state.setdefault(f"{prefix}frozen.{key[len(start) :]}", state[key])
