@@ -54,7 +54,7 @@ class Job:
         self.seed = self.settings.seed
         rollout = dict(cfg.get("rollout") or {})
         self.collects = bool(rollout)
-        sizes = {"num_envs": rollout["num_envs"]} if "num_envs" in rollout else {}
+        sizes = {"num_envs": rollout.get("num_envs", 16) if rollout else cfg["agent"].get("num_envs", 1)}
         self.env = self._environment("env", **sizes)
         self.language = self.env.domain == "language"
         self.eval_env: Any = None
