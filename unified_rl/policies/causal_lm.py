@@ -1,0 +1,245 @@
+"""A causal language model as a policy: one unit is one token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+from unified_rl.errors import RecordError
+from unified_rl.policies.generation import Generation, generate
+from unified_rl.policies.pretrained import build_model, has_plain_head, special_ids, trunk_states
+from unified_rl.policies.sampling import NO_TRUNCATION, Sampling, entropy_of, token_log_prob
+from unified_rl.units import UnitLogProb
+
+LOGITS_AT_ONCE = 2**25
+"""Logits held at a time where ``logit_chunk`` is 0 (128 MiB in float32)."""
+
+
+class CausalLM(TensorDictModuleBase):
+    """Any Hugging Face causal language model, from a configuration or a local folder.
+
+    ``forward`` samples one turn for TorchRL collectors: it reads ``tokens [B, N]`` and ``token_mask [B, N]`` and writes
+    ``action``, ``action_mask`` and ``behavior_log_prob``, each ``[B, max_new_tokens]``.
+
+    Args:
+        tokenizer: vocabulary and special tokens.
+        max_length: longest row.
+        path: folder of a checkpoint (``config.json`` and safetensors).
+        config: instead of ``path``: ``model_type`` and sizes of a fresh model, see
+            :func:`~unified_rl.policies.pretrained.build_model`.
+        allow_hub: fetch ``path`` from the hub where it is no folder.
+        temperature: of sampling and of every log-prob.
+        top_k: keep the most likely tokens only; 0 keeps all.
+        top_p: keep the nucleus of this probability only; 1 keeps all. A stored token that has left the support of the
+            present weights scores ``-inf``; the correction rejects and counts it.
+        dtype: of the weights.
+        autocast: run matrix products in bfloat16.
+        logit_chunk: positions whose logits are held at a time; the rest is recomputed in the backward pass. 0 chooses
+            so that about 128 MiB are held.
+        gradient_checkpointing: recompute the layers in the backward pass.
+        max_new_tokens: of ``forward``.
+        seed: of fresh weights, and of the policy's own :attr:`generator`.
+
+    Raises:
+        ConfigError, CheckpointError: as :func:`~unified_rl.policies.pretrained.build_model`, and for a bad transform.
+    """
+
+    exact = True
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_length: int,
+        *,
+        path: str | None = None,
+        config: dict[str, Any] | None = None,
+        allow_hub: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        dtype: str = "float32",
+        autocast: bool = False,
+        logit_chunk: int = 0,
+        gradient_checkpointing: bool = False,
+        max_new_tokens: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.in_keys = ["tokens", "token_mask"]
+        self.out_keys = ["action", "action_mask", "behavior_log_prob"]
+        self.sampling = Sampling(temperature, top_k, top_p)
+        self.tokenizer, self.max_length, self.max_new_tokens = tokenizer, max_length, max_new_tokens
+        self.pad_id, self.eos_id = special_ids(tokenizer)
+        self.autocast, self.logit_chunk, self.seed = autocast, logit_chunk, seed
+        self.model: Any = build_model(
+            AutoModelForCausalLM,
+            tokenizer,
+            max_length,
+            path=path,
+            config=config,
+            allow_hub=allow_hub,
+            dtype=dtype,
+            seed=seed,
+        )
+        self.model.plain_head = has_plain_head(self.model)
+        if gradient_checkpointing:
+            _recompute_layers(self.model)
+        self._generator: torch.Generator | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The stream that ``forward`` draws from; settable. Its state is the owner's to checkpoint."""
+        if self._generator is None:
+            self._generator = torch.Generator(self.device).manual_seed(self.seed)
+        return self._generator
+
+    @generator.setter
+    def generator(self, value: torch.Generator) -> None:
+        self._generator = value
+
+    def save(self, folder: str) -> None:
+        """Writes a checkpoint folder that ``path`` takes (model and tokenizer)."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    # --- sampling ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Tensor | Sequence[int]] | Tensor,
+        *,
+        max_new_tokens: int,
+        stop_ids: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        greedy: bool = False,
+        samples_per_prompt: int = 1,
+        backend: str = "own",
+        lengths: Tensor | None = None,
+    ) -> Generation:
+        """Samples continuations; see :func:`unified_rl.policies.generation.generate`. ``stop_ids`` defaults to eos."""
+        if stop_ids is None:
+            stop_ids = [] if self.eos_id is None else [self.eos_id]
+        if generator is None and not greedy:
+            generator = self.generator
+        with self._precision():
+            return generate(
+                self.model,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                stop_ids=stop_ids,
+                pad_id=self.pad_id,
+                lengths=lengths,
+                sampling=self.sampling,
+                samples_per_prompt=samples_per_prompt,
+                greedy=greedy,
+                generator=generator,
+                backend=backend,
+            )
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Samples one turn after ``tokens [B, N]`` (right-padded, ``token_mask [B, N]``) and writes the out keys."""
+        lengths = tensordict["token_mask"].sum(-1)
+        out = self.generate(tensordict["tokens"], lengths=lengths, max_new_tokens=self.max_new_tokens)
+        tensordict["action"] = out.tokens
+        tensordict["action_mask"] = torch.arange(self.max_new_tokens, device=self.device) < out.length[:, None]
+        tensordict["behavior_log_prob"] = out.log_prob
+        return tensordict
+
+    # --- scoring -------------------------------------------------------------------------------------------------
+
+    def log_prob(self, batch: TensorDictBase) -> UnitLogProb:
+        """Log-probs of the masked-in tokens under the sampling transform.
+
+        Args:
+            batch: ``tokens [B, N]`` int64, right-padded, and ``mask [B, N]`` bool, never True in column 0.
+
+        Returns:
+            ``[B, N]`` float32: entry ``n`` is ``log p(tokens[:, n] | tokens[:, :n])``, 0 where the mask is False,
+            ``-inf`` where the token lies outside the truncated support.
+
+        Raises:
+            RecordError: ``tokens`` or ``mask`` is missing, or the mask holds column 0.
+        """
+        return UnitLogProb(self._score(batch, self.sampling)[0], batch["mask"], self.exact)
+
+    def log_prob_and_entropy(self, batch: TensorDictBase) -> tuple[UnitLogProb, Tensor]:
+        """As :meth:`log_prob`, with the entropy ``[B, N]`` in nats of each unit's distribution, 0 outside the mask."""
+        log_prob, entropy = self._score(batch, self.sampling, entropy=True)
+        return UnitLogProb(log_prob, batch["mask"], self.exact), entropy
+
+    def nll(self, batch: TensorDictBase, generator: torch.Generator | None = None) -> Tensor:
+        """Supervised loss ``[B, N]`` in nats at temperature 1 without truncation, 0 outside the mask."""
+        return -self._score(batch, NO_TRUNCATION)[0]
+
+    def _score(self, batch: TensorDictBase, sampling: Sampling, entropy: bool = False) -> tuple[Tensor, Tensor]:
+        tokens, mask = _tokens_and_mask(batch)
+        rows, width = tokens.shape
+        unit = mask.flatten().nonzero()[:, 0]  # which of the B * N units are scored
+        used = int((unit % width).max()) if len(unit) else 1  # nothing to the right of the last unit is needed
+        source = unit // width * used + unit % width - 1  # the position that predicts it, in rows of that length
+        target = tokens.flatten()[unit]
+        with self._precision():
+            log_prob, extra = self._score_at(tokens[:, :used], source, target, sampling, entropy)
+        flat = log_prob.new_zeros(rows * width)
+        out = flat.index_put((unit,), log_prob).view(rows, width)
+        return out, flat.index_put((unit,), extra).view(rows, width) if entropy else flat
+
+    def _score_at(
+        self, tokens: Tensor, source: Tensor, target: Tensor, sampling: Sampling, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs (and entropies) ``[n]`` of ``target [n]``, predicted at flat positions ``source [n]``."""
+        if not self.model.plain_head:
+            logits = self.model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+            return _score_logits(logits.index_select(0, source), target, sampling, entropy)
+        hidden = trunk_states(self.model, tokens).flatten(0, 1).index_select(0, source)
+        head = self.model.get_output_embeddings()
+
+        def score(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+            return _score_logits(head(states), wanted, sampling, entropy)
+
+        size = self.logit_chunk or max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+        if len(target) <= size:
+            return score(hidden, target)
+        recompute = torch.is_grad_enabled()
+        parts = [
+            checkpoint(score, h, t, use_reentrant=False, preserve_rng_state=False) if recompute else score(h, t)
+            for h, t in zip(hidden.split(size), target.split(size), strict=True)
+        ]
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+
+
+def _recompute_layers(model: Any) -> None:
+    """Switches on gradient checkpointing, under the name that this version of transformers gives it."""
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
+def _score_logits(logits: Tensor, target: Tensor, sampling: Sampling, entropy: bool) -> tuple[Tensor, Tensor]:
+    logits = sampling.logits(logits)
+    log_prob = token_log_prob(logits, target)
+    return log_prob, entropy_of(logits) if entropy else log_prob.detach()
+
+
+def _tokens_and_mask(batch: TensorDictBase | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    for key in ("tokens", "mask"):
+        if key not in batch.keys():
+            raise RecordError(f"a language model cannot score this batch: it lacks {key!r}")
+    mask = batch["mask"]
+    if bool(mask[:, 0].any()):
+        raise RecordError("mask is True in column 0: the first token of a row has no context to be sampled from")
+    return batch["tokens"], mask

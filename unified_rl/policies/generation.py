@@ -1,0 +1,299 @@
+"""Sampling from a causal language model, with the log-prob of every token under its true sampling distribution.
+
+:func:`generate` is an own loop over the model's key-value cache. A prompt is encoded once for all of its samples,
+right-padded and without an attention mask (a causal model needs none), finished rows leave the cache, and tokens are
+drawn in one Gumbel pass. ``backend="hf"`` runs the ``generate`` of transformers instead: the reference of the tests,
+and the way for models whose cache is not plain attention over every position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from unified_rl.errors import ConfigError
+from unified_rl.policies.cache import SlabCache, count_layers, visible_columns
+from unified_rl.policies.sampling import Sampling, draw, token_log_prob
+
+COMPACT_BELOW = 0.8
+"""Finished rows leave the cache when the share of live rows falls below this."""
+
+CHECK_EVERY_ON_DEVICE = 8
+"""On an accelerator, how many tokens pass between two looks at how many rows are still alive (each look waits)."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was sampled.
+
+    Attributes:
+        tokens: ``[B, max_new_tokens]`` int64, the stop token included, ``pad_id`` after the end.
+        log_prob: ``[B, max_new_tokens]`` float32, under the sampling distribution; 0 after the end.
+        length: ``[B]`` int64, sampled tokens of each row.
+        finished: ``[B]`` bool, False where the row ran out of its budget without a stop token.
+    """
+
+    tokens: Tensor
+    log_prob: Tensor
+    length: Tensor
+    finished: Tensor
+
+    def rows(self) -> list[list[int]]:
+        """The sampled ids of each row, without padding."""
+        return [row[:n] for row, n in zip(self.tokens.tolist(), self.length.tolist(), strict=True)]
+
+
+def pad_prompts(
+    prompts: Sequence[Tensor | Sequence[int]] | Tensor, pad_id: int, device: torch.device, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Right-padded prompts ``[P, L]`` int64 and their lengths ``[P]`` int64.
+
+    Args:
+        prompts: ids of each prompt, or a right-padded ``[P, L]`` tensor.
+        pad_id: fills the padding.
+        device: where the result lies.
+        lengths: ``[P]``, real tokens of a padded tensor; all of them where absent.
+
+    Raises:
+        ConfigError: no prompt, or an empty one.
+    """
+    if isinstance(prompts, Tensor):
+        if lengths is None:
+            lengths = torch.full((prompts.shape[0],), prompts.shape[1], dtype=torch.int64)
+        tokens = prompts
+    else:
+        rows = [torch.as_tensor(p, dtype=torch.int64) for p in prompts]
+        lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)
+        tokens = torch.full((len(rows), int(lengths.max()) if rows else 0), pad_id, dtype=torch.int64)
+        for row, ids in zip(tokens, rows, strict=True):
+            row[: len(ids)] = ids
+    if not len(tokens) or int(lengths.min()) < 1:
+        raise ConfigError("generation needs at least one prompt, and every prompt at least one token (for example bos)")
+    return tokens[:, : int(lengths.max())].to(device), lengths.to(device)
+
+
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Tensor | Sequence[int]] | Tensor,
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    pad_id: int = 0,
+    lengths: Tensor | None = None,
+    sampling: Sampling | None = None,
+    samples_per_prompt: int = 1,
+    greedy: bool = False,
+    generator: torch.Generator | None = None,
+    backend: str = "own",
+) -> Generation:
+    """Samples continuations; row ``i * samples_per_prompt + j`` is sample ``j`` of prompt ``i``.
+
+    Args:
+        model: any ``AutoModelForCausalLM`` on any device.
+        prompts: token ids of each prompt, or a right-padded ``[P, L]`` tensor with ``lengths``.
+        max_new_tokens: width of the result.
+        stop_ids: ids that end a row; the id is part of the row and carries its log-prob.
+        pad_id: fills what lies after the end of a row.
+        lengths: ``[P]`` real tokens of a padded prompt tensor.
+        sampling: temperature, top-k, top-p. Log-probs are those of this distribution.
+        samples_per_prompt: each prompt is encoded once and sampled this often.
+        greedy: takes the most likely token; ``log_prob`` is still the token's under ``sampling``.
+        generator: of the model's device, or of the CPU (then one number seeds a stream on the device). Needed unless
+            ``greedy``.
+        backend: ``own`` or ``hf``. Models with a sliding window or a recurrent state always take ``hf``.
+
+    Raises:
+        ConfigError: an empty prompt, no generator, or an unknown backend.
+    """
+    if backend not in ("own", "hf"):
+        raise ConfigError(f"generation backend '{backend}' is unknown; use 'own' or 'hf'")
+    if generator is None and not greedy:
+        raise ConfigError("generation needs a generator, unless greedy=True")
+    tokens, lengths = pad_prompts(prompts, pad_id, model.device, lengths)
+    job = _Job(max_new_tokens, tuple(stop_ids), pad_id, sampling or Sampling(), samples_per_prompt, greedy)
+    was_training = model.training
+    model.eval()  # in training mode gradient checkpointing would switch the cache off
+    try:
+        if backend == "own" and has_plain_cache(model):
+            return _Loop(model, tokens, lengths, job, _on_device(generator, model.device)).run()
+        return _generate_hf(model, tokens, lengths, job, generator)
+    finally:
+        model.train(was_training)
+
+
+def has_plain_cache(model: PreTrainedModel) -> bool:
+    """True where every layer attends to every earlier position (no sliding window, no recurrent state)."""
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    return (
+        all(type(layer).__name__ == "DynamicLayer" for layer in layers) and model.config._attn_implementation == "sdpa"
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    pad_id: int
+    sampling: Sampling
+    repeats: int
+    greedy: bool
+
+    def empty(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Padded tokens and zero log-probs ``[rows, max_new_tokens]``."""
+        tokens = torch.full((rows, self.max_new_tokens), self.pad_id, dtype=torch.int64, device=device)
+        return tokens, torch.zeros(rows, self.max_new_tokens, device=device)
+
+    def pick(self, logits: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """The next token ``[b]`` and its log-prob ``[b]`` from the model's logits ``[b, V]``."""
+        logits = self.sampling.logits(logits)
+        token = logits.argmax(-1) if self.greedy else draw(logits, generator)
+        return token, token_log_prob(logits, token)
+
+
+class _Loop:
+    """The own decoding loop. ``row`` maps the rows that are still in the cache to the rows of the result."""
+
+    def __init__(
+        self, model: PreTrainedModel, prompts: Tensor, lengths: Tensor, job: _Job, generator: torch.Generator | None
+    ) -> None:
+        self.model, self.job, self.generator, self.prompts, self.lengths = model, job, generator, prompts, lengths
+        self.device = prompts.device
+        rows = len(prompts) * job.repeats
+        width = prompts.shape[1]
+        self.tokens, self.log_prob = job.empty(rows, self.device)
+        self.stops = torch.tensor(job.stop_ids, dtype=torch.int64, device=self.device)
+        self.row: Tensor | None = None  # None: every row, in order
+        self.alive = torch.ones(rows, dtype=torch.bool, device=self.device)
+        self.position = lengths.repeat_interleave(job.repeats)[:, None]
+        self.cache = SlabCache(count_layers(model.config), width + job.max_new_tokens - 1, job.repeats)
+        ragged = bool((lengths < width).any())
+        self.visible = visible_columns(self.position[:, 0], width, width + job.max_new_tokens) if ragged else None
+        self.check_every = 1 if self.device.type == "cpu" else CHECK_EVERY_ON_DEVICE
+
+    @torch.no_grad()
+    def run(self) -> Generation:
+        job, width = self.job, self.prompts.shape[1]
+        logits = self._prefill()
+        for step in range(job.max_new_tokens):
+            token = self._record(step, logits)
+            if step + 1 == job.max_new_tokens:
+                break
+            if (step + 1) % self.check_every == 0:
+                kept = self._compact()
+                if kept is not None:
+                    if not len(kept):
+                        break
+                    token = token[kept]
+            mask = None if self.visible is None else self.visible[..., : width + step + 1]
+            logits = self._forward(token[:, None], self.position, mask)
+            self.position = self.position + 1
+        return Generation(self.tokens, self.log_prob, *ends(self.tokens, job.stop_ids, job.max_new_tokens))
+
+    def _prefill(self) -> Tensor:
+        """Encodes each prompt once; the first logits of every row."""
+        width = self.prompts.shape[1]
+        positions = torch.arange(width, device=self.device)[None]
+        logits = self._forward(self.prompts, positions, None, last=self.lengths - 1)
+        return logits.repeat_interleave(self.job.repeats, 0)
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, last: Tensor | None = None) -> Tensor:
+        """Logits ``[b, V]`` at the last column, or at column ``last[b]`` of each row."""
+        inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": self.cache, "use_cache": True}
+        if not getattr(self.model, "plain_head", False):
+            logits = self.model(tokens, **inputs).logits
+            return logits[:, -1] if last is None else logits[torch.arange(len(tokens), device=self.device), last]
+        hidden = self.model.base_model(tokens, **inputs).last_hidden_state
+        at = hidden[:, -1] if last is None else hidden[torch.arange(len(tokens), device=self.device), last]
+        head: Any = self.model.get_output_embeddings()
+        return head(at)
+
+    def _record(self, step: int, logits: Tensor) -> Tensor:
+        """Draws a token for every row in the cache and writes those of live rows."""
+        token, log_prob = self.job.pick(logits, self.generator)
+        token = torch.where(self.alive, token, self.job.pad_id)
+        log_prob = log_prob.masked_fill(~self.alive, 0.0)
+        if self.row is None:
+            self.tokens[:, step], self.log_prob[:, step] = token, log_prob
+        else:
+            self.tokens[self.row, step], self.log_prob[self.row, step] = token, log_prob
+        self.alive = self.alive & ~torch.isin(token, self.stops)
+        return token
+
+    def _compact(self) -> Tensor | None:
+        """Drops finished rows from the cache where enough are finished; the rows kept, or None for no change."""
+        rows = len(self.alive)
+        live = int(self.alive.sum())
+        if live and live >= COMPACT_BELOW * rows:
+            return None
+        kept = self.alive.nonzero()[:, 0]
+        self.row = kept if self.row is None else self.row[kept]
+        self.alive, self.position = self.alive[kept], self.position[kept]
+        if self.visible is not None:
+            self.visible = self.visible[kept]
+        if live:
+            self.cache.batch_select_indices(kept)
+        return kept
+
+
+def _on_device(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
+    if generator is None or generator.device.type == device.type:
+        return generator
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+@torch.no_grad()
+def _generate_hf(
+    model: Any, prompts: Tensor, lengths: Tensor, job: _Job, generator: torch.Generator | None
+) -> Generation:
+    """The reference: ``generate`` of transformers on left-padded prompts, log-probs from its processed scores."""
+    width = prompts.shape[1]
+    columns = torch.arange(width, device=prompts.device)
+    shift = (width - lengths)[:, None]
+    source = (columns - shift).clamp_min(0)
+    real = columns >= shift
+    ids = torch.where(real, prompts.gather(1, source), job.pad_id).repeat_interleave(job.repeats, 0)
+    config = GenerationConfig(
+        max_new_tokens=job.max_new_tokens,
+        do_sample=not job.greedy,
+        eos_token_id=list(job.stop_ids) or None,
+        pad_token_id=job.pad_id,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **({} if job.greedy else _warpers(job.sampling)),
+    )
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        if generator is not None:
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+        out: Any = model.generate(
+            ids, attention_mask=real.repeat_interleave(job.repeats, 0).long(), generation_config=config
+        )
+    return _pack(out.sequences[:, width:], torch.stack(out.logits, 1), job)
+
+
+def _warpers(sampling: Sampling) -> dict[str, Any]:
+    return {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+
+
+def _pack(sampled: Tensor, logits: Tensor, job: _Job) -> Generation:
+    """Pads ``sampled [B, m]`` to the full width and scores it from the raw ``logits [B, m, V]``."""
+    tokens, log_prob = job.empty(len(sampled), sampled.device)
+    length, finished = ends(sampled, job.stop_ids, job.max_new_tokens)
+    live = torch.arange(sampled.shape[1], device=sampled.device) < length[:, None]
+    score = token_log_prob(job.sampling.logits(logits), sampled)
+    tokens[:, : sampled.shape[1]] = torch.where(live, sampled, job.pad_id)
+    log_prob[:, : sampled.shape[1]] = score.masked_fill(~live, 0.0)
+    return Generation(tokens, log_prob, length, finished)
+
+
+def ends(tokens: Tensor, stop_ids: Sequence[int], budget: int) -> tuple[Tensor, Tensor]:
+    """Length up to and with the first stop token (else ``budget``), and whether there was one; both ``[B]``."""
+    is_stop = torch.isin(tokens, torch.tensor(list(stop_ids), dtype=tokens.dtype, device=tokens.device))
+    finished = is_stop.any(-1)
+    return torch.where(finished, is_stop.int().argmax(-1) + 1, budget), finished

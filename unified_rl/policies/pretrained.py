@@ -1,0 +1,205 @@
+"""Builds transformers models from a configuration or a local folder; never from a hub unless asked to.
+
+No code from a model folder is ever run, and only safetensors weights are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from unified_rl.errors import CheckpointError, ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_model(
+    auto_class: Any,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    path: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    allow_hub: bool = False,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A model from exactly one of ``path`` and ``config``, dropout off.
+
+    Args:
+        auto_class: ``AutoModelForCausalLM`` (or ``AutoModel`` for a trunk without a head).
+        tokenizer: gives the vocabulary and the special tokens.
+        max_length: longest row.
+        path: folder with ``config.json`` and safetensors; a hub name only with ``allow_hub``.
+        config: ``model_type`` (``llama``, ``qwen3``, ...) and that architecture's own settings. ``initializer_range``
+            is ``hidden_size ** -0.5`` unless given: small models hardly learn with the usual 0.02.
+        allow_hub: look on the hub for a ``path`` that is no folder.
+        dtype: of the weights: float32, bfloat16 or float16.
+        seed: of random initial weights; the global generator is left as it was.
+
+    Raises:
+        ConfigError: both or neither of path and config, an unknown setting, a hub name without ``allow_hub``, or a
+            vocabulary or width that is too small.
+        CheckpointError: a folder that is missing, incomplete or damaged.
+    """
+    if (path is None) == (config is None):
+        raise ConfigError("give exactly one of path (a model folder) and config (model_type and sizes)")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype '{dtype}' is unknown; use one of {', '.join(DTYPES)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if path is not None:
+            model = load_folder(auto_class, path, allow_hub, dtype)
+        else:
+            made = make_config(config or {}, tokenizer, max_length)
+            model = auto_class.from_config(made, dtype=DTYPES[dtype])
+    _check_fit(model.config, tokenizer, max_length)
+    model.generation_config = GenerationConfig()  # a folder's sampling defaults must not leak into generation
+    return model
+
+
+def special_ids(tokenizer: Any) -> tuple[int, int | None]:
+    """The pad and end-of-text ids; a tokenizer without a pad token pads with its end-of-text token.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None and eos is None:
+        raise ConfigError("the tokenizer has neither a pad nor an eos token; set tokenizer.eos_token")
+    return (eos if pad is None else pad), eos
+
+
+def make_config(settings: Mapping[str, Any], tokenizer: Any, max_length: int) -> PretrainedConfig:
+    """A transformers configuration from ``model_type`` and its settings, with sizes taken from the tokenizer."""
+    given = dict(settings)
+    model_type = given.pop("model_type", None)
+    if model_type is None:
+        raise ConfigError("config needs model_type, for example llama or qwen3")
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise ConfigError(f"model_type '{model_type}' is unknown to transformers") from error
+    unknown = [key for key in given if not hasattr(known, key)]
+    if unknown:
+        raise ConfigError(f"{model_type} has no setting {', '.join(unknown)}")
+    pad, eos = special_ids(tokenizer)
+    derived: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": max_length,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": eos,
+        "pad_token_id": None if pad == eos else pad,  # the pad row of the embedding gets no gradient
+    }
+    plain = AutoConfig.for_model(model_type, **given)  # resolves an architecture's own names, such as n_embd
+    hidden, heads = getattr(plain, "hidden_size", None), getattr(plain, "num_attention_heads", None)
+    if hidden is not None:
+        derived["initializer_range"] = hidden**-0.5
+    if heads is not None and hasattr(known, "num_key_value_heads"):
+        derived["num_key_value_heads"] = heads
+    if hidden is not None and heads is not None and hasattr(known, "head_dim"):
+        derived["head_dim"] = hidden // heads
+    return without_dropout(AutoConfig.for_model(model_type, **{**derived, **given}))
+
+
+def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """Sets every dropout rate to 0: on fresh data the ratio of a policy to itself must be 1."""
+    for name, value in vars(config).items():
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def load_folder(auto_class: Any, path: str, allow_hub: bool, dtype: str) -> PreTrainedModel:
+    """Loads a model folder; see :func:`build_model`."""
+    _check_folder(path, allow_hub)
+    local = {"local_files_only": not allow_hub, "trust_remote_code": False}
+    try:
+        config = without_dropout(AutoConfig.from_pretrained(path, **local))
+        model, report = auto_class.from_pretrained(
+            path,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            **local,
+        )
+    except Exception as error:  # transformers, safetensors and json each raise their own kinds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"the model folder {path} cannot be loaded ({first}); is it complete?") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise CheckpointError(f"the model folder {path} lacks {len(missing)} weights, the first {missing[0]}")
+    return model
+
+
+def _check_folder(path: str, allow_hub: bool) -> None:
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"the model folder {path} has no config.json")
+        if not any(folder.glob("*.safetensors")):
+            raise CheckpointError(f"the model folder {path} has no *.safetensors weights (other formats are not read)")
+        _check_shards(folder)
+        return
+    looks_like_name = not folder.is_absolute() and not path.startswith((".", "~")) and path.count("/") <= 1
+    if not looks_like_name:
+        raise CheckpointError(f"the model folder {path} does not exist")
+    if not allow_hub:
+        raise ConfigError(
+            f"'{path}' is not a folder here; models are never fetched from a hub unless allow_hub=true is set"
+        )
+
+
+def _check_shards(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{index} is damaged ({error})") from error
+    lacking = sorted(name for name in names if not (folder / name).is_file())
+    if lacking:
+        raise CheckpointError(f"the model folder {folder} lacks {', '.join(lacking)}")
+
+
+def _check_fit(config: PretrainedConfig, tokenizer: Any, max_length: int) -> None:
+    text = config.get_text_config(decoder=True)
+    if text.vocab_size < len(tokenizer):
+        raise ConfigError(f"the model's vocabulary of {text.vocab_size} is below the tokenizer's {len(tokenizer)}")
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is not None and longest < max_length:
+        raise ConfigError(f"the model takes {longest} positions, but rows are up to {max_length} tokens (max_length)")
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """True where logits are just the output layer of the trunk's last hidden state (no soft cap, no scale)."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module) or model.base_model is model:
+        return False
+    tokens = torch.arange(2, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
+    logits = model(input_ids=tokens, use_cache=False).logits
+    try:
+        rebuilt = head(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+    except (AttributeError, TypeError):
+        return False
+    return rebuilt.shape == logits.shape and bool(torch.allclose(rebuilt, logits, rtol=1e-4, atol=1e-4))
+
+
+def trunk_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Last hidden states ``[B, N, d]`` of right-padded ``tokens [B, N]``.
+
+    A causal model never looks to the right, so right padding needs no attention mask, and without one attention takes
+    its fastest path.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    trunk = model.base_model
+    return trunk(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
