@@ -3,5 +3,6 @@
 from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.mujoco_env import TASKS, BatchedMujocoEnv, make_mujoco
+from unified_rl.envs.control.two_route import TwoRouteEnv
 
-__all__ = ["TASKS", "ActionChunk", "BatchedMujocoEnv", "ControlEnvBase", "make_mujoco"]
+__all__ = ["TASKS", "ActionChunk", "BatchedMujocoEnv", "ControlEnvBase", "TwoRouteEnv", "make_mujoco"]

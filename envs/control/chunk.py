@@ -31,7 +31,6 @@ class ActionChunk(ControlEnvBase):
         inputs = env.policy_inputs()
         if horizon < 1 or "num_actions" in inputs:
             raise ConfigError(f"a chunk needs real-valued actions and a length of 1 or more, got {horizon}")
-        self._horizon, self._gamma, self._action_dim = horizon, gamma, inputs["action_dim"]
         super().__init__(
             env.num_envs,
             inputs["observation_dim"],
@@ -39,16 +38,16 @@ class ActionChunk(ControlEnvBase):
             inputs["action_high"] * horizon,
             -(-env.max_steps // horizon),
         )
-        self.inner = env
+        self.inner, self.horizon, self._gamma, self._action_dim = env, horizon, gamma, inputs["action_dim"]
 
     def advance(self, action: Tensor, running: Tensor | None = None) -> Advance:
         """Executes the chunk ``[K, h * a]`` in every running simulation until its end or the episode's."""
-        plan = action.reshape(self.num_envs, self._horizon, self._action_dim)
+        plan = action.reshape(self.num_envs, self.horizon, self._action_dim)
         active = torch.ones(self.num_envs, dtype=torch.bool) if running is None else running.clone()
         total = self.inner.advance(plan[:, 0], active)
         active = active & ~(total.terminated | total.truncated)
         discount = 1.0
-        for index in range(1, self._horizon):
+        for index in range(1, self.horizon):
             if not bool(active.any()):
                 break
             discount *= self._gamma
