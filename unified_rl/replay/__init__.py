@@ -1,18 +1,41 @@
 """The one replay: schema, storage, samplers, sum tree, staleness index, mixing."""
 
-from unified_rl.replay.basic import Fresh, Recency, Segment, Uniform, WithoutReplacement
 from unified_rl.replay.buffer import Replay
 from unified_rl.replay.ingest import from_collector
-from unified_rl.replay.sampler import Draw, Sampler
+from unified_rl.replay.nstep import nstep_transitions
+from unified_rl.replay.samplers import (
+    Buckets,
+    BySource,
+    Draw,
+    Fresh,
+    Group,
+    Mixture,
+    Priority,
+    Recency,
+    Sampler,
+    Segment,
+    Softmax,
+    StalenessBounded,
+    Uniform,
+    WithoutReplacement,
+)
 
 __all__ = [
+    "Buckets",
+    "BySource",
     "Draw",
     "Fresh",
+    "Group",
+    "Mixture",
+    "Priority",
     "Recency",
     "Replay",
     "Sampler",
     "Segment",
+    "Softmax",
+    "StalenessBounded",
     "Uniform",
     "WithoutReplacement",
     "from_collector",
+    "nstep_transitions",
 ]

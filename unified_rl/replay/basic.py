@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from unified_rl.errors import ConfigError, RecordError
-from unified_rl.replay.sampler import Draw, Sampler
+from unified_rl.replay.sampler import Draw, Sampler, uniform
 
 
 class Uniform(Sampler):
@@ -17,7 +17,7 @@ class Uniform(Sampler):
 
     def draw(self, count: int, rng: np.random.Generator, length: int, version: int | None) -> Draw:
         low, high = self.starts(length)
-        return Draw(rng.integers(low, high, count), {})
+        return Draw(uniform(rng, low, high, count), {})
 
 
 class Segment(Uniform):

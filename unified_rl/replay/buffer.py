@@ -12,13 +12,15 @@ from torch import Tensor
 
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.replay.ingest import from_collector
+from unified_rl.replay.ring import IntArray
 from unified_rl.replay.sampler import Sampler
 from unified_rl.replay.schema import Schema
 from unified_rl.replay.state import ReplayState, to_numpy
-from unified_rl.replay.store import MemmapStore, MemoryStore
+from unified_rl.replay.store import Leaves, MemmapStore, MemoryStore
 from unified_rl.units import STEP_KEYS
 
 Rows: TypeAlias = TensorDictBase | Mapping[str, Tensor]
+_ONE = np.int32(1)
 
 
 class Replay(ReplayState):
@@ -68,7 +70,7 @@ class Replay(ReplayState):
     ) -> None:
         self.device = torch.device(device)
         self.cut, self.trim_key, self.count_uses, self.discount = cut, trim_key, count_uses, discount
-        self._ones = torch.ones(0, dtype=torch.int32)
+        self._remote = self.device.type != "cpu"
         super().__init__(capacity, lanes, sampler, _make_store(storage, path, durable, self.device), seed)
 
     # -- what it holds ---------------------------------------------------------------------------------------------
@@ -161,15 +163,20 @@ class Replay(ReplayState):
         for offset in range(0, count, room):
             part = items if count <= room else {key: value[offset : offset + room] for key, value in items.items()}
             self._write(part, low + offset, min(low + offset + room, low + count))
-        return torch.from_numpy(np.arange(low, low + count) % self.ring.physical).view(lead)
+        return self._index(low, count).view(lead)
+
+    def _index(self, low: int, count: int) -> Tensor:
+        first = low % self.ring.physical
+        if first + count <= self.ring.physical:
+            return torch.arange(first, first + count)
+        return torch.arange(first, first + count) % self.ring.physical
 
     def _write(self, items: Mapping[str, Tensor], low: int, high: int) -> None:
         """Rows first, the commit last."""
         for offset, first, last in self.ring.pieces(low, high):
-            piece = slice(offset, offset + last - first)
             for key, leaf in self._leaves.items():
-                leaf.write(first, last, items[key][piece])
-        self.ring.write(self._columns["use_count"], low, high, 0)
+                leaf.write(first, last, items[key], offset)
+            self._columns["use_count"][first:last] = 0
         self.ring.written = high
         self.sampler.wrote(low, high, {key: to_numpy(items[key]) for key in self._watched})
         self._commit()
@@ -213,12 +220,12 @@ class Replay(ReplayState):
         if length is not None:
             serials = (serials[:, None] + np.arange(0, length * self.lanes, self.lanes)).reshape(-1)
         position = self.ring.position(serials)
-        index = torch.from_numpy(position)
         if self.count_uses:
-            self._count(index)
-        if self.device.type != "cpu":
+            np.add.at(self._columns["use_count"], position, _ONE)
+        index = torch.from_numpy(position)
+        if self._remote:
             index = index.to(self.device)
-        items = self._gather(index, keys)
+        items = self._gather(position, index, keys)
         for key, value in draw.extras.items():
             items[key] = torch.from_numpy(value).to(self.device)
         items["index"] = index
@@ -226,22 +233,26 @@ class Replay(ReplayState):
             return _tensordict(items, (batch_size,), self.device)
         return self._windows(items, batch_size, length, index)
 
-    def _count(self, index: Tensor) -> None:
-        if len(self._ones) != len(index):
-            self._ones = torch.ones(len(index), dtype=torch.int32)
-        self.use_count.index_add_(0, index, self._ones)
-
-    def _gather(self, index: Tensor, keys: Sequence[str] | None) -> dict[str, Tensor]:
+    def _gather(self, position: IntArray, index: Tensor, keys: Sequence[str] | None) -> dict[str, Tensor]:
         leaves = self._leaves
-        unknown = [key for key in (*(keys or ()), self.trim_key) if key is not None and key not in leaves]
+        if keys is not None:
+            self._require(keys)
+            leaves = {key: leaves[key] for key in keys}
+        if self.trim_key is not None:
+            return self._gather_trimmed(index, leaves)
+        return {key: leaf.read(position, index) for key, leaf in leaves.items()}
+
+    def _gather_trimmed(self, index: Tensor, leaves: Leaves) -> dict[str, Tensor]:
+        assert self.trim_key is not None
+        self._require([self.trim_key])
+        mask = self._leaves[self.trim_key].data
+        kept = max(1, int(mask.index_select(0, index).any(0).count_nonzero()))
+        return {k: _narrow(k, leaf.data, mask.shape[1], kept).index_select(0, index) for k, leaf in leaves.items()}
+
+    def _require(self, keys: Sequence[str]) -> None:
+        unknown = [key for key in keys if key not in self._leaves]
         if unknown:
-            raise RecordError(f"rows hold no {', '.join(unknown)}; they hold {', '.join(leaves)}")
-        wanted = leaves if keys is None else {key: leaves[key] for key in keys}
-        if self.trim_key is None:
-            return {key: leaf.data.index_select(0, index) for key, leaf in wanted.items()}
-        width = leaves[self.trim_key].data.shape[1]
-        kept = max(1, int(leaves[self.trim_key].data.index_select(0, index).any(0).count_nonzero()))
-        return {key: _narrow(key, leaf.data, width, kept).index_select(0, index) for key, leaf in wanted.items()}
+            raise RecordError(f"rows hold no {', '.join(unknown)}; they hold {', '.join(self._leaves)}")
 
     def _windows(self, items: dict[str, Tensor], batch_size: int, length: int, index: Tensor) -> TensorDict:
         shape = (batch_size, length)
