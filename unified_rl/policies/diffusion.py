@@ -92,7 +92,7 @@ class DiffusionPolicy(ChainPolicy):
         mean_over_dims: bool = False,
         zero_start: bool = False,
         hidden: Sequence[int] = (128, 128, 128),
-        activation: str = "silu",
+        activation: str = "relu",
         normalize_observation: bool = False,
         seed: int = 0,
     ) -> None:

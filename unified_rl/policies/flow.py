@@ -61,7 +61,7 @@ class FlowPolicy(ChainPolicy):
         mean_over_dims: bool = False,
         zero_start: bool = False,
         hidden: Sequence[int] = (128, 128, 128),
-        activation: str = "silu",
+        activation: str = "relu",
         normalize_observation: bool = False,
         seed: int = 0,
     ) -> None:
