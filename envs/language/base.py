@@ -1,0 +1,235 @@
+"""What every token task shares: drawing and splitting problems, budgets, answering, the shuffled-reward control."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from unified_rl.envs.language.codec import Codec, Segment
+
+from unified_rl.errors import ConfigError
+from unified_rl.rollout.protocols import TurnResult
+
+SPLITS = ("train", "eval")
+MAX_ROUNDS = 200
+
+
+class Verdict(NamedTuple):
+    """The environment's opinion of one finished turn.
+
+    Attributes:
+        reward: of this turn.
+        done: the conversation is over.
+        correct: the task is solved.
+        reply: what the environment says next.
+        info: further numbers, under the names of :attr:`LanguageTask.info_names`.
+    """
+
+    reward: float = 0.0
+    done: bool = True
+    correct: bool = False
+    reply: str = ""
+    info: dict[str, float] | None = None
+
+
+class LanguageTask:
+    """Base of the token tasks; see :class:`unified_rl.rollout.protocols.LanguageEnv` for the protocol.
+
+    Training never sees a held-out prompt: a prompt belongs to the held-out set by the hash of its text, whatever the
+    seed, so the split is the same in every run. Model text is data: no verifier evaluates it as code.
+
+    Args:
+        tokenizer: of prompts and answers.
+        max_prompt_length: tokens of the longest prompt, what the tokenizer puts before it not counted.
+        max_turn_tokens: budget of sampled tokens in one turn, the stop token included.
+        max_turns: turns of a conversation.
+        max_reply_length: tokens of the longest reply.
+        stop_text: also ends a turn, beside the end-of-text token.
+        held_out: share of prompts kept for evaluation.
+        shuffle_rewards: negative control: rewards of finished training conversations are permuted over the batch, so
+            nothing can be learned from them; ``info["correct"]`` and evaluation stay true.
+        seed: of the permutation.
+
+    Raises:
+        ConfigError: a budget below 1, or ``held_out`` outside [0, 1).
+    """
+
+    domain = "language"
+    styles: tuple[str, ...] = ()
+    """Demonstration styles, the default first; empty where there is only one."""
+    info_names: tuple[str, ...] = ()
+    """Names beyond ``correct`` and ``truncated`` in ``TurnResult.info``."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_prompt_length: int,
+        max_turn_tokens: int,
+        max_turns: int = 1,
+        max_reply_length: int = 0,
+        stop_text: str = "",
+        held_out: float = 0.1,
+        shuffle_rewards: bool = False,
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("max_turn_tokens", max_turn_tokens), ("max_turns", max_turns)):
+            if value < 1:
+                raise ConfigError(f"env.{name}={value} must be at least 1")
+        if not 0.0 <= held_out < 1.0:
+            raise ConfigError(f"env.held_out={held_out} must be at least 0 and below 1: a share of the prompts")
+        self.codec = Codec(tokenizer)
+        self.tokenizer = tokenizer
+        self.max_prompt_length = max_prompt_length + len(self.codec.prefix)
+        self.max_turn_tokens, self.max_turns = max_turn_tokens, max_turns
+        self.max_reply_length = max_reply_length
+        self.max_length = self.max_prompt_length + max_turns * max_turn_tokens + (max_turns - 1) * max_reply_length
+        self.stop_text, self.stop_ids = stop_text, self.codec.stop_ids(stop_text)
+        self.held_out, self.shuffle_rewards = held_out, shuffle_rewards
+        self._shuffler = torch.Generator().manual_seed(seed)
+
+    def policy_inputs(self) -> dict[str, Any]:
+        """What a language policy's constructor takes."""
+        return {"tokenizer": self.tokenizer, "max_length": self.max_length}
+
+    def problems(self, count: int, generator: torch.Generator, split: str = "train") -> list[dict[str, Any]]:
+        """Draws ``count`` problems: ``prompt`` (ids), ``prompt_id``, ``text``, ``split`` and the task's own entries.
+
+        Raises:
+            ConfigError: an unknown split, one without prompts, or a prompt that does not fit.
+        """
+        drawn = self._draw(count, generator, split)
+        prompts = self.codec.encode([problem["text"] for problem in drawn])
+        out = []
+        for problem, ids in zip(drawn, prompts, strict=True):
+            prompt = self.codec.prefix + ids
+            if len(prompt) > self.max_prompt_length:
+                raise ConfigError(
+                    f"a prompt has {len(prompt)} tokens, more than {self.max_prompt_length}; raise the limit"
+                )
+            key = problem["text"] + "\0" + str(problem.get("key", ""))
+            out.append({"prompt": prompt, "prompt_id": _hash(key) >> 1, "split": split, **problem})
+        return out
+
+    def respond(self, problems: list[dict[str, Any]], turns: list[list[list[int]]], finished: Tensor) -> TurnResult:
+        """Answers the latest turn of each conversation; an unfinished turn is truncated, with reward 0."""
+        verdicts = [
+            self._judge(problem, self._turn_text(said[-1]), len(said)) if complete else Verdict(done=False)
+            for problem, said, complete in zip(problems, turns, finished.tolist(), strict=True)
+        ]
+        done = torch.tensor([verdict.done for verdict in verdicts], dtype=torch.bool)
+        reward = torch.tensor([verdict.reward for verdict in verdicts], dtype=torch.float32)
+        if self.shuffle_rewards:
+            last = torch.tensor([len(said) >= self.max_turns for said in turns], dtype=torch.bool)
+            reward = self._shuffled(reward, problems, done | last | ~finished.cpu())
+        info = {
+            "correct": torch.tensor([float(verdict.correct) for verdict in verdicts]),
+            "truncated": (~finished.cpu()).float(),
+        }
+        for name in self.info_names:
+            info[name] = torch.tensor([(verdict.info or {}).get(name, 0.0) for verdict in verdicts])
+        replies = iter(self.codec.encode([v.reply for v in verdicts if v.reply]))
+        return TurnResult([next(replies) if v.reply else [] for v in verdicts], reward, done, info)
+
+    def demonstrations(self, count: int, generator: torch.Generator, style: str | None = None) -> TensorDict:
+        """``[count]`` supervised rows of correct conversations on training prompts.
+
+        Args:
+            count: rows.
+            generator: the stream that problems (and styles) are drawn from.
+            style: one of :attr:`styles`; None is the first.
+
+        Returns:
+            ``tokens [count, max_length]`` int64, ``token_mask`` and ``mask`` of the same shape, bool; ``mask`` is True
+            on what the policy is to say and False on prompts and replies.
+
+        Raises:
+            ConfigError: an unknown style, or a task without demonstrations.
+        """
+        if style is not None and style not in self.styles:
+            known = ", ".join(self.styles) or "none to choose from"
+            raise ConfigError(f"demonstration style {style!r} is unknown; this task has {known}")
+        problems = self._draw(count, generator, "train")
+        chosen = self._styles_of(count, style, generator)
+        parts = [
+            [Segment(problem["text"]), *self._demonstrate(problem, one)]
+            for problem, one in zip(problems, chosen, strict=True)
+        ]
+        return self.codec.rows(parts, self.max_length)
+
+    def is_held_out(self, text: str) -> bool:
+        """Whether the prompt ``text`` is kept for evaluation."""
+        return _hash(text) < self.held_out * 2.0**64
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream of the shuffled-reward control; everything else is a function of the arguments."""
+        return {"shuffler": self._shuffler.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self._shuffler.set_state(state["shuffler"])
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    # What a task defines
+
+    def _candidates(self, count: int, generator: torch.Generator) -> list[dict[str, Any]]:
+        """``count`` JSON-able problems of either split with ``text`` and whatever :meth:`_judge` needs.
+
+        An entry ``key`` tells problems of equal text apart.
+        """
+        raise NotImplementedError
+
+    def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:
+        """The verdict on turn number ``turn`` (from 1), which said ``text``."""
+        raise NotImplementedError
+
+    def _demonstrate(self, problem: dict[str, Any], style: str | None) -> list[Segment]:
+        """What follows the prompt in a correct conversation."""
+        raise ConfigError(f"{type(self).__name__} has no demonstrations; set warm_start=none")
+
+    def _styles_of(self, count: int, style: str | None, generator: torch.Generator) -> Sequence[str | None]:
+        return [style or (self.styles[0] if self.styles else None)] * count
+
+    def _draw(self, count: int, generator: torch.Generator, split: str) -> list[dict[str, Any]]:
+        self._check_split(split)
+        share = self.held_out if split == "eval" else 1.0 - self.held_out
+        kept: list[dict[str, Any]] = []
+        for _ in range(MAX_ROUNDS if share > 0 else 0):
+            drawn = self._candidates(int((count - len(kept)) / share * 1.1) + 8, generator)
+            kept += [problem for problem in drawn if self.is_held_out(problem["text"]) == (split == "eval")]
+            if len(kept) >= count:
+                return kept[:count]
+        raise ConfigError(
+            f"found {len(kept)} of {count} {split} problems with env.held_out={self.held_out}; change it, or make the "
+            "task larger so that both splits hold prompts"
+        )
+
+    @staticmethod
+    def _check_split(split: str) -> None:
+        if split not in SPLITS:
+            raise ConfigError(f"split {split!r} is neither of {', '.join(SPLITS)}")
+
+    def _turn_text(self, ids: Sequence[int]) -> str:
+        text = self.codec.decode(ids).strip()
+        return text.removesuffix(self.stop_text) if self.stop_text else text
+
+    def _shuffled(self, reward: Tensor, problems: Sequence[dict[str, Any]], ending: Tensor) -> Tensor:
+        """The same rewards, permuted over the training conversations that end with this turn."""
+        train = torch.tensor([problem["split"] == "train" for problem in problems], dtype=torch.bool)
+        rows = (train & ending).nonzero().squeeze(-1)
+        order = torch.randperm(len(rows), generator=self._shuffler)
+        out = reward.clone()
+        out[rows] = reward[rows[order]]
+        return out
+
+
+def _hash(text: str) -> int:
+    """An unsigned 64-bit hash of ``text``, the same on every machine and in every process."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")

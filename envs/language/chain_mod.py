@@ -1,0 +1,101 @@
+"""Chain arithmetic modulo m: the smallest task on which reasoning aloud pays.
+
+A prompt ``4-0+1+0=`` asks for the value modulo ``m``. The answer is the number after the last ``>``; before it a model
+may write running totals (``4,5,5>5``), which makes each step easy. A model warm-started on both styles that mostly
+answers directly has to discover from the reward alone that the long way is worth it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from unified_rl.envs.language.base import LanguageTask, Verdict
+from unified_rl.envs.language.codec import Segment
+from unified_rl.envs.language.tokenizer import choose_tokenizer
+
+from unified_rl.errors import ConfigError
+
+ALPHABET = "0123456789+-=,>"
+_NUMBER = re.compile(r"[0-9]{1,9}")
+
+
+class ChainMod(LanguageTask):
+    """Sums and differences modulo ``modulus``, numbers written with as many digits as ``modulus - 1`` has.
+
+    Args:
+        modulus: m, at least 2.
+        terms: numbers in a prompt, at least 2.
+        direct_share: share of direct answers (``>5``) in demonstrations of style ``mixture``.
+        max_turn_tokens: budget of an answer; by default the running totals, the answer and four to spare.
+        tokenizer: a local folder; by default characters.
+        held_out: share of prompts kept for evaluation.
+        shuffle_rewards: the negative control of :class:`~unified_rl.envs.language.base.LanguageTask`.
+        seed: of that control.
+
+    Raises:
+        ConfigError: ``modulus`` or ``terms`` below 2, or ``direct_share`` outside [0, 1].
+    """
+
+    styles = ("chain", "direct", "mixture")
+
+    def __init__(
+        self,
+        modulus: int = 10,
+        terms: int = 5,
+        direct_share: float = 0.8,
+        max_turn_tokens: int | None = None,
+        tokenizer: str | None = None,
+        held_out: float = 0.1,
+        shuffle_rewards: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if modulus < 2 or terms < 2:
+            raise ConfigError(f"env.modulus={modulus} and env.terms={terms} must each be at least 2")
+        if not 0.0 <= direct_share <= 1.0:
+            raise ConfigError(f"env.direct_share={direct_share} must lie in [0, 1]")
+        self.modulus, self.terms, self.direct_share = modulus, terms, direct_share
+        self.digits = len(str(modulus - 1))
+        self._spelled = [str(number).zfill(self.digits) for number in range(modulus)]
+        longest = terms * (self.digits + 1)  # of the prompt, and of totals, answer and end of text
+        super().__init__(
+            choose_tokenizer(tokenizer, ALPHABET),
+            max_prompt_length=longest,
+            max_turn_tokens=longest + 4 if max_turn_tokens is None else max_turn_tokens,
+            held_out=held_out,
+            shuffle_rewards=shuffle_rewards,
+            seed=seed,
+        )
+
+    def _candidates(self, count: int, generator: torch.Generator) -> list[dict[str, Any]]:
+        numbers = torch.randint(self.modulus, (count, self.terms), generator=generator)
+        signs = torch.randint(2, (count, self.terms - 1), generator=generator) * 2 - 1
+        signed = torch.cat([numbers[:, :1], numbers[:, 1:] * signs], 1)
+        totals = signed.cumsum(1).remainder(self.modulus)
+        return [
+            {"text": self._prompt(row, sign), "totals": total[1:]}
+            for row, sign, total in zip(numbers.tolist(), signs.tolist(), totals.tolist(), strict=True)
+        ]
+
+    def _prompt(self, numbers: Sequence[int], signs: Sequence[int]) -> str:
+        spelled = self._spelled
+        rest = [("+" if sign > 0 else "-") + spelled[n] for n, sign in zip(numbers[1:], signs, strict=True)]
+        return spelled[numbers[0]] + "".join(rest) + "="
+
+    def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:
+        _, arrow, answer = text.rpartition(">")
+        right = bool(arrow) and bool(_NUMBER.fullmatch(answer)) and int(answer) == problem["totals"][-1]
+        return Verdict(reward=float(right), correct=right)
+
+    def _styles_of(self, count: int, style: str | None, generator: torch.Generator) -> Sequence[str | None]:
+        if style != "mixture":
+            return super()._styles_of(count, style, generator)
+        direct = torch.rand(count, generator=generator) < self.direct_share
+        return ["direct" if one else "chain" for one in direct.tolist()]
+
+    def _demonstrate(self, problem: dict[str, Any], style: str | None) -> list[Segment]:
+        totals = [self._spelled[total] for total in problem["totals"]]
+        reasoning = ",".join(totals) if style == "chain" else ""
+        return [Segment(f"{reasoning}>{totals[-1]}", trained=True, end=True)]
