@@ -52,8 +52,6 @@ class ControlEnvBase(EnvBase):
         max_steps: int,
         num_actions: int | None = None,
     ) -> None:
-        if num_envs < 1:
-            raise ConfigError(f"num_envs is {num_envs}; set it to 1 or more")
         super().__init__(device="cpu", batch_size=[num_envs])
         self.num_envs, self.max_steps = num_envs, max_steps
         self._inputs: dict[str, Any] = {
@@ -154,6 +152,12 @@ class ControlEnvBase(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
             self.seed_streams(seed)
+
+
+def check_count(num_envs: int) -> None:
+    """Raises ConfigError unless there is at least one simulation."""
+    if num_envs < 1:
+        raise ConfigError(f"num_envs is {num_envs}; set it to 1 or more")
 
 
 def raise_non_finite(name: str, value: Tensor, elapsed: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from unified_rl.envs.control.base import Advance, ControlEnvBase, raise_non_finite
+from unified_rl.envs.control.base import Advance, ControlEnvBase, check_count, raise_non_finite
 from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.locomotion import Ant, Humanoid
 from unified_rl.envs.control.manipulation import InvertedDoublePendulum, InvertedPendulum, Pusher, Reacher
@@ -47,6 +47,7 @@ class BatchedMujocoEnv(ControlEnvBase):
     """
 
     def __init__(self, task: Task, num_envs: int = 1, seed: int = 0, threads: int = 1) -> None:
+        check_count(num_envs)
         model = task.load_model()
         simulations = Simulations(model, num_envs, task.views, task.frame_skip, task.contact_forces, threads)
         dim = task.observe(simulations.read(np.arange(1))).shape[1]

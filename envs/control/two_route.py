@@ -20,7 +20,7 @@ from unified_rl.envs.control.tasks import Outcome, Task, square_sum
 
 START, GOAL = np.array([-0.8, 0.0]), np.array([0.8, 0.0])
 POINT_RADIUS, OBSTACLE_RADIUS, GOAL_RADIUS = 0.05, 0.3, 0.1
-FAR, NEAR, SWERVE = 0.52,0.24,0.44
+FAR, NEAR, SWERVE = 0.52, 0.24, 0.44
 """Where, in |x|, the expert begins and ends its swerve, and how far to the side it goes; metres."""
 
 MODEL = f"""
