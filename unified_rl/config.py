@@ -1,0 +1,263 @@
+"""Configuration: Hydra composes YAML groups, Python signatures say what is allowed, an allow-list says what is built.
+
+A default lives in a Python signature only; YAML states what differs. Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from unified_rl.errors import ConfigError
+from unified_rl.targets import (
+    PACKAGE,
+    Parameter,
+    build,
+    check_type,
+    check_value,
+    is_plain,
+    locate,
+    nearest,
+    parameters,
+    plain,
+    with_defaults,
+)
+
+__all__ = ["build", "compose", "group_options", "parse_overrides", "resolve_defaults"]
+
+SETTINGS = {"train": "unified_rl.training.settings.TrainSettings"}
+CHOICES = "choices"
+HEADER = "# @package _global_"
+
+
+# ---------------------------------------------------------------------------------------------- groups and their files
+
+
+def config_root() -> Path:
+    """The folder of the built-in YAML groups."""
+    return Path(importlib.import_module(f"{PACKAGE}.configs").__path__[0])
+
+
+def primary_groups(primary: str) -> list[str]:
+    """Groups of ``configs/<primary>.yaml``, in the order in which they are composed."""
+    import yaml
+
+    entries = yaml.safe_load((config_root() / f"{primary}.yaml").read_text())["defaults"]
+    return [key for entry in entries if isinstance(entry, dict) for key in entry]
+
+
+def comment_of(path: Path) -> str:
+    """The first comment of a YAML file's head, without the ``#``; Hydra's ``# @package`` header is passed over."""
+    with path.open() as file:
+        head = itertools.takewhile(lambda line: line.startswith("#"), file)
+        return next((line.lstrip("# ").strip() for line in head if not line.startswith(HEADER[:3])), "")
+
+
+def _check_headers(config_dirs: Iterable[str | Path]) -> None:
+    """Hydra reads the package header only at the very top of a file, and silently ignores it elsewhere."""
+    for path in itertools.chain.from_iterable(sorted(Path(folder).glob("*/*.yaml")) for folder in config_dirs):
+        with path.open() as file:
+            if file.readline().strip() != HEADER:
+                raise ConfigError(f"{path}: its first line must be '{HEADER}'; comments follow it")
+
+
+def group_options(primary: str = "train", config_dirs: Sequence[str] = ()) -> dict[str, dict[str, str]]:
+    """Every group of a primary config with its options and their first comments.
+
+    Args:
+        primary: ``train`` or ``compare``.
+        config_dirs: the user's own folders, laid out like ``configs/``; they may add groups and options.
+
+    Raises:
+        ConfigError: a folder is missing, or an option hides a built-in one.
+    """
+    groups: dict[str, dict[str, str]] = {group: {} for group in primary_groups(primary)}
+    others = {path.name for path in config_root().iterdir() if path.is_dir()} - set(groups)
+    for folder in (config_root(), *map(Path, config_dirs)):
+        if not folder.is_dir():
+            raise ConfigError(f"--config-dir {folder}: there is no such folder")
+        for path in sorted(folder.glob("*/*.yaml")):
+            if path.parent.name in others:
+                continue
+            options = groups.setdefault(path.parent.name, {})
+            if path.stem in options:
+                raise ConfigError(f"{path} has the name of another option of {path.parent.name}; rename it")
+            options[path.stem] = comment_of(path)
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------- composing
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """One ``key=value`` of the command line: the text, and what it parses to."""
+
+    text: str
+    key: str
+    value: Any
+
+
+def parse_overrides(texts: Iterable[str]) -> list[Override]:
+    """Parses ``key=value`` texts with Hydra's grammar.
+
+    Raises:
+        ConfigError: a text without ``=``, with a sweep, with an unquoted ``=`` in its value, or a key given twice.
+    """
+    overrides: list[Override] = []
+    for text in texts:
+        override = _parse(text)
+        if override.key in {other.key for other in overrides}:
+            raise ConfigError(f"{override.key} is given twice; give it once")
+        overrides.append(override)
+    return overrides
+
+
+def _parse(text: str) -> Override:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{text!r} is not of the form key=value")
+    if not all(part.replace("-", "_").isidentifier() or part.isdigit() for part in key.split(".")):
+        raise ConfigError(f"{key!r} is not a key; write group=option or group.key=value (group=null drops a group)")
+    try:
+        parsed = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        quote = f"quote it: {key}=\"'{value}'\"" + (" (a list: quote each item)" if value.startswith("[") else "")
+        why = "the value holds an unquoted '='" if "=" in value else f"the value cannot be parsed ({_line(error)})"
+        raise ConfigError(f"{text!r}: {why}; {quote}") from error
+    if parsed.is_sweep_override():
+        raise ConfigError(
+            f"{text!r} asks for several values in one run; use 'unified-rl compare' for a grid, or quote the value"
+        )
+    return Override(text, key, parsed.value())
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def compose(
+    overrides: Sequence[str],
+    *,
+    primary: str = "train",
+    config_dirs: Sequence[str] = (),
+    allow: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Composes a configuration and checks every key and type against the signatures that will receive them.
+
+    Args:
+        overrides: ``group=option`` and ``key=value`` texts; keys need not be in any YAML file.
+        primary: the primary config, ``train`` or ``compare``.
+        config_dirs: further folders with groups.
+        allow: prefixes beside ``unified_rl`` that ``_target_`` may name.
+
+    Returns:
+        Plain nested dicts and lists; ``choices`` names the option of every group.
+
+    Raises:
+        ConfigError: a misspelt key, group or option (names the nearest), a wrong type, a target that is not allowed.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    parsed = parse_overrides(overrides)
+    groups = group_options(primary, config_dirs)
+    _check_headers([config_root(), *config_dirs])
+    config = _compose_groups([o for o in parsed if o.key in groups], primary, config_dirs, groups)
+    for override in parsed:
+        if override.key not in groups:
+            _set(config, override, groups, primary)
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{_line(error)}; set it as key=value") from error
+    assert isinstance(resolved, dict)
+    return _check_config(cast(dict[str, Any], resolved), groups, primary, allow)
+
+
+def _compose_groups(
+    chosen: Sequence[Override], primary: str, config_dirs: Sequence[str], groups: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    listed = primary_groups(primary)
+    texts = [_group_text(override, groups, listed) for override in chosen]
+    if config_dirs:
+        texts.append("hydra.searchpath=[" + ",".join(f"'file://{Path(d).resolve()}'" for d in config_dirs) + "]")
+    try:
+        with initialize_config_dir(config_dir=str(config_root().resolve()), version_base="1.3"):
+            composed = hydra_compose(primary, texts, return_hydra_config=True)
+        found = {k: v for k, v in composed.hydra.runtime.choices.items() if k in groups}
+        OmegaConf.set_struct(composed, False)
+        composed.pop("hydra")
+        config = OmegaConf.to_container(composed, resolve=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_line(error)) from error
+    assert isinstance(config, dict)
+    config = cast(dict[str, Any], config)
+    dropped = {group: None for group, option in found.items() if option is None}
+    return {**dict.fromkeys(listed), **config, **dropped, CHOICES: found}
+
+
+def _group_text(override: Override, groups: Mapping[str, Mapping[str, str]], listed: Sequence[str]) -> str:
+    group, option = override.key, override.value
+    if option is not None and str(option) not in groups[group]:
+        raise ConfigError(f"{group} has no option {str(option)!r}; {nearest(option, groups[group])}")
+    return f"{'' if group in listed else '+'}{group}={'null' if option is None else option}"
+
+
+def _set(config: dict[str, Any], override: Override, groups: Iterable[str], primary: str) -> None:
+    """Writes one value into the composed config; new keys only where a signature will check them."""
+    *path, last = override.key.split(".")
+    known = [*groups, *([] if path else _settings(primary)), *(k for k in config if k != CHOICES)]
+    if (path or [last])[0] not in known:
+        raise ConfigError(f"there is no group or key {(path or [last])[0]!r}; {nearest((path or [last])[0], known)}")
+    node, checked = config, not path
+    for depth, part in enumerate(path):
+        if node.get(part) is None and checked and depth:
+            node[part] = {}
+        node, where = node.get(part), ".".join(path[: depth + 1])  # type: ignore[assignment]
+        if not isinstance(node, dict):
+            hint = f"choose an option first: {part}=..." if node is None else f"it is {node!r}"
+            raise ConfigError(f"{override.key}: {where} has no keys here; {hint}")
+        checked = checked or "_target_" in node
+    if last not in node and not checked:
+        raise ConfigError(f"{'.'.join(path)} has no key {last!r}; {nearest(last, node)}")
+    node[last] = override.value
+
+
+def _settings(primary: str) -> dict[str, Parameter]:
+    return parameters(locate(SETTINGS[primary]))[0] if primary in SETTINGS else {}
+
+
+def _check_config(
+    config: dict[str, Any], groups: Mapping[str, Any], primary: str, allow: Sequence[str]
+) -> dict[str, Any]:
+    settings, checked = _settings(primary), {}
+    for key, value in config.items():
+        if key in settings:
+            value = check_type(value, settings[key].hint, key)
+        elif key not in groups and key != CHOICES and primary in SETTINGS:
+            raise ConfigError(f"there is no key {key!r}; {nearest(key, [*groups, *settings])}")
+        checked[key] = plain(check_value(value, key, allow))
+    return checked
+
+
+def resolve_defaults(config: Mapping[str, Any], primary: str = "train", allow: Sequence[str] = ()) -> dict[str, Any]:
+    """A composed configuration with the default of every signature written out, for the run's ``config.yaml``.
+
+    Defaults that YAML cannot hold, and parameters that only the caller can give, are left out.
+    """
+    settings = {name: plain(p.default) for name, p in _settings(primary).items() if is_plain(p.default)}
+    return {**settings, **{key: plain(with_defaults(value, allow)) for key, value in config.items()}}
