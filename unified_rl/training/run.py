@@ -81,6 +81,7 @@ class Job:
         agent_node, device = dict(self.cfg["agent"]), str(self.device)
         if not self.collects:
             agent = build(agent_node, allow=self.allow, policy=self.policy, env=self.env, seed=self._integer("agent"))
+            self.policy = agent.policy
             return Trainer(self.settings, folder, agent, None, None, self.evaluate, display)
         rollout_node = dict(self.cfg["rollout"])
         rows, length = _sizes(rollout_node, self.language)
@@ -265,11 +266,10 @@ def evaluate_run(
 
 def load_policy(job: Job, state: dict[str, Any]) -> Any:
     """The policy of a checkpoint, in the job's device."""
-    policy = job.policy
     if not job.collects:
-        policy = build(dict(job.cfg["agent"]), allow=job.allow, policy=policy, env=job.env, seed=0).policy
-    policy.load_state_dict(state["agent"]["policy"])
-    return policy
+        job.make_trainer(Path(job.cfg.get("run_dir") or "."))  # such agents bring their own policy
+    job.policy.load_state_dict(state["agent"]["policy"])
+    return job.policy
 
 
 def record_dataset(job: Job, folder: Path, batches: int = 8) -> int:
