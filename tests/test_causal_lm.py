@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from unified_rl.errors import CheckpointError, ConfigError, RecordError
 from unified_rl.policies.causal_lm import CausalLM
+from unified_rl.policies.shared_prompt import find_shared
 from unified_rl.policies.token_critic import TokenCritic
 
 CONFIG = {
@@ -109,6 +110,33 @@ def test_only_a_chunk_of_logits_is_held():
     policy.model.get_output_embeddings().register_forward_hook(lambda m, i, o: sizes.append(len(o)))
     policy.log_prob(record).log_prob.sum().backward()
     assert max(sizes) == 5 and sum(sizes) == 2 * int(record["mask"].sum())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2"])
+def test_prompts_encoded_once_give_the_same_log_probs_and_gradients(model_type):
+    config = CONFIG | {"model_type": model_type}
+    if model_type == "gpt2":
+        config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}
+    shared, plain = make(config=config), make(config=config, share_prompts=False)
+    long = TensorDict(
+        {
+            "tokens": torch.randint(3, 19, (3, 12), generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0),
+            "mask": torch.zeros(12, 12, dtype=torch.bool),
+        },
+        batch_size=[12],
+    )
+    for row in range(12):  # prompts of 8, 6 and 7 tokens, answers of up to 5 tokens, one row without any
+        start = (8, 6, 7)[row // 4]
+        long["mask"][row, start : start + row % 6] = True
+        long["tokens"][row, start:] = torch.randint(3, 19, (12 - start,), generator=torch.Generator().manual_seed(row))
+    assert find_shared(long["tokens"], long["mask"], 11) is not None
+    gradients = []
+    for policy in (shared, plain):
+        out = policy.log_prob(long).log_prob
+        (out * torch.arange(12)).sum().backward()
+        gradients.append([out.detach()] + [p.grad for p in policy.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_nll_and_entropy_match_the_textbook_and_ignore_the_transform():

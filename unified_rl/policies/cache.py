@@ -1,7 +1,7 @@
 """A key-value cache that is written in place.
 
 The dynamic cache of transformers concatenates at every token, which copies the whole cache each time. Here every layer
-owns one tensor of full width, a token writes one column, and attention reads a view.
+owns tensors with some spare columns, a token writes one column, and attention reads a view.
 """
 
 from __future__ import annotations
@@ -12,67 +12,68 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+GROW = 32
+"""Columns added when the tensors are full: little enough that attention reads few gaps, enough that copies are rare."""
+
 
 class SlabLayer(DynamicLayer):
-    """One layer's keys and values ``[rows, heads, filled, width]``, views into tensors of ``capacity`` columns.
+    """One layer's keys and values ``[rows, heads, filled, width]``, views into tensors with room for more columns.
 
     Args:
-        capacity: the most columns it will hold.
         repeats: each row of the first write (the prompts) becomes this many rows.
     """
 
-    def __init__(self, capacity: int, repeats: int = 1, **kwargs: Any) -> None:
+    def __init__(self, repeats: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.capacity, self.repeats = capacity, repeats
+        self.repeats = repeats
         self.filled = 0
-        self.slabs: tuple[Tensor, Tensor] | None = None
+        self.slabs: tuple[Tensor, ...] = ()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends new columns; returns all keys and values so far."""
-        if self.slabs is None:
+        if not self.slabs:
             self._start(key_states, value_states)
             return key_states, value_states
         end = self.filled + key_states.shape[-2]
+        if end > self.slabs[0].shape[-2]:
+            self.slabs = tuple(_copy(slab[:, :, : self.filled], end + GROW - 1) for slab in self.slabs)
         for slab, new in zip(self.slabs, (key_states, value_states), strict=True):
             slab[:, :, self.filled : end] = new
         return self._show(end)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps only some rows."""
-        if self.slabs is None:
+        if not self.slabs:
             return
-        end = self.filled
-        kept = []
-        for slab in self.slabs:
-            fresh = slab.new_empty(len(indices), *slab.shape[1:])
-            fresh[:, :, :end] = slab[:, :, :end].index_select(0, indices)
-            kept.append(fresh)
-        self.slabs = (kept[0], kept[1])
-        self._show(end)
+        room = self.slabs[0].shape[-2]
+        self.slabs = tuple(_copy(slab[:, :, : self.filled].index_select(0, indices), room) for slab in self.slabs)
+        self._show(self.filled)
 
     def _start(self, keys: Tensor, values: Tensor) -> None:
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        slabs = []
-        for first in (keys, values):
-            rows, heads, length, width = first.shape
-            slab = first.new_empty(rows * self.repeats, heads, self.capacity, width)
-            slab.view(rows, self.repeats, heads, self.capacity, width)[..., :length, :] = first[:, None]
-            slabs.append(slab)
-        self.slabs = (slabs[0], slabs[1])
-        self._show(keys.shape[-2])
+        length = keys.shape[-2]
+        self.slabs = tuple(_copy(x, length + GROW, self.repeats) for x in (keys, values))
+        self._show(length)
 
     def _show(self, end: int) -> tuple[Tensor, Tensor]:
-        assert self.slabs is not None
         self.filled = end
         self.keys, self.values = (slab[:, :, :end] for slab in self.slabs)
         return self.keys, self.values
 
 
-class SlabCache(Cache):
-    """A :class:`SlabLayer` for each of ``layers`` layers; see there for the other arguments."""
+def _copy(states: Tensor, room: int, repeats: int = 1) -> Tensor:
+    """``states [rows, heads, n, width]`` with each row repeated and with ``room`` columns, the later ones unset."""
+    rows, heads, filled, width = states.shape
+    out = states.new_empty(rows * repeats, heads, room, width)
+    out.view(rows, repeats, heads, room, width)[..., :filled, :] = states[:, None]
+    return out
 
-    def __init__(self, layers: int, capacity: int, repeats: int = 1) -> None:
-        super().__init__(layers=[SlabLayer(capacity, repeats) for _ in range(layers)])
+
+class SlabCache(Cache):
+    """A :class:`SlabLayer` for each of ``layers`` layers."""
+
+    def __init__(self, layers: int, repeats: int = 1) -> None:
+        super().__init__(layers=[SlabLayer(repeats) for _ in range(layers)])
 
 
 def count_layers(config: Any) -> int:

@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from unified_rl.errors import RecordError
-from unified_rl.policies.generation import Generation, generate
+from unified_rl.policies.generation import Generation, generate, has_plain_cache
 from unified_rl.policies.pretrained import build_model, has_plain_head, special_ids, trunk_states
 from unified_rl.policies.sampling import NO_TRUNCATION, Sampling, entropy_of, token_log_prob
+from unified_rl.policies.shared_prompt import find_shared, shared_states
 from unified_rl.units import UnitLogProb
 
 LOGITS_AT_ONCE = 2**25
@@ -45,6 +46,8 @@ class CausalLM(TensorDictModuleBase):
         logit_chunk: positions whose logits are held at a time; the rest is recomputed in the backward pass. 0 chooses
             so that about 128 MiB are held.
         gradient_checkpointing: recompute the layers in the backward pass.
+        share_prompts: encode a prompt once for all rows of a batch that begin with it, when scoring too (not together
+            with ``gradient_checkpointing``).
         max_new_tokens: of ``forward``.
         seed: of fresh weights, and of the policy's own :attr:`generator`.
 
@@ -69,6 +72,7 @@ class CausalLM(TensorDictModuleBase):
         autocast: bool = False,
         logit_chunk: int = 0,
         gradient_checkpointing: bool = False,
+        share_prompts: bool = True,
         max_new_tokens: int = 16,
         seed: int = 0,
     ) -> None:
@@ -79,7 +83,7 @@ class CausalLM(TensorDictModuleBase):
         self.tokenizer, self.max_length, self.max_new_tokens = tokenizer, max_length, max_new_tokens
         self.pad_id, self.eos_id = special_ids(tokenizer)
         self.autocast, self.logit_chunk, self.seed = autocast, logit_chunk, seed
-        self.model: Any = build_model(
+        model: Any = build_model(
             AutoModelForCausalLM,
             tokenizer,
             max_length,
@@ -89,9 +93,13 @@ class CausalLM(TensorDictModuleBase):
             dtype=dtype,
             seed=seed,
         )
-        self.model.plain_head = has_plain_head(self.model)
+        model.plain_head = has_plain_head(model)
         if gradient_checkpointing:
-            _recompute_layers(self.model)
+            _recompute_layers(model)
+        self.share_prompts = (
+            share_prompts and not gradient_checkpointing and model.plain_head and has_plain_cache(model)
+        )
+        self.model: Any = model
         self._generator: torch.Generator | None = None
 
     @property
@@ -187,24 +195,28 @@ class CausalLM(TensorDictModuleBase):
     def _score(self, batch: TensorDictBase, sampling: Sampling, entropy: bool = False) -> tuple[Tensor, Tensor]:
         tokens, mask = _tokens_and_mask(batch)
         rows, width = tokens.shape
-        unit = mask.flatten().nonzero()[:, 0]  # which of the B * N units are scored
-        used = int((unit % width).max()) if len(unit) else 1  # nothing to the right of the last unit is needed
-        source = unit // width * used + unit % width - 1  # the position that predicts it, in rows of that length
-        target = tokens.flatten()[unit]
+        row, column = mask.nonzero(as_tuple=True)
         with self._precision():
-            log_prob, extra = self._score_at(tokens[:, :used], source, target, sampling, entropy)
-        flat = log_prob.new_zeros(rows * width)
+            log_prob, extra = self._score_at(tokens, mask, row, column, sampling, entropy)
+        flat, unit = log_prob.new_zeros(rows * width), row * width + column
         out = flat.index_put((unit,), log_prob).view(rows, width)
         return out, flat.index_put((unit,), extra).view(rows, width) if entropy else flat
 
     def _score_at(
-        self, tokens: Tensor, source: Tensor, target: Tensor, sampling: Sampling, entropy: bool
+        self, tokens: Tensor, mask: Tensor, row: Tensor, column: Tensor, sampling: Sampling, entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs (and entropies) ``[n]`` of ``target [n]``, predicted at flat positions ``source [n]``."""
+        """Log-probs (and entropies) ``[n]`` of the tokens at ``(row, column)``."""
+        used = int(column.max()) if len(column) else 1  # nothing to the right of the last unit is needed
+        target = tokens[row, column]
         if not self.model.plain_head:
-            logits = self.model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
-            return _score_logits(logits.index_select(0, source), target, sampling, entropy)
-        hidden = trunk_states(self.model, tokens).flatten(0, 1).index_select(0, source)
+            logits = self.model(input_ids=tokens[:, :used], use_cache=False).logits[row, column - 1]
+            return _score_logits(logits, target, sampling, entropy)
+        shared = find_shared(tokens, mask, used) if self.share_prompts else None
+        if shared is not None:
+            hidden = shared_states(self.model, shared).index_select(0, shared.locate(row, column - 1))
+        else:
+            states = trunk_states(self.model, tokens[:, :used]).flatten(0, 1)
+            hidden = states.index_select(0, row * used + column - 1)
         head = self.model.get_output_embeddings()
 
         def score(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -171,7 +171,7 @@ class _Loop:
         self.row: Tensor | None = None  # None: every row, in order
         self.alive = torch.ones(rows, dtype=torch.bool, device=self.device)
         self.position = lengths.repeat_interleave(job.repeats)[:, None]
-        self.cache = SlabCache(count_layers(model.config), width + job.max_new_tokens - 1, job.repeats)
+        self.cache = SlabCache(count_layers(model.config), job.repeats)
         ragged = bool((lengths < width).any())
         self.visible = visible_columns(self.position[:, 0], width, width + job.max_new_tokens) if ragged else None
         self.check_every = 1 if self.device.type == "cpu" else CHECK_EVERY_ON_DEVICE
