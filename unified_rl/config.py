@@ -51,15 +51,19 @@ def primary_groups(primary: str) -> list[str]:
 
 
 def comment_of(path: Path) -> str:
-    """The first comment of a YAML file's head, without the ``#``; Hydra's ``# @package`` header is passed over."""
+    """The first comment of a YAML file that is not Hydra's package header, without the ``#``."""
     with path.open() as file:
-        head = itertools.takewhile(lambda line: line.startswith("#"), file)
-        return next((line.lstrip("# ").strip() for line in head if not line.startswith(HEADER[:3])), "")
+        for line in file:
+            if not line.startswith("#"):
+                break
+            if "@package" not in line:
+                return line.lstrip("# ").strip()
+    return ""
 
 
-def _check_headers(config_dirs: Iterable[str | Path]) -> None:
+def _check_headers(folders: Iterable[str | Path]) -> None:
     """Hydra reads the package header only at the very top of a file, and silently ignores it elsewhere."""
-    for path in itertools.chain.from_iterable(sorted(Path(folder).glob("*/*.yaml")) for folder in config_dirs):
+    for path in itertools.chain.from_iterable(sorted(Path(folder).glob("*/*.yaml")) for folder in folders):
         with path.open() as file:
             if file.readline().strip() != HEADER:
                 raise ConfigError(f"{path}: its first line must be '{HEADER}'; comments follow it")
@@ -165,19 +169,22 @@ def compose(
         ConfigError: a misspelt key, group or option (names the nearest), a wrong type, a target that is not allowed.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     parsed = parse_overrides(overrides)
     groups = group_options(primary, config_dirs)
+    _check_top(parsed, groups, primary)
     _check_headers([config_root(), *config_dirs])
     config = _compose_groups([o for o in parsed if o.key in groups], primary, config_dirs, groups)
     for override in parsed:
         if override.key not in groups:
-            _set(config, override, groups, primary)
+            _set(config, override)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no default; set it: {error.full_key}=...") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{_line(error)}; set it as key=value") from error
+        raise ConfigError(_line(error)) from error
     assert isinstance(resolved, dict)
     return _check_config(cast(dict[str, Any], resolved), groups, primary, allow)
 
@@ -206,23 +213,34 @@ def _compose_groups(
         raise ConfigError(_line(error)) from error
     assert isinstance(config, dict)
     config = cast(dict[str, Any], config)
-    dropped = {group: None for group, option in found.items() if option is None}
-    return {**dict.fromkeys(listed), **config, **dropped, CHOICES: found}
+    dropped = {override.key: None for override in chosen if override.value is None}
+    return {
+        **dict.fromkeys(listed),
+        **config,
+        **dropped,
+        CHOICES: {group: found.get(group) for group in listed} | found,
+    }
 
 
 def _group_text(override: Override, groups: Mapping[str, Mapping[str, str]], listed: Sequence[str]) -> str:
     group, option = override.key, override.value
     if option is not None and str(option) not in groups[group]:
         raise ConfigError(f"{group} has no option {str(option)!r}; {nearest(option, groups[group])}")
-    return f"{'' if group in listed else '+'}{group}={'null' if option is None else option}"
+    return f"~{group}" if option is None else f"{'' if group in listed else '+'}{group}={option}"
 
 
-def _set(config: dict[str, Any], override: Override, groups: Iterable[str], primary: str) -> None:
+def _check_top(overrides: Iterable[Override], groups: Iterable[str], primary: str) -> None:
+    """Every key must begin with a group, or be a setting of the run."""
+    known = [*groups, *_settings(primary)]
+    for override in overrides:
+        top = override.key.split(".")[0]
+        if top not in known:
+            raise ConfigError(f"there is no group or key {top!r}; {nearest(top, known)}")
+
+
+def _set(config: dict[str, Any], override: Override) -> None:
     """Writes one value into the composed config; new keys only where a signature will check them."""
     *path, last = override.key.split(".")
-    known = [*groups, *([] if path else _settings(primary)), *(k for k in config if k != CHOICES)]
-    if (path or [last])[0] not in known:
-        raise ConfigError(f"there is no group or key {(path or [last])[0]!r}; {nearest((path or [last])[0], known)}")
     node, checked = config, not path
     for depth, part in enumerate(path):
         if node.get(part) is None and checked and depth:
