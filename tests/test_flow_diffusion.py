@@ -187,6 +187,9 @@ def test_diffusion_kernel_by_hand_for_two_steps() -> None:
     mean, log_std = policy._kernel(torch.tensor([[-4.0]]), state, 1)
     assert mean.item() == pytest.approx(1.0)  # (0.5 + sqrt(.2) * 4) / sqrt(.8) is above 1: clipped
     assert log_std.exp().item() == pytest.approx(0.1)  # the posterior's is 0: the floor
+    explained = (0.5 - 0.4**0.5) / 0.6**0.5  # the noise beside a prediction that was clipped to 1
+    after = policy._noiseless(torch.tensor([[-4.0]]), state, 0)
+    assert after.item() == pytest.approx(0.8**0.5 + 0.2**0.5 * explained, abs=1e-6)
 
 
 def test_exact_noise_prediction_samples_the_gaussian_it_belongs_to() -> None:

@@ -218,6 +218,8 @@ class Policy(TensorDictModuleBase):
 
     def _flatten(self, batch: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """Normalised observations ``[M, d]`` and the stored keys ``[M, ...]`` of a batch with any leading shape."""
+        if isinstance(batch, Tensor):
+            raise RecordError(f"{type(self).__name__} needs the whole batch here, not its observations alone")
         observation = batch["observation"]
         lead = observation.ndim - 1
         stored = {key: self._stored(batch, key).flatten(0, lead - 1) for key in self.rescoring_keys}
