@@ -51,7 +51,7 @@ class Fresh(Sampler):
         self.cursor = self.ring.oldest
         self.dropped = 0
 
-    def before_write(self, count: int) -> None:
+    def before_write(self, count: int, values: Mapping[str, Any]) -> None:
         excess = self.ring.written + count - self.ring.capacity - self.cursor
         if excess > 0 and not self.drop:
             raise RecordError(

@@ -16,7 +16,7 @@ from unified_rl.replay.ring import IntArray
 from unified_rl.replay.sampler import Sampler
 from unified_rl.replay.schema import Schema
 from unified_rl.replay.state import ReplayState, to_numpy
-from unified_rl.replay.store import Leaves, MemmapStore, MemoryStore
+from unified_rl.replay.store import Leaves, MemmapStore, MemoryStore, write_rows
 from unified_rl.units import STEP_KEYS
 
 Rows: TypeAlias = TensorDictBase | Mapping[str, Tensor]
@@ -147,39 +147,37 @@ class Replay(ReplayState):
             RecordError: a key too few or too many, another shape or dtype, more rows than fit; nothing is written.
         """
         items, lead = self._normalise(rows)
-        if self.schema is None:
-            self._allocate(Schema.of(items, len(lead)))
-        schema = self.schema
-        assert schema is not None
+        schema = self.schema or self._allocate(Schema.of(items, len(lead)))
         schema.check(items, lead)
-        count = lead.numel()
-        if count > self.ring.capacity:
-            raise RecordError(f"{count} rows do not fit a replay of capacity {self.ring.capacity}; raise it")
-        self.sampler.before_write(count)
+        ring, count = self.ring, lead.numel()
+        if count > ring.capacity:
+            raise RecordError(f"{count} rows do not fit a replay of capacity {ring.capacity}; raise it")
         if len(lead) == 2:
             items = {key: value.flatten(0, 1) for key, value in items.items()}
-        low = self.ring.written
-        room = self.ring.physical - self.ring.capacity or count  # a memory-mapped write touches no live row
-        for offset in range(0, count, room):
-            part = items if count <= room else {key: value[offset : offset + room] for key, value in items.items()}
-            self._write(part, low + offset, min(low + offset + room, low + count))
-        return self._index(low, count).view(lead)
-
-    def _index(self, low: int, count: int) -> Tensor:
-        first = low % self.ring.physical
-        if first + count <= self.ring.physical:
-            return torch.arange(first, first + count)
-        return torch.arange(first, first + count) % self.ring.physical
+        self.sampler.before_write(count, {key: to_numpy(items[key]) for key in self._watched})
+        low = ring.written
+        if count <= self._room:
+            self._write(items, low, low + count)
+        else:
+            for at in range(0, count, self._room):
+                part = {key: value[at : at + self._room] for key, value in items.items()}
+                self._write(part, low + at, low + min(at + self._room, count))
+        first = low % ring.physical
+        index = np.arange(first, first + count)
+        if first + count > ring.physical:
+            index %= ring.physical
+        return torch.from_numpy(index if len(lead) == 1 else index.reshape(lead))
 
     def _write(self, items: Mapping[str, Tensor], low: int, high: int) -> None:
         """Rows first, the commit last."""
-        for offset, first, last in self.ring.pieces(low, high):
-            for key, leaf in self._leaves.items():
-                leaf.write(first, last, items[key], offset)
+        runs = self.ring.pieces(low, high)
+        write_rows(self._leaves, items, runs)
+        for _, first, last in runs:
             self._columns["use_count"][first:last] = 0
         self.ring.written = high
         self.sampler.wrote(low, high, {key: to_numpy(items[key]) for key in self._watched})
-        self._commit()
+        if self._journaled:
+            self._commit()
 
     def add(self, row: Rows) -> Tensor:
         """Writes one slot: a row ``[]``, or one row a lane ``[lanes]``; returns its index."""
@@ -215,7 +213,8 @@ class Replay(ReplayState):
         """
         length = length or self.sampler.length
         draw = self.sampler.draw(batch_size, self._rng, length or 1, version)
-        self._commit()
+        if self._journaled:
+            self._commit()
         serials = draw.serials
         if length is not None:
             serials = (serials[:, None] + np.arange(0, length * self.lanes, self.lanes)).reshape(-1)

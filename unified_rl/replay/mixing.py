@@ -92,9 +92,9 @@ class Mixture(Sampler):
         for part in self.parts.values():
             part.reset()
 
-    def before_write(self, count: int) -> None:
+    def before_write(self, count: int, values: Mapping[str, NDArray[Any]]) -> None:
         for part in self.parts.values():
-            part.before_write(count)
+            part.before_write(count, values)
 
     def wrote(self, low: int, high: int, values: Mapping[str, NDArray[Any]]) -> None:
         for part in self.parts.values():

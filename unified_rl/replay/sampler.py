@@ -46,7 +46,7 @@ class Sampler:
     def reset(self) -> None:
         """Forgets what was derived from rows."""
 
-    def before_write(self, count: int) -> None:
+    def before_write(self, count: int, values: Mapping[str, NDArray[Any]]) -> None:
         """May refuse a write of ``count`` rows by raising, before anything changes."""
 
     def wrote(self, low: int, high: int, values: Mapping[str, NDArray[Any]]) -> None:

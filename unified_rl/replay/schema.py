@@ -20,6 +20,8 @@ class Schema:
 
     def __init__(self, fields: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
         self.fields = {key: fields[key] for key in sorted(fields)}
+        self._lead: torch.Size | None = None
+        self._expected: list[tuple[str, torch.Size, torch.dtype]] = []
 
     @classmethod
     def of(cls, items: Mapping[str, Any], lead: int) -> Schema:
@@ -47,12 +49,15 @@ class Schema:
         """
         if items.keys() != self.fields.keys():
             self._report_keys(items)
-        for key, (shape, dtype) in self.fields.items():
+        if lead != self._lead:
+            self._lead = lead
+            self._expected = [(key, lead + shape, dtype) for key, (shape, dtype) in self.fields.items()]
+        for key, expected, dtype in self._expected:
             value = items[key]
             if value.dtype is not dtype:
                 raise RecordError(f"{key} is {value.dtype}, but this replay holds {dtype}; cast it before writing")
-            if value.shape != lead + shape:
-                raise RecordError(f"{key} has shape {tuple(value.shape)}, expected {tuple(lead + shape)}")
+            if value.shape != expected:
+                raise RecordError(f"{key} has shape {tuple(value.shape)}, expected {tuple(expected)}")
 
     def _report_keys(self, items: Mapping[str, Any]) -> None:
         missing = sorted(self.fields.keys() - items.keys())

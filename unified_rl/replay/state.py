@@ -34,6 +34,8 @@ class ReplayState:
         size = capacity // lanes * lanes
         spare = -(-size // lanes // store.spare_share) * lanes if store.spare_share else 0
         self.ring = Ring(capacity=size, physical=size + spare, lanes=lanes)
+        self._room = spare or size  # a memory-mapped write must touch no live row
+        self._journaled = bool(spare)
         self._leaves: Leaves = {}
         self._watched: list[str] = []
         committed = store.open(size, self.ring.physical, lanes)
@@ -59,7 +61,7 @@ class ReplayState:
         """Rows ever written."""
         return self.ring.written
 
-    def _allocate(self, schema: Schema) -> None:
+    def _allocate(self, schema: Schema) -> Schema:
         absent = [key for key in self.sampler.keys if key not in schema.fields]
         if absent:
             name = type(self.sampler).__name__
@@ -67,9 +69,10 @@ class ReplayState:
         self._leaves = self._store.allocate(schema, self.ring.capacity, self.ring.physical, self.lanes)
         self._watched = [key for key in (*self.sampler.keys, *self.sampler.optional_keys) if key in schema.fields]
         self.schema = schema
+        return schema
 
     def _commit(self) -> None:
-        if self._store.journal is not None:
+        if self._journaled:
             self._store.commit(self._small_state())
 
     def _small_state(self) -> dict[str, Any]:
@@ -110,13 +113,12 @@ class ReplayState:
         low = max(0, written - self.capacity)
         for first in range(low, written, _CHUNK):
             last = min(first + _CHUNK, written)
-            for offset, a, b in self.ring.pieces(first, last):
-                at = first - low + offset
-                for key, leaf in self._leaves.items():
-                    leaf.write(a, b, read(f"row.{key}", at, at + b - a))
-                for key, values in self._columns.items():
-                    saved = f"column.{key}" in names
-                    values[a:b] = read(f"column.{key}", at, at + b - a).numpy() if saved else 0
+            at, end = first - low, last - low
+            runs = self.ring.pieces(first, last)
+            write_rows(self._leaves, {key: read(f"row.{key}", at, end) for key in self._leaves}, runs)
+            for key, values in self._columns.items():
+                saved = f"column.{key}" in names
+                self.ring.write(values, first, last, read(f"column.{key}", at, end).numpy() if saved else 0)
         self._restore(meta)
         self._commit()
 

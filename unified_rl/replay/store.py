@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,6 @@ class Leaf:
         if data.device.type == "cpu" and data.dtype not in NUMPY_LACKS:
             self.array = data.numpy()  # numpy's slice assignment costs half of torch's
 
-    def write(self, first: int, last: int, value: Tensor, offset: int = 0) -> None:
-        """Assigns ``value[offset : offset + last - first]`` to the positions ``[first, last)``."""
-        stop = offset + last - first
-        if self.array is not None and value.is_cpu and not value.requires_grad:
-            self.array[first:last] = value.numpy()[offset:stop]
-        else:
-            self.data[first:last].copy_(value.detach()[offset:stop])
-
     def read(self, position: NDArray[np.int64], index: Tensor) -> Tensor:
         """The rows at these positions; ``index`` is the same on the leaf's device."""
         if self.array is not None:
@@ -48,6 +41,21 @@ class Leaf:
 
 
 Leaves = dict[str, Leaf]
+Runs = list[tuple[int, int, int]]
+"""Stretches of positions: ``(offset in the values, first, last + 1)``."""
+
+
+def write_rows(leaves: Leaves, items: Mapping[str, Tensor], runs: Runs) -> None:
+    """Assigns the values ``[n, *]`` of every leaf to the positions of ``runs``."""
+    for key, leaf in leaves.items():
+        value, array = items[key], leaf.array
+        if array is not None and value.is_cpu and not value.requires_grad:
+            source = value.numpy()
+            for offset, first, last in runs:
+                array[first:last] = source[offset : offset + last - first]
+        else:
+            for offset, first, last in runs:
+                leaf.data[first:last].copy_(value.detach()[offset : offset + last - first])
 
 
 class MemoryStore:

@@ -36,25 +36,21 @@ class Weighted(Sampler):
             part = weights if isinstance(weights, float) else weights[offset : offset + last - first]
             self.tree.fill(first, last, part)
 
-    def _positions(self, count: int, rng: np.random.Generator, length: int) -> tuple[IntArray, FloatArray, float]:
-        """Draws live positions; also their weights and the total weight of all that could be drawn."""
+    def _positions(self, count: int, rng: np.random.Generator, length: int) -> IntArray:
+        """Draws live positions, one in each of ``count`` equal parts of the cumulated weight."""
         _, high = self.starts(length)
-        hidden = self.ring.pieces(high, self.ring.written)
+        quantiles = (np.arange(count) + rng.random(count)) / count
+        if length == 1:
+            return self.tree.draw(quantiles)
+        hidden = self.ring.pieces(high, self.ring.written)  # windows from there would cross the newest row
         kept = [self.tree.weights[first:last].copy() for _, first, last in hidden]
-        if length > 1:  # windows that would cross the newest row
-            for _, first, last in hidden:
-                self.tree.fill(first, last, 0.0)
-        total = self.tree.total
-        if total > 0:
-            # stratified: one draw in each of `count` equal parts of the cumulated weight
-            positions = self.tree.draw((np.arange(count) + rng.random(count)) / count)
-            weights = self.tree.weights.take(positions)
-        if length > 1:
-            for (_, first, last), values in zip(hidden, kept, strict=True):
-                self.tree.fill(first, last, values)
-        if not total > 0:
-            raise RecordError("every row that could be drawn has weight 0; give some a positive priority")
-        return positions, weights, total
+        for _, first, last in hidden:
+            self.tree.fill(first, last, 0.0)
+        try:
+            return self.tree.draw(quantiles)
+        finally:
+            for (_, first, last), weights in zip(hidden, kept, strict=True):
+                self.tree.fill(first, last, weights)
 
 
 class Priority(Weighted):
@@ -91,7 +87,8 @@ class Priority(Weighted):
         self._fill(low, high, self.ring.read(self.columns["weight"], low, high))
 
     def draw(self, count: int, rng: np.random.Generator, length: int, version: int | None) -> Draw:
-        positions, weights, _ = self._positions(count, rng, length)
+        positions = self._positions(count, rng, length)
+        weights = self.tree.weights.take(positions)
         self.draws += 1
         beta = self.beta
         if self.beta_draws:
@@ -143,10 +140,12 @@ class Softmax(Weighted):
         self.reference = -np.inf
         self._stale = False
 
+    def before_write(self, count: int, values: Mapping[str, NDArray[Any]]) -> None:
+        if not np.isfinite(values[self.keys[0]]).all():
+            raise RecordError(f"{self.keys[0]} is not finite, and rows are drawn by it")
+
     def wrote(self, low: int, high: int, values: Mapping[str, NDArray[Any]]) -> None:
         score = values[self.keys[0]].astype(np.float64).reshape(high - low, -1).sum(1)
-        if not np.isfinite(score).all():
-            raise RecordError(f"{self.keys[0]} is not finite, and rows are drawn by it")
         self.ring.write(self.columns["score"], low, high, score)
         self._stale |= bool(score.max() > self.reference)
         if not self._stale:
@@ -173,7 +172,7 @@ class Softmax(Weighted):
         if self.tree.total < 1e-200:  # the row that the scores refer to has left
             self.reference = -np.inf
             self._rebuild()
-        return Draw(self.ring.serial(self._positions(count, rng, length)[0]), {})
+        return Draw(self.ring.serial(self._positions(count, rng, length)), {})
 
     def update(self, positions: IntArray, priorities: FloatArray) -> None:
         if not np.isfinite(priorities).all():
