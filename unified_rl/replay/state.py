@@ -17,7 +17,7 @@ from unified_rl.replay.persist import Saved, save
 from unified_rl.replay.ring import Ring
 from unified_rl.replay.sampler import Sampler
 from unified_rl.replay.schema import Schema
-from unified_rl.replay.store import Leaves, MemoryStore
+from unified_rl.replay.store import Leaves, MemoryStore, write_rows
 
 _CHUNK = 65_536
 
