@@ -1,1 +1,15 @@
 """The one off-policy correction: levels, kernels, mismatch weights, rejection, reduction, diagnostics."""
+
+from unified_rl.correction.core import Correction, CorrectionOutput
+from unified_rl.correction.diagnostics import effective_sample_size
+from unified_rl.correction.presets import build_correction, correction_names, load_correction, preset_config
+
+__all__ = [
+    "Correction",
+    "CorrectionOutput",
+    "build_correction",
+    "correction_names",
+    "effective_sample_size",
+    "load_correction",
+    "preset_config",
+]

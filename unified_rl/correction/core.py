@@ -1,0 +1,365 @@
+"""The one off-policy correction.
+
+Every method's gradient is ``sum of c * w * g * A * grad log pi`` minus the gradient of its regularisers: ``c`` the
+reduction, ``w`` the mismatch weight and rejection, ``g`` the kernel, ``A`` the advantage, all detached. The loss is
+``-(C * x).sum()`` with ``C = c * w * g * A``: its gradient is what matters, its value is not the textbook surrogate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from unified_rl.correction.diagnostics import diagnose
+from unified_rl.correction.kernels import KERNELS, PREPARES, RATIO_FREE, TRUNCATING
+from unified_rl.correction.levels import LEVELS, Layout
+from unified_rl.correction.penalty import PENALTIES
+from unified_rl.correction.pre import PRES
+from unified_rl.correction.reduce import REDUCTIONS
+from unified_rl.correction.rules import Rules
+from unified_rl.correction.select import SELECTIONS
+from unified_rl.correction.specs import as_rule, bind, check_keys, nearest
+from unified_rl.correction.view import ANCHORS, View, anchor_log_prob, difference, finite, safe
+from unified_rl.errors import ConfigError, RecordError
+from unified_rl.units import Steps
+
+Node = str | Mapping[str, Any]
+
+
+@dataclass
+class CorrectionOutput:
+    """What :meth:`Correction.loss` returns.
+
+    Attributes:
+        loss: scalar to minimise; those of all micro-batches add up to the whole batch's.
+        weight: ``[B, N]`` detached, the total coefficient ``c * w * g * A`` of each unit's score.
+        metrics: scalar tensors; ``loss/...`` add up over micro-batches, fractions are the micro-batch's own.
+    """
+
+    loss: Tensor
+    weight: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Correction:
+    """A published (or new) off-policy correction, put together from parts.
+
+    Args:
+        level: grain of the kernel's log-ratio: a name of :data:`LEVELS`, or a mapping with ``name`` and settings.
+        kernel: the weight as a function of ratio and advantage: a name of :data:`KERNELS`, or a mapping.
+        anchor: denominator of the kernel's ratio: behavior, proximal, reference or none.
+        pre: optional unit-level transform of the log-ratio before the level.
+        mismatch: outer weights proximal/behavior (current/behavior where the kernel itself holds no ratio).
+        reject: rules that take units or rows out.
+        penalty: regularisers beside the policy term.
+        reduce: what the sum over units is divided by.
+        denominator: ``original`` counts every masked-in unit, ``kept`` those that ``reject`` left.
+        horizon: the constant of ``sequence-mean-token-sum-norm`` (and optionally of ``token-sum``).
+        attached: differentiate the level itself instead of the unit's log-prob (straight-through).
+        advantage: settings for :func:`unified_rl.returns.group_advantage` that the method wants; None leaves it open.
+        proximal: settings of the proximal policy's provider, for the trainer.
+        wrapper: settings of what acts outside the loss (optimiser step, data selection), for the trainer.
+        name, summary, source, confidence, experimental: what it is and where it comes from.
+
+    Raises:
+        ConfigError: an unknown part or setting (names the nearest), or parts that contradict each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        level: Node = "unit",
+        kernel: Node = "one",
+        anchor: str = "behavior",
+        pre: Node | None = None,
+        mismatch: Sequence[Node] = (),
+        reject: Sequence[Node] = (),
+        penalty: Sequence[Node] = (),
+        reduce: str = "token-mean",
+        denominator: str = "original",
+        horizon: float | None = None,
+        attached: bool = False,
+        advantage: Mapping[str, Any] | None = None,
+        proximal: Mapping[str, Any] | None = None,
+        wrapper: Mapping[str, Any] | None = None,
+        name: str = "",
+        summary: str = "",
+        source: str = "",
+        confidence: str = "",
+        experimental: bool = False,
+    ) -> None:
+        if anchor != "none" and anchor not in ANCHORS:
+            raise ConfigError(f"unknown anchor {anchor!r}; {nearest(anchor, [*ANCHORS, 'none'])}")
+        if reduce not in REDUCTIONS:
+            raise ConfigError(f"unknown reduce {reduce!r}; {nearest(reduce, REDUCTIONS)}")
+        if denominator not in ("original", "kept"):
+            raise ConfigError(f"denominator must be original or kept, got {denominator!r}")
+        if reduce == "sequence-mean-token-sum-norm" and not horizon:
+            raise ConfigError(
+                "reduce=sequence-mean-token-sum-norm needs horizon: a constant, such as the longest answer"
+            )
+        self.anchor, self.reduce, self.denominator = anchor, reduce, denominator
+        self.horizon, self.attached = horizon, attached
+        self.name, self.summary, self.source = name, summary, source
+        self.confidence, self.experimental = confidence, experimental
+        self.advantage = dict(advantage or {})
+        self.proximal, self.wrapper = dict(proximal or {}), dict(wrapper or {})
+        self.kernel_name = as_rule(kernel, "kernel")["name"]
+        self._level, _ = bind(level, LEVELS, "level")
+        self._kernel, _ = bind(kernel, KERNELS, "kernel")
+        self._prepare = None if self.kernel_name not in PREPARES else bind(kernel, PREPARES, "kernel")[0]
+        self._pre = None if pre is None else bind(pre, PRES, "pre")[0]
+        self._rules = Rules(mismatch, reject, anchor, weighted_kernel=self.kernel_name not in RATIO_FREE)
+        self._penalties = [_Penalty(node) for node in penalty]
+        self.total = _identity
+        """Sums a scalar across processes; replace it where a batch is spread over several."""
+
+    @classmethod
+    def from_config(cls, node: Mapping[str, Any]) -> Correction:
+        """From a resolved configuration node, with or without ``_target_``."""
+        values = {key: value for key, value in node.items() if key != "_target_"}
+        check_keys(values, FIELDS, "a correction")
+        return cls(**values)
+
+    @property
+    def needs_full_pass(self) -> bool:
+        """Whether ``prepare`` must see the current log-probs of the whole optimiser batch."""
+        selected = any(p.select is not None for p in self._penalties)
+        return self._prepare is not None or self._rules.current or self.denominator == "kept" or selected
+
+    def needs(self, anchor: str) -> bool:
+        """Whether batches must hold the log-probs of this anchor."""
+        used = {self.anchor, *self._rules.anchors, *(p.anchor for p in self._penalties)}
+        used |= set(getattr(KERNELS[self.kernel_name], "anchors", ()))
+        return anchor in used
+
+    def prepare(self, log_prob: Tensor | None, batch: TensorDictBase) -> TensorDict:
+        """Looks at the whole optimiser batch once, without gradient.
+
+        Args:
+            log_prob: ``[B, N]`` of the current policy; None is allowed where ``needs_full_pass`` is False.
+            batch: the record, batch size ``[B]``, with ``advantage`` of shape ``[B]``, ``[B, T]`` or ``[B, N]`` (read
+                as one a unit where T = N).
+
+        Returns:
+            Statistics of batch size ``[B]`` that slice with the batch: ``coefficient [B]`` (c), ``advantage [B, N]``,
+            ``original [B]`` and ``kept [B]`` (counts of units), and what the method's own parts add.
+
+        Raises:
+            RecordError: a log-prob the method needs is missing, or shapes disagree.
+        """
+        with torch.no_grad():
+            return self._prepared(log_prob, batch)
+
+    def _prepared(self, log_prob: Tensor | None, batch: TensorDictBase) -> TensorDict:
+        mask = batch["mask"]
+        _check_shape(log_prob, mask)
+        if log_prob is None and self.needs_full_pass:
+            raise RecordError(f"correction {self.name or self.kernel_name} needs the current log-probs in prepare")
+        dtype = torch.float32 if log_prob is None or log_prob.dtype != torch.float64 else torch.float64
+        stats = TensorDict({}, batch_size=[mask.shape[0]], device=mask.device)
+        stats["advantage"] = _unit_advantage(batch, mask, dtype, optional=self.kernel_name in NO_ADVANTAGE)
+        keep = self._rules.apply(log_prob, batch, stats)
+        if self.denominator == "kept" and log_prob is not None:
+            d = self._unit_log_ratio(log_prob, batch)
+            keep = finite(d) if keep is None else keep & finite(d)
+            stats["keep"] = keep & mask
+        stats["original"] = mask.sum(-1).to(dtype)
+        stats["kept"] = stats["original"] if keep is None else (mask & keep).sum(-1).to(dtype)
+        counted = stats["kept" if self.denominator == "kept" else "original"]
+        stats["coefficient"] = REDUCTIONS[self.reduce](counted, self.horizon, self.total)
+        if self._prepare is not None or any(p.select is not None for p in self._penalties):
+            assert log_prob is not None
+            view, _ = self._view(log_prob.detach(), batch, stats)
+            if self._prepare is not None:
+                stats.update(self._prepare(view, self.total))
+            for i, p in enumerate(self._penalties):
+                if p.select is not None:
+                    stats[f"select_{i}"] = p.select(view)
+        return stats
+
+    def loss(self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase) -> CorrectionOutput:
+        """The loss of a (micro-)batch.
+
+        Args:
+            log_prob: ``[B, N]``, differentiable.
+            batch: the record.
+            stats: from :meth:`prepare`, sliced like the batch.
+
+        Returns:
+            The loss, the total coefficient of each unit, and metrics. Never NaN: units with non-finite log-probs are
+            left out; with nothing left the loss is exactly 0 and still has a graph.
+        """
+        _check_shape(log_prob, batch["mask"])
+        with torch.no_grad():
+            view, ok = self._view(log_prob.detach(), batch, stats)
+            weight = self._kernel(view) * view.advantage
+            if "weight" in stats.keys():
+                weight = weight * stats["weight"]
+            weight = torch.where(ok, weight * view.row("coefficient"), 0.0)
+        x = self._attached(log_prob, batch, stats, view) if self.attached else _where(ok, log_prob)
+        policy = -(weight * x).sum()
+        metrics = {"loss/policy": policy.detach(), "reject/fraction": _rejected(stats)}
+        loss = policy
+        if self._penalties:
+            penalty = self._penalty(log_prob, batch, stats, ok)
+            loss = loss + penalty
+            metrics["loss/penalty"] = penalty.detach()
+        return CorrectionOutput(loss, weight, metrics)
+
+    def __call__(self, log_prob: Tensor, batch: TensorDictBase) -> CorrectionOutput:
+        """:meth:`prepare` and :meth:`loss` of one batch."""
+        return self.loss(log_prob, batch, self.prepare(log_prob.detach(), batch))
+
+    def diagnostics(
+        self,
+        log_prob: Tensor,
+        batch: TensorDictBase,
+        stats: TensorDictBase | None = None,
+        *,
+        version: int | None = None,
+    ) -> dict[str, Tensor]:
+        """How far off-policy the batch is and what the correction did about it; see :func:`diagnose` for the names.
+
+        Args:
+            log_prob: ``[B, N]`` of the current policy.
+            batch: the record.
+            stats: from :meth:`prepare`; computed here if not given.
+            version: the learner's version, for the staleness.
+        """
+        with torch.no_grad():
+            log_prob = log_prob.detach()
+            stats = self.prepare(log_prob, batch) if stats is None else stats
+            view, ok = self._view(log_prob, batch, stats)
+            kernel = self._kernel(view)
+            outer = stats["weight"] if "weight" in stats.keys() else None
+            return diagnose(view, ok, kernel, outer, version, truncating=self.kernel_name in TRUNCATING)
+
+    def weight_curve(self, log_ratio: Tensor, advantage: float, **record: Tensor) -> Tensor:
+        """The kernel's weight at each of ``log_ratio [n]``, as rows of one unit with the given advantage, ``[n]``."""
+        zero = torch.zeros(len(log_ratio), 1, dtype=log_ratio.dtype)
+        items = dict.fromkeys(ANCHORS.values(), zero)
+        batch = TensorDict(
+            {
+                **items,
+                "mask": torch.ones_like(zero, dtype=torch.bool),
+                "step_index": torch.zeros_like(zero, dtype=torch.int64),
+                "reward": torch.full_like(zero, float(advantage > 0)),
+                "advantage": torch.full_like(zero, advantage),
+                "group": torch.zeros(len(log_ratio), dtype=torch.int64),
+                **record,
+            },
+            batch_size=[len(log_ratio)],
+        )
+        with torch.no_grad():
+            log_prob = log_ratio.unsqueeze(-1)
+            view, _ = self._view(log_prob, batch, self.prepare(log_prob, batch))
+            return self._kernel(view).squeeze(-1)
+
+    def _unit_log_ratio(self, log_prob: Tensor, batch: TensorDictBase) -> Tensor:
+        """Unit log-ratios to the anchor, ``[B, N]``, not yet made safe."""
+        if self.anchor == "none":
+            return log_prob if log_prob.dtype == torch.float64 else log_prob.float()
+        return difference(log_prob, anchor_log_prob(batch, self.anchor))
+
+    def _view(self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase) -> tuple[View, Tensor]:
+        """The view of a batch, and which units take part in the loss."""
+        d = self._unit_log_ratio(log_prob, batch)
+        valid = batch["mask"] & finite(d)
+        layout = Layout(valid, batch)
+        d = safe(d, valid)
+        ratio = d if self._pre is None else self._pre(d, stats["advantage"])
+        view = View(self._level(ratio, layout), d, log_prob, stats["advantage"], layout, batch, stats)
+        return view, valid & stats["keep"] if "keep" in stats.keys() else valid
+
+    def _attached(self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase, view: View) -> Tensor:
+        d = safe(self._unit_log_ratio(log_prob, batch), view.mask)
+        return self._level(d if self._pre is None else self._pre(d, stats["advantage"]), view.layout)
+
+    def _penalty(self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase, ok: Tensor) -> Tensor:
+        total = log_prob.new_zeros(())
+        for i, p in enumerate(self._penalties):
+            x = log_prob if p.anchor == "none" else difference(log_prob, anchor_log_prob(batch, p.anchor))
+            mask = ok & finite(x.detach())
+            if p.select is not None:
+                mask = mask & stats[f"select_{i}"]
+            scale = stats["coefficient"].unsqueeze(-1)
+            if p.statistic is not None:
+                scale = scale * stats[p.statistic].unsqueeze(-1)
+            value = p.value(safe(x, mask)) if p.anchor != "none" else p.value(_where(mask, x))
+            if p.importance:
+                d = difference(log_prob, anchor_log_prob(batch, "behavior"))
+                value = value * safe(d, mask & finite(d.detach())).exp()
+            total = total + p.coefficient * (_where(mask, value) * scale).sum()
+        return total
+
+
+class _Penalty:
+    """One penalty: its function, and what it is multiplied by."""
+
+    def __init__(self, node: Node) -> None:
+        extra = ["anchor", "coefficient", "statistic", "select", "importance"]
+        self.value, given = bind(node, PENALTIES, "penalty", extra)
+        self.anchor: str = given.get("anchor", "reference")
+        if self.anchor != "none" and self.anchor not in ANCHORS:
+            raise ConfigError(
+                f"unknown anchor {self.anchor!r} of a penalty; {nearest(self.anchor, [*ANCHORS, 'none'])}"
+            )
+        self.coefficient = float(given.get("coefficient", 1.0))
+        self.statistic: str | None = given.get("statistic")
+        self.importance = bool(given.get("importance", False))
+        select = given.get("select")
+        self.select = None if select is None else bind(select, SELECTIONS, "selection")[0]
+
+
+NO_ADVANTAGE = {"residual"}
+"""Kernels that compute their own advantage from rewards and log-ratios."""
+
+FIELDS = tuple(name for name in Correction.__init__.__annotations__ if name != "return")
+"""The fields of a correction's configuration."""
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _where(mask: Tensor, x: Tensor) -> Tensor:
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _rejected(stats: TensorDictBase) -> Tensor:
+    original = stats["original"].sum()
+    return 1.0 - stats["kept"].sum() / original.clamp(min=1)
+
+
+def _check_shape(log_prob: Tensor | None, mask: Tensor) -> None:
+    if log_prob is not None and log_prob.shape != mask.shape:
+        raise RecordError(f"log_prob has shape {tuple(log_prob.shape)}, but the mask is {tuple(mask.shape)}")
+
+
+def _unit_advantage(batch: TensorDictBase, mask: Tensor, dtype: torch.dtype, *, optional: bool) -> Tensor:
+    """The advantage of each unit ``[B, N]``, from one a row, a step or a unit."""
+    advantage = batch.get("advantage", None)
+    if advantage is None:
+        if optional:
+            return torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        raise RecordError(
+            "the batch has no advantage: set it with group_advantage, gae or vtrace of unified_rl.returns"
+        )
+    advantage = advantage.detach().to(dtype)
+    if advantage.shape == mask.shape:
+        return advantage
+    if advantage.shape == mask.shape[:1]:
+        return advantage.unsqueeze(-1).expand(mask.shape)
+    if advantage.shape == batch["reward"].shape:
+        return Steps.of(batch).broadcast(advantage)
+    raise RecordError(
+        f"advantage has shape {tuple(advantage.shape)}; expected one a row {tuple(mask.shape[:1])}, a step "
+        f"{tuple(batch['reward'].shape)} or a unit {tuple(mask.shape)}"
+    )

@@ -1,0 +1,119 @@
+"""Presets by name: ``configs/correction/NAME.yaml`` with dotted overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from unified_rl.correction.core import FIELDS, Correction, Node
+from unified_rl.correction.specs import check_keys, nearest
+from unified_rl.errors import ConfigError
+
+
+def build_correction(
+    level: Node = "unit",
+    kernel: Node = "one",
+    anchor: str = "behavior",
+    pre: Node | None = None,
+    mismatch: list[Node] | None = None,
+    reject: list[Node] | None = None,
+    penalty: list[Node] | None = None,
+    reduce: str = "token-mean",
+    denominator: str = "original",
+    horizon: float | None = None,
+    attached: bool = False,
+    advantage: Mapping[str, Any] | None = None,
+    proximal: Mapping[str, Any] | None = None,
+    wrapper: Mapping[str, Any] | None = None,
+    name: str = "",
+    summary: str = "",
+    source: str = "",
+    confidence: str = "",
+    experimental: bool = False,
+) -> Correction:
+    """A :class:`Correction` from plain values, as a configuration gives them; see there for each field."""
+    values = dict(locals())
+    for key in ("mismatch", "reject", "penalty"):
+        values[key] = values[key] or ()
+    return Correction(**values)
+
+
+def correction_names() -> list[str]:
+    """The names of the presets, sorted; ``none`` (no correction, for agents without one) is not among them."""
+    folder = resources.files("unified_rl.configs").joinpath("correction")
+    names = {entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")}
+    return sorted(names - {"none"})
+
+
+def preset_config(name: str) -> dict[str, Any]:
+    """The fields of a preset, with those of the preset it extends filled in.
+
+    Raises:
+        ConfigError: no such preset (names the nearest), or a file that is no correction.
+    """
+    if name not in correction_names():
+        raise ConfigError(f"unknown correction {name!r}; {nearest(name, correction_names())}")
+    text = resources.files("unified_rl.configs").joinpath("correction", f"{name}.yaml").read_text()
+    content = yaml.safe_load(text) or {}
+    merged: dict[str, Any] = {}
+    for parent in content.get("defaults", []):
+        if parent != "_self_":
+            merged = _merge(merged, preset_config(parent))
+    node = content.get("correction")
+    if not isinstance(node, dict):
+        raise ConfigError(f"configs/correction/{name}.yaml holds no 'correction:' section")
+    merged = _merge(merged, {key: value for key, value in node.items() if key != "_target_"})
+    return {**merged, "name": name}
+
+
+def load_correction(name: str, **overrides: Any) -> Correction:
+    """A preset as an object.
+
+    Args:
+        name: a file of ``configs/correction``.
+        overrides: fields to change, dotted where nested: ``**{"kernel.clip_high": 0.3, "reduce": "token-mean"}``;
+            numbers index into lists (``mismatch.0.high``).
+
+    Raises:
+        ConfigError: an unknown preset or field (names the nearest).
+    """
+    config = preset_config(name)
+    for path, value in overrides.items():
+        _set(config, path, value)
+    return Correction.from_config(config)
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key, anything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set(config: dict[str, Any], path: str, value: Any) -> None:
+    first, *rest = path.split(".")
+    check_keys([first], FIELDS, "a correction")
+    keys, node = [first, *rest], config
+    for key in keys[:-1]:
+        child = node[int(key)] if isinstance(node, list) else node.get(key)
+        if isinstance(child, str):
+            child = {"name": child}
+        elif child is None:
+            child = {}
+        if not isinstance(child, (dict, list)):
+            raise ConfigError(f"{path}: {key} holds {child!r} and has no fields")
+        child = dict(child) if isinstance(child, dict) else list(child)
+        node[int(key) if isinstance(node, list) else key] = child
+        node = child  # type: ignore[assignment]
+    last = keys[-1]
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            raise ConfigError(f"{path}: {keys[-2]} is a list of {len(node)} rules; index it with a number below that")
+        node[int(last)] = value
+    else:
+        node[last] = value

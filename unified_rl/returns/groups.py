@@ -1,0 +1,211 @@
+"""Group baselines and normalisers: ``A = (reward - baseline) / scale`` within groups of rows.
+
+One scatter-based reducer serves every kind. Sources: DeepSeekMath (2402.03300), Dr. GRPO (2503.20783), Back to Basics
+(2402.14740, leave-one-out), On-Policy RL with Optimal Reward Baseline (2505.23585, length), ReMax (2310.10505, greedy),
+REINFORCE++ (2501.03262, whiten), GDPO (several rewards), AsymRE (2506.20520, shift).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from unified_rl.errors import ConfigError, RecordError
+
+
+class Groups:
+    """Sums, means and extremes over the rows of each group, handed back to every row.
+
+    Args:
+        group: ``[B]`` int64 group ids; any integers.
+    """
+
+    def __init__(self, group: Tensor) -> None:
+        ids, self.index = torch.unique(group, return_inverse=True)
+        self.number = ids.numel()
+        self.count = self.sum(torch.ones(group.shape[0], device=group.device))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Each row's group sum of ``x [B]``."""
+        return x.new_zeros(self.number).index_add(0, self.index, x)[self.index]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Each row's group mean of ``x [B]``."""
+        return self.sum(x) / self.count.to(x.dtype)
+
+    def weighted_mean(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Each row's group mean of ``x [B]`` under ``weight [B]``; 0 where the weights sum to 0."""
+        total = self.sum(weight)
+        return self.sum(weight * x) / torch.where(total == 0, 1.0, total)
+
+    def extreme(self, x: Tensor, how: str) -> Tensor:
+        """Each row's group ``amax`` or ``amin`` of ``x [B]``."""
+        return x.new_zeros(self.number).scatter_reduce(0, self.index, x, how, include_self=False)[self.index]
+
+    def std(self, x: Tensor, ddof: int) -> Tensor:
+        """Each row's group standard deviation; 0 where the group has no more than ``ddof`` rows."""
+        square = self.sum((x - self.mean(x)).square())
+        return (square / (self.count.to(x.dtype) - ddof).clamp(min=1)).sqrt() * (self.count > ddof)
+
+    def logsumexp(self, x: Tensor) -> Tensor:
+        """Each row's group ``log sum exp`` of ``x [B]``."""
+        top = self.extreme(x, "amax")
+        return top + self.sum((x - top).exp()).log()
+
+
+def _mean(reward: Tensor, groups: Groups) -> Tensor:
+    """The group's mean (GRPO)."""
+    return groups.mean(reward)
+
+
+def _leave_one_out(reward: Tensor, groups: Groups) -> Tensor:
+    """The mean of the others (RLOO)."""
+    return (groups.sum(reward) - reward) / (groups.count.to(reward.dtype) - 1).clamp(min=1)
+
+
+def _greedy(reward: Tensor, groups: Groups) -> Tensor:
+    """The group's best reward."""
+    return groups.extreme(reward, "amax")
+
+
+def _none(reward: Tensor, groups: Groups) -> Tensor:
+    """No baseline."""
+    return torch.zeros_like(reward)
+
+
+BASELINES: dict[str, Callable[[Tensor, Groups], Tensor]] = {
+    "mean": _mean,
+    "leave_one_out": _leave_one_out,
+    "max": _greedy,
+    "none": _none,
+}
+"""Baselines that need nothing but the rewards; ``weighted``, ``soft`` and ``given`` take another argument."""
+
+
+def group_advantage(
+    reward: Tensor,
+    group: Tensor,
+    *,
+    baseline: str = "mean",
+    scale: str = "none",
+    ddof: int = 1,
+    eps: float = 1e-6,
+    singleton: float | None = 0.0,
+    min_spread: float = 0.0,
+    shift: float = 0.0,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    given: Tensor | None = None,
+    reward_weights: Sequence[float] | None = None,
+    combine: str = "sum_first",
+) -> Tensor:
+    """Advantages relative to the rows of the same group.
+
+    Args:
+        reward: ``[B]`` float, or ``[B, K]`` for K rewards.
+        group: ``[B]`` int64; rows of replay or of an expert may carry the id of a fresh group and so join it.
+        baseline: mean, leave_one_out, max, none; ``weighted`` (mean under ``weight``: OPO with lengths, an optimal
+            baseline with squared score norms); ``soft`` (``tau log mean exp(r / tau)``); ``given`` (a greedy rollout's
+            reward, a tracker's or a critic's value).
+        scale: ``none``; ``std`` (of the group); ``batch`` (of all rewards); ``whiten`` (centres and divides by the
+            spread of the centred values over the batch).
+        ddof: subtracted from the count in a standard deviation.
+        eps: added to a standard deviation.
+        singleton: advantage of a row that is alone in its group; None keeps its reward.
+        min_spread: a group's standard deviation is taken to be at least this, so that a group mixing 0.01 and 0 is
+            not blown up to the size of one mixing 1 and 0.
+        shift: added to the baseline (AsymRE uses -0.1).
+        temperature: of the soft baseline.
+        weight, given: ``[B]``, for the baselines above.
+        reward_weights: K weights, all 1 if not given.
+        combine: with K rewards, ``sum_first``, or ``normalize_first`` (each is made an advantage, then they are summed:
+            GDPO; add ``scale=whiten`` to the sum yourself where wanted).
+
+    Returns:
+        ``[B]`` float, detached. Groups whose rewards are all equal get exactly 0 (before the shift), whatever eps is.
+
+    Raises:
+        ConfigError: an unknown option.
+        RecordError: shapes disagree, or an argument that the baseline needs is missing.
+    """
+    reward = reward.detach() if reward.dtype == torch.float64 else reward.detach().float()
+    if group.shape != reward.shape[:1]:
+        raise RecordError(f"group has shape {tuple(group.shape)}, but reward has {tuple(reward.shape)}")
+    if combine not in ("sum_first", "normalize_first"):
+        raise ConfigError(f"combine must be sum_first or normalize_first, got {combine!r}")
+    if scale not in ("none", "std", "batch", "whiten"):
+        raise ConfigError(f"scale must be none, std, batch or whiten, got {scale!r}")
+    columns = reward.unsqueeze(-1) if reward.ndim == 1 else reward
+    weights = reward.new_ones(columns.shape[1]) if reward_weights is None else reward.new_tensor(reward_weights)
+    if weights.shape[0] != columns.shape[1]:
+        raise RecordError(f"{weights.shape[0]} reward_weights for {columns.shape[1]} rewards")
+    groups = Groups(group)
+    if combine == "sum_first":
+        columns, weights = (columns * weights).sum(-1, keepdim=True), reward.new_ones(1)
+
+    def one(r: Tensor) -> Tensor:
+        centred = _centred(r, groups, baseline, shift, temperature, weight, given)
+        return _scaled(centred, r, groups, scale, ddof, eps, singleton, min_spread, shift)
+
+    return torch.stack([one(r) for r in columns.unbind(-1)], -1) @ weights
+
+
+def _centred(
+    reward: Tensor,
+    groups: Groups,
+    baseline: str,
+    shift: float,
+    temperature: float,
+    weight: Tensor | None,
+    given: Tensor | None,
+) -> Tensor:
+    if baseline in BASELINES:
+        b = BASELINES[baseline](reward, groups)
+    elif baseline == "soft":
+        b = temperature * (groups.logsumexp(reward / temperature) - groups.count.to(reward.dtype).log())
+    elif baseline == "weighted":
+        b = groups.weighted_mean(reward, _needed(weight, "weight", baseline).to(reward.dtype))
+    elif baseline == "given":
+        return reward - _needed(given, "given", baseline).to(reward.dtype) - shift
+    else:
+        raise ConfigError(f"unknown baseline {baseline!r}; known: {', '.join(BASELINES)}, soft, weighted, given")
+    if baseline != "none":  # equal rewards: exactly 0, not what rounding left of it
+        flat = groups.extreme(reward, "amax") == groups.extreme(reward, "amin")
+        b = torch.where(flat, reward, b)
+    return reward - b - shift
+
+
+def _scaled(
+    centred: Tensor,
+    reward: Tensor,
+    groups: Groups,
+    scale: str,
+    ddof: int,
+    eps: float,
+    singleton: float | None,
+    min_spread: float,
+    shift: float,
+) -> Tensor:
+    alone = groups.count == 1
+    if scale == "std":
+        spread = groups.std(reward, ddof)
+        flat = spread == 0
+        spread = spread.clamp(min=min_spread) + eps
+        centred = torch.where(flat, centred, centred / spread)
+    elif scale == "batch":
+        centred = centred / (_batch_std(reward, ddof).clamp(min=min_spread) + eps)
+    elif scale == "whiten":
+        centred = (centred - centred.mean()) / (_batch_std(centred, ddof).clamp(min=min_spread) + eps)
+    return torch.where(alone, reward if singleton is None else torch.full_like(reward, singleton), centred)
+
+
+def _batch_std(x: Tensor, ddof: int) -> Tensor:
+    return (x - x.mean()).square().sum().div(max(x.numel() - ddof, 1)).sqrt()
+
+
+def _needed(x: Tensor | None, name: str, baseline: str) -> Tensor:
+    if x is None:
+        raise RecordError(f"baseline={baseline} needs the argument {name}")
+    return x
