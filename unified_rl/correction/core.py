@@ -109,6 +109,7 @@ class Correction:
         self.confidence, self.experimental = confidence, experimental
         self.advantage = dict(advantage or {})
         self.proximal, self.wrapper = dict(proximal or {}), dict(wrapper or {})
+        self.level_name = as_rule(level, "level")["name"]
         self.kernel_name = as_rule(kernel, "kernel")["name"]
         self._level, _ = bind(level, LEVELS, "level")
         self._kernel, _ = bind(kernel, KERNELS, "kernel")
