@@ -6,6 +6,8 @@ from unified_rl.envs.language.chain_mod import ChainMod
 from unified_rl.envs.language.codec import Codec, Segment
 from unified_rl.envs.language.countdown import Countdown
 from unified_rl.envs.language.guess_number import GuessNumber
+from unified_rl.envs.language.gym_tasks import ReasoningGym
+from unified_rl.envs.language.jsonl import JsonlProblems
 from unified_rl.envs.language.tokenizer import (
     character_tokenizer,
     choose_tokenizer,
@@ -13,6 +15,7 @@ from unified_rl.envs.language.tokenizer import (
     train_bpe,
     with_padding,
 )
+from unified_rl.envs.language.turn_env import LanguageTurnEnv
 
 __all__ = [
     "Calculator",
@@ -20,7 +23,10 @@ __all__ = [
     "Codec",
     "Countdown",
     "GuessNumber",
+    "JsonlProblems",
     "LanguageTask",
+    "LanguageTurnEnv",
+    "ReasoningGym",
     "Segment",
     "Verdict",
     "character_tokenizer",

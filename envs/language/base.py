@@ -154,7 +154,7 @@ class LanguageTask:
         if style is not None and style not in self.styles:
             known = ", ".join(self.styles) or "none to choose from"
             raise ConfigError(f"demonstration style {style!r} is unknown; this task has {known}")
-        problems = self._draw(count, generator, "train")
+        problems = self._draw_demonstrated(count, generator)
         chosen = self._styles_of(count, style, generator)
         parts = [
             [Segment(problem["text"]), *self._demonstrate(problem, one)]
@@ -210,6 +210,9 @@ class LanguageTask:
             f"found {len(kept)} of {count} {split} problems with env.held_out={self.held_out}; change it, or make the "
             "task larger so that both splits hold prompts"
         )
+
+    def _draw_demonstrated(self, count: int, generator: torch.Generator) -> list[dict[str, Any]]:
+        return self._draw(count, generator, "train")
 
     @staticmethod
     def _check_split(split: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from typing import Any
 
@@ -15,6 +16,7 @@ from unified_rl.errors import ConfigError
 
 ALPHABET = "0123456789+-*QCRA:;?"
 OPERATORS = "+-*"
+_APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _INTEGER = re.compile(r"-?[0-9]{1,12}")
 
 
@@ -79,7 +81,7 @@ class Calculator(LanguageTask):
         for row, chosen in zip(numbers, choices, strict=True):
             rest = [self.operators[c] + str(number) for c, number in zip(chosen, row[1:], strict=True)]
             expression = str(row[0]) + "".join(rest)
-            out.append({"text": f"Q:{expression};", "expression": expression, "value": int(evaluate(expression).value)})
+            out.append({"text": f"Q:{expression};", "expression": expression, "value": reductions(expression)[-1][1]})
         return out
 
     def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:
@@ -114,7 +116,7 @@ def reductions(expression: str) -> list[tuple[str, int]]:
     while len(parts) > 1:
         at = parts.index("*") if "*" in parts else 1
         call = "".join(map(str, parts[at - 1 : at + 2]))
-        value = int(evaluate(call, negative=True).value)
+        value = _APPLY[parts[at]](parts[at - 1], parts[at + 1])
         out.append((call, value))
         parts[at - 1 : at + 2] = [value]
     return out

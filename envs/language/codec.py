@@ -51,7 +51,10 @@ class Codec:
         if not texts:
             return []
         if self._table is None:
-            return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+            backend = getattr(self.tokenizer, "backend_tokenizer", None)
+            if backend is None:
+                return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+            return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         ids = self._look_up("".join(texts)).tolist()
         ends = np.cumsum([len(text) for text in texts]).tolist()
         return [ids[start:end] for start, end in zip([0, *ends], ends, strict=False)]

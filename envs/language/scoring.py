@@ -1,0 +1,114 @@
+"""Scoring by third-party verifiers, where a model's text could hang or exhaust the process that scores it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unified_rl.errors import ConfigError
+
+WORKER = Path(__file__).with_name("scoring_worker.py")
+MISSING = ("ImportError", "ModuleNotFoundError")
+
+
+class Score(NamedTuple):
+    """What came back: ``value`` is 0 where ``failed``, that is where scoring raised, ran out of time or of memory."""
+
+    value: float
+    failed: bool
+
+
+FAILED = Score(0.0, True)
+
+
+class GuardedScorer:
+    """Sends requests to a worker process and starts another one where a request killed it. Safe to call from threads.
+
+    The worker's hashes are not randomised, so that what it generates is the same in every run.
+
+    Args:
+        warm_up: a harmless request, sent first to every new worker so that imports do not count as scoring time.
+        limit: CPU seconds of one request.
+        first_limit: CPU seconds of the warm-up.
+        memory: gigabytes of address space of the worker.
+    """
+
+    def __init__(
+        self, warm_up: dict[str, Any], limit: float = 5.0, first_limit: float = 60.0, memory: float = 4.0
+    ) -> None:
+        self.warm_up, self.limit, self.first_limit, self.memory = warm_up, limit, first_limit, memory
+        self.restarts = 0
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def score(self, **request: Any) -> Score:
+        """The score of one request, which holds ``kind`` and what the worker's function of that name reads.
+
+        Raises:
+            ConfigError: the worker does not start, or cannot import the verifier.
+        """
+        value = self.ask(self.limit, **request).get("score")
+        return FAILED if value is None or not math.isfinite(value) else Score(value, False)
+
+    def ask(self, limit: float, **request: Any) -> dict[str, Any]:
+        """The worker's answer to any request; it has an entry ``error`` where there is none.
+
+        Raises:
+            ConfigError: the worker does not start, or cannot import what it needs.
+        """
+        with self._lock:
+            if self._process is None:
+                self._process = self._start()
+                error = self._send({**self.warm_up, "limit": self.first_limit}).get("error")
+                if self._process is None or error in MISSING:
+                    raise ConfigError(
+                        f"the process that scores answers ({request['kind']}) did not start ({error}); check that its "
+                        "verifier can be imported, and that memory suffices"
+                    )
+            return self._send({**request, "limit": limit})
+
+    def close(self) -> None:
+        """Ends the worker."""
+        with self._lock:
+            if self._process is not None:
+                self._end(self._process)
+
+    def _send(self, request: dict[str, Any]) -> dict[str, Any]:
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+        except (OSError, ValueError):  # the worker died: a broken pipe, or an empty line
+            self._end(process)
+            self.restarts += 1
+            return {"error": "the process ended"}
+
+    def _start(self) -> subprocess.Popen[str]:
+        # -P keeps this folder off the module path; one thread, or the libraries' pools eat the memory limit
+        settings = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+        return subprocess.Popen(
+            [sys.executable, "-P", str(WORKER), str(self.memory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **settings},
+        )
+
+    def _end(self, process: subprocess.Popen[str]) -> None:
+        self._process = None
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with suppress(OSError):  # unsent bytes of a request to a dead worker
+                    pipe.close()
