@@ -128,7 +128,7 @@ def test_every_violation_of_the_schema_names_its_key_and_writes_nothing() -> Non
 def test_the_schema_can_be_fixed_before_the_first_write_and_keeps_float64() -> None:
     replay = Replay(8, sampler=Uniform())
     replay.set_schema({"x": torch.zeros(1, 2, dtype=torch.float64)})
-    with pytest.raises(RecordError, match="x is torch.float32"):
+    with pytest.raises(RecordError, match=r"x is torch\.float32"):
         replay.extend({"x": torch.zeros(3, 2)})
     value = torch.full((3, 2), 1 / 3, dtype=torch.float64)
     replay.extend({"x": value})
