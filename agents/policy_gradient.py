@@ -251,7 +251,7 @@ class PolicyGradient:
                 metrics, diagnostics = self._step(batch, want_diagnostics=not first)
                 means.add(metrics)
                 first = first or diagnostics
-            if self.target_kl is not None and float(metrics.get("kl/k3", 0.0)) > self.target_kl:
+            if self.target_kl is not None and float(metrics["update/kl"]) > self.target_kl:
                 break
         return {**means.pop(), **first}
 
@@ -277,7 +277,7 @@ class PolicyGradient:
             loss = out.loss + self._extra(part, means, len(part) / len(batch))
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
-            means.add(out.metrics)
+            means.add({**out.metrics, "update/kl": _behavior_kl(log_prob.detach(), part)})
         if want_diagnostics:
             diagnostics = self.correction.diagnostics(scored, batch, stats, version=self.version)
         assert total is not None
@@ -329,6 +329,12 @@ class PolicyGradient:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.version, self.checked = state["version"], state["checked"]
+
+
+def _behavior_kl(log_prob: Tensor, batch: TensorDictBase) -> Tensor:
+    """Estimate k3 of the KL to the policy that acted, per unit: ``exp(-x) + x - 1`` of the log-ratio ``x``."""
+    x = torch.where(batch["mask"], log_prob - batch["behavior_log_prob"], 0.0).clamp(-20.0, 20.0)
+    return ((-x).exp() + x - 1.0).sum() / batch["mask"].sum().clamp(min=1)
 
 
 def _row_return(record: TensorDictBase) -> Tensor:
