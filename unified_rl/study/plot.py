@@ -1,0 +1,137 @@
+"""Learning curves of any run folders: ``python -m unified_rl.study.plot RUN... --by agent --out curves.png``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from unified_rl.errors import ConfigError, UnifiedRLError
+from unified_rl.study import figures
+from unified_rl.study.curves import join
+from unified_rl.study.report import save_png
+from unified_rl.study.results import SCORE, RunData, group_runs, read_rows
+
+
+def plot_runs(
+    folders: Sequence[str | Path],
+    out: str | Path,
+    metric: str = SCORE,
+    group_by: str = "agent",
+    *,
+    x: str = "steps",
+    title: str | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> Path:
+    """Draws one curve for each value of a configuration key, with a band over the runs that share it.
+
+    Args:
+        folders: run folders (with ``config.yaml`` and ``metrics.jsonl``).
+        out: a ``.png`` or ``.svg`` file.
+        metric: the metric to draw.
+        group_by: a dotted key of the configuration, or a group, whose chosen option then names the curve.
+        x: ``steps``, ``update`` or ``wall_seconds``.
+        title: title of the figure.
+        labels: value of the key to its name in the legend.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ConfigError: a folder without a run, or no run that logged the metric.
+    """
+    runs = [load_run(Path(folder), group_by) for folder in folders]
+    if not any(run.series(metric, x)[0].size for run in runs):
+        known = sorted({key for run in runs for row in run.rows for key in row})
+        raise ConfigError(f"no run logged {metric} against {x}; logged were {', '.join(known) or 'nothing'}")
+    groups = group_runs(runs, (group_by,))
+    with figures.drawing():
+        figure, axes = figures.panels(1, 1, width=6.4, height=4)
+        lines, names = [], []
+        for index, ((value,), members) in enumerate(groups.items()):
+            curve = join(members, metric, x=x)
+            if curve is None:
+                continue
+            colour = figures.COLOURS[index % len(figures.COLOURS)]
+            figures.draw_curve(axes[0, 0], curve, colour)
+            lines.append(Line2D([], [], color=colour, linewidth=2.4))
+            seeds = f" ({curve.seeds} seeds)" if curve.seeds > 1 else " (1 seed)"
+            names.append((labels or {}).get(str(value), str(value)) + seeds)
+        _finish(axes[0, 0], metric, x, title)
+        figure.legend(lines, names, loc="outside right upper", title=group_by, alignment="left")
+    return _save(figure, Path(out))
+
+
+def load_run(folder: Path, group_by: str) -> RunData:
+    """A run with its value of a configuration key as its label.
+
+    Raises:
+        ConfigError: no ``config.yaml``, or the key is not in it.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not a run folder: it holds no config.yaml")
+    return RunData(
+        {group_by: config_value(yaml.safe_load(path.read_text()), group_by, folder)}, read_rows(folder), folder
+    )
+
+
+def config_value(cfg: Mapping[str, Any], key: str, folder: Path) -> str:
+    """A dotted key of a configuration; for a group the option chosen for it."""
+    if key in (cfg.get("choices") or {}):
+        return str(cfg["choices"][key])
+    node: Any = cfg
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            raise ConfigError(f"the configuration of {folder} has no key {key}")
+        node = node[part]
+    return str(node["_target_"]).rsplit(".", 1)[-1] if isinstance(node, Mapping) and "_target_" in node else str(node)
+
+
+def _finish(ax: Any, metric: str, x: str, title: str | None) -> None:
+    ax.set_xlabel(x.replace("_", " "))
+    ax.set_ylabel(figures.NAMES.get(metric, metric))
+    ax.xaxis.set_major_formatter(FuncFormatter(figures.thousands))
+    ax.xaxis.set_major_locator(MaxNLocator(6))
+    if title:
+        ax.set_title(title)
+
+
+def _save(figure: Any, out: Path) -> Path:
+    if out.suffix not in (".png", ".svg"):
+        raise ConfigError(f"cannot write {out}; use a name that ends in .png or .svg")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".png":
+        save_png(figure, out)
+    else:
+        with figures.drawing():
+            figure.savefig(out, format="svg", metadata={"Date": None})
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``python -m unified_rl.study.plot``."""
+    parser = argparse.ArgumentParser(prog="python -m unified_rl.study.plot", description=__doc__)
+    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("--metric", default=SCORE)
+    parser.add_argument("--by", default="agent", help="configuration key that names the curves")
+    parser.add_argument("--x", default="steps", choices=("steps", "update", "wall_seconds"))
+    parser.add_argument("--title")
+    parser.add_argument("--out", required=True, help="a .png or .svg file")
+    given = parser.parse_args(arguments)
+    try:
+        print(plot_runs(given.runs, given.out, given.metric, given.by, x=given.x, title=given.title))
+    except UnifiedRLError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
