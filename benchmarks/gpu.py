@@ -1,0 +1,232 @@
+"""What a GPU does with this package, in one call of under ten minutes.
+
+    python benchmarks/gpu.py [--only NAME ...] [--csv FILE]      on a machine with a CUDA device
+    python benchmarks/gpu.py --smoke                             tiny sizes on the CPU: shows that everything runs
+
+Parts: ``language`` (a GRPO step of a 0.5B-class Qwen3 configuration in bf16), ``sac`` and ``replay``.
+Every figure is a line ``part, setting, quantity, value, unit``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from unified_rl.correction import load_correction
+from unified_rl.objectives import Optimizer
+from unified_rl.policies.causal_lm import CausalLM
+
+
+class Figure(NamedTuple):
+    """One measured number."""
+
+    part: str
+    setting: str
+    quantity: str
+    value: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class LanguageSize:
+    """Sizes of the language part."""
+
+    vocabulary: int = 151_936
+    width: int = 896
+    layers: int = 24
+    heads: int = 14
+    key_value_heads: int = 2
+    mlp: int = 4864
+    prompts: int = 8
+    group: int = 8
+    prompt: int = 256
+    new: int = 256
+    repeats: int = 3
+
+
+SMOKE = LanguageSize(512, 32, 2, 4, 2, 48, 2, 2, 8, 6, 1)
+
+
+def wait(device: torch.device) -> None:
+    """Waits for the device's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds of a call, the device's queue emptied before and after, and what it returned."""
+    wait(device)
+    start = time.perf_counter()
+    out = call()
+    wait(device)
+    return time.perf_counter() - start, out
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory allocated since the last call, in GiB (0 on the CPU); starts a new count."""
+    if device.type != "cuda":
+        return 0.0
+    peak = torch.cuda.max_memory_allocated(device) / 2**30
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+# ---------------------------------------------------------------------------------------------------- language
+
+
+def numbered_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A vocabulary of ``size`` made-up tokens; the first two are pad and eos."""
+    tokenizer = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(size)}, unk_token="<0>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<0>", eos_token="<1>")
+
+
+def language_policy(size: LanguageSize, device: torch.device, **settings: Any) -> CausalLM:
+    """A random Qwen3 policy with float32 weights and bf16 matrix products."""
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.key_value_heads,
+        "intermediate_size": size.mlp,
+        "tie_word_embeddings": True,
+    }
+    tokenizer = numbered_tokenizer(size.vocabulary)
+    return CausalLM(tokenizer, size.prompt + size.new, config=config, autocast=True, **settings).to(device)
+
+
+def language_record(policy: CausalLM, size: LanguageSize, generator: torch.Generator) -> TensorDict:
+    """Sampled rows with random rewards and group advantages."""
+    device = policy.device
+    prompts = torch.randint(2, size.vocabulary, (size.prompts, size.prompt), generator=generator, device=device)
+    out = policy.generate(
+        prompts, max_new_tokens=size.new, stop_ids=[], samples_per_prompt=size.group, generator=generator
+    )
+    rows, width = size.prompts * size.group, size.prompt + size.new
+    mask = torch.zeros(rows, width, dtype=torch.bool, device=device)
+    mask[:, size.prompt :] = True
+    behavior = torch.zeros(rows, width, device=device)
+    behavior[:, size.prompt :] = out.log_prob
+    reward = torch.rand(rows, 1, generator=generator, device=device)
+    step = torch.zeros(rows, width, dtype=torch.int64, device=device)
+    items = {
+        "tokens": torch.cat([prompts.repeat_interleave(size.group, 0), out.tokens], 1),
+        "token_mask": torch.ones_like(mask),
+        "mask": mask,
+        "behavior_log_prob": behavior,
+        "step_index": step,
+        "policy_version": step,
+        "reward": reward,
+        "advantage": reward - reward.mean(),
+        "group": torch.arange(size.prompts, device=device).repeat_interleave(size.group),
+    }
+    return TensorDict(items, batch_size=[rows])
+
+
+def language_update(policy: CausalLM, optimizer: Optimizer, batch: TensorDict, micro_batch: int) -> None:
+    """One optimiser step with accumulated micro-batches."""
+    correction = load_correction("dapo")
+    stats = correction.prepare(batch["behavior_log_prob"], batch)
+    optimizer.zero_grad()
+    total = torch.zeros((), device=policy.device)
+    for part, part_stats in zip(batch.split(micro_batch), stats.split(micro_batch), strict=True):
+        loss = correction.loss(policy.log_prob(part).log_prob, part, part_stats).loss
+        loss.backward()
+        total = total + loss.detach()
+    optimizer.step(total)
+
+
+def language_figures(name: str, size: LanguageSize, device: torch.device, settings: dict[str, Any]) -> list[Figure]:
+    """Tokens a second of generation and of the update, peak memory, and seconds of a whole step, of one variant."""
+    generator = torch.Generator(device).manual_seed(0)
+    policy = language_policy(size, device, **settings)
+    optimizer = Optimizer({"policy": policy}, 1e-6, max_grad_norm=1.0)
+    seconds: dict[str, list[float]] = {"generation": [], "update": []}
+    memory = {"generation": 0.0, "update": 0.0}
+    for _ in range(size.repeats + 1):
+        peak_memory(device)
+        spent, batch = timed(lambda: language_record(policy, size, generator), device)
+        seconds["generation"].append(spent)
+        memory["generation"] = max(memory["generation"], peak_memory(device))
+        spent, _ = timed(functools.partial(language_update, policy, optimizer, batch, size.group), device)
+        seconds["update"].append(spent)
+        memory["update"] = max(memory["update"], peak_memory(device))
+    rows = size.prompts * size.group
+    processed = {"generation": rows * size.new, "update": rows * (size.prompt + size.new)}
+    count = sum(p.numel() for p in policy.parameters())
+    setting = f"{count / 1e9:.2f}B, {size.prompts}x{size.group} rows of {size.prompt}+{size.new}, {name}"
+    figures = []
+    for stage, tokens in processed.items():
+        rate = tokens / statistics.median(seconds[stage][1:])  # the first round warms up
+        figures.append(Figure("language", setting, f"{stage} rate", rate, "tokens/s"))
+        figures.append(Figure("language", setting, f"{stage} peak memory", memory[stage], "GiB"))
+    whole = [a + b for a, b in zip(seconds["generation"], seconds["update"], strict=True)][1:]
+    return [*figures, Figure("language", setting, "GRPO step", statistics.median(whole), "s")]
+
+
+def bench_language(device: torch.device, smoke: bool) -> list[Figure]:
+    """A GRPO step with the logits of a few positions held at a time, in the ways that trade memory for time."""
+    size = SMOKE if smoke else LanguageSize()
+    chunk = {"logit_chunk": 5} if smoke else {}
+    figures = language_figures("chunked log-probs, shared prompts", size, device, chunk)
+    recomputed = {"gradient_checkpointing": True, **chunk}
+    return figures + language_figures("chunked log-probs, layers recomputed", size, device, recomputed)
+
+
+# ---------------------------------------------------------------------------------------------------- control
+
+
+def bench_sac(device: torch.device, smoke: bool) -> list[Figure]:
+    """SAC updates a second: eager, compiled, captured in a CUDA graph. Not written yet: reports nothing."""
+    return []
+
+
+def bench_replay(device: torch.device, smoke: bool) -> list[Figure]:
+    """Replay held on the device: sample and extend. Not written yet: reports nothing."""
+    return []
+
+
+PARTS: dict[str, Callable[[torch.device, bool], list[Figure]]] = {
+    "language": bench_language,
+    "sac": bench_sac,
+    "replay": bench_replay,
+}
+
+
+def main() -> None:
+    """Runs the parts and prints their figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, on the CPU")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--csv")
+    args = parser.parse_args()
+    if not args.smoke and not torch.cuda.is_available():
+        parser.error("no CUDA device here; --smoke runs tiny sizes on the CPU")
+    device = torch.device("cpu" if args.smoke else "cuda")
+    print("device:", "cpu (smoke run: the figures mean nothing)" if args.smoke else torch.cuda.get_device_name())
+    figures: list[Figure] = []
+    for name in args.only:
+        for figure in PARTS[name](device, args.smoke):
+            print(f"{figure.part}: {figure.setting}: {figure.quantity} {figure.value:,.3f} {figure.unit}", flush=True)
+            figures.append(figure)
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(Figure._fields)
+            writer.writerows(figures)
+
+
+if __name__ == "__main__":
+    main()
