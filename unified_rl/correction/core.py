@@ -16,15 +16,23 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from unified_rl.correction.diagnostics import diagnose
-from unified_rl.correction.kernels import KERNELS, PREPARES, RATIO_FREE, TRUNCATING
 from unified_rl.correction.levels import LEVELS, Layout
-from unified_rl.correction.penalty import PENALTIES
+from unified_rl.correction.penalty import Penalty
 from unified_rl.correction.pre import PRES
 from unified_rl.correction.reduce import REDUCTIONS
 from unified_rl.correction.rules import Rules
-from unified_rl.correction.select import SELECTIONS
 from unified_rl.correction.specs import as_rule, bind, check_keys, nearest
-from unified_rl.correction.view import ANCHORS, View, anchor_log_prob, difference, finite, safe
+from unified_rl.correction.tables import (
+    EXTRA_ANCHORS,
+    KERNELS,
+    NEEDS_PROBABILITIES,
+    OWN_ADVANTAGE,
+    PREPARES,
+    RATIO_FREE,
+    TRUNCATING,
+)
+from unified_rl.correction.thin import THINS
+from unified_rl.correction.view import ANCHORS, View, anchor_log_prob, difference, finite, masked, safe
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.units import Steps
 
@@ -54,6 +62,7 @@ class Correction:
         kernel: the weight as a function of ratio and advantage: a name of :data:`KERNELS`, or a mapping.
         anchor: denominator of the kernel's ratio: behavior, proximal, reference or none.
         pre: optional unit-level transform of the log-ratio before the level.
+        thin: optional random choice of units or rows to train on, weighted to stay unbiased.
         mismatch: outer weights proximal/behavior (current/behavior where the kernel itself holds no ratio).
         reject: rules that take units or rows out.
         penalty: regularisers beside the policy term.
@@ -77,6 +86,7 @@ class Correction:
         kernel: Node = "one",
         anchor: str = "behavior",
         pre: Node | None = None,
+        thin: Node | None = None,
         mismatch: Sequence[Node] = (),
         reject: Sequence[Node] = (),
         penalty: Sequence[Node] = (),
@@ -115,8 +125,9 @@ class Correction:
         self._kernel, _ = bind(kernel, KERNELS, "kernel")
         self._prepare = None if self.kernel_name not in PREPARES else bind(kernel, PREPARES, "kernel")[0]
         self._pre = None if pre is None else bind(pre, PRES, "pre")[0]
+        self._thin = None if thin is None else bind(thin, THINS, "thin")[0]
         self._rules = Rules(mismatch, reject, anchor, weighted_kernel=self.kernel_name not in RATIO_FREE)
-        self._penalties = [_Penalty(node) for node in penalty]
+        self._penalties = [Penalty(node) for node in penalty]
         self.total = _identity
         """Sums a scalar across processes; replace it where a batch is spread over several."""
 
@@ -135,9 +146,24 @@ class Correction:
 
     def needs(self, anchor: str) -> bool:
         """Whether batches must hold the log-probs of this anchor."""
-        used = {self.anchor, *self._rules.anchors, *(p.anchor for p in self._penalties)}
-        used |= set(getattr(KERNELS[self.kernel_name], "anchors", ()))
-        return anchor in used
+        used = {self.anchor, *self._rules.anchors, *EXTRA_ANCHORS.get(self.kernel_name, ())}
+        return anchor in used.union(*(p.anchors for p in self._penalties))
+
+    def check_domain(self, *, discrete: bool) -> None:
+        """Refuses what a policy's log-probs can not support.
+
+        Args:
+            discrete: True where log-probs are of probabilities (tokens, action bins), False for densities.
+
+        Raises:
+            ConfigError: the kernel needs probabilities; says why and names the nearest preset that works.
+        """
+        nearest_preset = NEEDS_PROBABILITIES.get(self.kernel_name)
+        if nearest_preset is not None and not discrete:
+            raise ConfigError(
+                f"correction {self.name or self.kernel_name} compares probabilities, and this policy's log-probs are "
+                f"densities, which have no upper bound; use correction={nearest_preset}"
+            )
 
     def prepare(self, log_prob: Tensor | None, batch: TensorDictBase) -> TensorDict:
         """Looks at the whole optimiser batch once, without gradient.
@@ -164,12 +190,15 @@ class Correction:
             raise RecordError(f"correction {self.name or self.kernel_name} needs the current log-probs in prepare")
         dtype = torch.float32 if log_prob is None or log_prob.dtype != torch.float64 else torch.float64
         stats = TensorDict({}, batch_size=[mask.shape[0]], device=mask.device)
-        stats["advantage"] = _unit_advantage(batch, mask, dtype, optional=self.kernel_name in NO_ADVANTAGE)
+        stats["advantage"] = _unit_advantage(batch, mask, dtype, optional=self.kernel_name in OWN_ADVANTAGE)
         keep = self._rules.apply(log_prob, batch, stats)
         if self.denominator == "kept" and log_prob is not None:
             d = self._unit_log_ratio(log_prob, batch)
             keep = finite(d) if keep is None else keep & finite(d)
             stats["keep"] = keep & mask
+        if self._thin is not None:
+            thinned = self._thin(batch, Layout(mask, batch), stats["advantage"])
+            stats["weight"] = thinned * stats["weight"] if "weight" in stats.keys() else thinned
         stats["original"] = mask.sum(-1).to(dtype)
         stats["kept"] = stats["original"] if keep is None else (mask & keep).sum(-1).to(dtype)
         counted = stats["kept" if self.denominator == "kept" else "original"]
@@ -203,12 +232,14 @@ class Correction:
             if "weight" in stats.keys():
                 weight = weight * stats["weight"]
             weight = torch.where(ok, weight * view.row("coefficient"), 0.0)
-        x = self._attached(log_prob, batch, stats, view) if self.attached else _where(ok, log_prob)
+        x = self._attached(log_prob, batch, stats, view) if self.attached else masked(ok, log_prob)
         policy = -(weight * x).sum()
         metrics = {"loss/policy": policy.detach(), "reject/fraction": _rejected(stats)}
         loss = policy
         if self._penalties:
-            penalty = self._penalty(log_prob, batch, stats, ok)
+            penalty = torch.stack(
+                [p(log_prob, batch, stats, ok, f"select_{i}") for i, p in enumerate(self._penalties)]
+            ).sum()
             loss = loss + penalty
             metrics["loss/penalty"] = penalty.detach()
         return CorrectionOutput(loss, weight, metrics)
@@ -282,44 +313,6 @@ class Correction:
         d = safe(self._unit_log_ratio(log_prob, batch), view.mask)
         return self._level(d if self._pre is None else self._pre(d, stats["advantage"]), view.layout)
 
-    def _penalty(self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase, ok: Tensor) -> Tensor:
-        total = log_prob.new_zeros(())
-        for i, p in enumerate(self._penalties):
-            x = log_prob if p.anchor == "none" else difference(log_prob, anchor_log_prob(batch, p.anchor))
-            mask = ok & finite(x.detach())
-            if p.select is not None:
-                mask = mask & stats[f"select_{i}"]
-            scale = stats["coefficient"].unsqueeze(-1)
-            if p.statistic is not None:
-                scale = scale * stats[p.statistic].unsqueeze(-1)
-            value = p.value(safe(x, mask)) if p.anchor != "none" else p.value(_where(mask, x))
-            if p.importance:
-                d = difference(log_prob, anchor_log_prob(batch, "behavior"))
-                value = value * safe(d, mask & finite(d.detach())).exp()
-            total = total + p.coefficient * (_where(mask, value) * scale).sum()
-        return total
-
-
-class _Penalty:
-    """One penalty: its function, and what it is multiplied by."""
-
-    def __init__(self, node: Node) -> None:
-        extra = ["anchor", "coefficient", "statistic", "select", "importance"]
-        self.value, given = bind(node, PENALTIES, "penalty", extra)
-        self.anchor: str = given.get("anchor", "reference")
-        if self.anchor != "none" and self.anchor not in ANCHORS:
-            raise ConfigError(
-                f"unknown anchor {self.anchor!r} of a penalty; {nearest(self.anchor, [*ANCHORS, 'none'])}"
-            )
-        self.coefficient = float(given.get("coefficient", 1.0))
-        self.statistic: str | None = given.get("statistic")
-        self.importance = bool(given.get("importance", False))
-        select = given.get("select")
-        self.select = None if select is None else bind(select, SELECTIONS, "selection")[0]
-
-
-NO_ADVANTAGE = {"residual"}
-"""Kernels that compute their own advantage from rewards and log-ratios."""
 
 FIELDS = tuple(name for name in Correction.__init__.__annotations__ if name != "return")
 """The fields of a correction's configuration."""
@@ -327,11 +320,6 @@ FIELDS = tuple(name for name in Correction.__init__.__annotations__ if name != "
 
 def _identity(x: Tensor) -> Tensor:
     return x
-
-
-def _where(mask: Tensor, x: Tensor) -> Tensor:
-    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 def _rejected(stats: TensorDictBase) -> Tensor:

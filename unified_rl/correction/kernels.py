@@ -1,18 +1,18 @@
 """Kernels: the weight ``g [B, N]`` that multiplies the score, detached.
 
 A surrogate ``f(ratio) * A`` has the gradient ``g(ratio) * A * grad log pi`` with ``g(ratio) = ratio * f'(ratio)``; that
-``g`` is what stands here. A kernel whose weight depends on the whole batch names a ``prepare`` companion that sees it all.
+``g`` is what stands here. Kernels whose weight depends on the whole batch are in ``batch_kernels`` and ``regression``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from unified_rl.correction.view import View
+from unified_rl.units import Source
 
 
 def one(view: View) -> Tensor:
@@ -41,25 +41,129 @@ def clamp(view: View, *, low: float = 0.0, high: float = math.inf) -> Tensor:
     return view.ratio.clamp(low, high)
 
 
-def band(view: View, *, low: float = 0.5, high: float = 2.0) -> Tensor:
-    """The ratio inside ``[low, high]``, else 0, whatever the sign of A (IcePop's rule as a kernel)."""
+def band(view: View, *, low: float = 0.8, high: float = 1.2, weighted: bool = True) -> Tensor:
+    """The ratio inside ``[low, high]``, else 0, whatever the sign of A; weight 1 inside where not ``weighted``.
+
+    REC two-sided, 2509.24203; sPPO, 2108.05828 (bounds ``1 / (1 + eps)`` and ``1 + eps``, not weighted).
+    """
+    return _inside((view.ratio >= low) & (view.ratio <= high), view, weighted)
+
+
+def ring(
+    view: View,
+    *,
+    low: float = 0.8,
+    high: float = 1.2,
+    outer_low: float = 0.4,
+    outer_high: float = 3.0,
+    weighted: bool = True,
+) -> Tensor:
+    """Inside ``[low, high]``, or far enough out on the side that A pulls back from. REC ring, 2509.24203."""
+    ratio, a = view.ratio, view.advantage
+    inside = (ratio >= low) & (ratio <= high)
+    back = ((a >= 0) & (ratio <= outer_low)) | ((a <= 0) & (ratio >= outer_high))
+    return _inside(inside | back, view, weighted)
+
+
+def _inside(inside: Tensor, view: View, weighted: bool) -> Tensor:
+    return torch.where(inside, view.ratio, 0.0) if weighted else inside.to(view.ratio.dtype)
+
+
+def sign_clamp(
+    view: View,
+    *,
+    low_positive: float = 0.8,
+    high_positive: float = 1.2,
+    low_negative: float = 0.0,
+    high_negative: float = 2.0,
+) -> Tensor:
+    """``clip(ratio)`` with bounds chosen by the sign of A. DISPO, 2602.00983."""
     ratio = view.ratio
-    return torch.where((ratio >= low) & (ratio <= high), ratio, 0.0)
+    positive = ratio.clamp(low_positive, high_positive)
+    return torch.where(view.advantage > 0, positive, ratio.clamp(low_negative, high_negative))
 
 
-KERNELS: dict[str, Callable[..., Tensor]] = {
-    "one": one,
-    "is": importance,
-    "ppo": ppo,
-    "clamp": clamp,
-    "band": band,
-}
+def taper(view: View, *, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """1 for A > 0, else ``clip(ratio, low, high)``. TOPR (Tapered Off-Policy REINFORCE), 2503.14286."""
+    return torch.where(view.advantage > 0, 1.0, view.ratio.clamp(low, high))
 
-TRUNCATING = {"ppo", "clamp", "band"}
-"""Kernels that follow the ratio until a bound: there ``g != ratio`` means clipped; elsewhere only ``g == 0`` does."""
 
-RATIO_FREE = {"one"}
-"""Kernels without a ratio: with them a mismatch weight to the behavior policy counts nothing twice."""
+def gate(view: View, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
+    """``4 r s (1 - s)`` with ``s = sigmoid(tau (r - 1))``: a soft clip. SAPO, 2511.20347."""
+    tau = torch.where(view.advantage > 0, tau_positive, tau_negative)
+    s = (tau * (view.ratio - 1)).sigmoid()
+    return 4 * view.ratio * s * (1 - s)
 
-PREPARES: dict[str, Callable[..., dict[str, Tensor]]] = {}
-"""Companions of kernels that need the whole batch: ``prepare(view, total, *, same settings) -> statistics``."""
+
+def gamma(
+    view: View,
+    *,
+    k_positive: float = 2.0,
+    lam_positive: float = 3.0,
+    k_negative: float = 3.0,
+    lam_negative: float = 2.0,
+) -> Tensor:
+    """``r^k exp(lam - lam r)``: peaks at ``k / lam`` and vanishes on both sides. VESPO, 2602.10693."""
+    up = view.advantage >= 0
+    k, lam = torch.where(up, k_positive, k_negative), torch.where(up, lam_positive, lam_negative)
+    return (lam + k * view.log_ratio - lam * view.ratio).exp()
+
+
+def tv_mask(view: View, *, low: float = 0.2, high: float = 0.2, cap: float = 20.0) -> Tensor:
+    """``min(ratio, cap)``, or 0 where the probability itself moved too far the way A pushes. DPPO, 2602.04879."""
+    moved = view.log_prob.exp() - (view.log_prob - view.unit_log_ratio).exp()
+    bad = torch.where(view.advantage > 0, moved > high, moved < -low)
+    return view.ratio.clamp(max=cap).masked_fill(bad, 0.0)
+
+
+def kl_mask(view: View, *, low: float = 0.05, high: float = 0.05, cap: float = 20.0) -> Tensor:
+    """As ``tv_mask`` with the binary KL from the anchor, in the direction that A pushes. DPPO, 2602.04879."""
+    tiny = 1e-8
+    p, q = view.log_prob.exp(), (view.log_prob - view.unit_log_ratio).exp()
+    kl = -q * view.unit_log_ratio + (1 - q) * ((1 - q + tiny) / (1 - p + tiny)).log()
+    bad = torch.where(view.advantage > 0, (p > q) & (kl > high), (p < q) & (kl > low))
+    return view.ratio.clamp(max=cap).masked_fill(bad, 0.0)
+
+
+def log_clip(
+    view: View, *, low: float = 0.025, high: float = 0.05, dual: float | None = 0.05, power: float = 0.5
+) -> Tensor:
+    """PPO clipping of the log-ratio at ``-low t^power`` and ``high t^power``, t the unit's position in its row.
+
+    For A < 0 also above ``dual t^power``. CTPO, 2605.07331.
+    """
+    wide = view.layout.position.to(view.log_ratio.dtype) ** power
+    below = view.log_ratio < -low * wide
+    bad = below if dual is None else below | (view.log_ratio > dual * wide)
+    return view.ratio.masked_fill(torch.where(view.advantage > 0, view.log_ratio > high * wide, bad), 0.0)
+
+
+def exp_advantage(view: View, *, temperature: float = 1.0) -> Tensor:
+    """``exp(A / temperature)``, without a ratio. RED-Weight, 2509.24203."""
+    return (view.advantage / temperature).clamp(max=20.0).exp()
+
+
+def shape(view: View, *, gamma: float = 0.1) -> Tensor:
+    """``gamma r / (r + gamma)^2``: lifts units of low probability. LUFFY's policy shaping, 2504.14945."""
+    return gamma * view.ratio / (view.ratio + gamma).square()
+
+
+def demonstration_shape(view: View, *, gamma: float = 0.1, clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor:
+    """``shape`` of the bare probability on demonstration and expert rows, PPO on all others. LUFFY, 2504.14945."""
+    source = view.batch.get("source", None)
+    on_policy = ppo(view, clip_low=clip_low, clip_high=clip_high)
+    if source is None:
+        return on_policy
+    shown = (source == Source.DEMONSTRATION) | (source == Source.EXPERT)
+    p = view.log_prob.exp()
+    return torch.where(shown.unsqueeze(-1), gamma * p / (p + gamma).square(), on_policy)
+
+
+def centered_ppo(view: View, *, clip: float = 0.2) -> Tensor:
+    """PPO on the ratio to each unit's own behavior policy, clipped around the proximal policy's ratio to it.
+
+    ReMix, 2507.06892 (clip form recalled, not read).
+    """
+    centre = (view.unit_log_ratio - view.against("proximal")).exp()
+    ratio = view.ratio
+    return ratio.masked_fill(torch.where(view.advantage > 0, ratio > centre + clip, ratio < centre - clip), 0.0)

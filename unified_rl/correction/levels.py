@@ -1,7 +1,7 @@
 """Levels: at which grain the log-ratio of two policies is formed.
 
-Every level maps unit log-ratios ``d [B, N]`` (0 where masked) to one log-ratio a unit, ``[B, N]``, and is differentiable
-in ``d``. Values at masked units are meaningless and are dropped later. Formulas: DeepSeekMath (2402.03300, unit), GSPO
+Every level maps unit log-ratios ``d [B, N]`` (0 where masked) to one log-ratio a unit, ``[B, N]``, differentiable in
+``d``. Values at masked units are meaningless and are dropped later. Formulas: DeepSeekMath (2402.03300, unit), GSPO
 (2507.18071, geometric), CTPO (2605.07331, prefix), MinPRO (2601.22718, min_prefix), HölderPO (2605.12058).
 """
 
@@ -41,7 +41,7 @@ class Layout:
 
     @cached_property
     def position(self) -> Tensor:
-        """1-based index of each unit among the masked-in units of its row, ``[B, N]`` float; masked units do not advance."""
+        """1-based index of each unit among its row's masked-in ones, ``[B, N]`` float; the others do not advance it."""
         return self.mask.cumsum(-1).clamp(min=1).to(torch.float32)
 
     @cached_property

@@ -5,9 +5,17 @@ Each maps ``x = log_prob - anchor_log_prob [B, N]`` (differentiable, 0 where mas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
+from tensordict import TensorDictBase
 from torch import Tensor
+
+from unified_rl.correction.select import SELECTIONS
+from unified_rl.correction.specs import bind, nearest
+from unified_rl.correction.view import ANCHORS, anchor_log_prob, difference, finite, masked, safe
+from unified_rl.errors import ConfigError
 
 
 def k1(x: Tensor) -> Tensor:
@@ -37,3 +45,52 @@ def absolute(x: Tensor) -> Tensor:
 
 
 PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3, "k3_plus": k3_plus, "abs": absolute}
+
+
+class Penalty:
+    """One penalty of a correction: a function of the log-ratio to an anchor, and what it is multiplied by.
+
+    Settings: ``anchor`` (reference by default; ``none`` for the log-prob itself; ``mixture`` for what the kernel's
+    companion found), ``coefficient``, ``statistic`` (a name in the statistics, multiplied on), ``select`` (a rule of
+    :data:`SELECTIONS`), ``importance`` (multiply by the differentiable ratio to the behavior policy).
+    """
+
+    def __init__(self, node: str | Mapping[str, Any]) -> None:
+        extra = ["anchor", "coefficient", "statistic", "select", "importance"]
+        self.value, given = bind(node, PENALTIES, "penalty", extra)
+        self.anchor: str = given.get("anchor", "reference")
+        known = [*ANCHORS, "none", "mixture"]
+        if self.anchor not in known:
+            raise ConfigError(f"unknown anchor {self.anchor!r} of a penalty; {nearest(self.anchor, known)}")
+        self.coefficient = float(given.get("coefficient", 1.0))
+        self.statistic: str | None = given.get("statistic")
+        self.importance = bool(given.get("importance", False))
+        select = given.get("select")
+        self.select = None if select is None else bind(select, SELECTIONS, "selection")[0]
+
+    @property
+    def anchors(self) -> set[str]:
+        """Anchors whose log-probs the batch must hold."""
+        return ({self.anchor} - {"none", "mixture"}) | ({"behavior"} if self.importance else set())
+
+    def __call__(
+        self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase, ok: Tensor, chosen: str
+    ) -> Tensor:
+        """The penalty's part of the loss, scalar; ``chosen`` names the carried selection in the statistics."""
+        if self.anchor == "none":
+            x = log_prob
+        elif self.anchor == "mixture":
+            x = difference(log_prob, stats["mixture_log_prob"])
+        else:
+            x = difference(log_prob, anchor_log_prob(batch, self.anchor))
+        mask = ok & finite(x.detach())
+        if self.select is not None:
+            mask = mask & stats[chosen]
+        value = self.value(masked(mask, x) if self.anchor == "none" else safe(x, mask))
+        if self.importance:
+            d = difference(log_prob, anchor_log_prob(batch, "behavior"))
+            value = value * safe(d, mask & finite(d.detach())).exp()
+        scale = stats["coefficient"].unsqueeze(-1) * self.coefficient
+        if self.statistic is not None:
+            scale = scale * stats[self.statistic].unsqueeze(-1)
+        return (torch.where(mask, value, 0.0) * scale).sum()

@@ -18,6 +18,7 @@ def build_correction(
     kernel: Node = "one",
     anchor: str = "behavior",
     pre: Node | None = None,
+    thin: Node | None = None,
     mismatch: list[Node] | None = None,
     reject: list[Node] | None = None,
     penalty: list[Node] | None = None,

@@ -36,8 +36,8 @@ class Rules:
             raise ConfigError("mismatch and reject are lists of rules")
         if mismatch and anchor == "behavior" and weighted_kernel:
             raise ConfigError(
-                "anchor=behavior already puts the ratio to the behavior policy into the kernel; a mismatch weight on top "
-                "would count it twice: set anchor=proximal, or mismatch=[]"
+                "anchor=behavior already puts the ratio to the behavior policy into the kernel; a mismatch weight on "
+                "top would count it twice: set anchor=proximal, or mismatch=[]"
             )
         self._default = "proximal" if anchor == "proximal" else "current"
         self._mismatch = [self._bound(node, "mismatch") for node in mismatch]

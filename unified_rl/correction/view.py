@@ -16,6 +16,8 @@ ANCHORS = {
     "behavior": "behavior_log_prob",
     "proximal": "proximal_log_prob",
     "reference": "reference_log_prob",
+    "proxy": "proxy_log_prob",
+    "teacher": "teacher_log_prob",
 }
 """Anchor names and the record keys that hold their log-probs; the anchor ``none`` has no denominator."""
 
@@ -24,6 +26,8 @@ HOW_TO_GET = {
     "proximal": "score the batch with a proximal policy (a snapshot at the start of the update, an average of the "
     "weights, or interpolation by version), or set anchor=behavior to do without",
     "reference": "score the batch with the frozen reference policy",
+    "proxy": "score the batch with the filtered old policy (drop improbable tokens, renormalise)",
+    "teacher": "score the batch with the teacher policy",
 }
 
 
@@ -58,6 +62,12 @@ def finite(d: Tensor) -> Tensor:
 def safe(d: Tensor, mask: Tensor) -> Tensor:
     """Log-ratios fit for ``exp``: 0 where masked, then clamped."""
     return torch.where(mask, d, torch.zeros((), dtype=d.dtype, device=d.device)).clamp(-CLAMP, CLAMP)
+
+
+def masked(mask: Tensor, x: Tensor) -> Tensor:
+    """``x`` in at least float32, 0 where masked; differentiable, and garbage there gets no gradient."""
+    x = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 @dataclass

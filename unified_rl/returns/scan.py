@@ -203,7 +203,7 @@ def vtrace(
 
 
 def action_value_scan(path: Trajectory, q: Tensor, next_expected_q: Tensor, c: Tensor | float) -> Tensor:
-    """The action-value form ``G_t = r + gamma (1-term) EQ' + gamma (1-done) c_{t+1} (G_{t+1} - q_{t+1})``, ``[B, T]``."""
+    """``G_t = r + gamma (1-term) EQ' + gamma (1-done) c_{t+1} (G_{t+1} - q_{t+1})``, ``[B, T]``."""
     q = path.clean(q)
     delta = path.reward + path.bootstrap * path.clean(next_expected_q) - q
     carried = path.scan(c * delta, c)

@@ -1,0 +1,226 @@
+"""Kernels whose weight depends on the whole optimiser batch: each has a ``prepare`` companion with the same settings.
+
+``prepare(view, total, *, settings) -> {name: [B] or [B, N]}`` runs once over the batch; ``total`` sums a scalar across
+processes. What it finds is carried in the statistics, so that micro-batches give the gradient of the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from unified_rl.correction.kernels import ppo
+from unified_rl.correction.random import unit_noise
+from unified_rl.correction.view import View
+
+Total = Callable[[Tensor], Tensor]
+
+
+def _rows(x: Tensor, view: View) -> Tensor:
+    """A scalar as a statistic of every row, ``[B]``."""
+    return x.expand(view.mask.shape[0])
+
+
+def _ess(log_ratio: Tensor, view: View, total: Total) -> Tensor:
+    """Effective sample size as a fraction of the units; 1 where there are none."""
+    w = torch.where(view.mask, log_ratio.exp(), 0.0).double()
+    n, square = total(view.mask.sum().double()), total(w.square().sum())
+    ess = total(w.sum()).square() / (n * square)
+    return torch.where(square > 0, ess, 1.0).to(log_ratio.dtype)
+
+
+def ess_cap_prepare(view: View, total: Total) -> dict[str, Tensor]:
+    """ESS of the ratio over the batch, and 1 - ESS for the penalty."""
+    ess = _ess(view.log_ratio, view, total)
+    return {"ess": _rows(ess, view), "one_minus_ess": _rows(1 - ess, view)}
+
+
+def ess_cap(view: View) -> Tensor:
+    """``min(ratio, ESS)``. P3O, 1905.01756."""
+    return torch.minimum(view.ratio, view.row("ess"))
+
+
+def ess_cap_mixed_prepare(view: View, total: Total) -> dict[str, Tensor]:
+    """The smaller ESS of the ratios to behavior and proximal, and the mixture of the two that the penalty pulls to."""
+    to_behavior, to_proximal = view.against("behavior"), view.against("proximal")
+    b, p = _ess(to_behavior, view, total), _ess(to_proximal, view, total)
+    ess = torch.minimum(b, p)
+    weight = torch.stack([1 - b, 1 - p]).clamp(min=0.0)
+    weight = torch.where(weight.sum() > 1e-6, weight / weight.sum().clamp(min=1e-30), 0.5).log()
+    mixture = torch.logaddexp(view.log_prob - to_behavior + weight[0], view.log_prob - to_proximal + weight[1])
+    gap = torch.where(1 - ess > 1e-6, 1 - ess, 0.0)
+    return {"ess": _rows(ess, view), "one_minus_ess": _rows(gap, view), "mixture_log_prob": mixture}
+
+
+def ess_cap_mixed(view: View) -> Tensor:
+    """``min(ratio to behavior, min ESS)``. P4O, in the code of Trust the Batch (P3O's successor)."""
+    return torch.minimum(view.against("behavior").exp(), view.row("ess"))
+
+
+def m2_mask_prepare(view: View, total: Total, *, budget: float = 0.04, weighted: bool = True) -> dict[str, Tensor]:
+    """Keeps the largest set of harmful units whose mean squared log-ratio is within the budget.
+
+    Units at or below the budget can never be dropped, so only those above it are sorted.
+    """
+    d = view.unit_log_ratio
+    square = d.square()
+    harmful = view.mask & (view.advantage * d > 0)
+    over = harmful & (square > budget)
+    within = harmful & ~over
+    values, order = square[over].sort()
+    running = torch.where(within, square, 0.0).sum() + values.cumsum(0)
+    count = within.sum() + torch.arange(1, values.numel() + 1, device=d.device)
+    dropped = torch.empty_like(order, dtype=torch.bool)
+    dropped[order] = running > budget * count * (1 + 1e-6)
+    keep = torch.ones_like(over)
+    keep[over] = ~dropped
+    return {"m2_keep": keep}
+
+
+def m2_mask(view: View, *, budget: float = 0.04, weighted: bool = True) -> Tensor:
+    """The ratio (1 where not ``weighted``) on units inside a second-moment budget, else 0. M2PO, 2510.01161."""
+    kept = view.stats["m2_keep"]
+    return torch.where(kept, view.ratio, 0.0) if weighted else kept.to(view.ratio.dtype)
+
+
+def searched_ppo_prepare(
+    view: View,
+    total: Total,
+    *,
+    low: float = 0.6,
+    low_max: float = 0.8,
+    high: float = 1.2,
+    high_max: float = 2.0,
+    step: float = 0.05,
+    target: float = 1.0,
+    surrogate: bool = False,
+    dual_clip: float | None = 3.0,
+) -> dict[str, Tensor]:
+    """Bounds found by raising ``low``, then ``high``, until positives weigh ``target`` times what negatives do.
+
+    One binning pass a side gives every candidate's sum. By default only unclipped units count (their score weights);
+    ``surrogate`` counts the clipped surrogate instead, as the authors' code does, under which raising ``low`` can only
+    raise the negative side.
+    """
+    lows, highs = _grid(low, low_max, step, view), _grid(high, high_max, step, view)
+    weight = torch.where(view.mask, view.advantage.abs(), 0.0)
+    up = view.advantage >= 0
+    above, above_weight = _binned(view, highs, torch.where(up, weight, 0.0), right=False, total=total)
+    below, below_weight = _binned(view, lows, torch.where(up, 0.0, weight), right=True, total=total)
+    positive = above.cumsum(0)[:-1]
+    negative = below.flip(0).cumsum(0).flip(0)[1:]
+    if surrogate:
+        positive = positive + highs * above_weight.flip(0).cumsum(0).flip(0)[1:]
+        negative = negative + lows * below_weight.cumsum(0)[:-1]
+    i = torch.cat([torch.arange(len(lows)), torch.full((len(highs) - 1,), len(lows) - 1)]).to(lows.device)
+    j = torch.cat([torch.zeros(len(lows), dtype=torch.int64), torch.arange(1, len(highs))]).to(lows.device)
+    enough = positive[j] >= target * negative[i]
+    enough[-1] = True
+    first = enough.int().argmax()
+    return {"low": _rows(lows[i[first]], view), "high": _rows(highs[j[first]], view)}
+
+
+def _grid(start: float, end: float, step: float, view: View) -> Tensor:
+    """``start, start + step, ...``, ending exactly at ``end``."""
+    count = max(0, math.ceil((end - start) / step - 1e-9))
+    values = [start + n * step for n in range(count)] + [max(start, end)]
+    return view.ratio.new_tensor(values)
+
+
+def _binned(view: View, edges: Tensor, weight: Tensor, *, right: bool, total: Total) -> tuple[Tensor, Tensor]:
+    """Sums of ``weight * ratio`` and of ``weight`` in the bins that ``edges`` cut, ``[len(edges) + 1]`` each."""
+    index = torch.bucketize(view.ratio, edges, right=right).flatten()
+    size = len(edges) + 1
+    both = [(weight * view.ratio).flatten(), weight.flatten()]
+    first, second = (total(torch.bincount(index, weights=x, minlength=size)).to(weight.dtype) for x in both)
+    return first, second
+
+
+def searched_ppo(
+    view: View,
+    *,
+    low: float = 0.6,
+    low_max: float = 0.8,
+    high: float = 1.2,
+    high_max: float = 2.0,
+    step: float = 0.05,
+    target: float = 1.0,
+    surrogate: bool = False,
+    dual_clip: float | None = 3.0,
+) -> Tensor:
+    """PPO clipping at ratio bounds that were searched for this batch. BAPO, 2510.18927."""
+    ratio = view.ratio
+    bad = ratio < view.row("low")
+    bad = bad if dual_clip is None else bad | (ratio > dual_clip)
+    return ratio.masked_fill(torch.where(view.advantage > 0, ratio > view.row("high"), bad), 0.0)
+
+
+def covariance(view: View, total: Total) -> Tensor:
+    """Each unit's ``(A - mean A)(log_prob - mean log_prob)`` over the batch, ``[B, N]``; 0 where masked."""
+    n = total(view.mask.sum()).clamp(min=1)
+
+    def centred(x: Tensor) -> Tensor:
+        mean = total(torch.where(view.mask, x, 0.0).sum()) / n
+        return torch.where(view.mask, x - mean, 0.0)
+
+    return centred(view.advantage) * centred(view.log_prob)
+
+
+def clip_cov_prepare(
+    view: View,
+    total: Total,
+    *,
+    fraction: float = 2e-4,
+    cov_low: float = 1.0,
+    cov_high: float = 5.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Draws the units to silence among those that PPO leaves and whose covariance lies between the bounds."""
+    cov = covariance(view, total)
+    free = ppo(view, clip_low=clip_low, clip_high=clip_high) > 0
+    candidate = view.mask & free & (cov > cov_low) & (cov < cov_high)
+    number = torch.clamp((fraction * view.mask.sum()).floor(), min=1)
+    noise = torch.where(candidate, unit_noise(view.batch, view.layout, seed), 2.0)
+    rank = torch.full_like(noise, noise.numel()).flatten()
+    chosen = candidate.flatten().nonzero().squeeze(-1)
+    rank[chosen[noise.flatten()[chosen].argsort()]] = torch.arange(len(chosen), device=rank.device, dtype=rank.dtype)
+    return {"silenced": candidate & (rank.view_as(noise) < number)}
+
+
+def clip_cov(
+    view: View,
+    *,
+    fraction: float = 2e-4,
+    cov_low: float = 1.0,
+    cov_high: float = 5.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    seed: int = 0,
+) -> Tensor:
+    """PPO with a few units of high covariance silenced. The Entropy Mechanism of RL for Reasoning LMs, 2505.22617."""
+    return ppo(view, clip_low=clip_low, clip_high=clip_high).masked_fill(view.stats["silenced"], 0.0)
+
+
+def spared_ppo_prepare(
+    view: View, total: Total, *, fraction: float = 0.01, clip_low: float = 1.0, clip_high: float = 9.0
+) -> dict[str, Tensor]:
+    """Units of negative advantage among the least probable of the batch whose filtered proxy is more probable."""
+    lp, negative = view.log_prob, view.mask & (view.advantage < 0)
+    values = lp[view.mask]
+    number = int(fraction * values.numel())
+    if number < 1:
+        return {"selected": torch.zeros_like(negative)}
+    threshold = values.kthvalue(number).values
+    proxy = view.batch["proxy_log_prob"]
+    return {"selected": negative & (lp <= threshold) & (lp < proxy)}
+
+
+def spared_ppo(view: View, *, fraction: float = 0.01, clip_low: float = 1.0, clip_high: float = 9.0) -> Tensor:
+    """PPO, unclipped on the units that the low-probability penalty acts on. Lp-Reg, 2510.03222."""
+    clipped = ppo(view, clip_low=clip_low, clip_high=clip_high)
+    return torch.where(view.stats["selected"], view.ratio, clipped)

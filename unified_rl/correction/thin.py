@@ -1,0 +1,47 @@
+"""Thinning: training on a random part of the units or rows, weighted so that the expectation stays the same.
+
+A rule returns ``weight [B, N]``: 0 where a unit is left out, else 1 over the probability that it was kept. The
+denominator stays that of the full data, and levels are formed from all units, so nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from unified_rl.correction.levels import Layout
+from unified_rl.correction.random import row_noise, unit_noise
+
+
+def uniform(batch: TensorDictBase, layout: Layout, advantage: Tensor, *, keep: float = 0.5, seed: int = 0) -> Tensor:
+    """Each unit is kept with probability ``keep``. NAT's uniform random selection, 2603.06619."""
+    kept = unit_noise(batch, layout, seed) < keep
+    return (kept / keep).to(advantage.dtype)
+
+
+def prefix(batch: TensorDictBase, layout: Layout, advantage: Tensor, *, least: float = 0.1, seed: int = 0) -> Tensor:
+    """A random prefix is kept: its share is uniform on ``[least, 1]``. NAT's random prefix cutting, 2603.06619."""
+    count = layout.count.to(advantage.dtype)
+    cut = (least + (1 - least) * row_noise(batch, layout, seed).to(advantage.dtype)) * count
+    before = layout.position.to(advantage.dtype) - 1
+    share = before / count  # the unit is kept where the cut lies beyond its start
+    probability = torch.where(share < least, 1.0, (1 - share) / (1 - least)).clamp(min=1e-6)
+    return torch.where(before < cut, 1.0 / probability, 0.0)
+
+
+def drop_negatives(
+    batch: TensorDictBase, layout: Layout, advantage: Tensor, *, surplus: float = 1.0, seed: int = 0
+) -> Tensor:
+    """Drops random rows of A < 0 beyond ``surplus`` times the number of those with A > 0. RED-Drop, 2509.24203."""
+    total = torch.where(layout.mask, advantage, 0.0).sum(-1)
+    negative, allowed = total < 0, surplus * (total > 0).sum()
+    noise = torch.where(negative, row_noise(batch, layout, seed).squeeze(-1), 2.0)
+    rank = noise.argsort().argsort()
+    kept = ~negative | (rank < allowed)
+    return kept.to(advantage.dtype).unsqueeze(-1).expand_as(advantage)
+
+
+THINS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (uniform, prefix, drop_negatives)}
