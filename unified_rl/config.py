@@ -30,6 +30,7 @@ from unified_rl.targets import (
 __all__ = ["build", "compose", "group_options", "parse_overrides", "resolve_defaults"]
 
 SETTINGS = {"train": "unified_rl.training.settings.TrainSettings"}
+IMPLIED = {"study": "unified_rl.study.grid.Study"}
 CHOICES = "choices"
 HEADER = "# @package _global_"
 
@@ -61,9 +62,11 @@ def comment_of(path: Path) -> str:
     return ""
 
 
-def _check_headers(folders: Iterable[str | Path]) -> None:
+def _check_headers(folders: Iterable[str | Path], groups: Iterable[str]) -> None:
     """Hydra reads the package header only at the very top of a file, and silently ignores it elsewhere."""
-    for path in itertools.chain.from_iterable(sorted(Path(folder).glob("*/*.yaml")) for folder in folders):
+    for path in (
+        path for f, group in itertools.product(folders, groups) for path in sorted(Path(f, group).glob("*.yaml"))
+    ):
         with path.open() as file:
             if file.readline().strip() != HEADER:
                 raise ConfigError(f"{path}: its first line must be '{HEADER}'; comments follow it")
@@ -174,7 +177,7 @@ def compose(
     parsed = parse_overrides(overrides)
     groups = group_options(primary, config_dirs)
     _check_top(parsed, groups, primary)
-    _check_headers([config_root(), *config_dirs])
+    _check_headers([config_root(), *config_dirs], groups)
     config = _compose_groups([o for o in parsed if o.key in groups], primary, config_dirs, groups)
     for override in parsed:
         if override.key not in groups:
@@ -197,11 +200,13 @@ def _compose_groups(
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     listed = primary_groups(primary)
     texts = [_group_text(override, groups, listed) for override in chosen]
     if config_dirs:
-        texts.append("hydra.searchpath=[" + ",".join(f"'file://{Path(d).resolve()}'" for d in config_dirs) + "]")
+        paths = [str(Path(folder).resolve()).replace("'", "\\'") for folder in config_dirs]
+        texts.append("hydra.searchpath=[" + ",".join(f"'file://{path}'" for path in paths) + "]")
     try:
         with initialize_config_dir(config_dir=str(config_root().resolve()), version_base="1.3"):
             composed = hydra_compose(primary, texts, return_hydra_config=True)
@@ -209,10 +214,13 @@ def _compose_groups(
         OmegaConf.set_struct(composed, False)
         composed.pop("hydra")
         config = OmegaConf.to_container(composed, resolve=False)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(_line(error)) from error
     assert isinstance(config, dict)
     config = cast(dict[str, Any], config)
+    for group, target in IMPLIED.items():
+        if isinstance(config.get(group), dict):
+            config[group] = {"_target_": target, **config[group]}
     dropped = {override.key: None for override in chosen if override.value is None}
     return {
         **dict.fromkeys(listed),
@@ -241,18 +249,31 @@ def _check_top(overrides: Iterable[Override], groups: Iterable[str], primary: st
 def _set(config: dict[str, Any], override: Override) -> None:
     """Writes one value into the composed config; new keys only where a signature will check them."""
     *path, last = override.key.split(".")
-    node, checked = config, not path
+    node: Any = config
+    checked = not path
     for depth, part in enumerate(path):
-        if node.get(part) is None and checked and depth:
+        if isinstance(node, dict) and node.get(part) is None and checked and depth:
             node[part] = {}
-        node, where = node.get(part), ".".join(path[: depth + 1])  # type: ignore[assignment]
-        if not isinstance(node, dict):
+        node = _child(node, part, override.key, path[:depth])
+        if not isinstance(node, dict | list):
             hint = f"choose an option first: {part}=..." if node is None else f"it is {node!r}"
-            raise ConfigError(f"{override.key}: {where} has no keys here; {hint}")
+            raise ConfigError(f"{override.key}: {'.'.join(path[: depth + 1])} has no keys here; {hint}")
         checked = checked or "_target_" in node
-    if last not in node and not checked:
+    if isinstance(node, list):
+        _child(node, last, override.key, path)
+        node[int(last)] = override.value
+    elif last not in node and not checked:
         raise ConfigError(f"{'.'.join(path)} has no key {last!r}; {nearest(last, node)}")
-    node[last] = override.value
+    else:
+        node[last] = override.value
+
+
+def _child(node: Any, part: str, key: str, path: Sequence[str]) -> Any:
+    if isinstance(node, dict):
+        return node.get(part)
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"{key}: {'.'.join(path)} is a list of {len(node)}; index it with a number below that")
+    return node[int(part)]
 
 
 def _settings(primary: str) -> dict[str, Parameter]:

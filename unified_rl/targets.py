@@ -224,13 +224,18 @@ def build(node: Any, /, *, allow: Sequence[str] = (), **given: Any) -> Any:
     Args:
         node: a mapping with ``_target_`` and keyword arguments.
         allow: prefixes beside ``unified_rl`` that ``_target_`` may name.
-        given: arguments of the outermost target that the caller knows; they win over the node's.
+        given: arguments of the outermost target that the caller knows; they win over defaults in the node.
 
     Raises:
-        ConfigError: not a node, a target that is not allowed, an unknown key, a wrong type, a missing argument.
+        ConfigError: not a node, a target that is not allowed, an unknown key, a wrong type, a missing argument, or a
+            value in the node (other than the default) for an argument that the caller gives.
     """
     if not is_node(node):
         raise ConfigError(f"cannot build {node!r}: it has no _target_")
+    known, _ = parameters(locate(node["_target_"], allow), allow)
+    for key in sorted(given.keys() & node.keys() & known.keys()):
+        if node[key] != plain(known[key].default) and node[key] is not given[key] and node[key] != given[key]:
+            raise ConfigError(f"{node['_target_']} has {key}={node[key]!r}, but the run itself sets {key}; remove it")
     return _construct(_check_node(node, "node", allow), allow, given)
 
 

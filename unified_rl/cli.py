@@ -1,0 +1,230 @@
+"""``unified-rl VERB``: parses the command line and hands over; imports nothing heavy before the work starts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from unified_rl import __version__
+from unified_rl.errors import ConfigError, UnifiedRLError
+
+DEBUG = "UNIFIED_RL_DEBUG"
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Trains one run, or goes on with one."""
+    from unified_rl.config import compose, resolve_defaults
+
+    resumed = _resumed(arguments.overrides)
+    if resumed is not None:
+        if arguments.cfg:
+            raise ConfigError(f"--cfg shows a new run's configuration; that of this run is {resumed[0]}/config.yaml")
+        from unified_rl.training.run import resume
+
+        print(f"run folder: {resume(resumed[0], resumed[1], arguments.allow)}")
+        return 0
+    config = compose(arguments.overrides, config_dirs=arguments.config_dir, allow=arguments.allow)
+    config = resolve_defaults(config, allow=arguments.allow)
+    if arguments.cfg:
+        return _print_yaml(config)
+    from unified_rl.training.run import train as run
+
+    print(f"run folder: {run(config, arguments.allow)}")
+    return 0
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Trains a grid of runs and writes tables, figures and a report."""
+    from unified_rl.config import compose, resolve_defaults
+
+    config = compose(arguments.overrides, primary="compare", config_dirs=arguments.config_dir, allow=arguments.allow)
+    config = resolve_defaults(config, primary="compare", allow=arguments.allow)
+    if arguments.cfg:
+        return _print_yaml(config)
+    from unified_rl.study.compare import compare as run
+
+    run(config, arguments.allow, config_dirs=arguments.config_dir)
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """Evaluates the newest checkpoint of a run on held-out problems or seeds."""
+    from unified_rl.training.run import evaluate_run
+
+    evaluate_run(arguments.run, arguments.episodes, arguments.allow, arguments.record)
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Prints versions, devices and threads, and checks that fresh data have ratio 1."""
+    from unified_rl.training.doctor import doctor as run
+
+    return int(run() or 0)
+
+
+VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": train,
+    "compare": compare,
+    "evaluate": evaluate,
+    "doctor": doctor,
+}
+COMPOSED = ("train", "compare")
+EXAMPLES = {
+    "train": """examples:
+  unified-rl train env=chain_mod policy=causal_lm agent=policy_gradient correction=dapo seed=1
+  unified-rl train env=half_cheetah agent=sac steps=1e5 agent.lr=1e-3
+  unified-rl train env=two_route policy=flow agent=policy_gradient correction=tis rollout.staleness=8
+  unified-rl train resume=RUN [steps=N]        continues a run; takes no other key""",
+    "compare": """examples:
+  unified-rl compare study=quickstart
+  unified-rl compare study=quickstart study.seeds=[1,2,3]""",
+    "evaluate": """example:
+  unified-rl evaluate runs/NAME --episodes 256""",
+    "doctor": "",
+}
+
+
+def _resumed(overrides: Sequence[str]) -> tuple[str, int | None] | None:
+    """The run and the new budget of ``resume=RUN steps=N``, or None where nothing is resumed."""
+    pairs = [text.partition("=")[::2] for text in overrides]
+    if "resume" not in [key for key, _ in pairs]:
+        return None
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ConfigError("a key is given twice; give it once")
+    other = sorted(set(values) - {"resume", "steps"})
+    if other:
+        raise ConfigError(f"resume=RUN takes no other key but steps; remove {', '.join(other)}")
+    if not values["resume"]:
+        raise ConfigError("resume= needs a run folder, for example resume=runs/NAME")
+    return values["resume"], _count(values["steps"]) if "steps" in values else None
+
+
+def _count(text: str) -> int:
+    try:
+        value = float(text)
+        if value == int(value) and value > 0:
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise ConfigError(f"steps={text} is not a positive whole number")
+
+
+def _print_yaml(config: dict[str, Any]) -> int:
+    import yaml
+
+    print(yaml.safe_dump(config, sort_keys=False), end="")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------- help and parsing
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"unified-rl {verb}",
+        description=VERBS[verb].__doc__,
+        epilog=EXAMPLES[verb],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-h", "--help", action="store_true", help="show this; with overrides, all keys they resolve to")
+    if verb in COMPOSED:
+        parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="group=option, or group.key=value")
+        parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and stop")
+        parser.add_argument(
+            "--config-dir", action="append", default=[], metavar="DIR", help="a folder of your own groups"
+        )
+    if verb == "evaluate":
+        parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
+        parser.add_argument("--episodes", type=int, help="episodes or prompts; by default as in the run")
+        parser.add_argument("--record", metavar="DIR", help="also write the policy's rows there, as a replay")
+    if verb != "doctor":
+        parser.add_argument(
+            "--allow",
+            action="append",
+            default=[],
+            metavar="PREFIX",
+            help="let configuration build this package",
+        )
+    return parser
+
+
+def _groups_text(verb: str, config_dirs: Sequence[str]) -> str:
+    from unified_rl.config import group_options
+
+    lines = []
+    for group, options in group_options(verb, config_dirs).items():
+        lines.append(f"\n{group}=")
+        lines += [f"  {name:26s} {comment}".rstrip() for name, comment in options.items()]
+    return "\n".join(lines)
+
+
+def _show_help(verb: str, arguments: argparse.Namespace) -> int:
+    if verb in COMPOSED and arguments.overrides:
+        arguments.cfg = True
+        return VERBS[verb](arguments)
+    print(_parser(verb).format_help())
+    if verb in COMPOSED:
+        print("groups and their options:" + _groups_text(verb, arguments.config_dir))
+    return 0
+
+
+def _overview() -> str:
+    verbs = "\n".join(f"  {name:10s} {(function.__doc__ or '').strip()}" for name, function in VERBS.items())
+    return (
+        f"unified-rl {__version__}\nusage: unified-rl VERB [KEY=VALUE ...] [options]\n\n{verbs}\n\n"
+        "unified-rl VERB --help lists what a verb takes."
+    )
+
+
+def _dispatch(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(__version__)
+        return 0
+    verb = argv[0]
+    if verb not in VERBS:
+        from unified_rl.targets import nearest
+
+        raise ConfigError(f"there is no verb {verb!r}; {nearest(verb, VERBS)}")
+    arguments = _parser(verb).parse_intermixed_args(argv[1:])
+    if arguments.help:
+        return _show_help(verb, arguments)
+    if verb == "evaluate" and arguments.run is None:
+        raise ConfigError("evaluate needs a run folder: unified-rl evaluate RUN")
+    if getattr(arguments, "allow", None):
+        sys.path.append(os.getcwd())
+    return VERBS[verb](arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0 on success, 2 for an error that is the user's to mend, 130 after Ctrl-C.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        return _dispatch(sys.argv[1:] if argv is None else argv)
+    except UnifiedRLError as error:
+        if os.environ.get(DEBUG):
+            raise
+        print(f"unified-rl: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("unified-rl: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
