@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -13,17 +14,6 @@ from torchrl.envs import EnvBase
 
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.rollout.protocols import StepResult
-
-
-class Advance(NamedTuple):
-    """One step before any reset; the fields are those of :class:`~unified_rl.rollout.protocols.StepResult`."""
-
-    reward: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    next_observation: Tensor
-    executed: Tensor
-    info: dict[str, Tensor]
 
 
 class ControlEnvBase(EnvBase):
@@ -79,8 +69,11 @@ class ControlEnvBase(EnvBase):
         self.done_spec = Composite(flags, shape=(count,))
 
     @abstractmethod
-    def advance(self, action: Tensor, running: Tensor | None = None) -> Advance:
-        """Steps the simulations ``running [K]`` bool (default: all) with ``action [K, a]`` and resets none."""
+    def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
+        """Steps the simulations ``running [K]`` bool (default: all) with ``action [K, a]`` and resets none.
+
+        The result's ``observation`` is its ``next_observation``.
+        """
 
     @abstractmethod
     def current_observation(self) -> Tensor:
@@ -111,20 +104,13 @@ class ControlEnvBase(EnvBase):
             NonFiniteError: a NaN or infinity in the action, observation or reward; names the simulation and its step.
         """
         step = self.advance(action)
-        observation = step.next_observation
-        ended = step.terminated | step.truncated
-        if ended.any():
-            observation = observation.clone()
-            observation[ended] = self.restart(ended)
-        return StepResult(
-            observation,
-            step.reward,
-            step.terminated,
-            step.truncated,
-            step.next_observation,
-            step.executed,
-            step.info,
-        )
+        ended = np.logical_or(step.terminated.numpy(), step.truncated.numpy())
+        if not np.count_nonzero(ended):
+            return step
+        mask = torch.from_numpy(ended)
+        observation = step.next_observation.clone()
+        observation[mask] = self.restart(mask)
+        return step._replace(observation=observation)
 
     def demonstrations(self, n: int, generator: torch.Generator | None = None) -> TensorDict:
         """``[n]`` expert pairs ``observation``, ``action``; only environments with a scripted expert have any."""

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from unified_rl.envs.control.base import Advance, ControlEnvBase
+from unified_rl.envs.control.base import ControlEnvBase
 
 from unified_rl.errors import ConfigError
+from unified_rl.rollout.protocols import StepResult
 
 
 class ActionChunk(ControlEnvBase):
@@ -40,7 +41,7 @@ class ActionChunk(ControlEnvBase):
         )
         self.inner, self.horizon, self._gamma, self._action_dim = env, horizon, gamma, inputs["action_dim"]
 
-    def advance(self, action: Tensor, running: Tensor | None = None) -> Advance:
+    def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
         """Executes the chunk ``[K, h * a]`` in every running simulation until its end or the episode's."""
         plan = action.reshape(self.num_envs, self.horizon, self._action_dim)
         active = torch.ones(self.num_envs, dtype=torch.bool) if running is None else running.clone()
@@ -55,12 +56,14 @@ class ActionChunk(ControlEnvBase):
         return total
 
     @staticmethod
-    def _merge(total: Advance, step: Advance, active: Tensor, discount: float) -> tuple[Advance, Tensor]:
-        merged = Advance(
+    def _merge(total: StepResult, step: StepResult, active: Tensor, discount: float) -> tuple[StepResult, Tensor]:
+        successor = torch.where(active.unsqueeze(-1), step.next_observation, total.next_observation)
+        merged = StepResult(
+            successor,
             total.reward + torch.where(active, discount * step.reward, torch.zeros_like(step.reward)),
             torch.where(active, step.terminated, total.terminated),
             torch.where(active, step.truncated, total.truncated),
-            torch.where(active.unsqueeze(-1), step.next_observation, total.next_observation),
+            successor,
             total.executed + torch.where(active, step.executed, torch.zeros_like(step.executed)),
             {key: torch.where(active, value, total.info[key]) for key, value in step.info.items()},
         )

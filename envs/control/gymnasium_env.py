@@ -12,9 +12,10 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
-from unified_rl.envs.control.base import Advance, ControlEnvBase, check_count, raise_non_finite
+from unified_rl.envs.control.base import ControlEnvBase, check_count, raise_non_finite
 
 from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.rollout.protocols import StepResult
 
 
 class GymnasiumEnv(ControlEnvBase):
@@ -65,7 +66,7 @@ class GymnasiumEnv(ControlEnvBase):
         """What the policy sees now, ``[K, d]`` float32."""
         return self._observation.clone()
 
-    def advance(self, action: Tensor, running: Tensor | None = None) -> Advance:
+    def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
         """Steps every copy with ``action [K, a]`` (discrete: ``[K]`` or ``[K, 1]``) and resets none."""
         if running is not None and not bool(running.all()):
             raise ConfigError("a Gymnasium environment cannot step only some of its copies; use chunks of length 1")
@@ -79,7 +80,8 @@ class GymnasiumEnv(ControlEnvBase):
             elapsed = torch.tensor([len(played) for played in self._played])
             raise_non_finite("observation", self._observation, elapsed)
             raise_non_finite("reward", rewards, elapsed)
-        return Advance(
+        return StepResult(
+            self._observation,
             rewards,
             torch.from_numpy(terminated),
             torch.from_numpy(truncated),

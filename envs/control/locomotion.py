@@ -9,7 +9,7 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 from unified_rl.envs.control.simulation import Array, Frame
-from unified_rl.envs.control.tasks import Outcome, Task, between, gaussian_velocity, square_sum
+from unified_rl.envs.control.tasks import Outcome, Scene, Task, between, gaussian_velocity, square_sum
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,30 @@ class Ant(Task):
         """Uniform position noise, normal velocity noise."""
         return gaussian_velocity(model, rng, count, self.reset_noise_scale)
 
-    def memory(self, model: mujoco.MjModel, frame: Frame) -> Array:
+    def memory(self, scene: Scene, frame: Frame) -> Array:
         """The torso's x, ``[K, 1]``: where the last physics step began, one step behind ``qpos``."""
         return frame["torso"][:, :1].copy()
 
     def observe(self, frame: Frame) -> Array:
         """Positions but x and y, velocities, clipped contact forces of all bodies but the world."""
-        force = np.clip(frame["contact"][:, 6:], *self.contact_force_range)
+        force = self.clipped(frame)[:, 6:]
         return np.concatenate((frame["qpos"][:, 2:], frame["qvel"], force), axis=1)
+
+    def clipped(self, frame: Frame) -> Array:
+        """Contact forces of all bodies within ``contact_force_range``, ``[K, 6 * bodies]``."""
+        low, high = self.contact_force_range
+        return np.minimum(np.maximum(frame["contact"], low), high)
 
     def healthy(self, frame: Frame) -> NDArray[np.bool_]:
         """Torso height within bounds (a state that is not finite never gets here), ``[K]``."""
         height = frame["qpos"][:, 2]
         return (height >= self.healthy_z[0]) & (height <= self.healthy_z[1])
 
-    def outcome(self, model: mujoco.MjModel, frame: Frame, memory: Array, action: Array) -> Outcome:
+    def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
         """Ends when unhealthy."""
-        here, healthy = self.memory(model, frame), self.healthy(frame)
-        velocity = (here[:, 0] - memory[:, 0]) / self.seconds(model)
-        contact = square_sum(np.clip(frame["contact"], *self.contact_force_range))
+        here, healthy = self.memory(scene, frame), self.healthy(frame)
+        velocity = (here[:, 0] - memory[:, 0]) / scene.seconds
+        contact = square_sum(self.clipped(frame))
         reward = self.forward_reward_weight * velocity + self.healthy_reward * healthy
         reward -= self.ctrl_cost_weight * square_sum(action) + self.contact_cost_weight * contact
         return Outcome(reward, ~healthy & self.terminate_when_unhealthy, here, {})
@@ -87,10 +92,9 @@ class Humanoid(Task):
             "bodies": data.xipos.reshape(-1),
         }
 
-    def memory(self, model: mujoco.MjModel, frame: Frame) -> Array:
+    def memory(self, scene: Scene, frame: Frame) -> Array:
         """The centre of mass along x, ``[K, 1]``."""
-        mass = model.body_mass
-        return (frame["bodies"][:, ::3] @ mass / mass.sum())[:, None]
+        return (frame["bodies"][:, ::3] @ scene.mass_share)[:, None]
 
     def observe(self, frame: Frame) -> Array:
         """Positions but x and y, velocities, inertias, body velocities, actuator and contact forces."""
@@ -98,10 +102,10 @@ class Humanoid(Task):
         parts = [frame["qpos"][:, 2:], *(frame[name] for name in rest), frame["contact"][:, 6:]]
         return np.concatenate(parts, axis=1)
 
-    def outcome(self, model: mujoco.MjModel, frame: Frame, memory: Array, action: Array) -> Outcome:
+    def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
         """Ends when the torso leaves the healthy height."""
-        here, healthy = self.memory(model, frame), between(frame["qpos"][:, 2], self.healthy_z)
-        velocity = (here[:, 0] - memory[:, 0]) / self.seconds(model)
+        here, healthy = self.memory(scene, frame), between(frame["qpos"][:, 2], self.healthy_z)
+        velocity = (here[:, 0] - memory[:, 0]) / scene.seconds
         contact = np.minimum(self.contact_cost_weight * square_sum(frame["contact"]), self.contact_cost_limit)
         reward = self.forward_reward_weight * velocity + self.healthy_reward * healthy
         reward -= self.ctrl_cost_weight * square_sum(action) + contact

@@ -8,7 +8,7 @@ from typing import ClassVar
 import mujoco
 import numpy as np
 from unified_rl.envs.control.simulation import Array, Frame
-from unified_rl.envs.control.tasks import Outcome, Task, gaussian_velocity, never, square_sum
+from unified_rl.envs.control.tasks import Outcome, Scene, Task, gaussian_velocity, never, square_sum
 
 
 def draw_points(rng: np.random.Generator, count: int, low: Array, high: Array, radius: float, sign: int) -> Array:
@@ -53,7 +53,7 @@ class Reacher(Task):
         parts = (np.cos(theta), np.sin(theta), frame["qpos"][:, 2:], frame["qvel"][:, :2], offset)
         return np.concatenate(parts, axis=1)
 
-    def outcome(self, model: mujoco.MjModel, frame: Frame, memory: Array, action: Array) -> Outcome:
+    def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
         """Minus the distance to the target minus the control cost; never terminates."""
         distance = np.sqrt(square_sum(frame["tip"] - frame["target"]))
         reward = -self.reward_dist_weight * distance - self.reward_control_weight * square_sum(action)
@@ -90,7 +90,7 @@ class Pusher(Task):
         names = ("tips_arm", "object", "goal")
         return np.concatenate((frame["qpos"][:, :7], frame["qvel"][:, :7], *(frame[name] for name in names)), axis=1)
 
-    def outcome(self, model: mujoco.MjModel, frame: Frame, memory: Array, action: Array) -> Outcome:
+    def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
         """Minus the distances object-fingertip and object-goal minus the control cost; never terminates."""
         near = np.sqrt(square_sum(frame["object"] - frame["tips_arm"]))
         distance = np.sqrt(square_sum(frame["object"] - frame["goal"]))
@@ -112,7 +112,7 @@ class InvertedPendulum(Task):
         """Positions and velocities."""
         return np.concatenate((frame["qpos"], frame["qvel"]), axis=1)
 
-    def outcome(self, model: mujoco.MjModel, frame: Frame, memory: Array, action: Array) -> Outcome:
+    def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
         """Ends when the pole leans more than 0.2 rad."""
         terminated = np.abs(frame["qpos"][:, 1]) > 0.2
         return Outcome((~terminated).astype(np.float64), terminated, memory, {})
@@ -141,7 +141,7 @@ class InvertedDoublePendulum(Task):
         clipped = (np.clip(frame[name], -10, 10) for name in ("qvel", "force"))
         return np.concatenate((frame["qpos"][:, :1], np.sin(angle), np.cos(angle), *clipped), axis=1)
 
-    def outcome(self, model: mujoco.MjModel, frame: Frame, memory: Array, action: Array) -> Outcome:
+    def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
         """Ends when the tip is at or below height 1."""
         x, y = frame["tip"][:, 0], frame["tip"][:, 2]
         terminated = y <= 1

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from unified_rl.envs.control.base import Advance, ControlEnvBase, check_count, raise_non_finite
+from unified_rl.envs.control.base import ControlEnvBase, check_count, raise_non_finite
 from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.locomotion import Ant, Humanoid
 from unified_rl.envs.control.manipulation import InvertedDoublePendulum, InvertedPendulum, Pusher, Reacher
 from unified_rl.envs.control.simulation import Simulations
-from unified_rl.envs.control.tasks import HalfCheetah, Hopper, Swimmer, Task, Walker2d
+from unified_rl.envs.control.tasks import HalfCheetah, Hopper, Scene, Swimmer, Task, Walker2d
 
 from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.rollout.protocols import StepResult
 
 TASKS: dict[str, type[Task]] = {
     "HalfCheetah-v5": HalfCheetah,
@@ -57,7 +58,8 @@ class BatchedMujocoEnv(ControlEnvBase):
         self._elapsed = np.zeros(num_envs, dtype=np.int64)
         self._action = np.zeros((num_envs, model.nu))
         self._observation = np.zeros((num_envs, dim))
-        self._memory = task.memory(model, simulations.read(np.arange(num_envs)))
+        self._scene = Scene(simulations.dt, model.body_mass / model.body_mass.sum())
+        self._memory = task.memory(self._scene, simulations.read(np.arange(num_envs)))
         self._ones = torch.ones(num_envs, dtype=torch.int64)
         self.seed_streams(seed)
         self.reset_batch()
@@ -71,27 +73,31 @@ class BatchedMujocoEnv(ControlEnvBase):
         """Restarts the generator of start states."""
         self._rng = np.random.default_rng(seed)
 
-    def advance(self, action: Tensor, running: Tensor | None = None) -> Advance:
+    def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
         """Steps the simulations ``running [K]`` (default: all) with ``action [K, nu]`` and resets none."""
-        np.copyto(self._action, action.detach().numpy())
-        if not math.isfinite(self._action.sum()):
-            raise_non_finite("action", torch.from_numpy(self._action), torch.from_numpy(self._elapsed))
-        frame = self.simulations.step(self._action, None if running is None else np.flatnonzero(running.numpy()))
-        self._elapsed += 1 if running is None else running.numpy()
-        outcome = self.task.outcome(self.model, frame, self._memory, self._action)
+        values, elapsed, task = self._action, self._elapsed, self.task
+        np.copyto(values, action.detach().numpy())
+        if not math.isfinite(np.add.reduce(values, axis=None)):
+            raise_non_finite("action", torch.from_numpy(values), torch.from_numpy(elapsed))
+        lanes = None if running is None else running.numpy()
+        frame = self.simulations.step(values, None if lanes is None else np.flatnonzero(lanes))
+        np.add(elapsed, 1 if lanes is None else lanes, out=elapsed)
+        observation = task.observe(frame)
+        outcome = task.outcome(self._scene, frame, self._memory, values)
         self._memory[:] = outcome.memory
-        self._observation[:] = self.task.observe(frame)
-        if not math.isfinite(self._observation.sum() + outcome.reward.sum()):
-            elapsed = torch.from_numpy(self._elapsed)
-            raise_non_finite("observation", torch.from_numpy(self._observation), elapsed)
-            raise_non_finite("reward", torch.from_numpy(outcome.reward), elapsed)
-        return Advance(
+        self._observation[:] = observation
+        if not math.isfinite(np.add.reduce(observation, axis=None) + np.add.reduce(outcome.reward)):
+            raise_non_finite("observation", torch.from_numpy(observation), torch.from_numpy(elapsed))
+            raise_non_finite("reward", torch.from_numpy(outcome.reward), torch.from_numpy(elapsed))
+        successor = torch.from_numpy(observation.astype(np.float32))
+        return StepResult(
+            successor,
             torch.from_numpy(outcome.reward.astype(np.float32)),
             torch.from_numpy(outcome.terminated),
-            torch.from_numpy(self._elapsed >= self.max_steps),
-            torch.from_numpy(self._observation.astype(np.float32)),
+            torch.from_numpy(elapsed >= self.max_steps),
+            successor,
             self._ones,
-            {name: torch.from_numpy(value) for name, value in outcome.info.items()},
+            {name: torch.from_numpy(value) for name, value in outcome.info.items()} if outcome.info else {},
         )
 
     def restart(self, ended: Tensor) -> Tensor:
@@ -103,7 +109,7 @@ class BatchedMujocoEnv(ControlEnvBase):
         """Starts new episodes of simulations ``lanes [n]`` in given states; observations ``[n, d]`` float32."""
         frame = self.simulations.reset(lanes, qpos, qvel)
         self._elapsed[lanes] = 0
-        self._memory[lanes] = self.task.memory(self.model, frame)
+        self._memory[lanes] = self.task.memory(self._scene, frame)
         self._observation[lanes] = self.task.observe(frame)
         return torch.from_numpy(self._observation[lanes].astype(np.float32))
 

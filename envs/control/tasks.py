@@ -15,6 +15,19 @@ from unified_rl.envs.control.simulation import Array, Frame
 ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 
 
+@dataclass(frozen=True)
+class Scene:
+    """What rewards need of a model.
+
+    Attributes:
+        seconds: simulated time in one control step.
+        mass_share: ``[bodies]`` float64, each body's share of the total mass.
+    """
+
+    seconds: float
+    mass_share: Array
+
+
 class Outcome(NamedTuple):
     """What one control step was worth.
 
@@ -72,7 +85,7 @@ class Task:
         qpos = model.qpos0 + rng.uniform(-scale, scale, (count, model.nq))
         return qpos, rng.uniform(-scale, scale, (count, model.nv))
 
-    def memory(self, model: mujoco.MjModel, frame: Frame) -> Array:
+    def memory(self, scene: Scene, frame: Frame) -> Array:
         """What the first step's reward needs of the start state, ``[K, m]``."""
         return np.zeros((len(frame["qpos"]), 0))
 
@@ -80,13 +93,9 @@ class Task:
         """The observation, ``[K, d]`` float64."""
         raise NotImplementedError
 
-    def outcome(self, model: mujoco.MjModel, frame: Frame, memory: Array, action: Array) -> Outcome:
+    def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
         """The worth of the step that led from ``memory [K, m]`` to ``frame`` under ``action [K, nu]``."""
         raise NotImplementedError
-
-    def seconds(self, model: mujoco.MjModel) -> float:
-        """Simulated time in one control step."""
-        return float(model.opt.timestep) * self.frame_skip
 
 
 def gaussian_velocity(model: mujoco.MjModel, rng: np.random.Generator, count: int, scale: float) -> tuple[Array, Array]:
@@ -104,7 +113,7 @@ class Runner(Task):
     forward_reward_weight: float = 1.0
     ctrl_cost_weight: float = 0.1
 
-    def memory(self, model: mujoco.MjModel, frame: Frame) -> Array:
+    def memory(self, scene: Scene, frame: Frame) -> Array:
         """The position along x, ``[K, 1]``."""
         return frame["qpos"][:, :1].copy()
 
@@ -112,10 +121,10 @@ class Runner(Task):
         """Positions but the hidden ones, then velocities."""
         return np.concatenate((frame["qpos"][:, self.hidden :], frame["qvel"]), axis=1)
 
-    def outcome(self, model: mujoco.MjModel, frame: Frame, memory: Array, action: Array) -> Outcome:
+    def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
         """Never terminates."""
-        here = self.memory(model, frame)
-        velocity = (here[:, 0] - memory[:, 0]) / self.seconds(model)
+        here = self.memory(scene, frame)
+        velocity = (here[:, 0] - memory[:, 0]) / scene.seconds
         reward = self.forward_reward_weight * velocity - self.ctrl_cost_weight * square_sum(action)
         return Outcome(reward, never(len(reward)), here, {})
 
@@ -168,9 +177,9 @@ class Hopper(Runner):
         inside = ((state > self.healthy_state[0]) & (state < self.healthy_state[1])).all(axis=1)
         return inside & between(height, self.healthy_z) & between(angle, self.healthy_angle)
 
-    def outcome(self, model: mujoco.MjModel, frame: Frame, memory: Array, action: Array) -> Outcome:
+    def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
         """Runner's reward plus the healthy reward."""
-        base = super().outcome(model, frame, memory, action)
+        base = super().outcome(scene, frame, memory, action)
         healthy = self.healthy(frame)
         terminated = ~healthy if self.terminate_when_unhealthy else base.terminated
         return base._replace(reward=base.reward + self.healthy_reward * healthy, terminated=terminated)

@@ -16,7 +16,7 @@ from torch import Tensor
 from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.mujoco_env import BatchedMujocoEnv
 from unified_rl.envs.control.simulation import Array, Frame
-from unified_rl.envs.control.tasks import Outcome, Task, square_sum
+from unified_rl.envs.control.tasks import Outcome, Scene, Task, square_sum
 
 START, GOAL = np.array([-0.8, 0.0]), np.array([0.8, 0.0])
 POINT_RADIUS, OBSTACLE_RADIUS, GOAL_RADIUS = 0.05, 0.3, 0.1
@@ -73,7 +73,7 @@ class TwoRoute(Task):
         scale = self.reset_noise_scale
         return START + rng.uniform(-scale, scale, (count, 2)), np.zeros((count, 2))
 
-    def memory(self, model: mujoco.MjModel, frame: Frame) -> Array:
+    def memory(self, scene: Scene, frame: Frame) -> Array:
         """Distance to the goal, x and the route so far, ``[K, 3]``."""
         place = frame["qpos"]
         return np.stack((np.sqrt(square_sum(place - GOAL)), place[:, 0], np.zeros(len(place))), axis=1)
@@ -82,9 +82,9 @@ class TwoRoute(Task):
         """Position and velocity, ``[K, 4]``."""
         return np.concatenate((frame["qpos"], frame["qvel"]), axis=1)
 
-    def outcome(self, model: mujoco.MjModel, frame: Frame, memory: Array, action: Array) -> Outcome:
+    def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
         """Ends on arrival at the goal or at the obstacle."""
-        here, place = self.memory(model, frame), frame["qpos"]
+        here, place = self.memory(scene, frame), frame["qpos"]
         passing = (memory[:, 1] < 0) & (here[:, 1] >= 0) & (memory[:, 2] == 0)
         here[:, 2] = route = np.where(passing, np.sign(place[:, 1]), memory[:, 2])
         success = here[:, 0] < GOAL_RADIUS
