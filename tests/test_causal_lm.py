@@ -53,7 +53,7 @@ def sampled_record(policy: CausalLM, seed: int = 0, width: int = 30) -> TensorDi
     for i, ids in enumerate(out.rows()):
         start = len(prompts[i // 3])
         end = start + len(ids)
-        record["tokens"][i, :end] = torch.cat([prompts[i // 3], torch.tensor(ids)])
+        record["tokens"][i, :end] = torch.tensor([*prompts[i // 3].tolist(), *ids])
         record["token_mask"][i, :end] = True
         record["mask"][i, start:end] = True
         record["behavior_log_prob"][i, start:end] = out.log_prob[i, : end - start]
@@ -72,6 +72,17 @@ def test_rescoring_a_fresh_sample_returns_its_log_prob(model_type, transform):
     assert scored.exact and torch.equal(scored.mask, record["mask"])
     torch.testing.assert_close(scored.log_prob, record["behavior_log_prob"], atol=1e-4, rtol=0)
     assert (scored.log_prob[record["mask"]] < 0).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_policy_on_a_gpu_rescores_its_own_samples(autocast):
+    policy = make(temperature=0.8, autocast=autocast).to("cuda")
+    record = sampled_record(policy).to("cuda")  # drawn with a generator of the CPU
+    scored = policy.log_prob(record)
+    torch.testing.assert_close(scored.log_prob, record["behavior_log_prob"], atol=0.2 if autocast else 1e-3, rtol=0)
+    policy.nll(record).sum().backward()
 
 
 def test_padding_and_text_to_the_right_change_nothing():
