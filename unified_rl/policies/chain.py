@@ -40,9 +40,9 @@ class ChainNetwork(nn.Module):
         if not hidden:
             raise ConfigError("a flow or diffusion policy needs at least one hidden layer")
         self.sizes = [observation_dim, action_dim, TIME_FEATURES]
-        self.first = linear(sum(self.sizes), hidden[0])
+        self.first = linear(sum(self.sizes), hidden[0], gain=2**0.5)
         # the trunk begins with an activation: its first linear layer is the one above, taken apart
-        self.rest = mlp(hidden[0], hidden, outputs, activation=activation)[1:]
+        self.rest = mlp(hidden[0], hidden, outputs, activation=activation, orthogonal=True)[1:]
 
     def condition(self, observation: Tensor) -> Tensor:
         """The observation's share of the first layer: ``[M, d]`` to ``[M, H]``."""
