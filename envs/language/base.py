@@ -124,12 +124,13 @@ class LanguageTask:
         ]
         done = torch.tensor([verdict.done for verdict in verdicts], dtype=torch.bool)
         reward = torch.tensor([verdict.reward for verdict in verdicts], dtype=torch.float32)
+        last = torch.tensor([len(said) >= self.max_turns for said in turns], dtype=torch.bool)
+        truncated = ~finished.cpu() | (last & ~done)
         if self.shuffle_rewards:
-            last = torch.tensor([len(said) >= self.max_turns for said in turns], dtype=torch.bool)
-            reward = self._shuffled(reward, problems, done | last | ~finished.cpu())
+            reward = self._shuffled(reward, problems, done | truncated)
         info = {
             "correct": torch.tensor([float(verdict.correct) for verdict in verdicts]),
-            "truncated": (~finished.cpu()).float(),
+            "truncated": truncated.float(),
         }
         for name in self.info_names:
             info[name] = torch.tensor([(verdict.info or {}).get(name, 0.0) for verdict in verdicts])

@@ -62,7 +62,7 @@ class Codec:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, special tokens left out."""
         if self._characters is None:
-            return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         return "".join([self._characters[i] for i in ids])
 
     def stop_ids(self, stop_text: str = "") -> list[int]:

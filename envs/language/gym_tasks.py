@@ -45,6 +45,7 @@ class ReasoningGym(PooledTask):
         template: the prompt; ``{question}`` is replaced.
         max_prompt_length: tokens; longer prompts are left out, with a warning that counts them.
         max_turn_tokens: budget of an answer.
+        score_seconds: CPU time of one scoring, after which it is given up (counted as ``scorer_error``).
         tokenizer: a local folder; by default the characters of the items.
         held_out: share of prompts kept for evaluation.
         shuffle_rewards: the negative control of :class:`~unified_rl.envs.language.base.LanguageTask`.
@@ -68,6 +69,7 @@ class ReasoningGym(PooledTask):
         template: str = "{question}\n",
         max_prompt_length: int = 256,
         max_turn_tokens: int = 32,
+        score_seconds: float = 5.0,
         tokenizer: str | None = None,
         held_out: float = 0.1,
         shuffle_rewards: bool = False,
@@ -76,8 +78,12 @@ class ReasoningGym(PooledTask):
         self.threshold = threshold
         settings = {**(options or {}), "size": size, "seed": data_seed}
         self._request: dict[str, Any] = {"kind": "gym", "dataset": dataset, "options": settings}
-        self._scorer = GuardedScorer({**self._request, "index": 0, "text": "0"})
-        items, self.evaluates = _items(self._scorer, self._request, prompt_key)
+        self._scorer = GuardedScorer({"kind": "gym_load"}, score_seconds)
+        try:
+            items, self.evaluates = _items(self._scorer, self._request, prompt_key)
+        except ConfigError:
+            self.close()
+            raise
         problems = [
             {"text": template.replace("{question}", prompt), "index": index, "key": index, "solution": answer}
             for index, (prompt, answer) in enumerate(items)
@@ -146,7 +152,6 @@ def _items(scorer: GuardedScorer, settings: dict[str, Any], prompt_key: str | No
     made = scorer.ask(GENERATION_LIMIT, **{**settings, "kind": "gym_items"}, prompt_key=prompt_key)
     if "items" in made:
         return made["items"], made["evaluates"]
-    scorer.close()
     if "names" in made:
         near = difflib.get_close_matches(name, made["names"], 1, 0.0)
         raise ConfigError(f"reasoning-gym has no data set {name!r}; did you mean {near[0]!r}?")

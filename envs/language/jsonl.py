@@ -42,6 +42,7 @@ class JsonlProblems(PooledTask):
         chat: wrap the prompt as one user message with the tokenizer's chat template.
         max_prompt_length: tokens; longer prompts are left out, with a warning that counts them.
         max_turn_tokens: budget of an answer; a longer one is truncated and counted as ``truncated``.
+        score_seconds: CPU time of one free-form comparison, after which it is given up (``scorer_error``).
         tokenizer: a local folder; by default byte-pair encoding trained on the start of this file.
         vocabulary_size: of that encoding.
         held_out: share of prompts kept for evaluation where there is no ``eval_path``.
@@ -67,6 +68,7 @@ class JsonlProblems(PooledTask):
         chat: bool = False,
         max_prompt_length: int = 256,
         max_turn_tokens: int = 256,
+        score_seconds: float = 5.0,
         tokenizer: str | None = None,
         vocabulary_size: int = 2048,
         held_out: float = 0.1,
@@ -93,7 +95,7 @@ class JsonlProblems(PooledTask):
         if chat:
             self._wrap([*problems, *(evaluation or [])])
         self._fill(problems, evaluation)
-        self._math = MathVerifier() if verifier == "math" else None
+        self._math = MathVerifier(score_seconds) if verifier == "math" else None
         self._verify: Verifier = self._math or (last if verifier == "last" else numeric)
 
     def close(self) -> None:
@@ -134,9 +136,8 @@ class JsonlProblems(PooledTask):
                 "env.chat=true, but the tokenizer has no chat template; give a chat model's tokenizer folder"
             )
         for problem in problems:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": problem["text"]}], tokenize=False, add_generation_prompt=True
-            )
+            message = [{"role": "user", "content": problem["text"]}]
+            text = str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
             begin = self.tokenizer.bos_token if self.codec.prefix else None
             problem["text"] = text.removeprefix(begin) if begin else text
 

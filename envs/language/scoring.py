@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from unified_rl.errors import ConfigError
 
 WORKER = Path(__file__).with_name("scoring_worker.py")
-MISSING = ("ImportError", "ModuleNotFoundError")
 
 
 class Score(NamedTuple):
@@ -67,7 +66,9 @@ class GuardedScorer:
             if self._process is None:
                 self._process = self._start()
                 error = self._send({**self.warm_up, "limit": self.first_limit}).get("error")
-                if self._process is None or error in MISSING:
+                if error is not None:
+                    if self._process is not None:
+                        self._end(self._process)
                     raise ConfigError(
                         f"the process that scores answers ({request['kind']}) did not start ({error}); check that its "
                         "verifier can be imported, and that memory suffices"

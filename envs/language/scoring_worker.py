@@ -1,7 +1,7 @@
 """Scores answers in a process of its own: run by path, JSON lines in, JSON lines out. Imports nothing of the package.
 
-A request that takes more CPU time than its limit ends the process (the timer's default action, which also interrupts one
-long computation in C); memory is limited and files cannot be written. See :mod:`unified_rl.envs.language.scoring`.
+A request that takes more CPU time than its limit ends the process (the timer's default action, which also interrupts
+one long computation in C); memory is limited and files cannot be written. See :mod:`unified_rl.envs.language.scoring`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ def _reference(text: str) -> Any:
     from math_verify import parse
 
     return parse(f"${text}$", parsing_timeout=None)
+
+
+def load_gym(request: dict[str, Any]) -> dict[str, Any]:
+    """Imports reasoning-gym."""
+    import reasoning_gym
+
+    return {"version": str(getattr(reasoning_gym, "__version__", ""))}
 
 
 def make_gym(request: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +97,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    kinds = {"math": score_math, "gym": score_gym, "gym_items": make_gym}
+    kinds = {"math": score_math, "gym": score_gym, "gym_load": load_gym, "gym_items": make_gym}
     for line in sys.stdin:
         request = json.loads(line)
         _limit(request["limit"])
