@@ -293,7 +293,7 @@ class PolicyGradient:
             means.add({"loss/value": error.detach()})
             extra = extra + self.value_coef * error * share
         if self.entropy_coef:
-            entropy = self.policy.entropy(part["observation"])
+            entropy = self.policy.entropy(part)
             entropy = torch.where(part["mask"], entropy, 0.0).sum() / part["mask"].sum().clamp(min=1)
             means.add({"policy/entropy": entropy.detach()})
             extra = extra - self.entropy_coef * entropy * share

@@ -45,7 +45,9 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], replay: Any
         _flush(folder)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"cannot write the checkpoint {target} ({error}); earlier checkpoints are intact") from error
+        raise CheckpointError(
+            f"cannot write the checkpoint {target} ({error}); earlier checkpoints are intact"
+        ) from error
     for old in checkpoints(folder)[: -max(keep, 1)]:
         shutil.rmtree(old, ignore_errors=True)
     return target

@@ -6,7 +6,13 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-SHOWN = {"eval/score": "score", "rollout/return": "return", "rollout/reward": "reward", "ess/unit": "ESS", "kl/k3": "KL"}
+SHOWN = {
+    "eval/score": "score",
+    "rollout/return": "return",
+    "rollout/reward": "reward",
+    "ess/unit": "ESS",
+    "kl/k3": "KL",
+}
 
 
 class Display:

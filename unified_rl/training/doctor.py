@@ -71,7 +71,10 @@ def doctor() -> int:
     checks = Table("check", "domain", "result", "detail")
     healthy = True
     for domain, overrides in (("language", SMALL_LANGUAGE), ("control", SMALL_CONTROL)):
-        for title, check in (("ratio 1 on fresh data", identity_ratio), ("learning rate 0 changes nothing", identity_update)):
+        for title, check in (
+            ("ratio 1 on fresh data", identity_ratio),
+            ("learning rate 0 changes nothing", identity_update),
+        ):
             good, detail = _run(check, [*overrides, *COMMON])
             healthy &= good
             checks.add_row(title, domain, "[green]holds" if good else "[red]fails", detail)

@@ -100,7 +100,13 @@ class Job:
         if self.language:
             streams["problem_generator"] = generator(self.seed, "problems")
         rollout = build(
-            rollout_node, allow=self.allow, env=self.env, policy=self.policy, gamma=agent.gamma, device=device, **streams
+            rollout_node,
+            allow=self.allow,
+            env=self.env,
+            policy=self.policy,
+            gamma=agent.gamma,
+            device=device,
+            **streams,
         )
         replay = self._replay(rollout, rows, length)
         return Trainer(self.settings, folder, agent, rollout, replay, self.evaluate, display)

@@ -24,7 +24,8 @@ class WarmStart:
             the most that are made, and reaching them is an error) and ``lr``.
         batch_size: demonstrations of one optimiser step.
         lr: learning rate of stages that name none.
-        dataset: demonstrations drawn once and reused (None draws fresh ones every step).
+        dataset: demonstrations drawn once and reused (None draws fresh ones every step). A policy that standardises
+            observations takes its first moments from them.
         smoothing: share of the old value in the smoothed loss.
         run: a run folder whose policy is loaded instead; ``stages`` are then skipped.
 
@@ -48,7 +49,9 @@ class WarmStart:
         for number, stage in enumerate(self.stages):
             unknown = [key for key in stage if key not in self.KEYS]
             if unknown:
-                raise ConfigError(f"warm_start.stages[{number}] has unknown keys {unknown}; known: {', '.join(self.KEYS)}")
+                raise ConfigError(
+                    f"warm_start.stages[{number}] has unknown keys {unknown}; known: {', '.join(self.KEYS)}"
+                )
             if stage.get("until_loss") is None and stage.get("updates") is None:
                 raise ConfigError(f"warm_start.stages[{number}] needs until_loss or updates")
 
@@ -64,7 +67,9 @@ class WarmStart:
         try:
             policy.load_state_dict(state["agent"]["policy"])
         except (RuntimeError, KeyError) as error:
-            raise ConfigError(f"the policy of {self.run} does not fit this one: {str(error).splitlines()[0]}") from error
+            raise ConfigError(
+                f"the policy of {self.run} does not fit this one: {str(error).splitlines()[0]}"
+            ) from error
 
     def fit(self, env: Any, make_agent: Any, demonstration_generator: torch.Generator, report: Any) -> None:
         """Runs the stages.
@@ -86,6 +91,8 @@ class WarmStart:
         style, threshold, budget = stage.get("style"), stage.get("until_loss"), stage.get("updates") or 20_000
         options = {} if style is None else {"style": style}
         pool = env.demonstrations(self.dataset, stream, **options) if self.dataset else None
+        if number == 0 and pool is not None and hasattr(agent.policy, "update_normalizer"):
+            agent.policy.update_normalizer(pool["observation"])
         smooth = math.nan
         for update in range(1, budget + 1):
             if pool is None:
