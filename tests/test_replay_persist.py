@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,3 +240,50 @@ def test_one_torn_journal_record_falls_back_to_the_commit_before(tmp_path: Path)
     (tmp_path / "journal.bin").write_bytes(bytes(data))
     reopened = Replay(24, lanes=LANES, sampler=Uniform(), storage="memmap", path=str(tmp_path))
     assert reopened.write_count == 4 and sorted(set(reopened.sample(60)["x"].tolist())) == [0, 1, 2, 3]
+
+
+def test_saved_rows_can_be_read_as_a_data_set_of_any_size(tmp_path: Path) -> None:
+    filled(Uniform()).dumps(tmp_path / "lanes")
+    data = room.read_rows(tmp_path / "lanes")
+    assert data.batch_size == (12, LANES) and torch.equal(data["x"], torch.arange(6, 30).view(12, LANES))
+    assert torch.equal(data["half"], rows(3, 12)["half"])
+    bigger = Replay(100, lanes=LANES, sampler=Uniform())
+    bigger.extend(data)
+    assert len(bigger) == 24
+    single = Replay(8, sampler=Uniform())
+    single.dumps(tmp_path / "single")
+    with pytest.raises(CheckpointError, match="holds no rows"):
+        room.read_rows(tmp_path / "single")
+
+
+def test_a_durable_replay_synchronises_rows_before_it_commits_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay = Replay(24, lanes=LANES, sampler=Uniform(), storage="memmap", path=str(tmp_path), durable=True)
+    replay.extend(rows(0, 2))
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    replay.extend(rows(2, 2))
+    names = {Path(name).name for name in synced}
+    assert {"x.memmap", "half.memmap", "use_count.bin"} <= names
+
+
+def test_a_memory_mapped_replay_that_does_not_fit_the_disk_says_so_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    replay = Replay(10_000_000, sampler=Uniform(), storage="memmap", path=str(tmp_path))
+    with pytest.raises(ConfigError, match="needs 85 MiB"):
+        replay.extend({"x": torch.arange(3)})
+
+
+@pytest.mark.parametrize("storage", ["memory", "memmap"])
+def test_another_sampler_starts_afresh_from_the_saved_rows(storage: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "store") if storage == "memmap" else None
+    replay = filled(Uniform(), storage=storage, path=path)
+    replay.dumps(tmp_path / "save")
+    replay.close()
+    other = Replay(24, lanes=LANES, sampler=room.Priority(), storage=storage, path=path)
+    if storage == "memory":
+        other.loads(tmp_path / "save")
+    assert sorted(set(other.sample(240)["x"].tolist())) == list(range(6, 30))

@@ -3,6 +3,7 @@
 from unified_rl.replay.buffer import Replay
 from unified_rl.replay.ingest import from_collector
 from unified_rl.replay.nstep import nstep_transitions
+from unified_rl.replay.persist import read_rows
 from unified_rl.replay.samplers import (
     Buckets,
     BySource,
@@ -38,4 +39,5 @@ __all__ = [
     "WithoutReplacement",
     "from_collector",
     "nstep_transitions",
+    "read_rows",
 ]

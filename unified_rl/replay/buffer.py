@@ -87,8 +87,11 @@ class Replay(ReplayState):
 
     @property
     def storage(self) -> Any:
-        """TorchRL's storage object that holds the rows."""
-        return self._store.storage
+        """TorchRL's storage object that holds the rows; None before the schema is fixed."""
+        storage = self._store.storage
+        if storage is not None:
+            storage._len = min(self.ring.written, self.ring.physical)
+        return storage
 
     # -- writing ---------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import CheckpointError
@@ -106,6 +107,26 @@ class Saved:
     def read(self, name: str, first: int, last: int) -> Tensor:
         """Rows ``[first, last)`` of one tensor."""
         return self._file.get_slice(name)[first:last]
+
+
+def read_rows(path: str | Path) -> TensorDict:
+    """The rows of a saved replay, whatever its size was: a data set for another run.
+
+    Returns:
+        Batch size ``[slots, lanes]``, or ``[rows]`` where there is one lane; oldest first.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged or of another version, or holds no rows.
+    """
+    saved = Saved(path)
+    lanes, written, capacity = (int(saved.meta[name]) for name in ("lanes", "written", "capacity"))
+    count = min(written, capacity)
+    if not count:
+        raise CheckpointError(f"the replay saved at {path} holds no rows")
+    lead = [count] if lanes == 1 else [count // lanes, lanes]
+    names = [name for name in saved.names() if name.startswith("row.")]
+    rows = {name.removeprefix("row."): saved.read(name, 0, count).unflatten(0, lead) for name in sorted(names)}
+    return TensorDict(rows, batch_size=lead)
 
 
 def _checksum(path: Path) -> int:
