@@ -33,17 +33,26 @@ class GymnasiumEnv(ControlEnvBase):
         num_envs: K.
         seed: of the stream of episode seeds.
         flatten: flatten dict, image or discrete observations to one vector.
-        **make_kwargs: passed to ``gymnasium.make``, for example ``max_episode_steps``.
+        max_episode_steps: the time limit; the registered one if None.
+        make_kwargs: further arguments of ``gymnasium.make``.
 
     Raises:
         ConfigError: an unknown id (names the nearest), a missing package, no time limit, observations that are not a
             vector, or actions that are neither a bounded vector nor one discrete choice.
     """
 
-    def __init__(self, id: str, num_envs: int = 1, seed: int = 0, flatten: bool = False, **make_kwargs: Any) -> None:
+    def __init__(
+        self,
+        id: str,
+        num_envs: int = 1,
+        seed: int = 0,
+        flatten: bool = False,
+        max_episode_steps: int | None = None,
+        make_kwargs: dict[str, Any] | None = None,
+    ) -> None:
         check_count(num_envs)
-        vector = _make_vector(id, num_envs, flatten, make_kwargs)
-        limit = make_kwargs.get("max_episode_steps") or vector.envs[0].spec.max_episode_steps  # type: ignore
+        vector = _make_vector(id, num_envs, flatten, {**(make_kwargs or {}), "max_episode_steps": max_episode_steps})
+        limit = vector.envs[0].spec.max_episode_steps if vector.envs[0].spec else None
         if not limit:
             raise ConfigError(f"{id} has no time limit; set env.max_episode_steps")
         dim = _observation_dim(id, vector.single_observation_space)
