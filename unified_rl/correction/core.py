@@ -87,9 +87,9 @@ class Correction:
         anchor: str = "behavior",
         pre: Node | None = None,
         thin: Node | None = None,
-        mismatch: Sequence[Node] = (),
-        reject: Sequence[Node] = (),
-        penalty: Sequence[Node] = (),
+        mismatch: Sequence[Node] | None = None,
+        reject: Sequence[Node] | None = None,
+        penalty: Sequence[Node] | None = None,
         reduce: str = "token-mean",
         denominator: str = "original",
         horizon: float | None = None,
@@ -120,14 +120,15 @@ class Correction:
         self.advantage = dict(advantage or {})
         self.proximal, self.wrapper = dict(proximal or {}), dict(wrapper or {})
         self.level_name = as_rule(level, "level")["name"]
+        self.level_name = as_rule(level, "level")["name"]
         self.kernel_name = as_rule(kernel, "kernel")["name"]
         self._level, _ = bind(level, LEVELS, "level")
         self._kernel, _ = bind(kernel, KERNELS, "kernel")
         self._prepare = None if self.kernel_name not in PREPARES else bind(kernel, PREPARES, "kernel")[0]
         self._pre = None if pre is None else bind(pre, PRES, "pre")[0]
         self._thin = None if thin is None else bind(thin, THINS, "thin")[0]
-        self._rules = Rules(mismatch, reject, anchor, weighted_kernel=self.kernel_name not in RATIO_FREE)
-        self._penalties = [Penalty(node) for node in penalty]
+        self._rules = Rules(mismatch or (), reject or (), anchor, weighted_kernel=self.kernel_name not in RATIO_FREE)
+        self._penalties = [Penalty(node) for node in penalty or ()]
         self.total = _identity
         """Sums a scalar across processes; replace it where a batch is spread over several."""
 

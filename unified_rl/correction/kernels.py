@@ -88,9 +88,14 @@ def taper(view: View, *, low: float = 0.0, high: float = 1.0) -> Tensor:
     return torch.where(view.advantage > 0, 1.0, view.ratio.clamp(low, high))
 
 
+def _by_sign(up: Tensor, positive: float, negative: float, view: View) -> Tensor:
+    """One of two settings for each unit, in the precision of the ratio."""
+    return negative + (positive - negative) * up.to(view.ratio.dtype)
+
+
 def gate(view: View, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
     """``4 r s (1 - s)`` with ``s = sigmoid(tau (r - 1))``: a soft clip. SAPO, 2511.20347."""
-    tau = torch.where(view.advantage > 0, tau_positive, tau_negative)
+    tau = _by_sign(view.advantage > 0, tau_positive, tau_negative, view)
     s = (tau * (view.ratio - 1)).sigmoid()
     return 4 * view.ratio * s * (1 - s)
 
@@ -105,7 +110,7 @@ def gamma(
 ) -> Tensor:
     """``r^k exp(lam - lam r)``: peaks at ``k / lam`` and vanishes on both sides. VESPO, 2602.10693."""
     up = view.advantage >= 0
-    k, lam = torch.where(up, k_positive, k_negative), torch.where(up, lam_positive, lam_negative)
+    k, lam = _by_sign(up, k_positive, k_negative, view), _by_sign(up, lam_positive, lam_negative, view)
     return (lam + k * view.log_ratio - lam * view.ratio).exp()
 
 

@@ -36,10 +36,7 @@ def build_correction(
     experimental: bool = False,
 ) -> Correction:
     """A :class:`Correction` from plain values, as a configuration gives them; see there for each field."""
-    values = dict(locals())
-    for key in ("mismatch", "reject", "penalty"):
-        values[key] = values[key] or ()
-    return Correction(**values)
+    return Correction(**locals())
 
 
 def correction_names() -> list[str]:
