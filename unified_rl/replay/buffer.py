@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
@@ -157,7 +158,7 @@ class Replay(ReplayState):
             raise RecordError(f"{count} rows do not fit a replay of capacity {ring.capacity}; raise it")
         if len(lead) == 2:
             items = {key: value.flatten(0, 1) for key, value in items.items()}
-        self.sampler.before_write(count, {key: to_numpy(items[key]) for key in self._watched})
+        self.sampler.before_write(count, self._values(items))
         low = ring.written
         if count <= self._room:
             self._write(items, low, low + count)
@@ -171,6 +172,10 @@ class Replay(ReplayState):
             index %= ring.physical
         return torch.from_numpy(index if len(lead) == 1 else index.reshape(lead))
 
+    def _values(self, items: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+        """What the sampler asked to see of a write."""
+        return {key: to_numpy(items[key]) for key in self._watched} if self._watched else {}
+
     def _write(self, items: Mapping[str, Tensor], low: int, high: int) -> None:
         """Rows first, the commit last."""
         runs = self.ring.pieces(low, high)
@@ -178,7 +183,7 @@ class Replay(ReplayState):
         for _, first, last in runs:
             self._columns["use_count"][first:last] = 0
         self.ring.written = high
-        self.sampler.wrote(low, high, {key: to_numpy(items[key]) for key in self._watched})
+        self.sampler.wrote(low, high, self._values(items))
         if self._journaled:
             self._commit()
 

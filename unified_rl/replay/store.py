@@ -47,10 +47,15 @@ Runs = list[tuple[int, int, int]]
 
 def write_rows(leaves: Leaves, items: Mapping[str, Tensor], runs: Runs) -> None:
     """Assigns the values ``[n, *]`` of every leaf to the positions of ``runs``."""
+    _, start, stop = runs[0]
+    whole = len(runs) == 1
     for key, leaf in leaves.items():
         value, array = items[key], leaf.array
         if array is not None and value.is_cpu and not value.requires_grad:
             source = value.numpy()
+            if whole:
+                array[start:stop] = source
+                continue
             for offset, first, last in runs:
                 array[first:last] = source[offset : offset + last - first]
         else:

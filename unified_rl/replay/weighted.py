@@ -98,7 +98,9 @@ class Priority(Weighted):
         return Draw(self.ring.serial(positions), {"priority_weight": importance.astype(np.float32)})
 
     def update(self, positions: IntArray, priorities: FloatArray) -> None:
-        low, high = priorities.min(initial=0.0), priorities.max(initial=0.0)
+        if not len(priorities):
+            return
+        low, high = priorities.min(), priorities.max()
         if not (low >= 0 and high < np.inf):
             raise RecordError(f"priorities must be finite and not negative; they lie between {low} and {high}")
         if self.ring.live < self.ring.physical:
