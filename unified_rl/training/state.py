@@ -87,7 +87,8 @@ def load_state(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{folder} holds no {name}: it is not a complete checkpoint; use an earlier one")
     try:
         packed = json.loads((folder / "state.json").read_text())
-        tensors = load_file(folder / "state.safetensors")
+        loaded = load_file(folder / "state.safetensors")
+        tensors = {key: value.clone() for key, value in loaded.items()}  # own, aligned memory: results depend on it
         return unpack(packed, tensors)
     except (json.JSONDecodeError, SafetensorError, KeyError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder} is damaged ({error}); use an earlier checkpoint") from error
