@@ -38,6 +38,8 @@ NAMES = {
     "ess/sequence": "effective sample size (sequences)",
     "kl/k3": "KL to the sampler (k3)",
     "clip/fraction": "clipped share of units",
+    "clip/fraction_positive": "clipped share, advantage above 0",
+    "clip/fraction_negative": "clipped share, advantage below 0",
     "train/reward": "training reward",
 }
 

@@ -33,6 +33,18 @@ CURVES = (
     ),
     ("kl", "kl/k3", "KL divergence", "Estimated divergence of the policy from the one that sampled the data."),
     ("clip_fraction", "clip/fraction", "Clip fraction", "Share of units on which the correction acts."),
+    (
+        "clip_positive",
+        "clip/fraction_positive",
+        "Clip fraction, good actions",
+        "Share of the units with a positive advantage whose weight the correction bounds or zeroes.",
+    ),
+    (
+        "clip_negative",
+        "clip/fraction_negative",
+        "Clip fraction, bad actions",
+        "Share of the units with a negative advantage whose weight the correction bounds or zeroes.",
+    ),
 )
 
 

@@ -27,8 +27,6 @@ Watch = Callable[[Sequence[Job], int], None]
 """Called every now and then with the jobs under way and the number that ended."""
 
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-ATTEMPTS = 2
-"""How often a run may be under way while a worker process dies before it counts as failed."""
 
 
 def status_of(folder: Path) -> str:
@@ -76,13 +74,19 @@ def run_jobs(
 
 
 class Schedule:
-    """Which jobs wait, which may start, which failed."""
+    """Which jobs wait, which are under way, which failed.
+
+    Where a worker process dies, every job that was under way is a suspect; suspects run again one at a time, alone,
+    so that a second death names the job that causes it.
+    """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.done = {job.slug for job in jobs if status_of(job.folder) == "finished"}
         self.waiting = [job for job in jobs if job.slug not in self.done]
+        self.suspects: list[Job] = []
+        self.running: set[str] = set()
+        self.retried: set[str] = set()
         self.failed: dict[str, str] = {}
-        self.attempts: dict[str, int] = {}
 
     @property
     def ended(self) -> int:
@@ -94,24 +98,32 @@ class Schedule:
         for job in [j for j in self.waiting if j.needs in self.failed]:
             self.waiting.remove(job)
             self.failed[job.slug] = f"its warm start {job.needs} failed"
-        found = [j for j in self.waiting if j.needs is None or j.needs in self.done]
-        self.waiting = [j for j in self.waiting if j not in found]
+        if self.suspects:
+            found = [] if self.running else [self.suspects.pop()]
+        else:
+            found = [j for j in self.waiting if j.needs is None or j.needs in self.done]
+            self.waiting = [j for j in self.waiting if j not in found]
+        self.running |= {job.slug for job in found}
         return found
 
     def finish(self, job: Job, error: str | None) -> None:
         """Files the outcome of a job."""
+        self.running.discard(job.slug)
         if error is None:
             self.done.add(job.slug)
         else:
             self.failed[job.slug] = error
 
-    def lost(self, job: Job, was_running: bool, log: Path) -> None:
-        """A worker process died: the job goes back to the queue, unless it was there every time."""
-        self.attempts[job.slug] = self.attempts.get(job.slug, 0) + was_running
-        if self.attempts[job.slug] >= ATTEMPTS:
-            self.failed[job.slug] = f"its worker process died {ATTEMPTS} times (out of memory?); see {log}"
-        else:
+    def lost(self, job: Job, under_way: bool, log: Path) -> None:
+        """A worker process died before this job ended."""
+        self.running.discard(job.slug)
+        if not under_way:
             self.waiting.append(job)
+        elif job.slug in self.retried:
+            self.failed[job.slug] = f"its worker process died twice (out of memory?); see {log}"
+        else:
+            self.retried.add(job.slug)
+            self.suspects.append(job)
 
 
 def execute(job: Job, allow: Sequence[str], train: Train | None, marker: str | None = None) -> str | None:

@@ -1,0 +1,193 @@
+"""Studies end to end over a stand-in trainer: order, failures, interruption, resumption, results."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.study.compare import StudyError, compare
+from unified_rl.study.display import StudyDisplay, last_row
+from unified_rl.study.grid import Job
+from unified_rl.study.workers import run_jobs
+
+TRAINER = textwrap.dedent(
+    """
+    import json, os, time
+    from pathlib import Path
+
+    def train(cfg, allow=(), progress=True):
+        folder = Path(cfg["run_dir"])
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "calls", "a") as handle:
+            handle.write(f"{os.getpid()} {time.monotonic()}\\n")
+        (folder / "meta.json").write_text(json.dumps({"status": "running"}))
+        if cfg.get("die") and not (folder / "died").exists():
+            if cfg["die"] == "once":
+                (folder / "died").touch()
+            os._exit(9)
+        if cfg.get("fail"):
+            raise ValueError("loss is NaN")
+        rows = [{"update": u, "steps": 10 * u, "wall_seconds": u, "eval/score": float(u + cfg["seed"])} for u in (0, 4)]
+        rows[1:1] = [{"update": u, "steps": 10 * u, "wall_seconds": u, "ess/unit": 0.1 * u} for u in (1, 2, 3)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+        (folder / "meta.json").write_text(json.dumps({"status": "finished"}))
+        return folder
+    """
+)
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The stand-in, in a module that worker processes can import."""
+    module = tmp_path / "modules"
+    module.mkdir()
+    (module / "stand_in_trainer.py").write_text(TRAINER)
+    monkeypatch.syspath_prepend(str(module))
+    return import_module("stand_in_trainer").train
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the report out where a test is about the runs."""
+    import_module("unified_rl.study.compare")
+    monkeypatch.setattr(sys.modules["unified_rl.study.compare"], "write_report", lambda *args, **kwargs: "none")
+
+
+def compose(overrides: list[str]) -> dict[str, Any]:
+    values = dict(o.split("=", 1) for o in overrides)
+    start = {"stages": []} if "warm_start" in values else None
+    cfg = {"steps": int(values.get("steps", 40)), "seed": int(values["seed"]), "warm_start": start, "all": values}
+    cfg["fail"] = values.get("correction") == "broken" or (values.get("bad_start") and cfg["steps"] == 0)
+    return cfg
+
+
+def config(folder: Path, **changes: Any) -> dict[str, Any]:
+    node = {"name": "demo", "folder": str(folder), "domains": {"control": ["env=x"]}, "corrections": ["ppo", "tis"]}
+    return {"study": {**node, "workers": 0, **changes}}
+
+
+def calls(folder: Path) -> dict[str, int]:
+    return {path.parent.name[:-9]: len(path.read_text().splitlines()) for path in folder.glob("runs/*/calls")}
+
+
+def test_results_hold_a_row_for_each_run_and_evaluation_with_the_nearest_diagnostics(
+    tmp_path: Path, train: Any, no_figures: None
+) -> None:
+    compare(config(tmp_path / "s", seeds=[1, 2]), train=train, compose=compose, progress=False)
+    with open(tmp_path / "s" / "results.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert len(rows) == 2 * 2 * 2
+    assert list(rows[0])[:7] == ["domain", "correction", "staleness", "seed", "update", "steps", "score"]
+    last = rows[-1]
+    assert [last[k] for k in ("correction", "seed", "update", "steps", "score")] == ["tis", "2", "4", "40", "6"]
+    assert (rows[0]["ess/unit"], last["ess/unit"]) == ("0.1", "0.3")  # logged at updates 1 and 3
+    with open(tmp_path / "s" / "summary.csv", newline="") as handle:
+        cell = next(csv.DictReader(handle))
+    assert (cell["seeds"], cell["start"], cell["final_iqm"], cell["ess/unit"]) == ("2", "1.5", "5.5", "0.2")
+
+
+def test_a_restarted_study_runs_nothing_that_finished(tmp_path: Path, train: Any, no_figures: None) -> None:
+    folder = tmp_path / "s"
+    compare(config(folder), train=train, compose=compose, progress=False)
+    slug = next(p for p in (folder / "runs").iterdir() if "tis" in p.name)
+    (slug / "meta.json").write_text(json.dumps({"status": "interrupted"}))
+    compare(config(folder), train=train, compose=compose, progress=False)
+    assert calls(folder) == {"control-ppo-staleness0-seed1": 1, "control-tis-staleness0-seed1": 2}
+
+
+def test_one_failed_run_is_named_and_costs_no_other(tmp_path: Path, train: Any) -> None:
+    folder = tmp_path / "s"
+    study = config(folder, corrections=["broken", "ppo"])
+    with pytest.raises(StudyError, match=r"1 of 2 runs failed(.|\n)*control-broken-.*ValueError: loss is NaN"):
+        compare(study, train=train, compose=compose, progress=False)
+    assert "loss is NaN" in next((folder / "runs").glob("control-broken*/error.txt")).read_text()
+    assert "control,ppo,0,1,4,40,5" in (folder / "results.csv").read_text()
+    assert "1 runs failed" in (folder / "report.html").read_text()
+
+
+def test_a_failed_warm_start_fails_the_runs_that_need_it_alone(tmp_path: Path, train: Any, no_figures: None) -> None:
+    domains = {"a": ["env=x", "warm_start=yes", "bad_start=1"], "b": ["env=x", "warm_start=yes"]}
+    with pytest.raises(StudyError) as error:
+        compare(config(tmp_path / "s", domains=domains), train=train, compose=compose, progress=False)
+    assert "3 of 6 runs failed" in str(error.value) and "warm start a-start-seed1" in str(error.value)
+    assert set(calls(tmp_path / "s")) == {
+        "a-start-seed1",
+        "b-start-seed1",
+        *(f"b-{c}-staleness0-seed1" for c in ("ppo", "tis")),
+    }
+
+
+def test_workers_start_runs_after_their_warm_start_and_outlive_a_dead_process(tmp_path: Path, train: Any) -> None:
+    """One pool for everything: order, a process that dies once, one that always dies."""
+
+    def job(slug: str, needs: str | None = None, **cfg: Any) -> Job:
+        folder = tmp_path / "runs" / slug
+        return Job(slug, folder, {"seed": 1, "run_dir": str(folder), **cfg}, {}, needs)
+
+    jobs = [job("run", "start"), job("start"), job("unlucky", die="once"), job("fatal", die="always")]
+    before = dict(os.environ)
+    failed = run_jobs(jobs, workers=2, folder=tmp_path, train=train, poll_seconds=0.1)
+    assert set(failed) == {"fatal"} and "died twice" in failed["fatal"]
+    times = {j.slug: [float(line.split()[1]) for line in (j.folder / "calls").read_text().splitlines()] for j in jobs}
+    assert times["run"][-1] > times["start"][0]
+    assert len(times["fatal"]) == 2 and len(times["unlucky"]) >= 2
+    pids = {line.split()[0] for j in jobs for line in (j.folder / "calls").read_text().splitlines()}
+    assert str(os.getpid()) not in pids
+    assert dict(os.environ) == before and not list((tmp_path / ".running").iterdir())
+
+
+def test_ctrl_c_leaves_finished_runs_and_the_next_start_goes_on(tmp_path: Path, train: Any, no_figures: None) -> None:
+    folder, made = tmp_path / "s", []
+
+    def stopping(cfg: dict[str, Any], allow: Sequence[str] = (), progress: bool = True) -> Path:
+        if made:
+            raise KeyboardInterrupt
+        made.append(cfg["run_dir"])
+        return Path(train(cfg, allow, progress))
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(config(folder), train=stopping, compose=compose, progress=False)
+    compare(config(folder), train=train, compose=compose, progress=False)
+    assert set(calls(folder).values()) == {1}
+
+
+def test_a_bad_cell_stops_the_study_before_any_training(tmp_path: Path, train: Any) -> None:
+    def refusing(overrides: list[str]) -> dict[str, Any]:
+        if "correction=tis" in overrides:
+            raise ConfigError("correction has no option 'tis'")
+        return compose(overrides)
+
+    with pytest.raises(ConfigError, match="control-tis-staleness0-seed1: correction has no option"):
+        compare(config(tmp_path / "s"), train=train, compose=refusing, progress=False)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_study_in_use_is_refused(tmp_path: Path, train: Any) -> None:
+    from unified_rl.training.checkpoint import lock_run
+
+    (tmp_path / "s").mkdir()
+    with lock_run(tmp_path / "s"), pytest.raises(CheckpointError, match="in use"):
+        compare(config(tmp_path / "s"), train=train, compose=compose, progress=False)
+
+
+def test_the_display_reads_progress_from_the_runs_own_metrics(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"steps": 10, "eval/score": 0.25}\n{"steps": 20}\n{"steps": 3')
+    assert last_row(tmp_path / "metrics.jsonl") == {"steps": 20, "eval/score": 0.25}
+    assert last_row(tmp_path / "missing") == {}
+    job = Job("control-ppo-abc", tmp_path, {"steps": 40}, {})
+    with StudyDisplay("demo", [job], shown=False) as display:
+        display.update([job], 0)
+        task = display.progress.tasks[-1]
+        assert (task.completed, task.total, task.fields["note"]) == (20, 40, "score 0.25")
+        display.update([], 1)
+        assert [t.completed for t in display.progress.tasks] == [1]

@@ -1,0 +1,111 @@
+"""A study's grid: which runs it has, what they share, and what makes a run the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unified_rl.config import compose, resolve_defaults
+from unified_rl.errors import ConfigError
+from unified_rl.study.grid import Study, identity, make_jobs, merge_overrides
+
+
+def fake_compose(overrides: list[str]) -> dict[str, Any]:
+    values = dict(o.split("=", 1) for o in overrides)
+    if "typo" in values:
+        raise ConfigError("there is no key 'typo'")
+    start = {"stages": []} if values.get("warm_start") == "yes" else None
+    return {"steps": int(values.pop("steps", 100)), "seed": int(values["seed"]), "all": values, "warm_start": start}
+
+
+def study(**changes: Any) -> Study:
+    node = {
+        "name": "demo",
+        "domains": {"language": ["env=chain", "warm_start=yes"], "control": ["env=route"]},
+        "corrections": ["ppo", "tis"],
+        "staleness": [0, 4],
+        "seeds": [1, 2],
+        **changes,
+    }
+    return Study.from_config({"study": node})
+
+
+def test_every_cell_of_the_grid_is_one_run_with_its_overrides() -> None:
+    runs = make_jobs(study(), fake_compose)[1]
+    assert len(runs) == len({job.slug for job in runs}) == 2 * 2 * 2 * 2
+    job = next(j for j in runs if j.labels == {"domain": "control", "correction": "tis", "staleness": 4, "seed": 2})
+    assert job.cfg["all"] == {"env": "route", "correction": "tis", "rollout.staleness": "4", "seed": "2"}
+    assert job.cfg["run_dir"] == str(job.folder) and job.cfg["resume_existing"] and not job.cfg["progress"]
+
+
+def test_a_warm_start_is_made_once_for_each_domain_and_seed_and_shared() -> None:
+    warm, runs = make_jobs(study(), fake_compose)
+    assert [job.labels for job in warm] == [{"domain": "language", "seed": 1}, {"domain": "language", "seed": 2}]
+    assert all(job.cfg["steps"] == 0 for job in warm)
+    for job in runs:
+        if job.labels["domain"] == "language":
+            start = next(w for w in warm if w.labels["seed"] == job.labels["seed"])
+            assert job.needs == start.slug and job.cfg["warm_start"]["run"] == str(start.folder)
+        else:
+            assert job.needs is None and job.cfg["warm_start"] is None
+
+
+def test_lists_may_differ_by_domain_and_corrections_may_be_tuned() -> None:
+    tuned = {"language": ["ppo", {"ppo_slow": ["correction=ppo", "agent.lr=1e-5"]}], "control": ["tis"]}
+    runs = make_jobs(study(corrections=tuned, seeds={"language": [1], "control": [5]}), fake_compose)[1]
+    assert {(j.labels["domain"], j.labels["correction"], j.labels["seed"]) for j in runs} == {
+        ("language", "ppo", 1),
+        ("language", "ppo_slow", 1),
+        ("control", "tis", 5),
+    }
+    slow = next(j for j in runs if j.labels["correction"] == "ppo_slow")
+    assert slow.cfg["all"]["correction"] == "ppo" and slow.cfg["all"]["agent.lr"] == "1e-5"
+
+
+def test_a_domains_override_wins_over_the_common_one() -> None:
+    assert merge_overrides(["steps=5", "agent=sac"], ["steps=9"]) == ["agent=sac", "steps=9"]
+    with pytest.raises(ConfigError, match="not key=value"):
+        merge_overrides(["steps"])
+
+
+def test_identity_ignores_where_a_run_lives_and_nothing_else() -> None:
+    cfg = {"steps": 5, "run_dir": "a", "warm_start": {"run": "here/start-1", "lr": 1}}
+    assert identity(cfg) == identity({**cfg, "run_dir": "b", "progress": False})
+    assert identity(cfg) == identity({**cfg, "warm_start": {"run": "/there/start-1", "lr": 1}})
+    assert identity(cfg) != identity({**cfg, "warm_start": {"run": "here/start-2", "lr": 1}})
+    assert identity(cfg) != identity({**cfg, "steps": 6})
+    assert cfg["warm_start"]["run"] == "here/start-1"  # not changed by asking
+
+
+def test_a_changed_setting_gets_new_folders_and_an_equal_one_the_same() -> None:
+    first, again = make_jobs(study(), fake_compose)[1], make_jobs(study(), fake_compose)[1]
+    changed = make_jobs(study(overrides=["steps=7"]), fake_compose)[1]
+    assert [j.folder for j in first] == [j.folder for j in again]
+    assert not {j.folder for j in first} & {j.folder for j in changed}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stalenes": [0]}, "did you mean staleness"),
+        ({"corrections": []}, "corrections is missing or empty"),
+        ({"corrections": ["ppo", "ppo"]}, "twice"),
+        ({"staleness": {"language": [0]}}, "staleness must be a non-empty list .for domain control"),
+        ({"seeds": "12"}, "seeds must be a non-empty list"),
+        ({"workers": -1}, "workers"),
+        ({"name": "../up"}, "name"),
+        ({"domains": {"language": ["typo=1"]}}, "warm start of language: there is no key 'typo'"),
+    ],
+)
+def test_a_bad_study_is_refused_before_anything_runs(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_jobs(study(**changes), fake_compose)
+
+
+def test_the_shipped_quickstart_composes() -> None:
+    cfg = resolve_defaults(compose(["study=quickstart"], primary="compare"), primary="compare")
+    found = Study.from_config(cfg)
+    assert set(found.domains) == {"language", "control"}
+    assert len(found.corrections) >= 3 and len(found.staleness) == 2 and found.path == Path("runs/quickstart")
