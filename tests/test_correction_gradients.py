@@ -12,6 +12,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.correction import correction_names, load_correction
+from unified_rl.correction.levels import Layout
+from unified_rl.correction.thin import prefix as prefix_thinning
+from unified_rl.correction.thin import uniform
 from unified_rl.returns import group_advantage
 
 B, N, G = 8, 9, 4
@@ -545,12 +548,20 @@ def test_red_drop_leaves_as_many_negative_rows_as_positive_ones() -> None:
     assert int(rows_left.sum()) == 4
 
 
-@pytest.mark.parametrize("name", ["nat_uniform", "nat_prefix"])
-def test_thinned_gradient_is_unbiased_over_draws(name: str) -> None:
+@pytest.mark.parametrize("rule", [uniform, prefix_thinning])
+def test_thinning_weighs_every_unit_by_one_in_expectation(rule: Callable[..., Tensor]) -> None:
     batch = make_batch()
-    full = gradient("grpo", batch)
-    draws = torch.stack([gradient(name, batch, **{"thin.seed": seed}) for seed in range(120)])
-    error = draws.mean(0) - full
-    standard = draws.std(0) / 120**0.5
-    assert bool((error.abs() <= 5 * standard + 1e-12).all())
-    assert float((draws == 0).double().mean()) > float((full == 0).double().mean())
+    layout = Layout(batch["mask"], batch)
+    one = torch.ones(B, N, dtype=torch.float64)
+    draws = torch.stack([rule(batch, layout, one, seed=seed) for seed in range(1500)])
+    largest = draws.amax(0)  # 1 / probability: the variance of a draw is that minus 1
+    error = (draws.mean(0) - 1).abs()[batch["mask"]]
+    assert bool((error <= 4.5 * ((largest - 1) / 1500).sqrt()[batch["mask"]] + 1e-9).all())
+    assert 0.3 < float((draws[:, batch["mask"]] == 0).double().mean()) < 0.6
+
+
+@pytest.mark.parametrize("name", ["nat_uniform", "nat_prefix"])
+def test_a_thinned_gradient_is_the_full_one_times_the_weights(name: str) -> None:
+    batch = make_batch()
+    stats = load_correction(name).prepare(batch["current"], batch)
+    torch.testing.assert_close(gradient(name, batch), gradient("grpo", batch) * stats["weight"])

@@ -159,6 +159,11 @@ class Correction:
         Raises:
             ConfigError: the kernel needs probabilities; says why and names the nearest preset that works.
         """
+        if self.wrapper.get("name") == "project_categorical" and not discrete:
+            raise ConfigError(
+                f"correction {self.name} projects a categorical distribution, and this policy's is a density; use "
+                "correction=fixpo for a trust region on any policy"
+            )
         nearest_preset = NEEDS_PROBABILITIES.get(self.kernel_name)
         if nearest_preset is not None and not discrete:
             raise ConfigError(

@@ -12,6 +12,9 @@ from unified_rl.correction.core import FIELDS, Correction, Node
 from unified_rl.correction.specs import check_keys, nearest
 from unified_rl.errors import ConfigError
 
+NESTED = {"level", "kernel", "pre", "thin", "mismatch", "reject", "penalty", "advantage", "proximal", "wrapper"}
+"""Fields that hold rules with settings of their own."""
+
 
 def build_correction(
     level: Node = "unit",
@@ -96,9 +99,11 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _set(config: dict[str, Any], path: str, value: Any) -> None:
     first, *rest = path.split(".")
     check_keys([first], FIELDS, "a correction")
+    if rest and first not in NESTED:
+        raise ConfigError(f"{path}: {first} is a plain value and has no fields")
     keys, node = [first, *rest], config
     for key in keys[:-1]:
-        child = node[int(key)] if isinstance(node, list) else node.get(key)
+        child = node[_position(node, key, path)] if isinstance(node, list) else node.get(key)
         if isinstance(child, str):
             child = {"name": child}
         elif child is None:
@@ -110,8 +115,12 @@ def _set(config: dict[str, Any], path: str, value: Any) -> None:
         node = child  # type: ignore[assignment]
     last = keys[-1]
     if isinstance(node, list):
-        if not last.isdigit() or int(last) >= len(node):
-            raise ConfigError(f"{path}: {keys[-2]} is a list of {len(node)} rules; index it with a number below that")
-        node[int(last)] = value
+        node[_position(node, last, path)] = value
     else:
         node[last] = value
+
+
+def _position(rules: list[Any], key: str, path: str) -> int:
+    if not key.isdigit() or int(key) >= len(rules):
+        raise ConfigError(f"{path}: there is a list of {len(rules)} rules; index it with a number below that")
+    return int(key)

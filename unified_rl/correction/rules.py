@@ -83,8 +83,8 @@ class Rules:
         for rule, function, others in self._reject:
             d, layout = drift[others["numerator"]]
             one = function(d, layout, stats["advantage"])
-            _warn_if_nothing(rule, one & valid, valid)
             keep &= one
+            _warn_if_nothing(rule, keep, valid)
         stats["keep"] = keep
         for rule, function, others in self._mismatch:
             d, layout = drift[others["numerator"]]
@@ -93,8 +93,6 @@ class Rules:
             if others.get("normalize", False):
                 weight = normalized(weight, layout.mask, as_rule(others.get("level", "unit"), "level")["name"])
             stats["weight"] = stats["weight"] * weight if "weight" in stats.keys() else weight
-        if self._reject:
-            _warn_if_nothing({"name": "all rules together"}, keep, valid)
         return keep
 
     def _drift(self, numerator: str, log_prob: Tensor | None, batch: TensorDictBase) -> tuple[Tensor, Layout]:
@@ -106,6 +104,7 @@ class Rules:
 
 
 def _warn_if_nothing(rule: Mapping[str, Any], kept: Tensor, valid: Tensor) -> None:
+    """Warns where a rule, with those before it, leaves nothing of the units of finite log-ratio."""
     if kept.is_cuda and torch.cuda.is_current_stream_capturing():
         return
     if not bool(kept.any()) and bool(valid.any()):

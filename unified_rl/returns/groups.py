@@ -152,6 +152,23 @@ def group_advantage(
     return torch.stack([one(r) for r in columns.unbind(-1)], -1) @ weights
 
 
+def stratified_advantage(
+    reward: Tensor, group: Tensor, stratum: Tensor, *, blend: float = 0.5, scale: str = "std", ddof: int = 0
+) -> Tensor:
+    """A mix of advantages within (group, stratum) and within the group: Stratified GRPO.
+
+    Args:
+        reward, group: as in :func:`group_advantage`.
+        stratum: ``[B]`` int64, for example the number of tool calls; a row alone in its stratum uses its group's.
+        blend: share of the within-stratum advantage; 0 is GRPO.
+    """
+    whole = group_advantage(reward, group, scale=scale, ddof=ddof)
+    _, key = torch.unique(torch.stack([group, stratum], -1), dim=0, return_inverse=True)
+    within = group_advantage(reward, key, scale=scale, ddof=ddof)
+    within = torch.where(Groups(key).count == 1, whole, within)
+    return blend * within + (1 - blend) * whole
+
+
 def _centred(
     reward: Tensor,
     groups: Groups,

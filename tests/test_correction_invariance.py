@@ -1,0 +1,205 @@
+"""What must not matter (batch split, padding, row order, garbage under the mask) and what must stay finite."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torch import Tensor
+
+from unified_rl.correction import Correction, correction_names, load_correction
+
+NAMES = correction_names()
+LOG_PROBS = ("behavior", "proximal", "reference", "proxy", "teacher")
+# looser bounds than the presets', so that random drift does not reject everything
+LOOSE: dict[str, dict[str, Any]] = {
+    "geo_reject": {"reject.0.low": 0.8, "reject.0.high": 1.25},
+    "geo_reject_token_tis": {"reject.0.low": 0.8, "reject.0.high": 1.25},
+    "k1_mean_reject": {"reject.0.high": 0.1},
+    "k2_mean_reject": {"reject.0.high": 0.04},
+    "k3_reject": {"reject.0.high": 0.04},
+    "clip_cov": {"kernel.fraction": 0.1, "kernel.cov_low": 0.0},
+    "kl_cov": {"penalty.0.select.fraction": 0.1},
+    "lp_reg": {"kernel.fraction": 0.3},
+}
+
+
+def make(seed: int = 0, rows: int = 8, width: int = 7, drift: float = 0.2) -> tuple[Tensor, TensorDict]:
+    g = torch.Generator().manual_seed(seed)
+
+    def noisy() -> Tensor:
+        return current + drift * torch.randn(rows, width, generator=g, dtype=torch.float64)
+
+    current = -1.0 - 2 * torch.rand(rows, width, generator=g, dtype=torch.float64)
+    items: dict[str, Tensor] = {f"{name}_log_prob": noisy() for name in LOG_PROBS}
+    items["mask"] = torch.rand(rows, width, generator=g) > 0.3
+    items["step_index"] = (torch.arange(width) * 3 // width).expand(rows, -1).contiguous()
+    items["reward"] = torch.zeros(rows, 3, dtype=torch.float64)
+    items["reward"][:, -1] = (torch.rand(rows, generator=g) > 0.5).double()
+    items["advantage"] = torch.randn(rows, generator=g, dtype=torch.float64)
+    items["group"] = torch.arange(rows) // 4
+    items["source"] = torch.arange(rows) % 3
+    items["policy_version"] = torch.zeros(rows, width, dtype=torch.int64)
+    return current, TensorDict(items, batch_size=[rows])
+
+
+def preset(name: str, **overrides: Any) -> Correction:
+    return load_correction(name, **{**LOOSE.get(name, {}), **overrides})
+
+
+def gradient(correction: Correction, log_prob: Tensor, batch: TensorDict, size: int | None = None) -> Tensor:
+    leaf = log_prob.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stats = correction.prepare(leaf.detach(), batch)
+    size = size or len(leaf)
+    for start in range(0, len(leaf), size):
+        part = slice(start, start + size)
+        correction.loss(leaf[part], batch[part], stats[part]).loss.backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@pytest.mark.parametrize("denominator", ["original", "kept"])
+@pytest.mark.parametrize("name", NAMES)
+def test_any_split_into_micro_batches_gives_the_same_gradient(name: str, denominator: str) -> None:
+    log_prob, batch = make()
+    correction = preset(name, denominator=denominator)
+    whole = gradient(correction, log_prob, batch)
+    assert whole.abs().sum() > 0
+    for size in (1, 3):
+        torch.testing.assert_close(gradient(correction, log_prob, batch, size), whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_and_garbage_under_the_mask_change_nothing(name: str) -> None:
+    log_prob, batch = make()
+    correction = preset(name)
+    whole = gradient(correction, log_prob, batch)
+    extra = 4
+    padded = {}
+    for key, value in batch.items():
+        if value.ndim == 2 and value.shape[1] == 7:
+            tail = value[:, -1:] if key == "step_index" else torch.zeros_like(value[:, :1])
+            value = torch.cat([value, tail.expand(-1, extra)], -1)
+        padded[key] = value
+    mask = padded["mask"]
+    garbage = torch.tensor([math.nan, math.inf, -math.inf, 1e30], dtype=torch.float64)
+    junk = garbage[torch.arange(mask.numel()) % 4].view_as(mask)
+    for name_ in LOG_PROBS:
+        padded[f"{name_}_log_prob"] = torch.where(mask, padded[f"{name_}_log_prob"], junk)
+    wide = torch.where(mask, torch.cat([log_prob, torch.zeros(8, extra)], -1), junk)
+    padded["advantage"] = torch.where(mask, padded["advantage"][:, None].expand_as(mask), junk)
+    got = gradient(correction, wide, TensorDict(padded, batch_size=[8]))
+    torch.testing.assert_close(got[:, :7], whole, rtol=1e-9, atol=1e-12)
+    assert bool((got[:, 7:] == 0).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_row_order_does_not_matter(name: str) -> None:
+    log_prob, batch = make()
+    correction = preset(name)
+    order = torch.tensor([3, 7, 0, 5, 1, 6, 2, 4])
+    expected = gradient(correction, log_prob, batch)[order]
+    torch.testing.assert_close(gradient(correction, log_prob[order], batch[order]), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_edge_cases_are_finite(name: str) -> None:
+    correction = preset(name)
+    log_prob, batch = make()
+    cases = {
+        "nothing masked in": {"mask": torch.zeros_like(batch["mask"])},
+        "one unit": {
+            "mask": torch.zeros_like(batch["mask"]).index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(True))
+        },
+        "groups of one": {"group": torch.arange(8)},
+        "all rewards equal": {"reward": torch.ones(8, 3, dtype=torch.float64) / 3, "advantage": torch.zeros(8)},
+        "behavior far below": {"behavior_log_prob": log_prob - 1e4, "proximal_log_prob": log_prob - 1e4},
+        "behavior far above": {"behavior_log_prob": log_prob + 1e4, "reference_log_prob": log_prob + 1e4},
+        "behavior not finite": {
+            "behavior_log_prob": torch.full_like(log_prob, -math.inf),
+            "proximal_log_prob": torch.full_like(log_prob, math.nan),
+        },
+    }
+    for change in cases.values():
+        if name == "nft" and "reward" in change:
+            change["reward"] = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64).expand(8, 3).clone()
+        altered = batch.clone().update(change)
+        assert torch.isfinite(gradient(correction, log_prob, altered)).all()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            report = correction.diagnostics(log_prob, altered, version=3)
+            out = correction(log_prob, altered)
+        assert all(torch.isfinite(x) for key, x in report.items() if key != "ratio/min"), report
+        assert torch.isfinite(out.loss)
+        assert all(torch.isfinite(x) for x in out.metrics.values())
+
+
+def test_nothing_masked_in_is_a_loss_of_exactly_zero_with_a_graph() -> None:
+    log_prob, batch = make()
+    batch["mask"] = torch.zeros_like(batch["mask"])
+    out = load_correction("grpo")(log_prob.requires_grad_(), batch)
+    assert out.loss.item() == 0.0
+    assert out.loss.requires_grad
+
+
+def test_everything_rejected_is_zero_with_a_graph_a_metric_and_a_warning_that_names_the_band() -> None:
+    log_prob, batch = make(drift=2.0)
+    with pytest.warns(UserWarning, match=r"band \(level=geometric, low=0.99, high=1.01\) leaves 0 of \d+ units: 100 %"):
+        out = load_correction("geo_reject")(log_prob.requires_grad_(), batch)
+    assert out.loss.item() == 0.0
+    assert out.loss.requires_grad
+    assert float(out.metrics["reject/fraction"]) == 1.0
+
+
+def test_a_non_finite_log_prob_takes_out_its_unit_alone_and_is_counted() -> None:
+    log_prob, batch = make()
+    batch["mask"] = torch.ones_like(batch["mask"])
+    correction = load_correction("ppo", denominator="kept")
+    broken = batch.clone()
+    broken["behavior_log_prob"][2, 3] = math.nan
+    expected = batch.clone()
+    expected["mask"][2, 3] = False
+    torch.testing.assert_close(
+        gradient(correction, log_prob, broken), gradient(correction, log_prob, expected), rtol=1e-12, atol=1e-14
+    )
+    report = correction.diagnostics(log_prob, broken)
+    assert float(report["reject/nonfinite"]) == pytest.approx(1 / 56)
+
+
+def test_half_precision_log_probs_are_compared_in_float32() -> None:
+    log_prob, batch = make()
+    half = log_prob.bfloat16()
+    batch = batch.apply(lambda x: x.float() if x.is_floating_point() else x)
+    out = load_correction("ppo")(half.requires_grad_(), batch)
+    assert out.weight.dtype == torch.float32
+    expected = load_correction("ppo")(half.detach().float(), batch).weight
+    torch.testing.assert_close(out.weight, expected)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.sampled_from([1, 4, 9]),
+    width=st.sampled_from([1, 2, 6]),
+    name=st.sampled_from(NAMES),
+    size=st.integers(1, 9),
+    drift=st.sampled_from([0.0, 0.05, 0.5, 30.0]),
+)
+def test_random_shapes_masks_and_drifts_split_alike_and_stay_finite(
+    seed: int, rows: int, width: int, name: str, size: int, drift: float
+) -> None:
+    log_prob, batch = make(seed, rows, width, drift)
+    whole = gradient(preset(name), log_prob, batch)
+    assert torch.isfinite(whole).all()
+    scale = float(whole.abs().max())
+    part = gradient(preset(name), log_prob, batch, size)
+    torch.testing.assert_close(part, whole, rtol=1e-8, atol=1e-12 * (1 + scale))
+    assert bool((whole[~batch["mask"]] == 0).all())
