@@ -12,14 +12,14 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from unified_rl.agents.baselines import Baseline, StateBaseline, TokenBaseline, critic_advantage, regression_loss
 from unified_rl.correction import Correction
 from unified_rl.errors import ConfigError
-from unified_rl.objectives import Optimizer, value_loss
-from unified_rl.policies.critics import ValueCritic
+from unified_rl.objectives import Optimizer
 from unified_rl.replay import Replay
-from unified_rl.returns import gae, group_advantage, vtrace
+from unified_rl.returns import group_advantage
 from unified_rl.training.metrics import Means
-from unified_rl.units import Steps, record_from_steps, split_episodes, split_steps, trim_units, validate_record
+from unified_rl.units import record_from_steps, split_episodes, split_steps, trim_units, validate_record
 
 
 class PolicyGradient:
@@ -42,7 +42,9 @@ class PolicyGradient:
         off_policy_targets: value targets and advantages by V-trace from the current policy's ratios.
         value_coef: weight of the value loss.
         value_clip: bound of the value's move, see :func:`unified_rl.objectives.value_loss`.
-        critic_hidden: widths of the value network.
+        critic_hidden: widths of the value network (control).
+        critic_config: model configuration of the token critic's own transformer (language); None puts a linear head
+            on the policy's own features.
         entropy_coef: weight of the policy's entropy; needs a policy with ``entropy``.
         normalize_advantage: standardise advantages over the rows of an update.
         drop_equal_groups: leave out rows of groups whose rewards are all equal (DAPO's filter; they have no
@@ -79,6 +81,7 @@ class PolicyGradient:
         value_coef: float = 0.5,
         value_clip: float | None = None,
         critic_hidden: tuple[int, ...] = (64, 64),
+        critic_config: dict[str, Any] | None = None,
         entropy_coef: float = 0.0,
         normalize_advantage: bool | None = None,
         drop_equal_groups: bool = False,
@@ -95,8 +98,6 @@ class PolicyGradient:
         self.language = hasattr(policy, "generate")
         if advantage not in ("auto", "critic", "group"):
             raise ConfigError(f"agent.advantage is {advantage!r}; it is one of auto, critic, group")
-        if advantage == "critic" and self.language:
-            raise ConfigError("agent.advantage=critic needs a control policy; use advantage=group for language")
         self.use_critic = advantage == "critic" or (advantage == "auto" and not self.language)
         self.policy, self.correction, self.generator = policy, correction, generator
         self.rows, self.length = rows, length
@@ -109,23 +110,22 @@ class PolicyGradient:
         self.lr, self.anneal_lr = lr, anneal_lr
         self.shuffle_steps = self._may_split() if shuffle_steps is None else shuffle_steps
         if self.shuffle_steps and not self._may_split():
-            raise ConfigError(f"agent.shuffle_steps cuts rows that the correction level {correction.level_name!r} needs whole")
+            raise ConfigError(
+                f"agent.shuffle_steps cuts rows that the correction level {correction.level_name!r} needs whole"
+            )
         if entropy_coef and not hasattr(policy, "entropy"):
             raise ConfigError(f"agent.entropy_coef needs a policy with an entropy; {type(policy).__name__} has none")
         self.device = torch.device(device)
-        self.critic: ValueCritic | None = None
+        self.baseline: Baseline | None = None
         modules: dict[str, nn.Module] = {"policy": policy}
         if self.use_critic:
-            self.critic = ValueCritic(
-                policy.observation_dim,
-                critic_hidden,
-                normalize_observation=getattr(policy, "normalizer", None) is not None,
-                seed=seed,
-            ).to(self.device)
-            modules["critic"] = self.critic
-        self.optimizer = Optimizer(
-            modules, lr, weight_decay=weight_decay, eps=adam_eps, max_grad_norm=max_grad_norm
-        )
+            self.baseline = (
+                TokenBaseline(policy, critic_config, seed)
+                if self.language
+                else StateBaseline(policy, critic_hidden, seed)
+            )
+            modules["critic"] = self.baseline.module.to(self.device)
+        self.optimizer = Optimizer(modules, lr, weight_decay=weight_decay, eps=adam_eps, max_grad_norm=max_grad_norm)
         self.reference = copy.deepcopy(policy).requires_grad_(False) if correction.needs("reference") else None
         self._score = torch.compile(policy.log_prob) if compile else policy.log_prob
         self.version = 0
@@ -203,7 +203,8 @@ class PolicyGradient:
                 return record
         self._add_anchors(record)
         if self.use_critic:
-            self._critic_advantage(record)
+            assert self.baseline is not None
+            critic_advantage(record, self.baseline, self.lam, self.off_policy_targets, self.normalize_advantage)
         else:
             record["advantage"] = group_advantage(_row_return(record), record["group"], **self.correction.advantage)
             record["advantage"] = record["advantage"][:, None].expand_as(record["reward"]).contiguous()
@@ -221,22 +222,6 @@ class PolicyGradient:
     def _chunked(self, policy: Any, record: TensorDict) -> Tensor:
         size = self.micro_batch or len(record)
         return torch.cat([policy.log_prob(part).log_prob.detach() for part in record.split(size)])
-
-    def _critic_advantage(self, record: TensorDict) -> None:
-        assert self.critic is not None
-        value = self.critic(record["observation"])
-        following = self.critic(record["next_observation"])
-        valid = record["step_mask"]
-        done = record["terminated"] | record["truncated"] | _episode_ends(record)
-        args = (record["reward"], value, following, record["terminated"], done)
-        if self.off_policy_targets:
-            ratio = Steps.of(record).sum(record["proximal_log_prob"] - record["behavior_log_prob"])
-            advantage, target = vtrace(*args, ratio, record["discount"], lam=self.lam, mask=valid)
-        else:
-            advantage, target = gae(*args, record["discount"], self.lam, mask=valid)
-        if self.normalize_advantage:
-            advantage = _standardise(advantage, valid)
-        record["advantage"], record["value_target"], record["value"] = advantage, target, value
 
     # ------------------------------------------------------------------ optimiser steps
 
@@ -287,9 +272,8 @@ class PolicyGradient:
     def _extra(self, part: TensorDict, means: Means, share: float) -> Tensor | float:
         """Value loss and entropy bonus of a micro-batch that is ``share`` of its batch."""
         extra: Tensor | float = 0.0
-        if self.critic is not None:
-            value = self.critic(part["observation"])
-            error = value_loss(value, part["value_target"], part["step_mask"], part["value"], self.value_clip)
+        if self.baseline is not None:
+            error = regression_loss(self.baseline, part, self.value_clip)
             means.add({"loss/value": error.detach()})
             extra = extra + self.value_coef * error * share
         if self.entropy_coef:
@@ -301,7 +285,7 @@ class PolicyGradient:
 
     def _update_normalizers(self, record: TensorDict) -> None:
         seen = record["observation"][record["step_mask"]]
-        for module in (self.policy, self.critic):
+        for module in (self.policy, self.baseline.module if self.baseline is not None else None):
             if module is not None and hasattr(module, "update_normalizer"):
                 module.update_normalizer(seen)
 
@@ -311,7 +295,7 @@ class PolicyGradient:
         """Everything that a bit-exact continuation needs beside the replay and the rollout."""
         return {
             "policy": dict(self.policy.state_dict()),
-            "critic": dict(self.critic.state_dict()) if self.critic is not None else None,
+            "critic": dict(self.baseline.module.state_dict()) if self.baseline is not None else None,
             "reference": dict(self.reference.state_dict()) if self.reference is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
@@ -322,8 +306,8 @@ class PolicyGradient:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.policy.load_state_dict(state["policy"])
-        if self.critic is not None:
-            self.critic.load_state_dict(state["critic"])
+        if self.baseline is not None:
+            self.baseline.module.load_state_dict(state["critic"])
         if self.reference is not None:
             self.reference.load_state_dict(state["reference"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -351,19 +335,3 @@ def _spread_groups(total: Tensor, group: Tensor) -> Tensor:
     low = total.new_full((count,), torch.inf).scatter_reduce(0, inverse, total, "amin")
     high = total.new_full((count,), -torch.inf).scatter_reduce(0, inverse, total, "amax")
     return (high > low)[inverse]
-
-
-def _episode_ends(record: TensorDictBase) -> Tensor:
-    """Steps ``[B, T]`` after which the row goes on with another episode."""
-    episode = record["episode"]
-    ends = torch.zeros_like(episode, dtype=torch.bool)
-    ends[:, :-1] = episode[:, 1:] != episode[:, :-1]
-    return ends
-
-
-def _standardise(x: Tensor, mask: Tensor) -> Tensor:
-    """``x`` with mean 0 and standard deviation 1 over masked-in entries."""
-    kept = x[mask]
-    if kept.numel() < 2:
-        return x
-    return (x - kept.mean()) / (kept.std() + 1e-8)

@@ -79,7 +79,9 @@ class SAC:
         seed: int = 0,
     ) -> None:
         if not hasattr(policy, "rsample"):
-            raise ConfigError(f"agent=sac needs a reparameterised policy; use policy=tanh_gaussian, not {type(policy).__name__}")
+            raise ConfigError(
+                f"agent=sac needs a reparameterised policy; use policy=tanh_gaussian, not {type(policy).__name__}"
+            )
         if cuda_graph and torch.device(device).type != "cuda":
             raise ConfigError("agent.cuda_graph needs device=cuda")
         self.policy, self.generator = policy, generator

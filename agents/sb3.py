@@ -81,7 +81,7 @@ def make_vec_env(env: ControlEnv) -> Any:
 
 
 class SB3Policy(nn.Module):
-    """The policy of an SB3 model behind our ``sample``; it has no stored log-probs, so it is evaluated and recorded only."""
+    """The policy of an SB3 model behind our ``sample``; it reports no log-probs, so it is only evaluated and recorded."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -95,7 +95,10 @@ class SB3Policy(nn.Module):
         """``action [B, a]`` of the model; ``behavior_log_prob`` is NaN because SB3 does not report it."""
         action, _ = self._model[0].predict(observation.cpu().numpy(), deterministic=deterministic)
         rows = len(observation)
-        columns = {"action": torch.from_numpy(action).reshape(rows, -1), "behavior_log_prob": torch.full((rows, 1), torch.nan)}
+        columns = {
+            "action": torch.from_numpy(action).reshape(rows, -1),
+            "behavior_log_prob": torch.full((rows, 1), torch.nan),
+        }
         return TensorDict(columns, batch_size=[rows])
 
 

@@ -48,10 +48,17 @@ CASES = {
     "ant": ([*control("ant"), "steps=256", "checkpoint_every=64"]),
     "humanoid": ([*control("humanoid"), "steps=192", "checkpoint_every=64"]),
     "pusher": ([*control("pusher"), "steps=320", "checkpoint_every=64"]),
-    "sac_ant": (
-        ["env=ant", "agent=sac", "agent.learning_starts=20", "agent.batch_size=16", "rollout.random_steps=20"]
-        + ["policy.hidden=[16]", "agent.critic_hidden=[16]", "steps=60", "checkpoint_every=20"]
-    ),
+    "sac_ant": [
+        "env=ant",
+        "agent=sac",
+        "agent.learning_starts=20",
+        "agent.batch_size=16",
+        "rollout.random_steps=20",
+        "policy.hidden=[16]",
+        "agent.critic_hidden=[16]",
+        "steps=60",
+        "checkpoint_every=20",
+    ],
     "language": ([*LANGUAGE, "steps=96", "checkpoint_every=16"]),
 }
 

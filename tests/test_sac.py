@@ -45,7 +45,9 @@ def test_critic_target_bootstraps_unless_terminated_and_uses_the_smaller_critic(
         q = [agent.target(rows["next_observation"], action)[i] for i in range(2)]
         soft = torch.minimum(*q) - 0.3 * log_prob
         target = torch.where(rows["terminated"], rows["reward"], rows["reward"] + 0.9 * soft)
-        want = sum(0.5 * ((agent.critic(rows["observation"], rows["action"])[i] - target) ** 2).mean() for i in range(2))
+        want = sum(
+            0.5 * ((agent.critic(rows["observation"], rows["action"])[i] - target) ** 2).mean() for i in range(2)
+        )
     torch.testing.assert_close(agent.critic_loss(batch, noise, alpha).detach(), want)
 
 

@@ -88,7 +88,11 @@ def test_split_episodes_cuts_rows_where_the_episode_changes() -> None:
 
 def test_trim_cuts_padding_from_unit_keys_only() -> None:
     rows = TensorDict(
-        {"tokens": torch.ones(2, 6, dtype=torch.int64), "mask": torch.ones(2, 6, dtype=torch.bool), "reward": torch.ones(2, 1)},
+        {
+            "tokens": torch.ones(2, 6, dtype=torch.int64),
+            "mask": torch.ones(2, 6, dtype=torch.bool),
+            "reward": torch.ones(2, 1),
+        },
         batch_size=[2],
     )
     cut = trim_units(rows, 4)

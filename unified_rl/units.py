@@ -294,7 +294,7 @@ def split_episodes(segment: TensorDictBase) -> TensorDict:
 def trim_units(record: TensorDictBase, width: int) -> TensorDict:
     """Cuts unit keys and tokens of a language record to ``width`` columns (what follows is padding)."""
     full = record["tokens"].shape[-1]
-    keys = set(UNIT_KEYS) | {"tokens", "token_mask", "advantage", "value"}
+    keys = set(UNIT_KEYS) | {"tokens", "token_mask", "advantage", "value", "value_target"}
     items = {
         key: value[:, :width] if key in keys and value.ndim > 1 and value.shape[1] == full else value
         for key, value in record.items()

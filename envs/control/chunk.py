@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from unified_rl.envs.control.base import ControlEnvBase
 
+from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.errors import ConfigError
 from unified_rl.rollout.protocols import StepResult
 

@@ -12,8 +12,8 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
-from unified_rl.envs.control.base import ControlEnvBase, check_count, raise_non_finite
 
+from unified_rl.envs.control.base import ControlEnvBase, check_count, raise_non_finite
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.rollout.protocols import StepResult
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
+
 from unified_rl.envs.control.simulation import Array, Frame
 from unified_rl.envs.control.tasks import Outcome, Scene, Task, between, gaussian_velocity, square_sum
 

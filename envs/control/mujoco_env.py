@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
 from unified_rl.envs.control.base import ControlEnvBase, check_count, raise_non_finite
 from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.locomotion import Ant, Humanoid
 from unified_rl.envs.control.manipulation import InvertedDoublePendulum, InvertedPendulum, Pusher, Reacher
 from unified_rl.envs.control.simulation import Simulations
 from unified_rl.envs.control.tasks import HalfCheetah, Hopper, Scene, Swimmer, Task, Walker2d
-
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.rollout.protocols import StepResult
 

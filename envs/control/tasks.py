@@ -10,6 +10,7 @@ import gymnasium
 import mujoco
 import numpy as np
 from numpy.typing import NDArray
+
 from unified_rl.envs.control.simulation import Array, Frame
 
 ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+
 from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.mujoco_env import BatchedMujocoEnv
 from unified_rl.envs.control.simulation import Array, Frame

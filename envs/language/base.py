@@ -10,8 +10,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from unified_rl.envs.language.codec import Codec, Segment
 
+from unified_rl.envs.language.codec import Codec, Segment
 from unified_rl.errors import ConfigError
 from unified_rl.rollout.protocols import TurnResult
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from unified_rl.envs.language.base import LanguageTask, Verdict
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.tokenizer import choose_tokenizer
-
 from unified_rl.errors import ConfigError
 
 ALPHABET = "0123456789+-=,>"

@@ -7,11 +7,11 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+
 from unified_rl.envs.language.arithmetic import evaluate
 from unified_rl.envs.language.base import LanguageTask, Verdict
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.tokenizer import choose_tokenizer
-
 from unified_rl.errors import ConfigError
 
 ALPHABET = "0123456789+-*/(),="

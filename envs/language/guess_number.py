@@ -6,10 +6,10 @@ import re
 from typing import Any
 
 import torch
+
 from unified_rl.envs.language.base import LanguageTask, Verdict
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.tokenizer import choose_tokenizer
-
 from unified_rl.errors import ConfigError
 
 ALPHABET = "0123456789-;HL?"

@@ -12,7 +12,6 @@ from unified_rl.envs.language.base import Verdict
 from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.scoring import FAILED, GuardedScorer, Score
 from unified_rl.envs.language.tokenizer import choose_tokenizer
-
 from unified_rl.errors import ConfigError
 
 MAX_EVALUATED = 500

@@ -17,7 +17,6 @@ from unified_rl.envs.language.verifiers import (
     parse_number,
     strip_calculations,
 )
-
 from unified_rl.errors import ConfigError, DataError
 
 BPE_SAMPLE = 2000

@@ -6,9 +6,9 @@ import logging
 from typing import Any
 
 import torch
+
 from unified_rl.envs.language.base import LanguageTask
 from unified_rl.envs.language.codec import Segment
-
 from unified_rl.errors import ConfigError
 
 

@@ -29,10 +29,14 @@ class TorchRLControlEnv:
 
     def __init__(self, env: EnvBase, max_steps: int = 1000) -> None:
         if len(env.batch_size) > 1:
-            raise ConfigError(f"the environment has batch size {tuple(env.batch_size)}; one dimension at most is supported")
+            raise ConfigError(
+                f"the environment has batch size {tuple(env.batch_size)}; one dimension at most is supported"
+            )
         if "observation" not in env.observation_spec.keys():
             keys = ", ".join(map(str, env.observation_spec.keys()))
-            raise ConfigError(f"the environment has no 'observation' ({keys}); append a CatTensors transform that makes it")
+            raise ConfigError(
+                f"the environment has no 'observation' ({keys}); append a CatTensors transform that makes it"
+            )
         self.env, self.max_steps = env, max_steps
         self.num_envs = env.batch_size[0] if len(env.batch_size) else 1
         self._current: TensorDictBase | None = None

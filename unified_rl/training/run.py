@@ -201,7 +201,8 @@ def train(cfg: dict[str, Any], allow: Sequence[str] = (), *, progress: bool | No
         unfinished = (folder / "meta.json").exists()
         if unfinished and not cfg.get("resume_existing"):
             raise CheckpointError(
-                f"{folder} holds a run already; continue it with 'unified-rl train resume={folder}' or choose another name="
+                f"{folder} holds a run already; continue it with 'unified-rl train resume={folder}' "
+                "or choose another name="
             )
         if not unfinished:
             (folder / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))

@@ -17,7 +17,7 @@ from unified_rl.training.settings import TrainSettings
 
 
 class StopSignal:
-    """Turns the first Ctrl-C (or SIGTERM) into a request to stop after the update under way; a second one stops at once."""
+    """Makes the first Ctrl-C (or SIGTERM) a request to stop after the update under way; a second one stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
