@@ -81,7 +81,7 @@ def make_vec_env(env: ControlEnv) -> Any:
 
 
 class SB3Policy(nn.Module):
-    """The policy of an SB3 model behind our ``sample``; it reports no log-probs, so it is only evaluated and recorded."""
+    """The policy of an SB3 model behind our ``sample``; no log-probs, so it is only evaluated and recorded."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
