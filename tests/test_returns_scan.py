@@ -30,7 +30,7 @@ from unified_rl.returns import (
     weighted_importance_sampling,
     weighted_per_decision,
 )
-from unified_rl.returns.scan import _scan_doubling, _scan_loop
+from unified_rl.returns.scan import _scan_blocks, _scan_doubling, _scan_loop
 
 
 class Data:
@@ -210,6 +210,7 @@ def test_doubling_and_loop_scans_agree_and_leave_their_inputs_alone() -> None:
         decay = 1.2 * torch.rand(3, width, generator=g, dtype=torch.float64)
         before = start.clone(), decay.clone()
         torch.testing.assert_close(_scan_loop(start, decay), _scan_doubling(start, decay))
+        torch.testing.assert_close(_scan_loop(start, decay), _scan_blocks(start, decay))
         assert torch.equal(start, before[0]) and torch.equal(decay, before[1])
 
 

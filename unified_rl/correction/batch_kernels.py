@@ -26,9 +26,9 @@ def _rows(x: Tensor, view: View) -> Tensor:
 
 def _ess(log_ratio: Tensor, view: View, total: Total) -> Tensor:
     """Effective sample size as a fraction of the units; 1 where there are none."""
-    w = torch.where(view.mask, log_ratio.exp(), 0.0).double()
-    n, square = total(view.mask.sum().double()), total(w.square().sum())
-    ess = total(w.sum()).square() / (n * square)
+    w = torch.where(view.mask, log_ratio.exp(), 0.0)
+    n, square = total(view.mask.sum().double()), total(w.square().sum(dtype=torch.float64))
+    ess = total(w.sum(dtype=torch.float64)).square() / (n * square)
     return torch.where(square > 0, ess, 1.0).to(log_ratio.dtype)
 
 
@@ -106,15 +106,12 @@ def searched_ppo_prepare(
     raise the negative side.
     """
     lows, highs = _grid(low, low_max, step, view), _grid(high, high_max, step, view)
-    weight = torch.where(view.mask, view.advantage.abs(), 0.0)
-    up = view.advantage >= 0
-    above, above_weight = _binned(view, highs, torch.where(up, weight, 0.0), right=False, total=total)
-    below, below_weight = _binned(view, lows, torch.where(up, 0.0, weight), right=True, total=total)
-    positive = above.cumsum(0)[:-1]
-    negative = below.flip(0).cumsum(0).flip(0)[1:]
-    if surrogate:
-        positive = positive + highs * above_weight.flip(0).cumsum(0).flip(0)[1:]
-        negative = negative + lows * below_weight.cumsum(0)[:-1]
+    a = torch.where(view.mask, view.advantage, 0.0)
+    score = a * view.ratio
+    positive = _clipped_sum(view.ratio, a, score, (a > 0) & (view.ratio > high), highs, surrogate, 1.0, total)
+    negative = _clipped_sum(
+        view.ratio, a, score, (a < 0) & (view.ratio < max(low, low_max)), lows, surrogate, -1.0, total
+    )
     i = torch.cat([torch.arange(len(lows)), torch.full((len(highs) - 1,), len(lows) - 1)]).to(lows.device)
     j = torch.cat([torch.zeros(len(lows), dtype=torch.int64), torch.arange(1, len(highs))]).to(lows.device)
     enough = positive[j] >= target * negative[i]
@@ -130,13 +127,20 @@ def _grid(start: float, end: float, step: float, view: View) -> Tensor:
     return view.ratio.new_tensor(values)
 
 
-def _binned(view: View, edges: Tensor, weight: Tensor, *, right: bool, total: Total) -> tuple[Tensor, Tensor]:
-    """Sums of ``weight * ratio`` and of ``weight`` in the bins that ``edges`` cut, ``[len(edges) + 1]`` each."""
-    index = torch.bucketize(view.ratio, edges, right=right).flatten()
-    size = len(edges) + 1
-    both = [(weight * view.ratio).flatten(), weight.flatten()]
-    first, second = (total(torch.bincount(index, weights=x, minlength=size)).to(weight.dtype) for x in both)
-    return first, second
+def _clipped_sum(
+    ratio: Tensor, a: Tensor, score: Tensor, touched: Tensor, edges: Tensor, surrogate: bool, sign: float, total: Total
+) -> Tensor:
+    """One side's weight at each candidate bound, ``[len(edges)]``; only units beyond the first bound are binned."""
+    whole = total((sign * score).clamp(min=0.0).sum())
+    reach, size = ratio[touched], len(edges) + 1
+    index = torch.bucketize(reach, edges, right=sign < 0)
+
+    def beyond(x: Tensor) -> Tensor:
+        binned = total(torch.bincount(index, weights=sign * x[touched], minlength=size)).to(edges.dtype)
+        return binned.flip(0).cumsum(0).flip(0)[1:] if sign > 0 else binned.cumsum(0)[:-1]
+
+    inside = whole - beyond(score)
+    return inside + edges * beyond(a) if surrogate else inside
 
 
 def searched_ppo(
@@ -184,12 +188,12 @@ def clip_cov_prepare(
     cov = covariance(view, total)
     free = ppo(view, clip_low=clip_low, clip_high=clip_high) > 0
     candidate = view.mask & free & (cov > cov_low) & (cov < cov_high)
-    number = torch.clamp((fraction * view.mask.sum()).floor(), min=1)
-    noise = torch.where(candidate, unit_noise(view.batch, view.layout, seed), 2.0)
-    rank = torch.full_like(noise, noise.numel()).flatten()
-    chosen = candidate.flatten().nonzero().squeeze(-1)
-    rank[chosen[noise.flatten()[chosen].argsort()]] = torch.arange(len(chosen), device=rank.device, dtype=rank.dtype)
-    return {"silenced": candidate & (rank.view_as(noise) < number)}
+    number = max(1, int(fraction * int(view.mask.sum())))
+    places = candidate.flatten().nonzero().squeeze(-1)
+    noise = unit_noise(view.batch, view.layout, seed).flatten()[places]
+    drawn = places[noise.topk(min(number, len(places)), largest=False).indices]
+    silenced = torch.zeros(candidate.numel(), dtype=torch.bool, device=candidate.device).index_fill(0, drawn, True)
+    return {"silenced": silenced.view_as(candidate)}
 
 
 def clip_cov(
@@ -211,11 +215,10 @@ def spared_ppo_prepare(
 ) -> dict[str, Tensor]:
     """Units of negative advantage among the least probable of the batch whose filtered proxy is more probable."""
     lp, negative = view.log_prob, view.mask & (view.advantage < 0)
-    values = lp[view.mask]
-    number = int(fraction * values.numel())
+    number = int(fraction * int(view.mask.sum()))
     if number < 1:
         return {"selected": torch.zeros_like(negative)}
-    threshold = values.kthvalue(number).values
+    threshold = torch.where(view.mask, lp, torch.inf).flatten().topk(number, largest=False).values[-1]
     proxy = view.batch["proxy_log_prob"]
     return {"selected": negative & (lp <= threshold) & (lp < proxy)}
 

@@ -195,8 +195,7 @@ class Correction:
         if log_prob is None and self.needs_full_pass:
             raise RecordError(f"correction {self.name or self.kernel_name} needs the current log-probs in prepare")
         dtype = torch.float32 if log_prob is None or log_prob.dtype != torch.float64 else torch.float64
-        stats = TensorDict({}, batch_size=[mask.shape[0]], device=mask.device)
-        stats["advantage"] = _unit_advantage(batch, mask, dtype, optional=self.kernel_name in OWN_ADVANTAGE)
+        stats = {"advantage": _unit_advantage(batch, mask, dtype, optional=self.kernel_name in OWN_ADVANTAGE)}
         keep = self._rules.apply(log_prob, batch, stats)
         if self.denominator == "kept" and log_prob is not None:
             d = self._unit_log_ratio(log_prob, batch)
@@ -204,20 +203,20 @@ class Correction:
             stats["keep"] = keep & mask
         if self._thin is not None:
             thinned = self._thin(batch, Layout(mask, batch), stats["advantage"])
-            stats["weight"] = thinned * stats["weight"] if "weight" in stats.keys() else thinned
+            stats["weight"] = thinned * stats["weight"] if "weight" in stats else thinned
         stats["original"] = mask.sum(-1).to(dtype)
         stats["kept"] = stats["original"] if keep is None else (mask & keep).sum(-1).to(dtype)
         counted = stats["kept" if self.denominator == "kept" else "original"]
         stats["coefficient"] = REDUCTIONS[self.reduce](counted, self.horizon, self.total)
         if self._prepare is not None or any(p.select is not None for p in self._penalties):
             assert log_prob is not None
-            view, _ = self._view(log_prob.detach(), batch, stats)
+            view, _, _ = self._view(log_prob.detach(), batch, stats)
             if self._prepare is not None:
                 stats.update(self._prepare(view, self.total))
             for i, p in enumerate(self._penalties):
                 if p.select is not None:
                     stats[f"select_{i}"] = p.select(view)
-        return stats
+        return TensorDict(stats, batch_size=mask.shape[:1], device=mask.device)
 
     def loss(self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase) -> CorrectionOutput:
         """The loss of a (micro-)batch.
@@ -233,18 +232,16 @@ class Correction:
         """
         _check_shape(log_prob, batch["mask"])
         with torch.no_grad():
-            view, ok = self._view(log_prob.detach(), batch, stats)
-            weight = self._kernel(view) * view.advantage
-            if "weight" in stats.keys():
-                weight = weight * stats["weight"]
-            weight = torch.where(ok, weight * view.row("coefficient"), 0.0)
-        x = self._attached(log_prob, batch, stats, view) if self.attached else masked(ok, log_prob)
-        policy = -(weight * x).sum()
+            view, ok, x = self._view(log_prob, batch, stats)
+            weight = self._kernel(view) * (view.advantage * view.row("coefficient"))
+            outer = stats.get("weight", None)
+            weight = torch.where(ok, weight if outer is None else weight.mul_(outer), 0.0)
+        policy = -(weight * (masked(ok, log_prob) if x is None else x)).sum()
         metrics = {"loss/policy": policy.detach(), "reject/fraction": _rejected(stats)}
         loss = policy
         if self._penalties:
             penalty = torch.stack(
-                [p(log_prob, batch, stats, ok, f"select_{i}") for i, p in enumerate(self._penalties)]
+                [p(log_prob, batch, stats, ok, f"select_{i}", self.anchor) for i, p in enumerate(self._penalties)]
             ).sum()
             loss = loss + penalty
             metrics["loss/penalty"] = penalty.detach()
@@ -273,9 +270,9 @@ class Correction:
         with torch.no_grad():
             log_prob = log_prob.detach()
             stats = self.prepare(log_prob, batch) if stats is None else stats
-            view, ok = self._view(log_prob, batch, stats)
+            view, ok, _ = self._view(log_prob, batch, stats)
             kernel = self._kernel(view)
-            outer = stats["weight"] if "weight" in stats.keys() else None
+            outer = stats.get("weight", None)
             return diagnose(view, ok, kernel, outer, version, truncating=self.kernel_name in TRUNCATING)
 
     def weight_curve(self, log_ratio: Tensor, advantage: float, **record: Tensor) -> Tensor:
@@ -296,7 +293,7 @@ class Correction:
         )
         with torch.no_grad():
             log_prob = log_ratio.unsqueeze(-1)
-            view, _ = self._view(log_prob, batch, self.prepare(log_prob, batch))
+            view, _, _ = self._view(log_prob, batch, self.prepare(log_prob, batch))
             return self._kernel(view).squeeze(-1)
 
     def _unit_log_ratio(self, log_prob: Tensor, batch: TensorDictBase) -> Tensor:
@@ -305,19 +302,28 @@ class Correction:
             return log_prob if log_prob.dtype == torch.float64 else log_prob.float()
         return difference(log_prob, anchor_log_prob(batch, self.anchor))
 
-    def _view(self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase) -> tuple[View, Tensor]:
-        """The view of a batch, and which units take part in the loss."""
-        d = self._unit_log_ratio(log_prob, batch)
+    def _view(
+        self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase | dict[str, Tensor]
+    ) -> tuple[View, Tensor, Tensor | None]:
+        """The view of a batch, which units take part in the loss, and the differentiable level where it is attached."""
+        flat = log_prob.detach()
+        d = self._unit_log_ratio(flat, batch)
         valid = batch["mask"] & finite(d)
         layout = Layout(valid, batch)
-        d = safe(d, valid)
-        ratio = d if self._pre is None else self._pre(d, stats["advantage"])
-        view = View(self._level(ratio, layout), d, log_prob, stats["advantage"], layout, batch, stats)
-        return view, valid & stats["keep"] if "keep" in stats.keys() else valid
+        attached = self.attached and log_prob.requires_grad
+        if attached:
+            with torch.enable_grad():
+                x = self._leveled(safe(self._unit_log_ratio(log_prob, batch), valid), layout, stats)
+            d, level = safe(d, valid), x.detach()
+        else:
+            d = safe(d, valid)
+            level = self._leveled(d, layout, stats)
+        view = View(level, d, flat, stats["advantage"], layout, batch, stats, self.anchor)
+        keep = stats.get("keep", None)
+        return view, valid if keep is None else valid & keep, x if attached else None
 
-    def _attached(self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase, view: View) -> Tensor:
-        d = safe(self._unit_log_ratio(log_prob, batch), view.mask)
-        return self._level(d if self._pre is None else self._pre(d, stats["advantage"]), view.layout)
+    def _leveled(self, d: Tensor, layout: Layout, stats: TensorDictBase | dict[str, Tensor]) -> Tensor:
+        return self._level(d if self._pre is None else self._pre(d, stats["advantage"]), layout)
 
 
 FIELDS = tuple(name for name in Correction.__init__.__annotations__ if name != "return")
@@ -329,8 +335,9 @@ def _identity(x: Tensor) -> Tensor:
 
 
 def _rejected(stats: TensorDictBase) -> Tensor:
-    original = stats["original"].sum()
-    return 1.0 - stats["kept"].sum() / original.clamp(min=1)
+    if stats.get("keep", None) is None:
+        return torch.zeros((), device=stats["original"].device)
+    return 1.0 - stats["kept"].sum() / stats["original"].sum().clamp(min=1)
 
 
 def _check_shape(log_prob: Tensor | None, mask: Tensor) -> None:

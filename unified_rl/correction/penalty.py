@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
@@ -74,16 +73,20 @@ class Penalty:
         return ({self.anchor} - {"none", "mixture"}) | ({"behavior"} if self.importance else set())
 
     def __call__(
-        self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase, ok: Tensor, chosen: str
+        self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase, ok: Tensor, chosen: str, shared: str
     ) -> Tensor:
-        """The penalty's part of the loss, scalar; ``chosen`` names the carried selection in the statistics."""
+        """The penalty's part of the loss, scalar.
+
+        ``chosen`` names the carried selection in the statistics; where the anchor is ``shared`` with the kernel, ``ok``
+        already knows which units are finite.
+        """
         if self.anchor == "none":
             x = log_prob
         elif self.anchor == "mixture":
             x = difference(log_prob, stats["mixture_log_prob"])
         else:
             x = difference(log_prob, anchor_log_prob(batch, self.anchor))
-        mask = ok & finite(x.detach())
+        mask = ok if self.anchor == shared else ok & finite(x.detach())
         if self.select is not None:
             mask = mask & stats[chosen]
         value = self.value(masked(mask, x) if self.anchor == "none" else safe(x, mask))
@@ -93,4 +96,4 @@ class Penalty:
         scale = stats["coefficient"].unsqueeze(-1) * self.coefficient
         if self.statistic is not None:
             scale = scale * stats[self.statistic].unsqueeze(-1)
-        return (torch.where(mask, value, 0.0) * scale).sum()
+        return (value * scale).sum()  # every penalty is 0 at 0, which is what stands where masked

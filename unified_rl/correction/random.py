@@ -8,32 +8,32 @@ from torch import Tensor
 
 from unified_rl.correction.levels import Layout
 
-PRIME = 2_147_483_647
+FIRST, SECOND = -7_046_029_254_386_353_131, 6_364_136_223_846_793_005
 
 
 def row_noise(batch: TensorDictBase, layout: Layout, seed: int) -> Tensor:
-    """A number in [0, 1) for each row, ``[B, 1]`` float64: a hash of the seed and the row's id or content."""
-    return _mixed(_row_key(batch, layout, seed)).double() / PRIME
+    """A number in [0, 1) for each row, ``[B, 1]`` float32: a hash of the seed and the row's id or content."""
+    return _mixed(_row_key(batch, layout, seed))
 
 
 def unit_noise(batch: TensorDictBase, layout: Layout, seed: int) -> Tensor:
-    """A number in [0, 1) for each unit, ``[B, N]`` float64: a hash of the seed, the row and its position."""
-    position = layout.mask.cumsum(-1)
-    return _mixed(_row_key(batch, layout, seed) + 7919 * position).double() / PRIME
+    """A number in [0, 1) for each unit, ``[B, N]`` float32: a hash of the seed, the row and its position."""
+    return _mixed(_row_key(batch, layout, seed) + layout.mask.cumsum(-1))
 
 
 def _row_key(batch: TensorDictBase, layout: Layout, seed: int) -> Tensor:
     row = batch.get("row_id", None)
     if row is None:  # the log-probs' own bits tell rows apart, wherever they stand in the batch
-        bits = batch["behavior_log_prob"].float().contiguous().view(torch.int32).long() & 0x7FFFFFFF
-        weight = layout.mask.cumsum(-1) * 31 + 17
-        row = torch.where(layout.mask, (bits * weight) % PRIME, 0).sum(-1)
-    return ((row.unsqueeze(-1) + 1_000_003 * (seed + 1)) % PRIME).long()
+        bits = batch["behavior_log_prob"].float().contiguous().view(torch.int32)
+        row = torch.where(layout.mask, bits, 0).sum(-1)
+    return (row.unsqueeze(-1) * FIRST) ^ ((seed + 1) * SECOND % 2**63)
 
 
 def _mixed(key: Tensor) -> Tensor:
-    """Multiplicative mixing in 31 bits."""
-    for factor, shift in ((48_271, 13), (69_621, 17), (39_373, 11)):
-        key = ((key % PRIME) * factor) % PRIME
-        key = key ^ (key >> shift)
-    return key % PRIME
+    """Two rounds of multiply and shift on wrapping 64-bit integers; the top 24 bits as a fraction."""
+    key = key * FIRST
+    key ^= key >> 31
+    key *= SECOND
+    key ^= key >> 29
+    key *= FIRST
+    return ((key >> 39) & 0xFFFFFF).float() / 2**24

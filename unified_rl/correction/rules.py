@@ -68,7 +68,7 @@ class Rules:
         used = {others["numerator"] for _, _, others in self._all} - {"current"}
         return used | ({"behavior"} if self._all else set())
 
-    def apply(self, log_prob: Tensor | None, batch: TensorDictBase, stats: TensorDictBase) -> Tensor | None:
+    def apply(self, log_prob: Tensor | None, batch: TensorDictBase, stats: dict[str, Tensor]) -> Tensor | None:
         """Writes ``weight [B, N]`` and ``keep [B, N]`` into ``stats`` where there are rules; returns ``keep``.
 
         Units whose log-ratio is not finite are not kept. Warns where nothing is left.
@@ -76,23 +76,21 @@ class Rules:
         if not self._all:
             return None
         drift = {n: self._drift(n, log_prob, batch) for n in {others["numerator"] for _, _, others in self._all}}
-        keep = batch["mask"].clone()
-        for _, layout in drift.values():
-            keep &= layout.mask
-        valid = keep.clone()
+        masks = [layout.mask for _, layout in drift.values()]
+        keep = valid = masks[0] if len(masks) == 1 else masks[0] & masks[1]
         for rule, function, others in self._reject:
             d, layout = drift[others["numerator"]]
-            one = function(d, layout, stats["advantage"])
-            keep &= one
+            keep = keep & function(d, layout, stats["advantage"])
             _warn_if_nothing(rule, keep, valid)
         stats["keep"] = keep
         for rule, function, others in self._mismatch:
             d, layout = drift[others["numerator"]]
-            weight = torch.where(layout.mask, function(others["bound_level"](d, layout).exp()), 0.0)
-            _warn_if_nothing(rule, (weight != 0) & valid, valid)
+            weight = function(others["bound_level"](d, layout).exp())
+            if rule["name"] == "mask":
+                _warn_if_nothing(rule, (weight != 0) & valid, valid)
             if others.get("normalize", False):
                 weight = normalized(weight, layout.mask, as_rule(others.get("level", "unit"), "level")["name"])
-            stats["weight"] = stats["weight"] * weight if "weight" in stats.keys() else weight
+            stats["weight"] = stats["weight"] * weight if "weight" in stats else weight
         return keep
 
     def _drift(self, numerator: str, log_prob: Tensor | None, batch: TensorDictBase) -> tuple[Tensor, Layout]:

@@ -61,7 +61,7 @@ def finite(d: Tensor) -> Tensor:
 
 def safe(d: Tensor, mask: Tensor) -> Tensor:
     """Log-ratios fit for ``exp``: 0 where masked, then clamped."""
-    return torch.where(mask, d, torch.zeros((), dtype=d.dtype, device=d.device)).clamp(-CLAMP, CLAMP)
+    return torch.where(mask, d, torch.zeros((), dtype=d.dtype, device=d.device)).clamp_(-CLAMP, CLAMP)
 
 
 def masked(mask: Tensor, x: Tensor) -> Tensor:
@@ -81,7 +81,8 @@ class View:
         advantage: ``[B, N]`` float; anything where masked.
         layout: the mask (``layout.mask [B, N]``), counts, positions and steps.
         batch: the record.
-        stats: what ``prepare`` found, batch size ``[B]``.
+        stats: what ``prepare`` found (so far), one entry a row.
+        anchor: of the log-ratios.
     """
 
     log_ratio: Tensor
@@ -90,7 +91,8 @@ class View:
     advantage: Tensor
     layout: Layout
     batch: TensorDictBase
-    stats: TensorDictBase
+    stats: TensorDictBase | dict[str, Tensor]
+    anchor: str
 
     @property
     def mask(self) -> Tensor:
@@ -104,6 +106,8 @@ class View:
 
     def against(self, anchor: str) -> Tensor:
         """Unit log-ratio of the current policy to an anchor, ``[B, N]``, 0 where masked, clamped."""
+        if anchor == self.anchor:
+            return self.unit_log_ratio
         d = difference(self.log_prob, anchor_log_prob(self.batch, anchor))
         return safe(d, self.mask & finite(d))
 

@@ -7,10 +7,14 @@ the step before a gap bootstraps from the value of the next step inside the mask
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from unified_rl.errors import RecordError
+
+BLOCK = 32
+"""Columns that the blocked scan handles one by one; longer rows are cut."""
 
 CLAMP = 20.0
 """Log-ratios are clamped to plus or minus this before ``exp``."""
@@ -18,15 +22,15 @@ CLAMP = 20.0
 
 def backward_scan(start: Tensor, decay: Tensor) -> Tensor:
     """``e_t = start_t + decay_t * e_{t+1}`` with 0 beyond the end, ``[B, T]``."""
-    if start.device.type == "cpu":
-        return _scan_loop(start, decay)
-    return _scan_doubling(start, decay)
+    if start.device.type != "cpu":
+        return _scan_doubling(start, decay)
+    if start.shape[-1] >= 2 * BLOCK and bool((decay <= 1).all()):  # products of larger ones could overflow
+        return _scan_blocks(start, decay)
+    return _scan_loop(start, decay)
 
 
 def _scan_loop(start: Tensor, decay: Tensor) -> Tensor:
     """Time-major loop over NumPy rows: a third of a microsecond an operation, no temporaries."""
-    import numpy as np
-
     out = start.t().clone(memory_format=torch.contiguous_format).numpy()
     factor = decay.t().contiguous().numpy()
     work = np.empty_like(out[0]) if len(out) else out
@@ -34,6 +38,27 @@ def _scan_loop(start: Tensor, decay: Tensor) -> Tensor:
         np.multiply(following, scale, out=work)
         np.add(current, work, out=current)
     return torch.from_numpy(out).t()
+
+
+def _scan_blocks(start: Tensor, decay: Tensor) -> Tensor:
+    """The same with the row cut into blocks that are scanned together, then joined: fewer and longer operations."""
+    rows, width = start.shape
+    pad = -width % BLOCK
+    if pad:
+        start, decay = torch.nn.functional.pad(start, (0, pad)), torch.nn.functional.pad(decay, (0, pad))
+    number = (width + pad) // BLOCK
+    # [BLOCK, rows, number]: the position inside a block first
+    out = start.view(rows, number, BLOCK).permute(2, 0, 1).clone(memory_format=torch.contiguous_format).numpy()
+    reach = decay.view(rows, number, BLOCK).permute(2, 0, 1).clone(memory_format=torch.contiguous_format).numpy()
+    work = np.empty_like(out[0])
+    for t in range(BLOCK - 2, -1, -1):
+        np.multiply(reach[t], out[t + 1], out=work)
+        out[t] += work
+        reach[t] *= reach[t + 1]
+    for n in range(number - 2, -1, -1):  # what comes in from the block behind
+        out[0, :, n] += reach[0, :, n] * out[0, :, n + 1]
+    out[1:, :, :-1] += reach[1:, :, :-1] * out[0, :, 1:]
+    return torch.from_numpy(out).permute(1, 2, 0).reshape(rows, width + pad)[:, :width]
 
 
 def _scan_doubling(start: Tensor, decay: Tensor) -> Tensor:

@@ -1,0 +1,143 @@
+"""The cost of every correction against a bare PPO loss: ``python benchmarks/correction.py [--csv FILE]``.
+
+Prepare, loss and backward of each preset, in turn with the PPO loss in plain torch (ratio, clip, mask, mean,
+backward; no guards) on the same tensors. A ratio is the median of the rounds' ratios of CPU time. ``--language-model``
+also times a training step of a causal language model of about 5M parameters at the same shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from unified_rl.correction import correction_names, load_correction
+
+SHAPES = ((64, 512), (256, 2048))
+
+
+def record(rows: int, width: int) -> tuple[Tensor, TensorDict]:
+    """Log-probs with a little drift, answers of different lengths, groups of 8, two in three rows wrong; float32."""
+    g = torch.Generator().manual_seed(0)
+    current = -3 - torch.rand(rows, width, generator=g)
+    items = {
+        f"{name}_log_prob": current + 0.05 * torch.randn(rows, width, generator=g)
+        for name in ("behavior", "proximal", "reference", "proxy", "teacher")
+    }
+    length = torch.randint(width // 2, width + 1, (rows, 1), generator=g)
+    items["mask"] = torch.arange(width).expand(rows, width) < length
+    items["step_index"] = (torch.arange(width) * 4 // width).expand(rows, width).contiguous()
+    items["reward"] = torch.zeros(rows, 4)
+    items["reward"][:, -1] = (torch.rand(rows, generator=g) < 0.33).float()
+    items["advantage"] = torch.randn(rows, generator=g)
+    items["group"] = torch.arange(rows) // 8
+    items["source"] = torch.arange(rows) % 2
+    items["policy_version"] = torch.zeros(rows, width, dtype=torch.int64)
+    return current.requires_grad_(), TensorDict(items, batch_size=[rows])
+
+
+def bare_ppo(log_prob: Tensor, behavior: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
+    """PPO as one writes it in ten lines."""
+    ratio = (log_prob - behavior).exp()
+    loss = torch.max(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+    return (loss * mask).sum() / mask.sum()
+
+
+def seconds(f: Callable[[], object]) -> float:
+    """CPU seconds of one call."""
+    start = time.process_time()
+    f()
+    return time.process_time() - start
+
+
+def measure(rows: int, width: int, rounds: int, names: list[str]) -> list[dict[str, object]]:
+    """One line a preset: milliseconds, and the ratio to the bare loss."""
+    log_prob, batch = record(rows, width)
+    mask, behavior = batch["mask"].float(), batch["behavior_log_prob"]
+    advantage = batch["advantage"].unsqueeze(-1).expand(rows, width)
+
+    def plain() -> None:
+        log_prob.grad = None
+        bare_ppo(log_prob, behavior, advantage, mask).backward()
+
+    out: list[dict[str, object]] = []
+    for name in names:
+        correction = load_correction(name)
+
+        def ours(correction=correction) -> None:  # type: ignore[no-untyped-def]
+            log_prob.grad = None
+            correction(log_prob, batch).loss.backward()
+
+        ours()
+        plain()
+        both = [(seconds(ours), seconds(plain)) for _ in range(rounds)]
+        ratio = statistics.median(a / b for a, b in both)
+        took = statistics.median(a for a, _ in both)
+        line = {"preset": name, "shape": f"[{rows}, {width}]", "ms": round(1e3 * took, 2), "ratio": round(ratio, 2)}
+        out.append(line)
+    return out
+
+
+def language_model_step(rows: int, width: int) -> float:
+    """CPU seconds of forward and backward of a causal language model of about 5M parameters at this shape."""
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    config = Qwen3Config(
+        vocab_size=1000, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=width,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    tokens = torch.randint(0, 1000, (rows, width), generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        logits = model(input_ids=tokens[:4]).logits  # four rows, scaled: the whole takes minutes
+        logits.log_softmax(-1).gather(-1, tokens[:4].unsqueeze(-1)).sum().backward()
+
+    step()
+    return seconds(step) * rows / 4
+
+
+def main() -> None:
+    """Prints the table and its summary; writes it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--names", nargs="*", default=None)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--language-model", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    names = args.names or correction_names()
+    table: list[dict[str, object]] = []
+    for rows, width in SHAPES:
+        lines = measure(rows, width, args.rounds if rows < 100 else max(3, args.rounds // 3), names)
+        table += lines
+        ratios = sorted((float(str(x["ratio"])), str(x["preset"])) for x in lines)
+        for line in lines:
+            print("  ".join(f"{key}={value}" for key, value in line.items()))
+        median = statistics.median(r for r, _ in ratios)
+        worst = ", ".join(f"{name} {ratio}" for ratio, name in ratios[-5:])
+        print(f"[{rows}, {width}]: median {median:.2f} (target 1.5), largest: {worst} (target 3)")
+    if args.language_model:
+        step = language_model_step(*SHAPES[0])
+        share = (
+            max(float(str(x["ms"])) for x in table if x["shape"] == f"[{SHAPES[0][0]}, {SHAPES[0][1]}]") / 1e3 / step
+        )
+        print(f"share of a training step of a 5M-parameter language model: at most {100 * share:.2f} % (target 2 %)")
+    if args.csv:
+        with args.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+
+
+if __name__ == "__main__":
+    main()
