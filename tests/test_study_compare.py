@@ -18,7 +18,7 @@ from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.study.compare import StudyError, compare
 from unified_rl.study.display import StudyDisplay, last_row
 from unified_rl.study.grid import Job
-from unified_rl.study.workers import run_jobs
+from unified_rl.study.workers import Schedule, run_jobs
 
 TRAINER = textwrap.dedent(
     """
@@ -191,3 +191,19 @@ def test_the_display_reads_progress_from_the_runs_own_metrics(tmp_path: Path) ->
         assert (task.completed, task.total, task.fields["note"]) == (20, 40, "score 0.25")
         display.update([], 1)
         assert [t.completed for t in display.progress.tasks] == [1]
+
+
+def test_jobs_under_way_at_a_death_run_again_one_at_a_time(tmp_path: Path) -> None:
+    """Only a job that dies alone is blamed; one that waited in the queue meanwhile is no suspect."""
+    jobs = [Job(slug, tmp_path / slug, {}, {}) for slug in ("a", "b", "queued")]
+    schedule = Schedule(jobs)
+    assert schedule.ready() == jobs
+    for job in jobs:
+        schedule.lost(job, job.slug != "queued", tmp_path / "log")
+    (first,) = schedule.ready()
+    assert schedule.ready() == []  # the other suspect waits
+    schedule.lost(first, True, tmp_path / "log")
+    assert "died twice" in schedule.failed[first.slug]
+    (second,) = schedule.ready()
+    schedule.finish(second, None)
+    assert schedule.ready() == [jobs[2]] and schedule.failed.keys() == {first.slug}

@@ -210,7 +210,7 @@ def _interrupt(markers: Path) -> None:
 def _start_worker(log: str) -> None:
     """Prepares a worker: own process group (Ctrl-C reaches it through the parent, once), output to a file."""
     os.setpgrp()
-    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     threading.Thread(target=_follow_parent, daemon=True).start()
