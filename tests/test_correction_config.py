@@ -159,6 +159,18 @@ def test_graded_rewards_and_densities_are_refused_where_they_make_no_sense() -> 
         load_correction("troll").check_domain(discrete=False)
 
 
+def test_a_method_that_acts_outside_the_loss_is_refused_where_nobody_does_that_part() -> None:
+    for name in ("fixpo", "vcpo", "sfpo", "st_ppo", "troll", "alp"):
+        with pytest.raises(ConfigError, match=f"correction {name} is more than a loss"):
+            load_correction(name).require_support()
+    load_correction("vcpo").require_support(wrappers=["ess_learning_rate"])
+    load_correction("fixpo", wrapper=None).require_support()
+    with pytest.raises(ConfigError, match="a3po wants its proximal policy by 'interpolated'"):
+        load_correction("a3po").require_support()
+    load_correction("a3po").require_support(providers=["snapshot", "interpolated"])
+    load_correction("dapo").require_support()
+
+
 def test_a_pass_over_the_batch_is_asked_for_only_where_it_is_needed() -> None:
     cheap = {"reinforce", "ppo", "grpo", "dapo", "gspo", "cispo", "tis", "icepop", "decoupled_ppo", "sapo", "vespo"}
     assert not any(load_correction(name).needs_full_pass for name in cheap)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unified_rl.correction.kernels import ppo
 from unified_rl.correction.random import unit_noise
-from unified_rl.correction.view import View
+from unified_rl.correction.view import View, masked
 
 Total = Callable[[Tensor], Tensor]
 
@@ -26,7 +26,7 @@ def _rows(x: Tensor, view: View) -> Tensor:
 
 def _ess(log_ratio: Tensor, view: View, total: Total) -> Tensor:
     """Effective sample size as a fraction of the units; 1 where there are none."""
-    w = torch.where(view.mask, log_ratio.exp(), 0.0)
+    w = masked(view.mask, log_ratio.exp())
     n, square = total(view.mask.sum().double()), total(w.square().sum(dtype=torch.float64))
     ess = total(w.sum(dtype=torch.float64)).square() / (n * square)
     return torch.where(square > 0, ess, 1.0).to(log_ratio.dtype)
@@ -71,7 +71,7 @@ def m2_mask_prepare(view: View, total: Total, *, budget: float = 0.04, weighted:
     over = harmful & (square > budget)
     within = harmful & ~over
     values, order = square[over].sort()
-    running = torch.where(within, square, 0.0).sum() + values.cumsum(0)
+    running = masked(within, square).sum() + values.cumsum(0)
     count = within.sum() + torch.arange(1, values.numel() + 1, device=d.device)
     dropped = torch.empty_like(order, dtype=torch.bool)
     dropped[order] = running > budget * count * (1 + 1e-6)
@@ -83,7 +83,7 @@ def m2_mask_prepare(view: View, total: Total, *, budget: float = 0.04, weighted:
 def m2_mask(view: View, *, budget: float = 0.04, weighted: bool = True) -> Tensor:
     """The ratio (1 where not ``weighted``) on units inside a second-moment budget, else 0. M2PO, 2510.01161."""
     kept = view.stats["m2_keep"]
-    return torch.where(kept, view.ratio, 0.0) if weighted else kept.to(view.ratio.dtype)
+    return masked(kept, view.ratio) if weighted else kept.to(view.ratio.dtype)
 
 
 def searched_ppo_prepare(
@@ -106,7 +106,7 @@ def searched_ppo_prepare(
     raise the negative side.
     """
     lows, highs = _grid(low, low_max, step, view), _grid(high, high_max, step, view)
-    a = torch.where(view.mask, view.advantage, 0.0)
+    a = masked(view.mask, view.advantage)
     score = a * view.ratio
     positive = _clipped_sum(view.ratio, a, score, (a > 0) & (view.ratio > high), highs, surrogate, 1.0, total)
     negative = _clipped_sum(
@@ -159,7 +159,7 @@ def searched_ppo(
     ratio = view.ratio
     bad = ratio < view.row("low")
     bad = bad if dual_clip is None else bad | (ratio > dual_clip)
-    return ratio.masked_fill(torch.where(view.advantage > 0, ratio > view.row("high"), bad), 0.0)
+    return view.zeroed(ratio > view.row("high"), bad)
 
 
 def covariance(view: View, total: Total) -> Tensor:
@@ -167,8 +167,8 @@ def covariance(view: View, total: Total) -> Tensor:
     n = total(view.mask.sum()).clamp(min=1)
 
     def centred(x: Tensor) -> Tensor:
-        mean = total(torch.where(view.mask, x, 0.0).sum()) / n
-        return torch.where(view.mask, x - mean, 0.0)
+        mean = total(masked(view.mask, x).sum()) / n
+        return masked(view.mask, x - mean)
 
     return centred(view.advantage) * centred(view.log_prob)
 
@@ -218,7 +218,7 @@ def spared_ppo_prepare(
     number = int(fraction * int(view.mask.sum()))
     if number < 1:
         return {"selected": torch.zeros_like(negative)}
-    threshold = torch.where(view.mask, lp, torch.inf).flatten().topk(number, largest=False).values[-1]
+    threshold = lp.masked_fill(~view.mask, torch.inf).flatten().topk(number, largest=False).values[-1]
     proxy = view.batch["proxy_log_prob"]
     return {"selected": negative & (lp <= threshold) & (lp < proxy)}
 

@@ -7,7 +7,7 @@ reduction, ``w`` the mismatch weight and rejection, ``g`` the kernel, ``A`` the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -171,6 +171,28 @@ class Correction:
                 f"densities, which have no upper bound; use correction={nearest_preset}"
             )
 
+    def require_support(self, *, wrappers: Collection[str] = (), providers: Collection[str] = ("snapshot",)) -> None:
+        """Refuses a method of which the caller would only do half.
+
+        Args:
+            wrappers: names of ``wrapper`` that the trainer acts on.
+            providers: names of ``proximal.provider`` that it offers.
+
+        Raises:
+            ConfigError: the method acts outside the loss in a way that the trainer does not have.
+        """
+        wrapper, provider = self.wrapper.get("name"), self.proximal.get("provider", "snapshot")
+        if wrapper is not None and wrapper not in wrappers:
+            raise ConfigError(
+                f"correction {self.name} is more than a loss: it also needs {wrapper!r}, which this trainer does not do; "
+                "set correction.wrapper=null to train with its loss alone"
+            )
+        if provider not in providers:
+            raise ConfigError(
+                f"correction {self.name} wants its proximal policy by {provider!r}, and this trainer has "
+                f"{', '.join(providers)}; set correction.proximal=null for a snapshot"
+            )
+
     def prepare(self, log_prob: Tensor | None, batch: TensorDictBase) -> TensorDict:
         """Looks at the whole optimiser batch once, without gradient.
 
@@ -199,13 +221,13 @@ class Correction:
         keep = self._rules.apply(log_prob, batch, stats)
         if self.denominator == "kept" and log_prob is not None:
             d = self._unit_log_ratio(log_prob, batch)
-            keep = finite(d) if keep is None else keep & finite(d)
-            stats["keep"] = keep & mask
+            keep = (mask if keep is None else keep) & finite(d)
+            stats["keep"] = keep
         if self._thin is not None:
             thinned = self._thin(batch, Layout(mask, batch), stats["advantage"])
             stats["weight"] = thinned * stats["weight"] if "weight" in stats else thinned
         stats["original"] = mask.sum(-1).to(dtype)
-        stats["kept"] = stats["original"] if keep is None else (mask & keep).sum(-1).to(dtype)
+        stats["kept"] = stats["original"] if keep is None else keep.sum(-1).to(dtype)
         counted = stats["kept" if self.denominator == "kept" else "original"]
         stats["coefficient"] = REDUCTIONS[self.reduce](counted, self.horizon, self.total)
         if self._prepare is not None or any(p.select is not None for p in self._penalties):
@@ -235,8 +257,8 @@ class Correction:
             view, ok, x = self._view(log_prob, batch, stats)
             weight = self._kernel(view) * (view.advantage * view.row("coefficient"))
             outer = stats.get("weight", None)
-            weight = torch.where(ok, weight if outer is None else weight.mul_(outer), 0.0)
-        policy = -(weight * (masked(ok, log_prob) if x is None else x)).sum()
+            weight = masked(ok, weight if outer is None else weight.mul_(outer))
+        policy = _Score.apply(log_prob, weight) if x is None else -(weight * x).sum()
         metrics = {"loss/policy": policy.detach(), "reject/fraction": _rejected(stats)}
         loss = policy
         if self._penalties:
@@ -328,6 +350,21 @@ class Correction:
 
 FIELDS = tuple(name for name in Correction.__init__.__annotations__ if name != "return")
 """The fields of a correction's configuration."""
+
+
+class _Score(torch.autograd.Function):
+    """``-(weight * log_prob).sum()`` in one operation each way; log-probs under a weight of 0 may be anything."""
+
+    @staticmethod
+    def forward(ctx: Any, log_prob: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = log_prob.dtype
+        return -(weight * log_prob.nan_to_num(0.0, 0.0, 0.0)).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return (weight * -gradient).to(ctx.dtype), None
 
 
 def _identity(x: Tensor) -> Tensor:

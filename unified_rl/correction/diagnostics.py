@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unified_rl.correction.levels import CLAMP
-from unified_rl.correction.view import View, anchor_log_prob, difference, finite, safe
+from unified_rl.correction.view import View, anchor_log_prob, difference, finite, masked, safe
 
 QUANTILES = (0.05, 0.5, 0.95)
 MAX_QUANTILE_UNITS = 1_000_000
@@ -14,7 +14,7 @@ MAX_QUANTILE_UNITS = 1_000_000
 
 def effective_sample_size(weight: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """``(sum w)^2 / sum w^2`` over ``valid``, as a fraction of the count and as a count; 0 where all weights are."""
-    w = torch.where(valid, weight, 0.0)
+    w = masked(valid, weight)
     count = w.sum().square() / w.square().sum().clamp(min=torch.finfo(w.dtype).tiny)
     return count / valid.sum().clamp(min=1), count
 
@@ -53,9 +53,9 @@ def diagnose(
     out["chi2"] = _mean(ratio.square(), valid) - 1
     out["chi2/sequence"] = _mean((2 * sums).exp(), rows) - 1
     out["ratio/mean"] = _mean(ratio, valid)
-    out["ratio/max"] = torch.where(valid, ratio, 0.0).amax()
+    out["ratio/max"] = masked(valid, ratio).amax()
     out["ratio/min"] = torch.where(valid, ratio, torch.inf).amin()
-    out["ratio/processed_max"] = torch.where(valid & ok, total, 0.0).amax()
+    out["ratio/processed_max"] = masked(valid & ok, total).amax()
     out["ratio/clamped"] = (valid & (raw.abs() > CLAMP)).sum() / units
     out.update(_quantiles(ratio, valid))
     out.update(_shares(view, ok, kernel, truncating))
@@ -64,13 +64,13 @@ def diagnose(
     out["reject/nonfinite"] = (mask & ~view.mask).sum() / mask.sum().clamp(min=1)
     if outer is not None:
         out["weight/mean"] = _mean(outer, valid)
-        out["weight/max"] = torch.where(valid, outer, 0.0).amax()
+        out["weight/max"] = masked(valid, outer).amax()
     out.update(_staleness(view, version))
     return out
 
 
 def _mean(x: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid, x, 0.0).sum() / valid.sum().clamp(min=1)
+    return masked(valid, x).sum() / valid.sum().clamp(min=1)
 
 
 def _quantiles(ratio: Tensor, valid: Tensor) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from unified_rl.correction.view import View
+from unified_rl.correction.view import View, masked
 from unified_rl.units import Source
 
 
@@ -33,7 +33,7 @@ def ppo(view: View, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip:
     """
     ratio = view.ratio
     bad = ratio < 1 - clip_low if dual_clip is None else (ratio < 1 - clip_low) | (ratio > dual_clip)
-    return ratio.masked_fill(torch.where(view.advantage > 0, ratio > 1 + clip_high, bad), 0.0)
+    return view.zeroed(ratio > 1 + clip_high, bad)
 
 
 def clamp(view: View, *, low: float = 0.0, high: float = math.inf) -> Tensor:
@@ -66,7 +66,7 @@ def ring(
 
 
 def _inside(inside: Tensor, view: View, weighted: bool) -> Tensor:
-    return torch.where(inside, view.ratio, 0.0) if weighted else inside.to(view.ratio.dtype)
+    return masked(inside, view.ratio) if weighted else inside.to(view.ratio.dtype)
 
 
 def sign_clamp(
@@ -80,12 +80,12 @@ def sign_clamp(
     """``clip(ratio)`` with bounds chosen by the sign of A. DISPO, 2602.00983."""
     ratio = view.ratio
     positive = ratio.clamp(low_positive, high_positive)
-    return torch.where(view.advantage > 0, positive, ratio.clamp(low_negative, high_negative))
+    return torch.where(view.up, positive, ratio.clamp(low_negative, high_negative))
 
 
 def taper(view: View, *, low: float = 0.0, high: float = 1.0) -> Tensor:
     """1 for A > 0, else ``clip(ratio, low, high)``. TOPR (Tapered Off-Policy REINFORCE), 2503.14286."""
-    return torch.where(view.advantage > 0, 1.0, view.ratio.clamp(low, high))
+    return view.ratio.clamp(low, high).masked_fill_(view.up, 1.0)
 
 
 def _by_sign(up: Tensor, positive: float, negative: float, view: View) -> Tensor:
@@ -95,7 +95,7 @@ def _by_sign(up: Tensor, positive: float, negative: float, view: View) -> Tensor
 
 def gate(view: View, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
     """``4 r s (1 - s)`` with ``s = sigmoid(tau (r - 1))``: a soft clip. SAPO, 2511.20347."""
-    tau = _by_sign(view.advantage > 0, tau_positive, tau_negative, view)
+    tau = _by_sign(view.up, tau_positive, tau_negative, view)
     s = (tau * (view.ratio - 1)).sigmoid()
     return 4 * view.ratio * s * (1 - s)
 
@@ -117,7 +117,7 @@ def gamma(
 def tv_mask(view: View, *, low: float = 0.2, high: float = 0.2, cap: float = 20.0) -> Tensor:
     """``min(ratio, cap)``, or 0 where the probability itself moved too far the way A pushes. DPPO, 2602.04879."""
     moved = view.log_prob.exp() - (view.log_prob - view.unit_log_ratio).exp()
-    bad = torch.where(view.advantage > 0, moved > high, moved < -low)
+    bad = (view.up & (moved > high)) | (~view.up & (moved < -low))
     return view.ratio.clamp(max=cap).masked_fill(bad, 0.0)
 
 
@@ -126,7 +126,7 @@ def kl_mask(view: View, *, low: float = 0.05, high: float = 0.05, cap: float = 2
     tiny = 1e-8
     p, q = view.log_prob.exp(), (view.log_prob - view.unit_log_ratio).exp()
     kl = -q * view.unit_log_ratio + (1 - q) * ((1 - q + tiny) / (1 - p + tiny)).log()
-    bad = torch.where(view.advantage > 0, (p > q) & (kl > high), (p < q) & (kl > low))
+    bad = (view.up & (p > q) & (kl > high)) | (~view.up & (p < q) & (kl > low))
     return view.ratio.clamp(max=cap).masked_fill(bad, 0.0)
 
 
@@ -140,7 +140,7 @@ def log_clip(
     wide = view.layout.position.to(view.log_ratio.dtype) ** power
     below = view.log_ratio < -low * wide
     bad = below if dual is None else below | (view.log_ratio > dual * wide)
-    return view.ratio.masked_fill(torch.where(view.advantage > 0, view.log_ratio > high * wide, bad), 0.0)
+    return view.zeroed(view.log_ratio > high * wide, bad)
 
 
 def exp_advantage(view: View, *, temperature: float = 1.0) -> Tensor:
@@ -171,4 +171,4 @@ def centered_ppo(view: View, *, clip: float = 0.2) -> Tensor:
     """
     centre = (view.unit_log_ratio - view.against("proximal")).exp()
     ratio = view.ratio
-    return ratio.masked_fill(torch.where(view.advantage > 0, ratio > centre + clip, ratio < centre - clip), 0.0)
+    return view.zeroed(ratio > centre + clip, ratio < centre - clip)

@@ -88,9 +88,9 @@ def prefix_geometric(d: Tensor, layout: Layout) -> Tensor:
 
 def min_prefix(d: Tensor, layout: Layout, *, capped: bool = False) -> Tensor:
     """Own log-ratio plus the smallest one before it (0 for the first; ``capped`` never lets it exceed 0)."""
-    seen = torch.where(layout.mask, d, torch.full_like(d, math.inf)).cummin(-1).values
+    seen = d.masked_fill(~layout.mask, math.inf).cummin(-1).values
     before = torch.cat([torch.full_like(seen[..., :1], math.inf), seen[..., :-1]], -1)
-    before = torch.where(torch.isinf(before), torch.zeros_like(before), before)
+    before = before.masked_fill(torch.isinf(before), 0.0)
     return d + (before.clamp(max=0.0) if capped else before)
 
 
@@ -98,9 +98,9 @@ def hoelder(d: Tensor, layout: Layout, *, p: float = 1.0) -> Tensor:
     """Log of the power mean of the unit ratios of a row; ``p = 0`` is the geometric mean, ``p = 1`` the arithmetic."""
     if p == 0.0:
         return geometric(d, layout)
-    scaled = torch.where(layout.mask, p * d, torch.full_like(d, -math.inf))
+    scaled = (p * d).masked_fill(~layout.mask, -math.inf)
     empty = ~layout.mask.any(-1, keepdim=True)
-    scaled = torch.where(empty, torch.zeros_like(scaled), scaled)  # a row with no unit: any finite value
+    scaled = scaled.masked_fill(empty, 0.0)  # a row with no unit: any finite value
     return ((scaled.logsumexp(-1, keepdim=True) - layout.count.to(d.dtype).log()) / p).expand_as(d)
 
 

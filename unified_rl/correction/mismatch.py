@@ -31,7 +31,7 @@ def clip(u: Tensor, *, low: float = 0.5, high: float = 2.0) -> Tensor:
 
 def mask(u: Tensor, *, low: float = 0.5, high: float = 2.0) -> Tensor:
     """``u`` inside ``[low, high]``, else weight 0. The denominator still counts the unit."""
-    return torch.where((u >= low) & (u <= high), u, 0.0)
+    return u.masked_fill((u < low) | (u > high), 0.0)
 
 
 MISMATCHES: dict[str, Callable[..., Tensor]] = {"exact": exact, "truncate": truncate, "clip": clip, "mask": mask}
@@ -41,8 +41,8 @@ def normalized(weight: Tensor, valid: Tensor, level: str) -> Tensor:
     """Weights divided by their mean: over units, or over rows where the level gives a row one weight."""
     if level in ("sequence", "geometric"):
         rows = valid.any(-1)
-        each = torch.where(valid, weight, -math.inf).amax(-1).clamp(min=0.0)
+        each = weight.masked_fill(~valid, -math.inf).amax(-1).clamp(min=0.0)
         mean = each.sum() / rows.sum().clamp(min=1)
     else:
-        mean = torch.where(valid, weight, 0.0).sum() / valid.sum().clamp(min=1)
+        mean = weight.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
     return weight / torch.where(mean > 1e-8, mean, torch.ones_like(mean))

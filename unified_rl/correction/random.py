@@ -25,7 +25,7 @@ def _row_key(batch: TensorDictBase, layout: Layout, seed: int) -> Tensor:
     row = batch.get("row_id", None)
     if row is None:  # the log-probs' own bits tell rows apart, wherever they stand in the batch
         bits = batch["behavior_log_prob"].float().contiguous().view(torch.int32)
-        row = torch.where(layout.mask, bits, 0).sum(-1)
+        row = bits.masked_fill(~layout.mask, 0).sum(-1)
     return (row.unsqueeze(-1) * FIRST) ^ ((seed + 1) * SECOND % 2**63)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unified_rl.correction.kernels import ppo
-from unified_rl.correction.view import View, anchor_log_prob
+from unified_rl.correction.view import View, anchor_log_prob, masked
 from unified_rl.errors import RecordError
 from unified_rl.returns.groups import Groups
 
@@ -44,7 +44,7 @@ def residual_prepare(
     ``divide``: none, ``group`` (by group size - 1) or ``pairs`` (times the group size). ``length_normalized`` uses row
     means for S; ``importance_cap`` multiplies by the row's ratio to the behavior policy, capped.
     """
-    drift = torch.where(view.mask, view.unit_log_ratio, 0.0).sum(-1)
+    drift = view.unit_log_ratio.sum(-1)
     if length_normalized:
         drift = drift / view.layout.count.squeeze(-1).to(drift.dtype)
     groups = row_groups(view)
@@ -101,7 +101,7 @@ def likelihood_pair(view: View, *, floor: float = 1.0, negative_weight: float = 
     q = view.row("success_rate")
     ratio = view.log_ratio.clamp(max=10.0).exp()
     x = (1 - q * ratio) / (1 - q)
-    return torch.where(view.advantage > 0, 1.0, q * ratio / ((1 - q) * x.clamp(min=floor)))
+    return (q * ratio / ((1 - q) * x.clamp(min=floor))).masked_fill_(view.up, 1.0)
 
 
 def teacher_ppo_prepare(
@@ -109,7 +109,7 @@ def teacher_ppo_prepare(
 ) -> dict[str, Tensor]:
     """The advantage of a unit is how much more the teacher likes it than the reference does, centred on the batch."""
     signal = anchor_log_prob(view.batch, "teacher") - anchor_log_prob(view.batch, "reference")
-    signal = torch.where(view.mask, signal, 0.0).clamp(-20, 20)
+    signal = masked(view.mask, signal).clamp(-20, 20)
     mean = total(signal.sum()) / total(view.mask.sum()).clamp(min=1)
     return {"advantage": scale * (signal - mean).to(view.log_ratio.dtype)}
 

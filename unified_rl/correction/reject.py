@@ -60,7 +60,7 @@ def veto(d: Tensor, layout: Layout, advantage: Tensor, *, low: float = 1e-4, hig
 def off_policy_sequence(d: Tensor, layout: Layout, advantage: Tensor, *, delta: float = 1e-4) -> Tensor:
     """Drops rows of negative advantage whose mean log-ratio fell below ``-delta``. DeepSeek-V3.2's sequence mask."""
     drift = -d.sum(-1, keepdim=True) / layout.count.to(d.dtype)
-    total = torch.where(layout.mask, advantage, torch.zeros_like(advantage)).sum(-1, keepdim=True)
+    total = advantage.masked_fill(~layout.mask, 0.0).sum(-1, keepdim=True)
     return ((total >= 0) | (drift <= delta)).expand_as(d)
 
 

@@ -29,14 +29,14 @@ def prefix(batch: TensorDictBase, layout: Layout, advantage: Tensor, *, least: f
     before = layout.position.to(advantage.dtype) - 1
     share = before / count  # the unit is kept where the cut lies beyond its start
     probability = torch.where(share < least, 1.0, (1 - share) / (1 - least)).clamp(min=1e-6)
-    return torch.where(before < cut, 1.0 / probability, 0.0)
+    return (1.0 / probability).masked_fill_(before >= cut, 0.0)
 
 
 def drop_negatives(
     batch: TensorDictBase, layout: Layout, advantage: Tensor, *, surplus: float = 1.0, seed: int = 0
 ) -> Tensor:
     """Drops random rows of A < 0 beyond ``surplus`` times the number of those with A > 0. RED-Drop, 2509.24203."""
-    total = torch.where(layout.mask, advantage, 0.0).sum(-1)
+    total = advantage.masked_fill(~layout.mask, 0.0).sum(-1)
     negative, allowed = total < 0, surplus * (total > 0).sum()
     noise = torch.where(negative, row_noise(batch, layout, seed).squeeze(-1), 2.0)
     rank = noise.argsort().argsort()

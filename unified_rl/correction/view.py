@@ -61,13 +61,13 @@ def finite(d: Tensor) -> Tensor:
 
 def safe(d: Tensor, mask: Tensor) -> Tensor:
     """Log-ratios fit for ``exp``: 0 where masked, then clamped."""
-    return torch.where(mask, d, torch.zeros((), dtype=d.dtype, device=d.device)).clamp_(-CLAMP, CLAMP)
+    return d.masked_fill(~mask, 0.0).clamp_(-CLAMP, CLAMP)  # on a CPU masked_fill takes a third of where's time
 
 
 def masked(mask: Tensor, x: Tensor) -> Tensor:
     """``x`` in at least float32, 0 where masked; differentiable, and garbage there gets no gradient."""
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    return torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return x.masked_fill(~mask, 0.0)
 
 
 @dataclass
@@ -103,6 +103,15 @@ class View:
     def ratio(self) -> Tensor:
         """``exp(log_ratio)``, ``[B, N]``."""
         return self.log_ratio.exp()
+
+    @cached_property
+    def up(self) -> Tensor:
+        """Whether A > 0, ``[B, N]`` bool."""
+        return self.advantage > 0
+
+    def zeroed(self, above: Tensor, below: Tensor) -> Tensor:
+        """The ratio, but 0 where ``above`` on units of A > 0 and where ``below`` on the others, ``[B, N]``."""
+        return self.ratio.masked_fill((self.up & above) | (below & ~self.up), 0.0)
 
     def against(self, anchor: str) -> Tensor:
         """Unit log-ratio of the current policy to an anchor, ``[B, N]``, 0 where masked, clamped."""

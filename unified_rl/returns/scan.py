@@ -111,7 +111,7 @@ class Trajectory:
     def clean(self, x: Tensor) -> Tensor:
         """Detached, floating, and 0 in masked steps."""
         x = x.detach() if x.is_floating_point() and x.dtype.itemsize >= 4 else x.detach().float()
-        return x if self.mask is None else torch.where(self.mask, x, 0.0)
+        return x if self.mask is None else x.masked_fill(~self.mask, 0.0)
 
     def ratio(self, log_ratio: Tensor) -> Tensor:
         """``exp`` of the clamped log-ratio; 1 in masked steps."""
@@ -134,14 +134,14 @@ class Trajectory:
         """``e_t = start_t + gamma_t (1 - done_t) c_t e_{t+1}``, passing over masked steps."""
         decay = self.trace * coefficient
         if self.mask is not None:
-            start, decay = torch.where(self.mask, start, 0.0), torch.where(self.mask, decay, 1.0)
+            start, decay = start.masked_fill(~self.mask, 0.0), decay.masked_fill(~self.mask, 1.0)
         return backward_scan(start, decay)
 
     def masked(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The results, 0 in masked steps."""
         if self.mask is None:
             return tensors
-        return tuple(torch.where(self.mask, x, 0.0) for x in tensors)
+        return tuple(x.masked_fill(~self.mask, 0.0) for x in tensors)
 
 
 def value_scan(
