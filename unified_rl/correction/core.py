@@ -21,6 +21,7 @@ from unified_rl.correction.penalty import Penalty
 from unified_rl.correction.pre import PRES
 from unified_rl.correction.reduce import REDUCTIONS
 from unified_rl.correction.rules import Rules
+from unified_rl.correction.score import Score, unit_advantage
 from unified_rl.correction.specs import as_rule, bind, check_keys, nearest
 from unified_rl.correction.tables import (
     EXTRA_ANCHORS,
@@ -34,7 +35,6 @@ from unified_rl.correction.tables import (
 from unified_rl.correction.thin import THINS
 from unified_rl.correction.view import ANCHORS, View, anchor_log_prob, difference, finite, masked, safe
 from unified_rl.errors import ConfigError, RecordError
-from unified_rl.units import Steps
 
 Node = str | Mapping[str, Any]
 
@@ -184,7 +184,7 @@ class Correction:
         wrapper, provider = self.wrapper.get("name"), self.proximal.get("provider", "snapshot")
         if wrapper is not None and wrapper not in wrappers:
             raise ConfigError(
-                f"correction {self.name} is more than a loss: it also needs {wrapper!r}, which this trainer does not do; "
+                f"correction {self.name} is more than a loss: it also needs {wrapper!r}, which this trainer lacks; "
                 "set correction.wrapper=null to train with its loss alone"
             )
         if provider not in providers:
@@ -217,7 +217,7 @@ class Correction:
         if log_prob is None and self.needs_full_pass:
             raise RecordError(f"correction {self.name or self.kernel_name} needs the current log-probs in prepare")
         dtype = torch.float32 if log_prob is None or log_prob.dtype != torch.float64 else torch.float64
-        stats = {"advantage": _unit_advantage(batch, mask, dtype, optional=self.kernel_name in OWN_ADVANTAGE)}
+        stats = {"advantage": unit_advantage(batch, mask, dtype, optional=self.kernel_name in OWN_ADVANTAGE)}
         keep = self._rules.apply(log_prob, batch, stats)
         if self.denominator == "kept" and log_prob is not None:
             d = self._unit_log_ratio(log_prob, batch)
@@ -258,7 +258,7 @@ class Correction:
             weight = self._kernel(view) * (view.advantage * view.row("coefficient"))
             outer = stats.get("weight", None)
             weight = masked(ok, weight if outer is None else weight.mul_(outer))
-        policy = _Score.apply(log_prob, weight) if x is None else -(weight * x).sum()
+        policy = Score.apply(log_prob, weight) if x is None else -(weight * x).sum()
         metrics = {"loss/policy": policy.detach(), "reject/fraction": _rejected(stats)}
         loss = policy
         if self._penalties:
@@ -352,21 +352,6 @@ FIELDS = tuple(name for name in Correction.__init__.__annotations__ if name != "
 """The fields of a correction's configuration."""
 
 
-class _Score(torch.autograd.Function):
-    """``-(weight * log_prob).sum()`` in one operation each way; log-probs under a weight of 0 may be anything."""
-
-    @staticmethod
-    def forward(ctx: Any, log_prob: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.dtype = log_prob.dtype
-        return -(weight * log_prob.nan_to_num(0.0, 0.0, 0.0)).sum()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (weight,) = ctx.saved_tensors
-        return (weight * -gradient).to(ctx.dtype), None
-
-
 def _identity(x: Tensor) -> Tensor:
     return x
 
@@ -380,25 +365,3 @@ def _rejected(stats: TensorDictBase) -> Tensor:
 def _check_shape(log_prob: Tensor | None, mask: Tensor) -> None:
     if log_prob is not None and log_prob.shape != mask.shape:
         raise RecordError(f"log_prob has shape {tuple(log_prob.shape)}, but the mask is {tuple(mask.shape)}")
-
-
-def _unit_advantage(batch: TensorDictBase, mask: Tensor, dtype: torch.dtype, *, optional: bool) -> Tensor:
-    """The advantage of each unit ``[B, N]``, from one a row, a step or a unit."""
-    advantage = batch.get("advantage", None)
-    if advantage is None:
-        if optional:
-            return torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-        raise RecordError(
-            "the batch has no advantage: set it with group_advantage, gae or vtrace of unified_rl.returns"
-        )
-    advantage = advantage.detach().to(dtype)
-    if advantage.shape == mask.shape:
-        return advantage
-    if advantage.shape == mask.shape[:1]:
-        return advantage.unsqueeze(-1).expand(mask.shape)
-    if advantage.shape == batch["reward"].shape:
-        return Steps.of(batch).broadcast(advantage)
-    raise RecordError(
-        f"advantage has shape {tuple(advantage.shape)}; expected one a row {tuple(mask.shape[:1])}, a step "
-        f"{tuple(batch['reward'].shape)} or a unit {tuple(mask.shape)}"
-    )
