@@ -14,12 +14,16 @@ from torch import Tensor, nn
 
 from unified_rl.agents.baselines import Baseline, StateBaseline, TokenBaseline, critic_advantage, regression_loss
 from unified_rl.correction import Correction
+from unified_rl.correction.proximal import MovingAverage, interpolated
 from unified_rl.errors import ConfigError
 from unified_rl.objectives import Optimizer
 from unified_rl.replay import Replay
 from unified_rl.returns import group_advantage
 from unified_rl.training.metrics import Means
 from unified_rl.units import record_from_steps, split_episodes, split_steps, trim_units, validate_record
+
+PROVIDERS = ("snapshot", "average", "interpolated")
+"""Where the proximal policy of a decoupled correction comes from."""
 
 
 class PolicyGradient:
@@ -96,6 +100,8 @@ class PolicyGradient:
         seed: int = 0,
     ) -> None:
         self.language = hasattr(policy, "generate")
+        correction.check_domain(discrete=self.language or getattr(policy, "supports_discrete", False))
+        correction.require_support(providers=PROVIDERS)
         if advantage not in ("auto", "critic", "group"):
             raise ConfigError(f"agent.advantage is {advantage!r}; it is one of auto, critic, group")
         self.use_critic = advantage == "critic" or (advantage == "auto" and not self.language)
@@ -127,6 +133,10 @@ class PolicyGradient:
             modules["critic"] = self.baseline.module.to(self.device)
         self.optimizer = Optimizer(modules, lr, weight_decay=weight_decay, eps=adam_eps, max_grad_norm=max_grad_norm)
         self.reference = copy.deepcopy(policy).requires_grad_(False) if correction.needs("reference") else None
+        self.provider = correction.proximal.get("provider", "snapshot")
+        self.average = None
+        if self.provider == "average":
+            self.average = MovingAverage(policy, float(correction.proximal.get("decay", 0.9)))
         self._score = torch.compile(policy.log_prob) if compile else policy.log_prob
         self.version = 0
         self.checked = False
@@ -157,6 +167,8 @@ class PolicyGradient:
         metrics |= self._optimize(split_steps(record) if self.shuffle_steps else record)
         if not self.language:
             self._update_normalizers(record)
+        if self.average is not None:
+            self.average.update(self.policy)
         self.version += 1
         return metrics
 
@@ -206,18 +218,30 @@ class PolicyGradient:
             assert self.baseline is not None
             critic_advantage(record, self.baseline, self.lam, self.off_policy_targets, self.normalize_advantage)
         else:
-            record["advantage"] = group_advantage(_row_return(record), record["group"], **self.correction.advantage)
-            record["advantage"] = record["advantage"][:, None].expand_as(record["reward"]).contiguous()
+            record["advantage"] = self._group_advantage(record)
         metrics["train/zero_advantage"] = (record["advantage"] == 0).float().mean()
         return record
 
+    def _group_advantage(self, record: TensorDict) -> Tensor:
+        """The group baseline that the correction wants, the same for every step of a row, ``[B, T]``."""
+        settings = dict(self.correction.advantage)
+        if settings.get("baseline") == "weighted":
+            settings["weight"] = record["mask"].sum(-1).to(torch.float32)
+        advantage = group_advantage(_row_return(record), record["group"], **settings)
+        return advantage[:, None].expand_as(record["reward"]).contiguous()
+
     def _add_anchors(self, record: TensorDict) -> None:
         if self.correction.needs("proximal") or self.off_policy_targets:
-            stale = bool((record["policy_version"] != self.version).any())
-            fresh = record["behavior_log_prob"]
-            record["proximal_log_prob"] = self._chunked(self.policy, record) if stale else fresh.clone()
+            record["proximal_log_prob"] = self._proximal(record)
         if self.reference is not None:
             record["reference_log_prob"] = self._chunked(self.reference, record)
+
+    def _proximal(self, record: TensorDict) -> Tensor:
+        """Log-probs at the start of the update; those of fresh rows are the behavior's, without a forward pass."""
+        if self.average is not None:
+            return self._chunked(self.average.module, record)
+        stale = bool((record["policy_version"] != self.version).any())
+        return self._chunked(self.policy, record) if stale else record["behavior_log_prob"].clone()
 
     def _chunked(self, policy: Any, record: TensorDict) -> Tensor:
         size = self.micro_batch or len(record)
@@ -245,8 +269,9 @@ class PolicyGradient:
         parts = [batch] if not self.micro_batch else list(batch.split(self.micro_batch))
         if len(parts) > 1:
             with torch.no_grad():
-                needed = self.correction.needs_full_pass or want_diagnostics
+                needed = self.correction.needs_full_pass or want_diagnostics or self.provider == "interpolated"
                 scored = self._chunked(self.policy, batch) if needed else batch["behavior_log_prob"]
+            self._interpolate(batch, scored)
             stats = self.correction.prepare(scored, batch)
             split_stats = list(stats.split(self.micro_batch))
         diagnostics: dict[str, Any] = {}
@@ -256,6 +281,7 @@ class PolicyGradient:
             log_prob = self._score(part).log_prob
             if len(parts) == 1:
                 scored = log_prob.detach()
+                self._interpolate(batch, scored)
                 stats = self.correction.prepare(scored, batch)
                 split_stats = [stats]
             out = self.correction.loss(log_prob, part, split_stats[index])
@@ -268,6 +294,13 @@ class PolicyGradient:
         assert total is not None
         norm = self.optimizer.step(total)
         return {**means.pop_tensors(), "loss/total": total, "grad/norm": norm}, diagnostics
+
+    def _interpolate(self, batch: TensorDict, log_prob: Tensor) -> None:
+        """Sets the proximal policy between behavior and current by age, where the correction wants that."""
+        if self.provider == "interpolated":
+            batch["proximal_log_prob"] = interpolated(
+                log_prob, batch["behavior_log_prob"], batch["policy_version"], self.version
+            )
 
     def _extra(self, part: TensorDict, means: Means, share: float) -> Tensor | float:
         """Value loss and entropy bonus of a micro-batch that is ``share`` of its batch."""
@@ -297,11 +330,17 @@ class PolicyGradient:
             "policy": dict(self.policy.state_dict()),
             "critic": dict(self.baseline.module.state_dict()) if self.baseline is not None else None,
             "reference": dict(self.reference.state_dict()) if self.reference is not None else None,
+            "average": self._average_state(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "version": self.version,
             "checked": self.checked,
         }
+
+    def _average_state(self) -> dict[str, Any] | None:
+        if self.average is None:
+            return None
+        return {"module": dict(self.average.module.state_dict()), "weight": self.average.weight}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
@@ -310,6 +349,9 @@ class PolicyGradient:
             self.baseline.module.load_state_dict(state["critic"])
         if self.reference is not None:
             self.reference.load_state_dict(state["reference"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"]["module"])
+            self.average.weight = state["average"]["weight"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.version, self.checked = state["version"], state["checked"]
