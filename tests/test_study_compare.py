@@ -193,6 +193,12 @@ def test_the_display_reads_progress_from_the_runs_own_metrics(tmp_path: Path) ->
         assert [t.completed for t in display.progress.tasks] == [1]
 
 
+def test_a_schedule_hands_out_as_many_jobs_as_there_are_free_workers(tmp_path: Path) -> None:
+    jobs = [Job(slug, tmp_path / slug, {}, {}) for slug in ("a", "b", "c")]
+    schedule = Schedule(jobs)
+    assert (schedule.ready(2), schedule.ready(0), schedule.ready(1)) == (jobs[:2], [], jobs[2:])
+
+
 def test_jobs_under_way_at_a_death_run_again_one_at_a_time(tmp_path: Path) -> None:
     """Only a job that dies alone is blamed; one that waited in the queue meanwhile is no suspect."""
     jobs = [Job(slug, tmp_path / slug, {}, {}) for slug in ("a", "b", "queued")]

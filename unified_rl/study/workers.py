@@ -65,7 +65,8 @@ def run_jobs(
         KeyboardInterrupt: after every run under way has written its checkpoint.
     """
     schedule = Schedule(jobs)
-    if workers == 0:
+    watch([], schedule.ended)
+    if workers == 0 or not schedule.waiting:
         _run_inline(schedule, allow, train, watch)
     else:
         with _threads_of_workers(), _interrupt_on_terminate():
@@ -93,15 +94,15 @@ class Schedule:
         """Jobs that need no more work."""
         return len(self.done) + len(self.failed)
 
-    def ready(self) -> list[Job]:
-        """Takes the jobs that can start now; those whose start failed fail with it."""
+    def ready(self, room: int | None = None) -> list[Job]:
+        """Takes the jobs that can start now, ``room`` at most; those whose start failed fail with it."""
         for job in [j for j in self.waiting if j.needs in self.failed]:
             self.waiting.remove(job)
             self.failed[job.slug] = f"its warm start {job.needs} failed"
         if self.suspects:
             found = [] if self.running else [self.suspects.pop()]
         else:
-            found = [j for j in self.waiting if j.needs is None or j.needs in self.done]
+            found = [j for j in self.waiting if j.needs is None or j.needs in self.done][:room]
             self.waiting = [j for j in self.waiting if j not in found]
         self.running |= {job.slug for job in found}
         return found
@@ -179,7 +180,7 @@ def _run_pool(
         pending: dict[Future[str | None], Job] = {}
         try:
             while True:
-                for job in schedule.ready():
+                for job in schedule.ready(workers - len(pending)):  # none waits inside the pool, where Ctrl-C misses it
                     pending[pool.submit(execute, job, allow, train, str(markers / job.slug))] = job
                 if not pending:
                     return
@@ -201,7 +202,7 @@ def _run_pool(
 
 def _interrupt(markers: Path) -> None:
     """Asks the runs under way to checkpoint and end."""
-    print("\nstopping: the runs under way write their checkpoints", file=sys.stderr)
+    print("\nstopping: the runs under way write their checkpoints; the same command goes on with them", file=sys.stderr)
     for path in markers.iterdir():
         with contextlib.suppress(OSError, ValueError):
             os.kill(int(path.read_text()), signal.SIGINT)
