@@ -1,4 +1,4 @@
-"""Maps envs/, agents/ and configs/ into the unified_rl namespace; the package list is computed so no subfolder is lost."""
+"""Maps envs/, agents/ and configs/ into the unified_rl namespace; the list of packages is computed, never kept."""
 
 from setuptools import find_packages, setup
 

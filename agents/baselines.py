@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import Tensor
 
 from unified_rl.objectives import value_loss
 from unified_rl.policies.critics import ValueCritic
 from unified_rl.policies.token_critic import TokenCritic
 from unified_rl.returns import gae, vtrace
 from unified_rl.units import Steps
-
-
-class Baseline(Protocol):
-    """What :class:`~unified_rl.agents.policy_gradient.PolicyGradient` asks of a critic."""
-
-    module: nn.Module
-
-    def values(self, record: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Values of the states acted in, with gradient, and the mask of those that count, same shape."""
-        ...
-
-    def scan_inputs(self, record: TensorDictBase) -> dict[str, Tensor]:
-        """``reward``, ``value``, ``next_value``, ``terminated``, ``done``, ``gamma`` and ``log_ratio`` of one scan."""
-        ...
 
 
 class StateBaseline:
@@ -37,11 +23,11 @@ class StateBaseline:
         self.module = ValueCritic(policy.observation_dim, hidden, normalize_observation=normalize, seed=seed)
 
     def values(self, record: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """``[B, T]`` values and step mask."""
+        """``[B, T]`` values, with gradient, and the mask of steps that count."""
         return self.module(record["observation"]), record["step_mask"]
 
     def scan_inputs(self, record: TensorDictBase) -> dict[str, Tensor]:
-        """Everything per step, ``[B, T]``."""
+        """The arguments of :func:`~unified_rl.returns.gae` per step, ``[B, T]``, and the log-ratio where it is known."""
         inputs = {
             "reward": record["reward"],
             "value": self.module(record["observation"]),
@@ -49,6 +35,7 @@ class StateBaseline:
             "terminated": record["terminated"],
             "done": record["terminated"] | record["truncated"] | _episode_ends(record),
             "gamma": record["discount"],
+            "mask": record["step_mask"],
         }
         if "proximal_log_prob" in record.keys():
             inputs["log_ratio"] = Steps.of(record).sum(record["proximal_log_prob"] - record["behavior_log_prob"])
@@ -67,11 +54,11 @@ class TokenBaseline:
         self.module = TokenCritic(policy.tokenizer, policy.max_length, **trunk, seed=seed)
 
     def values(self, record: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """``[B, N]`` values and the mask of sampled tokens."""
+        """``[B, N]`` values, with gradient, and the mask of sampled tokens."""
         return self.module.values(record), record["mask"]
 
     def scan_inputs(self, record: TensorDictBase) -> dict[str, Tensor]:
-        """Everything per token, ``[B, N]``."""
+        """The arguments of :func:`~unified_rl.returns.gae` per token, ``[B, N]``, and the log-ratio where it is known."""
         mask, value = record["mask"], self.module.values(record)
         column = torch.arange(mask.shape[1], device=mask.device)
         last = last_units(record)
@@ -91,10 +78,14 @@ class TokenBaseline:
             "terminated": end & over,
             "done": end,
             "gamma": gamma,
+            "mask": mask,
         }
         if "proximal_log_prob" in record.keys():
             inputs["log_ratio"] = record["proximal_log_prob"] - record["behavior_log_prob"]
         return inputs
+
+
+Baseline: TypeAlias = StateBaseline | TokenBaseline
 
 
 def last_units(record: TensorDictBase) -> Tensor:
@@ -111,15 +102,15 @@ def critic_advantage(record: TensorDict, baseline: Baseline, lam: float, off_pol
 
     Shapes are the baseline's: ``[B, T]`` for steps, ``[B, N]`` for tokens.
     """
-    inputs = baseline.scan_inputs(record)
-    log_ratio = inputs.pop("log_ratio", None)
-    gamma, mask = inputs.pop("gamma"), baseline.values(record)[1]
+    scan = baseline.scan_inputs(record)
+    log_ratio = scan.pop("log_ratio", None)
     if off_policy:
-        advantage, target = vtrace(*inputs.values(), log_ratio, gamma, lam=lam, mask=mask)  # type: ignore[arg-type]
+        assert log_ratio is not None
+        advantage, target = vtrace(log_ratio=log_ratio, lam=lam, **scan)
     else:
-        advantage, target = gae(*inputs.values(), gamma, lam, mask=mask)
-    record["advantage"] = standardise(advantage, mask) if normalize else advantage
-    record["value_target"], record["value"] = target, inputs["value"]
+        advantage, target = gae(lam=lam, **scan)
+    record["advantage"] = standardise(advantage, scan["mask"]) if normalize else advantage
+    record["value_target"], record["value"] = target, scan["value"]
 
 
 def regression_loss(baseline: Baseline, part: TensorDictBase, clip: float | None) -> Tensor:

@@ -125,11 +125,10 @@ class PolicyGradient:
         self.baseline: Baseline | None = None
         modules: dict[str, nn.Module] = {"policy": policy}
         if self.use_critic:
-            self.baseline = (
-                TokenBaseline(policy, critic_config, seed)
-                if self.language
-                else StateBaseline(policy, critic_hidden, seed)
-            )
+            if self.language:
+                self.baseline = TokenBaseline(policy, critic_config, seed)
+            else:
+                self.baseline = StateBaseline(policy, critic_hidden, seed)
             modules["critic"] = self.baseline.module.to(self.device)
         self.optimizer = Optimizer(modules, lr, weight_decay=weight_decay, eps=adam_eps, max_grad_norm=max_grad_norm)
         self.reference = copy.deepcopy(policy).requires_grad_(False) if correction.needs("reference") else None
@@ -250,7 +249,8 @@ class PolicyGradient:
     # ------------------------------------------------------------------ optimiser steps
 
     def _optimize(self, rows: TensorDict) -> dict[str, Any]:
-        means, first = Means(), {}
+        means = Means()
+        first: dict[str, Any] = {}
         size = min(self.minibatch or len(rows), len(rows))
         for _ in range(self.epochs):
             whole = size == len(rows)
@@ -319,8 +319,9 @@ class PolicyGradient:
     def _update_normalizers(self, record: TensorDict) -> None:
         seen = record["observation"][record["step_mask"]]
         for module in (self.policy, self.baseline.module if self.baseline is not None else None):
-            if module is not None and hasattr(module, "update_normalizer"):
-                module.update_normalizer(seen)
+            update: Any = getattr(module, "update_normalizer", None)
+            if update is not None:
+                update(seen)
 
     # ------------------------------------------------------------------ state
 

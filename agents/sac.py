@@ -104,9 +104,9 @@ class SAC:
         self.log_alpha = torch.tensor(math.log(alpha), device=self.device, requires_grad=tune_alpha)
         self.target_entropy = -float(policy.action_dim) if target_entropy is None else target_entropy
         self.actor_parameters = [p for p in policy.parameters() if p.requires_grad]
-        self.critic_parameters = list(self.critic.parameters())
-        self.target_parameters = list(self.target.parameters())
-        on_gpu = {"fused": True, "capturable": self.device.type == "cuda"}
+        self.critic_parameters: list[Tensor] = list(self.critic.parameters())
+        self.target_parameters: list[Tensor] = list(self.target.parameters())
+        on_gpu: dict[str, Any] = {"fused": True, "capturable": self.device.type == "cuda"}
         self.actor_adam = torch.optim.Adam(self.actor_parameters, lr=lr, **on_gpu)
         self.critic_adam = torch.optim.Adam(self.critic_parameters, lr=lr, **on_gpu)
         self.alpha_adam = torch.optim.Adam([self.log_alpha], lr=lr, **on_gpu) if tune_alpha else None

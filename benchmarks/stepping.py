@@ -19,6 +19,7 @@ import gymnasium
 import mujoco
 import numpy as np
 import torch
+
 from unified_rl.envs.control import TASKS, make_mujoco
 
 TARGETS = {"HalfCheetah-v5": (0.9, 1.4), "Ant-v5": (0.9, 1.3)}

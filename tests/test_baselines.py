@@ -48,9 +48,7 @@ def test_token_gae_is_the_hand_computed_trace_across_tool_text() -> None:
     rows = record(terminated=True)
     critic_advantage(rows, Fixed(value), lam=0.5, off_policy=False, normalize=False)
     last = 1.0 - 0.3
-    middle = (
-        0.5 + 0.9 * 0.3 - 0.2
-    ) + 0.9 * 0.5 * last  # a turn ends: discounted, the next token follows the tool
+    middle = (0.5 + 0.9 * 0.3 - 0.2) + 0.9 * 0.5 * last  # a turn ends: discounted, the next token follows the tool
     first = (0.2 - 0.1) + 0.5 * middle  # inside a turn the discount is 1
     torch.testing.assert_close(rows["advantage"], torch.tensor([[0.0, first, middle, 0.0, last, 0.0]]))
     torch.testing.assert_close(rows["value_target"][0, 4], torch.tensor(1.0))

@@ -64,7 +64,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path: Path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save_state", full)
-    with pytest.raises(CheckpointError, match="No space left.*earlier checkpoints are intact"):
+    with pytest.raises(CheckpointError, match=r"No space left.*earlier checkpoints are intact"):
         write_checkpoint(tmp_path, 2, {"x": torch.zeros(3)})
     assert [p.name for p in tmp_path.iterdir()] == ["step_000000000001"]
     assert torch.equal(read_checkpoint(checkpoints(tmp_path)[-1])["x"], torch.ones(3))

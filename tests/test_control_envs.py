@@ -14,6 +14,7 @@ from tensordict.nn import TensorDictModule
 from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.envs.utils import check_env_specs
+
 from unified_rl.envs.control import (
     ActionChunk,
     BatchedMujocoEnv,
@@ -22,7 +23,6 @@ from unified_rl.envs.control import (
     TwoRouteEnv,
     make_mujoco,
 )
-
 from unified_rl.errors import CheckpointError, ConfigError, NonFiniteError
 from unified_rl.rollout.protocols import ControlEnv, StepResult
 

@@ -6,8 +6,8 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from unified_rl.envs.control import ActionChunk, GymnasiumEnv
 
+from unified_rl.envs.control import ActionChunk, GymnasiumEnv
 from unified_rl.errors import CheckpointError, ConfigError
 
 

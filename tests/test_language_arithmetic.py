@@ -6,6 +6,7 @@ import random
 from fractions import Fraction
 
 import pytest
+
 from unified_rl.envs.language.arithmetic import evaluate
 
 

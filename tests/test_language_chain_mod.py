@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from unified_rl.envs.language import ChainMod
 
+from unified_rl.envs.language import ChainMod
 from unified_rl.errors import ConfigError
 
 

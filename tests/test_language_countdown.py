@@ -7,9 +7,9 @@ from itertools import permutations
 
 import pytest
 import torch
+
 from unified_rl.envs.language import Countdown
 from unified_rl.envs.language.countdown import fold
-
 from unified_rl.errors import ConfigError
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from unified_rl.envs.language import JsonlProblems, character_tokenizer
 from unified_rl.envs.language.verifiers import last_number, marked_number, parse_number, strip_calculations
-
 from unified_rl.errors import ConfigError, DataError
 
 GSM = {"question": "Ann has 48 clips and sells half. How many are left?", "answer": "48/2 = <<48/2=24>>24.\n#### 24"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from unified_rl.envs.language import Calculator, GuessNumber, LanguageTask
 from unified_rl.envs.language.calculator import reductions
-
 from unified_rl.errors import ConfigError
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+
 from unified_rl.envs.language import ReasoningGym
 from unified_rl.envs.language.gym_tasks import _items, is_plain
-
 from unified_rl.errors import ConfigError
 
 installed = pytest.mark.skipif(

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from unified_rl.envs.language.scoring import GuardedScorer, Score
 from unified_rl.envs.language.verifiers import MathVerifier
-
 from unified_rl.errors import ConfigError
 
 

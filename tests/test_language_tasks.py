@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
-from unified_rl.envs.language import Calculator, ChainMod, Countdown, GuessNumber, LanguageTask
 
+from unified_rl.envs.language import Calculator, ChainMod, Countdown, GuessNumber, LanguageTask
 from unified_rl.errors import ConfigError
 from unified_rl.rollout.protocols import LanguageEnv
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from unified_rl.envs.language import ChainMod, Codec, Segment, character_tokenizer, load_tokenizer, train_bpe
 from unified_rl.envs.language.chain_mod import ALPHABET
-
 from unified_rl.errors import ConfigError
 
 CORPUS = ["Tom has 48 apples and 7 pears.\n#### 55", "Ann sold 12 of her 30 clips, née 18.\n"] * 20

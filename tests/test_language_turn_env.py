@@ -8,6 +8,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule
 from torchrl.collectors import Collector
 from torchrl.envs.utils import check_env_specs
+
 from unified_rl.envs.language import Calculator, ChainMod, Countdown, GuessNumber, LanguageTurnEnv
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from unified_rl.training.metrics import MetricLog, Means
+from unified_rl.training.metrics import Means, MetricLog
 
 
 def test_means_average_tensors_and_floats_per_key() -> None:

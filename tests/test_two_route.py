@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from unified_rl.envs.control import TwoRouteEnv
 
 FORWARD, SIDE = [1.0, 0.0], [0.0, 1.0]
