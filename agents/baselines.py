@@ -27,7 +27,7 @@ class StateBaseline:
         return self.module(record["observation"]), record["step_mask"]
 
     def scan_inputs(self, record: TensorDictBase) -> dict[str, Tensor]:
-        """The arguments of :func:`~unified_rl.returns.gae` per step, ``[B, T]``, and the log-ratio where it is known."""
+        """Arguments of :func:`~unified_rl.returns.gae` per step, ``[B, T]``; the log-ratio where it is known."""
         inputs = {
             "reward": record["reward"],
             "value": self.module(record["observation"]),
@@ -58,7 +58,7 @@ class TokenBaseline:
         return self.module.values(record), record["mask"]
 
     def scan_inputs(self, record: TensorDictBase) -> dict[str, Tensor]:
-        """The arguments of :func:`~unified_rl.returns.gae` per token, ``[B, N]``, and the log-ratio where it is known."""
+        """Arguments of :func:`~unified_rl.returns.gae` per token, ``[B, N]``; the log-ratio where it is known."""
         mask, value = record["mask"], self.module.values(record)
         column = torch.arange(mask.shape[1], device=mask.device)
         last = last_units(record)
@@ -102,7 +102,7 @@ def critic_advantage(record: TensorDict, baseline: Baseline, lam: float, off_pol
 
     Shapes are the baseline's: ``[B, T]`` for steps, ``[B, N]`` for tokens.
     """
-    scan = baseline.scan_inputs(record)
+    scan: dict[str, Any] = dict(baseline.scan_inputs(record))
     log_ratio = scan.pop("log_ratio", None)
     if off_policy:
         assert log_ratio is not None
