@@ -27,7 +27,7 @@ def diagnose(
     Names: ``ess/unit``, ``ess/sequence`` (fractions) and ``..._count`` of the raw ratio current/behavior,
     ``ess/processed`` of the weights after the correction; ``kl/k1..k3`` of behavior from current; ``chi2`` and
     ``chi2/sequence``; ``ratio/max, min, mean, q05, q50, q95``; ``ratio/processed_max``; ``drift`` (mean
-    absolute log-ratio); ``ratio/clamped`` (share of log-ratios beyond the safety clamp); ``clip/fraction_positive``
+    absolute log-ratio); ``ratio/tail_index`` (see :func:`tail_index`); ``ratio/clamped`` (share of log-ratios beyond the safety clamp); ``clip/fraction``, ``_positive``
     and ``_negative`` (by sign of A: weight bounded, or 0); ``mask/fraction``; ``reject/fraction``, ``_positive``,
     ``_negative``, ``reject/rows``, ``reject/nonfinite``; ``weight/mean`` and ``weight/max`` (outer weights);
     ``staleness/mean`` and ``staleness/max`` where the version is given.
@@ -58,6 +58,7 @@ def diagnose(
     out["ratio/processed_max"] = masked(valid & ok, total).amax()
     out["ratio/clamped"] = (valid & (raw.abs() > CLAMP)).sum() / units
     out.update(_quantiles(ratio, valid))
+    out["ratio/tail_index"] = tail_index(ratio[valid])
     out.update(_shares(view, ok, kernel, truncating))
     out["mask/fraction"] = mask.float().mean()
     out["mask/units"] = mask.sum().float()
@@ -71,6 +72,19 @@ def diagnose(
 
 def _mean(x: Tensor, valid: Tensor) -> Tensor:
     return masked(valid, x).sum() / valid.sum().clamp(min=1)
+
+
+def tail_index(values: Tensor, share: float = 0.05) -> Tensor:
+    """Hill's estimate of the tail index of positive ``values [n]`` from their largest ``share``.
+
+    Below 2 the weights have no finite variance. ``1e6`` where the tail is flat or too few values are there. Source: A
+    Simple General Approach to Inference About the Tail of a Distribution (Hill, Annals of Statistics, 1975).
+    """
+    count = int(share * values.numel())
+    if count < 1:
+        return values.new_full((), 1e6)
+    top = values.topk(count + 1).values.log()
+    return 1.0 / (top[:-1] - top[-1]).mean().clamp(min=1e-6)
 
 
 def _quantiles(ratio: Tensor, valid: Tensor) -> dict[str, Tensor]:
@@ -93,6 +107,7 @@ def _shares(view: View, ok: Tensor, kernel: Tensor, truncating: bool) -> dict[st
     rows = mask.any(-1)
     out = {
         "reject/fraction": rejected.sum() / mask.sum().clamp(min=1),
+        "clip/fraction": (clipped & mask).sum() / mask.sum().clamp(min=1),
         "reject/rows": (rows & ~ok.any(-1)).sum() / rows.sum().clamp(min=1),
     }
     for name, side in (("positive", view.advantage > 0), ("negative", view.advantage < 0)):
