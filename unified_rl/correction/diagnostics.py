@@ -27,7 +27,8 @@ def diagnose(
     Names: ``ess/unit``, ``ess/sequence`` (fractions) and ``..._count`` of the raw ratio current/behavior,
     ``ess/processed`` of the weights after the correction; ``kl/k1..k3`` of behavior from current; ``chi2`` and
     ``chi2/sequence``; ``ratio/max, min, mean, q05, q50, q95``; ``ratio/processed_max``; ``drift`` (mean
-    absolute log-ratio); ``ratio/tail_index`` (see :func:`tail_index`); ``ratio/clamped`` (share of log-ratios beyond the safety clamp); ``clip/fraction``, ``_positive``
+    absolute log-ratio); ``ratio/tail_index`` (see :func:`tail_index`);
+    ``ratio/clamped`` (share of log-ratios beyond the safety clamp); ``clip/fraction``, ``_positive``
     and ``_negative`` (by sign of A: weight bounded, or 0); ``mask/fraction``; ``reject/fraction``, ``_positive``,
     ``_negative``, ``reject/rows``, ``reject/nonfinite``; ``weight/mean`` and ``weight/max`` (outer weights);
     ``staleness/mean`` and ``staleness/max`` where the version is given.
