@@ -6,6 +6,7 @@ PPO, GRPO, DAPO, V-trace actor-critics and their relatives are this agent with a
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -253,16 +254,20 @@ class PolicyGradient:
         first: dict[str, Any] = {}
         size = min(self.minibatch or len(rows), len(rows))
         for _ in range(self.epochs):
-            whole = size == len(rows)
-            order = None if whole else torch.randperm(len(rows), generator=self.generator).to(self.device)
-            for start in range(0, len(rows), size):
-                batch = rows if order is None else rows[order[start : start + size]]
+            for batch in self._minibatches(rows, size):
                 metrics, diagnostics = self._step(batch, want_diagnostics=not first)
                 means.add(metrics)
                 first = first or diagnostics
             if self.target_kl is not None and float(metrics["update/kl"]) > self.target_kl:
                 break
         return {**means.pop(), **first}
+
+    def _minibatches(self, rows: TensorDict, size: int) -> Sequence[TensorDict]:
+        """All rows in random order, cut into pieces of ``size``: one gather an epoch costs less than one a piece."""
+        if size == len(rows):
+            return [rows]
+        order = torch.randperm(len(rows), generator=self.generator).to(self.device)
+        return rows[order].split(size)
 
     def _step(self, batch: TensorDict, want_diagnostics: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         self.optimizer.zero_grad()

@@ -14,18 +14,22 @@ import csv
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from unified_rl.agents.sac import KEYS, SAC, prepare_batch
 from unified_rl.correction import load_correction
 from unified_rl.objectives import Optimizer
 from unified_rl.policies.causal_lm import CausalLM
+from unified_rl.policies.gaussian import GaussianPolicy
+from unified_rl.replay import Replay, Uniform
 
 
 class Figure(NamedTuple):
@@ -188,14 +192,132 @@ def bench_language(device: torch.device, smoke: bool) -> list[Figure]:
 # ---------------------------------------------------------------------------------------------------- control
 
 
+@dataclass(frozen=True)
+class ControlSize:
+    """Sizes of the SAC and replay parts."""
+
+    rows: int = 1_000_000
+    batch: int = 256
+    width: int = 256
+    observation: int = 17
+    action: int = 6
+    compared: int = 20
+    updates: int = 500
+    draws: int = 2000
+
+
+CONTROL_SMOKE = ControlSize(2000, 32, 32, 17, 6, 4, 4, 10)
+LOSS_TOLERANCE = 2e-3
+"""Largest relative difference of a loss between the ways to run an update, over the compared updates."""
+
+
+def control_rows(size: ControlSize, count: int, device: torch.device) -> TensorDict:
+    """Random transitions of HalfCheetah's shapes, the same on every device."""
+    g = torch.Generator().manual_seed(0)
+    items = {
+        "observation": torch.randn(count, size.observation, generator=g),
+        "action": torch.rand(count, size.action, generator=g) * 2 - 1,
+        "reward": torch.randn(count, generator=g),
+        "discount": torch.full((count,), 0.99),
+        "terminated": torch.rand(count, generator=g) < 0.01,
+        "next_observation": torch.randn(count, size.observation, generator=g),
+    }
+    return TensorDict(items, batch_size=[count]).to(device)
+
+
+def sac_agent(size: ControlSize, device: torch.device, **how: bool) -> SAC:
+    """A fresh agent; the same weights and noise at every call."""
+    wide = (size.width, size.width)
+    policy = GaussianPolicy(
+        size.observation, size.action, [-1.0] * size.action, [1.0] * size.action, squash=True,
+        state_dependent_std=True, hidden=wide, activation="relu", orthogonal=False,
+    ).to(device)  # fmt: skip
+    stream = torch.Generator(device).manual_seed(0)
+    return SAC(policy, stream, rows=1, batch_size=size.batch, critic_hidden=wide, device=str(device), **how)
+
+
+def sac_losses(agent: SAC, batches: Sequence[dict[str, Tensor]], noise: Tensor) -> Tensor:
+    """Critic and actor losses ``[n, 2]`` of one gradient step on each batch."""
+    step = agent.graph or agent.gradient_step
+    found = []
+    for batch, drawn in zip(batches, noise, strict=True):
+        metrics = step(batch, drawn, True)
+        found.append(torch.stack([metrics["loss/critic"], metrics["loss/policy"]]).clone())
+    return torch.stack(found).cpu()
+
+
 def bench_sac(device: torch.device, smoke: bool) -> list[Figure]:
-    """SAC updates a second: eager, compiled, captured in a CUDA graph. Not written yet: reports nothing."""
-    return []
+    """SAC updates a second, replay sample on the device included: eager, compiled, captured in a CUDA graph.
+
+    Raises:
+        RuntimeError: the losses of two ways differ by more than :data:`LOSS_TOLERANCE` on the same batches and noise.
+    """
+    size = CONTROL_SMOKE if smoke else ControlSize()
+    ways: dict[str, dict[str, bool]] = {"eager": {}, "compiled": {"compile": True}, "graphed": {"cuda_graph": True}}
+    if smoke:
+        print("sac: compiled and graphed are left out: without a CUDA device there is no graph, and compiling takes")
+        print("     minutes on a CPU for no gain")
+        ways = {"eager": {}}
+    replay = Replay(size.rows, sampler=Uniform(), device=str(device), seed=0)
+    replay.extend(control_rows(size, size.rows, device))
+    batches = [prepare_batch(replay.sample(size.batch, keys=KEYS), device) for _ in range(size.compared)]
+    generator = torch.Generator(device).manual_seed(1)
+    noise = torch.randn(size.compared, 2, size.batch, size.action, generator=generator, device=device)
+    reference, figures = torch.empty(0), []
+    for name, how in ways.items():
+        agent = sac_agent(size, device, **how)
+        losses = sac_losses(agent, batches, noise)
+        reference = losses if name == "eager" else reference
+        gap = float(((losses - reference).abs() / reference.abs().clamp(min=1e-2)).max())
+        if not gap <= LOSS_TOLERANCE:
+            raise RuntimeError(f"sac {name}: a loss differs from the eager one by {gap:.2g} (bound {LOSS_TOLERANCE})")
+        spent, _ = timed(functools.partial(train_repeatedly, agent, replay, size.updates), device)
+        setting = f"batch {size.batch}, 2x{size.width}, {name}"
+        figures.append(Figure("sac", setting, "update rate", size.updates / spent, "updates/s"))
+        figures.append(Figure("sac", setting, "largest relative difference of a loss from eager", gap, ""))
+    return figures
+
+
+def train_repeatedly(agent: SAC, replay: Replay, count: int) -> None:
+    """``count`` gradient steps in one update, with one look at the losses at the end, as after a collection."""
+    agent.rows = count
+    agent.update(replay)
 
 
 def bench_replay(device: torch.device, smoke: bool) -> list[Figure]:
-    """Replay held on the device: sample and extend. Not written yet: reports nothing."""
-    return []
+    """Sampling to the device and writing rows made there, with the replay stored on the device and on the CPU."""
+    size = CONTROL_SMOKE if smoke else ControlSize()
+    batch = control_rows(size, size.batch, device)
+    figures = []
+    for name, place in (("stored on the device", device), ("stored on the CPU", torch.device("cpu"))):
+        replay = Replay(size.rows, sampler=Uniform(), device=str(place), seed=0)
+        replay.extend(control_rows(size, size.rows, place))
+        calls: dict[str, Callable[[], object]] = {
+            "sample": functools.partial(sample_to, replay, size.batch, device),
+            "extend": functools.partial(extend_from, replay, batch, place),
+        }
+        for what, call in calls.items():
+            timed(functools.partial(repeat, call, 10), device)
+            spent, _ = timed(functools.partial(repeat, call, size.draws), device)
+            setting = f"{size.rows:,} rows, {size.batch} a call, {name}"
+            figures.append(Figure("replay", setting, what, 1e6 * spent / size.draws, "us"))
+    return figures
+
+
+def sample_to(replay: Replay, count: int, device: torch.device) -> TensorDict:
+    """A batch on the device that trains."""
+    return replay.sample(count, keys=KEYS).to(device)
+
+
+def extend_from(replay: Replay, batch: TensorDict, place: torch.device) -> None:
+    """Writes rows that lie on the device that trains."""
+    replay.extend(batch.to(place))
+
+
+def repeat(call: Callable[[], object], count: int) -> None:
+    """Calls ``count`` times."""
+    for _ in range(count):
+        call()
 
 
 PARTS: dict[str, Callable[[torch.device, bool], list[Figure]]] = {
