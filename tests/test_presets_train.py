@@ -47,3 +47,20 @@ def test_a_preset_moves_the_policy_and_reports_its_staleness(preset: str, domain
     assert float(metrics["staleness/max"]) == 1.0
     assert 0.0 < float(metrics["ess/unit"]) <= 1.0 and float(metrics["kl/k3"]) > 0.0
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.agent.policy.parameters(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("domain", list(DOMAINS))
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_a_whole_run_on_the_gpu_learns_the_numbers_of_the_cpu(domain: str, compiled: str, tmp_path: Path) -> None:
+    weights = []
+    for device, compile in (("cpu", "false"), ("cuda", compiled)):
+        overrides = [*DOMAINS[domain], "agent=policy_gradient", "correction=ppo", "steps=64", f"device={device}"]
+        trainer = Job(compose([*overrides, f"agent.compile={compile}"])).make_trainer(tmp_path / device)
+        reference = Job(compose(overrides[:-1])).make_trainer(tmp_path)
+        rows, _ = reference.rollout.collect(0)  # the same rows for both: random numbers differ between devices
+        trainer.replay.extend(rows)
+        trainer.agent.update(trainer.replay)
+        weights.append(torch.cat([p.detach().flatten().cpu() for p in trainer.agent.policy.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-4, rtol=1e-3)

@@ -73,7 +73,7 @@ class ControlRollout:
             ``rollout/success``.
 
         Raises:
-            NonFiniteError: a NaN or infinity in an observation or reward; names the simulation and the step.
+            NonFiniteError: a NaN or infinity in an action, observation or reward; names the simulation and the step.
         """
         if self._observation is None:
             self._observation = self.env.reset_batch()
@@ -81,8 +81,11 @@ class ControlRollout:
         for step in range(self.horizon):
             observation = self._observation
             sample = self._act(observation)
-            result = self.env.step_batch(sample["action"].to("cpu"))
-            self._check_finite(result.next_observation, result.reward)
+            action = sample["action"].to("cpu")
+            self._check_finite("the policy's action", action)
+            result = self.env.step_batch(action)
+            self._check_finite("the environment's observation", result.next_observation)
+            self._check_finite("the environment's reward", result.reward)
             self._write(step, observation, sample, result, version)
             finished = self._advance(result)
             if finished is not None:
@@ -140,15 +143,14 @@ class ControlRollout:
         self._length[done] = 0
         return finished
 
-    def _check_finite(self, observation: Tensor, reward: Tensor) -> None:
-        for name, value in (("observation", observation), ("reward", reward)):
-            finite = torch.isfinite(value)
-            if not bool(finite.all()):
-                lane = int((~finite.reshape(self.num_envs, -1).all(-1)).nonzero()[0])
-                raise NonFiniteError(
-                    f"the environment's {name} is not finite (simulation {lane}, environment step {self.steps}); "
-                    "check the environment or lower the action bounds"
-                )
+    def _check_finite(self, name: str, value: Tensor) -> None:
+        finite = torch.isfinite(value)
+        if not bool(finite.all()):
+            lane = int((~finite.reshape(self.num_envs, -1).all(-1)).nonzero()[0])
+            raise NonFiniteError(
+                f"{name} is not finite (simulation {lane}, environment step {self.steps}); "
+                "check the environment, or lower the learning rate or the action bounds"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Environment, episode bookkeeping and the action stream."""
