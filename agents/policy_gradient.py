@@ -266,7 +266,7 @@ class PolicyGradient:
         """All rows in random order, cut into pieces of ``size``: one gather an epoch costs less than one a piece."""
         if size == len(rows):
             return [rows]
-        order = torch.randperm(len(rows), generator=self.generator).to(self.device)
+        order = torch.randperm(len(rows), generator=self.generator, device=self.device)
         return rows[order].split(size)
 
     def _step(self, batch: TensorDict, want_diagnostics: bool) -> tuple[dict[str, Any], dict[str, Any]]:
