@@ -1,0 +1,44 @@
+"""The table of finished runs."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from unified_rl.errors import ConfigError
+from unified_rl.study.table import export, main, summarize
+
+
+def run(folder: Path, agent: str, scores: list[float]) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump({"choices": {"agent": agent}, "agent": {}}))
+    rows = [
+        {"update": i, "steps": 10 * i, "wall_seconds": 0.0, "eval/score": s, "x": 1.0} for i, s in enumerate(scores)
+    ]
+    rows.append({"update": 9, "steps": 90, "wall_seconds": 0.0, "x": 2.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (folder / "metrics.csv").open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, ["update", "steps", "wall_seconds", "eval/score", "x"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def test_table_shows_start_end_and_interval_by_agent(tmp_path: Path) -> None:
+    runs = [run(tmp_path / "a1", "sac", [1.0, 4.0]), run(tmp_path / "a2", "sac", [3.0, 8.0])]
+    runs.append(run(tmp_path / "b", "ppo", [0.0, 5.0]))
+    rows = {row["agent"]: row for row in summarize(runs, "agent")}
+    assert rows["sac"]["mean at the start"] == "2" and rows["sac"]["mean at the end"] == "6"
+    assert rows["sac"]["IQM"] == "6" and rows["sac"]["95 % interval"] == "[4, 8]"
+    assert rows["sac"]["each seed"] == "4 8" and rows["ppo"]["95 % interval"] == "one seed: none"
+    export(runs, tmp_path / "out")
+    written = list(csv.DictReader((tmp_path / "out" / "a1.csv").open()))
+    assert [row["eval/score"] for row in written] == ["1.0", "4.0"] and "x" not in written[0]
+
+
+def test_a_run_without_the_metric_and_a_folder_that_is_no_run_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a1 logged no eval/return"):
+        summarize([run(tmp_path / "a1", "sac", [1.0])], "agent", "eval/return")
+    assert main([str(tmp_path)]) == 2
