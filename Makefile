@@ -6,7 +6,8 @@ TEST_WORKERS ?= 2
 TESTS ?= tests
 INPUTS := pyproject.toml setup.py constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-BENCHMARKS := $(filter-out benchmarks/gpu.py benchmarks/__init__.py,$(wildcard benchmarks/[a-z]*.py))
+BENCHMARKS := $(filter-out gpu table,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
+BENCH_OUT ?= build/benchmarks
 # One thread a process, and waiting threads that sleep: shared cores stay usable, runs are up to 4x faster on them.
 export OMP_WAIT_POLICY ?= PASSIVE
 export OMP_NUM_THREADS ?= 1
@@ -27,7 +28,10 @@ lint: $(VENV)/.installed-dev build/typed
 	MYPYPATH=build/typed $(BIN)/mypy -p unified_rl
 
 bench: $(VENV)/.installed-bench
-	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file; done
+	@mkdir -p $(BENCH_OUT)
+	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; \
+		HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/$$name.py --csv $(BENCH_OUT)/$$name.csv; done
+	@$(BIN)/python benchmarks/table.py $(BENCH_OUT)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no virtual environment: on Debian, apt-get install python3-venv"; exit 1; }

@@ -290,7 +290,7 @@ class PolicyGradient:
                 stats = self.correction.prepare(scored, batch)
                 split_stats = [stats]
             out = self.correction.loss(log_prob, part, split_stats[index])
-            loss = out.loss + self._extra(part, means, len(part) / len(batch))
+            loss = out.loss + self._extra(part, batch, means)
             loss.backward()
             total = loss.detach() if total is None else total + loss.detach()
             means.add({**out.metrics, "update/kl": _behavior_kl(log_prob.detach(), part)})
@@ -307,18 +307,18 @@ class PolicyGradient:
                 log_prob, batch["behavior_log_prob"], batch["policy_version"], self.version
             )
 
-    def _extra(self, part: TensorDict, means: Means, share: float) -> Tensor | float:
-        """Value loss and entropy bonus of a micro-batch that is ``share`` of its batch."""
+    def _extra(self, part: TensorDict, whole: TensorDict, means: Means) -> Tensor | float:
+        """Value loss and entropy bonus of a micro-batch; those of all of them add up to the whole batch's."""
         extra: Tensor | float = 0.0
         if self.baseline is not None:
             error = regression_loss(self.baseline, part, self.value_clip)
             means.add({"loss/value": error.detach()})
-            extra = extra + self.value_coef * error * share
+            extra = extra + self.value_coef * error * _share(part, whole, self.baseline.mask_key)
         if self.entropy_coef:
             entropy = self.policy.entropy(part)
             entropy = torch.where(part["mask"], entropy, 0.0).sum() / part["mask"].sum().clamp(min=1)
             means.add({"policy/entropy": entropy.detach()})
-            extra = extra - self.entropy_coef * entropy * share
+            extra = extra - self.entropy_coef * entropy * _share(part, whole, "mask")
         return extra
 
     def _update_normalizers(self, record: TensorDict) -> None:
@@ -361,6 +361,11 @@ class PolicyGradient:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.version, self.checked = state["version"], state["checked"]
+
+
+def _share(part: TensorDict, whole: TensorDict, key: str) -> Tensor | float:
+    """Share of the masked-in entries of ``whole`` that lie in ``part``."""
+    return 1.0 if part is whole else part[key].sum() / whole[key].sum().clamp(min=1)
 
 
 def _behavior_kl(log_prob: Tensor, batch: TensorDictBase) -> Tensor:

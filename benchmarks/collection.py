@@ -153,8 +153,9 @@ def main() -> None:
     if args.csv:
         with args.csv.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["simulations", "round", *(f"{name}_steps_per_cpu_second" for name in rows[0])])
-            writer.writerows([args.simulations, i, *map(round, row.values())] for i, row in enumerate(rows))
+            names = ("own", "bare", "floor", "torchrl")
+            writer.writerow(["simulations", "round", *(f"{name}_steps_per_cpu_second" for name in names)])
+            writer.writerows([args.simulations, i, *(round(row[n]) for n in names)] for i, row in enumerate(rows))
 
 
 if __name__ == "__main__":
