@@ -18,6 +18,8 @@ from unified_rl.units import Steps
 class StateBaseline:
     """``V(s)`` per environment step; the true successor is bootstrapped at truncations."""
 
+    mask_key = "step_mask"
+
     def __init__(self, policy: Any, hidden: tuple[int, ...], seed: int) -> None:
         normalize = getattr(policy, "normalizer", None) is not None
         self.module = ValueCritic(policy.observation_dim, hidden, normalize_observation=normalize, seed=seed)
@@ -48,6 +50,8 @@ class TokenBaseline:
     An answer cut by its budget bootstraps from the value before its last token ("Truncated Proximal Policy
     Optimization", arXiv:2506.15050).
     """
+
+    mask_key = "mask"
 
     def __init__(self, policy: Any, config: dict[str, Any] | None, seed: int) -> None:
         trunk = {"trunk": policy} if config is None else {"config": config}

@@ -236,7 +236,9 @@ def test_tool_replies_are_masked_out_and_rewards_land_on_the_turn_that_answers()
     class Planned(Scripted):
         """Conversations come in the order of the active rows; each goes on with its own plan."""
 
-        active = list(range(4))
+        def __init__(self) -> None:
+            super().__init__(env, lambda context, number: "")
+            self.active = list(range(4))
 
         def generate(self, prompts: Any, **options: Any) -> Generation:
             lines = iter([next(turns[row]) for row in self.active])
@@ -248,7 +250,7 @@ def test_tool_replies_are_masked_out_and_rewards_land_on_the_turn_that_answers()
             return out
 
     answer = env.codec.encode(["A"])[0][0]
-    talk, info = converse(env, Planned(env, lambda c, n: ""), copies, None)
+    talk, info = converse(env, Planned(), copies, None)
     width = env.max_turns
     assert info["correct"].tolist() == [1.0, 0.0, 0.0, 0.0]
     assert talk.reward.tolist() == [[0, 0, 1.0] + [0] * (width - 3)] + [[0.0] * width] * 3

@@ -118,7 +118,7 @@ class Job:
         needed = per_collect * (rollout.staleness + 2)
         if "Fresh" in str((node.get("sampler") or {}).get("_target_", "")):
             node["capacity"] = needed  # a queue holds what waits and no more
-        extra = {"lanes": lanes, "seed": self._integer("replay")}
+        extra = {"lanes": lanes, "seed": self._integer("replay"), "cut": False}  # agents mind where episodes end
         return build(node, allow=self.allow, **extra)
 
     def evaluate(self) -> dict[str, float]:
