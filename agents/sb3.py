@@ -140,7 +140,12 @@ class SB3Agent:
             raise ConfigError("Stable-Baselines3 agents need a control environment")
         cls = getattr(stable_baselines3, algorithm.upper())
         self.env = env
-        self.model = cls("MlpPolicy", make_vec_env(env), gamma=gamma, seed=seed, device=device, **(options or {}))
+        try:
+            self.model = cls("MlpPolicy", make_vec_env(env), gamma=gamma, seed=seed, device=device, **(options or {}))
+        except (TypeError, ValueError, AssertionError) as error:
+            raise ConfigError(
+                f"Stable-Baselines3's {algorithm} cannot be made: {' '.join(str(error).split())}"
+            ) from error
         self.policy = SB3Policy(self.model)
         self.gamma = gamma
         self.steps_per_update = slice_steps

@@ -1,0 +1,70 @@
+"""Stable-Baselines3 agents under our trainer: logged, evaluated, recorded, and refused where they cannot do it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from unified_rl import cli
+from unified_rl.config import compose
+from unified_rl.replay import read_rows
+from unified_rl.training.run import evaluate_run, train
+
+OPTIONS = {
+    "sac": ["agent.options={learning_starts: 50, batch_size: 16, policy_kwargs: {net_arch: [16]}}"],
+    "ppo": ["agent.num_envs=2", "agent.options={n_steps: 50, batch_size: 20, n_epochs: 1}"],
+}
+
+
+@pytest.fixture(scope="module", params=["sac", "ppo"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    common = ["env=inverted_pendulum", "steps=200", "eval_every=100", "eval_episodes=2", "progress=false"]
+    overrides = [f"agent=sb3_{request.param}", "agent.slice_steps=100", *OPTIONS[request.param]]
+    return train(compose([*common, *overrides, f"run_dir={folder}"]))
+
+
+def test_evaluations_and_their_own_numbers_are_logged(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["steps"] for row in rows if "eval/score" in row] == [0, 100, 200]
+    assert any(key.startswith("sb3/") for key in rows[-1])
+
+
+def test_the_policy_of_the_checkpoint_is_what_is_evaluated(run: Path) -> None:
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert evaluate_run(str(run))["eval/score"] == pytest.approx(last["eval/score"])
+
+
+def test_a_dataset_is_recorded_from_it(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", str(run), "--record", str(tmp_path / "rows")]) == 0
+    assert "recorded rows" in capsys.readouterr().out
+    rows = read_rows(tmp_path / "rows")
+    assert rows.numel() >= 2048 and rows["observation"].shape[-1] == 4 and rows["action"].shape[-1] == 1
+    assert bool(torch.isfinite(rows["action"]).all()) and bool(rows["terminated"].any())
+
+
+def test_resume_is_refused_in_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", f"resume={run}", "steps=400"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "cannot be resumed exactly" in error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["env=inverted_pendulum", "agent=sb3_sac", "agent.algorithm=dqnn"], "is not one of sac, ppo"),
+        (["env=chain_mod", "agent=sb3_sac"], "control environment"),
+        (["env=gymnasium", "env.id=CartPole-v1", "agent=sb3_sac"], "discrete"),
+        (["env=inverted_pendulum", "agent=sb3_sac", "agent.options={batchsize: 3}"], "batchsize"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(
+    overrides: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["steps=100", "eval_episodes=2", "progress=false", f"run_dir={tmp_path / 'run'}"]
+    assert cli.main(["train", *overrides, *common]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error
