@@ -104,17 +104,24 @@ class LanguageRollout:
             ``rollout/truncated`` and the environment's own (``rollout/correct``).
 
         Raises:
-            NonFiniteError: a reward that is not finite.
+            NonFiniteError: a log-prob or reward that is not finite; names the prompt and the conversation.
         """
         problems = self.env.problems(self.prompts, self.problem_generator, "train")
         repeated = [problem for problem in problems for _ in range(self.group_size)]
         talk, info = converse(self.env, self.policy, repeated, self.generator, group_size=self.group_size)
-        if not bool(torch.isfinite(talk.reward).all()):
-            row = int((~torch.isfinite(talk.reward)).any(-1).nonzero()[0])
-            raise NonFiniteError(f"the environment's reward is not finite (prompt {repeated[row]['prompt_id']})")
+        self._check_finite("the policy's log-prob of a sampled token", talk.log_prob, repeated)
+        self._check_finite("the environment's reward", talk.reward, repeated)
         rows = self._rows(talk, version)
         self.steps += len(repeated)
         return rows, _summary(talk, info)
+
+    def _check_finite(self, name: str, value: Tensor, problems: list[dict[str, Any]]) -> None:
+        bad = ~torch.isfinite(value).all(-1)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise NonFiniteError(
+                f"{name} is not finite (prompt {problems[row]['prompt_id']}, conversation {self.steps + row})"
+            )
 
     def _rows(self, talk: Conversations, version: int) -> TensorDict:
         count, turns = talk.reward.shape

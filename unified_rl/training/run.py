@@ -198,7 +198,7 @@ def train(cfg: dict[str, Any], allow: Sequence[str] = (), *, progress: bool | No
     """
     folder = run_folder(cfg)
     with lock_run(folder):
-        unfinished = (folder / "meta.json").exists()
+        unfinished = (folder / "meta.json").exists() and (folder / "metrics.jsonl").exists()  # else it never began
         if unfinished and not cfg.get("resume_existing"):
             raise CheckpointError(
                 f"{folder} holds a run already; continue it with 'unified-rl train resume={folder}' "
