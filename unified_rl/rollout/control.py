@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -55,7 +56,6 @@ class ControlRollout:
         self._next_episode = self.num_envs
         self._return = torch.zeros(self.num_envs, dtype=torch.float64)
         self._length = torch.zeros(self.num_envs, dtype=torch.int64)
-        self._buffer: dict[str, Tensor] = {}
         bounds = env.policy_inputs()
         self._low = torch.as_tensor(bounds.get("action_low", [0.0]), dtype=torch.float32)
         self._high = torch.as_tensor(bounds.get("action_high", [0.0]), dtype=torch.float32)
@@ -68,7 +68,7 @@ class ControlRollout:
             version: the policy's version, stamped on every row.
 
         Returns:
-            Transitions of batch size ``[horizon, num_envs]`` (the buffer is reused by the next call) and means over
+            Transitions of batch size ``[horizon, num_envs]`` and means over
             the episodes that ended: ``rollout/return``, ``rollout/length``, and the environment's own such as
             ``rollout/success``.
 
@@ -78,20 +78,21 @@ class ControlRollout:
         if self._observation is None:
             self._observation = self.env.reset_batch()
         ended: list[dict[str, Tensor]] = []
-        for step in range(self.horizon):
+        steps: list[dict[str, Tensor]] = []
+        for _ in range(self.horizon):
             observation = self._observation
             sample = self._act(observation)
             action = sample["action"].to("cpu")
-            self._check_finite("the policy's action", action)
+            self._check_finite({"the policy's action": action})
             result = self.env.step_batch(action)
-            self._check_finite("the environment's observation", result.next_observation)
-            self._check_finite("the environment's reward", result.reward)
-            self._write(step, observation, sample, result, version)
+            self._check_finite(
+                {"the environment's observation": result.next_observation, "the environment's reward": result.reward}
+            )
+            steps.append(self._transition(observation, sample, result))
             finished = self._advance(result)
             if finished is not None:
                 ended.append(finished)
-        rows = TensorDict(self._buffer, batch_size=[self.horizon, self.num_envs])
-        return rows, _episode_means(ended)
+        return self._gather(steps, version), _episode_means(ended)
 
     def _act(self, observation: Tensor) -> TensorDict:
         sample = self.policy.sample(observation.to(self.device), generator=self.generator)
@@ -103,27 +104,28 @@ class ControlRollout:
             sample["behavior_log_prob"] = density.expand_as(sample["behavior_log_prob"]).clone()
         return sample
 
-    def _write(self, step: int, observation: Tensor, sample: TensorDict, result: Any, version: int) -> None:
-        items: dict[str, Tensor] = {
+    def _transition(self, observation: Tensor, sample: TensorDict, result: Any) -> dict[str, Tensor]:
+        """References to what a step made; environments and policies write to none of it again."""
+        return {
             "observation": observation,
             **dict(sample.items()),
             "reward": result.reward,
             "terminated": result.terminated,
             "truncated": result.truncated,
             "next_observation": result.next_observation,
-            "discount": self.gamma ** result.executed.to(torch.float32),
+            "discount": result.executed,
             "episode": self._episode,
-            "group": self._episode,
         }
-        if not self._buffer:
-            shape = (self.horizon, self.num_envs)
-            self._buffer = {k: torch.empty(shape + v.shape[1:], dtype=v.dtype) for k, v in items.items()}
-            self._buffer["policy_version"] = torch.empty(shape, dtype=torch.int64)
-            self._buffer["source"] = torch.full(shape, int(Source.ONLINE), dtype=torch.int64)
-        for key, value in items.items():
-            self._buffer[key][step] = value
-        if step == 0:
-            self._buffer["policy_version"].fill_(version)
+
+    def _gather(self, steps: list[dict[str, Tensor]], version: int) -> TensorDict:
+        """The steps as one ``[horizon, num_envs]`` batch: one copy a key, not one a key and step."""
+        rows = {key: torch.stack([step[key] for step in steps]).to("cpu") for key in steps[0]}
+        rows["discount"] = self.gamma ** rows["discount"].to(torch.float32)
+        shape = (self.horizon, self.num_envs)
+        rows["group"] = rows["episode"].clone()
+        rows["policy_version"] = torch.full(shape, version, dtype=torch.int64)
+        rows["source"] = torch.full(shape, int(Source.ONLINE), dtype=torch.int64)
+        return TensorDict(rows, batch_size=shape)
 
     def _advance(self, result: Any) -> dict[str, Tensor] | None:
         self.steps += self.num_envs
@@ -143,9 +145,14 @@ class ControlRollout:
         self._length[done] = 0
         return finished
 
-    def _check_finite(self, name: str, value: Tensor) -> None:
-        finite = torch.isfinite(value)
-        if not bool(finite.all()):
+    def _check_finite(self, values: dict[str, Tensor]) -> None:
+        """One look at the sum of everything; only a sum that is not finite is looked into."""
+        if math.isfinite(sum(float(value.sum()) for value in values.values())):
+            return
+        for name, value in values.items():
+            finite = torch.isfinite(value)
+            if bool(finite.all()):
+                continue
             lane = int((~finite.reshape(self.num_envs, -1).all(-1)).nonzero()[0])
             raise NonFiniteError(
                 f"{name} is not finite (simulation {lane}, environment step {self.steps}); "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class StepResult(NamedTuple):
-    """One step of ``K`` simulations.
+    """One step of ``K`` simulations. The environment does not write to these tensors again.
 
     Attributes:
         observation: ``[K, d]`` float32, what the policy sees next; of the new episode where one ended (auto-reset).
