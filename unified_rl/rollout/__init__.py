@@ -1,6 +1,7 @@
 """Where experience comes from: batched control rollouts and language-model rollouts."""
 
 from unified_rl.rollout.control import ControlRollout
+from unified_rl.rollout.demonstrations import DemonstrationRollout
 from unified_rl.rollout.language import LanguageRollout, converse
 from unified_rl.rollout.protocols import ControlEnv, LanguageEnv, StepResult, TurnResult
 from unified_rl.rollout.torchrl_env import TorchRLControlEnv, as_environment
@@ -8,6 +9,7 @@ from unified_rl.rollout.torchrl_env import TorchRLControlEnv, as_environment
 __all__ = [
     "ControlEnv",
     "ControlRollout",
+    "DemonstrationRollout",
     "LanguageEnv",
     "LanguageRollout",
     "StepResult",

@@ -113,7 +113,7 @@ class Job:
 
     def _replay(self, rollout: Any, rows: int, length: int | None) -> Any:
         node = dict(self.cfg["replay"])
-        lanes = 1 if self.language else rows
+        lanes = 1 if length is None else rows
         per_collect = rows * (length or 1)
         needed = per_collect * (rollout.staleness + 2)
         if "Fresh" in str((node.get("sampler") or {}).get("_target_", "")):
@@ -159,8 +159,10 @@ def _sizes(rollout: dict[str, Any], language: bool) -> tuple[int, int | None]:
     """Rows of one collection, and steps of a control row."""
     import inspect
 
-    from unified_rl.rollout import ControlRollout, LanguageRollout
+    from unified_rl.rollout import ControlRollout, DemonstrationRollout, LanguageRollout
 
+    if str(rollout["_target_"]).endswith(DemonstrationRollout.__name__):
+        return int(rollout.get("rows", inspect.signature(DemonstrationRollout).parameters["rows"].default)), None
     signature = inspect.signature(LanguageRollout if language else ControlRollout)
     value = {name: rollout.get(name, p.default) for name, p in signature.parameters.items()}
     if language:

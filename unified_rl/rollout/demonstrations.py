@@ -1,0 +1,93 @@
+"""Demonstrations as a source of rows: an environment's own expert, or rows that some agent recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+
+from unified_rl.errors import ConfigError
+from unified_rl.replay import read_rows
+from unified_rl.units import Source
+
+KEYS = {"control": ("observation", "action"), "language": ("tokens", "token_mask", "mask")}
+
+
+class DemonstrationRollout:
+    """Hands supervised rows to the replay, for behaviour cloning and supervised fine-tuning.
+
+    A policy that standardises observations takes its first moments from the first rows.
+
+    Args:
+        env: the environment, with ``demonstrations(count, generator)`` unless ``data`` is given.
+        policy: the policy to be trained.
+        gamma: unused; supervised rows have no return.
+        generator: the stream that rows are drawn from.
+        problem_generator: the stream that a language task's demonstrations are drawn from.
+        rows: rows of one call of :meth:`collect`.
+        data: folder of recorded rows (``unified-rl evaluate RUN --record FOLDER``); else the environment's own.
+        style: passed to the demonstrations of a language task.
+        device: unused; rows are made on the CPU.
+
+    Raises:
+        CheckpointError: ``data`` is missing or damaged.
+        ConfigError: its rows are of another domain or width.
+    """
+
+    staleness = 0
+
+    def __init__(
+        self,
+        env: Any,
+        policy: Any,
+        gamma: float,
+        generator: torch.Generator,
+        problem_generator: torch.Generator | None = None,
+        rows: int = 256,
+        data: str | None = None,
+        style: str | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.env, self.policy, self.generator = env, policy, problem_generator or generator
+        self.domain, self.steps_per_collect, self.steps = env.domain, rows, 0
+        self.options = {} if style is None else {"style": style}
+        self.pool = None if data is None else self._read(data)
+        if self.pool is None and not hasattr(env, "demonstrations"):
+            raise ConfigError(f"{type(env).__name__} has no demonstrations; set rollout.data to a folder of rows")
+
+    def _read(self, data: str) -> TensorDict:
+        rows = read_rows(data)
+        rows = rows.reshape(rows.numel())
+        missing = [key for key in KEYS[self.domain] if key not in rows.keys()]
+        if missing:
+            raise ConfigError(f"the rows of rollout.data={data} lack {', '.join(missing)}: they are of another domain")
+        width = getattr(self.policy, "observation_dim", None)
+        if width is not None and rows["observation"].shape[-1] != width:
+            raise ConfigError(
+                f"observations in rollout.data={data} have {rows['observation'].shape[-1]} entries, but the policy "
+                f"takes {width}: they are of another environment"
+            )
+        return rows.select(*KEYS[self.domain])
+
+    def collect(self, version: int) -> tuple[TensorDict, dict[str, float]]:
+        """``[rows]`` demonstrations, source :attr:`~unified_rl.units.Source.DEMONSTRATION`, and no metrics."""
+        count = self.steps_per_collect
+        if self.pool is not None:
+            rows = self.pool[torch.randint(len(self.pool), (count,), generator=self.generator)]
+        else:
+            rows = self.env.demonstrations(count, self.generator, **self.options).select(*KEYS[self.domain])
+        rows["source"] = torch.full((count,), int(Source.DEMONSTRATION))
+        if self.steps == 0 and hasattr(self.policy, "update_normalizer"):
+            self.policy.update_normalizer(rows["observation"].to(self.policy.device))
+        self.steps += count
+        return rows, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream and the count."""
+        return {"generator": self.generator.get_state(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.generator.set_state(state["generator"])
+        self.steps = state["steps"]
