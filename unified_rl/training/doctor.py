@@ -28,6 +28,7 @@ SMALL_LANGUAGE = [
 SMALL_CONTROL = [
     "env=half_cheetah",
     "policy=gaussian",
+    "policy.normalize_observation=false",  # moments would move even where the learning rate is 0
     "agent=policy_gradient",
     "correction=ppo",
     "rollout.num_envs=4",
