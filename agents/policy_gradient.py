@@ -27,6 +27,10 @@ PROVIDERS = ("snapshot", "average", "interpolated")
 """Where the proximal policy of a decoupled correction comes from."""
 
 
+SCANNED_ONLY = ("next_observation", "terminated", "truncated", "discount", "episode", "index")
+"""Keys that advantages needed and optimiser steps do not: minibatches leave them out."""
+
+
 class PolicyGradient:
     """One update: draw rows, compute advantages, then epochs of minibatches through the correction.
 
@@ -267,7 +271,7 @@ class PolicyGradient:
         if size == len(rows):
             return [rows]
         order = torch.randperm(len(rows), generator=self.generator, device=self.device)
-        return rows[order].split(size)
+        return rows.exclude(*SCANNED_ONLY)[order].split(size)
 
     def _step(self, batch: TensorDict, want_diagnostics: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         self.optimizer.zero_grad()
