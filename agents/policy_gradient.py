@@ -67,6 +67,8 @@ class PolicyGradient:
         weight_decay: decoupled weight decay.
         device: where updates run.
         compile: compile the policy's scoring function with ``torch.compile``.
+        cuda_graph: compile it so that its forward and backward passes are replayed from CUDA graphs (mode
+            ``reduce-overhead``); needs a CUDA device, and minibatches of one size to be of use.
 
     Raises:
         ConfigError: settings that do not fit the policy.
@@ -102,6 +104,7 @@ class PolicyGradient:
         weight_decay: float = 0.0,
         device: str = "cpu",
         compile: bool = False,
+        cuda_graph: bool = False,
         seed: int = 0,
     ) -> None:
         self.language = hasattr(policy, "generate")
@@ -141,7 +144,7 @@ class PolicyGradient:
         self.average = None
         if self.provider == "average":
             self.average = MovingAverage(policy, float(correction.proximal.get("decay", 0.9)))
-        self._score = torch.compile(policy.log_prob) if compile else policy.log_prob
+        self._score = _scoring(policy, compile, cuda_graph, self.device)
         self.version = 0
         self.checked = False
 
@@ -370,6 +373,15 @@ class PolicyGradient:
 def _share(part: TensorDict, whole: TensorDict, key: str) -> Tensor | float:
     """Share of the masked-in entries of ``whole`` that lie in ``part``."""
     return 1.0 if part is whole else part[key].sum() / whole[key].sum().clamp(min=1)
+
+
+def _scoring(policy: Any, compiled: bool, cuda_graph: bool, device: torch.device) -> Any:
+    """The policy's ``log_prob``, as it is, compiled, or replayed from CUDA graphs."""
+    if cuda_graph and device.type != "cuda":
+        raise ConfigError("agent.cuda_graph needs device=cuda")
+    if cuda_graph:
+        return torch.compile(policy.log_prob, mode="reduce-overhead")
+    return torch.compile(policy.log_prob) if compiled else policy.log_prob
 
 
 def _behavior_kl(log_prob: Tensor, batch: TensorDictBase) -> Tensor:

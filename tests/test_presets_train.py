@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from unified_rl.config import compose
+from unified_rl.errors import ConfigError
 from unified_rl.training.run import Job
 
 PRESETS = (
@@ -52,15 +53,21 @@ def test_a_preset_moves_the_policy_and_reports_its_staleness(preset: str, domain
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("domain", list(DOMAINS))
-@pytest.mark.parametrize("compiled", ["false", "true"])
-def test_a_whole_run_on_the_gpu_learns_the_numbers_of_the_cpu(domain: str, compiled: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["compile=false", "compile=true", "cuda_graph=true"])
+def test_a_whole_run_on_the_gpu_learns_the_numbers_of_the_cpu(domain: str, mode: str, tmp_path: Path) -> None:
     weights = []
-    for device, compile in (("cpu", "false"), ("cuda", compiled)):
+    for device, how in (("cpu", "compile=false"), ("cuda", mode)):
         overrides = [*DOMAINS[domain], "agent=policy_gradient", "correction=ppo", "steps=64", f"device={device}"]
-        trainer = Job(compose([*overrides, f"agent.compile={compile}"])).make_trainer(tmp_path / device)
+        trainer = Job(compose([*overrides, f"agent.{how}"])).make_trainer(tmp_path / device)
         reference = Job(compose(overrides[:-1])).make_trainer(tmp_path)
         rows, _ = reference.rollout.collect(0)  # the same rows for both: random numbers differ between devices
         trainer.replay.extend(rows)
         trainer.agent.update(trainer.replay)
         weights.append(torch.cat([p.detach().flatten().cpu() for p in trainer.agent.policy.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], atol=1e-4, rtol=1e-3)
+
+
+def test_cuda_graphs_without_cuda_are_refused(tmp_path: Path) -> None:
+    overrides = [*DOMAINS["control"], "agent=policy_gradient", "correction=ppo", "agent.cuda_graph=true"]
+    with pytest.raises(ConfigError, match="device=cuda"):
+        Job(compose(overrides)).make_trainer(tmp_path)
