@@ -1,4 +1,4 @@
-"""The corrections of the first milestone take a real update on stale rows in both domains, through the real trainer."""
+"""The best-known corrections take a real update on stale rows in both domains, through the real trainer."""
 
 from pathlib import Path
 
