@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from scipy.stats import chisquare
 from tensordict import TensorDict
 
+from unified_rl.config import config_root
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.replay import (
     Buckets,
@@ -31,7 +32,7 @@ from unified_rl.replay import (
 )
 from unified_rl.replay.sum_tree import SumTree
 
-PRESETS = Path(__file__).parents[1] / "configs" / "replay"
+PRESETS = config_root() / "replay"
 
 
 def numbers(first: int, count: int, **more: object) -> dict[str, torch.Tensor]:
