@@ -200,7 +200,7 @@ class PolicyGradient:
         if not bool(fresh.any()) or self.version > 0:
             return {}
         with torch.no_grad():
-            log_prob = self._score(record).log_prob
+            log_prob = self._chunked(self.policy, record)
         gap = torch.where(fresh, log_prob - record["behavior_log_prob"], 0.0).abs().max()
         if not bool(gap <= tolerance):
             raise ConfigError(

@@ -22,6 +22,7 @@ from unified_rl import __version__
 from unified_rl.config import build
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.rollout import as_environment
+from unified_rl.targets import locate, parameters
 from unified_rl.training.checkpoint import latest_checkpoint, lock_run, read_checkpoint, write_json
 from unified_rl.training.display import Display
 from unified_rl.training.evaluation import evaluate_control, evaluate_language
@@ -72,8 +73,8 @@ class Job:
         node = self.cfg.get("env")
         if not node:
             raise ConfigError("this run has no environment; choose one with env=NAME")
-        if "language" in str(node.get("_target_", "")):
-            sizes = {}
+        taken, takes_any = parameters(locate(node["_target_"], self.allow), self.allow)
+        sizes = {key: value for key, value in sizes.items() if takes_any or key in taken}
         return as_environment(build(node, allow=self.allow, seed=self._integer(stream), **sizes))
 
     def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
@@ -143,14 +144,11 @@ class Job:
         if stage.run is not None:
             stage.load_policy(self.policy)
             return
-        from unified_rl.config import build as build_node
 
         def make_agent(lr: float) -> Any:
             target = {"_target_": "unified_rl.agents.behavior_cloning.BehaviorCloning", "lr": lr}
             stream = generator(self.seed, "warm_start_loss", self.device)
-            return build_node(
-                target, policy=self.policy, generator=stream, rows=stage.batch_size, device=str(self.device)
-            )
+            return build(target, policy=self.policy, generator=stream, rows=stage.batch_size, device=str(self.device))
 
         stage.fit(self.env, make_agent, generator(self.seed, "demonstrations"), report)
 

@@ -120,9 +120,8 @@ class Trainer:
             self.replay.extend(rows)
             self.collected += 1
             self.means.add(metrics)
-        self.updates += (
-            1  # counted before it runs: rows that met a NaN are spent, and a resumed run goes on behind them
-        )
+        # counted before it runs: rows that met a NaN are spent, and a resumed run goes on behind them
+        self.updates += 1
         self.means.add(self.agent.update(self.replay, (self.updates - 1) / self.planned))
         self._clean = True
         last = self.updates == self.planned
