@@ -12,8 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
@@ -75,17 +74,11 @@ def run_jobs(
 
 
 class Schedule:
-    """Which jobs wait, which are under way, which failed.
-
-    Where a worker process dies, every job that was under way is a suspect; suspects run again one at a time, alone,
-    so that a second death names the job that causes it.
-    """
+    """Which jobs wait, which are under way, which failed. A job whose process dies runs once more."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.done = {job.slug for job in jobs if status_of(job.folder) == "finished"}
         self.waiting = [job for job in jobs if job.slug not in self.done]
-        self.suspects: list[Job] = []
-        self.running: set[str] = set()
         self.retried: set[str] = set()
         self.failed: dict[str, str] = {}
 
@@ -99,41 +92,31 @@ class Schedule:
         for job in [j for j in self.waiting if j.needs in self.failed]:
             self.waiting.remove(job)
             self.failed[job.slug] = f"its warm start {job.needs} failed"
-        if self.suspects:
-            found = [] if self.running else [self.suspects.pop()]
-        else:
-            found = [j for j in self.waiting if j.needs is None or j.needs in self.done][:room]
-            self.waiting = [j for j in self.waiting if j not in found]
-        self.running |= {job.slug for job in found}
+        found = [j for j in self.waiting if j.needs is None or j.needs in self.done][:room]
+        self.waiting = [j for j in self.waiting if j not in found]
         return found
 
     def finish(self, job: Job, error: str | None) -> None:
         """Files the outcome of a job."""
-        self.running.discard(job.slug)
         if error is None:
             self.done.add(job.slug)
         else:
             self.failed[job.slug] = error
 
-    def lost(self, job: Job, under_way: bool, log: Path) -> None:
-        """A worker process died before this job ended."""
-        self.running.discard(job.slug)
-        if not under_way:
-            self.waiting.append(job)
-        elif job.slug in self.retried:
+    def lost(self, job: Job, log: Path) -> None:
+        """The worker process of this job died before the job ended."""
+        if job.slug in self.retried:
             self.failed[job.slug] = f"its worker process died twice (out of memory?); see {log}"
         else:
             self.retried.add(job.slug)
-            self.suspects.append(job)
+            self.waiting.append(job)
 
 
-def execute(job: Job, allow: Sequence[str], train: Train | None, marker: str | None = None) -> str | None:
+def execute(job: Job, allow: Sequence[str], train: Train | None) -> str | None:
     """Trains one run; returns None, or one line about what went wrong (its traceback is in ``error.txt``)."""
     if status_of(job.folder) == "finished":
         return None
     train = train or _default_train()
-    if marker is not None:
-        Path(marker).write_text(str(os.getpid()))
     try:
         train(job.cfg, allow, progress=False)
         status = status_of(job.folder)
@@ -142,9 +125,6 @@ def execute(job: Job, allow: Sequence[str], train: Train | None, marker: str | N
         job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "error.txt").write_text(traceback.format_exc())
         return f"{type(error).__name__}: {error}"
-    finally:
-        if marker is not None:
-            Path(marker).unlink(missing_ok=True)
 
 
 def _default_train() -> Train:
@@ -161,6 +141,49 @@ def _run_inline(schedule: Schedule, allow: Sequence[str], train: Train | None, w
             watch([], schedule.ended)
 
 
+class Worker:
+    """A process that trains one job after another; its pipe carries jobs in and outcomes back."""
+
+    def __init__(self, log: Path, allow: Sequence[str], train: Train | None) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, str(log), tuple(allow), train))
+        self.process.start()
+        theirs.close()
+        self.job: Job | None = None
+
+    def assign(self, job: Job) -> None:
+        """Hands over a job; a worker that has died meanwhile shows it in :meth:`died`."""
+        self.job = job
+        with contextlib.suppress(OSError):
+            self.connection.send(job)
+
+    def died(self) -> bool:
+        """Whether the process ended without having answered."""
+        return not self.process.is_alive() and not self.answered()
+
+    def answered(self) -> bool:
+        """Whether an outcome, or the end of the pipe, can be read."""
+        try:
+            return self.connection.poll()
+        except OSError:
+            return False
+
+    def outcome(self) -> str | None:
+        """The answer about the job. Raises EOFError or OSError where the process died instead."""
+        return self.connection.recv()
+
+    def interrupt(self) -> None:
+        """Asks the run under way to checkpoint and end."""
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(self.process.pid or 0, signal.SIGINT)
+
+    def close(self) -> None:
+        """Waits for the process to end; it does when its pipe closes."""
+        self.connection.close()
+        self.process.join()
+
+
 def _run_pool(
     schedule: Schedule,
     workers: int,
@@ -170,51 +193,57 @@ def _run_pool(
     watch: Watch,
     poll_seconds: float,
 ) -> None:
-    log, markers = folder / "workers.log", folder / ".running"
-    markers.mkdir(parents=True, exist_ok=True)
-    while True:
-        for left in markers.iterdir():
-            left.unlink()
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(str(log),))
-        pending: dict[Future[str | None], Job] = {}
-        try:
-            while True:
-                for job in schedule.ready(workers - len(pending)):  # none waits inside the pool, where Ctrl-C misses it
-                    pending[pool.submit(execute, job, allow, train, str(markers / job.slug))] = job
-                if not pending:
-                    return
-                done, _ = wait(pending, timeout=poll_seconds, return_when=FIRST_COMPLETED)
-                for future in done:
-                    schedule.finish(pending[future], future.result())
-                    del pending[future]
-                watch([job for job in pending.values() if (markers / job.slug).exists()], schedule.ended)
-        except BrokenProcessPool:
-            running = {path.name for path in markers.iterdir()}
-            for job in pending.values():
-                schedule.lost(job, job.slug in running, log)
-        except KeyboardInterrupt:
-            _interrupt(markers)
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "workers.log"
+    idle: list[Worker] = []
+    busy: list[Worker] = []
+    try:
+        while True:
+            for job in schedule.ready(workers - len(busy)):
+                worker = idle.pop() if idle else Worker(log, allow, train)
+                worker.assign(job)
+                busy.append(worker)
+            if not busy:
+                return
+            wait_for([worker.connection for worker in busy], poll_seconds)
+            for worker in [w for w in busy if w.answered() or w.died()]:
+                busy.remove(worker)
+                idle += _collect(worker, schedule, log)
+            watch([worker.job for worker in busy if worker.job is not None], schedule.ended)
+    except KeyboardInterrupt:
+        print("\nstopping: the runs under way write their checkpoints; the same command goes on with them", file=sys.stderr)
+        for worker in busy:
+            worker.interrupt()
+        raise
+    finally:
+        for worker in idle + busy:
+            worker.close()
 
 
-def _interrupt(markers: Path) -> None:
-    """Asks the runs under way to checkpoint and end."""
-    print("\nstopping: the runs under way write their checkpoints; the same command goes on with them", file=sys.stderr)
-    for path in markers.iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            os.kill(int(path.read_text()), signal.SIGINT)
+def _collect(worker: Worker, schedule: Schedule, log: Path) -> list[Worker]:
+    """Files what came of a worker's job; returns the worker where it can take another."""
+    job = worker.job
+    assert job is not None
+    worker.job = None
+    try:
+        schedule.finish(job, worker.outcome())
+        return [worker]
+    except (EOFError, OSError):
+        worker.close()
+        schedule.lost(job, log)
+        return []
 
 
-def _start_worker(log: str) -> None:
-    """Prepares a worker: own process group (Ctrl-C reaches it through the parent, once), output to a file."""
+def _serve(connection: Connection, log: str, allow: Sequence[str], train: Train | None) -> None:
+    """A worker's life: own process group (Ctrl-C reaches it through the parent, once), output to a file, jobs."""
     os.setpgrp()
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     threading.Thread(target=_follow_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+        while True:
+            connection.send(execute(connection.recv(), allow, train))
 
 
 def _follow_parent() -> None:
