@@ -211,7 +211,8 @@ def _run_pool(
                 idle += _collect(worker, schedule, log)
             watch([worker.job for worker in busy if worker.job is not None], schedule.ended)
     except KeyboardInterrupt:
-        print("\nstopping: the runs under way write their checkpoints; the same command goes on with them", file=sys.stderr)
+        print("\nstopping: the runs under way write their checkpoints", file=sys.stderr)
+        print("the same command goes on with them", file=sys.stderr)
         for worker in busy:
             worker.interrupt()
         raise
