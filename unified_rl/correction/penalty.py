@@ -45,6 +45,15 @@ def absolute(x: Tensor) -> Tensor:
 
 PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3, "k3_plus": k3_plus, "abs": absolute}
 
+DEFAULTS: dict[str, Any] = {
+    "anchor": "reference",
+    "coefficient": 1.0,
+    "statistic": None,
+    "select": None,
+    "importance": False,
+}
+"""Settings of every penalty beside those of its function."""
+
 
 class Penalty:
     """One penalty of a correction: a function of the log-ratio to an anchor, and what it is multiplied by.
@@ -55,16 +64,16 @@ class Penalty:
     """
 
     def __init__(self, node: str | Mapping[str, Any]) -> None:
-        extra = ["anchor", "coefficient", "statistic", "select", "importance"]
-        self.value, given = bind(node, PENALTIES, "penalty", extra)
-        self.anchor: str = given.get("anchor", "reference")
+        self.value, given = bind(node, PENALTIES, "penalty", DEFAULTS)
+        given = {**DEFAULTS, **given}
+        self.anchor: str = given["anchor"]
         known = [*ANCHORS, "none", "mixture"]
         if self.anchor not in known:
             raise ConfigError(f"unknown anchor {self.anchor!r} of a penalty; {nearest(self.anchor, known)}")
-        self.coefficient = float(given.get("coefficient", 1.0))
-        self.statistic: str | None = given.get("statistic")
-        self.importance = bool(given.get("importance", False))
-        select = given.get("select")
+        self.coefficient = float(given["coefficient"])
+        self.statistic: str | None = given["statistic"]
+        self.importance = bool(given["importance"])
+        select = given["select"]
         self.select = None if select is None else bind(select, SELECTIONS, "selection")[0]
 
     @property

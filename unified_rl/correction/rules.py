@@ -19,6 +19,14 @@ from unified_rl.errors import ConfigError
 
 Node = str | Mapping[str, Any]
 
+DEFAULTS: dict[str, Any] = {"level": "unit", "normalize": False}
+"""Settings of every mismatch rule beside those of its function."""
+
+
+def default_numerator(anchor: str) -> str:
+    """Whose ratio to the behavior policy the rules look at where they do not say."""
+    return "proximal" if anchor == "proximal" else "current"
+
 
 class Rules:
     """The outer weight ``w`` and the rejection of a correction.
@@ -39,18 +47,19 @@ class Rules:
                 "anchor=behavior already puts the ratio to the behavior policy into the kernel; a mismatch weight on "
                 "top would count it twice: set anchor=proximal, or mismatch=[]"
             )
-        self._default = "proximal" if anchor == "proximal" else "current"
+        self._default = default_numerator(anchor)
         self._mismatch = [self._bound(node, "mismatch") for node in mismatch]
         self._reject = [self._bound(node, "reject") for node in reject]
 
     def _bound(self, node: Node, where: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-        table, extra = (MISMATCHES, ["level", "normalize"]) if where == "mismatch" else (REJECTS, [])
+        table, extra = (MISMATCHES, list(DEFAULTS)) if where == "mismatch" else (REJECTS, [])
         function, others = bind(node, table, where, [*extra, "numerator"])
         numerator = others.setdefault("numerator", self._default)
         if numerator not in ("proximal", "current"):
             raise ConfigError(f"the numerator of a {where} rule is proximal or current, got {numerator!r}")
         if where == "mismatch":
-            others["bound_level"], _ = bind(others.get("level", "unit"), LEVELS, "level")
+            others = {**DEFAULTS, **others}
+            others["bound_level"], _ = bind(others["level"], LEVELS, "level")
         return as_rule(node, where), function, others
 
     @property
@@ -88,8 +97,8 @@ class Rules:
             weight = function(others["bound_level"](d, layout).exp())
             if rule["name"] == "mask":
                 _warn_if_nothing(rule, (weight != 0) & valid, valid)
-            if others.get("normalize", False):
-                weight = normalized(weight, layout.mask, as_rule(others.get("level", "unit"), "level")["name"])
+            if others["normalize"]:
+                weight = normalized(weight, layout.mask, as_rule(others["level"], "level")["name"])
             stats["weight"] = stats["weight"] * weight if "weight" in stats else weight
         return keep
 
