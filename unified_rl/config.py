@@ -27,7 +27,7 @@ from unified_rl.targets import (
     with_defaults,
 )
 
-__all__ = ["build", "compose", "group_options", "parse_overrides", "resolve_defaults"]
+__all__ = ["build", "compose", "group_options", "option_names", "parse_overrides", "read_option", "resolve_defaults"]
 
 SETTINGS = {"train": "unified_rl.training.settings.TrainSettings"}
 IMPLIED = {"study": "unified_rl.study.grid.Study"}
@@ -95,6 +95,36 @@ def group_options(primary: str = "train", config_dirs: Sequence[str] = ()) -> di
                 raise ConfigError(f"{path} has the name of another option of {path.parent.name}; rename it")
             options[path.stem] = comment_of(path)
     return groups
+
+
+def option_names(group: str) -> list[str]:
+    """The built-in options of a group, sorted."""
+    return sorted(path.stem for path in (config_root() / group).glob("*.yaml"))
+
+
+def read_option(group: str, name: str) -> dict[str, Any]:
+    """The content of a built-in option with that of the options it extends merged in, read without Hydra.
+
+    Mappings merge key by key, anything else replaces. ``name`` must be one of :func:`option_names`.
+    """
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    content = yaml.load((config_root() / group / f"{name}.yaml").read_text(encoding="utf-8"), loader) or {}
+    merged: dict[str, Any] = {}
+    for parent in content.pop("defaults", []):
+        if isinstance(parent, str) and parent != "_self_":
+            merged = merge(merged, read_option(group, parent))
+    return merge(merged, content)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key, anything else replaces."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
 
 
 # ---------------------------------------------------------------------------------------------- composing

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
 
-import yaml
-
+from unified_rl.config import option_names, read_option
 from unified_rl.correction.core import FIELDS, Correction, Node
 from unified_rl.correction.specs import check_keys, nearest
 from unified_rl.errors import ConfigError
@@ -44,9 +42,7 @@ def build_correction(
 
 def correction_names() -> list[str]:
     """The names of the presets, sorted; ``none`` (no correction, for agents without one) is not among them."""
-    folder = resources.files("unified_rl.configs").joinpath("correction")
-    names = {entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")}
-    return sorted(names - {"none"})
+    return [name for name in option_names("correction") if name != "none"]
 
 
 def preset_config(name: str) -> dict[str, Any]:
@@ -57,17 +53,10 @@ def preset_config(name: str) -> dict[str, Any]:
     """
     if name not in correction_names():
         raise ConfigError(f"unknown correction {name!r}; {nearest(name, correction_names())}")
-    text = resources.files("unified_rl.configs").joinpath("correction", f"{name}.yaml").read_text()
-    content = yaml.safe_load(text) or {}
-    merged: dict[str, Any] = {}
-    for parent in content.get("defaults", []):
-        if parent != "_self_":
-            merged = _merge(merged, preset_config(parent))
-    node = content.get("correction")
+    node = read_option("correction", name).get("correction")
     if not isinstance(node, dict):
         raise ConfigError(f"configs/correction/{name}.yaml holds no 'correction:' section")
-    merged = _merge(merged, {key: value for key, value in node.items() if key != "_target_"})
-    return {**merged, "name": name}
+    return {**{key: value for key, value in node.items() if key != "_target_"}, "name": name}
 
 
 def load_correction(name: str, **overrides: Any) -> Correction:
@@ -85,15 +74,6 @@ def load_correction(name: str, **overrides: Any) -> Correction:
     for path, value in overrides.items():
         _set(config, path, value)
     return Correction.from_config(config)
-
-
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key, anything else replaces."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
 
 
 def _set(config: dict[str, Any], path: str, value: Any) -> None:
