@@ -1,22 +1,21 @@
 """Kernels whose weight depends on the whole optimiser batch: each has a ``prepare`` companion with the same settings.
 
-``prepare(view, total, *, settings) -> {name: [B] or [B, N]}`` runs once over the batch; ``total`` sums a scalar across
-processes. What it finds is carried in the statistics, so that micro-batches give the gradient of the whole.
+``prepare(view, total, *, settings) -> {name: [B] or [B, N]}`` runs once over the batch; ``total`` sums over the
+processes that share it. What it finds is carried in the statistics, so that micro-batches give the gradient of the
+whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from unified_rl.correction.across import Total, crossing
 from unified_rl.correction.kernels import ppo
 from unified_rl.correction.random import unit_noise
 from unified_rl.correction.view import View, masked
-
-Total = Callable[[Tensor], Tensor]
 
 
 def _rows(x: Tensor, view: View) -> Tensor:
@@ -63,21 +62,16 @@ def ess_cap_mixed(view: View) -> Tensor:
 def m2_mask_prepare(view: View, total: Total, *, budget: float = 0.04, weighted: bool = True) -> dict[str, Tensor]:
     """Keeps the largest set of harmful units whose mean squared log-ratio is within the budget.
 
-    Units at or below the budget can never be dropped, so only those above it are sorted.
+    Units at or below the budget can never be dropped, so only those above it are sorted; equal ones go together.
     """
     d = view.unit_log_ratio
     square = d.square()
     harmful = view.mask & (view.advantage * d > 0)
-    over = harmful & (square > budget)
-    within = harmful & ~over
-    values, order = square[over].sort()
-    running = masked(within, square).sum() + values.cumsum(0)
-    count = within.sum() + torch.arange(1, values.numel() + 1, device=d.device)
-    dropped = torch.empty_like(order, dtype=torch.bool)
-    dropped[order] = running > budget * count * (1 + 1e-6)
-    keep = torch.ones_like(over)
-    keep[over] = ~dropped
-    return {"m2_keep": keep}
+    bound = budget * (1 + 1e-6)  # what rounding may add
+    over = harmful & (square > bound)
+    room = total(masked(harmful & ~over, bound - square).sum(dtype=torch.float64))
+    cut = crossing(square[over], room, total, lambda x: x.double() - bound)
+    return {"m2_keep": ~(over & (square >= cut))}
 
 
 def m2_mask(view: View, *, budget: float = 0.04, weighted: bool = True) -> Tensor:
@@ -188,12 +182,11 @@ def clip_cov_prepare(
     cov = covariance(view, total)
     free = ppo(view, clip_low=clip_low, clip_high=clip_high) > 0
     candidate = view.mask & free & (cov > cov_low) & (cov < cov_high)
-    number = max(1, int(fraction * int(view.mask.sum())))
-    places = candidate.flatten().nonzero().squeeze(-1)
-    noise = unit_noise(view.batch, view.layout, seed).flatten()[places]
-    drawn = places[noise.topk(min(number, len(places)), largest=False).indices]
-    silenced = torch.zeros(candidate.numel(), dtype=torch.bool, device=candidate.device).index_fill(0, drawn, True)
-    return {"silenced": silenced.view_as(candidate)}
+    number = max(1, int(fraction * int(total(view.mask.sum()))))
+    noise = unit_noise(view.batch, view.layout, seed, candidate)
+    drawn = torch.zeros_like(candidate)
+    drawn[candidate] = noise <= crossing(noise, number - 1, total)
+    return {"silenced": drawn}
 
 
 def clip_cov(
@@ -215,10 +208,10 @@ def spared_ppo_prepare(
 ) -> dict[str, Tensor]:
     """Units of negative advantage among the least probable of the batch whose filtered proxy is more probable."""
     lp, negative = view.log_prob, view.mask & (view.advantage < 0)
-    number = int(fraction * int(view.mask.sum()))
+    number = int(fraction * int(total(view.mask.sum())))
     if number < 1:
         return {"selected": torch.zeros_like(negative)}
-    threshold = lp.masked_fill(~view.mask, torch.inf).flatten().topk(number, largest=False).values[-1]
+    threshold = crossing(lp.masked_fill(~view.mask, torch.inf).flatten(), number - 1, total)
     proxy = view.batch["proxy_log_prob"]
     return {"selected": negative & (lp <= threshold) & (lp < proxy)}
 

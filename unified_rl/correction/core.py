@@ -15,6 +15,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from unified_rl.correction.across import Total, identity
 from unified_rl.correction.diagnostics import diagnose
 from unified_rl.correction.levels import LEVELS, Layout
 from unified_rl.correction.penalty import Penalty
@@ -120,7 +121,6 @@ class Correction:
         self.advantage = dict(advantage or {})
         self.proximal, self.wrapper = dict(proximal or {}), dict(wrapper or {})
         self.level_name = as_rule(level, "level")["name"]
-        self.level_name = as_rule(level, "level")["name"]
         self.kernel_name = as_rule(kernel, "kernel")["name"]
         self._level, _ = bind(level, LEVELS, "level")
         self._kernel, _ = bind(kernel, KERNELS, "kernel")
@@ -129,8 +129,8 @@ class Correction:
         self._thin = None if thin is None else bind(thin, THINS, "thin")[0]
         self._rules = Rules(mismatch or (), reject or (), anchor, weighted_kernel=self.kernel_name not in RATIO_FREE)
         self._penalties = [Penalty(node) for node in penalty or ()]
-        self.total = _identity
-        """Sums a scalar across processes; replace it where a batch is spread over several."""
+        self.total: Total = identity
+        """Sums a tensor over processes; replace it where a batch is spread over several (whole groups on each)."""
 
     @classmethod
     def from_config(cls, node: Mapping[str, Any]) -> Correction:
@@ -218,13 +218,13 @@ class Correction:
             raise RecordError(f"correction {self.name or self.kernel_name} needs the current log-probs in prepare")
         dtype = torch.float32 if log_prob is None or log_prob.dtype != torch.float64 else torch.float64
         stats = {"advantage": unit_advantage(batch, mask, dtype, optional=self.kernel_name in OWN_ADVANTAGE)}
-        keep = self._rules.apply(log_prob, batch, stats)
+        keep = self._rules.apply(log_prob, batch, stats, self.total)
         if self.denominator == "kept" and log_prob is not None:
             d = self._unit_log_ratio(log_prob, batch)
             keep = (mask if keep is None else keep) & finite(d)
             stats["keep"] = keep
         if self._thin is not None:
-            thinned = self._thin(batch, Layout(mask, batch), stats["advantage"])
+            thinned = self._thin(batch, Layout(mask, batch), stats["advantage"], self.total)
             stats["weight"] = thinned * stats["weight"] if "weight" in stats else thinned
         stats["original"] = mask.sum(-1).to(dtype)
         stats["kept"] = stats["original"] if keep is None else keep.sum(-1).to(dtype)
@@ -237,7 +237,7 @@ class Correction:
                 stats.update(self._prepare(view, self.total))
             for i, p in enumerate(self._penalties):
                 if p.select is not None:
-                    stats[f"select_{i}"] = p.select(view)
+                    stats[f"select_{i}"] = p.select(view, self.total)
         return TensorDict(stats, batch_size=mask.shape[:1], device=mask.device)
 
     def loss(self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase) -> CorrectionOutput:
@@ -350,10 +350,6 @@ class Correction:
 
 FIELDS = tuple(name for name in Correction.__init__.__annotations__ if name != "return")
 """The fields of a correction's configuration."""
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 def _rejected(stats: TensorDictBase) -> Tensor:

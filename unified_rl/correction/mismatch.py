@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from unified_rl.correction.across import Total, identity
+
 
 def exact(u: Tensor) -> Tensor:
     """The ratio itself."""
@@ -37,12 +39,15 @@ def mask(u: Tensor, *, low: float = 0.5, high: float = 2.0) -> Tensor:
 MISMATCHES: dict[str, Callable[..., Tensor]] = {"exact": exact, "truncate": truncate, "clip": clip, "mask": mask}
 
 
-def normalized(weight: Tensor, valid: Tensor, level: str) -> Tensor:
-    """Weights divided by their mean: over units, or over rows where the level gives a row one weight."""
+def normalized(weight: Tensor, valid: Tensor, level: str, total: Total = identity) -> Tensor:
+    """Weights divided by their mean: over units, or over rows where the level gives a row one weight.
+
+    ``total`` sums over the processes that share the batch.
+    """
     if level in ("sequence", "geometric"):
         rows = valid.any(-1)
         each = weight.masked_fill(~valid, -math.inf).amax(-1).clamp(min=0.0)
-        mean = each.sum() / rows.sum().clamp(min=1)
+        mean = total(each.sum()) / total(rows.sum()).clamp(min=1)
     else:
-        mean = weight.masked_fill(~valid, 0.0).sum() / valid.sum().clamp(min=1)
+        mean = total(weight.masked_fill(~valid, 0.0).sum()) / total(valid.sum()).clamp(min=1)
     return weight / torch.where(mean > 1e-8, mean, torch.ones_like(mean))

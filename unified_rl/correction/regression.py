@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from unified_rl.correction.across import Total
 from unified_rl.correction.kernels import ppo
 from unified_rl.correction.view import View, anchor_log_prob, masked
 from unified_rl.errors import RecordError
 from unified_rl.returns.groups import Groups
-
-Total = Callable[[Tensor], Tensor]
 
 
 def outcome(view: View) -> Tensor:

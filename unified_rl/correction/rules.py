@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from unified_rl.correction.across import Total, identity
 from unified_rl.correction.levels import LEVELS, Layout
 from unified_rl.correction.mismatch import MISMATCHES, normalized
 from unified_rl.correction.reject import REJECTS
@@ -77,10 +78,13 @@ class Rules:
         used = {others["numerator"] for _, _, others in self._all} - {"current"}
         return used | ({"behavior"} if self._all else set())
 
-    def apply(self, log_prob: Tensor | None, batch: TensorDictBase, stats: dict[str, Tensor]) -> Tensor | None:
+    def apply(
+        self, log_prob: Tensor | None, batch: TensorDictBase, stats: dict[str, Tensor], total: Total = identity
+    ) -> Tensor | None:
         """Writes ``weight [B, N]`` and ``keep [B, N]`` into ``stats`` where there are rules; returns ``keep``.
 
-        Units whose log-ratio is not finite are not kept. Warns where nothing is left.
+        Units whose log-ratio is not finite are not kept. Warns where nothing is left (on this process). ``total`` sums
+        over the processes that share the batch.
         """
         if not self._all:
             return None
@@ -98,7 +102,7 @@ class Rules:
             if rule["name"] == "mask":
                 _warn_if_nothing(rule, (weight != 0) & valid, valid)
             if others["normalize"]:
-                weight = normalized(weight, layout.mask, as_rule(others["level"], "level")["name"])
+                weight = normalized(weight, layout.mask, as_rule(others["level"], "level")["name"], total)
             stats["weight"] = stats["weight"] * weight if "weight" in stats else weight
         return keep
 

@@ -1,4 +1,7 @@
-"""Selections: which units a penalty is for, chosen on the whole batch and carried in its statistics."""
+"""Selections: which units a penalty is for, chosen on the whole batch and carried in its statistics.
+
+``select(view, total, *, settings) -> [B, N]`` bool; ``total`` sums over the processes that share the batch.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +10,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from unified_rl.correction.across import Total, crossing
 from unified_rl.correction.batch_kernels import covariance
+from unified_rl.correction.random import unit_noise
 from unified_rl.correction.view import View
 
 
-def negative(view: View) -> Tensor:
+def negative(view: View, total: Total) -> Tensor:
     """Units of negative advantage, ``[B, N]`` bool."""
     return view.mask & (view.advantage < 0)
 
 
-def positive(view: View) -> Tensor:
+def positive(view: View, total: Total) -> Tensor:
     """Units of positive advantage, ``[B, N]`` bool."""
     return view.mask & (view.advantage > 0)
 
 
-def selected(view: View) -> Tensor:
+def selected(view: View, total: Total) -> Tensor:
     """The units that the kernel's own companion chose."""
     return view.stats["selected"]
 
 
-def top_covariance(view: View, *, fraction: float = 2e-4) -> Tensor:
-    """The units of highest covariance of advantage and log-prob; at least one."""
-    cov = torch.where(view.mask, covariance(view, lambda x: x), -torch.inf)
-    number = min(max(1, int(fraction * int(view.mask.sum()))), cov.numel())
-    top = cov.flatten().topk(number).indices
-    chosen = torch.zeros(cov.numel(), dtype=torch.bool, device=cov.device).index_fill(0, top, True)
-    return chosen.view_as(cov) & view.mask
+def top_covariance(view: View, total: Total, *, fraction: float = 2e-4, seed: int = 0) -> Tensor:
+    """The units of highest covariance of advantage and log-prob; at least one. ``seed`` decides between equal ones."""
+    cov = covariance(view, total).masked_fill_(~view.mask, -torch.inf)
+    number = max(1, int(fraction * int(total(view.mask.sum()))))
+    last = -crossing(-cov.flatten(), number - 1, total)
+    above, equal = view.mask & (cov > last), view.mask & (cov == last)
+    left = number - int(total(above.sum()))
+    if int(total(equal.sum())) <= left:
+        return above | equal
+    noise = unit_noise(view.batch, view.layout, seed, equal)
+    above[equal] = noise <= crossing(noise, left - 1, total)
+    return above
 
 
 SELECTIONS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (negative, positive, selected, top_covariance)}
