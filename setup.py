@@ -12,5 +12,9 @@ for root in MAPPED:
 setup(
     packages=packages,
     package_dir={"unified_rl": "unified_rl", **{f"unified_rl.{root}": root for root in MAPPED}},
-    package_data={"unified_rl": ["py.typed"], "unified_rl.configs": ["*.yaml", "*/*.yaml"]},
+    package_data={
+        "unified_rl": ["py.typed"],
+        "unified_rl.configs": ["*.yaml", "*/*.yaml"],
+        "unified_rl.study.gallery": ["*.yaml"],
+    },
 )

@@ -58,6 +58,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def corrections(arguments: argparse.Namespace) -> int:
+    """Lists the corrections, or shows one in full with a picture of its weight."""
+    from unified_rl.study.gallery.command import run
+
+    run(arguments.words, arguments.out, arguments.json, arguments.write)
+    return 0
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     """Prints versions, devices and threads, and checks that fresh data have ratio 1."""
     from unified_rl.training.doctor import doctor as run
@@ -69,6 +77,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
     "compare": compare,
     "evaluate": evaluate,
+    "corrections": corrections,
     "doctor": doctor,
 }
 COMPOSED = ("train", "compare")
@@ -83,6 +92,10 @@ EXAMPLES = {
   unified-rl compare study=quickstart study.seeds=[1,2,3]""",
     "evaluate": """example:
   unified-rl evaluate runs/NAME --episodes 256""",
+    "corrections": """examples:
+  unified-rl corrections
+  unified-rl corrections show dapo --out dapo.png
+  unified-rl corrections show dapo kernel.clip_high=0.4 --json""",
     "doctor": "",
 }
 
@@ -143,7 +156,12 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
         parser.add_argument("--episodes", type=int, help="episodes or prompts; by default as in the run")
         parser.add_argument("--record", metavar="DIR", help="also write the policy's rows there, as a replay")
-    if verb != "doctor":
+    if verb == "corrections":
+        parser.add_argument("words", nargs="*", metavar="show NAME [KEY=VALUE]", help="show one; without it, list all")
+        parser.add_argument("--out", metavar="FILE.png", help="where to draw its weight; by default NAME.png")
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument("--write", metavar="DIR", help="write the gallery's page and pictures there")
+    if verb not in ("corrections", "doctor"):
         parser.add_argument(
             "--allow",
             action="append",

@@ -70,10 +70,19 @@ def load_correction(name: str, **overrides: Any) -> Correction:
     Raises:
         ConfigError: an unknown preset or field (names the nearest).
     """
-    config = preset_config(name)
+    return Correction.from_config(overridden(preset_config(name), overrides))
+
+
+def overridden(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's fields with dotted ones changed, as :func:`load_correction` takes them; ``config`` stays as it is.
+
+    Raises:
+        ConfigError: a field that does not exist (names the nearest).
+    """
+    changed = dict(config)
     for path, value in overrides.items():
-        _set(config, path, value)
-    return Correction.from_config(config)
+        _set(changed, path, value)
+    return changed
 
 
 def _set(config: dict[str, Any], path: str, value: Any) -> None:
