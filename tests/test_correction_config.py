@@ -1,10 +1,8 @@
-"""Presets by name, overrides, errors that name the nearest, and which presets are one rule."""
+"""Presets by name, overrides, and errors that name the nearest."""
 
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections import defaultdict
 
 import pytest
 import torch
@@ -179,43 +177,6 @@ def test_a_pass_over_the_batch_is_asked_for_only_where_it_is_needed() -> None:
     load_correction("tis").prepare(None, batch)
     with pytest.raises(RecordError, match="correction m2po needs the current log-probs"):
         load_correction("m2po").prepare(None, batch)
-
-
-def test_fingerprints_list_the_presets_that_are_one_rule() -> None:
-    """Those that differ only in advantage, proximal provider or wrapper have the same gradient on given data."""
-    batches = []
-    for width in (1, 5):
-        current, batch = make(width)
-        batch["step_index"] = (torch.arange(width) // 2).expand(4, -1).contiguous()
-        batch["reward"] = torch.zeros(4, 3)
-        batch["reward"][1:3, 2] = 1.0
-        batch["source"] = torch.tensor([0, 2, 0, 0])
-        batch["mask"][0, -1] = width == 1
-        batches.append((current, batch))
-    same: dict[tuple[float, ...], set[str]] = defaultdict(set)
-    for name in correction_names():
-        numbers: list[float] = []
-        for current, batch in batches:
-            leaf = current.clone().requires_grad_()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                load_correction(name)(leaf, batch).loss.backward()
-            assert leaf.grad is not None
-            numbers += [round(x, 7) for x in leaf.grad.flatten().tolist()]
-        same[tuple(numbers)].add(name)
-    families = {
-        frozenset(names) for names in same.values() if len(names) > 1 and any(next(k for k in same if same[k] is names))
-    }
-    expected = [
-        {"ppo", "s_ppo", "sfpo", "steppo", "t_ppo", "rec_one_side"},
-        {"decoupled_ppo", "ppo_ewma", "a3po"},
-        {"turn_ppo", "st_ppo"},
-        {"opmd", "dro"},
-        {"importance_sampling", "fixpo"},
-        {"reinforce", "asymre", "opo"},
-    ]
-    for family in expected:
-        assert any(family <= found for found in families), (family, families)
 
 
 def test_preset_files_have_the_package_header_and_a_one_line_comment() -> None:

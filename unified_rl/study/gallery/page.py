@@ -78,14 +78,19 @@ def _classes() -> Iterator[str]:
     for relation, word in (("equal", "equal"), ("scaled", "equal up to a positive factor"), ("given", None)):
         for group in data[relation]:
             names = ", ".join(f"[{p}](#{p})" for p in group["presets"])
-            yield f"| {names} | {word or _given(group)} | {group['because']} |"
+            differ = f" ({', '.join(group['differ'])})" if group.get("differ") else ""
+            yield f"| {names} | {word or _given(group)} | {group['because']}{differ} |"
     yield ""
 
 
 def _given(group: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"`{key}={value}`" for key, value in group["given"].items())
+    settings = ", ".join(
+        f"{name} `{key}={'null' if value is None else value}`"
+        for name, changed in group["given"].items()
+        for key, value in changed.items()
+    )
     kind = "equal up to a positive factor" if group["relation"] == "scaled" else "equal"
-    return f"{kind}, given {settings}"
+    return f"{kind}, given {settings}" + (" and groups of one size" if group.get("equal_groups") else "")
 
 
 def _table(families: Sequence[Family], shown: Mapping[str, Described]) -> Iterator[str]:
