@@ -34,7 +34,18 @@ from unified_rl.correction.tables import (
     TRUNCATING,
 )
 from unified_rl.correction.thin import THINS
-from unified_rl.correction.view import ANCHORS, View, anchor_log_prob, difference, finite, masked, safe
+from unified_rl.correction.view import (
+    ANCHORS,
+    View,
+    anchor_log_prob,
+    difference,
+    finite,
+    narrow,
+    only,
+    passing,
+    safe,
+    share,
+)
 from unified_rl.errors import ConfigError, RecordError
 
 Node = str | Mapping[str, Any]
@@ -217,7 +228,8 @@ class Correction:
         if log_prob is None and self.needs_full_pass:
             raise RecordError(f"correction {self.name or self.kernel_name} needs the current log-probs in prepare")
         dtype = torch.float32 if log_prob is None or log_prob.dtype != torch.float64 else torch.float64
-        stats = {"advantage": unit_advantage(batch, mask, dtype, optional=self.kernel_name in OWN_ADVANTAGE)}
+        count = share(mask, dtype).sum(-1)
+        stats = {"advantage": unit_advantage(batch, mask, count, dtype, optional=self.kernel_name in OWN_ADVANTAGE)}
         keep = self._rules.apply(log_prob, batch, stats, self.total)
         if self.denominator == "kept" and log_prob is not None:
             d = self._unit_log_ratio(log_prob, batch)
@@ -226,8 +238,8 @@ class Correction:
         if self._thin is not None:
             thinned = self._thin(batch, Layout(mask, batch), stats["advantage"], self.total)
             stats["weight"] = thinned * stats["weight"] if "weight" in stats else thinned
-        stats["original"] = mask.sum(-1).to(dtype)
-        stats["kept"] = stats["original"] if keep is None else keep.sum(-1).to(dtype)
+        stats["original"] = count
+        stats["kept"] = count if keep is None else share(keep, dtype).sum(-1)
         counted = stats["kept" if self.denominator == "kept" else "original"]
         stats["coefficient"] = REDUCTIONS[self.reduce](counted, self.horizon, self.total)
         if self._prepare is not None or any(p.select is not None for p in self._penalties):
@@ -255,19 +267,24 @@ class Correction:
         _check_shape(log_prob, batch["mask"])
         with torch.no_grad():
             view, ok, x = self._view(log_prob, batch, stats)
-            weight = self._kernel(view) * (view.advantage * view.row("coefficient"))
+            weight = self._kernel(view) * (narrow(view.advantage) * view.row("coefficient"))
             outer = stats.get("weight", None)
-            weight = masked(ok, weight if outer is None else weight.mul_(outer))
-        policy = Score.apply(log_prob, weight) if x is None else -(weight * x).sum()
-        metrics = {"loss/policy": policy.detach(), "reject/fraction": _rejected(stats)}
-        loss = policy
+            weight = only(ok, weight if outer is None else weight.mul_(outer))
+            score = view.raw_log_prob.nan_to_num(0.0, 0.0, 0.0) if x is None else x.detach()
+            value = policy = -(weight * score).sum()
+            slope = -weight if x is None else torch.zeros_like(weight)
+            metrics = {"loss/policy": policy, "reject/fraction": _rejected(stats)}
+            if self._penalties:
+                parts = [p(view, ok, f"select_{i}") for i, p in enumerate(self._penalties)]
+                metrics["loss/penalty"] = torch.stack([part for part, _ in parts]).sum()
+                slope = sum((part for _, part in parts), slope)
+                value = metrics["loss/penalty"] + (policy if x is None else 0)
+        if x is None:
+            return CorrectionOutput(Score.apply(log_prob, value, slope), weight, metrics)
+        attached = -(weight * x).sum()
         if self._penalties:
-            penalty = torch.stack(
-                [p(log_prob, batch, stats, ok, f"select_{i}", self.anchor) for i, p in enumerate(self._penalties)]
-            ).sum()
-            loss = loss + penalty
-            metrics["loss/penalty"] = penalty.detach()
-        return CorrectionOutput(loss, weight, metrics)
+            attached = attached + Score.apply(log_prob, value, slope)
+        return CorrectionOutput(attached, weight, metrics)
 
     def __call__(self, log_prob: Tensor, batch: TensorDictBase) -> CorrectionOutput:
         """:meth:`prepare` and :meth:`loss` of one batch."""
@@ -333,12 +350,12 @@ class Correction:
         valid = batch["mask"] & finite(d)
         layout = Layout(valid, batch)
         attached = self.attached and log_prob.requires_grad
+        d = safe(d, valid)
         if attached:
             with torch.enable_grad():
-                x = self._leveled(safe(self._unit_log_ratio(log_prob, batch), valid), layout, stats)
-            d, level = safe(d, valid), x.detach()
+                x = self._leveled(Score.apply(log_prob, d, passing(d, valid)), layout, stats)
+            level = x.detach()
         else:
-            d = safe(d, valid)
             level = self._leveled(d, layout, stats)
         view = View(level, d, flat, stats["advantage"], layout, batch, stats, self.anchor)
         keep = stats.get("keep", None)

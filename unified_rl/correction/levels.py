@@ -98,10 +98,9 @@ def hoelder(d: Tensor, layout: Layout, *, p: float = 1.0) -> Tensor:
     """Log of the power mean of the unit ratios of a row; ``p = 0`` is the geometric mean, ``p = 1`` the arithmetic."""
     if p == 0.0:
         return geometric(d, layout)
-    scaled = (p * d).masked_fill(~layout.mask, -math.inf)
-    empty = ~layout.mask.any(-1, keepdim=True)
-    scaled = scaled.masked_fill(empty, 0.0)  # a row with no unit: any finite value
-    return ((scaled.logsumexp(-1, keepdim=True) - layout.count.to(d.dtype).log()) / p).expand_as(d)
+    away = (layout.mask.view(torch.uint8).to(d.dtype) - 1) * 1e30  # as good as -inf, but finite in an empty row
+    mean = ((p * d + away).logsumexp(-1, keepdim=True) - layout.count.to(d.dtype).log()) / p
+    return mean.clamp(-CLAMP, CLAMP).expand_as(d)
 
 
 LEVELS: dict[str, Callable[..., Tensor]] = {

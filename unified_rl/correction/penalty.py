@@ -1,6 +1,7 @@
 """Penalties: regularisers that stand beside the policy term and are never multiplied by its weights.
 
-Each maps ``x = log_prob - anchor_log_prob [B, N]`` (differentiable, 0 where masked) to a penalty a unit, ``[B, N]``.
+Each maps ``x = log_prob - anchor_log_prob [B, N]`` (0 where masked) to a penalty a unit and its derivative by ``x``,
+both ``[B, N]``.
 """
 
 from __future__ import annotations
@@ -8,42 +9,48 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tensordict import TensorDictBase
+import torch
 from torch import Tensor
 
 from unified_rl.correction.select import SELECTIONS
 from unified_rl.correction.specs import bind, nearest
-from unified_rl.correction.view import ANCHORS, anchor_log_prob, difference, finite, masked, safe
+from unified_rl.correction.view import ANCHORS, View, difference, finite, passing, safe, share
 from unified_rl.errors import ConfigError
 
 
-def k1(x: Tensor) -> Tensor:
+def k1(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x``: with the anchor ``none``, the log-likelihood itself."""
-    return x
+    return x, torch.ones_like(x)
 
 
-def k2(x: Tensor) -> Tensor:
+def k2(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x^2 / 2``."""
-    return 0.5 * x.square()
+    return 0.5 * x.square(), x
 
 
-def k3(x: Tensor) -> Tensor:
+def k3(x: Tensor) -> tuple[Tensor, Tensor]:
     """``exp(-x) + x - 1``: unbiased for KL(current || anchor) on fresh samples, never negative."""
-    return (-x).exp() + x - 1
+    slope = (-x).expm1_().neg_()
+    return x - slope, slope
 
 
-def k3_plus(x: Tensor) -> Tensor:
+def k3_plus(x: Tensor) -> tuple[Tensor, Tensor]:
     """The value of k3 with the gradient of k2."""
-    gradient = k2(x)
-    return gradient + (k3(x) - gradient).detach()
+    return k3(x)[0], x
 
 
-def absolute(x: Tensor) -> Tensor:
+def absolute(x: Tensor) -> tuple[Tensor, Tensor]:
     """``|x|``."""
-    return x.abs()
+    return x.abs(), x.sign()
 
 
-PENALTIES: dict[str, Callable[[Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3, "k3_plus": k3_plus, "abs": absolute}
+PENALTIES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "k1": k1,
+    "k2": k2,
+    "k3": k3,
+    "k3_plus": k3_plus,
+    "abs": absolute,
+}
 
 DEFAULTS: dict[str, Any] = {
     "anchor": "reference",
@@ -81,28 +88,36 @@ class Penalty:
         """Anchors whose log-probs the batch must hold."""
         return ({self.anchor} - {"none", "mixture"}) | ({"behavior"} if self.importance else set())
 
-    def __call__(
-        self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase, ok: Tensor, chosen: str, shared: str
-    ) -> Tensor:
-        """The penalty's part of the loss, scalar.
+    def __call__(self, view: View, ok: Tensor, chosen: str) -> tuple[Tensor, Tensor]:
+        """The penalty's part of the loss, scalar, and its derivative by the log-probs, ``[B, N]``.
 
-        ``chosen`` names the carried selection in the statistics; where the anchor is ``shared`` with the kernel, ``ok``
-        already knows which units are finite.
+        ``ok [B, N]`` says which units take part; ``chosen`` names the carried selection in the statistics.
         """
-        if self.anchor == "none":
-            x = log_prob
-        elif self.anchor == "mixture":
-            x = difference(log_prob, stats["mixture_log_prob"])
-        else:
-            x = difference(log_prob, anchor_log_prob(batch, self.anchor))
-        mask = ok if self.anchor == shared else ok & finite(x.detach())
+        x, mask = self._argument(view)
+        mask = mask if mask is ok else mask & ok
         if self.select is not None:
-            mask = mask & stats[chosen]
-        value = self.value(masked(mask, x) if self.anchor == "none" else safe(x, mask))
+            mask = mask & view.stats[chosen]
+        value, slope = self.value(x)
+        if self.anchor != "none":
+            slope = slope * passing(x, mask)
         if self.importance:
-            d = difference(log_prob, anchor_log_prob(batch, "behavior"))
-            value = value * safe(d, mask & finite(d.detach())).exp()
-        scale = stats["coefficient"].unsqueeze(-1) * self.coefficient
+            d, finite_too = view.compared("behavior")
+            mask = mask & finite_too
+            ratio = d.exp()
+            slope = (slope + value * passing(d, mask)) * ratio
+            value = value * ratio
+        scale = view.row("coefficient") * self.coefficient
         if self.statistic is not None:
-            scale = scale * stats[self.statistic].unsqueeze(-1)
-        return (value * scale).sum()  # every penalty is 0 at 0, which is what stands where masked
+            scale = scale * view.row(self.statistic)
+        scale = share(mask, x.dtype) * scale
+        return (value * scale).sum(), slope * scale
+
+    def _argument(self, view: View) -> tuple[Tensor, Tensor]:
+        """The log-ratio to the anchor and where it is finite."""
+        if self.anchor == "none":
+            return view.log_prob, view.mask & finite(view.log_prob)
+        if self.anchor == "mixture":
+            d = difference(view.raw_log_prob, view.stats["mixture_log_prob"])
+            valid = view.mask & finite(d)
+            return safe(d, valid), valid
+        return view.compared(self.anchor)

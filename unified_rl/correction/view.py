@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -55,19 +56,50 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def finite(d: Tensor) -> Tensor:
-    """True where neither NaN nor infinite (cheaper than ``torch.isfinite`` on a CPU)."""
+    """True where neither NaN nor infinite."""
+    if d.device.type == "cpu" and not torch.compiler.is_compiling() and math.isfinite(float(d.detach().sum())):
+        return torch.ones_like(d, dtype=torch.bool)  # one sum is a tenth of a comparison's cost
     return d.abs() < torch.inf
 
 
+def share(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 where the mask is True, else 0; on a CPU this and a product take a fifth of ``masked_fill``'s time or less."""
+    return mask.view(torch.uint8).to(dtype)
+
+
 def safe(d: Tensor, mask: Tensor) -> Tensor:
-    """Log-ratios fit for ``exp``: 0 where masked, then clamped."""
-    return d.masked_fill(~mask, 0.0).clamp_(-CLAMP, CLAMP)  # on a CPU masked_fill takes a third of where's time
+    """Log-ratios fit for ``exp``: 0 where masked, then clamped; infinite ones under the mask are 0."""
+    return d.nan_to_num(0.0, 0.0, 0.0).mul_(share(mask, d.dtype)).clamp_(-CLAMP, CLAMP)
 
 
 def masked(mask: Tensor, x: Tensor) -> Tensor:
-    """``x`` in at least float32, 0 where masked; differentiable, and garbage there gets no gradient."""
+    """``x`` in at least float32, 0 where masked, whatever stands there; garbage gets no gradient."""
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
     return x.masked_fill(~mask, 0.0)
+
+
+def only(mask: Tensor, x: Tensor) -> Tensor:
+    """``x``, which is finite everywhere, and 0 where masked."""
+    return x * share(mask, x.dtype)
+
+
+def passing(d: Tensor, mask: Tensor) -> Tensor:
+    """1 where a :func:`safe` log-ratio follows the log-prob, 0 where it is masked or clamped, ``[B, N]``."""
+    if d.device.type == "cpu" and not torch.compiler.is_compiling() and d.numel():
+        low, high = d.aminmax()
+        if max(-float(low), float(high)) < CLAMP:
+            return share(mask, d.dtype)
+    return share(mask & (d.abs() < CLAMP), d.dtype)
+
+
+def narrow(x: Tensor) -> Tensor:
+    """``[B, 1]`` of a tensor ``[B, N]`` that repeats one number a row; any other tensor itself."""
+    return x[..., :1] if x.ndim and x.stride(-1) == 0 else x
+
+
+def sum_all(x: Tensor) -> Tensor:
+    """Sum of ``x [B, N]``: over rows in its own precision, then in float64."""
+    return x.sum(-1).sum(dtype=torch.float64)
 
 
 @dataclass
@@ -77,8 +109,8 @@ class View:
     Attributes:
         log_ratio: ``[B, N]`` float, log-ratio to the kernel's anchor at the chosen level.
         unit_log_ratio: ``[B, N]`` float, the same before the level.
-        log_prob: ``[B, N]`` float, of the current policy; 0 where masked.
-        advantage: ``[B, N]`` float; anything where masked.
+        raw_log_prob: ``[B, N]``, of the current policy; anything where masked.
+        advantage: ``[B, N]`` float; finite where masked.
         layout: the mask (``layout.mask [B, N]``), counts, positions and steps.
         batch: the record.
         stats: what ``prepare`` found (so far), one entry a row.
@@ -87,12 +119,13 @@ class View:
 
     log_ratio: Tensor
     unit_log_ratio: Tensor
-    log_prob: Tensor
+    raw_log_prob: Tensor
     advantage: Tensor
     layout: Layout
     batch: TensorDictBase
     stats: TensorDictBase | dict[str, Tensor]
     anchor: str
+    _compared: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @property
     def mask(self) -> Tensor:
@@ -100,25 +133,44 @@ class View:
         return self.layout.mask
 
     @cached_property
+    def log_prob(self) -> Tensor:
+        """Of the current policy, 0 where masked, ``[B, N]``."""
+        return masked(self.mask, self.raw_log_prob)
+
+    @cached_property
     def ratio(self) -> Tensor:
         """``exp(log_ratio)``, ``[B, N]``."""
-        return self.log_ratio.exp()
+        return narrow(self.log_ratio).exp().expand_as(self.log_ratio)
 
     @cached_property
     def up(self) -> Tensor:
-        """Whether A > 0, ``[B, N]`` bool."""
-        return self.advantage > 0
+        """Whether A > 0, bool: ``[B, N]``, or ``[B, 1]`` where a row has one advantage."""
+        return narrow(self.advantage) > 0
 
     def zeroed(self, above: Tensor, below: Tensor) -> Tensor:
         """The ratio, but 0 where ``above`` on units of A > 0 and where ``below`` on the others, ``[B, N]``."""
-        return self.ratio.masked_fill((self.up & above) | (below & ~self.up), 0.0)
+        return only(~((self.up & above) | (below & ~self.up)), self.ratio)
 
     def against(self, anchor: str) -> Tensor:
-        """Unit log-ratio of the current policy to an anchor, ``[B, N]``, 0 where masked, clamped."""
+        """Unit log-ratio of the current policy to an anchor, ``[B, N]``, 0 where masked or not finite, clamped."""
+        return self.compared(anchor)[0]
+
+    def compared(self, anchor: str) -> tuple[Tensor, Tensor]:
+        """Unit log-ratio to an anchor as of :meth:`against`, and where it is masked in and finite, ``[B, N]`` bool."""
         if anchor == self.anchor:
-            return self.unit_log_ratio
-        d = difference(self.log_prob, anchor_log_prob(self.batch, anchor))
-        return safe(d, self.mask & finite(d))
+            return self.unit_log_ratio, self.mask
+        if anchor not in self._compared:
+            d = difference(self.raw_log_prob, anchor_log_prob(self.batch, anchor))
+            valid = self.mask & finite(d)
+            self._compared[anchor] = safe(d, valid), valid
+        return self._compared[anchor]
+
+    def at(self, row: Tensor, column: Tensor) -> View:
+        """Some of the units, as a view of shape ``[n]`` for kernels that look at each unit alone."""
+        parts = (self.log_ratio, self.unit_log_ratio, self.raw_log_prob, self.advantage)
+        d, unit, log_prob, advantage = (x[row, column] for x in parts)
+        layout = Layout(self.mask[row, column], self.batch)
+        return View(d, unit, log_prob, advantage, layout, self.batch, self.stats, self.anchor)
 
     def row(self, key: str) -> Tensor:
         """A statistic of ``prepare`` as ``[B, 1]``."""
