@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import Policy
 from unified_rl.policies.networks import activation_named, mlp, seeded, trunk_width
-from unified_rl.policies.sampling import Sampling, draw, entropy_of, token_log_prob
+from unified_rl.policies.sampling import Reader, Sampling, draw, entropy_of, token_log_prob
 
 
 def to_bins(value: Tensor, bins: int) -> Tensor:
@@ -164,6 +164,18 @@ class AutoregressivePolicy(Policy):
     def _log_prob(self, observation: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         bins = self._stored_bins(stored)
         return token_log_prob(self.sampling.logits(self._logits(observation, bins)), bins)
+
+    def read_logits(self, batch: TensorDictBase, reader: Reader, *extras: Tensor) -> tuple[Tensor, ...]:
+        """What ``reader(logits [n, V], bin [n], *extras [n, ...])`` makes of every unit's distribution.
+
+        ``extras`` are ``[B, N, ...]``; the results are ``[B, N, ...]``.
+        """
+        observation, stored = self._flatten(batch)
+        bins = self._stored_bins(stored)
+        logits = self.sampling.logits(self._logits(observation, bins))
+        found = reader(logits.flatten(0, 1), bins.flatten(), *(extra.flatten(0, 1) for extra in extras))
+        rows = batch["observation"].shape[0]
+        return tuple(x.reshape(rows, -1, *x.shape[1:]) for x in found)
 
     def entropy(self, batch: TensorDictBase) -> Tensor:
         """Entropy ``[B, N]`` in nats of each dimension's sampling distribution given the stored earlier ones."""

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from unified_rl.errors import RecordError
 from unified_rl.policies.generation import Generation, generate, has_plain_cache
 from unified_rl.policies.pretrained import build_model, has_plain_head, special_ids, trunk_states
-from unified_rl.policies.sampling import NO_TRUNCATION, Sampling, entropy_of, token_log_prob
+from unified_rl.policies.sampling import NO_TRUNCATION, Reader, Sampling, entropy_of, token_log_prob
 from unified_rl.policies.shared_prompt import find_shared, shared_states
 from unified_rl.units import UnitLogProb
 
@@ -192,25 +192,47 @@ class CausalLM(TensorDictModuleBase):
         """Supervised loss ``[B, N]`` in nats at temperature 1 without truncation, 0 outside the mask."""
         return -self._score(batch, NO_TRUNCATION)[0]
 
-    def _score(self, batch: TensorDictBase, sampling: Sampling, entropy: bool = False) -> tuple[Tensor, Tensor]:
+    def read_logits(self, batch: TensorDictBase, reader: Reader, *extras: Tensor) -> tuple[Tensor, ...]:
+        """What ``reader`` makes of every unit's distribution; logits are never held for a whole batch.
+
+        Args:
+            batch: as for :meth:`log_prob`.
+            reader: ``(logits [n, V], token [n], *extras [n, ...]) -> tensors [n, ...]``; the logits are transformed.
+            extras: ``[B, N, ...]``, handed to the reader unit by unit.
+
+        Returns:
+            The reader's tensors as ``[B, N, ...]``, 0 outside the mask.
+        """
+        return self._read(batch, self.sampling, reader, *extras)
+
+    def _score(self, batch: TensorDictBase, sampling: Sampling, entropy: bool = False) -> tuple[Tensor, ...]:
+        return self._read(batch, sampling, _log_prob_and_entropy if entropy else _log_prob)
+
+    def _read(self, batch: TensorDictBase, sampling: Sampling, reader: Reader, *extras: Tensor) -> tuple[Tensor, ...]:
         tokens, mask = _tokens_and_mask(batch)
         rows, width = tokens.shape
         row, column = mask.nonzero(as_tuple=True)
-        with self._precision():
-            log_prob, extra = self._score_at(tokens, mask, row, column, sampling, entropy)
-        flat, unit = log_prob.new_zeros(rows * width), row * width + column
-        out = flat.index_put((unit,), log_prob).view(rows, width)
-        return out, flat.index_put((unit,), extra).view(rows, width) if entropy else flat
+        picked = [extra[row, column] for extra in extras]
 
-    def _score_at(
-        self, tokens: Tensor, mask: Tensor, row: Tensor, column: Tensor, sampling: Sampling, entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probs (and entropies) ``[n]`` of the tokens at ``(row, column)``."""
+        def read(logits: Tensor, target: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
+            return reader(sampling.logits(logits), target, *more)
+
+        with self._precision():
+            found = self._read_at(tokens, mask, row, column, read, picked)
+        unit = row * width + column
+        return tuple(
+            x.new_zeros(rows * width, *x.shape[1:]).index_put((unit,), x).view(rows, width, *x.shape[1:]) for x in found
+        )
+
+    def _read_at(
+        self, tokens: Tensor, mask: Tensor, row: Tensor, column: Tensor, read: Reader, extras: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """What ``read`` makes of the logits, ``[n, ...]``, at ``(row, column)``."""
         used = int(column.max()) if len(column) else 1  # nothing to the right of the last unit is needed
         target = tokens[row, column]
         if not self.model.plain_head:
             logits = self.model(input_ids=tokens[:, :used], use_cache=False).logits[row, column - 1]
-            return _score_logits(logits, target, sampling, entropy)
+            return read(logits, target, *extras)
         shared = find_shared(tokens, mask, used) if self.share_prompts else None
         if shared is not None:
             hidden = shared_states(self.model, shared).index_select(0, shared.locate(row, column - 1))
@@ -219,18 +241,18 @@ class CausalLM(TensorDictModuleBase):
             hidden = states.index_select(0, row * used + column - 1)
         head = self.model.get_output_embeddings()
 
-        def score(states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-            return _score_logits(head(states), wanted, sampling, entropy)
+        def score(states: Tensor, *wanted: Tensor) -> tuple[Tensor, ...]:
+            return read(head(states), *wanted)
 
         size = self.logit_chunk or max(1, LOGITS_AT_ONCE // head.weight.shape[0])
         if len(target) <= size:
-            return score(hidden, target)
+            return score(hidden, target, *extras)
         recompute = torch.is_grad_enabled()
         parts = [
-            checkpoint(score, h, t, use_reentrant=False, preserve_rng_state=False) if recompute else score(h, t)
-            for h, t in zip(hidden.split(size), target.split(size), strict=True)
+            checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) if recompute else score(*piece)
+            for piece in zip(*(x.split(size) for x in (hidden, target, *extras)), strict=True)
         ]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
@@ -241,10 +263,12 @@ def _recompute_layers(model: Any) -> None:
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
 
-def _score_logits(logits: Tensor, target: Tensor, sampling: Sampling, entropy: bool) -> tuple[Tensor, Tensor]:
-    logits = sampling.logits(logits)
-    log_prob = token_log_prob(logits, target)
-    return log_prob, entropy_of(logits) if entropy else log_prob.detach()
+def _log_prob(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    return (token_log_prob(logits, target),)
+
+
+def _log_prob_and_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    return token_log_prob(logits, target), entropy_of(logits)
 
 
 def _tokens_and_mask(batch: TensorDictBase | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

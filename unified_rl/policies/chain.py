@@ -12,6 +12,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -219,6 +220,13 @@ class ChainPolicy(Policy):
         )
         mean, log_std = self._kernel(output, state, index)
         return mean, log_std.expand_as(mean)
+
+    def normals(self, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation ``[B, N, a]`` of every stored transition, given the state before it."""
+        observation, stored = self._flatten(batch)
+        mean, log_std = self.transitions(observation, stored["chain"])
+        shape = (batch["observation"].shape[0], -1, self.action_dim)
+        return mean.reshape(shape), log_std.reshape(shape)
 
     def _log_prob(self, observation: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         chain = stored["chain"]

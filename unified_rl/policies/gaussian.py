@@ -112,6 +112,12 @@ class GaussianPolicy(Policy):
             mean, log_std = out, self.log_std
         return mean, log_std.clamp(self.log_std_low, self.log_std_high)
 
+    def normals(self, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation ``[B, N, D]`` of every unit: D is the action's width, or 1 per dimension."""
+        mean, log_std = self.mean_and_log_std(self._flatten(batch)[0])
+        shape = (batch["observation"].shape[0], -1, 1 if self.per_dimension else self.action_dim)
+        return mean.reshape(shape), log_std.expand_as(mean).reshape(shape)
+
     def rsample(
         self, observation: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
