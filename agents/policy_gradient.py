@@ -189,8 +189,10 @@ class PolicyGradient:
             record = trim_units(record, int(record["token_mask"].sum(-1).max()))
         return record
 
-    def identity_check(self, record: TensorDictBase, tolerance: float = 1e-2) -> dict[str, Any]:
+    def identity_check(self, record: TensorDictBase, tolerance: float | None = None) -> dict[str, Any]:
         """On the first update: units sampled by the current weights must have ratio 1.
+
+        ``tolerance`` is that of the policy's arithmetic (``log_ratio_tolerance``) unless given.
 
         Raises:
             ConfigError: they do not; then the policy's ``sample`` and ``log_prob`` disagree.
@@ -202,7 +204,7 @@ class PolicyGradient:
         with torch.no_grad():
             log_prob = self._chunked(self.policy, record)
         gap = torch.where(fresh, log_prob - record["behavior_log_prob"], 0.0).abs().max()
-        if not bool(gap <= tolerance):
+        if not bool(gap <= (getattr(self.policy, "log_ratio_tolerance", 1e-2) if tolerance is None else tolerance)):
             raise ConfigError(
                 f"fresh data should have log-ratio 0, but the largest is {float(gap):.3g}: the policy's sample() and "
                 "log_prob() disagree (temperature, truncation, std floor or dtype)"

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import functools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -152,41 +152,65 @@ def language_update(policy: CausalLM, optimizer: Optimizer, batch: TensorDict, m
     optimizer.step(total)
 
 
-def language_figures(name: str, size: LanguageSize, device: torch.device, settings: dict[str, Any]) -> list[Figure]:
-    """Tokens a second of generation and of the update, peak memory, and seconds of a whole step, of one variant."""
+def described(policy: CausalLM, size: LanguageSize, rows: int, how: str) -> str:
+    """The setting column of a language figure."""
+    count = sum(p.numel() for p in policy.parameters())
+    return f"{count / 1e9:.2f}B bf16, {rows} rows of {size.prompt}+{size.new}, {how}"
+
+
+def generation_figures(size: LanguageSize, device: torch.device) -> tuple[list[Figure], TensorDict]:
+    """Tokens a second and peak memory of generation, for the rows of a step and four times as many; the rows."""
     generator = torch.Generator(device).manual_seed(0)
+    policy = language_policy(size, device)
+    figures, step = [], None
+    for larger in (size, dataclasses.replace(size, group=4 * size.group)):
+        peak_memory(device)
+        spent = []
+        for _ in range(size.repeats):
+            seconds, batch = timed(functools.partial(language_record, policy, larger, generator), device)
+            spent.append(seconds)
+        step = batch if step is None else step
+        rows = larger.prompts * larger.group
+        setting = described(policy, size, rows, "key-value cache")
+        figures.append(Figure("language", setting, "generation rate", rows * size.new / min(spent), "tokens/s"))
+        figures.append(Figure("language", setting, "generation peak memory", peak_memory(device), "GiB"))
+        figures.append(Figure("language", setting, "generation", min(spent), "s"))
+    assert step is not None
+    return figures, step
+
+
+def update_figures(
+    name: str, size: LanguageSize, device: torch.device, batch: TensorDict, settings: dict[str, Any]
+) -> list[Figure]:
+    """Tokens a second, peak memory and seconds of the update of one variant, for two sizes of micro-batch."""
     policy = language_policy(size, device, **settings)
     optimizer = Optimizer({"policy": policy}, 1e-6, max_grad_norm=1.0)
-    seconds: dict[str, list[float]] = {"generation": [], "update": []}
-    memory = {"generation": 0.0, "update": 0.0}
-    for _ in range(size.repeats + 1):
-        peak_memory(device)
-        spent, batch = timed(lambda: language_record(policy, size, generator), device)
-        seconds["generation"].append(spent)
-        memory["generation"] = max(memory["generation"], peak_memory(device))
-        spent, _ = timed(functools.partial(language_update, policy, optimizer, batch, size.group), device)
-        seconds["update"].append(spent)
-        memory["update"] = max(memory["update"], peak_memory(device))
-    rows = size.prompts * size.group
-    processed = {"generation": rows * size.new, "update": rows * (size.prompt + size.new)}
-    count = sum(p.numel() for p in policy.parameters())
-    setting = f"{count / 1e9:.2f}B, {size.prompts}x{size.group} rows of {size.prompt}+{size.new}, {name}"
     figures = []
-    for stage, tokens in processed.items():
-        rate = tokens / statistics.median(seconds[stage][1:])  # the first round warms up
-        figures.append(Figure("language", setting, f"{stage} rate", rate, "tokens/s"))
-        figures.append(Figure("language", setting, f"{stage} peak memory", memory[stage], "GiB"))
-    whole = [a + b for a, b in zip(seconds["generation"], seconds["update"], strict=True)][1:]
-    return [*figures, Figure("language", setting, "GRPO step", statistics.median(whole), "s")]
+    for micro_batch in (size.group, 4 * size.group):
+        update = functools.partial(language_update, policy, optimizer, batch, micro_batch)
+        update()  # the first one warms up
+        peak_memory(device)
+        spent = min(timed(update, device)[0] for _ in range(size.repeats))
+        setting = described(policy, size, len(batch), f"{name}, micro-batches of {micro_batch}")
+        figures.append(Figure("language", setting, "update rate", batch["tokens"].numel() / spent, "tokens/s"))
+        figures.append(Figure("language", setting, "update peak memory", peak_memory(device), "GiB"))
+        figures.append(Figure("language", setting, "update", spent, "s"))
+    return figures
 
 
 def bench_language(device: torch.device, smoke: bool) -> list[Figure]:
-    """A GRPO step with the logits of a few positions held at a time, in the ways that trade memory for time."""
+    """A GRPO step, the logits of a few positions held at a time, in the ways that trade memory for time."""
     size = SMOKE if smoke else LanguageSize()
     chunk = {"logit_chunk": 5} if smoke else {}
-    figures = language_figures("chunked log-probs, shared prompts", size, device, chunk)
-    recomputed = {"gradient_checkpointing": True, **chunk}
-    return figures + language_figures("chunked log-probs, layers recomputed", size, device, recomputed)
+    figures, batch = generation_figures(size, device)
+    ways: dict[str, dict[str, Any]] = {
+        "prompts encoded once a group": {},
+        "every row whole": {"share_prompts": False},
+        "layers recomputed": {"gradient_checkpointing": True},
+    }
+    for name, settings in ways.items():
+        figures += update_figures(name, size, device, batch, {**settings, **chunk})
+    return figures
 
 
 # ---------------------------------------------------------------------------------------------------- control
@@ -271,6 +295,7 @@ def bench_sac(device: torch.device, smoke: bool) -> list[Figure]:
         gap = float(((losses - reference).abs() / reference.abs().clamp(min=1e-2)).max())
         if not gap <= LOSS_TOLERANCE:
             raise RuntimeError(f"sac {name}: a loss differs from the eager one by {gap:.2g} (bound {LOSS_TOLERANCE})")
+        train_repeatedly(agent, replay, 20)  # compiles what the first steps did not need
         spent, _ = timed(functools.partial(train_repeatedly, agent, replay, size.updates), device)
         setting = f"batch {size.batch}, 2x{size.width}, {name}"
         figures.append(Figure("sac", setting, "update rate", size.updates / spent, "updates/s"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_the_run_folder_holds_everything_that_made_it(control: Path) -> None:
     assert config["seed"] == 5 and config["choices"]["env"] == "inverted_pendulum"
     meta = json.loads((control / "meta.json").read_text())
     assert meta["seed"] == 5 and meta["status"] == "finished" and "git_revision" in meta and meta["command"]
-    assert meta["versions"]["torch"] == torch.__version__ and meta["versions"]["mujoco"]
+    assert meta["versions"]["torch"] == metadata.version("torch") and meta["versions"]["mujoco"]
     assert any((control / "tensorboard").iterdir())
     assert [path.name for path in checkpoints(control / "checkpoints")] == ["step_000000000003", "step_000000000004"]
 

@@ -199,9 +199,9 @@ class Policy(TensorDictModuleBase):
         return next(self.parameters()).device
 
     def update_normalizer(self, observation: Tensor) -> None:
-        """Adds raw ``observation [..., d]`` to the running moments; does nothing where normalisation is off."""
+        """Adds raw ``observation [..., d]``, on any device, to the running moments; nothing to do without them."""
         if isinstance(self.normalizer, RunningNormalizer):
-            self.normalizer.update(observation)
+            self.normalizer.update(observation.to(self.device))
 
     def normalize(self, observation: Tensor) -> Tensor:
         """The observation as the network sees it, same shape."""
