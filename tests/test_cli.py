@@ -26,7 +26,10 @@ def python(code: str, *argv: str, **env: str) -> subprocess.CompletedProcess[str
     return subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=full, timeout=120)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["compare", "--help"], ["evaluate", "--help"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["train", "--help"], ["compare", "--help"], ["evaluate", "--help"], ["corrections", "--help"]],
+)
 def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     code = "import sys; from unified_rl.cli import main; rc = main()"
     code += f"; print([m for m in {HEAVY} if m in sys.modules]); sys.exit(rc)"

@@ -45,9 +45,16 @@ def run(words: Sequence[str], out: str | None, as_json: bool, write: str | None)
 
 def _show(name: str, overrides: Sequence[str], out: str | None, as_json: bool) -> None:
     catalogue.entry(name)
+    from unified_rl.config import parse_overrides
     from unified_rl.study.gallery.described import described
 
-    shown = described(name, dict(map(_override, overrides)))
+    changed = {override.key: override.value for override in parse_overrides(overrides)}
+    try:
+        shown = described(name, changed)
+    except TypeError as error:  # settings of parts are not typed before they are used
+        if not overrides:
+            raise
+        raise ConfigError(f"a value among {' '.join(overrides)} has the wrong type: {error}") from error
     path = None
     if out or not as_json:
         from unified_rl.study.gallery.draw import draw_one
@@ -57,15 +64,6 @@ def _show(name: str, overrides: Sequence[str], out: str | None, as_json: bool) -
         print(json.dumps(_plain(shown.for_machines()), indent=1, allow_nan=False))
     else:
         print(shown.text() + f"\n\nweight curve: {path}")
-
-
-def _override(text: str) -> tuple[str, Any]:
-    import yaml
-
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"{text!r} is not of the form key=value, such as kernel.clip_high=0.3")
-    return key, yaml.safe_load(value)
 
 
 def _plain(value: Any) -> Any:

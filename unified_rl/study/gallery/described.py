@@ -101,12 +101,19 @@ def described(name: str, overrides: Mapping[str, Any] | None = None) -> Describe
     )
 
 
+RELATIONS = {
+    "equal": "",
+    "scaled": "up to a positive factor, ",
+    "given": "with the settings that docs/corrections.md names, ",
+}
+
+
 def twins(name: str) -> list[str]:
     """What the classes of coinciding presets say about one, a line for each class it is in."""
     found = []
-    for relation, word in (("equal", ""), ("scaled", "up to a positive factor, "), ("given", "")):
+    for relation, words in RELATIONS.items():
         for group in catalogue.data("classes")[relation]:
             others = [other for other in group["presets"] if other != name]
             if len(others) < len(group["presets"]):
-                found.append(f"{word}{', '.join(others)} ({group['because']})")
+                found.append(f"{words}{', '.join(others)} ({group['because']})")
     return found

@@ -98,11 +98,11 @@ def _legend(figure: Figure, lines: Sequence[str] | set[str] | Mapping[str, Any])
 
 
 def _shrink(path: Path, digest: str) -> None:
-    """Rewrites a PNG with a palette of 32 colours."""
+    """Rewrites a PNG with a palette of 96 colours."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_text("Description", digest)
     with Image.open(path) as image:
-        small = image.convert("RGB").quantize(32, dither=Image.Dither.NONE)
+        small = image.convert("RGB").quantize(96, dither=Image.Dither.NONE)
     small.save(path, optimize=True, pnginfo=info)

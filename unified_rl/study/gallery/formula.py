@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from unified_rl.correction.tables import RATIO_FREE
+
 Settings = Mapping[str, Any]
 
 LEVELS: dict[str, Callable[[Settings], str]] = {
@@ -73,7 +75,7 @@ KERNELS: dict[str, Callable[[Settings], str]] = {
         + ("" if s["dual"] is None else f" or d > {_n(s['dual'])} t^{_n(s['power'])}")
         + " (t: position in the row)"
     ),
-    "exp_advantage": lambda s: f"exp(A / {_n(s['temperature'])})",
+    "exp_advantage": lambda s: "exp(A)" if s["temperature"] == 1 else f"exp(A / {_n(s['temperature'])})",
     "shape": lambda s: f"c r / (r + c)^2, c = {_n(s['gamma'])}",
     "demonstration_shape": lambda s: (
         f"c p / (p + c)^2, c = {_n(s['gamma'])}, p = pi, on demonstrations; elsewhere "
@@ -172,7 +174,10 @@ def formula(full: Mapping[str, Any]) -> list[str]:
     lines = []
     if full["pre"] is not None:
         lines.append(f"d = {PRES[full['pre']['name']](full['pre'])}, of each unit's log-ratio")
-    lines.append(f"r = {LEVELS[level['name']](level)}, {_over(full['anchor'])}")
+    if kernel["name"] not in RATIO_FREE:
+        lines.append(f"r = {LEVELS[level['name']](level)}, {_over(full['anchor'])}")
+    elif kernel["name"] == "residual":
+        lines.append(f"d = log-ratio of each unit, {_over(full['anchor'])}")
     attached = " (the level itself is differentiated)" if full["attached"] else ""
     lines.append(f"g = {KERNELS[kernel['name']](kernel)}{attached}")
     lines += [_mismatch(rule) for rule in full["mismatch"]]
