@@ -66,6 +66,15 @@ def corrections(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def lab(arguments: argparse.Namespace) -> int:
+    """Computes bias and variance of corrections exactly, on problems small enough to list every trajectory."""
+    from unified_rl.study.lab.run import lab as run
+
+    names = [name for name in (arguments.corrections or "").split(",") if name]
+    run(names, out=arguments.out, train=arguments.train, seeds=arguments.seeds)
+    return 0
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     """Prints versions, devices and threads, and checks that fresh data have ratio 1."""
     from unified_rl.training.doctor import doctor as run
@@ -77,6 +86,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
     "compare": compare,
     "evaluate": evaluate,
+    "lab": lab,
     "corrections": corrections,
     "doctor": doctor,
 }
@@ -92,6 +102,10 @@ EXAMPLES = {
   unified-rl compare study=quickstart study.seeds=[1,2,3]""",
     "evaluate": """example:
   unified-rl evaluate runs/NAME --episodes 256""",
+    "lab": """examples:
+  unified-rl lab
+  unified-rl lab --corrections ppo,tis,sequence_is --out my_lab
+  unified-rl lab --train --seeds 16""",
     "corrections": """examples:
   unified-rl corrections
   unified-rl corrections show dapo --out dapo.png
@@ -156,12 +170,17 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
         parser.add_argument("--episodes", type=int, help="episodes or prompts; by default as in the run")
         parser.add_argument("--record", metavar="DIR", help="also write the policy's rows there, as a replay")
+    if verb == "lab":
+        parser.add_argument("--corrections", metavar="A,B,...", help="presets to compare; by default all")
+        parser.add_argument("--out", metavar="FOLDER", default="lab", help="where CSVs and pictures go; by default lab")
+        parser.add_argument("--train", action="store_true", help="train all of them on stale data, not a shortlist")
+        parser.add_argument("--seeds", type=int, default=8, metavar="N", help="seeds of a training run; by default 8")
     if verb == "corrections":
         parser.add_argument("words", nargs="*", metavar="show NAME [KEY=VALUE]", help="show one; without it, list all")
         parser.add_argument("--out", metavar="FILE.png", help="where to draw its weight; by default NAME.png")
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument("--write", metavar="DIR", help="write the gallery's page and pictures there")
-    if verb not in ("corrections", "doctor"):
+    if verb not in ("lab", "corrections", "doctor"):
         parser.add_argument(
             "--allow",
             action="append",

@@ -1,0 +1,109 @@
+"""How the lab treats a preset: which advantage it gets, whether its mean is an exact sum, what its bias is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from unified_rl.correction import Correction, load_correction, preset_config
+
+ROW, GROUP, SAMPLED_GROUP, SAMPLED_BATCH = "exact", "exact over groups", "sampled groups", "sampled batches"
+"""Routes: by summing over trajectories, over groups of them too, or by seeded Monte Carlo over groups or batches."""
+
+OUTSIDE = {
+    "project_categorical": "it projects the policy's whole distribution in the forward pass; its loss alone is plain "
+    "importance sampling",
+    "layer_noise": "it perturbs the layers of a network, and these policies have none",
+}
+"""Wrappers without which nothing of the method is left, and why the lab has none."""
+
+GROUPWISE_BASELINES = ("mean", "leave_one_out", "max", "none", "soft")
+BATCH_KERNELS = {"ess_cap", "ess_cap_mixed", "m2_mask", "searched_ppo", "clip_cov", "spared_ppo", "teacher_ppo"}
+PLAIN_KERNELS = {"one", "is", "exp_advantage", "residual", "likelihood_pair", "teacher_ppo"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one preset is treated.
+
+    Attributes:
+        name: the preset.
+        correction: it.
+        advantage: ``group`` (rewards against their group), ``critic`` (the true Q - V), ``reward`` (each unit's own) or
+            ``own`` (the kernel computes it).
+        route: one of ROW, GROUP, SAMPLED_GROUP and SAMPLED_BATCH.
+        intent: ``trust region`` or ``regulariser`` where the bias is wanted, else empty.
+        note: what the lab leaves out.
+        reason: why it is not applicable; empty where it is.
+    """
+
+    name: str
+    correction: Correction
+    advantage: str
+    route: str
+    intent: str
+    note: str = ""
+    reason: str = ""
+
+
+def make_plan(name: str, advantage: str, *, binary: bool) -> Plan:
+    """The plan of a preset.
+
+    Args:
+        name: of the preset.
+        advantage: ``group`` or ``critic``.
+        binary: whether the problem's returns are 0 or 1.
+
+    Raises:
+        ConfigError: an unknown preset (names the nearest).
+    """
+    config, correction = preset_config(name), load_correction(name)
+    kernel, wrapper = correction.kernel_name, correction.wrapper.get("name")
+    mine = _advantage(correction, advantage)
+    note = "" if wrapper is None else f"its loss alone: {wrapper} acts outside it"
+    if kernel == "demonstration_shape":
+        note = "no demonstrations here: its rule for the policy's own rows"
+    if correction.anchor == "reference" and kernel != "residual":
+        note = "its reference follows the policy: here it is the proximal policy"
+    reason = OUTSIDE.get(str(wrapper), "")
+    if kernel == "likelihood_pair" and not binary:
+        reason = "it splits answers into right and wrong and needs rewards of 0 or 1"
+    return Plan(name, correction, mine, _route(config, correction, mine, binary), _intent(config), note, reason)
+
+
+def _advantage(correction: Correction, asked: str) -> str:
+    if correction.kernel_name in ("residual", "likelihood_pair", "teacher_ppo"):
+        return "own"
+    if correction.attached and correction.level_name == "prefix":
+        return "reward"
+    return asked
+
+
+def _route(config: dict[str, Any], correction: Correction, advantage: str, binary: bool) -> str:
+    kernel = correction.kernel_name
+    selects = [node.get("select") for node in config.get("penalty") or [] if isinstance(node, dict)]
+    normalizes = any(isinstance(node, dict) and node.get("normalize") for node in config.get("mismatch") or [])
+    thin = config.get("thin") or {}
+    thin = thin if isinstance(thin, str) else thin.get("name", "")
+    if kernel in BATCH_KERNELS or any(selects) or normalizes or thin == "drop_negatives":
+        return SAMPLED_BATCH
+    if thin or kernel == "residual":
+        return SAMPLED_GROUP
+    if kernel == "likelihood_pair":
+        return GROUP
+    if advantage != "group":
+        return ROW
+    settings = correction.advantage
+    if settings.get("scale", "none") in ("batch", "whiten"):
+        return SAMPLED_BATCH
+    groupwise = settings.get("baseline", "mean") in GROUPWISE_BASELINES
+    return GROUP if groupwise and binary else SAMPLED_GROUP
+
+
+def _intent(config: dict[str, Any]) -> str:
+    """What the bias is for: bounding the step, another objective, or nothing."""
+    kernel = config.get("kernel", "one")
+    kernel = kernel if isinstance(kernel, str) else kernel.get("name", "one")
+    if kernel not in PLAIN_KERNELS or config.get("reject") or config.get("pre"):
+        return "trust region"
+    return "regulariser" if config.get("penalty") or kernel in ("residual", "likelihood_pair", "teacher_ppo") else ""

@@ -1,0 +1,105 @@
+"""From trajectories to what the correction sees, and back to a coefficient for the score of each unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from unified_rl.correction import Correction
+from unified_rl.correction.proximal import interpolated
+from unified_rl.correction.reduce import REDUCTIONS
+from unified_rl.study.lab.drift import Drift
+from unified_rl.study.lab.problems import Problem
+from unified_rl.study.lab.values import unit_log_prob
+
+LogProbs = Mapping[str, Tensor]
+
+
+def log_probs(problem: Problem, correction: Correction, drift: Drift) -> dict[str, Tensor]:
+    """Log-probabilities of every trajectory's units under every policy of a situation, each ``[B, N]``.
+
+    The proximal policy is the one the correction asks for: between behavior and current, the moving average, or
+    interpolated by version. A reference that the kernel's ratio is taken to is the proximal policy too (Humanline syncs
+    it with the policy).
+    """
+    found = {name: unit_log_prob(problem, table) for name, table in drift.tables.items()}
+    provider = correction.proximal.get("provider", "snapshot")
+    if provider == "average":
+        found["proximal"] = found["average"]
+    elif provider == "interpolated":
+        version = torch.zeros_like(problem.action)
+        found["proximal"] = interpolated(found["current"], found["behavior"], version, drift.lag)
+    if correction.anchor == "reference" and correction.kernel_name != "residual":
+        found["reference"] = found["proximal"]
+    return found
+
+
+def record(problem: Problem, rows: Tensor, by_policy: LogProbs, advantage: Tensor, group: Tensor) -> TensorDict:
+    """A batch of trajectories.
+
+    Args:
+        problem: where they come from.
+        rows: ``[R]`` int64, which trajectories.
+        by_policy: ``[R, N]`` log-probs of behavior, proximal, reference, proxy and teacher.
+        advantage: ``[R, N]``.
+        group: ``[R]`` int64.
+
+    Returns:
+        A record in float64. An outcome problem is one step with one reward; else every unit is a step.
+    """
+    mask, reward = problem.mask[rows], problem.reward[rows]
+    index = torch.zeros_like(problem.action[rows])
+    if not problem.outcome:
+        index = index + torch.arange(mask.shape[1])
+    anchors = ("behavior", "proximal", "reference", "proxy", "teacher")
+    return TensorDict(
+        {
+            **{f"{name}_log_prob": by_policy[name] for name in anchors},
+            "mask": mask,
+            "step_index": index,
+            "reward": reward.sum(-1, keepdim=True) if problem.outcome else reward,
+            "policy_version": torch.zeros_like(index),
+            "advantage": advantage,
+            "group": group,
+            "row_id": torch.arange(len(rows)),
+        },
+        batch_size=[len(rows)],
+    )
+
+
+def row_scale(correction: Correction, problem: Problem, probability: Tensor) -> Tensor:
+    """What the reduction multiplies each trajectory's units by, ``[B]``, so that a unit's is 1 on average.
+
+    A batch is divided by its number of units, of rows or by a constant. The first is random; here it is its expectation
+    (what a large batch has), and constants are taken out, so that no reduction is called biased for its scale alone.
+    """
+    count = problem.mask.sum(-1).double()
+    scale = REDUCTIONS[correction.reduce](count, correction.horizon, lambda x: x)
+    return scale * (probability @ count) / (probability @ (scale * count))
+
+
+def coefficients(
+    correction: Correction,
+    log_prob: Tensor,
+    batch: TensorDict,
+    scale: Tensor,
+    given: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """What each unit's score is multiplied by in the ascent direction, ``[R, N]``: minus the loss's derivative.
+
+    Args:
+        correction: any; penalties and attached levels are covered, since the loss itself is differentiated.
+        log_prob: ``[R, N]`` of the current policy.
+        batch: the record.
+        scale: ``[R]``, takes the place of the reduction.
+        given: statistics that take the place of those that the batch gives.
+    """
+    leaf = log_prob.detach().clone().requires_grad_()
+    stats = correction.prepare(leaf.detach(), batch)
+    for key, value in {**(given or {}), "coefficient": scale}.items():
+        stats[key] = value
+    (gradient,) = torch.autograd.grad(correction.loss(leaf, batch, stats).loss, leaf)
+    return -gradient
