@@ -108,7 +108,8 @@ class PolicyGradient:
         seed: int = 0,
     ) -> None:
         self.language = hasattr(policy, "generate")
-        correction.check_domain(discrete=self.language or getattr(policy, "supports_discrete", False))
+        self.discrete = self.language or getattr(policy, "supports_discrete", False)
+        correction.check_domain(discrete=self.discrete)
         correction.require_support(providers=PROVIDERS)
         if advantage not in ("auto", "critic", "group"):
             raise ConfigError(f"agent.advantage is {advantage!r}; it is one of auto, critic, group")
@@ -184,7 +185,7 @@ class PolicyGradient:
         if not self.language and not self.shuffle_steps:
             batch = split_episodes(batch)
         record = batch if self.language else record_from_steps(batch)
-        validate_record(record, current_version=self.version)
+        validate_record(record, current_version=self.version, discrete=self.discrete)
         if self.language:
             record = trim_units(record, int(record["token_mask"].sum(-1).max()))
         return record
