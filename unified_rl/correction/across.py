@@ -31,14 +31,15 @@ def crossing(
     fixed number of sums of one small histogram (3 for float32, 6 for float64), whatever their shares are.
 
     Args:
-        values: ``[n]`` float32 or float64, this process's share; no NaN.
+        values: ``[n]`` float, this process's share; no NaN.
         allowance: scalar, the same on every process.
         total: sums over processes; :func:`identity` where there is one.
         weight: positive weights ``[n]`` float64 as a function of values; each value weighs 1 if not given.
 
     Returns:
-        Scalar of the dtype of ``values``.
+        Scalar of the dtype of ``values``, at least float32.
     """
+    values = values if values.dtype in (torch.float32, torch.float64) else values.float()
     if total is identity:
         return _here(values, allowance, weight)
     return _spread(values, allowance, total, weight)

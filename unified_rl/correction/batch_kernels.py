@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from unified_rl.correction.across import Total, crossing
-from unified_rl.correction.kernels import ppo
+from unified_rl.correction.kernels import outside
 from unified_rl.correction.random import unit_noise
-from unified_rl.correction.view import View, masked
+from unified_rl.correction.view import View, anchor_log_prob, narrow, only, share, sum_all
 
 
 def _rows(x: Tensor, view: View) -> Tensor:
@@ -23,17 +23,16 @@ def _rows(x: Tensor, view: View) -> Tensor:
     return x.expand(view.mask.shape[0])
 
 
-def _ess(log_ratio: Tensor, view: View, total: Total) -> Tensor:
-    """Effective sample size as a fraction of the units; 1 where there are none."""
-    w = masked(view.mask, log_ratio.exp())
-    n, square = total(view.mask.sum().double()), total(w.square().sum(dtype=torch.float64))
-    ess = total(w.sum(dtype=torch.float64)).square() / (n * square)
-    return torch.where(square > 0, ess, 1.0).to(log_ratio.dtype)
+def _ess(w: Tensor, view: View, total: Total) -> Tensor:
+    """Effective sample size of ``w [B, N]`` (0 where masked) as a fraction of the units; 1 where there are none."""
+    n, square = total(view.layout.units), total(sum_all(w.square()))
+    ess = total(sum_all(w)).square() / (n * square)
+    return torch.where(square > 0, ess, 1.0).to(w.dtype)
 
 
 def ess_cap_prepare(view: View, total: Total) -> dict[str, Tensor]:
     """ESS of the ratio over the batch, and 1 - ESS for the penalty."""
-    ess = _ess(view.log_ratio, view, total)
+    ess = _ess(only(view.mask, view.ratio), view, total)
     return {"ess": _rows(ess, view), "one_minus_ess": _rows(1 - ess, view)}
 
 
@@ -44,12 +43,13 @@ def ess_cap(view: View) -> Tensor:
 
 def ess_cap_mixed_prepare(view: View, total: Total) -> dict[str, Tensor]:
     """The smaller ESS of the ratios to behavior and proximal, and the mixture of the two that the penalty pulls to."""
-    to_behavior, to_proximal = view.against("behavior"), view.against("proximal")
-    b, p = _ess(to_behavior, view, total), _ess(to_proximal, view, total)
+    to_behavior, to_proximal = view.against("behavior").exp(), view.against("proximal").exp()
+    b, p = (_ess(only(view.mask, ratio), view, total) for ratio in (to_behavior, to_proximal))
     ess = torch.minimum(b, p)
     weight = torch.stack([1 - b, 1 - p]).clamp(min=0.0)
-    weight = torch.where(weight.sum() > 1e-6, weight / weight.sum().clamp(min=1e-30), 0.5).log()
-    mixture = torch.logaddexp(view.log_prob - to_behavior + weight[0], view.log_prob - to_proximal + weight[1])
+    weight = torch.where(weight.sum() > 1e-6, weight / weight.sum().clamp(min=1e-30), 0.5)
+    density = weight[0] / to_behavior + weight[1] / to_proximal  # of the mixture, over the current policy's
+    mixture = view.raw_log_prob + density.log_()
     gap = torch.where(1 - ess > 1e-6, 1 - ess, 0.0)
     return {"ess": _rows(ess, view), "one_minus_ess": _rows(gap, view), "mixture_log_prob": mixture}
 
@@ -66,10 +66,10 @@ def m2_mask_prepare(view: View, total: Total, *, budget: float = 0.04, weighted:
     """
     d = view.unit_log_ratio
     square = d.square()
-    harmful = view.mask & (view.advantage * d > 0)
-    bound = budget * (1 + 1e-6)  # what rounding may add
+    harmful = view.mask & (narrow(view.advantage) * d > 0)
+    bound = min(budget * (1 + 1e-6), 1e6)  # what rounding may add; no square is that large
     over = harmful & (square > bound)
-    room = total(masked(harmful & ~over, bound - square).sum(dtype=torch.float64))
+    room = total(sum_all(only(harmful & ~over, square.neg().add_(bound))))
     cut = crossing(square[over], room, total, lambda x: x.double() - bound)
     return {"m2_keep": ~(over & (square >= cut))}
 
@@ -77,7 +77,7 @@ def m2_mask_prepare(view: View, total: Total, *, budget: float = 0.04, weighted:
 def m2_mask(view: View, *, budget: float = 0.04, weighted: bool = True) -> Tensor:
     """The ratio (1 where not ``weighted``) on units inside a second-moment budget, else 0. M2PO, 2510.01161."""
     kept = view.stats["m2_keep"]
-    return masked(kept, view.ratio) if weighted else kept.to(view.ratio.dtype)
+    return only(kept, view.ratio) if weighted else share(kept, view.ratio.dtype)
 
 
 def searched_ppo_prepare(
@@ -100,18 +100,14 @@ def searched_ppo_prepare(
     raise the negative side.
     """
     lows, highs = _grid(low, low_max, step, view), _grid(high, high_max, step, view)
-    a = masked(view.mask, view.advantage)
-    score = a * view.ratio
-    positive = _clipped_sum(view.ratio, a, score, (a > 0) & (view.ratio > high), highs, surrogate, 1.0, total)
-    negative = _clipped_sum(
-        view.ratio, a, score, (a < 0) & (view.ratio < max(low, low_max)), lows, surrogate, -1.0, total
-    )
-    i = torch.cat([torch.arange(len(lows)), torch.full((len(highs) - 1,), len(lows) - 1)]).to(lows.device)
-    j = torch.cat([torch.zeros(len(lows), dtype=torch.int64), torch.arange(1, len(highs))]).to(lows.device)
-    enough = positive[j] >= target * negative[i]
+    score = only(view.mask, view.ratio * narrow(view.advantage))
+    above, below = view.up & (view.ratio > high), ~view.up & (view.ratio < max(low, low_max))
+    positive = _clipped_sum(view, score, above & view.mask, highs, surrogate, 1.0, total)
+    negative = _clipped_sum(view, score, below & view.mask, lows, surrogate, -1.0, total)
+    enough = torch.cat([positive[:1] >= target * negative, positive[1:] >= target * negative[-1]])
     enough[-1] = True
-    first = enough.int().argmax()
-    return {"low": _rows(lows[i[first]], view), "high": _rows(highs[j[first]], view)}
+    first, turn = enough.int().argmax(), len(lows) - 1  # low is raised first, and stays at its last when high is
+    return {"low": _rows(lows[first.clamp(max=turn)], view), "high": _rows(highs[(first - turn).clamp(min=0)], view)}
 
 
 def _grid(start: float, end: float, step: float, view: View) -> Tensor:
@@ -122,19 +118,20 @@ def _grid(start: float, end: float, step: float, view: View) -> Tensor:
 
 
 def _clipped_sum(
-    ratio: Tensor, a: Tensor, score: Tensor, touched: Tensor, edges: Tensor, surrogate: bool, sign: float, total: Total
+    view: View, score: Tensor, touched: Tensor, edges: Tensor, surrogate: bool, sign: float, total: Total
 ) -> Tensor:
     """One side's weight at each candidate bound, ``[len(edges)]``; only units beyond the first bound are binned."""
-    whole = total((sign * score).clamp(min=0.0).sum())
-    reach, size = ratio[touched], len(edges) + 1
-    index = torch.bucketize(reach, edges, right=sign < 0)
+    whole = total(sum_all((sign * score).clamp_(min=0.0))).to(score.dtype)
+    row, column = touched.nonzero(as_tuple=True)
+    size = len(edges) + 1
+    index = torch.bucketize(view.ratio[row, column], edges, right=sign < 0)
 
     def beyond(x: Tensor) -> Tensor:
-        binned = total(torch.bincount(index, weights=sign * x[touched], minlength=size)).to(edges.dtype)
+        binned = total(torch.bincount(index, weights=sign * x[row, column], minlength=size)).to(edges.dtype)
         return binned.flip(0).cumsum(0).flip(0)[1:] if sign > 0 else binned.cumsum(0)[:-1]
 
     inside = whole - beyond(score)
-    return inside + edges * beyond(a) if surrogate else inside
+    return inside + edges * beyond(view.advantage) if surrogate else inside
 
 
 def searched_ppo(
@@ -158,13 +155,11 @@ def searched_ppo(
 
 def covariance(view: View, total: Total) -> Tensor:
     """Each unit's ``(A - mean A)(log_prob - mean log_prob)`` over the batch, ``[B, N]``; 0 where masked."""
-    n = total(view.mask.sum()).clamp(min=1)
-
-    def centred(x: Tensor) -> Tensor:
-        mean = total(masked(view.mask, x).sum()) / n
-        return masked(view.mask, x - mean)
-
-    return centred(view.advantage) * centred(view.log_prob)
+    n = total(view.layout.units).clamp(min=1)
+    a, log_prob = narrow(view.advantage), view.log_prob
+    mean_a = (total(sum_all(only(view.mask, a.expand_as(view.mask)))) / n).to(a.dtype)
+    mean_log_prob = (total(sum_all(log_prob)) / n).to(a.dtype)
+    return only(view.mask, (log_prob - mean_log_prob).mul_(a - mean_a))
 
 
 def clip_cov_prepare(
@@ -180,13 +175,14 @@ def clip_cov_prepare(
 ) -> dict[str, Tensor]:
     """Draws the units to silence among those that PPO leaves and whose covariance lies between the bounds."""
     cov = covariance(view, total)
-    free = ppo(view, clip_low=clip_low, clip_high=clip_high) > 0
-    candidate = view.mask & free & (cov > cov_low) & (cov < cov_high)
-    number = max(1, int(fraction * int(total(view.mask.sum()))))
-    noise = unit_noise(view.batch, view.layout, seed, candidate)
-    drawn = torch.zeros_like(candidate)
-    drawn[candidate] = noise <= crossing(noise, number - 1, total)
-    return {"silenced": drawn}
+    number = max(1, int(fraction * int(total(view.layout.units))))
+    silenced = torch.zeros_like(view.mask)
+    row, column = (view.mask & (cov > cov_low) & (cov < cov_high)).nonzero(as_tuple=True)
+    free = ~outside(view.at(row, column), clip_low, clip_high, None)
+    row, column = row[free], column[free]
+    noise = unit_noise(view.batch, view.layout, seed, (row, column))
+    silenced[row, column] = noise <= crossing(noise, number - 1, total)
+    return {"silenced": silenced}
 
 
 def clip_cov(
@@ -200,23 +196,24 @@ def clip_cov(
     seed: int = 0,
 ) -> Tensor:
     """PPO with a few units of high covariance silenced. The Entropy Mechanism of RL for Reasoning LMs, 2505.22617."""
-    return ppo(view, clip_low=clip_low, clip_high=clip_high).masked_fill(view.stats["silenced"], 0.0)
+    return only(~(outside(view, clip_low, clip_high, None) | view.stats["silenced"]), view.ratio)
 
 
 def spared_ppo_prepare(
     view: View, total: Total, *, fraction: float = 0.01, clip_low: float = 1.0, clip_high: float = 9.0
 ) -> dict[str, Tensor]:
     """Units of negative advantage among the least probable of the batch whose filtered proxy is more probable."""
-    lp, negative = view.log_prob, view.mask & (view.advantage < 0)
-    number = int(fraction * int(total(view.mask.sum())))
+    number = int(fraction * int(total(view.layout.units)))
+    selected = torch.zeros_like(view.mask)
     if number < 1:
-        return {"selected": torch.zeros_like(negative)}
-    threshold = crossing(lp.masked_fill(~view.mask, torch.inf).flatten(), number - 1, total)
-    proxy = view.batch["proxy_log_prob"]
-    return {"selected": negative & (lp <= threshold) & (lp < proxy)}
+        return {"selected": selected}
+    lp, proxy = view.raw_log_prob, anchor_log_prob(view.batch, "proxy")
+    threshold = crossing(lp[view.mask], number - 1, total)
+    row, column = (view.mask & (lp <= threshold) & (narrow(view.advantage) < 0)).nonzero(as_tuple=True)
+    selected[row, column] = lp[row, column] < proxy[row, column]
+    return {"selected": selected}
 
 
 def spared_ppo(view: View, *, fraction: float = 0.01, clip_low: float = 1.0, clip_high: float = 9.0) -> Tensor:
     """PPO, unclipped on the units that the low-probability penalty acts on. Lp-Reg, 2510.03222."""
-    clipped = ppo(view, clip_low=clip_low, clip_high=clip_high)
-    return torch.where(view.stats["selected"], view.ratio, clipped)
+    return only(view.stats["selected"] | ~outside(view, clip_low, clip_high, None), view.ratio)

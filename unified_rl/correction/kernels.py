@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from unified_rl.correction.view import View, masked
+from unified_rl.correction.view import View, narrow, only, share
 from unified_rl.units import Source
 
 
@@ -31,9 +31,15 @@ def ppo(view: View, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip:
     ``dual_clip`` also zeroes A < 0 above that ratio. Proximal Policy Optimization Algorithms, 1707.06347; dual clip:
     Mastering Complex Control in MOBA Games with Deep Reinforcement Learning, 1912.09729.
     """
-    ratio = view.ratio
-    bad = ratio < 1 - clip_low if dual_clip is None else (ratio < 1 - clip_low) | (ratio > dual_clip)
-    return view.zeroed(ratio > 1 + clip_high, bad)
+    return only(~outside(view, clip_low, clip_high, dual_clip), view.ratio)
+
+
+def outside(view: View, clip_low: float, clip_high: float, dual_clip: float | None) -> Tensor:
+    """Where :func:`ppo` clips, ``[B, N]`` bool."""
+    below = view.ratio < 1 - clip_low
+    if dual_clip is not None:
+        below = below | (view.ratio > dual_clip)
+    return (view.up & (view.ratio > 1 + clip_high)) | (below & ~view.up)
 
 
 def clamp(view: View, *, low: float = 0.0, high: float = math.inf) -> Tensor:
@@ -59,14 +65,14 @@ def ring(
     weighted: bool = True,
 ) -> Tensor:
     """Inside ``[low, high]``, or far enough out on the side that A pulls back from. REC ring, 2509.24203."""
-    ratio, a = view.ratio, view.advantage
+    ratio, a = view.ratio, narrow(view.advantage)
     inside = (ratio >= low) & (ratio <= high)
     back = ((a >= 0) & (ratio <= outer_low)) | ((a <= 0) & (ratio >= outer_high))
     return _inside(inside | back, view, weighted)
 
 
 def _inside(inside: Tensor, view: View, weighted: bool) -> Tensor:
-    return masked(inside, view.ratio) if weighted else inside.to(view.ratio.dtype)
+    return only(inside, view.ratio) if weighted else share(inside, view.ratio.dtype)
 
 
 def sign_clamp(
@@ -109,7 +115,7 @@ def gamma(
     lam_negative: float = 2.0,
 ) -> Tensor:
     """``r^k exp(lam - lam r)``: peaks at ``k / lam`` and vanishes on both sides. VESPO, 2602.10693."""
-    up = view.advantage >= 0
+    up = narrow(view.advantage) >= 0
     k, lam = _by_sign(up, k_positive, k_negative, view), _by_sign(up, lam_positive, lam_negative, view)
     return (lam + k * view.log_ratio - lam * view.ratio).exp()
 
@@ -118,7 +124,7 @@ def tv_mask(view: View, *, low: float = 0.2, high: float = 0.2, cap: float = 20.
     """``min(ratio, cap)``, or 0 where the probability itself moved too far the way A pushes. DPPO, 2602.04879."""
     moved = view.log_prob.exp() - (view.log_prob - view.unit_log_ratio).exp()
     bad = (view.up & (moved > high)) | (~view.up & (moved < -low))
-    return view.ratio.clamp(max=cap).masked_fill(bad, 0.0)
+    return only(~bad, view.ratio.clamp(max=cap))
 
 
 def kl_mask(view: View, *, low: float = 0.05, high: float = 0.05, cap: float = 20.0) -> Tensor:
@@ -127,7 +133,7 @@ def kl_mask(view: View, *, low: float = 0.05, high: float = 0.05, cap: float = 2
     p, q = view.log_prob.exp(), (view.log_prob - view.unit_log_ratio).exp()
     kl = -q * view.unit_log_ratio + (1 - q) * ((1 - q + tiny) / (1 - p + tiny)).log()
     bad = (view.up & (p > q) & (kl > high)) | (~view.up & (p < q) & (kl > low))
-    return view.ratio.clamp(max=cap).masked_fill(bad, 0.0)
+    return only(~bad, view.ratio.clamp(max=cap))
 
 
 def log_clip(
@@ -145,7 +151,7 @@ def log_clip(
 
 def exp_advantage(view: View, *, temperature: float = 1.0) -> Tensor:
     """``exp(A / temperature)``, without a ratio. RED-Weight, 2509.24203."""
-    return (view.advantage / temperature).clamp(max=20.0).exp()
+    return (narrow(view.advantage) / temperature).clamp(max=20.0).exp().expand_as(view.log_ratio)
 
 
 def shape(view: View, *, gamma: float = 0.1) -> Tensor:

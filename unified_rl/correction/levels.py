@@ -40,6 +40,11 @@ class Layout:
         return self.mask.sum(-1, keepdim=True).clamp(min=1).to(torch.float32)
 
     @cached_property
+    def units(self) -> Tensor:
+        """How many units are masked in, scalar int64."""
+        return self.mask.count_nonzero()
+
+    @cached_property
     def position(self) -> Tensor:
         """1-based index of each unit among its row's masked-in ones, ``[B, N]`` float; the others do not advance it."""
         return self.mask.cumsum(-1).clamp(min=1).to(torch.float32)

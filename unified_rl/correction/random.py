@@ -16,13 +16,13 @@ def row_noise(batch: TensorDictBase, layout: Layout, seed: int) -> Tensor:
     return _mixed(_row_key(batch, layout, seed))
 
 
-def unit_noise(batch: TensorDictBase, layout: Layout, seed: int, at: Tensor | None = None) -> Tensor:
+def unit_noise(batch: TensorDictBase, layout: Layout, seed: int, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """A number in [0, 1) for each unit, ``[B, N]`` float32: a hash of the seed, the row and its position.
 
-    With ``at [B, N]`` bool, only those of the units that it marks, ``[n]``.
+    With ``at``, rows ``[n]`` and columns ``[n]``, only for those units, ``[n]``.
     """
     row, position = _row_key(batch, layout, seed), layout.mask.cumsum(-1)
-    return _mixed(row + position if at is None else row.expand_as(at)[at] + position[at])
+    return _mixed(row + position if at is None else row.squeeze(-1)[at[0]] + position[at])
 
 
 def _row_key(batch: TensorDictBase, layout: Layout, seed: int) -> Tensor:

@@ -33,16 +33,19 @@ def selected(view: View, total: Total) -> Tensor:
 
 def top_covariance(view: View, total: Total, *, fraction: float = 2e-4, seed: int = 0) -> Tensor:
     """The units of highest covariance of advantage and log-prob; at least one. ``seed`` decides between equal ones."""
-    cov = covariance(view, total).masked_fill_(~view.mask, -torch.inf)
-    number = max(1, int(fraction * int(total(view.mask.sum()))))
-    last = -crossing(-cov.flatten(), number - 1, total)
-    above, equal = view.mask & (cov > last), view.mask & (cov == last)
+    cov = covariance(view, total)
+    number = max(1, int(fraction * int(total(view.layout.units))))
+    last = -crossing(-cov[view.mask], number - 1, total)
+    chosen = torch.zeros_like(view.mask)
+    row, column = (view.mask & (cov >= last)).nonzero(as_tuple=True)
+    above = cov[row, column] > last
     left = number - int(total(above.sum()))
-    if int(total(equal.sum())) <= left:
-        return above | equal
-    noise = unit_noise(view.batch, view.layout, seed, equal)
-    above[equal] = noise <= crossing(noise, left - 1, total)
-    return above
+    if int(total((~above).sum())) > left:  # equal ones: a draw decides
+        noise = unit_noise(view.batch, view.layout, seed, (row, column)).masked_fill(above, torch.inf)
+        above |= noise <= crossing(noise[~above], left - 1, total)
+        row, column = row[above], column[above]
+    chosen[row, column] = True
+    return chosen
 
 
 SELECTIONS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (negative, positive, selected, top_covariance)}

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.correction.across import Total, crossing, identity
 from unified_rl.correction.levels import Layout
 from unified_rl.correction.random import row_noise, unit_noise
+from unified_rl.correction.view import share
 
 
 def uniform(
@@ -30,7 +30,7 @@ def uniform(
 ) -> Tensor:
     """Each unit is kept with probability ``keep``. NAT's uniform random selection, 2603.06619."""
     kept = unit_noise(batch, layout, seed) < keep
-    return (kept / keep).to(advantage.dtype)
+    return share(kept, advantage.dtype) / keep
 
 
 def prefix(
@@ -46,9 +46,9 @@ def prefix(
     count = layout.count.to(advantage.dtype)
     cut = (least + (1 - least) * row_noise(batch, layout, seed).to(advantage.dtype)) * count
     before = layout.position.to(advantage.dtype) - 1
-    share = before / count  # the unit is kept where the cut lies beyond its start
-    probability = torch.where(share < least, 1.0, (1 - share) / (1 - least)).clamp(min=1e-6)
-    return (1.0 / probability).masked_fill_(before >= cut, 0.0)
+    start = before / count  # the unit is kept where the cut lies beyond its start
+    probability = ((1 - start) / (1 - least)).clamp(1e-6, 1.0)
+    return share(before < cut, advantage.dtype) / probability
 
 
 def drop_negatives(
