@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("RL_LOGGING_LEVEL", "ERROR")
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from unified_rl.envs.control import (
     TwoRouteEnv,
     make_mujoco,
 )
+from unified_rl.envs.control.tasks import HalfCheetah
 from unified_rl.errors import CheckpointError, ConfigError, NonFiniteError
 from unified_rl.rollout.protocols import ControlEnv, StepResult
 
@@ -230,3 +233,13 @@ def test_a_torchrl_collector_resets_only_ended_lanes_and_keeps_true_successors()
     assert float((now[~running] - start).abs().max()) < 0.006
     assert float((following[~running] - start).abs().max(1).values.min()) > 0.05
     collector.shutdown()
+
+
+def test_loading_a_task_prints_nothing_and_leaves_no_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """MuJoCo's own deprecation notice about gymnasium's HalfCheetah would come at every load."""
+    monkeypatch.chdir(tmp_path)
+    HalfCheetah().load_model()
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
+    assert mujoco.get_mju_user_warning() is None

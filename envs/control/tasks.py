@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -55,6 +58,28 @@ def square_sum(x: Array) -> Array:
     return np.einsum("kn,kn->k", x, x)
 
 
+@contextmanager
+def quiet_deprecations() -> Iterator[None]:
+    """Keeps MuJoCo from printing, at every load, that gymnasium's own files use an attribute it will remove.
+
+    Other warnings of the compiler become Python warnings. MuJoCo would also write them into a log file in the working
+    directory.
+    """
+    if not hasattr(mujoco, "set_mju_user_warning"):  # an older release
+        yield
+        return
+    said: list[str] = []
+    previous = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(said.append)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(previous)
+        for message in said:
+            if "deprecated" not in message:
+                warnings.warn(f"MuJoCo: {message}", stacklevel=3)
+
+
 @dataclass(frozen=True)
 class Task:
     """A task over one MuJoCo model. Fields are its options; ``K`` is the number of simulations.
@@ -74,7 +99,8 @@ class Task:
 
     def load_model(self) -> mujoco.MjModel:
         """The compiled model."""
-        return mujoco.MjModel.from_xml_path(str(ASSETS / self.xml))
+        with quiet_deprecations():
+            return mujoco.MjModel.from_xml_path(str(ASSETS / self.xml))
 
     def views(self, data: mujoco.MjData) -> Frame:
         """Named one-dimensional views of the arrays that the other functions read."""
