@@ -46,6 +46,9 @@ ROW_KEYS: dict[str, torch.dtype] = {"group": torch.int64, "source": torch.int64}
 REQUIRED_KEYS = ("behavior_log_prob", "mask", "step_index", "reward", "policy_version")
 """What every record holds, whatever the domain."""
 
+HOW_TO_GET_BEHAVIOR = "store what the sampler reported when it acted; it can not be recomputed later"
+"""For errors about missing behavior log-probs."""
+
 
 class Source(IntEnum):
     """Where a row came from."""
@@ -148,9 +151,10 @@ def record_from_steps(segment: TensorDictBase) -> TensorDict:
         RecordError: if ``behavior_log_prob`` is missing or not ``[B, T, U]``.
     """
     log_prob = segment.get("behavior_log_prob", None)
-    if log_prob is None or log_prob.ndim != 3:
-        shape = None if log_prob is None else tuple(log_prob.shape)
-        raise RecordError(f"behavior_log_prob of a segment must be [B, T, U], got {shape}")
+    if log_prob is None:
+        raise RecordError(f"the segment has no behavior_log_prob: {HOW_TO_GET_BEHAVIOR}")
+    if log_prob.ndim != 3:
+        raise RecordError(f"behavior_log_prob of a segment must be [B, T, U], got {tuple(log_prob.shape)}")
     rows, steps, units = log_prob.shape
     device = log_prob.device
     step_mask = segment.get("step_mask", None)
@@ -192,7 +196,8 @@ def validate_record(batch: TensorDictBase, *, current_version: int | None = None
     missing = [key for key in REQUIRED_KEYS if key not in batch.keys()]
     if missing:
         held = ", ".join(sorted(map(str, batch.keys())))
-        raise RecordError(f"the record lacks {', '.join(missing)}; it holds {held}")
+        how = f" (behavior_log_prob: {HOW_TO_GET_BEHAVIOR})" if "behavior_log_prob" in missing else ""
+        raise RecordError(f"the record lacks {', '.join(missing)}{how}; it holds {held}")
     width, steps = batch["mask"].shape[-1], batch["reward"].shape[-1]
     for table, shape in ((UNIT_KEYS, (rows, width)), (STEP_KEYS, (rows, steps)), (ROW_KEYS, (rows,))):
         for key, dtype in table.items():

@@ -159,6 +159,8 @@ class Correction:
     def needs(self, anchor: str) -> bool:
         """Whether batches must hold the log-probs of this anchor."""
         used = {self.anchor, *self._rules.anchors, *EXTRA_ANCHORS.get(self.kernel_name, ())}
+        if self._thin is not None or self._kernel.keywords.get("importance_cap") is not None:
+            used.add("behavior")
         return anchor in used.union(*(p.anchors for p in self._penalties))
 
     def check_domain(self, *, discrete: bool) -> None:

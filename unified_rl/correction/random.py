@@ -7,6 +7,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.correction.levels import Layout
+from unified_rl.correction.view import anchor_log_prob
 
 FIRST, SECOND = -7_046_029_254_386_353_131, 6_364_136_223_846_793_005
 
@@ -28,7 +29,7 @@ def unit_noise(batch: TensorDictBase, layout: Layout, seed: int, at: tuple[Tenso
 def _row_key(batch: TensorDictBase, layout: Layout, seed: int) -> Tensor:
     row = batch.get("row_id", None)
     if row is None:  # the log-probs' own bits tell rows apart, wherever they stand in the batch
-        bits = batch["behavior_log_prob"].float().contiguous().view(torch.int32)
+        bits = anchor_log_prob(batch, "behavior").float().contiguous().view(torch.int32)
         row = bits.masked_fill(~layout.mask, 0).sum(-1)
     return (row.unsqueeze(-1) * FIRST) ^ ((seed + 1) * SECOND % 2**63)
 

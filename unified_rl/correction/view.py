@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unified_rl.correction.levels import CLAMP, Layout
 from unified_rl.errors import ConfigError, RecordError
+from unified_rl.units import HOW_TO_GET_BEHAVIOR
 
 ANCHORS = {
     "behavior": "behavior_log_prob",
@@ -23,7 +24,7 @@ ANCHORS = {
 """Anchor names and the record keys that hold their log-probs; the anchor ``none`` has no denominator."""
 
 HOW_TO_GET = {
-    "behavior": "store what the sampler reported when it acted; it can not be recomputed later",
+    "behavior": HOW_TO_GET_BEHAVIOR,
     "proximal": "score the batch with a proximal policy (a snapshot at the start of the update, an average of the "
     "weights, or interpolation by version), or set anchor=behavior to do without",
     "reference": "score the batch with the frozen reference policy",
@@ -37,7 +38,8 @@ def anchor_log_prob(batch: TensorDictBase, anchor: str) -> Tensor:
 
     Raises:
         ConfigError: the anchor is unknown.
-        RecordError: the batch lacks them; the message says which anchor it is and how to get them.
+        RecordError: the batch lacks them (the message says which anchor it is and how to get them), or their shape is
+            not that of the mask.
     """
     key = ANCHORS.get(anchor)
     if key is None:
@@ -47,6 +49,8 @@ def anchor_log_prob(batch: TensorDictBase, anchor: str) -> Tensor:
         raise RecordError(
             f"this correction compares with the {anchor} policy, but the batch has no {key}: {HOW_TO_GET[anchor]}"
         )
+    if value.shape != batch["mask"].shape:
+        raise RecordError(f"{key} has shape {tuple(value.shape)}, but the mask is {tuple(batch['mask'].shape)}")
     return value
 
 
