@@ -39,7 +39,6 @@ from unified_rl.correction.view import (
     View,
     anchor_log_prob,
     difference,
-    finite,
     narrow,
     only,
     passing,
@@ -234,8 +233,8 @@ class Correction:
         stats = {"advantage": unit_advantage(batch, mask, count, dtype, optional=self.kernel_name in OWN_ADVANTAGE)}
         keep = self._rules.apply(log_prob, batch, stats, self.total)
         if self.denominator == "kept" and log_prob is not None:
-            d = self._unit_log_ratio(log_prob, batch)
-            keep = (mask if keep is None else keep) & finite(d)
+            valid = safe(self._unit_log_ratio(log_prob, batch), mask)[1]
+            keep = valid if keep is None else keep & valid
             stats["keep"] = keep
         if self._thin is not None:
             thinned = self._thin(batch, Layout(mask, batch), stats["advantage"], self.total)
@@ -252,7 +251,7 @@ class Correction:
             for i, p in enumerate(self._penalties):
                 if p.select is not None:
                     stats[f"select_{i}"] = p.select(view, self.total)
-        return TensorDict(stats, batch_size=mask.shape[:1], device=mask.device)
+        return TensorDict._new_unsafe(stats, mask.shape[:1], mask.device)  # the checks cost as much as the arithmetic
 
     def loss(self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase) -> CorrectionOutput:
         """The loss of a (micro-)batch.
@@ -273,7 +272,7 @@ class Correction:
             outer = stats.get("weight", None)
             weight = only(ok, weight if outer is None else weight.mul_(outer))
             score = view.raw_log_prob.nan_to_num(0.0, 0.0, 0.0) if x is None else x.detach()
-            value = policy = -(weight * score).sum()
+            value = policy = -torch.dot(weight.flatten(), score.flatten().to(weight.dtype))
             slope = -weight if x is None else torch.zeros_like(weight)
             metrics = {"loss/policy": policy, "reject/fraction": _rejected(stats)}
             if self._penalties:
@@ -348,11 +347,9 @@ class Correction:
     ) -> tuple[View, Tensor, Tensor | None]:
         """The view of a batch, which units take part in the loss, and the differentiable level where it is attached."""
         flat = log_prob.detach()
-        d = self._unit_log_ratio(flat, batch)
-        valid = batch["mask"] & finite(d)
+        d, valid = safe(self._unit_log_ratio(flat, batch), batch["mask"])
         layout = Layout(valid, batch)
         attached = self.attached and log_prob.requires_grad
-        d = safe(d, valid)
         if attached:
             with torch.enable_grad():
                 x = self._leveled(Score.apply(log_prob, d, passing(d, valid)), layout, stats)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unified_rl.correction.levels import CLAMP
-from unified_rl.correction.view import View, anchor_log_prob, difference, finite, masked, safe
+from unified_rl.correction.view import View, anchor_log_prob, difference, masked, safe
 
 QUANTILES = (0.05, 0.5, 0.95)
 MAX_QUANTILE_UNITS = 1_000_000
@@ -35,8 +35,7 @@ def diagnose(
     """
     mask, batch = view.batch["mask"], view.batch
     d = difference(view.log_prob, anchor_log_prob(batch, "behavior"))
-    valid = mask & finite(d)
-    raw, d = d, safe(d, valid)
+    raw, (d, valid) = d, safe(d, mask)
     ratio, units = d.exp(), valid.sum().clamp(min=1)
     sums, rows = d.sum(-1).clamp(-CLAMP, CLAMP), valid.any(-1)
     total = kernel if outer is None else kernel * outer

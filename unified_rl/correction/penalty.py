@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unified_rl.correction.select import SELECTIONS
 from unified_rl.correction.specs import bind, nearest
-from unified_rl.correction.view import ANCHORS, View, difference, finite, passing, safe, share
+from unified_rl.correction.view import ANCHORS, View, difference, passing, safe, share
 from unified_rl.errors import ConfigError
 
 
@@ -115,9 +115,7 @@ class Penalty:
     def _argument(self, view: View) -> tuple[Tensor, Tensor]:
         """The log-ratio to the anchor and where it is finite."""
         if self.anchor == "none":
-            return view.log_prob, view.mask & finite(view.log_prob)
+            return view.log_prob.nan_to_num(0.0, 0.0, 0.0), view.mask & (view.log_prob.abs() < torch.inf)
         if self.anchor == "mixture":
-            d = difference(view.raw_log_prob, view.stats["mixture_log_prob"])
-            valid = view.mask & finite(d)
-            return safe(d, valid), valid
+            return safe(difference(view.raw_log_prob, view.stats["mixture_log_prob"]), view.mask)
         return view.compared(self.anchor)

@@ -15,7 +15,7 @@ from unified_rl.correction.levels import LEVELS, Layout
 from unified_rl.correction.mismatch import MISMATCHES, normalized
 from unified_rl.correction.reject import REJECTS
 from unified_rl.correction.specs import as_rule, bind
-from unified_rl.correction.view import anchor_log_prob, difference, finite, safe
+from unified_rl.correction.view import anchor_log_prob, difference, safe
 from unified_rl.errors import ConfigError
 
 Node = str | Mapping[str, Any]
@@ -110,8 +110,8 @@ class Rules:
         top = log_prob if numerator == "current" else anchor_log_prob(batch, numerator)
         assert top is not None
         d = difference(top, anchor_log_prob(batch, "behavior"))
-        layout = Layout(batch["mask"] & finite(d), batch)
-        return safe(d, layout.mask), layout
+        d, valid = safe(d, batch["mask"])
+        return d, Layout(valid, batch)
 
 
 def _warn_if_nothing(rule: Mapping[str, Any], kept: Tensor, valid: Tensor) -> None:

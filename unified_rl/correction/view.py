@@ -59,21 +59,24 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
     return a - b if a.dtype in (torch.float32, torch.float64) else a.float() - b.float()
 
 
-def finite(d: Tensor) -> Tensor:
-    """True where neither NaN nor infinite."""
-    if d.device.type == "cpu" and not torch.compiler.is_compiling() and math.isfinite(float(d.detach().sum())):
-        return torch.ones_like(d, dtype=torch.bool)  # one sum is a tenth of a comparison's cost
-    return d.abs() < torch.inf
-
-
 def share(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """1 where the mask is True, else 0; on a CPU this and a product take a fifth of ``masked_fill``'s time or less."""
     return mask.view(torch.uint8).to(dtype)
 
 
-def safe(d: Tensor, mask: Tensor) -> Tensor:
-    """Log-ratios fit for ``exp``: 0 where masked, then clamped; infinite ones under the mask are 0."""
-    return d.nan_to_num(0.0, 0.0, 0.0).mul_(share(mask, d.dtype)).clamp_(-CLAMP, CLAMP)
+def safe(d: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-ratios fit for ``exp`` and where they count: 0 where masked or not finite, then clamped; both ``[B, N]``."""
+    if all_finite(d):
+        return (d * share(mask, d.dtype)).clamp_(-CLAMP, CLAMP), mask
+    valid = mask & (d.abs() < torch.inf)
+    return d.nan_to_num(0.0, 0.0, 0.0).mul_(share(valid, d.dtype)).clamp_(-CLAMP, CLAMP), valid
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether a tensor on the CPU is finite throughout, as its sum tells; elsewhere False, so that nothing waits."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return math.isfinite(float(x.sum()))
 
 
 def masked(mask: Tensor, x: Tensor) -> Tensor:
@@ -165,8 +168,7 @@ class View:
             return self.unit_log_ratio, self.mask
         if anchor not in self._compared:
             d = difference(self.raw_log_prob, anchor_log_prob(self.batch, anchor))
-            valid = self.mask & finite(d)
-            self._compared[anchor] = safe(d, valid), valid
+            self._compared[anchor] = safe(d, self.mask)
         return self._compared[anchor]
 
     def at(self, row: Tensor, column: Tensor) -> View:
