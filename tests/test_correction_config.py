@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from importlib import resources
 
 import pytest
 import torch
@@ -51,6 +53,36 @@ def test_every_published_method_is_a_preset_with_a_source_and_honest_about_its_c
         assert c.name == name and c.summary and c.source and c.confidence, name
         guessed = any(word in c.confidence for word in ("abstract", "memory"))
         assert c.experimental or not guessed, name
+
+
+def test_methods_whose_constants_were_not_read_are_experimental() -> None:
+    unread = "s_ppo st_ppo minpro dispo remix erpd copg fixpo minirl nat_uniform nat_prefix sfpo t_ppo troll"
+    assert all(load_correction(name).experimental for name in unread.split())
+
+
+def test_sources_are_papers_with_an_arxiv_id_but_for_those_that_have_none() -> None:
+    without = {n for n in correction_names() if not re.search(r"\b\d{4}\.\d{5}\b", load_correction(n).source)}
+    assert without == {"reinforce", "importance_sampling", "sequence_is", "prefix_is", "per_decision_is", "cis"}
+
+
+@pytest.mark.parametrize(
+    ("name", "parent"),
+    [
+        ("dro", "opmd"),
+        ("tba", "gvpo"),
+        ("copg", "gvpo"),
+        ("rec_one_side", "ppo"),
+        ("ppo_ewma", "decoupled_ppo"),
+        ("a3po", "decoupled_ppo"),
+        ("steppo", "ppo"),
+        ("t_ppo", "ppo"),
+        ("opo", "reinforce"),
+    ],
+)
+def test_names_of_one_rule_are_short_files_that_extend_another_preset(name: str, parent: str) -> None:
+    text = resources.files("unified_rl.configs").joinpath("correction", f"{name}.yaml").read_text()
+    assert yaml.safe_load(text)["defaults"] == [parent, "_self_"]
+    assert len(text.splitlines()) <= 16
 
 
 @pytest.mark.parametrize("name", ["ppo", "icepop", "nat_prefix", "dro", "hoelder"])
@@ -180,8 +212,6 @@ def test_a_pass_over_the_batch_is_asked_for_only_where_it_is_needed() -> None:
 
 
 def test_preset_files_have_the_package_header_and_a_one_line_comment() -> None:
-    from importlib import resources
-
     folder = resources.files("unified_rl.configs").joinpath("correction")
     for name in correction_names():
         text = folder.joinpath(f"{name}.yaml").read_text()
