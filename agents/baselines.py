@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -11,14 +12,12 @@ from torch import Tensor
 from unified_rl.objectives import value_loss
 from unified_rl.policies.critics import ValueCritic
 from unified_rl.policies.token_critic import TokenCritic
-from unified_rl.returns import gae, vtrace
+from unified_rl.returns import gae, to_segments, vtrace
 from unified_rl.units import Steps
 
 
 class StateBaseline:
     """``V(s)`` per environment step; the true successor is bootstrapped at truncations."""
-
-    mask_key = "step_mask"
 
     def __init__(self, policy: Any, hidden: tuple[int, ...], seed: int) -> None:
         normalize = getattr(policy, "normalizer", None) is not None
@@ -50,8 +49,6 @@ class TokenBaseline:
     An answer cut by its budget bootstraps from the value before its last token ("Truncated Proximal Policy
     Optimization", arXiv:2506.15050).
     """
-
-    mask_key = "mask"
 
     def __init__(self, policy: Any, config: dict[str, Any] | None, seed: int) -> None:
         trunk = {"trunk": policy} if config is None else {"config": config}
@@ -88,6 +85,25 @@ class TokenBaseline:
             inputs["log_ratio"] = record["proximal_log_prob"] - record["behavior_log_prob"]
         return inputs
 
+    def step_scan_inputs(self, record: TensorDictBase) -> dict[str, Tensor]:
+        """The same per turn, ``[B, T]``: a turn's value is that of the context in which it begins."""
+        turns = record["reward"].shape[1]
+        value = self.module.values(record)
+        _, first, said = to_segments(torch.zeros_like(value), value, record["step_index"], record["mask"], turns)
+        last = said & (said.flip(1).cumsum(1).flip(1) == 1)
+        inputs = {
+            "reward": record["reward"],
+            "value": first,
+            "next_value": torch.where(last, first, torch.cat([first[:, 1:], first[:, -1:]], 1)),
+            "terminated": record["terminated"] & said,
+            "done": last,
+            "gamma": record["discount"],
+            "mask": said,
+        }
+        if "proximal_log_prob" in record.keys():
+            inputs["log_ratio"] = Steps.of(record).sum(record["proximal_log_prob"] - record["behavior_log_prob"])
+        return inputs
+
 
 Baseline: TypeAlias = StateBaseline | TokenBaseline
 
@@ -101,26 +117,79 @@ def last_units(record: TensorDictBase) -> Tensor:
     return empty.scatter_reduce(1, record["step_index"], place, "amax")
 
 
+def first_units(record: TensorDictBase) -> Tensor:
+    """Which units are the first masked-in ones of their step, ``[B, N]`` bool."""
+    mask = record["mask"]
+    column = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    beyond = torch.full(record["reward"].shape, mask.shape[1], dtype=torch.int64, device=mask.device)
+    first = beyond.scatter_reduce(1, record["step_index"], torch.where(mask, column, mask.shape[1]), "amin")
+    return mask & (first.gather(1, record["step_index"]) == column)
+
+
 def critic_advantage(record: TensorDict, baseline: Baseline, lam: float, off_policy: bool, normalize: bool) -> None:
-    """Writes ``advantage``, ``value_target`` and ``value`` into the record, by GAE or (``off_policy``) V-trace.
+    """Writes ``advantage``, ``value_target``, ``value`` and ``value_mask`` by GAE or (``off_policy``) V-trace.
 
     Shapes are the baseline's: ``[B, T]`` for steps, ``[B, N]`` for tokens.
     """
-    scan: dict[str, Any] = dict(baseline.scan_inputs(record))
-    log_ratio = scan.pop("log_ratio", None)
+    scan = baseline.scan_inputs(record)
+    record["advantage"], record["value_target"] = _scanned(scan, lam, off_policy, normalize)
+    record["value"], record["value_mask"] = scan["value"], scan["mask"]
+
+
+def step_advantage(record: TensorDict, baseline: Baseline, lam: float, off_policy: bool, normalize: bool) -> None:
+    """As :func:`critic_advantage` over whole turns: one advantage a turn, ``[B, T]``, which all its tokens share.
+
+    The value is learnt at the first token of each turn, and standardising counts every turn once. Environment steps are
+    steps already. StepPO, 2604.18401.
+    """
+    if isinstance(baseline, StateBaseline):
+        critic_advantage(record, baseline, lam, off_policy, normalize)
+        return
+    scan = baseline.step_scan_inputs(record)
+    record["advantage"], target = _scanned(scan, lam, off_policy, normalize)
+    record["value_mask"] = first_units(record)
+    record["value_target"] = target.gather(1, record["step_index"])
+    record["value"] = scan["value"].gather(1, record["step_index"])
+
+
+def cut_advantage(record: TensorDict, baseline: Baseline, lam: float, off_policy: bool, normalize: bool) -> None:
+    """As :func:`critic_advantage`, but the value is learnt from finished answers alone.
+
+    An answer cut by its budget bootstraps from its last value (the token scan always does that), which is no target for
+    that value. T-PPO, 2506.15050.
+    """
+    critic_advantage(record, baseline, lam, off_policy, normalize)
+    finished = (record["terminated"] & (last_units(record) >= 0)).any(-1, keepdim=True)
+    record["value_mask"] = record["value_mask"] & finished
+
+
+CREDITS: dict[str, Callable[[TensorDict, Baseline, float, bool, bool], None]] = {
+    "unit": critic_advantage,
+    "step": step_advantage,
+    "cut": cut_advantage,
+}
+"""What a critic's advantage is given to: every unit, a whole step, or every unit with cut answers set apart."""
+
+CREDIT_OF = {"step_advantage": "step", "cut_bootstrap": "cut"}
+"""The credit that a preset asks for by the name of its ``wrapper``."""
+
+
+def _scanned(scan: Mapping[str, Any], lam: float, off_policy: bool, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Advantage and value target of scan inputs."""
+    inputs = dict(scan)
+    log_ratio = inputs.pop("log_ratio", None)
     if off_policy:
         assert log_ratio is not None
-        advantage, target = vtrace(log_ratio=log_ratio, lam=lam, **scan)
+        advantage, target = vtrace(log_ratio=log_ratio, lam=lam, **inputs)
     else:
-        advantage, target = gae(lam=lam, **scan)
-    record["advantage"] = standardise(advantage, scan["mask"]) if normalize else advantage
-    record["value_target"], record["value"] = target, scan["value"]
+        advantage, target = gae(lam=lam, **inputs)
+    return standardise(advantage, scan["mask"]) if normalize else advantage, target
 
 
 def regression_loss(baseline: Baseline, part: TensorDictBase, clip: float | None) -> Tensor:
-    """The value loss of a (micro-)batch that :func:`critic_advantage` has annotated."""
-    value, mask = baseline.values(part)
-    return value_loss(value, part["value_target"], mask, part["value"], clip)
+    """The value loss of a (micro-)batch that one of :data:`CREDITS` has annotated."""
+    value, _ = baseline.values(part)
+    return value_loss(value, part["value_target"], part["value_mask"], part["value"], clip)
 
 
 def standardise(x: Tensor, mask: Tensor) -> Tensor:

@@ -5,27 +5,31 @@ PPO, GRPO, DAPO, V-trace actor-critics and their relatives are this agent with a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from unified_rl.agents.baselines import Baseline, StateBaseline, TokenBaseline, critic_advantage, regression_loss
+from unified_rl.agents.anchors import PROVIDERS, Anchors
+from unified_rl.agents.baselines import (
+    CREDIT_OF,
+    CREDITS,
+    Baseline,
+    StateBaseline,
+    TokenBaseline,
+    regression_loss,
+)
 from unified_rl.correction import Correction
-from unified_rl.correction.proximal import MovingAverage, interpolated
 from unified_rl.errors import ConfigError
 from unified_rl.objectives import Optimizer
+from unified_rl.objectives.wrappers import WRAPPERS, make_wrapper
 from unified_rl.replay import Replay
 from unified_rl.returns import group_advantage
 from unified_rl.training.metrics import Means
 from unified_rl.units import record_from_steps, split_episodes, split_steps, trim_units, validate_record
-
-PROVIDERS = ("snapshot", "average", "interpolated")
-"""Where the proximal policy of a decoupled correction comes from."""
-
 
 SCANNED_ONLY = ("next_observation", "terminated", "truncated", "discount", "episode", "index")
 """Keys that advantages needed and optimiser steps do not: minibatches leave them out."""
@@ -45,7 +49,11 @@ class PolicyGradient:
         minibatch: rows (or steps, see ``shuffle_steps``) of one optimiser step; None takes all.
         micro_batch: rows of one forward pass; gradients accumulate to the same gradient.
         advantage: ``critic`` (GAE, or V-trace with ``off_policy_targets``), ``group`` (the return against its
-            group), or ``auto``: critic for control, group for language.
+            group), or ``auto``: critic for control, group for language unless the correction wants a critic.
+        credit: what a critic's advantage is for: ``unit``, ``step`` (one for all tokens of a turn) or ``cut`` (units,
+            the value learnt from finished answers alone); None is what the correction wants, else ``unit``.
+        teacher: folder of the policy to learn from (a run of this library, or a language model), for corrections that
+            use one.
         gamma: discount of a step; None is 0.99 for control and 1 for language.
         lam: trace parameter of GAE and V-trace.
         off_policy_targets: value targets and advantages by V-trace from the current policy's ratios.
@@ -86,6 +94,8 @@ class PolicyGradient:
         minibatch: int | None = None,
         micro_batch: int | None = None,
         advantage: str = "auto",
+        credit: str | None = None,
+        teacher: str | None = None,
         gamma: float | None = None,
         lam: float = 0.95,
         off_policy_targets: bool = False,
@@ -110,23 +120,24 @@ class PolicyGradient:
         self.language = hasattr(policy, "generate")
         self.discrete = self.language or getattr(policy, "supports_discrete", False)
         correction.check_domain(discrete=self.discrete)
-        correction.require_support(providers=PROVIDERS)
-        if advantage not in ("auto", "critic", "group"):
-            raise ConfigError(f"agent.advantage is {advantage!r}; it is one of auto, critic, group")
-        self.use_critic = advantage == "critic" or (advantage == "auto" and not self.language)
+        correction.require_support(wrappers=[*WRAPPERS, *CREDIT_OF], providers=PROVIDERS)
+        self.use_critic, self.credit = self._credit(correction, advantage, credit)
         self.policy, self.correction, self.generator = policy, correction, generator
         self.rows, self.length = rows, length
         self.epochs, self.minibatch, self.micro_batch = epochs, minibatch, micro_batch
         self.gamma = gamma if gamma is not None else (1.0 if self.language else 0.99)
         self.lam, self.off_policy_targets = lam, off_policy_targets
         self.value_coef, self.value_clip, self.entropy_coef = value_coef, value_clip, entropy_coef
-        self.normalize_advantage = self.use_critic if normalize_advantage is None else normalize_advantage
+        whiten = self.use_critic and bool(correction.wrapper.get("whiten", True))
+        self.normalize_advantage = whiten if normalize_advantage is None else normalize_advantage
         self.drop_equal_groups, self.target_kl = drop_equal_groups, target_kl
         self.lr, self.anneal_lr = lr, anneal_lr
+        self.wrapper = make_wrapper(policy, correction)
         self.shuffle_steps = self._may_split() if shuffle_steps is None else shuffle_steps
         if self.shuffle_steps and not self._may_split():
             raise ConfigError(
-                f"agent.shuffle_steps cuts rows that the correction level {correction.level_name!r} needs whole"
+                f"agent.shuffle_steps cuts rows that correction {correction.name} (level {correction.level_name!r}) "
+                "needs whole"
             )
         if entropy_coef and not hasattr(policy, "entropy"):
             raise ConfigError(f"agent.entropy_coef needs a policy with an entropy; {type(policy).__name__} has none")
@@ -139,18 +150,48 @@ class PolicyGradient:
             else:
                 self.baseline = StateBaseline(policy, critic_hidden, seed)
             modules["critic"] = self.baseline.module.to(self.device)
-        self.optimizer = Optimizer(modules, lr, weight_decay=weight_decay, eps=adam_eps, max_grad_norm=max_grad_norm)
-        self.reference = copy.deepcopy(policy).requires_grad_(False) if correction.needs("reference") else None
-        self.provider = correction.proximal.get("provider", "snapshot")
-        self.average = None
-        if self.provider == "average":
-            self.average = MovingAverage(policy, float(correction.proximal.get("decay", 0.9)))
+        self.optimizer = Optimizer(
+            modules,
+            lr,
+            weight_decay=weight_decay,
+            eps=adam_eps,
+            max_grad_norm=max_grad_norm,
+            extra=self.wrapper.modules(),
+        )
+        self.wrapper.attach(self.optimizer)
+        self.anchors = Anchors(policy, correction, self.wrapper, teacher, micro_batch, off_policy_targets)
+        if self.wrapper.rescores and (compile or cuda_graph):
+            raise ConfigError(
+                f"correction {correction.name} scores units in its own way; set agent.compile and agent.cuda_graph to "
+                "false"
+            )
         self._score = _scoring(policy, compile, cuda_graph, self.device)
         self.version = 0
         self.checked = False
 
     def _may_split(self) -> bool:
-        return not self.language and self.correction.level_name in ("unit", "step") and self.use_critic
+        by_unit = self.correction.level_name in ("unit", "step") and not self.wrapper.whole_rows
+        return not self.language and by_unit and self.use_critic
+
+    def _credit(self, correction: Correction, advantage: str, credit: str | None) -> tuple[bool, str]:
+        """Whether a critic is used, and what its advantages are given to."""
+        if advantage not in ("auto", "critic", "group"):
+            raise ConfigError(f"agent.advantage is {advantage!r}; it is one of auto, critic, group")
+        if credit is not None and credit not in CREDITS:
+            raise ConfigError(f"agent.credit is {credit!r}; it is one of {', '.join(CREDITS)}")
+        wanted = credit or CREDIT_OF.get(correction.wrapper.get("name", ""))
+        critic = advantage == "critic" or (advantage == "auto" and (not self.language or wanted is not None))
+        if wanted is not None and not critic:
+            raise ConfigError(
+                f"correction {correction.name} with credit {wanted!r} takes its advantages from a critic; set "
+                "agent.advantage=critic, or use correction=grpo for groups"
+            )
+        if wanted == "cut" and not self.language:
+            raise ConfigError(
+                f"correction {correction.name} is about answers that were cut by a token budget, whose successor "
+                "nobody knows; control records hold it: use correction=ppo"
+            )
+        return critic, wanted or "unit"
 
     # ------------------------------------------------------------------ one update
 
@@ -159,13 +200,14 @@ class PolicyGradient:
 
         Args:
             replay: where the rows come from.
-            progress: share of the run that is done, for ``anneal_lr``.
+            progress: share of the run that is done, for whatever is annealed.
 
         Returns:
             Metrics, scalar tensors or floats.
         """
         if self.anneal_lr:
             self.optimizer.set_lr(self.lr * (1.0 - progress))
+        self.wrapper.start(progress)
         record = self._draw(replay)
         metrics: dict[str, Any] = {} if self.checked else self.identity_check(record)
         record = self._annotate(record, metrics)
@@ -175,8 +217,7 @@ class PolicyGradient:
         metrics |= self._optimize(split_steps(record) if self.shuffle_steps else record)
         if not self.language:
             self._update_normalizers(record)
-        if self.average is not None:
-            self.average.update(self.policy)
+        self.anchors.update()
         self.version += 1
         return metrics
 
@@ -203,7 +244,7 @@ class PolicyGradient:
         if not bool(fresh.any()) or self.version > 0:
             return {}
         with torch.no_grad():
-            log_prob = self._chunked(self.policy, record)
+            log_prob = self.anchors.chunked(self.policy, record)
         gap = torch.where(fresh, log_prob - record["behavior_log_prob"], 0.0).abs().max()
         if not bool(gap <= (getattr(self.policy, "log_ratio_tolerance", 1e-2) if tolerance is None else tolerance)):
             raise ConfigError(
@@ -223,10 +264,11 @@ class PolicyGradient:
             record = record[kept]
             if not len(record):
                 return record
-        self._add_anchors(record)
+        self.anchors.annotate(record, self.version)
         if self.use_critic:
             assert self.baseline is not None
-            critic_advantage(record, self.baseline, self.lam, self.off_policy_targets, self.normalize_advantage)
+            credit = CREDITS[self.credit]
+            credit(record, self.baseline, self.lam, self.off_policy_targets, self.normalize_advantage)
         else:
             record["advantage"] = self._group_advantage(record)
         metrics["train/zero_advantage"] = (record["advantage"] == 0).float().mean()
@@ -236,26 +278,10 @@ class PolicyGradient:
         """The group baseline that the correction wants, the same for every step of a row, ``[B, T]``."""
         settings = dict(self.correction.advantage)
         if settings.get("baseline") == "weighted":
-            settings["weight"] = record["mask"].sum(-1).to(torch.float32)
+            weight = self.wrapper.row_weight(record)
+            settings["weight"] = record["mask"].sum(-1).to(torch.float32) if weight is None else weight
         advantage = group_advantage(_row_return(record), record["group"], **settings)
         return advantage[:, None].expand_as(record["reward"]).contiguous()
-
-    def _add_anchors(self, record: TensorDict) -> None:
-        if self.correction.needs("proximal") or self.off_policy_targets:
-            record["proximal_log_prob"] = self._proximal(record)
-        if self.reference is not None:
-            record["reference_log_prob"] = self._chunked(self.reference, record)
-
-    def _proximal(self, record: TensorDict) -> Tensor:
-        """Log-probs at the start of the update; those of fresh rows are the behavior's, without a forward pass."""
-        if self.average is not None:
-            return self._chunked(self.average.module, record)
-        stale = bool((record["policy_version"] != self.version).any())
-        return self._chunked(self.policy, record) if stale else record["behavior_log_prob"].clone()
-
-    def _chunked(self, policy: Any, record: TensorDict) -> Tensor:
-        size = self.micro_batch or len(record)
-        return torch.cat([policy.log_prob(part).log_prob.detach() for part in record.split(size)])
 
     # ------------------------------------------------------------------ optimiser steps
 
@@ -265,12 +291,12 @@ class PolicyGradient:
         size = min(self.minibatch or len(rows), len(rows))
         for _ in range(self.epochs):
             for batch in self._minibatches(rows, size):
-                metrics, diagnostics = self._step(batch, want_diagnostics=not first)
+                metrics = self.wrapper.around(partial(self._step, batch, first), batch)
                 means.add(metrics)
-                first = first or diagnostics
             if self.target_kl is not None and float(metrics["update/kl"]) > self.target_kl:
                 break
-        return {**means.pop(), **first}
+        finished = self.wrapper.finish(rows.split(self.micro_batch or size))
+        return {**means.pop(), **first, **finished}
 
     def _minibatches(self, rows: TensorDict, size: int) -> Sequence[TensorDict]:
         """All rows in random order, cut into pieces of ``size``: one gather an epoch costs less than one a piece."""
@@ -279,43 +305,54 @@ class PolicyGradient:
         order = torch.randperm(len(rows), generator=self.generator, device=self.device)
         return rows.exclude(*SCANNED_ONLY)[order].split(size)
 
-    def _step(self, batch: TensorDict, want_diagnostics: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _step(self, batch: TensorDict, first: dict[str, Any]) -> dict[str, Any]:
+        """One gradient and one optimiser step; the first of an update fills ``first`` with diagnostics."""
         self.optimizer.zero_grad()
-        parts = [batch] if not self.micro_batch else list(batch.split(self.micro_batch))
-        if len(parts) > 1:
-            with torch.no_grad():
-                needed = self.correction.needs_full_pass or want_diagnostics or self.provider == "interpolated"
-                scored = self._chunked(self.policy, batch) if needed else batch["behavior_log_prob"]
-            self._interpolate(batch, scored)
-            stats = self.correction.prepare(scored, batch)
-            split_stats = list(stats.split(self.micro_batch))
-        diagnostics: dict[str, Any] = {}
-        total: Tensor | None = None
+        size = min(self.micro_batch or len(batch), len(batch))
+        whole, stats = size == len(batch), None
+        if not whole:
+            stats = self._prepare(batch, self._scored(batch, size, not first), first).split(size)
+        total = torch.zeros((), device=self.device)
         means = Means()
-        for index, part in enumerate(parts):
-            log_prob = self._score(part).log_prob
-            if len(parts) == 1:
-                scored = log_prob.detach()
-                self._interpolate(batch, scored)
-                stats = self.correction.prepare(scored, batch)
-                split_stats = [stats]
-            out = self.correction.loss(log_prob, part, split_stats[index])
+        for index, part in enumerate([batch] if whole else batch.split(size)):
+            log_prob, penalty = self.wrapper.score(part, self._plain)
+            if stats is None:
+                stats = [self._prepare(batch, log_prob.detach(), first)]
+            out = self.correction.loss(log_prob, part, stats[index])
+            self.wrapper.watch(log_prob, part, stats[index], out.weight)
             loss = out.loss + self._extra(part, batch, means)
+            if penalty is not None:
+                loss = loss + self._reduced(penalty, part, stats[index], means)
             loss.backward()
-            total = loss.detach() if total is None else total + loss.detach()
+            total = total + loss.detach()
             means.add({**out.metrics, "update/kl": _behavior_kl(log_prob.detach(), part)})
-        if want_diagnostics:
-            diagnostics = self.correction.diagnostics(scored, batch, stats, version=self.version)
-        assert total is not None
         norm = self.optimizer.step(total)
-        return {**means.pop_tensors(), "loss/total": total, "grad/norm": norm}, diagnostics
+        return {**means.pop_tensors(), "loss/total": total, "grad/norm": norm}
 
-    def _interpolate(self, batch: TensorDict, log_prob: Tensor) -> None:
-        """Sets the proximal policy between behavior and current by age, where the correction wants that."""
-        if self.provider == "interpolated":
-            batch["proximal_log_prob"] = interpolated(
-                log_prob, batch["behavior_log_prob"], batch["policy_version"], self.version
-            )
+    def _plain(self, part: TensorDictBase) -> Tensor:
+        return self._score(part).log_prob
+
+    @torch.no_grad()
+    def _scored(self, batch: TensorDict, size: int, wanted: bool) -> Tensor:
+        """The present log-probs of a whole minibatch where anything looks at them; else the behavior's stand in."""
+        if not (wanted or self.correction.needs_full_pass or self.anchors.provider == "interpolated"):
+            return batch["behavior_log_prob"]
+        plain = lambda part: self.policy.log_prob(part).log_prob  # noqa: E731
+        return torch.cat([self.wrapper.score(part, plain)[0] for part in batch.split(size)])
+
+    def _prepare(self, batch: TensorDict, log_prob: Tensor, first: dict[str, Any]) -> TensorDict:
+        """The correction's statistics of a whole minibatch."""
+        self.anchors.interpolate(batch, log_prob, self.version)
+        stats = self.correction.prepare(log_prob, batch)
+        if not first:
+            first.update(self.correction.diagnostics(log_prob, batch, stats, version=self.version))
+        return stats
+
+    def _reduced(self, penalty: Tensor, part: TensorDict, stats: TensorDict, means: Means) -> Tensor:
+        """A wrapper's penalty ``[B, N]``, reduced as the correction's own."""
+        value = (torch.where(part["mask"], penalty, 0.0) * stats["coefficient"].unsqueeze(-1)).sum()
+        means.add({"loss/wrapper": value.detach()})
+        return value
 
     def _extra(self, part: TensorDict, whole: TensorDict, means: Means) -> Tensor | float:
         """Value loss and entropy bonus of a micro-batch; those of all of them add up to the whole batch's."""
@@ -323,7 +360,7 @@ class PolicyGradient:
         if self.baseline is not None:
             error = regression_loss(self.baseline, part, self.value_clip)
             means.add({"loss/value": error.detach()})
-            extra = extra + self.value_coef * error * _share(part, whole, self.baseline.mask_key)
+            extra = extra + self.value_coef * error * _share(part, whole, "value_mask")
         if self.entropy_coef:
             entropy = self.policy.entropy(part)
             entropy = torch.where(part["mask"], entropy, 0.0).sum() / part["mask"].sum().clamp(min=1)
@@ -345,29 +382,21 @@ class PolicyGradient:
         return {
             "policy": dict(self.policy.state_dict()),
             "critic": dict(self.baseline.module.state_dict()) if self.baseline is not None else None,
-            "reference": dict(self.reference.state_dict()) if self.reference is not None else None,
-            "average": self._average_state(),
+            **self.anchors.state_dict(),
+            "wrapper": self.wrapper.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "version": self.version,
             "checked": self.checked,
         }
 
-    def _average_state(self) -> dict[str, Any] | None:
-        if self.average is None:
-            return None
-        return {"module": dict(self.average.module.state_dict()), "weight": self.average.weight}
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.policy.load_state_dict(state["policy"])
         if self.baseline is not None:
             self.baseline.module.load_state_dict(state["critic"])
-        if self.reference is not None:
-            self.reference.load_state_dict(state["reference"])
-        if self.average is not None:
-            self.average.module.load_state_dict(state["average"]["module"])
-            self.average.weight = state["average"]["weight"]
+        self.anchors.load_state_dict(state)
+        self.wrapper.load_state_dict(state["wrapper"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.version, self.checked = state["version"], state["checked"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ class Optimizer:
         eps: Adam's denominator offset.
         max_grad_norm: bound of the global gradient norm; None for no bound.
         capturable: needed inside a captured CUDA graph.
+        extra: further modules by name, each with a learning rate of its own, which :meth:`set_lr` leaves alone.
+
+    Attributes:
+        after_clip: called between the bound on the gradient's norm and the step, with the factor that it applied.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class Optimizer:
         eps: float = 1e-8,
         max_grad_norm: float | None = None,
         capturable: bool = False,
+        extra: Mapping[str, tuple[nn.Module, float]] | None = None,
     ) -> None:
         self.named = [
             (f"{prefix}.{name}", parameter)
@@ -53,6 +59,13 @@ class Optimizer:
         self.adam = torch.optim.AdamW(
             self.parameters, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True, capturable=capturable
         )
+        for name, (module, own_lr) in (extra or {}).items():
+            added = [(f"{name}.{key}", parameter) for key, parameter in module.named_parameters()]
+            self.named += added
+            group = [parameter for _, parameter in added]
+            self.parameters = [*self.parameters, *group]
+            self.adam.add_param_group({"params": group, "lr": own_lr, "weight_decay": 0.0, "fixed_lr": True})
+        self.after_clip: Callable[[float], None] | None = None
         self.steps = 0
 
     def zero_grad(self) -> None:
@@ -75,6 +88,8 @@ class Optimizer:
         norm = nn.utils.clip_grad_norm_(self.parameters, bound)
         if not bool(torch.isfinite(loss.detach() + norm)):
             self._refuse(loss)
+        if self.after_clip is not None:
+            self.after_clip(min(1.0, bound / (float(norm) + 1e-6)))
         self.adam.step()
         self.steps += 1
         return norm
@@ -82,7 +97,32 @@ class Optimizer:
     def set_lr(self, lr: float) -> None:
         """Sets the learning rate of every group."""
         for group in self.adam.param_groups:
-            group["lr"] = lr
+            if not group.get("fixed_lr", False):
+                group["lr"] = lr
+
+    @contextmanager
+    def scaled_lr(self, scale: float) -> Iterator[None]:
+        """Multiplies every learning rate inside the block, and restores it."""
+        before = [group["lr"] for group in self.adam.param_groups]
+        try:
+            for group, lr in zip(self.adam.param_groups, before, strict=True):
+                group["lr"] = lr * scale
+            yield
+        finally:
+            for group, lr in zip(self.adam.param_groups, before, strict=True):
+                group["lr"] = lr
+
+    def moments(self) -> dict[Tensor, dict[str, Tensor]]:
+        """A copy of the moments and step counts of every parameter that has taken a step."""
+        return {p: {key: x.clone() for key, x in state.items()} for p, state in self.adam.state.items()}
+
+    @torch.no_grad()
+    def mix_moments(self, before: dict[Tensor, dict[str, Tensor]], share: float) -> None:
+        """Moves moments and step counts to ``before + share * (now - before)``; what was not there before was 0."""
+        for p, state in self.adam.state.items():
+            for key, now in state.items():
+                old = before[p][key] if p in before else torch.zeros_like(now)
+                now.copy_(torch.lerp(old, now, share))
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and step counts, by parameter position."""

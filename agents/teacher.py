@@ -1,0 +1,67 @@
+"""A teacher: the policy of an earlier run, or a language model's folder, frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unified_rl.config import build
+from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.policies.causal_lm import CausalLM
+from unified_rl.training.checkpoint import latest_checkpoint, read_checkpoint
+
+
+def load_teacher(folder: str, student: Any) -> Any:
+    """A frozen policy whose log-probs are of the same units as the student's.
+
+    Args:
+        folder: a run folder of this library (its newest checkpoint is read), or for a language model a folder with
+            ``config.json`` and safetensors. No code from either is run.
+        student: the policy that is trained; the teacher takes its tokenizer, or its sizes and bounds.
+
+    Raises:
+        CheckpointError: the folder is missing or incomplete.
+        ConfigError: the teacher does not fit the student.
+    """
+    path = Path(folder)
+    if (path / "config.yaml").is_file():
+        teacher = _from_run(path, student)
+    elif isinstance(student, CausalLM) and (path / "config.json").is_file():
+        temperature = student.sampling.temperature
+        made: Any = CausalLM(student.tokenizer, student.max_length, path=folder, temperature=temperature)
+        teacher = made.to(student.device)
+    else:
+        raise CheckpointError(
+            f"agent.teacher={folder} is no folder of a run (it has no config.yaml)"
+            + (" and none of a language model (no config.json)" if isinstance(student, CausalLM) else "")
+        )
+    return teacher.requires_grad_(False)
+
+
+def _from_run(path: Path, student: Any) -> Any:
+    state = read_checkpoint(latest_checkpoint(path))["agent"].get("policy")
+    node = (yaml.safe_load((path / "config.yaml").read_text()) or {}).get("policy")
+    if not state or not node:
+        raise ConfigError(f"the run {path} holds no policy that could teach")
+    try:
+        teacher = build(node, seed=0, **_inputs(student)).to(student.device)
+        teacher.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"the policy of {path} does not fit here: {str(error).splitlines()[0]}") from error
+    if getattr(teacher, "num_units", None) != getattr(student, "num_units", None):
+        raise ConfigError(
+            f"the policy of {path} puts {teacher.num_units} log-probs on an action and the student {student.num_units}"
+        )
+    return teacher
+
+
+def _inputs(student: Any) -> dict[str, Any]:
+    """What the student's constructor was given by its environment."""
+    if isinstance(student, CausalLM):
+        return {"tokenizer": student.tokenizer, "max_length": student.max_length}
+    inputs = {"observation_dim": student.observation_dim, "action_dim": student.action_dim}
+    discrete = student.num_actions is not None
+    low, high = ([], []) if discrete else (student.action_low.tolist(), student.action_high.tolist())
+    return {**inputs, "action_low": low, "action_high": high, "num_actions": student.num_actions}

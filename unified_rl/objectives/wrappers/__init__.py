@@ -1,0 +1,41 @@
+"""What methods do outside their loss: around the optimiser step, on whole distributions, with a run's progress."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unified_rl.correction import Correction
+from unified_rl.correction.specs import bind
+from unified_rl.objectives.wrappers.base import Wrapper
+from unified_rl.objectives.wrappers.fix_up import FixUp
+from unified_rl.objectives.wrappers.noise import LayerNoise
+from unified_rl.objectives.wrappers.projection import ProjectCategorical
+from unified_rl.objectives.wrappers.proxy import MinPProxy
+from unified_rl.objectives.wrappers.schedule import AnnealLevel, AnnealPenalty
+from unified_rl.objectives.wrappers.steps import ClipBiasScale, EssLearningRate, Reposition
+
+__all__ = ["WRAPPERS", "Wrapper", "make_wrapper"]
+
+WRAPPERS: dict[str, type[Wrapper]] = {
+    "anneal_level": AnnealLevel,
+    "anneal_penalty": AnnealPenalty,
+    "clip_bias_scale": ClipBiasScale,
+    "ess_learning_rate": EssLearningRate,
+    "fix_up": FixUp,
+    "layer_noise": LayerNoise,
+    "min_p_proxy": MinPProxy,
+    "project_categorical": ProjectCategorical,
+    "reposition": Reposition,
+}
+"""By the name that a preset's ``wrapper`` node gives; its other entries are the constructor's keyword arguments."""
+
+
+def make_wrapper(policy: Any, correction: Correction) -> Wrapper:
+    """The wrapper that a correction asks for; one that does nothing where it asks for none of :data:`WRAPPERS`.
+
+    Raises:
+        ConfigError: a setting that the wrapper does not have, or a policy that it cannot work on.
+    """
+    if correction.wrapper.get("name") not in WRAPPERS:
+        return Wrapper(policy, correction)
+    return bind(correction.wrapper, WRAPPERS, "wrapper")[0](policy, correction)
