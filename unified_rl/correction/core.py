@@ -134,6 +134,7 @@ class Correction:
         self.kernel_name = as_rule(kernel, "kernel")["name"]
         self._level, _ = bind(level, LEVELS, "level")
         self._kernel, _ = bind(kernel, KERNELS, "kernel")
+        self._capped = as_rule(kernel, "kernel").get("importance_cap") is not None
         self._prepare = None if self.kernel_name not in PREPARES else bind(kernel, PREPARES, "kernel")[0]
         self._pre = None if pre is None else bind(pre, PRES, "pre")[0]
         self._thin = None if thin is None else bind(thin, THINS, "thin")[0]
@@ -158,7 +159,7 @@ class Correction:
     def needs(self, anchor: str) -> bool:
         """Whether batches must hold the log-probs of this anchor."""
         used = {self.anchor, *self._rules.anchors, *EXTRA_ANCHORS.get(self.kernel_name, ())}
-        if self._thin is not None or self._kernel.keywords.get("importance_cap") is not None:
+        if self._thin is not None or self._capped:
             used.add("behavior")
         return anchor in used.union(*(p.anchors for p in self._penalties))
 
