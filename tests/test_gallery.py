@@ -191,10 +191,15 @@ def test_every_part_has_a_formula_and_every_preset_a_finished_one() -> None:
         assert set(ours) == set(theirs)
     assert described("icepop").formula == [
         "r = the unit's own ratio, pi / proximal",
-        "g = r, but 0 where A > 0 and r > 1.2 or A < 0 and r < 0.8",
+        "g = r, but 0 where A > 0 and r > 1.2, or A < 0 and r < 0.8",
         "w = u where 0.5 <= u <= 5, else 0, u the unit's own of proximal / behavior",
         "sum over units / units of the batch",
     ]
+    assert (
+        "keep where |mean over the row of log u| <= 0.01, u = proximal / behavior"
+        in described("k1_mean_reject").formula
+    )
+    assert "penalty 0.1 * (x^2 / 2), x = log(pi / behavior)" in described("opmd").formula
     assert all("None" not in line and "{" not in line for d in shown().values() for line in d.formula)
 
 

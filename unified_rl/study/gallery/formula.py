@@ -108,11 +108,11 @@ KERNELS: dict[str, Callable[[Settings], str]] = {
     ),
     "residual": lambda s: (
         "1, with A = "
-        + ("" if s["scale"] == 1.0 else f"{_n(s['scale'])} ")
+        + ("" if s["scale"] == 1.0 else f"{_n(s['scale'])} * ")
         + ("(delta - group mean of delta)" if s["centred"] else "delta")
-        + {"none": "", "group": " / (group size - 1)", "pairs": " x group size"}[s["divide"]]
-        + ("" if s["importance_cap"] is None else f" x min(row ratio to behavior, {_n(s['importance_cap'])})")
-        + f", delta = R - {_n(s['beta'])} x {'mean' if s['length_normalized'] else 'sum'} over the row of d"
+        + {"none": "", "group": " / (group size - 1)", "pairs": " * group size"}[s["divide"]]
+        + ("" if s["importance_cap"] is None else f" * min(row ratio to behavior, {_n(s['importance_cap'])})")
+        + f", delta = R - {_n(s['beta'])} * {'mean' if s['length_normalized'] else 'sum'} over the row of d"
     ),
     "likelihood_pair": lambda s: (
         f"1 if right; q r / ((1 - q) max(x, {_n(s['floor'])})), x = (1 - q r) / (1 - q), if wrong; |A| = "
@@ -121,7 +121,7 @@ KERNELS: dict[str, Callable[[Settings], str]] = {
     ),
     "teacher_ppo": lambda s: (
         _clipped(1 - s["clip_low"], 1 + s["clip_high"], None)
-        + f"; A = {_n(s['scale'])} x centred log(teacher / reference)"
+        + f"; A = {'' if s['scale'] == 1.0 else _n(s['scale']) + ' * '}centred log(teacher / reference)"
     ),
 }
 
@@ -134,7 +134,7 @@ MISMATCHES: dict[str, Callable[[Settings], str]] = {
 
 REJECTS: dict[str, Callable[[Settings], str]] = {
     "band": lambda s: f"keep where {_n(s['low'])} <= u <= {_n(s['high'])}, u the {LEVEL_NOUN[s['level']]} of",
-    "divergence": lambda s: f"keep where {s['over'].replace('_', ' ')} of {s['estimator']} <= {_n(s['high'])}, from",
+    "divergence": lambda s: f"keep where {_statistic(s['estimator'], s['over'])} <= {_n(s['high'])}, u =",
     "veto": lambda s: (
         f"drop the row if any unit has u < {_n(s['low'])}"
         + ("" if math.isinf(s["high"]) else f" or u > {_n(s['high'])}")
@@ -197,11 +197,13 @@ def _mismatch(rule: Settings) -> str:
 
 def _penalty(rule: Settings) -> str:
     against = "log pi" if rule["anchor"] == "none" else f"log(pi / {rule['anchor']})"
-    parts = [_n(rule["coefficient"])]
+    parts = [] if rule["coefficient"] == 1.0 else [_n(rule["coefficient"])]
     parts += [] if rule["statistic"] is None else [str(rule["statistic"]).replace("one_minus_ess", "(1 - ESS)")]
     parts += ["(pi / behavior)"] if rule["importance"] else []
     where = "" if rule["select"] is None else f" on {SELECTIONS[rule['select']['name']](rule['select'])}"
-    return f"penalty {' x '.join(parts)} x ({PENALTIES[rule['name']]}), x = {against}{where}"
+    value = PENALTIES[rule["name"]]
+    parts.append(value if value.isidentifier() else f"({value})")
+    return f"penalty {' * '.join(parts)}, x = {against}{where}"
 
 
 def _reduction(full: Settings) -> str:
@@ -220,9 +222,20 @@ def _u(rule: Settings) -> str:
     return f"{'proximal' if rule['numerator'] == 'proximal' else 'pi'} / behavior"
 
 
+def _statistic(estimator: str, over: str) -> str:
+    """What a divergence rule compares with its bound; k1 sums before it drops the sign."""
+    term = {"k1": "log u", "k2": "(log u)^2 / 2", "k3": "(u - 1 - log u)"}[estimator]
+    if estimator == "k1" and over in ("sequence_sum", "sequence_mean"):
+        return f"|{over.split('_')[1]} over the row of {term}|"
+    term = f"|{term}|" if estimator == "k1" else term
+    return {"unit": term, "sequence_max": f"the largest {term} of the row"}.get(
+        over, f"the {over.split('_')[-1]} over the row of {term}"
+    )
+
+
 def _clipped(low: float, high: float, dual: float | None) -> str:
-    below = f" or A < 0 and r < {_n(low)}" if low > 0 else ""
-    above = "" if dual is None else f" or A < 0 and r > {_n(dual)}"
+    below = f", or A < 0 and r < {_n(low)}" if low > 0 else ""
+    above = "" if dual is None else f", or A < 0 and r > {_n(dual)}"
     return f"r, but 0 where A > 0 and r > {_n(high)}{below}{above}"
 
 

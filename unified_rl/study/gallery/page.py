@@ -151,7 +151,7 @@ def _preset(shown: Described) -> Iterator[str]:
 def _settings(field: str, shown: Described) -> str:
     """What the preset's file says about a field; defaults are left to ``show``."""
     given = catalogue.entry(shown.name).config[field]
-    return ", ".join(f"{key} {value}" for key, value in given.items())
+    return ", ".join(str(value) if key == "name" else f"{key} {value}" for key, value in given.items())
 
 
 def _anchor(title: str) -> str:
