@@ -23,31 +23,31 @@ from unified_rl.study.lab.measure import measure
 from unified_rl.study.lab.plan import make_plan
 from unified_rl.study.lab.policies import POLICIES, Policy, shared, tabular
 from unified_rl.study.lab.problems import PROBLEMS, Problem, corridor, token_tree
-from unified_rl.study.lab.record import coefficients, log_probs, record, row_scale
+from unified_rl.study.lab.record import coefficients, record, row_scale
+from unified_rl.study.lab.scene import Scene
 from unified_rl.study.lab.values import (
     expected_return,
     row_probability,
-    true_gradient,
     unit_log_prob,
     values,
 )
 
-PAIRS = list(itertools.product(PROBLEMS, POLICIES))
+PAIRS = list(itertools.product(("tokens", "tokens_steps", "corridor"), POLICIES))
 GROUP = 8
 
 
 @cache
-def setting(problem_name: str, policy_name: str) -> tuple[Problem, Policy, Tensor, list[Drift]]:
+def scenes(problem_name: str, policy_name: str) -> list[Scene]:
     """A problem with drift by noise at KL 0.1 and 1, and by lag at KL 1, without the situation of no drift."""
     problem = PROBLEMS[problem_name]()
     policy = POLICIES[policy_name](problem)
     path = ascent(problem, policy, steps=16)
     drifts = situations(problem, policy, path, noise=(0.1, 1.0), lags=(16,))
-    return problem, policy, true_gradient(problem, policy, path.table[-1]), drifts[1:]
+    return [Scene(problem, policy, drift) for drift in drifts[1:]]
 
 
-def moments(name: str, advantage: str, problem: Problem, policy: Policy, drift: Drift) -> Moments:
-    return exact_moments(make_plan(name, advantage, binary=problem.binary), problem, policy, drift, GROUP)
+def moments(name: str, advantage: str, scene: Scene) -> Moments:
+    return exact_moments(make_plan(name, advantage, binary=scene.problem.binary), scene, GROUP)
 
 
 def same(found: Tensor, expected: Tensor) -> None:
@@ -59,20 +59,24 @@ def same(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize(("problem_name", "policy_name"), PAIRS)
 def test_the_sequence_ratio_is_unbiased(problem_name: str, policy_name: str) -> None:
-    problem, policy, truth, drifts = setting(problem_name, policy_name)
-    assert [round(d.kl, 1) for d in drifts] == [0.1, 1.0, 1.0]
-    for drift in drifts:
-        ratio = unit_log_prob(problem, drift.tables["current"]) - unit_log_prob(problem, drift.tables["behavior"])
+    found = scenes(problem_name, policy_name)
+    assert [round(scene.drift.kl, 1) for scene in found] == [0.1, 1.0, 1.0]
+    for scene in found:
+        ratio = scene.unit_log_probs["current"] - scene.unit_log_probs["behavior"]
         assert float(ratio.sum(-1).abs().max()) < CLAMP
-        same(moments("sequence_is", "critic", problem, policy, drift).mean, truth)
+        same(moments("sequence_is", "critic", scene).mean, scene.truth)
 
 
 @pytest.mark.parametrize("policy_name", POLICIES)
 def test_with_rewards_against_their_group_the_sequence_ratio_is_unbiased_up_to_a_factor(policy_name: str) -> None:
     """A row's own reward is in its baseline, which takes a share 1/G of the gradient away."""
-    tree, policy, truth, drifts = setting("tokens", policy_name)
-    for drift in drifts:
-        same(moments("sequence_is", "group", tree, policy, drift).mean, (1 - 1 / GROUP) * truth)
+    for scene in scenes("tokens", policy_name):
+        same(moments("sequence_is", "group", scene).mean, (1 - 1 / GROUP) * scene.truth)
+
+
+def drifted(problem: Problem, policy: Policy, current: Tensor, behavior: Tensor) -> Scene:
+    names = ("behavior", "proximal", "average", "reference", "proxy", "teacher")
+    return Scene(problem, policy, Drift("noise", 0.0, 0.0, dict.fromkeys(names, behavior) | {"current": current}, 2))
 
 
 def test_the_clamp_of_log_ratios_biases_the_sequence_ratio_once_it_is_met() -> None:
@@ -81,52 +85,55 @@ def test_the_clamp_of_log_ratios_biases_the_sequence_ratio_once_it_is_met() -> N
     table = policy.log_table(policy.initial(0))
     behavior = table.clone()
     behavior[0, 3] = -30.0  # the current policy chooses this token often, the behavior policy almost never
-    behavior = behavior.log_softmax(-1)
-    names = ("proximal", "average", "reference", "proxy", "teacher")
-    drift = Drift("noise", 0.0, 0.0, dict.fromkeys(names, behavior) | {"current": table, "behavior": behavior}, 2)
-    truth = true_gradient(tree, policy, table)
-    found = moments("sequence_is", "critic", tree, policy, drift).mean
-    assert float((found - truth).norm()) > 0.1 * float(truth.norm())
+    scene = drifted(tree, policy, table, behavior.log_softmax(-1))
+    found = moments("sequence_is", "critic", scene).mean
+    assert float((found - scene.truth).norm()) > 0.1 * float(scene.truth.norm())
 
 
 @pytest.mark.parametrize(("problem_name", "policy_name"), PAIRS)
 def test_the_per_decision_ratio_is_unbiased_with_a_reward_a_step(problem_name: str, policy_name: str) -> None:
-    problem, policy, truth, drifts = setting(problem_name, policy_name)
-    for drift in drifts:
-        same(moments("per_decision_is", "critic", problem, policy, drift).mean, truth)
+    for scene in scenes(problem_name, policy_name):
+        same(moments("per_decision_is", "critic", scene).mean, scene.truth)
 
 
 @pytest.mark.parametrize(("problem_name", "policy_name"), PAIRS)
 def test_the_prefix_ratio_is_unbiased_with_the_true_advantage(problem_name: str, policy_name: str) -> None:
-    problem, policy, truth, drifts = setting(problem_name, policy_name)
-    for drift in drifts:
-        same(moments("prefix_is", "critic", problem, policy, drift).mean, truth)
+    for scene in scenes(problem_name, policy_name):
+        same(moments("prefix_is", "critic", scene).mean, scene.truth)
 
 
 @pytest.mark.parametrize("policy_name", POLICIES)
 def test_the_prefix_ratio_is_biased_with_an_outcome_advantage(policy_name: str) -> None:
-    tree, policy, truth, drifts = setting("tokens", policy_name)
-    for drift in drifts:
-        found = measure(moments("prefix_is", "group", tree, policy, drift), truth)
-        assert found.free_bias2 > 1e-5
+    for scene in scenes("tokens", policy_name):
+        assert measure(moments("prefix_is", "group", scene), scene.truth).free_bias2 > 1e-5
 
 
 @pytest.mark.parametrize(("problem_name", "policy_name"), PAIRS)
 def test_the_unit_ratio_is_biased_even_with_the_true_advantage(problem_name: str, policy_name: str) -> None:
-    problem, policy, truth, drifts = setting(problem_name, policy_name)
-    for drift in drifts:
-        found = measure(moments("importance_sampling", "critic", problem, policy, drift), truth)
+    for scene in scenes(problem_name, policy_name):
+        found = measure(moments("importance_sampling", "critic", scene), scene.truth)
         assert found.bias2 > 1e-5 * found.true_norm**2
 
 
-@pytest.mark.parametrize("problem_name", ["tokens", "tokens_steps"])
+@pytest.mark.parametrize("problem_name", ["tokens", "tokens_steps", "tokens_graded"])
 def test_where_no_state_comes_twice_the_prefix_ratio_of_a_table_varies_no_more_than_the_sequence_ratio(
     problem_name: str,
 ) -> None:
-    problem, policy, _, drifts = setting(problem_name, "tabular")
-    for drift in drifts:
-        prefix = moments("prefix_is", "critic", problem, policy, drift)
-        assert prefix.variance < moments("sequence_is", "critic", problem, policy, drift).variance
+    """Scores of different states are orthogonal then, and each term alone gains by leaving out later ratios."""
+    for scene in scenes(problem_name, "tabular"):
+        assert moments("prefix_is", "critic", scene).variance < moments("sequence_is", "critic", scene).variance
+
+
+def test_where_states_come_twice_the_prefix_ratio_of_a_table_can_vary_more() -> None:
+    """A counterexample: on the walk a state is met again, and the terms of a row are correlated."""
+    walk = corridor()
+    policy = tabular(walk)
+    current = policy.log_table(2 * policy.initial(24))
+    noise = torch.randn(current.shape, generator=torch.Generator().manual_seed(2400)).double()
+    scene = drifted(walk, policy, current, (current + 0.2 * noise).log_softmax(-1))
+    prefix, sequence = moments("prefix_is", "critic", scene), moments("sequence_is", "critic", scene)
+    same(prefix.mean, sequence.mean)
+    assert prefix.variance > 1.005 * sequence.variance
 
 
 # -------------------------------------------------------------------------------- no drift: everything is REINFORCE
@@ -151,12 +158,14 @@ def without_drift(correction: Correction, *, outcome: bool = True) -> tuple[Mome
     """Moments with the return as every unit's advantage, and the coefficients."""
     tree, policy, drift = fresh()
     tree = replace(tree, outcome=outcome)
-    p = row_probability(tree, drift.tables["behavior"])
-    by_policy = log_probs(tree, correction, drift)
+    scene = Scene(tree, policy, drift)
+    by_policy = scene.log_probs(correction)
     advantage = tree.returns[:, None].expand_as(tree.reward)
-    batch = record(tree, torch.arange(len(p)), by_policy, advantage, torch.zeros(len(p), dtype=torch.int64))
-    found = coefficients(correction, by_policy["current"], batch, row_scale(correction, tree, p))
-    return row_moments(tree, policy, drift.tables["current"], found, p), found
+    batch = record(
+        tree, torch.arange(len(tree.mask)), by_policy, advantage, torch.zeros(len(tree.mask), dtype=torch.int64)
+    )
+    found = coefficients(correction, by_policy["current"], batch, row_scale(correction, tree, scene.probability))
+    return row_moments(scene, found), found
 
 
 def assert_reinforce(correction: Correction, *, outcome: bool = True) -> None:

@@ -18,8 +18,9 @@ from unified_rl.study.lab.measure import measure
 from unified_rl.study.lab.plan import GROUP, ROW, SAMPLED_BATCH, SAMPLED_GROUP, Plan, make_plan
 from unified_rl.study.lab.policies import POLICIES, Policy, shared, tabular
 from unified_rl.study.lab.problems import PROBLEMS, Problem, corridor, token_tree
-from unified_rl.study.lab.record import coefficients, log_probs, record
+from unified_rl.study.lab.record import coefficients, record
 from unified_rl.study.lab.sampled import sampled_moments
+from unified_rl.study.lab.scene import Scene
 from unified_rl.study.lab.values import (
     divergence,
     expected_return,
@@ -36,10 +37,10 @@ def every_pair() -> list[tuple[str, str]]:
     return list(itertools.product(PROBLEMS, POLICIES))
 
 
-def situation(problem: Problem, policy: Policy, kl: float = 0.3) -> tuple[Tensor, Drift]:
-    """The true gradient, and a situation of noise."""
+def scene_of(problem: Problem, policy: Policy, kl: float = 0.3) -> Scene:
+    """Noise on the policy at the end of a short ascent."""
     path = ascent(problem, policy, steps=8)
-    return true_gradient(problem, policy, path.table[-1]), situations(problem, policy, path, noise=[kl], lags=[])[1]
+    return Scene(problem, policy, situations(problem, policy, path, noise=[kl], lags=[])[1])
 
 
 def row_jacobian(problem: Problem, policy: Policy, theta: Tensor) -> Tensor:
@@ -125,12 +126,14 @@ def test_row_moments_are_those_of_gradients_written_out_row_by_row(policy_name: 
     table = policy.log_table(theta)
     coefficient = torch.randn(walk.mask.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     coefficient = coefficient * walk.mask
-    p = row_probability(walk, policy.log_table(policy.initial(5)))
+    names = ("behavior", "proximal", "average", "reference", "proxy", "teacher")
+    behavior = policy.log_table(policy.initial(5))
+    scene = Scene(walk, policy, Drift("noise", 0.0, 0.0, dict.fromkeys(names, behavior) | {"current": table}, 2))
     rows = torch.einsum("bn,bnp->bp", coefficient, row_jacobian(walk, policy, theta))
-    mean = p @ rows
-    found = row_moments(walk, policy, table, coefficient, p)
+    mean = scene.probability @ rows
+    found = row_moments(scene, coefficient)
     torch.testing.assert_close(found.mean.flatten(), mean, rtol=1e-10, atol=1e-13)
-    assert found.variance == pytest.approx(float(p @ (rows - mean).square().sum(-1)), rel=1e-10)
+    assert found.variance == pytest.approx(float(scene.probability @ (rows - mean).square().sum(-1)), rel=1e-10)
 
 
 def test_scatter_leaves_masked_units_out() -> None:
@@ -159,10 +162,10 @@ def test_group_moments_are_those_of_every_group_written_out(name: str, policy_na
                   | {"current": table, "behavior": behavior}, 2)  # fmt: skip
     plan = make_plan(name, "group", binary=True)
     assert plan.route == GROUP
-    found = exact_moments(plan, tree, policy, drift, size)
+    found = exact_moments(plan, Scene(tree, policy, drift), size)
     p, length = row_probability(tree, behavior), tree.mask.sum(-1).double()
     jacobian = row_jacobian(tree, policy, theta)
-    by_policy, each = log_probs(tree, plan.correction, drift), []
+    by_policy, each = Scene(tree, policy, drift).log_probs(plan.correction), []
     groups = torch.tensor(list(itertools.product(range(len(p)), repeat=size)))
     for rows in groups:
         ids = torch.zeros(size, dtype=torch.int64)
@@ -185,13 +188,12 @@ def test_group_moments_are_those_of_every_group_written_out(name: str, policy_na
 
 def test_the_row_scale_is_what_the_reduction_divides_by_up_to_a_constant() -> None:
     tree = token_tree(vocabulary=3, horizon=3)
-    truth, drift = situation(tree, tabular(tree))
-    by_constant = [exact_moments(make_plan(n, "critic", binary=True), tree, tabular(tree), drift, 8).mean
+    scene = scene_of(tree, tabular(tree))
+    by_constant = [exact_moments(make_plan(n, "critic", binary=True), scene, 8).mean
                    for n in ("ppo", "dr_grpo", "rec_one_side")]  # fmt: skip
     torch.testing.assert_close(by_constant[0], by_constant[1])
-    by_length = exact_moments(make_plan("grpo", "critic", binary=True), tree, tabular(tree), drift, 8).mean
+    by_length = exact_moments(make_plan("grpo", "critic", binary=True), scene, 8).mean
     assert float((by_length - by_constant[0]).abs().max()) > 1e-4
-    assert truth.shape == by_length.shape
 
 
 @pytest.mark.parametrize("name", ["ppo", "vespo", "gmpo", "importance_sampling"])
@@ -199,12 +201,12 @@ def test_sampling_finds_what_enumeration_finds(name: str) -> None:
     """Within three standard errors of the mean, and a twentieth of the variance."""
     tree = token_tree(vocabulary=3, horizon=3)
     policy = shared(tree)
-    truth, drift = situation(tree, policy, 0.03)
+    scene = scene_of(tree, policy, 0.03)
     exact_plan = make_plan(name, "group", binary=True)
     assert exact_plan.route == GROUP
-    exact = exact_moments(exact_plan, tree, policy, drift, 8)
+    exact = exact_moments(exact_plan, scene, 8)
     plan = Plan(name, exact_plan.correction, "group", SAMPLED_GROUP, "")
-    found = sampled_moments(plan, tree, policy, drift, truth, group=8, rows=64, batches=2000)
+    found = sampled_moments(plan, scene, group=8, rows=64, batches=2000)
     standard_error = math.sqrt(exact.variance / (64 * 2000))
     assert float((found.mean - exact.mean).norm()) < 3 * standard_error
     assert found.variance == pytest.approx(exact.variance, rel=0.05)
@@ -214,24 +216,26 @@ def test_sampling_finds_what_enumeration_finds(name: str) -> None:
 def test_batches_one_by_one_equal_all_at_once_where_rows_do_not_look_at_each_other() -> None:
     tree = token_tree(vocabulary=3, horizon=3)
     policy = shared(tree)
-    truth, drift = situation(tree, policy)
+    scene = scene_of(tree, policy)
     plans = [Plan("ppo", load_correction("ppo"), "critic", route, "") for route in (SAMPLED_GROUP, SAMPLED_BATCH)]
-    means = [sampled_moments(p, tree, policy, drift, truth, group=8, rows=32, batches=5).mean for p in plans]
+    means = [sampled_moments(p, scene, group=8, rows=32, batches=5).mean for p in plans]
     torch.testing.assert_close(means[0], means[1])
 
 
 def test_the_error_is_the_least_expected_squared_error_over_learning_rates() -> None:
     tree = token_tree(vocabulary=3, horizon=3)
     policy = shared(tree)
-    truth, drift = situation(tree, policy)
-    moments = exact_moments(make_plan("ppo", "critic", binary=True), tree, policy, drift, 8)
-    found, rows = measure(moments, truth), 16
+    scene = scene_of(tree, policy)
+    moments = exact_moments(make_plan("ppo", "critic", binary=True), scene, 8)
+    found, rows = measure(moments, scene.truth), 16
     rates = torch.linspace(0, 20, 200001, dtype=torch.float64)
     second = float(moments.mean.square().sum()) + moments.variance / rows
-    expected = (rates.square() * second - 2 * rates * float((moments.mean * truth).sum())) / truth.square().sum() + 1
+    expected = (
+        rates.square() * second - 2 * rates * float((moments.mean * scene.truth).sum())
+    ) / scene.truth.square().sum() + 1
     assert found.error(rows) == pytest.approx(float(expected.min()), abs=1e-7)
     assert found.error(1e12) == pytest.approx(found.free_bias2, abs=1e-9)
-    opposite = measure(exact_moments(make_plan("ppo", "critic", binary=True), tree, policy, drift, 8), -truth)
+    opposite = measure(exact_moments(make_plan("ppo", "critic", binary=True), scene, 8), -scene.truth)
     assert opposite.cosine < 0 and opposite.error(rows) == 1.0
 
 

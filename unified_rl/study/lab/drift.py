@@ -25,7 +25,7 @@ LARGEST, DRAWS = 3.0, 200
 
 
 @dataclass(frozen=True)
-class Path:
+class Ascent:
     """Policies of an exact gradient ascent, oldest first.
 
     Attributes:
@@ -58,18 +58,18 @@ class Drift:
     lag: int
 
 
-def ascent(problem: Problem, policy: Policy, *, steps: int = 64, kl: float = 1.0, seed: int = 0) -> Path:
+def ascent(problem: Problem, policy: Policy, *, steps: int = 64, kl: float = 1.0, seed: int = 0) -> Ascent:
     """Exact gradient ascent from random parameters, with the learning rate at which first and last are ``kl`` apart."""
     start = policy.initial(seed)
     scale = 1.0 / float(true_gradient(problem, policy, policy.log_table(start)).norm())
 
-    def walk(step: float) -> Path:
+    def walk(step: float) -> Ascent:
         theta = [start]
         for _ in range(steps):
             gradient = true_gradient(problem, policy, policy.log_table(theta[-1]))
             theta.append(theta[-1] + step * gradient)
         stacked = torch.stack(theta)
-        return Path(stacked, policy.log_table(stacked), step)
+        return Ascent(stacked, policy.log_table(stacked), step)
 
     def distance(log_step: float) -> float:
         path = walk(scale * 2.0**log_step)
@@ -114,7 +114,7 @@ def noisy(problem: Problem, table: Tensor, amounts: Sequence[float], seed: int =
 
 
 def situations(
-    problem: Problem, policy: Policy, path: Path, *, noise: Sequence[float], lags: Sequence[int], seed: int = 0
+    problem: Problem, policy: Policy, path: Ascent, *, noise: Sequence[float], lags: Sequence[int], seed: int = 0
 ) -> list[Drift]:
     """No drift, then noise at each KL, then each lag."""
     current, last = path.table[-1], len(path.table) - 1
@@ -128,7 +128,7 @@ def situations(
     return found
 
 
-def _average(policy: Policy, path: Path) -> Tensor:
+def _average(policy: Policy, path: Ascent) -> Tensor:
     """The policy whose parameters are the moving average of the path's."""
     age = torch.arange(len(path.theta) - 1, -1, -1, dtype=torch.float64)
     weight = DECAY**age
@@ -137,7 +137,7 @@ def _average(policy: Policy, path: Path) -> Tensor:
 
 def _drift(
     problem: Problem,
-    path: Path,
+    path: Ascent,
     kind: str,
     amount: float,
     behavior: Tensor,

@@ -14,12 +14,11 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.returns import group_advantage
-from unified_rl.study.lab.drift import Drift
 from unified_rl.study.lab.plan import GROUP, Plan
-from unified_rl.study.lab.policies import Policy
 from unified_rl.study.lab.problems import Problem
-from unified_rl.study.lab.record import coefficients, log_probs, record, row_scale
-from unified_rl.study.lab.values import row_probability, scatter, true_advantage
+from unified_rl.study.lab.record import coefficients, record, row_scale
+from unified_rl.study.lab.scene import Scene
+from unified_rl.study.lab.values import scatter
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,11 @@ class Moments:
     projections: Tensor | None = None
 
 
-def row_moments(problem: Problem, policy: Policy, table: Tensor, coefficient: Tensor, probability: Tensor) -> Moments:
-    """Moments where rows are independent.
-
-    Args:
-        problem, policy: the setting.
-        table: ``[S, A]`` log-probabilities of the current policy.
-        coefficient: ``[B, N]`` of every trajectory's scores.
-        probability: ``[B]`` of every trajectory under the behavior policy.
-    """
-    mean = policy.score_sum(scatter(problem, probability[:, None] * coefficient), table)
-    second = probability @ squared_norm(policy.gram(problem, table), coefficient)
+def row_moments(scene: Scene, coefficient: Tensor) -> Moments:
+    """Moments where rows are independent, from the ``coefficient [B, N]`` of every trajectory's scores."""
+    p = scene.probability
+    mean = scene.policy.score_sum(scatter(scene.problem, p[:, None] * coefficient), scene.table)
+    second = p @ squared_norm(scene.gram, coefficient)
     square = float(mean.square().sum())
     return Moments(mean, float(second) - square, square)
 
@@ -62,21 +55,23 @@ def squared_norm(gram: Tensor, coefficient: Tensor) -> Tensor:
     return torch.einsum("bij,...bi,...bj->...b", gram, coefficient, coefficient)
 
 
-def group_moments(problem: Problem, policy: Policy, table: Tensor, coefficient: Tensor, probability: Tensor) -> Moments:
+def group_moments(scene: Scene, coefficient: Tensor) -> Moments:
     """Moments where rows come in groups of ``G`` and rewards are 0 or 1.
 
     Args:
-        problem, policy, table, probability: as in :func:`row_moments`.
+        scene: who acts, who learns, and where.
         coefficient: ``[G, B, N]``, by the number of successes among the other ``G - 1`` rows.
     """
-    size, success = len(coefficient), problem.returns == 1
+    size, probability, success = len(coefficient), scene.probability, scene.problem.returns == 1
     rate = probability @ success.double()
     others = binomial(size - 1, rate)
     weighted = probability[:, None] * coefficient
     parts = torch.stack([weighted * (success == bool(r))[:, None] for r in (0, 1)])
-    means = policy.score_sum(scatter(problem, parts), table)  # [2, G, F, A], by own reward and successes of others
+    means = scene.policy.score_sum(
+        scatter(scene.problem, parts), scene.table
+    )  # [2, G, F, A], by own reward and successes of others
     mean = (others[:, None, None] * means.sum(0)).sum(0)
-    second = others @ (squared_norm(policy.gram(problem, table), coefficient) @ probability)
+    second = others @ (squared_norm(scene.gram, coefficient) @ probability)
     square = float(mean.square().sum())
     variance = float(second) - square + (size - 1) * (float(_pair(means, rate)) - square)
     return Moments(mean, variance, square)
@@ -103,23 +98,21 @@ def binomial(n: int, rate: Tensor) -> Tensor:
     return choose * rate**k * (1 - rate) ** (n - k)
 
 
-def exact_moments(plan: Plan, problem: Problem, policy: Policy, drift: Drift, group: int) -> Moments:
+def exact_moments(plan: Plan, scene: Scene, group: int) -> Moments:
     """Exact moments of a preset.
 
     Args:
         plan: with the route ROW or GROUP.
-        problem, policy, drift: the situation.
+        scene: who acts, who learns, and where.
         group: rows of a group.
     """
-    probability = row_probability(problem, drift.tables["behavior"])
-    by_policy = log_probs(problem, plan.correction, drift)
-    scale = row_scale(plan.correction, problem, probability)
-    rows, table = torch.arange(len(problem.mask)), drift.tables["current"]
+    problem, by_policy = scene.problem, scene.log_probs(plan.correction)
+    scale, rows = row_scale(plan.correction, problem, scene.probability), torch.arange(len(problem.mask))
     if plan.route != GROUP:
-        advantage = row_advantage(plan, problem, table)
+        advantage = row_advantage(plan, problem, scene.advantage)
         batch = record(problem, rows, by_policy, advantage, torch.zeros_like(rows))
         found = coefficients(plan.correction, by_policy["current"], batch, scale)
-        return row_moments(problem, policy, table, found, probability)
+        return row_moments(scene, found)
     repeated = rows.repeat(group)
     others = torch.arange(group).repeat_interleave(len(rows))
     given = group_statistics(plan, group)[(problem.returns[repeated]).long() * group + others]
@@ -130,14 +123,14 @@ def exact_moments(plan: Plan, problem: Problem, policy: Policy, drift: Drift, gr
     if plan.advantage == "own":
         stats["advantage"] = advantage
     found = coefficients(plan.correction, wide["current"], batch, scale[repeated], stats)
-    return group_moments(problem, policy, table, found.view(group, len(rows), -1), probability)
+    return group_moments(scene, found.view(group, len(rows), -1))
 
 
-def row_advantage(plan: Plan, problem: Problem, table: Tensor) -> Tensor:
-    """The advantage of each unit where it does not look at other rows, ``[B, N]``."""
+def row_advantage(plan: Plan, problem: Problem, critic: Tensor) -> Tensor:
+    """The advantage of each unit where it does not look at other rows, ``[B, N]``; ``critic`` holds the true Q - V."""
     if plan.advantage == "reward":
         return problem.reward
-    return true_advantage(problem, table) - plan.correction.advantage.get("shift", 0.0)
+    return critic - plan.correction.advantage.get("shift", 0.0)
 
 
 def group_statistics(plan: Plan, group: int) -> TensorDict:

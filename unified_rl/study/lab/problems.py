@@ -57,12 +57,13 @@ class Problem:
         return bool(((self.returns == 0) | (self.returns == 1)).all())
 
 
-def token_tree(*, outcome: bool = True, vocabulary: int = 4, horizon: int = 5) -> Problem:
+def token_tree(*, outcome: bool = True, graded: bool = False, vocabulary: int = 4, horizon: int = 5) -> Problem:
     """All answers of up to ``horizon`` tokens, of which one more than ``vocabulary`` ends the answer.
 
     Token ``a`` is worth ``a``. With ``outcome``, an answer is right (reward 1) if it ends by itself, is not empty and
     is worth a multiple of 3; otherwise each token earns 0.5 where the answer so far is worth a multiple of 3, and costs
-    0.1 where it is not.
+    0.1 where it is not. ``graded`` pays a right answer the square of its length's share of the horizon, so that short
+    right answers, which are found first, lead away from long ones.
 
     With the defaults there are 1365 answers and 341 states (the tokens so far).
     """
@@ -78,13 +79,14 @@ def token_tree(*, outcome: bool = True, vocabulary: int = 4, horizon: int = 5) -
     if outcome:
         right = ended[:, -1] & (worth[:, -1] > 0) & (worth[:, -1] % 3 == 0)
         last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
-        reward = (last & right[:, None]).double()
+        share = mask.sum(-1, keepdim=True).double() / horizon
+        reward = (last & right[:, None]).double() * (share.square() if graded else 1.0)
     else:
         earned = 0.6 * (worth % 3 == 0).double() - 0.1
         reward = earned.masked_fill(~mask | (action == END), 0.0)
     states = sum(vocabulary**d for d in range(horizon))
     return Problem(
-        name="tokens" if outcome else "tokens_steps",
+        name="tokens_graded" if graded else "tokens" if outcome else "tokens_steps",
         state=state, action=action, mask=mask, node=state, reward=reward,
         chance=torch.zeros(len(action), dtype=torch.float64),
         states=states, actions=vocabulary + 1, nodes=states, outcome=outcome,
@@ -137,6 +139,7 @@ def corridor(*, length: int = 6, start: int = 2, horizon: int = 5, slip: float =
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "tokens": token_tree,
     "tokens_steps": lambda: token_tree(outcome=False),
+    "tokens_graded": lambda: token_tree(graded=True),
     "corridor": corridor,
 }
 """The problems of the lab by name."""

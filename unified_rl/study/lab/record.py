@@ -9,32 +9,10 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.correction import Correction
-from unified_rl.correction.proximal import interpolated
 from unified_rl.correction.reduce import REDUCTIONS
-from unified_rl.study.lab.drift import Drift
 from unified_rl.study.lab.problems import Problem
-from unified_rl.study.lab.values import unit_log_prob
 
 LogProbs = Mapping[str, Tensor]
-
-
-def log_probs(problem: Problem, correction: Correction, drift: Drift) -> dict[str, Tensor]:
-    """Log-probabilities of every trajectory's units under every policy of a situation, each ``[B, N]``.
-
-    The proximal policy is the one the correction asks for: between behavior and current, the moving average, or
-    interpolated by version. A reference that the kernel's ratio is taken to is the proximal policy too (Humanline syncs
-    it with the policy).
-    """
-    found = {name: unit_log_prob(problem, table) for name, table in drift.tables.items()}
-    provider = correction.proximal.get("provider", "snapshot")
-    if provider == "average":
-        found["proximal"] = found["average"]
-    elif provider == "interpolated":
-        version = torch.zeros_like(problem.action)
-        found["proximal"] = interpolated(found["current"], found["behavior"], version, drift.lag)
-    if correction.anchor == "reference" and correction.kernel_name != "residual":
-        found["reference"] = found["proximal"]
-    return found
 
 
 def record(problem: Problem, rows: Tensor, by_policy: LogProbs, advantage: Tensor, group: Tensor) -> TensorDict:

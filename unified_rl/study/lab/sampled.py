@@ -6,42 +6,35 @@ import torch
 from torch import Tensor
 
 from unified_rl.returns import group_advantage
-from unified_rl.study.lab.drift import Drift
 from unified_rl.study.lab.exact import Moments, row_advantage
 from unified_rl.study.lab.plan import SAMPLED_BATCH, Plan
 from unified_rl.study.lab.policies import Policy
 from unified_rl.study.lab.problems import Problem
-from unified_rl.study.lab.record import coefficients, log_probs, record, row_scale
-from unified_rl.study.lab.values import row_probability
+from unified_rl.study.lab.record import coefficients, record, row_scale
+from unified_rl.study.lab.scene import Scene
 
 
-def sampled_moments(
-    plan: Plan, problem: Problem, policy: Policy, drift: Drift, truth: Tensor, *, group: int, rows: int, batches: int
-) -> Moments:
+def sampled_moments(plan: Plan, scene: Scene, *, group: int, rows: int, batches: int) -> Moments:
     """Moments of a preset from drawn batches.
 
     Args:
         plan: any route; batches are drawn one by one where the correction looks at whole batches, else all at once.
-        problem, policy, drift: the situation.
-        truth: ``[F, A]`` the true gradient.
+        scene: who acts, who learns, and where.
         group, rows, batches: rows of a group, rows of a batch, and how many batches.
 
     The draws depend on the numbers alone, so every preset sees the same rows.
     """
-    probability = row_probability(problem, drift.tables["behavior"])
-    drawn = draw(probability, rows * batches)
-    by_policy = {name: x[drawn] for name, x in log_probs(problem, plan.correction, drift).items()}
-    scale = row_scale(plan.correction, problem, probability)[drawn]
+    problem, drawn = scene.problem, draw(scene.probability, rows * batches)
+    by_policy = {name: x[drawn] for name, x in scene.log_probs(plan.correction).items()}
+    scale = row_scale(plan.correction, problem, scene.probability)[drawn]
     ids = torch.arange(len(drawn)) // group
-    batch = record(
-        problem, drawn, by_policy, sampled_advantage(plan, problem, drift.tables["current"], drawn, ids), ids
-    )
+    batch = record(problem, drawn, by_policy, sampled_advantage(plan, problem, scene.advantage, drawn, ids), ids)
     parts = batches if plan.route == SAMPLED_BATCH else 1
     pieces = zip(by_policy["current"].chunk(parts), batch.chunk(parts), scale.chunk(parts), strict=True)
     found = torch.cat([coefficients(plan.correction, x, b, c) for x, b, c in pieces])
     size = rows if plan.route == SAMPLED_BATCH else group
-    gradients = row_gradients(problem, policy, drift.tables["current"], drawn, found, size)
-    return from_gradients(gradients, size, truth)
+    gradients = row_gradients(problem, scene.policy, scene.table, drawn, found, size)
+    return from_gradients(gradients, size, scene.truth)
 
 
 def draw(probability: Tensor, number: int, seed: int = 0) -> Tensor:
@@ -50,12 +43,12 @@ def draw(probability: Tensor, number: int, seed: int = 0) -> Tensor:
     return torch.searchsorted(probability.cumsum(0), u).clamp(max=len(probability) - 1)
 
 
-def sampled_advantage(plan: Plan, problem: Problem, table: Tensor, rows: Tensor, group: Tensor) -> Tensor:
-    """Advantages of drawn rows, ``[R, N]``; zeros where the kernel computes its own."""
+def sampled_advantage(plan: Plan, problem: Problem, critic: Tensor, rows: Tensor, group: Tensor) -> Tensor:
+    """Advantages of drawn rows, ``[R, N]``; zeros where the kernel computes its own, ``critic[rows]`` where wanted."""
     if plan.advantage == "own":
         return torch.zeros_like(problem.reward[rows])
     if plan.advantage != "group":
-        return row_advantage(plan, problem, table)[rows]
+        return row_advantage(plan, problem, critic)[rows]
     settings = dict(plan.correction.advantage)
     if settings.get("baseline") == "weighted":
         settings["weight"] = problem.mask[rows].sum(-1).double()

@@ -9,17 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from unified_rl.study.lab.drift import Drift, ascent, situations
-from unified_rl.study.lab.drift import Path as AscentPath
+from unified_rl.study.lab.drift import ascent, situations
 from unified_rl.study.lab.exact import exact_moments
 from unified_rl.study.lab.measure import BATCHES, measure
 from unified_rl.study.lab.plan import GROUP, ROW, Plan, make_plan
 from unified_rl.study.lab.policies import POLICIES, Policy
 from unified_rl.study.lab.problems import PROBLEMS, Problem
 from unified_rl.study.lab.sampled import sampled_moments
-from unified_rl.study.lab.values import true_gradient
+from unified_rl.study.lab.scene import Scene
 
 NOISE = (0.01, 0.03, 0.1, 0.3, 1.0)
 LAGS = (1, 4, 16, 64)
@@ -34,14 +31,12 @@ NOT_APPLICABLE = "not applicable"
 
 @dataclass(frozen=True)
 class Setting:
-    """A problem with a policy class, its ascent path, and the situations on it."""
+    """A problem with a policy class, and its situations."""
 
     problem: Problem
     policy: Policy
     advantage: str
-    path: AscentPath
-    drifts: list[Drift]
-    truth: Tensor
+    scenes: list[Scene]
 
 
 def make_settings(
@@ -57,21 +52,20 @@ def make_settings(
                 policy = build(problem)
                 path = ascent(problem, policy, steps=steps, seed=seed)
                 drifts = situations(problem, policy, path, noise=noise, lags=lags, seed=seed)
-                truth = true_gradient(problem, policy, path.table[-1])
-                made[key] = Setting(problem, policy, advantage, path, drifts, truth)
+                made[key] = Setting(problem, policy, advantage, [Scene(problem, policy, d) for d in drifts])
             one = made[key]
-            yield Setting(one.problem, one.policy, advantage, one.path, one.drifts, one.truth)
+            yield Setting(one.problem, one.policy, advantage, one.scenes)
 
 
-def evaluate(setting: Setting, drift: Drift, plan: Plan, batches: int) -> dict[str, Any]:
+def evaluate(setting: Setting, scene: Scene, plan: Plan, batches: int) -> dict[str, Any]:
     """One row of the table."""
     row: dict[str, Any] = {
         "problem": setting.problem.name,
         "policy": setting.policy.name,
         "advantage": setting.advantage,
-        "drift": drift.kind,
-        "amount": drift.amount,
-        "kl": drift.kl,
+        "drift": scene.drift.kind,
+        "amount": scene.drift.amount,
+        "kl": scene.drift.kl,
         "correction": plan.name,
         "how": NOT_APPLICABLE if plan.reason else plan.route,
         "intended_bias": plan.intent,
@@ -82,13 +76,10 @@ def evaluate(setting: Setting, drift: Drift, plan: Plan, batches: int) -> dict[s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a rule rejects shows in the table
         if plan.route in (ROW, GROUP):
-            moments = exact_moments(plan, setting.problem, setting.policy, drift, GROUP_SIZE)
+            moments = exact_moments(plan, scene, GROUP_SIZE)
         else:
-            moments = sampled_moments(
-                plan, setting.problem, setting.policy, drift, setting.truth,
-                group=GROUP_SIZE, rows=ROWS, batches=batches,
-            )  # fmt: skip
-    found = measure(moments, setting.truth)
+            moments = sampled_moments(plan, scene, group=GROUP_SIZE, rows=ROWS, batches=batches)
+    found = measure(moments, scene.truth)
     row |= {
         "bias2": found.bias2,
         "variance": found.variance,
@@ -120,9 +111,9 @@ def sweep(
     total = len(names) * len(SETTINGS) * len(POLICIES) * (1 + len(NOISE) + len(LAGS))
     for setting in make_settings(seed=seed):
         plans = [make_plan(name, setting.advantage, binary=setting.problem.binary) for name in names]
-        for drift in setting.drifts:
+        for scene in setting.scenes:
             for plan in plans:
-                rows.append(evaluate(setting, drift, plan, batches))
+                rows.append(evaluate(setting, scene, plan, batches))
             if watch is not None:
                 watch(f"{setting.problem.name}, {setting.policy.name}, {setting.advantage}", len(rows), total)
     return rows
