@@ -8,6 +8,7 @@ REINFORCE++ (2501.03262, whiten), GDPO (several rewards), AsymRE (2506.20520, sh
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -98,6 +99,7 @@ def group_advantage(
     temperature: float = 1.0,
     weight: Tensor | None = None,
     given: Tensor | None = None,
+    units: Tensor | None = None,
     reward_weights: Sequence[float] | None = None,
     combine: str = "sum_first",
 ) -> Tensor:
@@ -113,15 +115,19 @@ def group_advantage(
             spread of the centred values over the batch).
         ddof: subtracted from the count in a standard deviation.
         eps: added to a standard deviation.
-        singleton: advantage of a row that is alone in its group; None keeps its reward.
+        singleton: advantage of a row that is alone in its group; None keeps its reward. Does not apply where the group
+            has no say (baselines ``none`` and ``given`` with a scale other than ``std``).
         min_spread: a group's standard deviation is taken to be at least this, so that a group mixing 0.01 and 0 is
             not blown up to the size of one mixing 1 and 0.
         shift: added to the baseline (AsymRE uses -0.1).
         temperature: of the soft baseline.
         weight, given: ``[B]``, for the baselines above.
+        units: ``[B]``, how often each row counts in ``batch`` and ``whiten``: its number of units, to whiten over units
+            (REINFORCE++); each row once if not given.
         reward_weights: K weights, all 1 if not given.
         combine: with K rewards, ``sum_first``, or ``normalize_first`` (each is made an advantage, then they are summed:
-            GDPO; add ``scale=whiten`` to the sum yourself where wanted).
+            GDPO). Where ``scale`` is ``whiten``, each column is first divided by its group's spread, and the sum is
+            whitened, as in GDPO's releases.
 
     Returns:
         ``[B]`` float, detached. Groups whose rewards are all equal get exactly 0 (before the shift), whatever eps is.
@@ -145,11 +151,19 @@ def group_advantage(
     if combine == "sum_first":
         columns, weights = (columns * weights).sum(-1, keepdim=True), reward.new_ones(1)
 
+    counts = torch.ones_like(columns[:, 0]) if units is None else units.to(reward.dtype)
+    spread = _Spread(ddof, eps, min_spread, counts)
+    each = "std" if combine == "normalize_first" and scale == "whiten" else scale
+
     def one(r: Tensor) -> Tensor:
         centred = _centred(r, groups, baseline, shift, temperature, weight, given)
-        return _scaled(centred, r, groups, scale, ddof, eps, singleton, min_spread, shift)
+        scaled = _scaled(centred, r, groups, each, spread)
+        if baseline in ("none", "given") and each != "std":
+            return scaled
+        return torch.where(groups.count == 1, r if singleton is None else torch.full_like(r, singleton), scaled)
 
-    return torch.stack([one(r) for r in columns.unbind(-1)], -1) @ weights
+    total = torch.stack([one(r) for r in columns.unbind(-1)], -1) @ weights
+    return spread.whitened(total) if each != scale else total
 
 
 def stratified_advantage(
@@ -194,32 +208,37 @@ def _centred(
     return reward - b - shift
 
 
-def _scaled(
-    centred: Tensor,
-    reward: Tensor,
-    groups: Groups,
-    scale: str,
-    ddof: int,
-    eps: float,
-    singleton: float | None,
-    min_spread: float,
-    shift: float,
-) -> Tensor:
-    alone = groups.count == 1
+@dataclass(frozen=True)
+class _Spread:
+    """How a standard deviation is taken, and what it divides; ``counts [B]`` says how often a row counts."""
+
+    ddof: int
+    eps: float
+    least: float
+    counts: Tensor
+
+    def divided(self, x: Tensor, spread: Tensor) -> Tensor:
+        return x / (spread.clamp(min=self.least) + self.eps)
+
+    def mean(self, x: Tensor) -> Tensor:
+        return (self.counts * x).sum() / self.counts.sum().clamp(min=1)
+
+    def batch_std(self, x: Tensor) -> Tensor:
+        square = (self.counts * (x - self.mean(x)).square()).sum()
+        return (square / (self.counts.sum() - self.ddof).clamp(min=1)).sqrt()
+
+    def whitened(self, x: Tensor) -> Tensor:
+        centred = x - self.mean(x)
+        return self.divided(centred, self.batch_std(x))
+
+
+def _scaled(centred: Tensor, reward: Tensor, groups: Groups, scale: str, spread: _Spread) -> Tensor:
     if scale == "std":
-        spread = groups.std(reward, ddof)
-        flat = spread == 0
-        spread = spread.clamp(min=min_spread) + eps
-        centred = torch.where(flat, centred, centred / spread)
-    elif scale == "batch":
-        centred = centred / (_batch_std(reward, ddof).clamp(min=min_spread) + eps)
-    elif scale == "whiten":
-        centred = (centred - centred.mean()) / (_batch_std(centred, ddof).clamp(min=min_spread) + eps)
-    return torch.where(alone, reward if singleton is None else torch.full_like(reward, singleton), centred)
-
-
-def _batch_std(x: Tensor, ddof: int) -> Tensor:
-    return (x - x.mean()).square().sum().div(max(x.numel() - ddof, 1)).sqrt()
+        own = groups.std(reward, spread.ddof)
+        return torch.where(own == 0, centred, spread.divided(centred, own))
+    if scale == "batch":
+        return spread.divided(centred, spread.batch_std(reward))
+    return spread.whitened(centred) if scale == "whiten" else centred
 
 
 def _needed(x: Tensor | None, name: str, baseline: str) -> Tensor:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.errors import RecordError
 from unified_rl.returns.scan import CLAMP
+from unified_rl.units import Steps, UnitLogProb
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,29 @@ class Episodes:
         self.discount = gamma ** torch.arange(reward.shape[1], dtype=torch.float64, device=reward.device)
         self.gamma = gamma
 
+    @classmethod
+    def of(cls, record: TensorDictBase, scored: UnitLogProb, gamma: float) -> Episodes:
+        """Episodes from a record, one a row, and the target policy's log-probs of what was done.
+
+        Args:
+            record: batch size ``[B]``, with ``behavior_log_prob``, ``mask`` and ``step_index`` ``[B, N]``,
+                ``reward [B, T]`` and optionally ``step_mask [B, T]``.
+            scored: from the target policy's ``log_prob(record)``.
+            gamma: discount of one step.
+
+        Raises:
+            RecordError: the log-probs are not exact, so their ratio is no importance weight of the executed action.
+        """
+        if not scored.exact:
+            raise RecordError(
+                "off-policy evaluation needs exact importance ratios, and this policy's log-probs are not those of the "
+                "executed action; evaluate it by rollouts"
+            )
+        drift = scored.log_prob.detach().double() - record["behavior_log_prob"].double()
+        steps = Steps.of(record)
+        steps = Steps(steps.step_index, record["mask"] & scored.mask, steps.num_steps, steps.units_per_step)
+        return cls(record["reward"], steps.sum(drift), gamma, record.get("step_mask", None))
+
     def estimate(self, each: Tensor) -> Estimate:
         """The mean of one number an episode."""
         error = each.std(correction=1) / len(each) ** 0.5 if len(each) > 1 else torch.full_like(each[0], torch.inf)
@@ -112,9 +137,15 @@ def doubly_robust(episodes: Episodes, q: Tensor, expected_q: Tensor, *, weighted
     """
     q = torch.where(episodes.mask, q, 0.0).double()
     expected_q = torch.where(episodes.mask, expected_q, 0.0).double()
-    cumulative = episodes.cumulative
-    if weighted:
-        cumulative = cumulative / cumulative.mean(0, keepdim=True)
-    before = torch.cat([torch.ones_like(cumulative[:, :1]), cumulative[:, :-1]], -1)
-    terms = cumulative * (episodes.reward - q) + before * expected_q
-    return episodes.estimate((episodes.discount * terms).sum(-1))
+    ahead = episodes.cumulative
+    before = torch.cat([torch.ones_like(ahead[:, :1]), ahead[:, :-1]], -1)
+    error = episodes.reward - q
+    terms = ahead * error + before * expected_q
+    if not weighted:
+        return episodes.estimate((episodes.discount * terms).sum(-1))
+    ahead, before = ahead / ahead.mean(0, keepdim=True), before / before.mean(0, keepdim=True)
+    step = (ahead * error).mean(0), (before * expected_q).mean(0)
+    value = (episodes.discount * (step[0] + step[1])).sum()
+    centred = ahead * (error - step[0]) + before * (expected_q - step[1])  # linearised: the weights are estimates too
+    estimate = episodes.estimate((episodes.discount * centred).sum(-1))
+    return Estimate(value, estimate.standard_error, estimate.ess, episodes.clamped)

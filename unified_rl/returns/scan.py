@@ -7,6 +7,8 @@ the step before a gap bootstraps from the value of the next step inside the mask
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -117,18 +119,32 @@ class Trajectory:
         """``exp`` of the clamped log-ratio; 1 in masked steps."""
         return self.clean(log_ratio).clamp(-CLAMP, CLAMP).exp()
 
+    @cached_property
+    def following(self) -> Tensor:
+        """Column of the next step inside the mask, ``T`` where there is none, ``[B, T]``."""
+        width = self.reward.shape[-1]
+        column = torch.arange(width, device=self.reward.device).expand_as(self.reward)
+        here = column if self.mask is None else torch.where(self.mask, column, width)
+        following = shifted(here.flip(-1).cummin(-1).values.flip(-1))
+        following[..., -1] = width
+        return following
+
+    def ahead(self, x: Tensor) -> Tensor:
+        """``x`` of the next step inside the mask, 0 where there is none, ``[B, T]``."""
+        if self.mask is None:
+            return shifted(x)
+        width = x.shape[-1]
+        return x.gather(-1, self.following.clamp(max=width - 1)).masked_fill(self.following == width, 0.0)
+
     def successor(self, value: Tensor, next_value: Tensor) -> Tensor:
         """Value of each step's successor: ``next_value``, but across a gap that of the next step inside the mask."""
         next_value = self.clean(next_value)
         if self.mask is None:
             return next_value
-        mask, width = self.mask, self.mask.shape[-1]
-        column = torch.arange(width, device=mask.device).expand_as(mask)
-        here = torch.where(mask, column, width)
-        following = shifted(here.flip(-1).cummin(-1).values.flip(-1))
-        following[..., -1] = width
-        across = mask & (following > column + 1) & (following < width) & ~self.done
-        return torch.where(across, self.clean(value).gather(-1, following.clamp(max=width - 1)), next_value)
+        width = self.mask.shape[-1]
+        gap = self.following > torch.arange(1, width + 1, device=self.mask.device)
+        across = self.mask & gap & (self.following < width) & ~self.done
+        return torch.where(across, self.ahead(self.clean(value)), next_value)
 
     def scan(self, start: Tensor, coefficient: Tensor | float) -> Tensor:
         """``e_t = start_t + gamma_t (1 - done_t) c_t e_{t+1}``, passing over masked steps."""
@@ -245,10 +261,12 @@ def retrace(
     gamma: float | Tensor,
     lam: float = 1.0,
     mask: Tensor | None = None,
+    c_bar: float = 1.0,
 ) -> Tensor:
-    """Retrace(lambda) targets for action values, 1606.02647.
+    """Retrace(lambda) targets for action values, 1606.02647; ACER's Q-ret (1611.01224) is ``lam=1``.
 
     Args:
+        c_bar: truncation of the ratio in the trace.
         q: ``[B, T]``, Q of the taken action.
         next_expected_q: ``[B, T]``, expected Q at the true successor under the target policy.
 
@@ -258,4 +276,4 @@ def retrace(
         Target for ``q``, ``[B, T]``, detached.
     """
     path = Trajectory(reward, terminated, done, gamma, mask)
-    return action_value_scan(path, q, next_expected_q, lam * path.ratio(log_ratio).clamp(max=1.0))
+    return action_value_scan(path, q, next_expected_q, lam * path.ratio(log_ratio).clamp(max=c_bar))

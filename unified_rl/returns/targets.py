@@ -6,11 +6,13 @@ Sutton and Barto (2nd edition), Precup, Sutton and Singh (2000), Munos et al. (1
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from unified_rl.errors import ConfigError
-from unified_rl.returns.scan import Trajectory, action_value_scan, gae, shifted, value_scan
+from unified_rl.returns.scan import Trajectory, action_value_scan, gae, value_scan
 
 
 def td_lambda(
@@ -48,19 +50,19 @@ def n_step(
 ) -> Tensor:
     """Targets of ``n`` rewards and a bootstrap; with ``log_ratio``, each TD error under the ratios up to it.
 
+    Steps inside the mask are counted.
+
     Raises:
         ConfigError: n below 1.
     """
     if n < 1:
         raise ConfigError(f"n_step needs n of at least 1, got {n}")
     path = Trajectory(reward, terminated, done, gamma, mask)
-    if mask is not None and bool((mask[:, 1:] & ~mask[:, :-1]).any()):
-        raise ConfigError("n_step counts columns and takes padding at the end, but no gaps: use td_lambda")
     ratio = torch.ones_like(path.reward) if log_ratio is None else path.ratio(log_ratio)
     delta = path.reward + path.bootstrap * path.successor(value, next_value) - path.clean(value)
     error = torch.zeros_like(delta)
     for _ in range(n):  # one more reward a pass
-        error = ratio * (delta + path.trace * shifted(error))
+        error = ratio * (delta + path.trace * path.ahead(error))
     return path.masked(path.clean(value) + error)[0]
 
 
@@ -94,8 +96,7 @@ def action_value_target(
 ) -> Tensor:
     """Targets for ``q`` under any trace coefficient ``c [B, T]``.
 
-    0 is expected SARSA; ``lam`` Harutyunyan's Q(lambda); ``lam * pi(a)`` tree backup; ``lam * [a greedy]`` Watkins';
-    ``ratio`` plain importance sampling; ``min(psi * pi(a), min(1, ratio))`` ABTD.
+    0 is expected SARSA, ``ratio`` plain importance sampling; the functions below are the other rows of the table.
     """
     path = Trajectory(reward, terminated, done, gamma, mask)
     c = coefficient if not isinstance(coefficient, Tensor) else path.clean(coefficient)
@@ -130,30 +131,51 @@ def tree_backup(
     return action_value_target(reward, q, next_expected_q, terminated, done, gamma, c, mask)
 
 
+def q_lambda(
+    reward: Tensor,
+    q: Tensor,
+    next_expected_q: Tensor,
+    terminated: Tensor,
+    done: Tensor,
+    gamma: float | Tensor,
+    lam: float,
+    greedy: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Q(lambda) without a ratio: Harutyunyan et al., 1602.04951; with ``greedy``, Watkins (1989).
+
+    Peng's is :func:`td_lambda` with the largest action values as values.
+
+    Args:
+        q: ``[B, T]``, Q of the taken action.
+        next_expected_q: ``[B, T]``, at the true successor: the expectation under the target policy, or (Watkins) the
+            largest Q.
+        greedy: ``[B, T]`` bool, whether the action was the greedy one; the trace is cut before any other.
+    """
+    c = lam if greedy is None else lam * greedy.to(torch.float32 if reward.dtype != torch.float64 else torch.float64)
+    return action_value_target(reward, q, next_expected_q, terminated, done, gamma, c, mask)
+
+
+def action_based_target(
+    reward: Tensor,
+    q: Tensor,
+    next_expected_q: Tensor,
+    terminated: Tensor,
+    done: Tensor,
+    log_prob: Tensor,
+    log_ratio: Tensor,
+    gamma: float | Tensor,
+    psi: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """ABTD: the trace is ``min(psi * pi(a), ratio, 1)``. Multi-step Off-policy Learning Without IS Ratios, 1702.03006.
+
+    ``psi=1`` is tree backup, and infinity Retrace(1) (form from memory).
+    """
+    c = torch.minimum((log_prob.detach() + math.log(psi)).exp(), log_ratio.detach().clamp(max=0.0).exp())
+    return action_value_target(reward, q, next_expected_q, terminated, done, gamma, c, mask)
+
+
 def cut_bootstrap(value: Tensor, next_value: Tensor, terminated: Tensor, done: Tensor) -> Tensor:
     """Successor values in which a cut (done, not terminated) bootstraps from the value before it: EGAE, 2506.15050."""
     return torch.where(done & ~terminated, value, next_value).detach()
-
-
-def to_segments(
-    reward: Tensor, value: Tensor, segment: Tensor, mask: Tensor, number: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Units to segments (turns, steps, subgoals), to run any scan above on whole segments.
-
-    Args:
-        reward, value: ``[B, N]``.
-        segment: ``[B, N]`` int64, non-decreasing in a row.
-        mask: ``[B, N]`` bool.
-        number: segments a row, S.
-
-    Returns:
-        Summed rewards, the values at each segment's first unit, and which segments hold a unit, ``[B, S]``.
-    """
-    zero = torch.zeros((), dtype=reward.dtype, device=reward.device)
-    shape = (reward.shape[0], number)
-    total = reward.new_zeros(shape).scatter_add(1, segment, torch.where(mask, reward, zero))
-    count = torch.zeros(shape, dtype=torch.int64, device=mask.device).scatter_add(1, segment, mask.long())
-    before = torch.cat([torch.zeros_like(segment[:, :1]), mask.cumsum(1)[:, :-1]], 1)
-    start = count.cumsum(1) - count
-    first = mask & (before == start.gather(1, segment))
-    return total, value.new_zeros(shape).scatter_add(1, segment, torch.where(first, value, zero)), count > 0
