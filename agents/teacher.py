@@ -48,7 +48,7 @@ def _from_run(path: Path, student: Any) -> Any:
     try:
         teacher = build(node, seed=0, **_inputs(student)).to(student.device)
         teacher.load_state_dict(state)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ConfigError) as error:
         raise ConfigError(f"the policy of {path} does not fit here: {str(error).splitlines()[0]}") from error
     if getattr(teacher, "num_units", None) != getattr(student, "num_units", None):
         raise ConfigError(
