@@ -174,7 +174,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--corrections", metavar="A,B,...", help="presets to compare; by default all")
         parser.add_argument("--out", metavar="FOLDER", default="lab", help="where CSVs and pictures go; by default lab")
         parser.add_argument("--train", action="store_true", help="train all of them on stale data, not a shortlist")
-        parser.add_argument("--seeds", type=int, default=8, metavar="N", help="seeds of a training run; by default 8")
+        parser.add_argument("--seeds", type=int, default=4, metavar="N", help="seeds of a training run; by default 4")
     if verb == "corrections":
         parser.add_argument("words", nargs="*", metavar="show NAME [KEY=VALUE]", help="show one; without it, list all")
         parser.add_argument("--out", metavar="FILE.png", help="where to draw its weight; by default NAME.png")

@@ -1,4 +1,4 @@
-"""``unified-rl lab``: the sweep, its CSV and its pictures."""
+"""``unified-rl lab``: the sweep, the training runs, their CSVs and pictures."""
 
 from __future__ import annotations
 
@@ -6,25 +6,39 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from unified_rl.correction import correction_names, preset_config
 from unified_rl.errors import ConfigError
+from unified_rl.study.figures import drawing
+from unified_rl.study.lab.figures import (
+    error_figure,
+    groups,
+    plane_figure,
+    return_figure,
+    setting_name,
+    winner_figure,
+    winners,
+)
 from unified_rl.study.lab.sweep import sweep, write_csv
+from unified_rl.study.lab.train import SHORTLIST, Schedule
+from unified_rl.study.lab.train import train as train_all
 
 
 def lab(
-    corrections: Sequence[str] = (), *, out: str | Path = "lab", train: bool = False, seeds: int = 8, shown: bool = True
+    corrections: Sequence[str] = (), *, out: str | Path = "lab", train: bool = False, seeds: int = 4, shown: bool = True
 ) -> Path:
     """Computes bias and variance of corrections on enumerable problems and writes CSVs and pictures.
 
     Args:
         corrections: presets; none means all.
         out: the folder to write to.
-        train: train every correction, not the shortlist alone.
-        seeds: of the training runs.
+        train: train every correction; else those asked for, or a shortlist.
+        seeds: of the training runs that are reported; as many again tune the learning rate.
         shown: draw progress bars.
 
     Returns:
@@ -48,9 +62,42 @@ def lab(
             bar.update(task, completed=done, total=total, note=note)
 
         rows = sweep(names, watch=watch)
+        returns = _trained(names, train, bool(corrections), seeds, bar)
     write_csv(folder / "estimators.csv", rows)
+    found = winners(rows)
+    write_csv(folder / "winners.csv", found)
+    if returns:
+        write_csv(folder / "training.csv", returns)
+    for name, figure in _figures(rows, found, returns):
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png", dpi=130)
     Console().print(f"{folder}: {len(rows)} rows in {time.perf_counter() - started:.0f} s")
     return folder
+
+
+def _trained(names: Sequence[str], everything: bool, chosen: bool, seeds: int, bar: Progress) -> list[dict[str, Any]]:
+    """Training runs of all of ``names``, or of those in the shortlist."""
+    picked = list(names) if everything or chosen else [name for name in SHORTLIST if name in names]
+    task = bar.add_task("training on stale data", total=None, note="")
+
+    def watch(note: str, done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total, note=note)
+
+    return train_all(picked, schedule=Schedule(seeds=seeds), watch=watch)
+
+
+def _figures(
+    rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]], returns: Sequence[dict[str, Any]]
+) -> Iterator[tuple[str, Figure | None]]:
+    """Every picture by name."""
+    with drawing():
+        for held in groups(rows, setting_name).values():
+            first = held[0]
+            yield f"plane_{first['problem']}_{first['policy']}_{first['advantage']}", plane_figure(held)
+        for policy, cells in groups(found, lambda row: row["policy"]).items():
+            yield f"winners_{policy}", winner_figure(cells, f"least error, {policy} policy (exact corrections)")
+        yield "error_against_drift", error_figure(rows)
+        yield "return_against_lag", return_figure(returns)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ LAGS = (1, 4, 16, 64)
 SETTINGS = (("tokens", "group"), ("tokens", "critic"), ("tokens_steps", "critic"), ("corridor", "critic"))
 """Problems, and the advantage used there: rewards against their group, or the true Q - V."""
 
-GROUP_SIZE, ROWS = 8, 64
+GROUP_SIZE, ROWS = 8, 128
 """Rows of a group; rows of a sampled batch."""
 
 NOT_APPLICABLE = "not applicable"
@@ -94,7 +94,7 @@ def evaluate(setting: Setting, scene: Scene, plan: Plan, batches: int) -> dict[s
 
 
 def sweep(
-    names: Sequence[str], *, batches: int = 32, seed: int = 0, watch: Callable[[str, int, int], None] | None = None
+    names: Sequence[str], *, batches: int = 16, seed: int = 0, watch: Callable[[str, int, int], None] | None = None
 ) -> list[dict[str, Any]]:
     """Every correction of ``names`` in every setting and situation.
 

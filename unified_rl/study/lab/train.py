@@ -1,8 +1,8 @@
 """Training on stale data, with the return known exactly: many runs (learning rates x seeds) side by side.
 
 One update draws rows from the policy ``lag`` updates back and makes a few gradient steps on them. The proximal policy
-is that of the update's start. A method's learning rates are multiples of one step size that is worked out from the norm of
-its own first gradient, so that methods of another scale get another grid; the best on the tuning seeds is reported on
+is that of the update's start. A method's learning rates are multiples of one step size, worked out from the norm of its
+own first gradient, so that methods of another scale get another grid; the best on the tuning seeds is reported on
 the others. All methods and rates see the same random numbers.
 """
 
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from unified_rl.correction.proximal import interpolated
 from unified_rl.correction.reduce import REDUCTIONS
-from unified_rl.study.lab.drift import DECAY, filtered, teacher
+from unified_rl.study.lab.drift import DECAY, ascent, filtered, situations, teacher
+from unified_rl.study.lab.measure import measure
 from unified_rl.study.lab.plan import SAMPLED_BATCH, Plan, make_plan
 from unified_rl.study.lab.policies import POLICIES, Policy
 from unified_rl.study.lab.problems import PROBLEMS, Problem
 from unified_rl.study.lab.record import coefficients, record
-from unified_rl.study.lab.sampled import row_gradients, sampled_advantage
-from unified_rl.study.lab.scene import follows_policy
+from unified_rl.study.lab.sampled import row_gradients, sampled_advantage, sampled_moments
+from unified_rl.study.lab.scene import Scene, follows_policy
 from unified_rl.study.lab.values import expected_return, row_probability, true_gradient
 
 SHORTLIST = ("reinforce", "importance_sampling", "sequence_is", "ppo", "decoupled_ppo", "cispo", "topr", "vespo")
@@ -33,6 +34,7 @@ RATES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 """Learning rates, as multiples of the step that moves the parameters as the true gradient's own norm would."""
 
 TRAIN_LAGS = (0, 4, 16)
+ERROR_ROWS, ERROR_BATCHES = 256, 32
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,15 @@ class Runs:
         return (each * truth / own).view(-1, 1, 1)
 
 
+def one_step_error(plan: Plan, problem: Problem, policy: Policy, lag: int, group: int) -> float:
+    """Error of one gradient of ``ERROR_ROWS`` rows, sampled; the behavior is ``lag`` steps back on an exact ascent."""
+    path = ascent(problem, policy, steps=max(TRAIN_LAGS))
+    lags = [lag] if lag else []
+    scene = Scene(problem, policy, situations(problem, policy, path, noise=(), lags=lags)[-1])
+    found = sampled_moments(plan, scene, group=group, rows=ERROR_ROWS, batches=ERROR_BATCHES)
+    return measure(found, scene.truth).error(ERROR_ROWS)
+
+
 def tuned(returns: Tensor) -> tuple[int, Tensor]:
     """The best rate on the first half of the seeds, and its returns on the second half."""
     half = returns.shape[1] // 2
@@ -183,6 +194,7 @@ def train(
                 warnings.simplefilter("ignore")  # rules that reject a whole batch say so at every step
                 runs = Runs(plan, problem, policy, lag, schedule)
                 best, reported = tuned(runs.run())
+                error = one_step_error(plan, problem, policy, lag, schedule.group)
             assert runs.rate is not None
             rate = float(runs.rate.view(len(RATES), -1)[best, 0])
             rows += [
@@ -194,6 +206,7 @@ def train(
                     "seed": seed,
                     "learning_rate": rate,
                     "rate_at_edge": best in (0, len(RATES) - 1),
+                    "one_step_error": error,
                     "return_before": before,
                     "return_after": value,
                 }
