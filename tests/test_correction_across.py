@@ -110,6 +110,28 @@ def test_ranks_together_give_the_gradient_of_the_whole_batch(name: str, denomina
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["ppo", "tis", "bapo", "geo_reject", "vespo"])
+def test_every_rank_reports_the_diagnostics_of_the_whole_batch(name: str) -> None:
+    log_prob, batch = make()
+
+    def build() -> Correction:
+        return load_correction(name, **CHANGED.get(name, {}))
+
+    def work(rank: int, total: Total) -> dict[str, Tensor]:
+        correction = build()
+        correction.total = total
+        return correction.diagnostics(log_prob[SHARES[rank]], batch[SHARES[rank]], version=3)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = build().diagnostics(log_prob, batch, version=3)
+        reports = run_ranks(work)
+    for report in reports:
+        assert report.keys() == whole.keys()
+        for key, value in whole.items():
+            assert float(report[key]) == pytest.approx(float(value), rel=1e-6), key
+
+
 @pytest.mark.parametrize("name", ["m2po", "clip_cov", "kl_cov", "lp_reg", "red_drop", "bapo", "p3o", "normalized_tis"])
 def test_a_rank_alone_would_have_chosen_otherwise(name: str) -> None:
     """The batch above is one on which the sums matter: the mean of the ranks' own gradients is another one."""

@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.correction import Correction, correction_names, load_correction
+from unified_rl.units import STEP_KEYS
 
 NAMES = correction_names()
 LOG_PROBS = ("behavior", "proximal", "reference", "proxy", "teacher")
@@ -77,28 +78,73 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(name: str, denomin
         torch.testing.assert_close(gradient(correction, log_prob, batch, size), whole, rtol=1e-9, atol=1e-12)
 
 
+GARBAGE = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1e30], dtype=torch.float64)
+
+
+def padded(log_prob: Tensor, batch: TensorDict, units: int, steps: int, rows: int) -> tuple[Tensor, TensorDict]:
+    """The same data in a larger rectangle: more units, steps and empty rows, garbage wherever the mask is False."""
+    (height, width), old_steps = log_prob.shape, batch["reward"].shape[1]
+    shapes = {1: (height + rows,), width: (height + rows, width + units), old_steps: (height + rows, old_steps + steps)}
+    out: dict[str, Tensor] = {}
+    for key, value in {**batch, "current": log_prob}.items():
+        wide = key in STEP_KEYS
+        shape = shapes[1] if value.ndim == 1 else shapes[old_steps if wide else width]
+        out[key] = value.new_zeros(shape)
+        out[key][tuple(slice(0, n) for n in value.shape)] = value
+    out["step_mask"] = torch.zeros(shapes[old_steps], dtype=torch.bool)
+    out["step_mask"][:height, :old_steps] = True
+    out["step_index"][:height, width:] = batch["step_index"][:, -1:]
+    out["group"][height:] = 1000 + torch.arange(rows)
+
+    def spoiled(value: Tensor, keep: Tensor) -> Tensor:
+        return torch.where(keep, value, GARBAGE[torch.arange(value.numel()) % 5].view_as(value))
+
+    mask = out["mask"]
+    for name in LOG_PROBS:
+        out[f"{name}_log_prob"] = spoiled(out[f"{name}_log_prob"], mask)
+    out["advantage"] = spoiled(out["advantage"][:, None].expand_as(mask).contiguous(), mask)
+    out["reward"] = spoiled(out["reward"], out["step_mask"])
+    out["policy_version"] = torch.where(mask, out["policy_version"], 10**9)
+    current = spoiled(out.pop("current"), mask)
+    return current, TensorDict(out, batch_size=[height + rows])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_and_garbage_under_the_mask_change_nothing(name: str) -> None:
     log_prob, batch = make()
     correction = preset(name)
     whole = gradient(correction, log_prob, batch)
-    extra = 4
-    padded = {}
-    for key, value in batch.items():
-        if value.ndim == 2 and value.shape[1] == 7:
-            tail = value[:, -1:] if key == "step_index" else torch.zeros_like(value[:, :1])
-            value = torch.cat([value, tail.expand(-1, extra)], -1)
-        padded[key] = value
-    mask = padded["mask"]
-    garbage = torch.tensor([math.nan, math.inf, -math.inf, 1e30], dtype=torch.float64)
-    junk = garbage[torch.arange(mask.numel()) % 4].view_as(mask)
-    for name_ in LOG_PROBS:
-        padded[f"{name_}_log_prob"] = torch.where(mask, padded[f"{name_}_log_prob"], junk)
-    wide = torch.where(mask, torch.cat([log_prob, torch.zeros(8, extra)], -1), junk)
-    padded["advantage"] = torch.where(mask, padded["advantage"][:, None].expand_as(mask), junk)
-    got = gradient(correction, wide, TensorDict(padded, batch_size=[8]))
-    torch.testing.assert_close(got[:, :7], whole, rtol=1e-9, atol=1e-12)
-    assert bool((got[:, 7:] == 0).all())
+    wide, record = padded(log_prob, batch, units=4, steps=2, rows=3)
+    got = gradient(correction, wide, record)
+    torch.testing.assert_close(got[:8, :7], whole, rtol=1e-9, atol=1e-12)
+    assert bool((got[~record["mask"]] == 0).all())
+    for size in (1, 4):
+        torch.testing.assert_close(gradient(correction, wide, record, size), got, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_and_garbage_do_not_show_in_the_diagnostics(name: str) -> None:
+    log_prob, batch = make()
+    wide, record = padded(log_prob, batch, units=4, steps=2, rows=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        clean = preset(name).diagnostics(log_prob, batch, version=3)
+        dirty = preset(name).diagnostics(wide, record, version=3)
+    assert clean.keys() == dirty.keys()
+    for key in clean.keys() - {"mask/fraction"}:
+        assert float(dirty[key]) == pytest.approx(float(clean[key]), rel=1e-6, abs=1e-12), key
+
+
+def test_an_advantage_of_a_row_or_a_step_may_be_garbage_where_nothing_is_masked_in() -> None:
+    log_prob, batch = make()
+    batch["mask"][2] = False
+    expected = gradient(preset("grpo"), log_prob, batch)
+    by_row = batch.clone()
+    by_row["advantage"][2] = math.nan
+    assert torch.equal(gradient(preset("grpo"), log_prob, by_row), expected)
+    by_step = batch.clone()
+    by_step["advantage"] = by_row["advantage"][:, None].expand(8, 3).contiguous()
+    torch.testing.assert_close(gradient(preset("grpo"), log_prob, by_step), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,36 +156,71 @@ def test_row_order_does_not_matter(name: str) -> None:
     torch.testing.assert_close(gradient(correction, log_prob[order], batch[order]), expected, rtol=1e-9, atol=1e-12)
 
 
+def edge_cases(log_prob: Tensor, batch: TensorDict, name: str) -> dict[str, tuple[dict[str, Tensor], dict[str, float]]]:
+    """What to change in the batch, and which metrics must tell of it with which value."""
+    mask, lone = batch["mask"], torch.zeros_like(batch["mask"])
+    lone[2, 3] = True
+    flat = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64).expand(8, 3)
+    nothing = torch.full_like(log_prob, math.nan)
+    return {
+        "nothing masked in": ({"mask": lone & False}, {"mask/units": 0.0, "ratio/max": 0.0, "ratio/min": 0.0}),
+        "one unit": ({"mask": lone}, {"mask/units": 1.0, "ess/unit_count": 1.0}),
+        "groups of one": ({"group": torch.arange(8)}, {"mask/units": float(mask.sum())}),
+        "all rewards equal": (
+            {"reward": flat.clone(), "advantage": torch.zeros(8, dtype=torch.float64)},
+            {"clip/fraction_positive": 0.0, "clip/fraction_negative": 0.0},
+        ),
+        "behavior far below": (
+            {"behavior_log_prob": log_prob - 1e4, "proximal_log_prob": log_prob - 1e4},
+            {"ratio/clamped": 1.0, "ratio/max": math.exp(20)},
+        ),
+        "behavior far above": (
+            {"behavior_log_prob": log_prob + 1e4, "reference_log_prob": log_prob + 1e4},
+            {"ratio/clamped": 1.0, "ratio/max": math.exp(-20)},
+        ),
+        "behavior not finite": (
+            {"behavior_log_prob": torch.full_like(log_prob, -math.inf), "proximal_log_prob": nothing},
+            {"ess/unit_count": 0.0},
+        ),
+    }
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_edge_cases_are_finite(name: str) -> None:
+def test_edge_cases_have_a_finite_outcome_and_a_metric_that_tells_of_them(name: str) -> None:
     correction = preset(name)
     log_prob, batch = make()
-    cases = {
-        "nothing masked in": {"mask": torch.zeros_like(batch["mask"])},
-        "one unit": {
-            "mask": torch.zeros_like(batch["mask"]).index_put((torch.tensor(2), torch.tensor(3)), torch.tensor(True))
-        },
-        "groups of one": {"group": torch.arange(8)},
-        "all rewards equal": {"reward": torch.ones(8, 3, dtype=torch.float64) / 3, "advantage": torch.zeros(8)},
-        "behavior far below": {"behavior_log_prob": log_prob - 1e4, "proximal_log_prob": log_prob - 1e4},
-        "behavior far above": {"behavior_log_prob": log_prob + 1e4, "reference_log_prob": log_prob + 1e4},
-        "behavior not finite": {
-            "behavior_log_prob": torch.full_like(log_prob, -math.inf),
-            "proximal_log_prob": torch.full_like(log_prob, math.nan),
-        },
-    }
-    for change in cases.values():
-        if name == "nft" and "reward" in change:
-            change["reward"] = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64).expand(8, 3).clone()
+    for case, (change, told) in edge_cases(log_prob, batch, name).items():
         altered = batch.clone().update(change)
-        assert torch.isfinite(gradient(correction, log_prob, altered)).all()
+        assert torch.isfinite(gradient(correction, log_prob, altered)).all(), case
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             report = correction.diagnostics(log_prob, altered, version=3)
             out = correction(log_prob, altered)
-        assert all(torch.isfinite(x) for key, x in report.items() if key != "ratio/min"), report
-        assert torch.isfinite(out.loss)
-        assert all(torch.isfinite(x) for x in out.metrics.values())
+        assert all(torch.isfinite(x) for x in report.values()), (case, report)
+        assert torch.isfinite(out.loss), case
+        assert all(torch.isfinite(x) for x in out.metrics.values()), case
+        if case == "all rewards equal" and correction.kernel_name in ("teacher_ppo", "residual"):
+            continue  # their advantages come from log-probs too
+        for key, value in told.items():
+            assert float(report[key]) == pytest.approx(value, rel=1e-6), (case, key)
+        if case == "behavior not finite" and correction.anchor in ("behavior", "proximal"):
+            assert float(report["reject/nonfinite"]) == 1.0
+            assert bool((out.weight == 0).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_units_rejected_is_a_policy_term_of_exactly_zero_with_a_graph_and_a_metric(name: str) -> None:
+    log_prob, batch = make()
+    leaf = log_prob.clone().requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rule = {"name": "band", "level": "unit", "low": 1e3, "high": 1e4, "numerator": "current"}
+        out = preset(name, reject=[rule], penalty=[])(leaf, batch)
+    assert out.loss.requires_grad
+    assert out.loss.item() == 0.0
+    out.loss.backward()
+    assert bool((leaf.grad == 0).all())
+    assert float(out.metrics["reject/fraction"]) == 1.0
 
 
 def test_nothing_masked_in_is_a_loss_of_exactly_zero_with_a_graph() -> None:
@@ -203,3 +284,27 @@ def test_random_shapes_masks_and_drifts_split_alike_and_stay_finite(
     part = gradient(preset(name), log_prob, batch, size)
     torch.testing.assert_close(part, whole, rtol=1e-8, atol=1e-12 * (1 + scale))
     assert bool((whole[~batch["mask"]] == 0).all())
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.sampled_from([1, 4, 9]),
+    width=st.sampled_from([2, 6]),
+    name=st.sampled_from(NAMES),
+    padding=st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(0, 2)),
+    drift=st.sampled_from([0.0, 0.05, 0.5, 30.0]),
+)
+def test_random_padding_garbage_and_row_order_change_nothing(
+    seed: int, rows: int, width: int, name: str, padding: tuple[int, int, int], drift: float
+) -> None:
+    log_prob, batch = make(seed, rows, width, drift)
+    whole = gradient(preset(name), log_prob, batch)
+    wide, record = padded(log_prob, batch, *padding)
+    order = torch.randperm(len(wide), generator=torch.Generator().manual_seed(seed))
+    mixed = gradient(preset(name), wide[order], record[order], size=3)
+    got = torch.empty_like(mixed)
+    got[order] = mixed
+    scale = float(whole.abs().max())
+    torch.testing.assert_close(got[:rows, :width], whole, rtol=1e-8, atol=1e-12 * (1 + scale))
+    assert bool((got[~record["mask"]] == 0).all())

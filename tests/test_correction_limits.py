@@ -13,6 +13,7 @@ from torch import Tensor
 from unified_rl.correction import Correction, load_correction
 from unified_rl.correction.levels import LEVELS, Layout
 from unified_rl.correction.proximal import MovingAverage, interpolated
+from unified_rl.correction.tables import KERNELS
 
 LEVEL_NODES: list[Any] = [
     "unit", "step", "step_sum", "sequence", "geometric", "prefix", "prefix_geometric", "min_prefix",
@@ -20,7 +21,8 @@ LEVEL_NODES: list[Any] = [
 ]  # fmt: skip
 KERNELS_OF_ONE: list[Any] = [
     "one", "is", "ppo", "clamp", "band", "ring", "sign_clamp", "taper", "gate", "gamma", "tv_mask", "kl_mask",
-    "log_clip", "centered_ppo", "ess_cap", "ess_cap_mixed", "m2_mask", "searched_ppo", "demonstration_shape",
+    "log_clip", "centered_ppo", "ess_cap", "ess_cap_mixed", "m2_mask", "searched_ppo", "spared_ppo",
+    "demonstration_shape",
     {"name": "band", "weighted": False},
 ]  # fmt: skip
 
@@ -55,17 +57,71 @@ def weights(correction: Correction, log_ratio: Tensor, advantage: float = 1.0) -
     return (out.weight * log_ratio.numel() / advantage).flatten().tolist()
 
 
+NOT_ONE = {
+    "exp_advantage": "its weight is exp(A), whatever the ratio",
+    "shape": "its weight is gamma / (1 + gamma)^2 at ratio 1",
+    "clip_cov": "it silences units whatever the drift",
+    "residual": "its advantage is a residual of rewards",
+    "likelihood_pair": "its advantage is a success rate's",
+    "teacher_ppo": "its advantage is the teacher's",
+}
+"""Kernels whose weight at ratio 1 is not 1 times the given advantage, and why."""
+
+
+def test_the_list_of_pairs_leaves_no_kernel_and_no_level_out() -> None:
+    def names(nodes: list[Any]) -> set[str]:
+        return {node if isinstance(node, str) else node["name"] for node in nodes}
+
+    assert names(LEVEL_NODES) == set(LEVELS)
+    assert names(KERNELS_OF_ONE) | set(NOT_ONE) == set(KERNELS)
+    assert not names(KERNELS_OF_ONE) & set(NOT_ONE)
+
+
+def undrifted() -> tuple[Tensor, TensorDict]:
+    """Four rows of three steps of two units each, some masked, at zero drift from every anchor."""
+    g = torch.Generator().manual_seed(0)
+    current, batch = record(torch.zeros(4, 6, dtype=torch.float64), torch.randn(4, generator=g, dtype=torch.float64))
+    batch["mask"] = torch.rand(4, 6, generator=g) > 0.3
+    batch["step_index"] = (torch.arange(6) // 2).expand(4, 6).contiguous()
+    batch["reward"] = torch.zeros(4, 3, dtype=torch.float64)
+    batch["proxy_log_prob"] = current.clone()
+    return current, batch
+
+
 @pytest.mark.parametrize("kernel", KERNELS_OF_ONE, ids=str)
 @pytest.mark.parametrize("level", LEVEL_NODES, ids=str)
 def test_at_zero_drift_every_level_and_kernel_with_weight_one_there_is_reinforce(level: Any, kernel: Any) -> None:
-    g = torch.Generator().manual_seed(0)
-    advantage = torch.randn(4, generator=g, dtype=torch.float64)
-    current, batch = record(torch.zeros(4, 6, dtype=torch.float64), advantage)
-    batch["mask"] = torch.rand(4, 6, generator=g) > 0.3
-    for reduce in ("token-mean", "sequence-mean-token-mean"):
+    current, batch = undrifted()
+    for reduce, anchor in (("token-mean", "behavior"), ("sequence-mean-token-mean", "proximal")):
         expected = Correction(kernel="one", reduce=reduce)(current, batch).weight
-        got = Correction(level=level, kernel=kernel, reduce=reduce)(current, batch).weight
+        assert bool((expected[batch["mask"]] != 0).all())
+        got = Correction(level=level, kernel=kernel, reduce=reduce, anchor=anchor)(current, batch).weight
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", [x for x in LEVEL_NODES if x != "min_prefix"], ids=str)  # a minimum of equals
+def test_attached_at_zero_drift_a_unit_counts_as_often_as_the_level_sums_it(level: Any) -> None:
+    """Differentiated means are REINFORCE too; differentiated sums count a unit once for every unit that sees it."""
+    current, batch = undrifted()
+    mask = batch["mask"]
+    plain = Correction(kernel="one")(current, batch).weight
+    position, count = mask.cumsum(-1), mask.sum(-1, keepdim=True)
+    step = batch["step_index"].unsqueeze(-1) == batch["step_index"].unsqueeze(-2)
+    in_step = (step & mask.unsqueeze(-2)).sum(-1)
+    later = (mask / position.clamp(min=1)).flip(-1).cumsum(-1).flip(-1)  # sum of 1 / t over t from this unit on
+    share = {
+        "unit": 1.0,
+        "step": 1.0,
+        "geometric": 1.0,
+        "hoelder": 1.0,
+        "step_sum": in_step,
+        "sequence": count.expand_as(mask),
+        "prefix": count - position + 1,
+        "prefix_geometric": later,
+    }[level if isinstance(level, str) else level["name"]]
+    leaf = current.clone().requires_grad_()
+    Correction(level=level, kernel="is", attached=True)(leaf, batch).loss.backward()
+    torch.testing.assert_close(-leaf.grad, plain * share)
 
 
 def test_ppo_keeps_harmless_directions_and_drops_harmful_ones() -> None:

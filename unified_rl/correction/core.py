@@ -314,7 +314,8 @@ class Correction:
             view, ok, _ = self._view(log_prob, batch, stats)
             kernel = self._kernel(view)
             outer = stats.get("weight", None)
-            return diagnose(view, ok, kernel, outer, version, truncating=self.kernel_name in TRUNCATING)
+            truncating = self.kernel_name in TRUNCATING
+            return diagnose(view, ok, kernel, outer, version, truncating=truncating, total=self.total)
 
     def weight_curve(self, log_ratio: Tensor, advantage: float, **record: Tensor) -> Tensor:
         """The kernel's weight at each of ``log_ratio [n]``, as rows of one unit with the given advantage, ``[n]``."""
