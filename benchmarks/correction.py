@@ -120,8 +120,8 @@ def add_shares(lines: list[dict[str, object]]) -> None:
         line["percent_of_lm_step"] = round(float(str(line["ms"])) / 10 / step, 4) if line["shape"] == LABEL else ""
     shares = sorted(float(str(x["percent_of_lm_step"])) for x in lines if x["shape"] == LABEL)
     print(
-        f"share of a training step ({step:.0f} CPU seconds) of a language model of {size / 1e6:.1f}M parameters: median "
-        f"{statistics.median(shares):.3f} %, largest {shares[-1]:.3f} % (target 2 %)"
+        f"share of a training step ({step:.0f} CPU seconds) of a language model of {size / 1e6:.1f}M parameters: "
+        f"median {statistics.median(shares):.3f} %, largest {shares[-1]:.3f} % (target 2 %)"
     )
 
 

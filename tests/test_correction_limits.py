@@ -432,3 +432,145 @@ def test_diagnostics_by_hand() -> None:
     }
     for name, value in expected.items():
         assert float(report[name]) == pytest.approx(value), name
+
+
+def drifted(seed: int = 0, rows: int = 4, width: int = 6, size: float = 0.3) -> tuple[Tensor, TensorDict]:
+    g = torch.Generator().manual_seed(seed)
+    log_ratio = size * torch.randn(rows, width, generator=g, dtype=torch.float64)
+    return record(log_ratio, torch.randn(rows, generator=g, dtype=torch.float64))
+
+
+def test_in_rows_of_one_unit_all_levels_agree() -> None:
+    current, batch = drifted(width=1)
+    expected = Correction(kernel="is")(current, batch).weight
+    for level in LEVEL_NODES:
+        torch.testing.assert_close(Correction(level=level, kernel="is")(current, batch).weight, expected)
+
+
+def test_equal_lengths_make_the_two_means_one() -> None:
+    current, batch = drifted()
+    one = Correction(kernel="is", reduce="token-mean")(current, batch).weight
+    torch.testing.assert_close(Correction(kernel="is", reduce="sequence-mean-token-mean")(current, batch).weight, one)
+
+
+def test_power_means_grow_with_their_order_and_end_at_the_extremes() -> None:
+    d = 0.5 * torch.randn(5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    layout = Layout(torch.ones_like(d, dtype=torch.bool), record(d, torch.zeros(5))[1])
+    orders = (-60.0, -3.0, -1.0, 0.0, 0.5, 1.0, 4.0, 60.0)
+    means = torch.stack([LEVELS["hoelder"](d, layout, p=p)[:, 0] for p in orders])
+    assert bool((means.diff(dim=0) > 0).all())
+    for p, extreme in ((60.0, d.amax(-1)), (-60.0, d.amin(-1))):
+        gap = (LEVELS["hoelder"](d, layout, p=p)[:, 0] - extreme).abs()
+        assert bool((gap <= math.log(7) / 60 + 1e-12).all())
+
+
+def test_gmpo_without_a_clip_is_gspo_without_one() -> None:
+    current, batch = drifted()
+    one, two = current.clone().requires_grad_(), current.clone().requires_grad_()
+    load_correction("gmpo", **{"pre.low": 50.0, "pre.high": 50.0})(one, batch).loss.backward()
+    load_correction("gspo", kernel="is")(two, batch).loss.backward()
+    torch.testing.assert_close(one.grad, two.grad)
+
+
+def test_gmpo_clips_one_outlier_alone_and_only_in_the_direction_of_the_advantage() -> None:
+    log_ratio = torch.tensor([[0.1, 3.0, -0.2], [0.1, 3.0, -3.0]], dtype=torch.float64)
+    current, batch = record(log_ratio, torch.tensor([1.0, -1.0], dtype=torch.float64))
+    leaf = current.clone().requires_grad_()
+    load_correction("gmpo")(leaf, batch).loss.backward()
+    assert (leaf.grad != 0).tolist() == [[True, False, True], [True, True, False]]
+
+
+def test_arithmetic_hoelder_without_a_clip_is_the_unit_ratio_and_its_weights_are_a_softmax() -> None:
+    current, batch = drifted()
+    mean = {"reduce": "sequence-mean-token-mean"}
+    leaf, plain = current.clone().requires_grad_(), current.clone().requires_grad_()
+    load_correction("hoelder", **{"level.p": 1.0, "kernel": "is"})(leaf, batch).loss.backward()
+    Correction(kernel="is", **mean)(plain, batch).loss.backward()
+    torch.testing.assert_close(leaf.grad, plain.grad)
+    d = current - batch["behavior_log_prob"]
+    for p in (2.0, -1.5):
+        leaf = current.clone().requires_grad_()
+        load_correction("hoelder", **{"level.p": p, "kernel": "is"})(leaf, batch).loss.backward()
+        ratio = (p * d).exp().mean(-1, keepdim=True) ** (1 / p)
+        expected = ratio * (p * d).softmax(-1) * batch["advantage"][:, None] / 4
+        torch.testing.assert_close(-leaf.grad, expected)
+
+
+def test_ctpo_window_widens_with_the_position_as_published() -> None:
+    """At positions 1, 100 and 1000 the window of the ratio is [0.975, 1.051], [0.779, 1.649], [0.454, 4.860]."""
+    for position, low, high in ((1, 0.975, 1.051), (100, 0.779, 1.649), (1000, 0.454, 4.860)):
+        edges = torch.tensor([low - 2e-3, low + 2e-3, high - 2e-3, high + 2e-3], dtype=torch.float64).log()
+        d = torch.zeros(4, position, dtype=torch.float64)
+        d[:, -1] = edges
+        for a, expected in ((1.0, [1, 1, 1, 0]), (-1.0, [0, 1, 1, 1])):
+            current, batch = record(d, torch.full((4,), a, dtype=torch.float64))
+            kernel = {"name": "log_clip", "dual": None}
+            weight = Correction(level="prefix", kernel=kernel)(current, batch).weight[:, -1]
+            assert (weight != 0).int().tolist() == expected, (position, a)
+
+
+def test_cispo_gives_every_unit_of_nonzero_advantage_a_gradient_however_far_it_drifted() -> None:
+    current, batch = drifted(size=3.0)
+    assert bool((load_correction("cispo")(current, batch).weight != 0).all())
+    assert bool((load_correction("ppo")(current, batch).weight == 0).any())
+
+
+@pytest.mark.parametrize("name", ["opmd", "dro"])
+@pytest.mark.parametrize("strength", [0.0, 0.1, 7.0])
+def test_squared_penalties_to_the_own_policy_leave_reinforce_on_policy(name: str, strength: float) -> None:
+    current, batch = drifted(size=0.0)
+    leaf, plain = current.clone().requires_grad_(), current.clone().requires_grad_()
+    correction = load_correction(name, **{"penalty.0.coefficient": strength})
+    correction(leaf, batch).loss.backward()
+    Correction(kernel="one", reduce=correction.reduce, horizon=correction.horizon)(plain, batch).loss.backward()
+    torch.testing.assert_close(leaf.grad, plain.grad)
+
+
+@pytest.mark.parametrize("name", ["tba", "gvpo", "copg"])
+def test_residuals_at_the_anchor_are_reinforce_with_the_group_mean(name: str) -> None:
+    g = torch.Generator().manual_seed(1)
+    reward = torch.randn(6, 3, generator=g, dtype=torch.float64)
+    current, batch = record(torch.zeros(6, 3, dtype=torch.float64), torch.zeros(6), reward=reward)
+    batch["group"] = torch.tensor([0, 0, 0, 1, 1, 1])
+    weight = load_correction(name)(current, batch).weight
+    total = reward.sum(-1).view(2, 3)
+    centred = (total - total.mean(-1, keepdim=True)).flatten()
+    ratio = weight / centred[:, None]
+    torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
+    assert float(ratio[0, 0]) > 0
+
+
+def test_m2_budget_keeps_harmless_units_and_the_kept_mean_within_it_and_one_more_would_not_fit() -> None:
+    for seed in range(5):
+        current, batch = drifted(seed, rows=8, width=20)
+        d = current - batch["behavior_log_prob"]
+        kept = Correction(kernel={"name": "m2_mask", "budget": 0.04}).prepare(current, batch)["m2_keep"]
+        harmful = batch["advantage"][:, None] * d > 0
+        assert bool(kept[~harmful].all())
+        square = d.square()[harmful].sort().values
+        number = int(kept[harmful].sum())
+        assert 0 < number < len(square)
+        assert float(d.square()[harmful & kept].mean()) <= 0.04 * (1 + 1e-5)
+        assert float(square[: number + 1].mean()) > 0.04
+
+
+def test_effective_sample_size_lies_between_one_over_n_and_one() -> None:
+    for size in (0.0, 0.3, 3.0):
+        current, batch = drifted(size=size)
+        ess = float(Correction(kernel="ess_cap").prepare(current, batch)["ess"][0])
+        w = (current - batch["behavior_log_prob"]).exp()
+        assert ess == pytest.approx(float(w.sum() ** 2 / (24 * w.square().sum())))
+        assert 1 / 24 <= ess <= 1 + 1e-12
+
+
+def test_truncation_without_a_bound_is_exact_importance_sampling_and_masks_never_raise_a_weight() -> None:
+    current, batch = drifted(size=1.0)
+    batch["proximal_log_prob"] = current.clone()
+    u = (current - batch["behavior_log_prob"]).exp()
+    plain = load_correction("tis", mismatch=[])(current, batch).weight
+    free = load_correction("tis", **{"mismatch.0.high": math.inf})(current, batch).weight
+    torch.testing.assert_close(free, plain * u)
+    masked = load_correction("icepop", **{"mismatch.0.low": 0.5, "mismatch.0.high": 1.5})(current, batch).weight
+    share = masked / plain
+    assert bool((share <= 1.5).all())
+    torch.testing.assert_close(share, torch.where((u >= 0.5) & (u <= 1.5), u, 0.0))
