@@ -6,6 +6,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.correction import Correction, correction_names, load_correction
+from unified_rl.correction import Correction, correction_names, load_correction, process_total
 from unified_rl.correction.across import Total, crossing, identity
 
 NAMES = correction_names()
@@ -194,3 +195,31 @@ def test_equal_log_ratios_leave_the_budget_together_whatever_their_order() -> No
     assert m2po.prepare(log_prob, record)["m2_keep"].tolist() == [[False, False, True]]
     m2po = Correction(kernel={"name": "m2_mask", "budget": 0.68})  # the mean of all three is 0.67
     assert m2po.prepare(log_prob, record)["m2_keep"].tolist() == [[True, True, True]]
+
+
+def _worker(rank: int, folder: str) -> None:
+    """One of two processes: its half of the batch through ``torch.distributed``, its gradients to a file."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    log_prob, batch = make()
+    mine = slice(0, 12) if rank == 0 else slice(12, 28)
+    gradients = []
+    for name in PROCESS_NAMES:
+        correction = load_correction(name, **CHANGED.get(name, {}))
+        correction.total = process_total()
+        gradients.append(gradient(correction, log_prob[mine], batch[mine]))
+    torch.save(torch.stack(gradients), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+PROCESS_NAMES = ("ppo", "m2po", "clip_cov", "kl_cov", "lp_reg", "bapo", "p4o", "red_drop", "normalized_tis")
+
+
+def test_two_processes_over_gloo_give_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+    parts = torch.cat([torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)], 1)
+    log_prob, batch = make()
+    for name, got in zip(PROCESS_NAMES, parts, strict=True):
+        whole = gradient(load_correction(name, **CHANGED.get(name, {})), log_prob, batch)
+        torch.testing.assert_close(got, whole, rtol=1e-9, atol=1e-12, msg=name)

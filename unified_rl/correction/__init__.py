@@ -1,5 +1,6 @@
 """The one off-policy correction: levels, kernels, mismatch weights, rejection, reduction, diagnostics."""
 
+from unified_rl.correction.across import process_total
 from unified_rl.correction.core import Correction, CorrectionOutput
 from unified_rl.correction.diagnostics import effective_sample_size
 from unified_rl.correction.presets import build_correction, correction_names, load_correction, preset_config
@@ -12,4 +13,5 @@ __all__ = [
     "effective_sample_size",
     "load_correction",
     "preset_config",
+    "process_total",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,23 @@ SAMPLE = 16
 def identity(x: Tensor) -> Tensor:
     """The sum over one process."""
     return x
+
+
+def process_total(group: Any = None) -> Total:
+    """Sums over the processes of a ``torch.distributed`` group: ``correction.total = process_total()``.
+
+    Every process must hold whole groups of rows and call the correction equally often.
+
+    Args:
+        group: a process group; the default one if not given.
+    """
+
+    def total(x: Tensor) -> Tensor:
+        everywhere = x.clone()
+        torch.distributed.all_reduce(everywhere, group=group)
+        return everywhere
+
+    return total
 
 
 def crossing(

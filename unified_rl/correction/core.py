@@ -141,7 +141,7 @@ class Correction:
         self._rules = Rules(mismatch or (), reject or (), anchor, weighted_kernel=self.kernel_name not in RATIO_FREE)
         self._penalties = [Penalty(node) for node in penalty or ()]
         self.total: Total = identity
-        """Sums a tensor over processes; replace it where a batch is spread over several (whole groups on each)."""
+        """Sums a tensor over processes; :func:`process_total` where a batch is spread over several."""
 
     @classmethod
     def from_config(cls, node: Mapping[str, Any]) -> Correction:
