@@ -23,6 +23,8 @@ from unified_rl.agents.baselines import (
     regression_loss,
 )
 from unified_rl.correction import Correction
+from unified_rl.correction.grain import GROUP_KERNELS, advantage_needs_group, compares_group, needs_whole_rows
+from unified_rl.correction.tables import OWN_ADVANTAGE
 from unified_rl.errors import ConfigError
 from unified_rl.objectives import Optimizer
 from unified_rl.objectives.wrappers import WRAPPERS, make_wrapper
@@ -170,8 +172,8 @@ class PolicyGradient:
         self.checked = False
 
     def _may_split(self) -> bool:
-        by_unit = self.correction.level_name in ("unit", "step") and not self.wrapper.whole_rows
-        return not self.language and by_unit and self.use_critic
+        by_step = not needs_whole_rows(self.correction) and not self.wrapper.whole_rows
+        return not self.language and by_step and self.use_critic
 
     def _credit(self, correction: Correction, advantage: str, credit: str | None) -> tuple[bool, str]:
         """Whether a critic is used, and what its advantages are given to."""
@@ -209,7 +211,10 @@ class PolicyGradient:
             self.optimizer.set_lr(self.lr * (1.0 - progress))
         self.wrapper.start(progress)
         record = self._draw(replay)
-        metrics: dict[str, Any] = {} if self.checked else self.identity_check(record)
+        metrics: dict[str, Any] = {}
+        if not self.checked:
+            self._check_groups(record)
+            metrics = self.identity_check(record)
         record = self._annotate(record, metrics)
         if not len(record):
             self.version += 1
@@ -252,6 +257,27 @@ class PolicyGradient:
                 "log_prob() disagree (temperature, truncation, std floor or dtype)"
             )
         return {"identity/max_log_ratio": gap}
+
+    def _check_groups(self, record: TensorDictBase) -> None:
+        """Refuses rows that are all alone in their groups where advantages are relative to the group: all would be 0.
+
+        Raises:
+            ConfigError: they are; says what to set instead.
+        """
+        inside = compares_group(self.correction)
+        outside = self.correction.kernel_name not in OWN_ADVANTAGE and not self.use_critic
+        if not inside and not (outside and advantage_needs_group(self.correction)):
+            return
+        if len(record["group"].unique()) < len(record):
+            return
+        kernel, instead = self.correction.kernel_name, "agent.advantage=critic"
+        if inside:
+            instead = f"correction={GROUP_KERNELS[kernel]}"
+        raise ConfigError(
+            f"correction {self.correction.name} measures a row against the others of its group, and every row is alone "
+            "in its own, so nothing would be learnt: sample several rows a prompt or reset state (rollout.group_size), "
+            f"or use {instead}"
+        )
 
     @torch.no_grad()
     def _annotate(self, record: TensorDict, metrics: dict[str, Any]) -> TensorDict:
