@@ -71,6 +71,8 @@ def lab(arguments: argparse.Namespace) -> int:
     from unified_rl.study.lab.run import lab as run
 
     names = [name for name in (arguments.corrections or "").split(",") if name]
+    if arguments.corrections is not None and not names:
+        raise ConfigError("--corrections is empty: give presets such as ppo,tis, or leave it out for all")
     run(names, out=arguments.out, train=arguments.train, seeds=arguments.seeds)
     return 0
 

@@ -21,7 +21,9 @@ Row = dict[str, Any]
 FLOOR = 1e-4
 """Smaller biases are drawn here, at the left edge of the plane."""
 
-INTENDED = {"": ("o", "#0072B2"), "trust region": ("D", "#D55E00"), "regulariser": ("^", "#009E73")}
+INTENDED = {"": ("o", "#0072B2"), "trust region": ("D", "#D55E00"), "regulariser": ("^", "#009E73")} | {
+    "other objective": ("s", "#CC79A7")
+}
 """Marker and colour by what the bias is for."""
 
 
@@ -67,11 +69,11 @@ def plane_figure(rows: Sequence[Row], drifts: Sequence[str] = ("KL 0.1", "KL 1",
     for ax, name in zip(axes[0], shown, strict=True):
         draw_plane(ax, held[name])
         ax.set_title(name if name.startswith("KL") else f"{name} (KL {held[name][0]['kl']:.2g})")
-        ax.set_xlabel(f"squared bias that no learning rate removes (left edge: up to {FLOOR:g})", fontsize=7.5)
+        ax.set_xlabel("squared bias left at any learning rate")
     axes[0, 0].set_ylabel("variance of one row, relative to the squared gradient")
-    figure.suptitle(setting_name(rows[0]), fontsize=11)
+    figure.suptitle(f"{setting_name(rows[0])} (biases below {FLOOR:g} stand at the left edge)", fontsize=11)
     marks = [Line2D([], [], linestyle="", marker=m, color=c, markersize=5) for m, c in INTENDED.values()]
-    labels = ["none intended", "trust region: intended", "regulariser: intended"]
+    labels = ["not intended", *(f"intended: {name}" for name in INTENDED if name)]
     figure.legend(marks, labels, loc="outside right upper", title="bias")
     return figure
 

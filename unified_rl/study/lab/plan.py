@@ -32,7 +32,7 @@ class Plan:
         advantage: ``group`` (rewards against their group), ``critic`` (the true Q - V), ``reward`` (each unit's own) or
             ``own`` (the kernel computes it).
         route: one of ROW, GROUP, SAMPLED_GROUP and SAMPLED_BATCH.
-        intent: ``trust region`` or ``regulariser`` where the bias is wanted, else empty.
+        intent: ``trust region``, ``regulariser`` or ``other objective`` where the bias is wanted, else empty.
         note: what the lab leaves out.
         reason: why it is not applicable; empty where it is.
     """
@@ -60,15 +60,28 @@ def make_plan(name: str, advantage: str, *, binary: bool) -> Plan:
     config, correction = preset_config(name), load_correction(name)
     kernel, wrapper = correction.kernel_name, correction.wrapper.get("name")
     mine = _advantage(correction, advantage)
-    note = "" if wrapper is None else f"its loss alone: {wrapper} acts outside it"
-    if kernel == "demonstration_shape":
-        note = "no demonstrations here: its rule for the policy's own rows"
-    if correction.anchor == "reference" and kernel != "residual":
-        note = "its reference follows the policy: here it is the proximal policy"
+    note = _note(correction, mine, wrapper)
     reason = OUTSIDE.get(str(wrapper), "")
     if kernel == "likelihood_pair" and not binary:
         reason = "it splits answers into right and wrong and needs rewards of 0 or 1"
     return Plan(name, correction, mine, _route(config, correction, mine, binary), _intent(config), note, reason)
+
+
+def _note(correction: Correction, advantage: str, wrapper: str | None) -> str:
+    """What differs from the method as published, or from the setting."""
+    notes = {
+        f"its loss alone: {wrapper} acts outside it": wrapper is not None,
+        "no demonstrations here: its rule for the policy's own rows": correction.kernel_name == "demonstration_shape",
+        "its reference follows the policy: here it is the proximal policy": follows_policy(correction),
+        "it computes its own advantage": advantage == "own",
+        "each unit's reward is its advantage": advantage == "reward",
+    }
+    return "; ".join(note for note, holds in notes.items() if holds)
+
+
+def follows_policy(correction: Correction) -> bool:
+    """Whether the correction's reference is no fixed policy but one that is synced with the current."""
+    return correction.anchor == "reference" and correction.kernel_name != "residual"
 
 
 def _advantage(correction: Correction, asked: str) -> str:
@@ -106,4 +119,6 @@ def _intent(config: dict[str, Any]) -> str:
     kernel = kernel if isinstance(kernel, str) else kernel.get("name", "one")
     if kernel not in PLAIN_KERNELS or config.get("reject") or config.get("pre"):
         return "trust region"
-    return "regulariser" if config.get("penalty") or kernel in ("residual", "likelihood_pair", "teacher_ppo") else ""
+    if kernel in ("likelihood_pair", "teacher_ppo"):
+        return "other objective"
+    return "regulariser" if config.get("penalty") or kernel == "residual" else ""

@@ -53,7 +53,10 @@ def lab(
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: at least one seed is needed")
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ConfigError(f"--out {folder}: there is a file of that name; choose another folder") from error
     started = time.perf_counter()
     with _progress(shown) as bar:
         task = bar.add_task("bias and variance", total=None, note="")

@@ -11,6 +11,7 @@ from torch import Tensor
 from unified_rl.correction import Correction
 from unified_rl.correction.proximal import interpolated
 from unified_rl.study.lab.drift import Drift
+from unified_rl.study.lab.plan import follows_policy
 from unified_rl.study.lab.policies import Policy
 from unified_rl.study.lab.problems import Problem
 from unified_rl.study.lab.values import row_probability, true_advantage, true_gradient, unit_log_prob
@@ -70,8 +71,3 @@ class Scene:
         if follows_policy(correction):
             found["reference"] = found["proximal"]
         return found
-
-
-def follows_policy(correction: Correction) -> bool:
-    """Whether the correction's reference is no fixed policy but one that is synced with the current."""
-    return correction.anchor == "reference" and correction.kernel_name != "residual"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from unified_rl.errors import UnifiedRLError
 from unified_rl.study.lab.drift import ascent, situations
 from unified_rl.study.lab.exact import exact_moments
 from unified_rl.study.lab.measure import BATCHES, measure
@@ -73,6 +74,14 @@ def evaluate(setting: Setting, scene: Scene, plan: Plan, batches: int) -> dict[s
     }
     if plan.reason:
         return row
+    try:
+        return row | _numbers(plan, scene, batches)
+    except UnifiedRLError as error:  # a correction that refuses the setting says why
+        return row | {"how": NOT_APPLICABLE, "note": str(error)}
+
+
+def _numbers(plan: Plan, scene: Scene, batches: int) -> dict[str, Any]:
+    """The measured columns of a row."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what a rule rejects shows in the table
         if plan.route in (ROW, GROUP):
@@ -80,7 +89,7 @@ def evaluate(setting: Setting, scene: Scene, plan: Plan, batches: int) -> dict[s
         else:
             moments = sampled_moments(plan, scene, group=GROUP_SIZE, rows=ROWS, batches=batches)
     found = measure(moments, scene.truth)
-    row |= {
+    row = {
         "bias2": found.bias2,
         "variance": found.variance,
         "mean_norm": found.mean_norm,

@@ -21,16 +21,16 @@ from unified_rl.correction.proximal import interpolated
 from unified_rl.correction.reduce import REDUCTIONS
 from unified_rl.study.lab.drift import DECAY, ascent, filtered, situations, teacher
 from unified_rl.study.lab.measure import measure
-from unified_rl.study.lab.plan import SAMPLED_BATCH, Plan, make_plan
+from unified_rl.study.lab.plan import SAMPLED_BATCH, Plan, follows_policy, make_plan
 from unified_rl.study.lab.policies import POLICIES, Policy
 from unified_rl.study.lab.problems import PROBLEMS, Problem
 from unified_rl.study.lab.record import coefficients, record
 from unified_rl.study.lab.sampled import row_gradients, sampled_advantage, sampled_moments
-from unified_rl.study.lab.scene import Scene, follows_policy
+from unified_rl.study.lab.scene import Scene
 from unified_rl.study.lab.values import expected_return, row_probability, true_gradient
 
 SHORTLIST = ("reinforce", "importance_sampling", "sequence_is", "ppo", "decoupled_ppo", "cispo", "topr", "vespo")
-RATES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+RATES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 """Learning rates, as multiples of the step that moves the parameters as the true gradient's own norm would."""
 
 TRAIN_LAGS = (0, 4, 16)
@@ -171,7 +171,7 @@ def train(
     names: Sequence[str],
     *,
     schedule: Schedule | None = None,
-    lags: Sequence[int] = TRAIN_LAGS,
+    lags: Sequence[int] | None = None,
     problem_name: str = "tokens_graded",
     policy_name: str = "shared",
     watch: Callable[[str, int, int], None] | None = None,
@@ -180,7 +180,7 @@ def train(
 
     Presets that are not applicable are left out. Raises ConfigError for an unknown preset.
     """
-    schedule = schedule or Schedule()
+    schedule, lags = schedule or Schedule(), TRAIN_LAGS if lags is None else lags
     problem = PROBLEMS[problem_name]()
     policy = POLICIES[policy_name](problem)
     plans = [plan for name in names if not (plan := make_plan(name, "group", binary=problem.binary)).reason]
