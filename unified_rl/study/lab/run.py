@@ -66,11 +66,10 @@ def lab(
 
         rows = sweep(names, watch=watch)
         returns = _trained(names, train, bool(corrections), seeds, bar)
-    write_csv(folder / "estimators.csv", rows)
     found = winners(rows)
-    write_csv(folder / "winners.csv", found)
-    if returns:
-        write_csv(folder / "training.csv", returns)
+    for name, table in (("estimators", rows), ("winners", found), ("training", returns)):
+        if table:
+            write_csv(folder / f"{name}.csv", table)
     for name, figure in _figures(rows, found, returns):
         if figure is not None:
             figure.savefig(folder / f"{name}.png", dpi=130)
