@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from tensordict import TensorDict
 
 from unified_rl.errors import ConfigError, RecordError
@@ -113,3 +117,17 @@ def test_bad_settings_are_one_clear_error() -> None:
         record_advantage(record(), {"scale": "whiten", "whiten_over": "tokens"})
     with pytest.raises(ConfigError, match="stratum goes with"):
         record_advantage(record(turn=torch.zeros(6)), {"stratum": "turn", "eps": 1.0})
+
+
+def test_every_setting_that_the_page_shows_works(source: Path) -> None:
+    lines = re.findall(r"^advantage: .*$", (source / "docs/returns.md").read_text(), re.MULTILINE)
+    assert len(lines) > 8
+    extra = {
+        "greedy_reward": torch.ones(6),
+        "scores": torch.rand(6, 2, generator=torch.Generator().manual_seed(0)),
+        "tool_calls": torch.tensor([0, 0, 1, 1, 1, 1]),
+    }
+    results = [record_advantage(record(**extra), yaml.safe_load(line)["advantage"], SuccessTracker()) for line in lines]
+    for result in results:
+        assert result.shape == (6,)
+        assert bool(torch.isfinite(result).all()) and bool(result.any())
