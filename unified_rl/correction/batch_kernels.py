@@ -15,7 +15,7 @@ from torch import Tensor
 from unified_rl.correction.across import Total, crossing
 from unified_rl.correction.kernels import outside
 from unified_rl.correction.random import unit_noise
-from unified_rl.correction.view import View, anchor_log_prob, narrow, only, share, sum_all
+from unified_rl.correction.view import BEYOND, View, anchor_log_prob, masked, narrow, only, share, sum_all
 
 
 def _rows(x: Tensor, view: View) -> Tensor:
@@ -208,7 +208,7 @@ def spared_ppo_prepare(
     if number < 1:
         return {"selected": selected}
     lp, proxy = view.raw_log_prob, anchor_log_prob(view.batch, "proxy")
-    threshold = crossing(lp[view.mask], number - 1, total)
+    threshold = crossing(masked(view.mask, lp, BEYOND).flatten(), number - 1, total)
     row, column = (view.mask & (lp <= threshold) & (narrow(view.advantage) < 0)).nonzero(as_tuple=True)
     selected[row, column] = lp[row, column] < proxy[row, column]
     return {"selected": selected}

@@ -13,7 +13,7 @@ from torch import Tensor
 from unified_rl.correction.across import Total, crossing
 from unified_rl.correction.batch_kernels import covariance
 from unified_rl.correction.random import unit_noise
-from unified_rl.correction.view import View
+from unified_rl.correction.view import BEYOND, View, masked
 
 
 def negative(view: View, total: Total) -> Tensor:
@@ -35,7 +35,7 @@ def top_covariance(view: View, total: Total, *, fraction: float = 2e-4, seed: in
     """The units of highest covariance of advantage and log-prob; at least one. ``seed`` decides between equal ones."""
     cov = covariance(view, total)
     number = max(1, int(fraction * int(total(view.layout.units))))
-    last = -crossing(-cov[view.mask], number - 1, total)
+    last = -crossing(masked(view.mask, -cov, BEYOND).flatten(), number - 1, total)
     chosen = torch.zeros_like(view.mask)
     row, column = (view.mask & (cov >= last)).nonzero(as_tuple=True)
     above = cov[row, column] > last

@@ -33,6 +33,10 @@ HOW_TO_GET = {
 }
 
 
+BEYOND = 1e30
+"""Larger than any score of a unit that counts, and still finite."""
+
+
 def anchor_log_prob(batch: TensorDictBase, anchor: str) -> Tensor:
     """The log-probs of an anchor, ``[B, N]``.
 
@@ -79,10 +83,13 @@ def all_finite(x: Tensor) -> bool:
     return math.isfinite(float(x.sum()))
 
 
-def masked(mask: Tensor, x: Tensor) -> Tensor:
-    """``x`` in at least float32, 0 where masked, whatever stands there; garbage gets no gradient."""
+def masked(mask: Tensor, x: Tensor, fill: float = 0.0) -> Tensor:
+    """``x`` in at least float32, ``fill`` (finite) where masked, whatever stands there."""
     x = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    return x.masked_fill(~mask, 0.0)
+    if not all_finite(x):
+        return x.masked_fill(~mask, fill)
+    kept = share(mask, x.dtype)
+    return x * kept if fill == 0.0 else torch.add(x * kept, 1 - kept, alpha=fill)
 
 
 def only(mask: Tensor, x: Tensor) -> Tensor:
