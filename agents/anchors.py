@@ -96,10 +96,13 @@ class Anchors:
                 log_prob, batch["behavior_log_prob"], batch["policy_version"], version
             )
 
-    def update(self) -> None:
-        """After an update: the moving average takes the newest weights in."""
+    def update(self, version: int) -> None:
+        """After an update, whose number is ``version``: the average and the reference follow where they should."""
         if self.average is not None:
             self.average.update(self.policy)
+        every = self.wrapper.sync_every
+        if self.reference is not None and every is not None and version % every == 0:
+            self.reference.load_state_dict(self.policy.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Weights of the reference and of the moving average; a teacher is read again from its folder."""

@@ -222,8 +222,8 @@ class PolicyGradient:
         metrics |= self._optimize(split_steps(record) if self.shuffle_steps else record)
         if not self.language:
             self._update_normalizers(record)
-        self.anchors.update()
         self.version += 1
+        self.anchors.update(self.version)
         return metrics
 
     def _draw(self, replay: Replay) -> TensorDict:

@@ -178,6 +178,24 @@ def test_half_way_through_the_run_the_mean_is_geometric() -> None:
     assert not torch.allclose(start["policy.model.lm_head.weight"], geometric["policy.model.lm_head.weight"], atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------- Humanline
+
+
+def test_the_reference_follows_the_policy_every_few_updates() -> None:
+    policy, rows = language()
+    agent = agent_of("humanline", policy, rows, **{"wrapper.every": 2}, lr=1e-2)
+    first = agent.policy.model.lm_head.weight.detach().clone()
+
+    def reference() -> Tensor:
+        assert agent.anchors.reference is not None
+        return agent.anchors.reference.model.lm_head.weight
+
+    agent.update(filled(rows, 1))
+    assert torch.equal(reference(), first) and not torch.equal(agent.policy.model.lm_head.weight, first)
+    agent.update(filled(rows, 1))
+    assert torch.equal(reference(), agent.policy.model.lm_head.weight)
+
+
 # ------------------------------------------------------------------------------------------- ERPD
 
 TINY = {

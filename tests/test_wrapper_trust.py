@@ -139,6 +139,20 @@ def exact_kl(policy: Any, before: Any, record: Any) -> Tensor:
     return torch.nn.functional.pad(kl, (1, 0))
 
 
+def test_chunks_of_logits_give_the_numbers_and_gradients_of_the_whole() -> None:
+    found = []
+    for chunk in (0, 7):
+        policy, rows = language()
+        rows.update({key: x.detach() for key, x in OldCategorical(policy, 6).store(rows).items()})
+        policy.logit_chunk = chunk
+        nudge(policy, 0.1)
+        log_prob, kl = OldCategorical(policy, 6).divergence(rows)
+        (kl.sum() + log_prob.square().sum()).backward()
+        found.append([log_prob, kl, *(p.grad for p in policy.parameters())])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------- TROLL
 
 

@@ -11,7 +11,7 @@ from unified_rl.objectives.wrappers.fix_up import FixUp
 from unified_rl.objectives.wrappers.noise import LayerNoise
 from unified_rl.objectives.wrappers.projection import ProjectCategorical
 from unified_rl.objectives.wrappers.proxy import MinPProxy
-from unified_rl.objectives.wrappers.schedule import AnnealLevel, AnnealPenalty
+from unified_rl.objectives.wrappers.schedule import AnnealLevel, AnnealPenalty, SyncReference
 from unified_rl.objectives.wrappers.steps import ClipBiasScale, EssLearningRate, Reposition
 
 __all__ = ["WRAPPERS", "Wrapper", "make_wrapper"]
@@ -26,6 +26,7 @@ WRAPPERS: dict[str, type[Wrapper]] = {
     "min_p_proxy": MinPProxy,
     "project_categorical": ProjectCategorical,
     "reposition": Reposition,
+    "sync_reference": SyncReference,
 }
 """By the name that a preset's ``wrapper`` node gives; its other entries are the constructor's keyword arguments."""
 

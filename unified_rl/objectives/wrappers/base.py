@@ -30,10 +30,12 @@ class Wrapper:
     Attributes:
         whole_rows: minibatches must hold whole rows, never single steps.
         rescores: ``score`` is not the policy's own, so compiling that would be of no use.
+        sync_every: updates after which the reference becomes the present policy; None leaves it as it was at first.
     """
 
     whole_rows = False
     rescores = False
+    sync_every: int | None = None
 
     def __init__(self, policy: Any, correction: Correction) -> None:
         self.policy, self.correction = policy, correction

@@ -39,6 +39,8 @@ class FixUp(Wrapper):
         ConfigError: the policy shows neither logits nor normals.
     """
 
+    rescores = True
+
     def __init__(
         self,
         policy: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from unified_rl.correction import Correction
 from unified_rl.errors import ConfigError
-from unified_rl.objectives.wrappers.base import Plain, Wrapper
+from unified_rl.objectives.wrappers.base import Metrics, Plain, Wrapper
 from unified_rl.objectives.wrappers.distribution import OldCategorical, categorical_kl
 
 ITERATIONS = 60
@@ -114,6 +115,11 @@ class ProjectCategorical(Wrapper):
         log_prob, pull = self.old.read(part, self._projected)
         return log_prob, self.regression * pull
 
+    def around(self, step: Callable[[], Metrics], batch: TensorDictBase) -> Metrics:
+        """One step; says which share of its last micro-batch's units lay outside the ball."""
+        return {**step(), "wrapper/projected": self.outside}
+
     def _projected(self, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
-        projected, _ = project(new, old, self.bound)
+        projected, eta = project(new, old, self.bound)
+        self.outside = (eta > 0).float().mean()
         return projected[:, 0], categorical_kl(new, projected.detach())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unified_rl.correction import Correction
 from unified_rl.correction.adjust import penalty_coefficients, set_level, set_penalty_coefficients
+from unified_rl.errors import ConfigError
 from unified_rl.objectives.wrappers.base import Plain, Wrapper
 from unified_rl.objectives.wrappers.distribution import old_distribution
 
@@ -28,6 +29,20 @@ class AnnealLevel(Wrapper):
     def start(self, progress: float) -> None:
         """Sets p."""
         set_level(self.correction, p=linear(self.p_start, self.p_end, progress))
+
+
+class SyncReference(Wrapper):
+    """The reference becomes the present policy after every ``every`` updates. Humanline, 2509.24207.
+
+    Raises:
+        ConfigError: ``every`` below 1.
+    """
+
+    def __init__(self, policy: Any, correction: Correction, *, every: int = 4) -> None:
+        super().__init__(policy, correction)
+        if every < 1:
+            raise ConfigError(f"wrapper.every counts updates and must be at least 1, got {every}")
+        self.sync_every = every
 
 
 class AnnealPenalty(Wrapper):
@@ -58,6 +73,7 @@ class AnnealPenalty(Wrapper):
         super().__init__(policy, correction)
         self.first, self.last, self.floor, self.coefficient = start, end, floor, coefficient
         self.old = old_distribution(policy, top_k)
+        self.rescores = self.full
         self.inverse = 1.0
         self.sampled = penalty_coefficients(correction)
 
