@@ -160,21 +160,22 @@ def described(policy: CausalLM, size: LanguageSize, rows: int, how: str) -> str:
 
 def generation_figures(size: LanguageSize, device: torch.device) -> tuple[list[Figure], TensorDict]:
     """Tokens a second and peak memory of generation, for the rows of a step and four times as many; the rows."""
-    generator = torch.Generator(device).manual_seed(0)
-    policy = language_policy(size, device)
     figures, step = [], None
-    for larger in (size, dataclasses.replace(size, group=4 * size.group)):
-        peak_memory(device)
-        spent = []
-        for _ in range(size.repeats):
-            seconds, batch = timed(functools.partial(language_record, policy, larger, generator), device)
-            spent.append(seconds)
-        step = batch if step is None else step
-        rows = larger.prompts * larger.group
-        setting = described(policy, size, rows, "key-value cache")
-        figures.append(Figure("language", setting, "generation rate", rows * size.new / min(spent), "tokens/s"))
-        figures.append(Figure("language", setting, "generation peak memory", peak_memory(device), "GiB"))
-        figures.append(Figure("language", setting, "generation", min(spent), "s"))
+    for how in ("launched one by one", "replayed from a CUDA graph") if device.type == "cuda" else ("on the CPU",):
+        generator = torch.Generator(device).manual_seed(0)
+        policy = language_policy(size, device, cuda_graph="graph" in how)
+        for larger in (size, dataclasses.replace(size, group=4 * size.group)):
+            peak_memory(device)
+            spent = []
+            for _ in range(size.repeats):
+                seconds, batch = timed(functools.partial(language_record, policy, larger, generator), device)
+                spent.append(seconds)
+            step = batch if step is None else step
+            rows = larger.prompts * larger.group
+            setting = described(policy, size, rows, f"steps {how}")
+            figures.append(Figure("language", setting, "generation rate", rows * size.new / min(spent), "tokens/s"))
+            figures.append(Figure("language", setting, "generation peak memory", peak_memory(device), "GiB"))
+            figures.append(Figure("language", setting, "generation", min(spent), "s"))
     assert step is not None
     return figures, step
 

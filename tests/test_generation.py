@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -211,3 +213,29 @@ def test_the_transform_of_a_worked_example():
     torch.testing.assert_close(
         Sampling(temperature=0.5).logits(logits).softmax(-1), torch.tensor([[0.04, 0.25, 0.09]]) / 0.38
     )
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("prompts", [ragged_prompts(), [[5, 9, 4, 8], [7, 3, 3, 6]]], ids=["ragged", "equal"])
+def test_steps_on_fixed_memory_give_what_the_growing_cache_gives(model_type, prompts, device):
+    """On a CUDA device the steps are replayed from a graph."""
+    sizes = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2} if model_type == "gpt2" else None
+    policy = CausalLM(letter_tokenizer(), 64, config=sizes) if sizes else small(model_type)
+    policy = policy.to(device)
+    rows = [torch.as_tensor(p, dtype=torch.int64) for p in prompts]
+    for greedy, stops in ((True, [4, 7]), (False, [])):  # sampled rows that leave the batch would change later draws
+        settings = {"max_new_tokens": 40, "samples_per_prompt": 3, "greedy": greedy, "stop_ids": stops}
+        plain, fixed = (
+            generate(policy.model, prompts, generator=torch.Generator(device).manual_seed(1), replay=r, **settings)
+            for r in (False, True)
+        )
+        assert torch.equal(plain.tokens, fixed.tokens)
+        reference = copy.deepcopy(policy).to("cpu")
+        for index, (row, log_prob) in enumerate(zip(fixed.rows(), fixed.log_prob.cpu(), strict=True)):
+            expected = teacher_forced(reference, rows[index // 3], row, Sampling())
+            torch.testing.assert_close(log_prob[: len(row)], expected, atol=1e-4, rtol=0)
+
+
+def test_graphs_of_decoding_without_cuda_are_refused():
+    with pytest.raises(ConfigError, match="device=cuda"):
+        small("llama", cuda_graph=True).generate([[5]], max_new_tokens=2)

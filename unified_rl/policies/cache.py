@@ -49,16 +49,42 @@ class SlabLayer(DynamicLayer):
         self.slabs = tuple(_copy(slab[:, :, : self.filled].index_select(0, indices), room) for slab in self.slabs)
         self._show(self.filled)
 
-    def _start(self, keys: Tensor, values: Tensor) -> None:
+    def _start(self, keys: Tensor, values: Tensor, room: int = GROW) -> None:
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         length = keys.shape[-2]
-        self.slabs = tuple(_copy(x, length + GROW, self.repeats) for x in (keys, values))
+        self.slabs = tuple(_copy(x, length + room, self.repeats) for x in (keys, values))
         self._show(length)
 
     def _show(self, end: int) -> tuple[Tensor, Tensor]:
         self.filled = end
         self.keys, self.values = (slab[:, :, :end] for slab in self.slabs)
         return self.keys, self.values
+
+
+class FixedLayer(SlabLayer):
+    """One layer's keys and values in tensors of a fixed size, so that a step does the same work on the same memory.
+
+    Attention gets all columns, and a mask must hide those that are not yet written.
+
+    Args:
+        repeats: as in :class:`SlabLayer`.
+        room: columns behind the prompt.
+        column: ``[1]`` int64 on the device, the column that the next token writes.
+    """
+
+    def __init__(self, repeats: int, room: int, column: Tensor) -> None:
+        super().__init__(repeats)
+        self.room, self.column = room, column
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes one column; returns all of them."""
+        if not self.slabs:
+            self._start(key_states, value_states, self.room)
+            for slab in self.slabs:
+                slab[:, :, self.filled :].zero_()  # a NaN would get through a mask
+            return key_states, value_states
+        keys, values = self.slabs
+        return keys.index_copy_(2, self.column, key_states), values.index_copy_(2, self.column, value_states)
 
 
 def _copy(states: Tensor, room: int, repeats: int = 1) -> Tensor:
@@ -74,6 +100,13 @@ class SlabCache(Cache):
 
     def __init__(self, layers: int, repeats: int = 1) -> None:
         super().__init__(layers=[SlabLayer(repeats) for _ in range(layers)])
+
+
+class FixedCache(Cache):
+    """A :class:`FixedLayer` for each of ``layers`` layers."""
+
+    def __init__(self, layers: int, repeats: int, room: int, column: Tensor) -> None:
+        super().__init__(layers=[FixedLayer(repeats, room, column) for _ in range(layers)])
 
 
 def count_layers(config: Any) -> int:

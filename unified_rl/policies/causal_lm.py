@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
-from unified_rl.errors import RecordError
+from unified_rl.errors import ConfigError, RecordError
 from unified_rl.policies.generation import Generation, generate, has_plain_cache
 from unified_rl.policies.pretrained import build_model, has_plain_head, special_ids, trunk_states
 from unified_rl.policies.sampling import NO_TRUNCATION, Reader, Sampling, entropy_of, token_log_prob
@@ -49,6 +49,8 @@ class CausalLM(TensorDictModuleBase):
         share_prompts: encode a prompt once for all rows of a batch that begin with it, when scoring too (not together
             with ``gradient_checkpointing``).
         max_new_tokens: of ``forward``.
+        cuda_graph: replay decoding steps from a CUDA graph: several times the speed where rows are few and the device
+            waits for kernel launches. Finished rows then stay in the batch until all are.
         seed: of fresh weights, and of the policy's own :attr:`generator`.
 
     Raises:
@@ -74,6 +76,7 @@ class CausalLM(TensorDictModuleBase):
         gradient_checkpointing: bool = False,
         share_prompts: bool = True,
         max_new_tokens: int = 16,
+        cuda_graph: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -82,7 +85,7 @@ class CausalLM(TensorDictModuleBase):
         self.sampling = Sampling(temperature, top_k, top_p)
         self.tokenizer, self.max_length, self.max_new_tokens = tokenizer, max_length, max_new_tokens
         self.pad_id, self.eos_id = special_ids(tokenizer)
-        self.autocast, self.logit_chunk, self.seed = autocast, logit_chunk, seed
+        self.autocast, self.logit_chunk, self.cuda_graph, self.seed = autocast, logit_chunk, cuda_graph, seed
         model: Any = build_model(
             AutoModelForCausalLM,
             tokenizer,
@@ -151,6 +154,8 @@ class CausalLM(TensorDictModuleBase):
             stop_ids = [] if self.eos_id is None else [self.eos_id]
         if generator is None and not greedy:
             generator = self.generator
+        if self.cuda_graph and self.device.type != "cuda":
+            raise ConfigError("policy.cuda_graph=true needs a CUDA device: set device=cuda, or leave it false")
         with self._precision():
             return generate(
                 self.model,
@@ -164,6 +169,7 @@ class CausalLM(TensorDictModuleBase):
                 greedy=greedy,
                 generator=generator,
                 backend=backend,
+                replay=self.cuda_graph,
             )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from unified_rl.errors import ConfigError
-from unified_rl.policies.cache import SlabCache, count_layers, visible_columns
+from unified_rl.policies.cache import FixedCache, SlabCache, count_layers, visible_columns
+from unified_rl.policies.replayed import ReplayedStep
 from unified_rl.policies.sampling import Sampling, draw, token_log_prob
 
 COMPACT_BELOW = 0.8
@@ -90,6 +91,7 @@ def generate(
     greedy: bool = False,
     generator: torch.Generator | None = None,
     backend: str = "own",
+    replay: bool = False,
 ) -> Generation:
     """Samples continuations; row ``i * samples_per_prompt + j`` is sample ``j`` of prompt ``i``.
 
@@ -106,6 +108,8 @@ def generate(
         generator: of the model's device, or of the CPU (then one number seeds a stream on the device). Needed unless
             ``greedy``.
         backend: ``own`` or ``hf``. Models with a sliding window or a recurrent state always take ``hf``.
+        replay: on a CUDA device, replay the own loop's steps from a CUDA graph. Finished rows then stay in the batch
+            until all are.
 
     Raises:
         ConfigError: an empty prompt, no generator, or an unknown backend.
@@ -115,7 +119,7 @@ def generate(
     if generator is None and not greedy:
         raise ConfigError("generation needs a generator, unless greedy=True")
     tokens, lengths = pad_prompts(prompts, pad_id, model.device, lengths)
-    job = _Job(max_new_tokens, tuple(stop_ids), pad_id, sampling or Sampling(), samples_per_prompt, greedy)
+    job = _Job(max_new_tokens, tuple(stop_ids), pad_id, sampling or Sampling(), samples_per_prompt, greedy, replay)
     was_training = model.training
     model.eval()  # in training mode gradient checkpointing would switch the cache off
     try:
@@ -143,6 +147,7 @@ class _Job:
     sampling: Sampling
     repeats: int
     greedy: bool
+    replay: bool = False
 
     def empty(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Padded tokens and zero log-probs ``[rows, max_new_tokens]``."""
@@ -171,9 +176,16 @@ class _Loop:
         self.row: Tensor | None = None  # None: every row, in order
         self.alive = torch.ones(rows, dtype=torch.bool, device=self.device)
         self.position = lengths.repeat_interleave(job.repeats)[:, None]
-        self.cache = SlabCache(count_layers(model.config), job.repeats)
-        ragged = bool((lengths < width).any())
-        self.visible = visible_columns(self.position[:, 0], width, width + job.max_new_tokens) if ragged else None
+        ragged, layers = bool((lengths < width).any()), count_layers(model.config)
+        columns = visible_columns(self.position[:, 0], width, width + job.max_new_tokens)
+        self.visible = columns if ragged else None
+        self.cache: FixedCache | SlabCache = SlabCache(layers, job.repeats)
+        self.replayed: ReplayedStep | None = None
+        if job.replay:
+            column = torch.full((1,), width, dtype=torch.int64, device=self.device)
+            self.cache = FixedCache(layers, job.repeats, job.max_new_tokens, column)
+            columns[..., width:] = False
+            self.replayed = ReplayedStep(self._forward, self.position, columns, column)
         self.check_every = 1 if self.device.type == "cpu" else CHECK_EVERY_ON_DEVICE
 
     @torch.no_grad()
@@ -190,10 +202,17 @@ class _Loop:
                     if not len(kept):
                         break
                     token = token[kept]
-            mask = None if self.visible is None else self.visible[..., : width + step + 1]
-            logits = self._forward(token[:, None], self.position, mask)
-            self.position = self.position + 1
+            logits = self._next(token, width + step + 1)
         return Generation(self.tokens, self.log_prob, *ends(self.tokens, job.stop_ids, job.max_new_tokens))
+
+    def _next(self, token: Tensor, filled: int) -> Tensor:
+        """The logits after ``token [b]``, which becomes the cache's last of ``filled`` columns."""
+        if self.replayed is not None:
+            return self.replayed(token)
+        mask = None if self.visible is None else self.visible[..., :filled]
+        logits = self._forward(token[:, None], self.position, mask)
+        self.position = self.position + 1
+        return logits
 
     def _prefill(self) -> Tensor:
         """Encodes each prompt once; the first logits of every row."""
@@ -229,7 +248,7 @@ class _Loop:
         """Drops finished rows from the cache where enough are finished; the rows kept, or None for no change."""
         rows = len(self.alive)
         live = int(self.alive.sum())
-        if live and live >= COMPACT_BELOW * rows:
+        if live and (live >= COMPACT_BELOW * rows or self.replayed is not None):
             return None
         kept = self.alive.nonzero()[:, 0]
         self.row = kept if self.row is None else self.row[kept]
