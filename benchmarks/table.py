@@ -90,6 +90,9 @@ def correction(rows: list[Row]) -> Iterator[Line]:
         against = "plain PPO loss"
         yield f"time of a correction {shape}, median preset", against, statistics.median(ratios), "at most", 1.5
         yield f"time of a correction {shape}, slowest preset", against, max(ratios), "at most", 3.0
+    shares = [float(row["percent_of_lm_step"]) for row in rows if row.get("percent_of_lm_step")]
+    if shares:
+        yield "percent of a step, slowest preset", "5M language model [64, 512]", max(shares), "at most", 2.0
 
 
 def generation(rows: list[Row]) -> Iterator[Line]:
