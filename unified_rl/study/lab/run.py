@@ -37,7 +37,7 @@ def lab(
     Args:
         corrections: presets; none means all.
         out: the folder to write to.
-        train: train every correction; else those asked for, or a shortlist.
+        train: train every correction, however many; else those of a shortlist, where more than its length are asked for.
         seeds: of the training runs that are reported; as many again tune the learning rate.
         shown: draw progress bars.
 
@@ -65,7 +65,7 @@ def lab(
             bar.update(task, completed=done, total=total, note=note)
 
         rows = sweep(names, watch=watch)
-        returns = _trained(names, train, bool(corrections), seeds, bar)
+        returns = _trained(names, train, seeds, bar)
     found = winners(rows)
     for name, table in (("estimators", rows), ("winners", found), ("training", returns)):
         if table:
@@ -77,9 +77,10 @@ def lab(
     return folder
 
 
-def _trained(names: Sequence[str], everything: bool, chosen: bool, seeds: int, bar: Progress) -> list[dict[str, Any]]:
-    """Training runs of all of ``names``, or of those in the shortlist."""
-    picked = list(names) if everything or chosen else [name for name in SHORTLIST if name in names]
+def _trained(names: Sequence[str], everything: bool, seeds: int, bar: Progress) -> list[dict[str, Any]]:
+    """Training runs of all of ``names``, or of those in the shortlist where that bounds the time."""
+    few = len(names) <= len(SHORTLIST)
+    picked = list(names) if everything or few else [name for name in SHORTLIST if name in names]
     task = bar.add_task("training on stale data", total=None, note="")
 
     def watch(note: str, done: int, total: int) -> None:

@@ -212,4 +212,6 @@ def train(
                 }
                 for seed, value in enumerate(reported.tolist())
             ]
+    if watch is not None:
+        watch("", len(plans) * len(lags), len(plans) * len(lags))
     return rows
