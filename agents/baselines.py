@@ -170,9 +170,6 @@ CREDITS: dict[str, Callable[[TensorDict, Baseline, float, bool, bool], None]] = 
 }
 """What a critic's advantage is given to: every unit, a whole step, or every unit with cut answers set apart."""
 
-CREDIT_OF = {"step_advantage": "step", "cut_bootstrap": "cut"}
-"""The credit that a preset asks for by the name of its ``wrapper``."""
-
 
 def _scanned(scan: Mapping[str, Any], lam: float, off_policy: bool, normalize: bool) -> tuple[Tensor, Tensor]:
     """Advantage and value target of scan inputs."""

@@ -14,17 +14,10 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from unified_rl.agents.anchors import PROVIDERS, Anchors
-from unified_rl.agents.baselines import (
-    CREDIT_OF,
-    CREDITS,
-    Baseline,
-    StateBaseline,
-    TokenBaseline,
-    regression_loss,
-)
+from unified_rl.agents.baselines import CREDITS, Baseline, StateBaseline, TokenBaseline, regression_loss
+from unified_rl.agents.choices import CREDIT_OF, check_groups, choose_credit
 from unified_rl.correction import Correction
-from unified_rl.correction.grain import GROUP_KERNELS, advantage_needs_group, compares_group, needs_whole_rows
-from unified_rl.correction.tables import OWN_ADVANTAGE
+from unified_rl.correction.grain import needs_whole_rows
 from unified_rl.errors import ConfigError
 from unified_rl.objectives import Optimizer
 from unified_rl.objectives.wrappers import WRAPPERS, make_wrapper
@@ -123,7 +116,7 @@ class PolicyGradient:
         self.discrete = self.language or getattr(policy, "supports_discrete", False)
         correction.check_domain(discrete=self.discrete)
         correction.require_support(wrappers=[*WRAPPERS, *CREDIT_OF], providers=PROVIDERS)
-        self.use_critic, self.credit = self._credit(correction, advantage, credit)
+        self.use_critic, self.credit = choose_credit(correction, advantage, credit, language=self.language)
         self.policy, self.correction, self.generator = policy, correction, generator
         self.rows, self.length = rows, length
         self.epochs, self.minibatch, self.micro_batch = epochs, minibatch, micro_batch
@@ -175,26 +168,6 @@ class PolicyGradient:
         by_step = not needs_whole_rows(self.correction) and not self.wrapper.whole_rows
         return not self.language and by_step and self.use_critic
 
-    def _credit(self, correction: Correction, advantage: str, credit: str | None) -> tuple[bool, str]:
-        """Whether a critic is used, and what its advantages are given to."""
-        if advantage not in ("auto", "critic", "group"):
-            raise ConfigError(f"agent.advantage is {advantage!r}; it is one of auto, critic, group")
-        if credit is not None and credit not in CREDITS:
-            raise ConfigError(f"agent.credit is {credit!r}; it is one of {', '.join(CREDITS)}")
-        wanted = credit or CREDIT_OF.get(correction.wrapper.get("name", ""))
-        critic = advantage == "critic" or (advantage == "auto" and (not self.language or wanted is not None))
-        if wanted is not None and not critic:
-            raise ConfigError(
-                f"correction {correction.name} with credit {wanted!r} takes its advantages from a critic; set "
-                "agent.advantage=critic, or use correction=grpo for groups"
-            )
-        if wanted == "cut" and not self.language:
-            raise ConfigError(
-                f"correction {correction.name} is about answers that were cut by a token budget, whose successor "
-                "nobody knows; control records hold it: use correction=ppo"
-            )
-        return critic, wanted or "unit"
-
     # ------------------------------------------------------------------ one update
 
     def update(self, replay: Replay, progress: float = 0.0) -> dict[str, Any]:
@@ -213,7 +186,7 @@ class PolicyGradient:
         record = self._draw(replay)
         metrics: dict[str, Any] = {}
         if not self.checked:
-            self._check_groups(record)
+            check_groups(record, self.correction, self.use_critic)
             metrics = self.identity_check(record)
         record = self._annotate(record, metrics)
         if not len(record):
@@ -257,27 +230,6 @@ class PolicyGradient:
                 "log_prob() disagree (temperature, truncation, std floor or dtype)"
             )
         return {"identity/max_log_ratio": gap}
-
-    def _check_groups(self, record: TensorDictBase) -> None:
-        """Refuses rows that are all alone in their groups where advantages are relative to the group: all would be 0.
-
-        Raises:
-            ConfigError: they are; says what to set instead.
-        """
-        inside = compares_group(self.correction)
-        outside = self.correction.kernel_name not in OWN_ADVANTAGE and not self.use_critic
-        if not inside and not (outside and advantage_needs_group(self.correction)):
-            return
-        if len(record["group"].unique()) < len(record):
-            return
-        kernel, instead = self.correction.kernel_name, "agent.advantage=critic"
-        if inside:
-            instead = f"correction={GROUP_KERNELS[kernel]}"
-        raise ConfigError(
-            f"correction {self.correction.name} measures a row against the others of its group, and every row is alone "
-            "in its own, so nothing would be learnt: sample several rows a prompt or reset state (rollout.group_size), "
-            f"or use {instead}"
-        )
 
     @torch.no_grad()
     def _annotate(self, record: TensorDict, metrics: dict[str, Any]) -> TensorDict:

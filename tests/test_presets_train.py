@@ -112,9 +112,9 @@ def agent_for(preset: str, policy: Any, rows: TensorDict, teacher: Any = None) -
     replay = Replay(1024, lanes=lanes, sampler=Fresh(), cut=False)
     count = len(rows) if language else lanes
     generator = torch.Generator().manual_seed(0)
-    trained = copy.deepcopy(policy)
+    trained, epochs = copy.deepcopy(policy), 2 if preset in WRAPPED else 1
     agent = PolicyGradient(
-        trained, load_correction(preset), generator, count, length, epochs=2, micro_batch=5, teacher=teacher
+        trained, load_correction(preset), generator, count, length, epochs=epochs, micro_batch=5, teacher=teacher
     )
     agent.version = 1
     replay.extend(rows)

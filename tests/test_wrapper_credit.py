@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from agent_cases import control_agent, gaussian, language, language_agent
+from agent_cases import control_agent, filled, gaussian, language, language_agent, stream
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -18,6 +18,9 @@ from unified_rl.agents.baselines import (
     regression_loss,
     step_advantage,
 )
+from unified_rl.agents.policy_gradient import PolicyGradient
+from unified_rl.correction import load_correction
+from unified_rl.correction.grain import needs_whole_rows
 from unified_rl.errors import ConfigError
 
 
@@ -137,3 +140,43 @@ def test_credit_without_a_critic_is_refused(correction: str, options: dict[str, 
 def test_in_control_no_answer_is_cut() -> None:
     with pytest.raises(ConfigError, match=r"t_ppo is about answers(.|\n)*correction=ppo"):
         control_agent(gaussian(), "t_ppo")
+
+
+def test_groups_of_one_row_are_refused_where_advantages_are_relative_to_the_group() -> None:
+    policy, rows = language()
+    rows["group"] = torch.arange(len(rows))
+    for correction, words in (("grpo", r"agent\.advantage=critic"), ("gvpo", "correction=dro")):
+        with pytest.raises(ConfigError, match=rf"alone in its own(.|\n)*{words}"):
+            language_agent(policy, rows, correction).update(filled(rows, 1))
+    kept = load_correction("grpo", advantage={"baseline": "mean", "singleton": None})
+    agent = PolicyGradient(policy, kept, stream(), rows=len(rows))
+    assert float(agent.update(filled(rows, 1))["train/zero_advantage"]) < 1.0
+    policy, _ = language()
+    assert language_agent(policy, rows, "ppo", advantage="critic").update(filled(rows, 1))
+
+
+@pytest.mark.parametrize(
+    ("correction", "overrides", "whole"),
+    [
+        ("ppo", {}, False),
+        ("tis", {}, False),
+        ("icepop", {}, False),
+        ("turn_ppo", {}, False),
+        ("k3_unit_reject", {}, False),
+        ("sequence_tis", {}, True),
+        ("geo_reject", {}, True),
+        ("k3_reject", {}, True),
+        ("veto", {}, True),
+        ("opsm", {}, True),
+        ("red_drop", {}, True),
+        ("gvpo", {}, True),
+        ("nat_uniform", {}, False),
+        ("geo_reject", {"reject.0.level": "unit"}, False),
+    ],
+)
+def test_rows_are_cut_into_steps_only_where_no_rule_looks_at_whole_rows(
+    correction: str, overrides: dict[str, Any], whole: bool
+) -> None:
+    assert needs_whole_rows(load_correction(correction, **overrides)) == whole
+    if not overrides:
+        assert control_agent(gaussian(), correction).shuffle_steps != whole
