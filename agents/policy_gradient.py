@@ -374,7 +374,7 @@ class PolicyGradient:
         if self.baseline is not None:
             self.baseline.module.load_state_dict(state["critic"])
         self.anchors.load_state_dict(state)
-        self.wrapper.load_state_dict(state["wrapper"])
+        self.wrapper.load_state_dict(state.get("wrapper", {}))  # older checkpoints have none
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.version, self.checked = state["version"], state["checked"]

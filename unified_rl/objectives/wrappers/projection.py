@@ -30,21 +30,21 @@ def solve_share(log_p: Tensor, log_q: Tensor, bound: float) -> Tensor:
     """
     low = torch.zeros_like(log_p[:, 0])
     high, share = torch.ones_like(low), torch.ones_like(low)
+    close = 100 * torch.finfo(log_p.dtype).eps * bound
     s = log_p - log_q
     for _ in range(ITERATIONS):
         log_pi = tilt(log_p, log_q, share)
         pi = log_pi.exp()
         gap = (pi * (log_pi - log_q)).sum(-1) - bound
-        mean = (pi * s).sum(-1, keepdim=True)
-        slope = share * (pi * (s - mean).square()).sum(-1)
+        done = (gap.abs() <= close) | ((gap <= 0) & (share == 1))
+        if bool(done.all()):
+            break
+        slope = share * (pi * (s - (pi * s).sum(-1, keepdim=True)).square()).sum(-1)
         low, high = torch.where(gap <= 0, share, low), torch.where(gap > 0, share, high)
         newton = share - gap / slope.clamp(min=1e-30)
         inside = (newton > low) & (newton < high)
-        new = torch.where(inside, newton, 0.5 * (low + high))
-        if bool((new == share).all()):
-            break
-        share = new
-    return low
+        share = torch.where(done, share, torch.where(inside, newton, 0.5 * (low + high)))
+    return share
 
 
 def project(log_p: Tensor, log_q: Tensor, bound: float) -> tuple[Tensor, Tensor]:
