@@ -71,7 +71,10 @@ def plane_figure(rows: Sequence[Row], drifts: Sequence[str] = ("KL 0.1", "KL 1",
         ax.set_title(name if name.startswith("KL") else f"{name} (KL {held[name][0]['kl']:.2g})")
         ax.set_xlabel("squared bias left at any learning rate")
     axes[0, 0].set_ylabel("variance of one row, relative to the squared gradient")
-    figure.suptitle(f"{setting_name(rows[0])} (biases below {FLOOR:g} stand at the left edge)", fontsize=11)
+    note = (
+        f"lines: equal error of 256 rows; biases below {FLOOR:g} stand at the left edge, cosines below 0 are left out"
+    )
+    figure.suptitle(f"{setting_name(rows[0])}\n{note}", fontsize=9)
     marks = [Line2D([], [], linestyle="", marker=m, color=c, markersize=5) for m, c in INTENDED.values()]
     labels = ["not intended", *(f"intended: {name}" for name in INTENDED if name)]
     figure.legend(marks, labels, loc="outside right upper", title="bias")

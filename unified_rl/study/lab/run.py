@@ -37,7 +37,7 @@ def lab(
     Args:
         corrections: presets; none means all.
         out: the folder to write to.
-        train: train every correction, however many; else those of a shortlist, where more than its length are asked for.
+        train: train every correction; else those of a shortlist where more than its length are asked for.
         seeds: of the training runs that are reported; as many again tune the learning rate.
         shown: draw progress bars.
 
@@ -72,7 +72,7 @@ def lab(
             write_csv(folder / f"{name}.csv", table)
     for name, figure in _figures(rows, found, returns):
         if figure is not None:
-            figure.savefig(folder / f"{name}.png", dpi=130)
+            figure.savefig(folder / f"{name}.png", dpi=100)
     Console().print(f"{folder}: {len(rows)} rows in {time.perf_counter() - started:.0f} s")
     return folder
 
