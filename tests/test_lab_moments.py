@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unified_rl.correction import load_correction
 from unified_rl.returns import group_advantage
-from unified_rl.study.lab.drift import Drift, ascent, noisy, situations
+from unified_rl.study.lab.drift import Drift, ascent, filtered, noisy, situations, teacher
 from unified_rl.study.lab.exact import binomial, exact_moments, row_moments
 from unified_rl.study.lab.measure import measure
 from unified_rl.study.lab.plan import GROUP, ROW, SAMPLED_BATCH, SAMPLED_GROUP, Plan, make_plan
@@ -257,3 +257,29 @@ def test_the_true_advantage_has_mean_zero_in_every_state() -> None:
     torch.testing.assert_close((table.exp() * q).sum(-1), v, rtol=1e-10, atol=1e-14)
     weighted = row_probability(tree, table)[:, None] * true_advantage(tree, table)
     assert float(scatter(tree, weighted).sum(-1).abs().max()) < 1e-12
+
+
+def test_the_filtered_proxy_drops_what_is_improbable_and_the_teacher_does_better() -> None:
+    table = torch.tensor([[0.5, 0.495, 0.005], [0.9, 0.05, 0.05]], dtype=torch.float64).log()
+    expected = [[0.5 / 0.995, 0.495 / 0.995, 0.0], [0.9, 0.05, 0.05]]
+    torch.testing.assert_close(filtered(table).exp(), torch.tensor(expected, dtype=torch.float64))
+    for problem in (token_tree(), corridor()):
+        start = tabular(problem).log_table(tabular(problem).initial(0))
+        assert float(expected_return(problem, teacher(problem, start))) > float(expected_return(problem, start)) + 0.05
+
+
+def test_proximal_policies_are_those_that_presets_ask_for() -> None:
+    tree = token_tree(vocabulary=3, horizon=3)
+    policy = tabular(tree)
+    path = ascent(tree, policy, steps=8)
+    scene = Scene(tree, policy, situations(tree, policy, path, noise=[], lags=[4])[1])
+    middle = unit_log_prob(tree, path.table[-3])
+    torch.testing.assert_close(scene.log_probs(load_correction("decoupled_ppo"))["proximal"], middle)
+    current, behavior = unit_log_prob(tree, path.table[-1]), unit_log_prob(tree, path.table[-5])
+    a3po = scene.log_probs(load_correction("a3po"))["proximal"]
+    torch.testing.assert_close(a3po, behavior + 0.75 * (current - behavior))  # (lag - 1) / lag
+    weight = 0.9 ** torch.arange(8, -1, -1, dtype=torch.float64)
+    averaged = policy.log_table((weight[:, None, None] * path.theta).sum(0) / weight.sum())
+    torch.testing.assert_close(scene.log_probs(load_correction("ppo_ewma"))["proximal"], unit_log_prob(tree, averaged))
+    torch.testing.assert_close(scene.log_probs(load_correction("humanline"))["reference"], middle)
+    torch.testing.assert_close(scene.log_probs(load_correction("tba"))["reference"], unit_log_prob(tree, path.table[0]))

@@ -6,6 +6,7 @@ slightly different) or lag (the policy some steps back on the path).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from unified_rl.errors import ConfigError
 from unified_rl.study.lab.policies import Policy
 from unified_rl.study.lab.problems import Problem
-from unified_rl.study.lab.values import divergence, true_advantage, true_gradient, values
+from unified_rl.study.lab.values import divergence, true_advantage, true_gradient
 
 DECAY = 0.9
 """Of the moving average that stands in for PPO-EWMA's proximal policy."""
@@ -160,20 +161,14 @@ def _drift(
 
 def filtered(table: Tensor, least: float = 0.02) -> Tensor:
     """A policy without the actions below ``least`` times the most probable one (Lp-Reg's proxy, 2510.03222)."""
-    low = table < table.amax(-1, keepdim=True) + torch.tensor(least).double().log()
+    low = table < table.amax(-1, keepdim=True) + math.log(least)
     return table.masked_fill(low, -torch.inf).log_softmax(-1)
 
 
 def teacher(problem: Problem, table: Tensor, temperature: float = 0.25) -> Tensor:
-    """A better policy: ``pi(a) exp(A(a) / temperature)`` in every state, averaged over the times it is met."""
-    v, q = values(problem, table)
-    gain = torch.zeros(problem.states, problem.actions, dtype=torch.float64)
-    advantage = true_advantage(problem, table)
-    assert v.shape[0] == q.shape[0]
-    count = torch.zeros_like(gain).index_put(
-        (problem.state[problem.mask], problem.action[problem.mask]), torch.ones(()).double(), accumulate=True
-    )
-    gain = gain.index_put(
-        (problem.state[problem.mask], problem.action[problem.mask]), advantage[problem.mask], accumulate=True
-    )
-    return (table + gain / count.clamp(min=1) / temperature).log_softmax(-1)
+    """A better policy: proportional to ``pi(a) exp(A(a) / temperature)``, A averaged over the rows that come by."""
+    shape, mask = (problem.states, problem.actions), problem.mask
+    places, gain = (problem.state[mask], problem.action[mask]), true_advantage(problem, table)[mask]
+    total = gain.new_zeros(shape).index_put(places, gain, accumulate=True)
+    count = gain.new_zeros(shape).index_put(places, torch.ones_like(gain), accumulate=True)
+    return (table + total / count.clamp(min=1) / temperature).log_softmax(-1)
