@@ -1,4 +1,4 @@
-"""Learned baselines: a value for every environment step (control) or every token (language), one interface."""
+"""Baselines: learned values of environment steps (control) or tokens (language), and a row's group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from unified_rl.objectives import value_loss
 from unified_rl.policies.critics import ValueCritic
 from unified_rl.policies.token_critic import TokenCritic
-from unified_rl.returns import gae, to_segments, vtrace
+from unified_rl.returns import SuccessTracker, gae, record_advantage, to_segments, vtrace
 from unified_rl.units import Steps
 
 
@@ -203,3 +203,45 @@ def _episode_ends(record: TensorDictBase) -> Tensor:
     ends = torch.zeros_like(episode, dtype=torch.bool)
     ends[:, :-1] = episode[:, 1:] != episode[:, :-1]
     return ends
+
+
+class GroupBaseline:
+    """Advantages of rows against their groups, as a correction's ``advantage`` settings say.
+
+    Args:
+        settings: see :func:`unified_rl.returns.record_advantage`. With ``baseline: tracker`` a
+            :class:`~unified_rl.returns.SuccessTracker` takes the place of the group; it forgets by how far a row's
+            policy has drifted from its sampler.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self.settings = dict(settings)
+        self.tracker = SuccessTracker() if self.settings.get("baseline") == "tracker" else None
+
+    def __call__(self, record: TensorDictBase, log_prob: Callable[[], Tensor], weight: Tensor | None) -> Tensor:
+        """The same advantage for every step of a row, ``[B, T]``.
+
+        Args:
+            record: the rows.
+            log_prob: scores them with the present weights, ``[B, N]``; only a tracker asks.
+            weight: ``[B]`` of a weighted baseline, in place of the rows' units.
+        """
+        settings = self.settings
+        if weight is not None and settings.get("baseline") == "weighted":
+            record["row_weight"], settings = weight, {**settings, "weight": "row_weight"}
+        advantage = record_advantage(record, settings, self.tracker)
+        if self.tracker is not None:
+            gap = torch.where(record["mask"], log_prob() - record["behavior_log_prob"], 0.0).abs()
+            drift = gap.sum(-1) / record["mask"].sum(-1).clamp(min=1)
+            valid = record["reward"] if "step_mask" not in record.keys() else record["reward"] * record["step_mask"]
+            self.tracker.update(record["prompt_id"], valid.sum(-1), drift)
+        return advantage[:, None].expand_as(record["reward"]).contiguous()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tracker's counts, if any."""
+        return {} if self.tracker is None else self.tracker.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        if self.tracker is not None:
+            self.tracker.load_state_dict(state)

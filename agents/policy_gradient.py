@@ -14,7 +14,14 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from unified_rl.agents.anchors import PROVIDERS, Anchors
-from unified_rl.agents.baselines import CREDITS, Baseline, StateBaseline, TokenBaseline, regression_loss
+from unified_rl.agents.baselines import (
+    CREDITS,
+    Baseline,
+    GroupBaseline,
+    StateBaseline,
+    TokenBaseline,
+    regression_loss,
+)
 from unified_rl.agents.choices import CREDIT_OF, check_groups, choose_credit
 from unified_rl.correction import Correction
 from unified_rl.correction.grain import needs_whole_rows
@@ -22,7 +29,6 @@ from unified_rl.errors import ConfigError
 from unified_rl.objectives import Optimizer
 from unified_rl.objectives.wrappers import WRAPPERS, make_wrapper
 from unified_rl.replay import Replay
-from unified_rl.returns import group_advantage
 from unified_rl.training.metrics import Means
 from unified_rl.units import record_from_steps, split_episodes, split_steps, trim_units, validate_record
 
@@ -137,6 +143,7 @@ class PolicyGradient:
         if entropy_coef and not hasattr(policy, "entropy"):
             raise ConfigError(f"agent.entropy_coef needs a policy with an entropy; {type(policy).__name__} has none")
         self.device = torch.device(device)
+        self.groups = GroupBaseline(correction.advantage)
         self.baseline: Baseline | None = None
         modules: dict[str, nn.Module] = {"policy": policy}
         if self.use_critic:
@@ -248,18 +255,10 @@ class PolicyGradient:
             credit = CREDITS[self.credit]
             credit(record, self.baseline, self.lam, self.off_policy_targets, self.normalize_advantage)
         else:
-            record["advantage"] = self._group_advantage(record)
+            score = partial(self.anchors.chunked, self.policy, record)
+            record["advantage"] = self.groups(record, score, self.wrapper.row_weight(record))
         metrics["train/zero_advantage"] = (record["advantage"] == 0).float().mean()
         return record
-
-    def _group_advantage(self, record: TensorDict) -> Tensor:
-        """The group baseline that the correction wants, the same for every step of a row, ``[B, T]``."""
-        settings = dict(self.correction.advantage)
-        if settings.get("baseline") == "weighted":
-            weight = self.wrapper.row_weight(record)
-            settings["weight"] = record["mask"].sum(-1).to(torch.float32) if weight is None else weight
-        advantage = group_advantage(_row_return(record), record["group"], **settings)
-        return advantage[:, None].expand_as(record["reward"]).contiguous()
 
     # ------------------------------------------------------------------ optimiser steps
 
@@ -362,6 +361,7 @@ class PolicyGradient:
             "critic": dict(self.baseline.module.state_dict()) if self.baseline is not None else None,
             **self.anchors.state_dict(),
             "wrapper": self.wrapper.state_dict(),
+            "groups": self.groups.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "version": self.version,
@@ -375,6 +375,7 @@ class PolicyGradient:
             self.baseline.module.load_state_dict(state["critic"])
         self.anchors.load_state_dict(state)
         self.wrapper.load_state_dict(state.get("wrapper", {}))  # older checkpoints have none
+        self.groups.load_state_dict(state.get("groups", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.version, self.checked = state["version"], state["checked"]

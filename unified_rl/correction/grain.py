@@ -35,7 +35,8 @@ def compares_group(correction: Correction) -> bool:
 def advantage_needs_group(correction: Correction) -> bool:
     """Whether the group advantage that the correction wants is 0 for a row that is alone in its group."""
     settings = correction.advantage
-    kept = settings.get("baseline", "mean") == "none" or settings.get("singleton", 0.0) is None
+    alone = settings.get("baseline", "mean") in ("none", "tracker", "given") and settings.get("scale") != "std"
+    kept = alone or settings.get("singleton", 0.0) is None
     return not kept and not settings.get("shift", 0.0)
 
 
