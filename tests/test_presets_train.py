@@ -106,7 +106,9 @@ def stale() -> dict[str, tuple[Any, TensorDict]]:
     return found
 
 
-def agent_for(preset: str, policy: Any, rows: TensorDict, teacher: Any = None) -> tuple[PolicyGradient, Replay]:
+def agent_for(
+    preset: str, policy: Any, rows: TensorDict, teacher: Any = None, device: str = "cpu"
+) -> tuple[PolicyGradient, Replay]:
     language = hasattr(policy, "generate")
     lanes, length = (1, None) if language else (rows.batch_size[1], rows.batch_size[0])
     replay = Replay(1024, lanes=lanes, sampler=Fresh(), cut=False)
@@ -154,6 +156,31 @@ def test_every_preset_trains_or_names_the_nearest_that_does(
     assert all(bool(torch.isfinite(torch.as_tensor(float(value)))) for value in metrics.values()), metrics
     moved = any(not torch.equal(a, b) for a, b in zip(before, agent.policy.parameters(), strict=True))
     assert moved or float(metrics.get("reject/fraction", 0.0)) == 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("domain", list(REFUSED))
+def test_every_preset_learns_the_numbers_of_the_cpu_on_a_gpu(
+    domain: str, stale: dict[str, tuple[Any, TensorDict]], tmp_path: Path
+) -> None:
+    policy, rows = stale[domain]
+    teacher = teacher_run(policy, {**DOMAINS, **OTHERS}[domain], tmp_path)
+    wrong = {}
+    for preset in (name for name, at in CASES if at == domain and name not in REFUSED[domain]):
+        found = {}
+        for device in ("cpu", "cuda"):
+            try:
+                agent, replay = agent_for(preset, policy, rows, teacher if preset == "erpd" else None, device)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    metrics = agent.update(replay, 0.25)
+                found[device] = float(metrics["loss/policy"]), float(metrics["grad/norm"])
+            except Exception as error:
+                found[device] = f"{type(error).__name__}: {error}"
+        if isinstance(found["cuda"], str) or found["cuda"] != pytest.approx(found["cpu"], rel=2e-2, abs=2e-4):
+            wrong[preset] = found
+    assert set(wrong) <= {"alp"}, wrong  # its noise is drawn on the device
 
 
 @pytest.mark.gpu
