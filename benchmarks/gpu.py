@@ -13,8 +13,9 @@ import argparse
 import csv
 import dataclasses
 import functools
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -158,9 +159,9 @@ def described(policy: CausalLM, size: LanguageSize, rows: int, how: str) -> str:
     return f"{count / 1e9:.2f}B bf16, {rows} rows of {size.prompt}+{size.new}, {how}"
 
 
-def generation_figures(size: LanguageSize, device: torch.device) -> tuple[list[Figure], TensorDict]:
-    """Tokens a second and peak memory of generation, for the rows of a step and four times as many; the rows."""
-    figures, step = [], None
+def generation_figures(size: LanguageSize, device: torch.device) -> Generator[Figure, None, TensorDict]:
+    """Tokens a second and peak memory of generation, for a step's rows and four times as many; returns the rows."""
+    step = None
     for how in ("launched one by one", "replayed from a CUDA graph") if device.type == "cuda" else ("on the CPU",):
         generator = torch.Generator(device).manual_seed(0)
         policy = language_policy(size, device, cuda_graph="graph" in how)
@@ -173,45 +174,42 @@ def generation_figures(size: LanguageSize, device: torch.device) -> tuple[list[F
             step = batch if step is None else step
             rows = larger.prompts * larger.group
             setting = described(policy, size, rows, f"steps {how}")
-            figures.append(Figure("language", setting, "generation rate", rows * size.new / min(spent), "tokens/s"))
-            figures.append(Figure("language", setting, "generation peak memory", peak_memory(device), "GiB"))
-            figures.append(Figure("language", setting, "generation", min(spent), "s"))
+            yield Figure("language", setting, "generation rate", rows * size.new / min(spent), "tokens/s")
+            yield Figure("language", setting, "generation peak memory", peak_memory(device), "GiB")
+            yield Figure("language", setting, "generation", min(spent), "s")
     assert step is not None
-    return figures, step
+    return step
 
 
 def update_figures(
     name: str, size: LanguageSize, device: torch.device, batch: TensorDict, settings: dict[str, Any]
-) -> list[Figure]:
+) -> Iterator[Figure]:
     """Tokens a second, peak memory and seconds of the update of one variant, for two sizes of micro-batch."""
     policy = language_policy(size, device, **settings)
     optimizer = Optimizer({"policy": policy}, 1e-6, max_grad_norm=1.0)
-    figures = []
     for micro_batch in (size.group, 4 * size.group):
         update = functools.partial(language_update, policy, optimizer, batch, micro_batch)
         update()  # the first one warms up
         peak_memory(device)
         spent = min(timed(update, device)[0] for _ in range(size.repeats))
         setting = described(policy, size, len(batch), f"{name}, micro-batches of {micro_batch}")
-        figures.append(Figure("language", setting, "update rate", batch["tokens"].numel() / spent, "tokens/s"))
-        figures.append(Figure("language", setting, "update peak memory", peak_memory(device), "GiB"))
-        figures.append(Figure("language", setting, "update", spent, "s"))
-    return figures
+        yield Figure("language", setting, "update rate", batch["tokens"].numel() / spent, "tokens/s")
+        yield Figure("language", setting, "update peak memory", peak_memory(device), "GiB")
+        yield Figure("language", setting, "update", spent, "s")
 
 
-def bench_language(device: torch.device, smoke: bool) -> list[Figure]:
+def bench_language(device: torch.device, smoke: bool) -> Iterator[Figure]:
     """A GRPO step, the logits of a few positions held at a time, in the ways that trade memory for time."""
     size = SMOKE if smoke else LanguageSize()
     chunk = {"logit_chunk": 5} if smoke else {}
-    figures, batch = generation_figures(size, device)
+    batch = yield from generation_figures(size, device)
     ways: dict[str, dict[str, Any]] = {
         "prompts encoded once a group": {},
         "every row whole": {"share_prompts": False},
         "layers recomputed": {"gradient_checkpointing": True},
     }
     for name, settings in ways.items():
-        figures += update_figures(name, size, device, batch, {**settings, **chunk})
-    return figures
+        yield from update_figures(name, size, device, batch, {**settings, **chunk})
 
 
 # ---------------------------------------------------------------------------------------------------- control
@@ -271,7 +269,7 @@ def sac_losses(agent: SAC, batches: Sequence[dict[str, Tensor]], noise: Tensor) 
     return torch.stack(found).cpu()
 
 
-def bench_sac(device: torch.device, smoke: bool) -> list[Figure]:
+def bench_sac(device: torch.device, smoke: bool) -> Iterator[Figure]:
     """SAC updates a second, replay sample on the device included: eager, compiled, captured in a CUDA graph.
 
     Raises:
@@ -288,7 +286,7 @@ def bench_sac(device: torch.device, smoke: bool) -> list[Figure]:
     batches = [prepare_batch(replay.sample(size.batch, keys=KEYS), device) for _ in range(size.compared)]
     generator = torch.Generator(device).manual_seed(1)
     noise = torch.randn(size.compared, 2, size.batch, size.action, generator=generator, device=device)
-    reference, figures = torch.empty(0), []
+    reference = torch.empty(0)
     for name, how in ways.items():
         agent = sac_agent(size, device, **how)
         losses = sac_losses(agent, batches, noise)
@@ -299,9 +297,8 @@ def bench_sac(device: torch.device, smoke: bool) -> list[Figure]:
         train_repeatedly(agent, replay, 20)  # compiles what the first steps did not need
         spent, _ = timed(functools.partial(train_repeatedly, agent, replay, size.updates), device)
         setting = f"batch {size.batch}, 2x{size.width}, {name}"
-        figures.append(Figure("sac", setting, "update rate", size.updates / spent, "updates/s"))
-        figures.append(Figure("sac", setting, "largest relative difference of a loss from eager", gap, ""))
-    return figures
+        yield Figure("sac", setting, "update rate", size.updates / spent, "updates/s")
+        yield Figure("sac", setting, "largest relative difference of a loss from eager", gap, "")
 
 
 def train_repeatedly(agent: SAC, replay: Replay, count: int) -> None:
@@ -310,11 +307,10 @@ def train_repeatedly(agent: SAC, replay: Replay, count: int) -> None:
     agent.update(replay)
 
 
-def bench_replay(device: torch.device, smoke: bool) -> list[Figure]:
+def bench_replay(device: torch.device, smoke: bool) -> Iterator[Figure]:
     """Sampling to the device and writing rows made there, with the replay stored on the device and on the CPU."""
     size = CONTROL_SMOKE if smoke else ControlSize()
     batch = control_rows(size, size.batch, device)
-    figures = []
     for name, place in (("stored on the device", device), ("stored on the CPU", torch.device("cpu"))):
         replay = Replay(size.rows, sampler=Uniform(), device=str(place), seed=0)
         replay.extend(control_rows(size, size.rows, place))
@@ -326,8 +322,7 @@ def bench_replay(device: torch.device, smoke: bool) -> list[Figure]:
             timed(functools.partial(repeat, call, 10), device)
             spent, _ = timed(functools.partial(repeat, call, size.draws), device)
             setting = f"{size.rows:,} rows, {size.batch} a call, {name}"
-            figures.append(Figure("replay", setting, what, 1e6 * spent / size.draws, "us"))
-    return figures
+            yield Figure("replay", setting, what, 1e6 * spent / size.draws, "us")
 
 
 def sample_to(replay: Replay, count: int, device: torch.device) -> TensorDict:
@@ -346,7 +341,7 @@ def repeat(call: Callable[[], object], count: int) -> None:
         call()
 
 
-PARTS: dict[str, Callable[[torch.device, bool], list[Figure]]] = {
+PARTS: dict[str, Callable[[torch.device, bool], Iterator[Figure]]] = {
     "language": bench_language,
     "sac": bench_sac,
     "replay": bench_replay,
@@ -364,16 +359,15 @@ def main() -> None:
         parser.error("no CUDA device here; --smoke runs tiny sizes on the CPU")
     device = torch.device("cpu" if args.smoke else "cuda")
     print("device:", "cpu (smoke run: the figures mean nothing)" if args.smoke else torch.cuda.get_device_name())
-    figures: list[Figure] = []
-    for name in args.only:
-        for figure in PARTS[name](device, args.smoke):
+    with open(
+        args.csv or os.devnull, "w", newline=""
+    ) as file:  # written as it goes: a run that is cut off loses little
+        writer = csv.writer(file)
+        writer.writerow(Figure._fields)
+        for figure in (figure for name in args.only for figure in PARTS[name](device, args.smoke)):
             print(f"{figure.part}: {figure.setting}: {figure.quantity} {figure.value:,.3f} {figure.unit}", flush=True)
-            figures.append(figure)
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(Figure._fields)
-            writer.writerows(figures)
+            writer.writerow(figure)
+            file.flush()
 
 
 if __name__ == "__main__":

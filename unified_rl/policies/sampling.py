@@ -14,7 +14,6 @@ from torch import Tensor
 
 from unified_rl.errors import ConfigError
 
-
 Reader = Callable[..., tuple[Tensor, ...]]
 """``(logits [n, V], token [n], *extras [n, ...]) -> tensors [n, ...]``: what to take from transformed logits."""
 
