@@ -6,7 +6,7 @@ from tensordict import TensorDictBase
 
 from unified_rl.agents.baselines import CREDITS
 from unified_rl.correction import Correction
-from unified_rl.correction.grain import GROUP_KERNELS, advantage_needs_group, compares_group
+from unified_rl.correction.grain import advantage_needs_group, without_groups
 from unified_rl.correction.tables import OWN_ADVANTAGE
 from unified_rl.errors import ConfigError
 
@@ -51,13 +51,13 @@ def check_groups(record: TensorDictBase, correction: Correction, use_critic: boo
     Raises:
         ConfigError: they are; says what to set instead.
     """
-    inside = compares_group(correction)
+    inside = without_groups(correction)
     outside = correction.kernel_name not in OWN_ADVANTAGE and not use_critic
     if not inside and not (outside and advantage_needs_group(correction)):
         return
     if len(record["group"].unique()) < len(record):
         return
-    instead = f"correction={GROUP_KERNELS[correction.kernel_name]}" if inside else "agent.advantage=critic"
+    instead = f"correction={inside}" if inside else "agent.advantage=critic"
     raise ConfigError(
         f"correction {correction.name} measures a row against the others of its group, and every row is alone in its "
         f"own, so nothing would be learnt: sample several rows a prompt or reset state (rollout.group_size), or use "

@@ -540,12 +540,27 @@ def test_clip_cov_silences_the_asked_number_of_units_inside_its_band_and_nothing
     assert torch.equal(gradient("clip_cov", constant), gradient("ppo", constant))
 
 
-def test_red_drop_leaves_as_many_negative_rows_as_positive_ones() -> None:
+def test_red_drop_balances_every_group_and_centres_on_what_is_left() -> None:
     batch = make_batch()
-    batch["advantage"] = torch.tensor([1.0, -1, -1, -1, 1, -1, -1, -1], dtype=torch.float64)
-    rows_left = gradient("red_drop", batch).abs().sum(-1) > 0
-    assert rows_left[[0, 4]].all()
-    assert int(rows_left.sum()) == 4
+    batch["group"] = torch.tensor([3, 3, 3, 3, 3, 7, 7, 7])
+    reward = torch.tensor([1.0, 0, 0, 0, 0, 1, 1, 0], dtype=torch.float64)
+    batch["advantage"] = reward - torch.tensor([0.2] * 5 + [2 / 3] * 3, dtype=torch.float64)
+    left = gradient("red_drop", batch).abs().sum(-1) > 0
+    assert left[[0, 5, 6, 7]].all() and int(left[1:5].sum()) == 1  # one bad answer beside one good; two beside one
+    stats = load_correction("red_drop").prepare(batch["current"], batch)
+    expected = torch.tensor([0.5, -0.5, -0.5, -0.5, -0.5, 1 / 3, 1 / 3, -2 / 3], dtype=torch.float64)
+    torch.testing.assert_close(stats["advantage"][:, 0], expected)
+    drawn = {
+        tuple(
+            load_correction("red_drop", **{"thin.seed": seed})
+            .prepare(batch["current"], batch)["weight"][:5, 0]
+            .tolist()
+        )
+        for seed in range(40)
+    }
+    assert len(drawn) == 4  # any of the four may be the one that stays
+    plain = load_correction("red_drop", **{"thin.recentre": False}).prepare(batch["current"], batch)
+    torch.testing.assert_close(plain["advantage"][:, 0], batch["advantage"])
 
 
 @pytest.mark.parametrize("rule", [uniform, prefix_thinning])

@@ -54,7 +54,15 @@ DENSITIES = {  # what is defined for probabilities alone, and the preset that ea
     "luffy": "ppo",
     "troll": "fixpo",
 }
-NO_GROUPS = {"vcpo": "sequence_tis", "copg": "dro", "gvpo": "dro", "tba": "dro", "flowrl": "dro", "nft": "topr"}
+NO_GROUPS = {
+    "vcpo": "sequence_tis",
+    "copg": "dro",
+    "gvpo": "dro",
+    "tba": "dro",
+    "flowrl": "dro",
+    "nft": "topr",
+    "red_drop": "reinforce",
+}
 NO_CUTS = {"t_ppo": "ppo"}
 REFUSED = {
     "language": {},

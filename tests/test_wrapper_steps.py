@@ -150,7 +150,12 @@ def test_on_policy_the_scale_is_one_and_equal_norms_give_the_group_mean() -> Non
     record["score_norm"] = torch.full_like(record["score_norm"], 0.7)
     reward = rows["reward"].reshape(3, 4)
     want = (reward - reward.mean(1, keepdim=True)).reshape(-1)
-    torch.testing.assert_close(agent._group_advantage(record)[:, 0], want, atol=1e-6, rtol=0.0)
+    torch.testing.assert_close(
+        agent.groups(record, lambda: record["behavior_log_prob"], agent.wrapper.row_weight(record))[:, 0],
+        want,
+        atol=1e-6,
+        rtol=0.0,
+    )
     assert agent.update(filled(rows, 1))["wrapper/lr_scale"] == pytest.approx(1.0, abs=1e-6)
 
 
@@ -165,10 +170,13 @@ def test_the_optimal_baseline_weighs_rows_by_squared_weight_and_norm() -> None:
     omega = ((2 * shift).exp() * record["score_norm"])[:4]
     reward = rows["reward"][:4, 0]
     baseline = float((omega * reward).sum() / omega.sum())
-    torch.testing.assert_close(agent._group_advantage(record)[:4, 0], reward - baseline)
+    torch.testing.assert_close(
+        agent.groups(record, lambda: record["behavior_log_prob"], agent.wrapper.row_weight(record))[:4, 0],
+        reward - baseline,
+    )
     reward_of_the_second = record["reward"].clone()
     record["reward"][1] += 100.0
-    moved = agent._group_advantage(record)[:4, 0]
+    moved = agent.groups(record, lambda: record["behavior_log_prob"], agent.wrapper.row_weight(record))[:4, 0]
     record["reward"] = reward_of_the_second
     torch.testing.assert_close(moved[[0, 2, 3]], (reward - baseline)[[0, 2, 3]])
 

@@ -239,6 +239,8 @@ class Correction:
             stats["keep"] = keep
         if self._thin is not None:
             thinned = self._thin(batch, Layout(mask, batch), stats["advantage"], self.total)
+            if isinstance(thinned, tuple):
+                thinned, stats["advantage"] = thinned
             stats["weight"] = thinned * stats["weight"] if "weight" in stats else thinned
         stats["original"] = count
         stats["kept"] = count if keep is None else share(keep, dtype).sum(-1)

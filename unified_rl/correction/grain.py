@@ -26,10 +26,12 @@ def needs_whole_rows(correction: Correction) -> bool:
     return thinned or rejected or correction.kernel_name in GROUP_KERNELS or not STEPWISE.issuperset(levels)
 
 
-def compares_group(correction: Correction) -> bool:
-    """Whether the kernel itself measures each row against the others of its group."""
+def without_groups(correction: Correction) -> str | None:
+    """The nearest preset for rows without groups, where the correction itself measures a row against the others."""
+    if correction._thin is not None and _name(correction._thin) == "drop_negatives":
+        return "reinforce"
     centred = getattr(correction._kernel, "keywords", {}).get("centred", True)
-    return correction.kernel_name in GROUP_KERNELS and bool(centred)
+    return GROUP_KERNELS.get(correction.kernel_name) if centred else None
 
 
 def advantage_needs_group(correction: Correction) -> bool:

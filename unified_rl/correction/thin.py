@@ -1,22 +1,23 @@
 """Thinning: training on a random part of the units or rows, weighted so that the expectation stays the same.
 
-A rule returns ``weight [B, N]``: 0 where a unit is left out, else 1 over the probability that it was kept. ``total``
-sums over the processes that share the batch. The denominator stays that of the full data, and levels are formed from
-all units, so nothing else changes.
+A rule returns ``weight [B, N]``: 0 where a unit is left out, else 1 over the probability that it was kept; and, where
+it changes them, the advantages ``[B, N]``. ``total`` sums over the processes that share the batch. The denominator stays
+that of the full data, and levels are formed from all units, so nothing else changes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from unified_rl.correction.across import Total, crossing, identity
+from unified_rl.correction.across import Total, identity
 from unified_rl.correction.levels import Layout
 from unified_rl.correction.random import row_noise, unit_noise
-from unified_rl.correction.view import share
+from unified_rl.correction.view import narrow, share
+from unified_rl.returns.groups import Groups
 
 
 def uniform(
@@ -58,14 +59,37 @@ def drop_negatives(
     total: Total = identity,
     *,
     surplus: float = 1.0,
+    recentre: bool = True,
     seed: int = 0,
-) -> Tensor:
-    """Drops random rows of A < 0 beyond ``surplus`` times the number of those with A > 0. RED-Drop, 2509.24203."""
-    each = advantage.masked_fill(~layout.mask, 0.0).sum(-1)
-    negative, allowed = each < 0, surplus * float(total((each > 0).sum()))
-    noise = row_noise(batch, layout, seed).squeeze(-1)
-    kept = ~negative | (noise < crossing(noise[negative], math.ceil(allowed), total))
-    return kept.to(advantage.dtype).unsqueeze(-1).expand_as(advantage)
+) -> tuple[Tensor, Tensor]:
+    """Of each group, drops random rows of A < 0 beyond ``surplus`` times its other rows. RED-Drop, 2509.24203.
+
+    Returns:
+        The weight, and the advantage less its mean over what is left of the group (as it was where not ``recentre``).
+    """
+    group = batch.get("group", None)
+    groups = Groups(torch.zeros_like(layout.mask[:, 0], dtype=torch.int64) if group is None else group)
+    live = layout.mask.any(-1)
+    each = advantage.masked_fill(~layout.mask, 0.0).sum(-1) / layout.count.squeeze(-1).to(advantage.dtype)
+    negative = live & (each < 0)
+    allowed = (surplus * groups.sum(share(live & ~negative, advantage.dtype))).ceil()
+    rank = _rank(row_noise(batch, layout, seed).squeeze(-1).masked_fill(~negative, torch.inf), groups)
+    kept = share(live & (~negative | (rank < allowed)), advantage.dtype)
+    if recentre:
+        shift = groups.weighted_mean(each, kept).unsqueeze(-1)
+        advantage = (narrow(advantage) - shift).expand_as(advantage)
+    return kept.unsqueeze(-1).expand_as(advantage), advantage
 
 
-THINS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (uniform, prefix, drop_negatives)}
+def _rank(x: Tensor, groups: Groups) -> Tensor:
+    """How many rows of its group have a smaller ``x [B]``, ``[B]`` int64."""
+    order = x.argsort()
+    order = order[groups.index[order].argsort(stable=True)]
+    at = torch.arange(len(x), device=x.device)
+    first = torch.zeros_like(at).scatter_reduce(0, groups.index[order], at, "amin", include_self=False)
+    return torch.empty_like(at).index_copy(0, order, at - first[groups.index[order]])
+
+
+THINS: dict[str, Callable[..., Tensor | tuple[Tensor, Tensor]]] = {
+    f.__name__: f for f in (uniform, prefix, drop_negatives)
+}

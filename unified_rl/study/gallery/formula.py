@@ -157,7 +157,10 @@ PRES: dict[str, Callable[[Settings], str]] = {
 THINS: dict[str, Callable[[Settings], str]] = {
     "uniform": lambda s: f"each unit with probability {_n(s['keep'])}, weighted to stay unbiased",
     "prefix": lambda s: f"a random prefix of at least {100 * s['least']:g} % of the row, weighted to stay unbiased",
-    "drop_negatives": lambda s: f"at most {_n(s['surplus'])} times as many rows with A < 0 as with A > 0",
+    "drop_negatives": lambda s: (
+        f"of each group, at most {_n(s['surplus'])} times as many rows with A < 0 as others"
+        + (", then A less its mean over what is left" if s["recentre"] else "")
+    ),
 }
 REDUCTIONS = {
     "token-mean": "sum over units / units of the batch",
