@@ -1,8 +1,8 @@
 """Thinning: training on a random part of the units or rows, weighted so that the expectation stays the same.
 
 A rule returns ``weight [B, N]``: 0 where a unit is left out, else 1 over the probability that it was kept; and, where
-it changes them, the advantages ``[B, N]``. ``total`` sums over the processes that share the batch. The denominator stays
-that of the full data, and levels are formed from all units, so nothing else changes.
+it changes them, the advantages ``[B, N]``. ``total`` sums over the processes that share the batch. The denominator
+stays that of the full data, and levels are formed from all units, so nothing else changes.
 """
 
 from __future__ import annotations
