@@ -97,7 +97,7 @@ def _report(study: Study, warm: Sequence[Job], jobs: Sequence[Job], failed: dict
     write_summary(study.path / "summary.csv", cells)
     command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     report = write_report(study, runs, command=command, failed=failed)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 110)  # a file need not cut names short
     console.print(summary_table(study.name, cells))
     if not all(cell.final.known for cell in cells):
         console.print("one seed: no interval", style="dim")
