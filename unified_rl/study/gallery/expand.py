@@ -19,6 +19,7 @@ from unified_rl.correction.tables import KERNELS
 from unified_rl.correction.thin import THINS
 from unified_rl.correction.view import ANCHORS
 from unified_rl.errors import ConfigError
+from unified_rl.objectives.wrappers import WRAPPERS
 from unified_rl.returns.groups import group_advantage
 
 Table = Mapping[str, Callable[..., Any]]
@@ -53,6 +54,8 @@ def expanded(config: Mapping[str, Any]) -> dict[str, Any]:
     if full["advantage"]:
         full["advantage"] = {**_defaults(group_advantage), **full["advantage"]}
     full["proximal"] = full["proximal"] or {"provider": "snapshot"}
+    if full["wrapper"] and full["wrapper"].get("name") in WRAPPERS:
+        full["wrapper"] = _filled(full["wrapper"], WRAPPERS)
     about = ("name", "summary", "source", "confidence", "experimental")
     return {key: full[key] for key in (*about, *(k for k in full if k not in about))}
 
@@ -84,8 +87,8 @@ def _discrete_only(correction: Correction) -> bool:
 
 def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
     """Parameters with a default; a group advantage's tensors are no settings."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in ("weight", "given")}
+    parameters, tensors = inspect.signature(function).parameters.values(), ("weight", "given", "units")
+    return {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in tensors}
 
 
 def _filled(node: str | Mapping[str, Any], table: Table, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
