@@ -49,8 +49,8 @@ class CausalLM(TensorDictModuleBase):
         share_prompts: encode a prompt once for all rows of a batch that begin with it, when scoring too (not together
             with ``gradient_checkpointing``).
         max_new_tokens: of ``forward``.
-        cuda_graph: replay decoding steps from a CUDA graph: several times the speed where rows are few and the device
-            waits for kernel launches. Finished rows then stay in the batch until all are.
+        cuda_graph: replay decoding steps from a CUDA graph, for few rows, where the device waits for the launch of
+            kernels. Finished rows then stay in the batch until all are.
         seed: of fresh weights, and of the policy's own :attr:`generator`.
 
     Raises:
