@@ -12,8 +12,8 @@ from torch import Tensor
 from unified_rl.objectives import value_loss
 from unified_rl.policies.critics import ValueCritic
 from unified_rl.policies.token_critic import TokenCritic
-from unified_rl.returns import SuccessTracker, gae, record_advantage, to_segments, vtrace
-from unified_rl.units import Steps
+from unified_rl.returns import SuccessTracker, gae, record_advantage, segment_ends, to_segments, vtrace
+from unified_rl.units import Steps, row_return
 
 
 class StateBaseline:
@@ -117,15 +117,6 @@ def last_units(record: TensorDictBase) -> Tensor:
     return empty.scatter_reduce(1, record["step_index"], place, "amax")
 
 
-def first_units(record: TensorDictBase) -> Tensor:
-    """Which units are the first masked-in ones of their step, ``[B, N]`` bool."""
-    mask = record["mask"]
-    column = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    beyond = torch.full(record["reward"].shape, mask.shape[1], dtype=torch.int64, device=mask.device)
-    first = beyond.scatter_reduce(1, record["step_index"], torch.where(mask, column, mask.shape[1]), "amin")
-    return mask & (first.gather(1, record["step_index"]) == column)
-
-
 def critic_advantage(record: TensorDict, baseline: Baseline, lam: float, off_policy: bool, normalize: bool) -> None:
     """Writes ``advantage``, ``value_target``, ``value`` and ``value_mask`` by GAE or (``off_policy``) V-trace.
 
@@ -147,7 +138,7 @@ def step_advantage(record: TensorDict, baseline: Baseline, lam: float, off_polic
         return
     scan = baseline.step_scan_inputs(record)
     record["advantage"], target = _scanned(scan, lam, off_policy, normalize)
-    record["value_mask"] = first_units(record)
+    record["value_mask"], _ = segment_ends(record["step_index"], record["mask"], record["reward"].shape[1])
     record["value_target"] = target.gather(1, record["step_index"])
     record["value"] = scan["value"].gather(1, record["step_index"])
 
@@ -233,8 +224,7 @@ class GroupBaseline:
         if self.tracker is not None:
             gap = torch.where(record["mask"], log_prob() - record["behavior_log_prob"], 0.0).abs()
             drift = gap.sum(-1) / record["mask"].sum(-1).clamp(min=1)
-            valid = record["reward"] if "step_mask" not in record.keys() else record["reward"] * record["step_mask"]
-            self.tracker.update(record["prompt_id"], valid.sum(-1), drift)
+            self.tracker.update(record["prompt_id"], row_return(record), drift)
         return advantage[:, None].expand_as(record["reward"]).contiguous()
 
     def state_dict(self) -> dict[str, Any]:

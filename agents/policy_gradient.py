@@ -30,7 +30,7 @@ from unified_rl.objectives import Optimizer
 from unified_rl.objectives.wrappers import WRAPPERS, make_wrapper
 from unified_rl.replay import Replay
 from unified_rl.training.metrics import Means
-from unified_rl.units import record_from_steps, split_episodes, split_steps, trim_units, validate_record
+from unified_rl.units import record_from_steps, row_return, split_episodes, split_steps, trim_units, validate_record
 
 SCANNED_ONLY = ("next_observation", "terminated", "truncated", "discount", "episode", "index")
 """Keys that advantages needed and optimiser steps do not: minibatches leave them out."""
@@ -216,10 +216,10 @@ class PolicyGradient:
             record = trim_units(record, int(record["token_mask"].sum(-1).max()))
         return record
 
-    def identity_check(self, record: TensorDictBase, tolerance: float | None = None) -> dict[str, Any]:
+    def identity_check(self, record: TensorDictBase) -> dict[str, Any]:
         """On the first update: units sampled by the current weights must have ratio 1.
 
-        ``tolerance`` is that of the policy's arithmetic (``log_ratio_tolerance``) unless given.
+        The tolerance is 0.01, or the policy's own ``log_ratio_tolerance`` where its arithmetic is coarser.
 
         Raises:
             ConfigError: they do not; then the policy's ``sample`` and ``log_prob`` disagree.
@@ -231,7 +231,7 @@ class PolicyGradient:
         with torch.no_grad():
             log_prob = self.anchors.chunked(self.policy, record)
         gap = torch.where(fresh, log_prob - record["behavior_log_prob"], 0.0).abs().max()
-        if not bool(gap <= (getattr(self.policy, "log_ratio_tolerance", 1e-2) if tolerance is None else tolerance)):
+        if not bool(gap <= getattr(self.policy, "log_ratio_tolerance", 1e-2)):
             raise ConfigError(
                 f"fresh data should have log-ratio 0, but the largest is {float(gap):.3g}: the policy's sample() and "
                 "log_prob() disagree (temperature, truncation, std floor or dtype)"
@@ -241,7 +241,7 @@ class PolicyGradient:
     @torch.no_grad()
     def _annotate(self, record: TensorDict, metrics: dict[str, Any]) -> TensorDict:
         """Adds anchors, values and advantages: everything that is fixed before the first optimiser step."""
-        total = _row_return(record)
+        total = row_return(record)
         metrics["train/reward"] = total.mean()
         if self.drop_equal_groups and not self.use_critic:
             kept = _spread_groups(total, record["group"])
@@ -399,13 +399,6 @@ def _behavior_kl(log_prob: Tensor, batch: TensorDictBase) -> Tensor:
     """Estimate k3 of the KL to the policy that acted, per unit: ``exp(-x) + x - 1`` of the log-ratio ``x``."""
     x = torch.where(batch["mask"], log_prob - batch["behavior_log_prob"], 0.0).clamp(-20.0, 20.0)
     return ((-x).exp() + x - 1.0).sum() / batch["mask"].sum().clamp(min=1)
-
-
-def _row_return(record: TensorDictBase) -> Tensor:
-    """Sum of the valid rewards of each row, ``[B]``."""
-    reward = record["reward"]
-    mask = record.get("step_mask", None)
-    return (reward if mask is None else torch.where(mask, reward, 0.0)).sum(-1)
 
 
 def _spread_groups(total: Tensor, group: Tensor) -> Tensor:

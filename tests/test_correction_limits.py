@@ -238,7 +238,7 @@ def test_asymre_shift_equals_a_likelihood_penalty() -> None:
     torch.testing.assert_close(one.grad, two.grad)
 
 
-def test_levels_agree_where_the_sheets_say_so() -> None:
+def test_levels_agree_at_their_ends() -> None:
     g = torch.Generator().manual_seed(0)
     d = 0.4 * torch.randn(3, 6, generator=g, dtype=torch.float64)
     mask = torch.rand(3, 6, generator=g) > 0.3

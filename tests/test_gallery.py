@@ -120,7 +120,7 @@ def test_show_takes_overrides_and_prints_json_with_curves(capsys: pytest.Capture
         (["list", "dapo"], "show NAME"),
         (["--out", "x.png"], "--out needs a preset"),
         (["show", "dapo", "--out", "x.jpg"], "ends in .png"),
-        (["show", "dapo", "kernel.clip_hihg=1"], "did you mean clip_high"),
+        (["show", "dapo", "kernel.clip_hihg=1"], "did you mean 'clip_high'"),
         (["show", "dapo", "clip"], "not of the form key=value"),
         (["show", "dapo", "kernel.clip_high=wide"], "wrong type"),
         (["show", "dapo", "--write", "docs"], "--write takes a folder"),

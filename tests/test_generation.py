@@ -217,12 +217,15 @@ def test_the_transform_of_a_worked_example():
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize("prompts", [ragged_prompts(), [[5, 9, 4, 8], [7, 3, 3, 6]]], ids=["ragged", "equal"])
-def test_steps_on_fixed_memory_give_what_the_growing_cache_gives(model_type, prompts, device):
+def test_steps_on_fixed_memory_give_what_the_growing_cache_gives(model_type, prompts, device, monkeypatch, request):
     """On a CUDA device the steps are replayed from a graph."""
     sizes = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2} if model_type == "gpt2" else None
     policy = CausalLM(letter_tokenizer(), 64, config=sizes) if sizes else small(model_type)
     policy = policy.to(device)
     rows = [torch.as_tensor(p, dtype=torch.int64) for p in prompts]
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)  # with NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
     for greedy, stops in ((True, [4, 7]), (False, [])):  # sampled rows that leave the batch would change later draws
         settings = {"max_new_tokens": 40, "samples_per_prompt": 3, "greedy": greedy, "stop_ids": stops}
         plain, fixed = (
@@ -234,6 +237,11 @@ def test_steps_on_fixed_memory_give_what_the_growing_cache_gives(model_type, pro
         for index, (row, log_prob) in enumerate(zip(fixed.rows(), fixed.log_prob.cpu(), strict=True)):
             expected = teacher_forced(reference, rows[index // 3], row, Sampling())
             torch.testing.assert_close(log_prob[: len(row)], expected, atol=1e-4, rtol=0)
+
+
+def test_replay_is_refused_where_the_own_loop_cannot_run():
+    with pytest.raises(ConfigError, match="cuda_graph=false"):
+        generate(small("llama").model, [[5]], max_new_tokens=2, stop_ids=[], greedy=True, backend="hf", replay=True)
 
 
 def test_graphs_of_decoding_without_cuda_are_refused():

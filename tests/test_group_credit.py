@@ -9,7 +9,7 @@ import torch
 from agent_cases import filled, language, language_agent
 
 from unified_rl.agents.baselines import GroupBaseline
-from unified_rl.errors import ConfigError
+from unified_rl.errors import ConfigError, RecordError
 from unified_rl.returns import SuccessTracker
 
 
@@ -46,6 +46,22 @@ def test_a_tracker_takes_the_place_of_the_group_and_follows_each_prompt() -> Non
     second, _ = seen(agent, rows)
     torch.testing.assert_close(second, total - by_hand.value(rows["prompt_id"]), atol=1e-5, rtol=0)
     assert second.unique().numel() > 2
+
+
+def test_a_tracker_never_sees_masked_steps_and_refuses_rewards_that_are_no_success_rate() -> None:
+    policy, rows = language()
+    rows["prompt_id"] = torch.arange(len(rows))
+    rows["reward"] = torch.cat([rows["reward"], torch.full((len(rows), 1), float("nan"))], 1)
+    for key in ("terminated", "truncated", "step_mask", "discount", "episode"):
+        if key in rows.keys():
+            rows[key] = torch.cat([rows[key], rows[key].new_zeros(len(rows), 1)], 1)
+    rows["step_mask"] = torch.tensor([[True, False]]).expand(len(rows), 2).clone()
+    agent = tracked(policy, rows)
+    agent.update(filled(rows, 1))
+    assert all(0.0 < s < s + f < 3.0 for s, f in agent.groups.tracker.counts.values())
+    rows["reward"][0, 0] = 1.5
+    with pytest.raises(RecordError, match="from 0 to 1"):
+        tracked(language()[0], rows).update(filled(rows, 1))
 
 
 def test_the_counts_of_a_tracker_go_on_from_a_checkpoint() -> None:

@@ -37,6 +37,7 @@ TRAINER = textwrap.dedent(
             os._exit(9)
         if cfg.get("fail"):
             raise ValueError("loss is NaN")
+        time.sleep(cfg.get("sleep", 0))
         rows = [{"update": u, "steps": 10 * u, "wall_seconds": u, "eval/score": float(u + cfg["seed"])} for u in (0, 4)]
         rows[1:1] = [{"update": u, "steps": 10 * u, "wall_seconds": u, "ess/unit": 0.1 * u} for u in (1, 2, 3)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
@@ -144,6 +145,19 @@ def test_workers_start_runs_after_their_warm_start_and_outlive_a_dead_process(tm
     pids = {line.split()[0] for j in jobs for line in (j.folder / "calls").read_text().splitlines()}
     assert str(os.getpid()) not in pids
     assert dict(os.environ) == before
+
+
+def test_what_breaks_the_study_itself_interrupts_the_runs_under_way(tmp_path: Path, train: Any) -> None:
+    """Else the study would wait for whole runs before it said what is wrong."""
+    jobs = [Job(slug, tmp_path / slug, {"seed": 1, "run_dir": str(tmp_path / slug), "sleep": 60}, {}) for slug in "ab"]
+
+    def watch(running: Sequence[Job], ended: int) -> None:
+        if all((tmp_path / job.slug / "calls").exists() for job in jobs):
+            raise OSError("the display is gone")
+
+    with pytest.raises(OSError, match="display"):
+        run_jobs(jobs, workers=2, folder=tmp_path, train=train, watch=watch, poll_seconds=0.05)
+    assert not any((tmp_path / job.slug / "metrics.jsonl").exists() for job in jobs)
 
 
 def test_ctrl_c_leaves_finished_runs_and_the_next_start_goes_on(tmp_path: Path, train: Any, no_figures: None) -> None:

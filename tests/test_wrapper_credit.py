@@ -14,7 +14,6 @@ from unified_rl.agents.baselines import (
     TokenBaseline,
     critic_advantage,
     cut_advantage,
-    first_units,
     regression_loss,
     step_advantage,
 )
@@ -69,7 +68,7 @@ def test_one_turn_without_discount_is_return_minus_value() -> None:
     rows["terminated"] = torch.tensor([[True, False]])
     step_advantage(rows, Fixed(VALUE), lam=1.0, off_policy=False, normalize=False)
     torch.testing.assert_close(rows["advantage"][:, :1], torch.tensor([[2.0 - 0.1]]))
-    assert first_units(rows).tolist() == [[False, True, False, False, False, False]]
+    assert rows["value_mask"].tolist() == [[False, True, False, False, False, False]]
 
 
 def test_turns_of_one_token_are_tokens() -> None:

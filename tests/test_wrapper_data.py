@@ -30,8 +30,9 @@ from unified_rl.config import compose
 from unified_rl.correction import load_correction
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.objectives.wrappers.noise import LayerNoise
-from unified_rl.objectives.wrappers.proxy import MinPProxy, filtered_log_prob
+from unified_rl.objectives.wrappers.proxy import MinPProxy
 from unified_rl.policies.flow import FlowPolicy
+from unified_rl.policies.sampling import keep_min_p, token_log_prob
 from unified_rl.training.checkpoint import checkpoints, read_checkpoint
 from unified_rl.training.run import Job, resume, train
 
@@ -50,11 +51,11 @@ def agent_of(correction: str, policy: Any, rows: TensorDict, **overrides: Any) -
 def test_the_proxy_drops_improbable_tokens_and_renormalises() -> None:
     logits = torch.tensor([0.5, 0.3, 0.19, 0.01]).log().expand(4, 4)
     token = torch.arange(4)
-    relative = filtered_log_prob(logits, token, 0.1, relative=True)  # drops what is below 0.05
+    relative = token_log_prob(keep_min_p(logits, 0.1), token)  # drops what is below 0.05
     torch.testing.assert_close(relative, torch.tensor([0.5 / 0.99, 0.3 / 0.99, 0.19 / 0.99, 0.0]).log())
-    fixed = filtered_log_prob(logits, token, 0.2, relative=False)
+    fixed = token_log_prob(keep_min_p(logits, 0.2, relative=False), token)
     torch.testing.assert_close(fixed, torch.tensor([0.5 / 0.8, 0.3 / 0.8, 0.0, 0.0]).log())
-    best = filtered_log_prob(logits, token, 0.9, relative=False)
+    best = token_log_prob(keep_min_p(logits, 0.9, relative=False), token)
     torch.testing.assert_close(best, torch.tensor([1.0, 0.0, 0.0, 0.0]).log())
 
 

@@ -27,7 +27,7 @@ from unified_rl.targets import (
     with_defaults,
 )
 
-__all__ = ["build", "compose", "group_options", "option_names", "parse_overrides", "read_option", "resolve_defaults"]
+__all__ = ["build", "compose", "group_options", "parse_overrides", "preset", "preset_names", "resolve_defaults"]
 
 SETTINGS = {"train": "unified_rl.training.settings.TrainSettings"}
 IMPLIED = {"study": "unified_rl.study.grid.Study"}
@@ -97,16 +97,27 @@ def group_options(primary: str = "train", config_dirs: Sequence[str] = ()) -> di
     return groups
 
 
-def option_names(group: str) -> list[str]:
-    """The built-in options of a group, sorted."""
-    return sorted(path.stem for path in (config_root() / group).glob("*.yaml"))
+def preset_names(group: str) -> list[str]:
+    """The built-in options of a group, sorted; ``none``, which is the absence of one, is not among them."""
+    return sorted({path.stem for path in (config_root() / group).glob("*.yaml")} - {"none"})
 
 
-def read_option(group: str, name: str) -> dict[str, Any]:
-    """The content of a built-in option with that of the options it extends merged in, read without Hydra.
+def preset(group: str, name: str) -> dict[str, Any]:
+    """The fields of a built-in option's own node, those of the options it extends filled in, read without Hydra.
 
-    Mappings merge key by key, anything else replaces. ``name`` must be one of :func:`option_names`.
+    Raises:
+        ConfigError: no such option (names the nearest), or a file without that node.
     """
+    if name not in preset_names(group):
+        raise ConfigError(f"unknown {group} {name!r}; {nearest(name, preset_names(group))}")
+    node = _read_option(group, name).get(group)
+    if not isinstance(node, dict):
+        raise ConfigError(f"configs/{group}/{name}.yaml holds no '{group}:' section")
+    return {**{key: value for key, value in node.items() if key != "_target_"}, "name": name}
+
+
+def _read_option(group: str, name: str) -> dict[str, Any]:
+    """The content of a file, with that of the files it extends merged in: mappings key by key, else replaced."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -114,16 +125,15 @@ def read_option(group: str, name: str) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for parent in content.pop("defaults", []):
         if isinstance(parent, str) and parent != "_self_":
-            merged = merge(merged, read_option(group, parent))
-    return merge(merged, content)
+            merged = _merge(merged, _read_option(group, parent))
+    return _merge(merged, content)
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings merge key by key, anything else replaces."""
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        merged[key] = _merge(merged[key], value) if both else value
     return merged
 
 

@@ -226,6 +226,13 @@ def _raise_at(bad: Tensor, message: str) -> None:
         raise RecordError(f"{message} (row {row}, position {column}; {int(bad.sum())} in all)")
 
 
+def row_return(record: TensorDictBase) -> Tensor:
+    """Sum of the valid rewards of each row, ``[B]``; whatever stands in masked steps reaches nothing."""
+    reward = record["reward"]
+    mask = record.get("step_mask", None)
+    return (reward if mask is None else torch.where(mask, reward, 0.0)).sum(-1)
+
+
 def split_steps(record: TensorDictBase) -> TensorDict:
     """Every step of a control record as a row of its own, so that minibatches may shuffle steps.
 

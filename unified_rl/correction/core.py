@@ -23,7 +23,7 @@ from unified_rl.correction.pre import PRES
 from unified_rl.correction.reduce import REDUCTIONS
 from unified_rl.correction.rules import Rules
 from unified_rl.correction.score import Score, unit_advantage
-from unified_rl.correction.specs import as_rule, bind, check_keys, nearest
+from unified_rl.correction.specs import as_rule, bind, check_keys
 from unified_rl.correction.tables import (
     EXTRA_ANCHORS,
     KERNELS,
@@ -46,6 +46,7 @@ from unified_rl.correction.view import (
     share,
 )
 from unified_rl.errors import ConfigError, RecordError
+from unified_rl.targets import nearest
 
 Node = str | Mapping[str, Any]
 
@@ -81,7 +82,7 @@ class Correction:
         denominator: ``original`` counts every masked-in unit, ``kept`` those that ``reject`` left.
         horizon: the constant of ``sequence-mean-token-sum-norm`` (and optionally of ``token-sum``).
         attached: differentiate the level itself instead of the unit's log-prob (straight-through).
-        advantage: settings for :func:`unified_rl.returns.group_advantage` that the method wants; None leaves it open.
+        advantage: settings for :func:`unified_rl.returns.record_advantage` that the method wants; None leaves it open.
         proximal: settings of the proximal policy's provider, for the trainer.
         wrapper: settings of what acts outside the loss (optimiser step, data selection), for the trainer.
         name, summary, source, confidence, experimental: what it is and where it comes from.

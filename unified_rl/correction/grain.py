@@ -6,6 +6,7 @@ from typing import Any
 
 from unified_rl.correction.core import Correction
 from unified_rl.correction.specs import as_rule
+from unified_rl.correction.tables import PREPARES
 
 STEPWISE = {"unit", "step", "step_sum"}
 """Levels that no other step of the row has a say in."""
@@ -24,6 +25,13 @@ def needs_whole_rows(correction: Correction) -> bool:
     thinned = correction._thin is not None and _name(correction._thin) != "uniform"
     rejected = any(_rejects_rows(rule) for rule, _, _ in rules._reject)
     return thinned or rejected or correction.kernel_name in GROUP_KERNELS or not STEPWISE.issuperset(levels)
+
+
+def looks_at_batch(correction: Correction) -> bool:
+    """Whether a unit's weight depends on more of the optimiser batch than its own group."""
+    selects = any(penalty.select is not None for penalty in correction._penalties)
+    normalizes = any(others["normalize"] for _, _, others in correction._rules._mismatch)
+    return selects or normalizes or correction.kernel_name in PREPARES.keys() - GROUP_KERNELS.keys()
 
 
 def without_groups(correction: Correction) -> str | None:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from unified_rl.correction.select import SELECTIONS
-from unified_rl.correction.specs import bind, nearest
+from unified_rl.correction.specs import bind
 from unified_rl.correction.view import ANCHORS, View, difference, passing, safe, share
 from unified_rl.errors import ConfigError
+from unified_rl.targets import nearest
 
 
 def k1(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from unified_rl.config import option_names, read_option
+from unified_rl.config import preset, preset_names
 from unified_rl.correction.core import FIELDS, Correction, Node
-from unified_rl.correction.specs import check_keys, nearest
+from unified_rl.correction.specs import check_keys
 from unified_rl.errors import ConfigError
 
 NESTED = {"level", "kernel", "pre", "thin", "mismatch", "reject", "penalty", "advantage", "proximal", "wrapper"}
@@ -42,7 +42,7 @@ def build_correction(
 
 def correction_names() -> list[str]:
     """The names of the presets, sorted; ``none`` (no correction, for agents without one) is not among them."""
-    return [name for name in option_names("correction") if name != "none"]
+    return preset_names("correction")
 
 
 def preset_config(name: str) -> dict[str, Any]:
@@ -51,12 +51,7 @@ def preset_config(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: no such preset (names the nearest), or a file that is no correction.
     """
-    if name not in correction_names():
-        raise ConfigError(f"unknown correction {name!r}; {nearest(name, correction_names())}")
-    node = read_option("correction", name).get("correction")
-    if not isinstance(node, dict):
-        raise ConfigError(f"configs/correction/{name}.yaml holds no 'correction:' section")
-    return {**{key: value for key, value in node.items() if key != "_target_"}, "name": name}
+    return preset("correction", name)
 
 
 def load_correction(name: str, **overrides: Any) -> Correction:

@@ -10,19 +10,7 @@ from unified_rl.correction.kernels import ppo
 from unified_rl.correction.view import View, anchor_log_prob, masked
 from unified_rl.errors import RecordError
 from unified_rl.returns.groups import Groups
-
-
-def outcome(view: View) -> Tensor:
-    """Each row's summed reward, ``[B]``."""
-    reward = view.batch["reward"].to(view.log_ratio.dtype)
-    steps = view.batch.get("step_mask", None)
-    return (reward if steps is None else torch.where(steps, reward, 0.0)).sum(-1)
-
-
-def row_groups(view: View) -> Groups:
-    """The groups of the batch; one group where it names none."""
-    group = view.batch.get("group", None)
-    return Groups(torch.zeros_like(view.mask[:, 0], dtype=torch.int64) if group is None else group)
+from unified_rl.units import row_return
 
 
 def residual_prepare(
@@ -44,8 +32,8 @@ def residual_prepare(
     drift = view.unit_log_ratio.sum(-1)
     if length_normalized:
         drift = drift / view.layout.count.squeeze(-1).to(drift.dtype)
-    groups = row_groups(view)
-    delta = outcome(view) - beta * drift
+    groups = Groups.of(view.batch)
+    delta = row_return(view.batch).to(drift.dtype) - beta * drift
     value = scale * (delta - groups.mean(delta) if centred else delta)
     if divide == "group":
         value = value / (groups.count - 1).clamp(min=1)
@@ -78,13 +66,13 @@ def likelihood_pair_prepare(
     Raises:
         RecordError: a reward that is neither 0 nor 1.
     """
-    reward = outcome(view)
+    reward = row_return(view.batch).to(view.log_ratio.dtype)
     if not bool(((reward == 0) | (reward == 1)).all()):
         raise RecordError(
             "this correction splits answers into right and wrong and needs rewards of 0 or 1; with graded rewards use "
             "correction=topr, or correction=grpo"
         )
-    rate = row_groups(view).mean(reward)
+    rate = Groups.of(view.batch).mean(reward)
     mixed = (rate > 0) & (rate < 1)
     q = rate.clamp(0.02, 0.98)
     weight = {0: torch.ones_like(q), 1: 1 - q, 2: ((1 - q) / q).sqrt()}[normalize]

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from unified_rl.errors import ConfigError
-
-
-def nearest(name: object, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the nearest known ones, or all of them where none is near."""
-    names = sorted(known)
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(names)}"
+from unified_rl.targets import nearest
 
 
 def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:

@@ -67,8 +67,7 @@ def drop_negatives(
     Returns:
         The weight, and the advantage less its mean over what is left of the group (as it was where not ``recentre``).
     """
-    group = batch.get("group", None)
-    groups = Groups(torch.zeros_like(layout.mask[:, 0], dtype=torch.int64) if group is None else group)
+    groups = Groups.of(batch)
     live = layout.mask.any(-1)
     each = advantage.masked_fill(~layout.mask, 0.0).sum(-1) / layout.count.squeeze(-1).to(advantage.dtype)
     negative = live & (each < 0)

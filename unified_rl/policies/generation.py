@@ -112,7 +112,7 @@ def generate(
             until all are.
 
     Raises:
-        ConfigError: an empty prompt, no generator, or an unknown backend.
+        ConfigError: an empty prompt, no generator, an unknown backend, or ``replay`` where the own loop cannot run.
     """
     if backend not in ("own", "hf"):
         raise ConfigError(f"generation backend '{backend}' is unknown; use 'own' or 'hf'")
@@ -123,7 +123,13 @@ def generate(
     was_training = model.training
     model.eval()  # in training mode gradient checkpointing would switch the cache off
     try:
-        if backend == "own" and has_plain_cache(model):
+        own = backend == "own" and has_plain_cache(model)
+        if replay and not own:
+            raise ConfigError(
+                "decoding cannot be replayed from a CUDA graph for this model or backend (it takes the own loop over a "
+                "plain key-value cache); set policy.cuda_graph=false"
+            )
+        if own:
             return _Loop(model, tokens, lengths, job, _on_device(generator, model.device)).run()
         return _generate_hf(model, tokens, lengths, job, generator)
     finally:
@@ -176,16 +182,17 @@ class _Loop:
         self.row: Tensor | None = None  # None: every row, in order
         self.alive = torch.ones(rows, dtype=torch.bool, device=self.device)
         self.position = lengths.repeat_interleave(job.repeats)[:, None]
-        ragged, layers = bool((lengths < width).any()), count_layers(model.config)
-        columns = visible_columns(self.position[:, 0], width, width + job.max_new_tokens)
-        self.visible = columns if ragged else None
-        self.cache: FixedCache | SlabCache = SlabCache(layers, job.repeats)
+        self.cache: FixedCache | SlabCache = SlabCache(count_layers(model.config), job.repeats)
+        self.visible: Tensor | None = None
         self.replayed: ReplayedStep | None = None
+        if job.replay or bool((lengths < width).any()):
+            self.visible = visible_columns(self.position[:, 0], width, width + job.max_new_tokens)
         if job.replay:
+            assert self.visible is not None
             column = torch.full((1,), width, dtype=torch.int64, device=self.device)
-            self.cache = FixedCache(layers, job.repeats, job.max_new_tokens, column)
-            columns[..., width:] = False
-            self.replayed = ReplayedStep(self._forward, self.position, columns, column)
+            self.cache = FixedCache(count_layers(model.config), job.repeats, job.max_new_tokens, column)
+            self.visible[..., width:] = False
+            self.replayed = ReplayedStep(self._forward, self.position, self.visible, column)
         self.check_every = 1 if self.device.type == "cpu" else CHECK_EVERY_ON_DEVICE
 
     @torch.no_grad()

@@ -75,6 +75,14 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     return logits.masked_fill(logits < least, float("-inf"))
 
 
+def keep_min_p(logits: Tensor, p: float, relative: bool = True) -> Tensor:
+    """``-inf`` below a probability of ``p``, as a share of the largest one where ``relative``; at least one stays."""
+    log_prob = logits.log_softmax(-1)
+    top = log_prob.amax(-1, keepdim=True)
+    threshold = torch.full_like(top, p).log() + (top if relative else 0.0)
+    return logits.masked_fill((log_prob < threshold) & (log_prob < top), float("-inf"))
+
+
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
     """``-inf`` outside the smallest set of tokens whose probability reaches ``p``; at least one token stays."""
     ordered, index = logits.detach().sort(dim=-1, descending=True, stable=True)

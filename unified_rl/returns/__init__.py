@@ -18,7 +18,7 @@ from unified_rl.returns.ope import (
 )
 from unified_rl.returns.record import record_advantage
 from unified_rl.returns.scan import gae, retrace, vtrace
-from unified_rl.returns.segments import Segments, hierarchical_gae, segment_gae, to_segments
+from unified_rl.returns.segments import Segments, hierarchical_gae, segment_ends, segment_gae, to_segments
 from unified_rl.returns.targets import (
     action_based_target,
     action_value_target,
@@ -57,6 +57,7 @@ __all__ = [
     "q_lambda",
     "record_advantage",
     "retrace",
+    "segment_ends",
     "segment_gae",
     "stratified_advantage",
     "td_lambda",

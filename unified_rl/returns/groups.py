@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.errors import ConfigError, RecordError
@@ -27,6 +28,12 @@ class Groups:
         ids, self.index = torch.unique(group, return_inverse=True)
         self.number = ids.numel()
         self.count = self.sum(torch.ones(group.shape[0], device=group.device))
+
+    @classmethod
+    def of(cls, record: TensorDictBase) -> Groups:
+        """The groups of a record; one group where it names none."""
+        group = record.get("group", None)
+        return cls(torch.zeros_like(record["mask"][:, 0], dtype=torch.int64) if group is None else group)
 
     def sum(self, x: Tensor) -> Tensor:
         """Each row's group sum of ``x [B]``."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.returns.groups import group_advantage, stratified_advantage
 from unified_rl.returns.tracker import SuccessTracker
+from unified_rl.units import row_return
 
 PLAIN = (
     "baseline", "scale", "ddof", "eps", "singleton", "min_spread", "shift", "temperature", "reward_weights", "combine",
@@ -71,11 +72,7 @@ def record_advantage(
 
 def _reward(record: TensorDictBase, settings: Mapping[str, Any]) -> Tensor:
     """The named rewards, or each row's summed ``reward`` over valid steps."""
-    if "reward" in settings:
-        return _entry(record, settings["reward"])
-    steps = record.get("step_mask", None)
-    reward = record["reward"]
-    return (reward if steps is None else torch.where(steps, reward, 0.0)).sum(-1)
+    return _entry(record, settings["reward"]) if "reward" in settings else row_return(record)
 
 
 def _stratified(record: TensorDictBase, reward: Tensor, group: Tensor, settings: Mapping[str, Any]) -> Tensor:

@@ -67,7 +67,7 @@ class Segments:
         for name, x in (("value", value), ("segment", segment), ("mask", mask), ("done", done)):
             if x.shape != reward.shape:
                 raise RecordError(f"{name} has shape {tuple(x.shape)}, but reward has {tuple(reward.shape)}")
-        first, last = _ends(segment, mask, number)
+        first, last = segment_ends(segment, mask, number)
         done = (done | terminated) & mask
         if bool((done & ~last).any()):
             raise RecordError("an episode ends inside a segment: number segments anew in every episode")
@@ -163,7 +163,7 @@ def hierarchical_gae(
     """
     segments = Segments.of(reward, high_value, next_value, terminated, done, segment, mask, number, gamma)
     high = segments.spread(segments.gae(high_lam)[0])
-    _, last = _ends(segment, mask, number)
+    _, last = segment_ends(segment, mask, number)
     inner = torch.cat([low_value[:, 1:], low_value[:, -1:]], 1)
     following = torch.where(last, segments.next_value.gather(1, segment).to(low_value.dtype), inner)
     low, _ = gae(reward, low_value, following, terminated, done | last, gamma, low_lam, mask)
@@ -175,7 +175,7 @@ def _sum(x: Tensor, segment: Tensor, where: Tensor, number: int) -> Tensor:
     return x.new_zeros(x.shape[0], number).scatter_add(1, segment, torch.where(where, x, 0.0).to(x.dtype))
 
 
-def _ends(segment: Tensor, mask: Tensor, number: int) -> tuple[Tensor, Tensor]:
+def segment_ends(segment: Tensor, mask: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Which units are the first and the last masked-in ones of their segment, ``[B, N]`` bool."""
     count = torch.zeros(mask.shape[0], number, dtype=torch.int64, device=mask.device).scatter_add(
         1, segment, mask.long()
@@ -199,7 +199,7 @@ def to_segments(
     Returns:
         Summed rewards, the values at each segment's first unit, and which segments hold a unit, ``[B, S]``.
     """
-    first, _ = _ends(segment, mask, number)
+    first, _ = segment_ends(segment, mask, number)
     ones = torch.ones_like(reward)
     valid = _sum(ones, segment, mask, number) > 0
     return _sum(reward, segment, mask, number), _sum(value, segment, first, number), valid

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unified_rl.errors import RecordError
+
 
 class SuccessTracker:
     """Discounted Beta counts of each prompt's success. Single-stream Policy Optimization (SPO).
@@ -35,7 +37,13 @@ class SuccessTracker:
             self.counts[i] = success, strength - success
 
     def update(self, prompt: Tensor, reward: Tensor, drift: Tensor) -> None:
-        """Takes in rewards ``[B]`` in [0, 1]; ``drift [B]`` is the mean |log-prob change| on the last stored answer."""
+        """Takes in rewards ``[B]``; ``drift [B]`` is the mean |log-prob change| on the last stored answer.
+
+        Raises:
+            RecordError: a reward that is no success rate, below 0 or above 1.
+        """
+        if not bool(((reward >= 0) & (reward <= 1)).all()):
+            raise RecordError("a success tracker counts rewards from 0 to 1, and one lies outside; use baseline=mean")
         keep = (2.0 ** (-drift.cpu().double() / self.half_life)).clamp(self.low, self.high)
         for i, r, k in zip(prompt.tolist(), reward.tolist(), keep.tolist(), strict=True):
             success, failure = self.counts.get(i, (0.5, 0.5))

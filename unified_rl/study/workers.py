@@ -210,10 +210,11 @@ def _run_pool(
                 busy.remove(worker)
                 idle += _collect(worker, schedule, log)
             watch([worker.job for worker in busy if worker.job is not None], schedule.ended)
-    except KeyboardInterrupt:
-        print("\nstopping: the runs under way write their checkpoints", file=sys.stderr)
-        print("the same command goes on with them", file=sys.stderr)
-        for worker in busy:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            what = "the runs under way write their checkpoints; the same command goes on with them"
+            print(f"\nstopping: {what}", file=sys.stderr)
+        for worker in busy:  # else closing them would wait for whole runs
             worker.interrupt()
         raise
     finally:
@@ -238,6 +239,7 @@ def _collect(worker: Worker, schedule: Schedule, log: Path) -> list[Worker]:
 def _serve(connection: Connection, log: str, allow: Sequence[str], train: Train | None) -> None:
     """A worker's life: own process group (Ctrl-C reaches it through the parent, once), output to a file, jobs."""
     os.setpgrp()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have ignored it
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(sink, 1)
     os.dup2(sink, 2)

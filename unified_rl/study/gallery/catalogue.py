@@ -7,9 +7,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from unified_rl.config import option_names, read_option
-from unified_rl.errors import ConfigError
-from unified_rl.targets import nearest
+from unified_rl.config import preset, preset_names
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,8 @@ def part_name(node: Any) -> str:
 
 
 def names() -> list[str]:
-    """The presets, sorted; ``none`` is the absence of one."""
-    return [name for name in option_names("correction") if name != "none"]
+    """The presets, sorted."""
+    return preset_names("correction")
 
 
 def entry(name: str) -> Entry:
@@ -66,12 +64,7 @@ def entry(name: str) -> Entry:
     Raises:
         ConfigError: there is none (names the nearest).
     """
-    if name not in names():
-        raise ConfigError(f"unknown correction {name!r}; {nearest(name, names())}")
-    node = read_option("correction", name).get("correction")
-    if not isinstance(node, dict):
-        raise ConfigError(f"configs/correction/{name}.yaml holds no 'correction:' section")
-    return Entry(name, {**{key: value for key, value in node.items() if key != "_target_"}, "name": name})
+    return Entry(name, preset("correction", name))
 
 
 @cache

@@ -17,7 +17,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.correction.core import Correction
-from unified_rl.correction.tables import OWN_ADVANTAGE, PREPARES
+from unified_rl.correction.grain import looks_at_batch
+from unified_rl.correction.tables import OWN_ADVANTAGE
 from unified_rl.correction.view import ANCHORS
 from unified_rl.units import Source
 
@@ -26,8 +27,6 @@ POINTS, FEW_POINTS = 301, 101
 ANCHOR_PROBABILITY = 0.04
 """Probability of every anchor, for kernels that look at probabilities and not at ratios alone."""
 REFERENCE_ROWS, REFERENCE_SPREAD = 128, 0.25
-GROUP_KERNELS = {"residual", "likelihood_pair", "teacher_ppo"}
-"""Kernels whose statistics stay within a point's own group of four rows."""
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,17 @@ def curves(config: Mapping[str, Any], span: float = SPAN) -> Curves:
     """The curves of a correction.
 
     Args:
-        config: its fields, as in a preset's file. Thinning is left out: it only multiplies by what it kept.
+        config: its fields, as in a preset's file. Thinning is left out: it decides who takes part, not how much.
         span: log-ratios from ``-span`` to ``span``.
     """
     config = {**config, "thin": None}
     policy = Correction.from_config({**config, "penalty": None})
-    whole = Correction.from_config(config) if config.get("penalty") else None
-    grid = _grid(_count(policy, config), span)
-    sides = [_weights(policy, grid, sign, config) for sign in (1.0, -1.0)]
-    totals = [None if whole is None else _weights(whole, grid, sign, config) for sign in (1.0, -1.0)]
-    outer = _weights(policy, grid, 1.0, config, moved="proximal") if _has_outer(config) else None
+    whole = Correction.from_config(config)
+    batch = looks_at_batch(whole)
+    grid = _grid(FEW_POINTS if batch else POINTS, span)
+    sides = [_weights(policy, grid, sign, batch) for sign in (1.0, -1.0)]
+    totals = [_weights(whole, grid, sign, batch) if config.get("penalty") else None for sign in (1.0, -1.0)]
+    outer = _weights(policy, grid, 1.0, batch, moved="proximal") if _has_outer(config) else None
     return Curves(grid, sides[0], sides[1], totals[0], totals[1], outer)
 
 
@@ -91,36 +91,22 @@ def _has_outer(config: Mapping[str, Any]) -> bool:
     return config.get("anchor") == "proximal" and bool(config.get("mismatch") or config.get("reject"))
 
 
-def _count(correction: Correction, config: Mapping[str, Any]) -> int:
-    return FEW_POINTS if _over_batch(correction, config) else POINTS
-
-
-def _over_batch(correction: Correction, config: Mapping[str, Any]) -> bool:
-    """Whether a unit's weight depends on more than its own group."""
-    selects = any(isinstance(p, Mapping) and p.get("select") for p in config.get("penalty") or ())
-    normalized = any(isinstance(r, Mapping) and r.get("normalize") for r in config.get("mismatch") or ())
-    prepared = correction.kernel_name in PREPARES and correction.kernel_name not in GROUP_KERNELS
-    return selects or normalized or prepared
-
-
 def _grid(count: int, span: float) -> Tensor:
     """Evenly spaced, a little off centre so that no point falls on a round threshold."""
     return (torch.arange(count, dtype=torch.float64) - (count - 1) / 2 + 0.13) * (2 * span / count)
 
 
-def _weights(
-    correction: Correction, grid: Tensor, sign: float, config: Mapping[str, Any], moved: str = "current"
-) -> Tensor:
+def _weights(correction: Correction, grid: Tensor, sign: float, whole_batch: bool, moved: str = "current") -> Tensor:
     """Coefficient of the score over ``c A``, ``[n]``; over that at log-ratio 0 where the kernel makes its own A."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a rule may well reject every point of a picture
         own = correction.kernel_name in OWN_ADVANTAGE
-        unit = _measured(correction, grid.new_zeros(1), sign, config, moved) if own else sign
-        return _measured(correction, grid, sign, config, moved) / unit
+        unit = _measured(correction, grid.new_zeros(1), sign, whole_batch, moved) if own else sign
+        return _measured(correction, grid, sign, whole_batch, moved) / unit
 
 
-def _measured(correction: Correction, grid: Tensor, sign: float, config: Mapping[str, Any], moved: str) -> Tensor:
-    if _over_batch(correction, config):
+def _measured(correction: Correction, grid: Tensor, sign: float, whole_batch: bool, moved: str) -> Tensor:
+    if whole_batch:
         return torch.cat([_coefficient(correction, _batch(x, sign, moved, reference=True), 1) for x in grid.split(1)])
     return _coefficient(correction, _batch(grid, sign, moved, reference=False), len(grid))
 

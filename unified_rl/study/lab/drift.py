@@ -6,7 +6,6 @@ slightly different) or lag (the policy some steps back on the path).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unified_rl.errors import ConfigError
+from unified_rl.policies.sampling import keep_min_p
 from unified_rl.study.lab.policies import Policy
 from unified_rl.study.lab.problems import Problem
 from unified_rl.study.lab.values import divergence, true_advantage, true_gradient
@@ -159,10 +159,9 @@ def _drift(
     return Drift(kind, amount, divergence(problem, behavior, current), tables, lag)
 
 
-def filtered(table: Tensor, least: float = 0.02) -> Tensor:
-    """A policy without the actions below ``least`` times the most probable one (Lp-Reg's proxy, 2510.03222)."""
-    low = table < table.amax(-1, keepdim=True) + math.log(least)
-    return table.masked_fill(low, -torch.inf).log_softmax(-1)
+def filtered(table: Tensor) -> Tensor:
+    """A policy without the actions below 0.02 times the most probable one (Lp-Reg's proxy, 2510.03222)."""
+    return keep_min_p(table, 0.02).log_softmax(-1)
 
 
 def teacher(problem: Problem, table: Tensor, temperature: float = 0.25) -> Tensor:

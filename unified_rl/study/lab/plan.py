@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from unified_rl.correction import Correction, load_correction, preset_config
+from unified_rl.correction.grain import looks_at_batch
+from unified_rl.correction.tables import OWN_ADVANTAGE
 
 ROW, GROUP, SAMPLED_GROUP, SAMPLED_BATCH = "exact", "exact over groups", "sampled groups", "sampled batches"
 """Routes: by summing over trajectories, over groups of them too, or by seeded Monte Carlo over groups or batches."""
@@ -18,8 +20,7 @@ OUTSIDE = {
 """Wrappers without which nothing of the method is left, and why the lab has none."""
 
 GROUPWISE_BASELINES = ("mean", "leave_one_out", "max", "none", "soft")
-BATCH_KERNELS = {"ess_cap", "ess_cap_mixed", "m2_mask", "searched_ppo", "clip_cov", "spared_ppo", "teacher_ppo"}
-PLAIN_KERNELS = {"one", "is", "exp_advantage", "residual", "likelihood_pair", "teacher_ppo"}
+PLAIN_KERNELS = {"one", "is", "exp_advantage"} | OWN_ADVANTAGE
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def follows_policy(correction: Correction) -> bool:
 
 
 def _advantage(correction: Correction, asked: str) -> str:
-    if correction.kernel_name in ("residual", "likelihood_pair", "teacher_ppo"):
+    if correction.kernel_name in OWN_ADVANTAGE:
         return "own"
     if correction.attached and correction.level_name == "prefix":
         return "reward"
@@ -93,16 +94,11 @@ def _advantage(correction: Correction, asked: str) -> str:
 
 
 def _route(config: dict[str, Any], correction: Correction, advantage: str, binary: bool) -> str:
-    kernel = correction.kernel_name
-    selects = [node.get("select") for node in config.get("penalty") or [] if isinstance(node, dict)]
-    normalizes = any(isinstance(node, dict) and node.get("normalize") for node in config.get("mismatch") or [])
-    thin = config.get("thin") or {}
-    thin = thin if isinstance(thin, str) else thin.get("name", "")
-    if kernel in BATCH_KERNELS or any(selects) or normalizes or thin == "drop_negatives":
+    if looks_at_batch(correction):
         return SAMPLED_BATCH
-    if thin or kernel == "residual":
+    if config.get("thin") or correction.kernel_name == "residual":
         return SAMPLED_GROUP
-    if kernel == "likelihood_pair":
+    if correction.kernel_name == "likelihood_pair":
         return GROUP
     if advantage != "group":
         return ROW
