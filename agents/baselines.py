@@ -108,6 +108,13 @@ class TokenBaseline:
 Baseline: TypeAlias = StateBaseline | TokenBaseline
 
 
+def make_baseline(
+    policy: Any, language: bool, hidden: tuple[int, ...], config: dict[str, Any] | None, seed: int
+) -> Baseline:
+    """A baseline for the domain: over tokens with a critic of that ``config``, or over states with these widths."""
+    return TokenBaseline(policy, config, seed) if language else StateBaseline(policy, hidden, seed)
+
+
 def last_units(record: TensorDictBase) -> Tensor:
     """Column of the last masked-in unit of every step, ``[B, T]``; -1 where a step has none."""
     mask = record["mask"]

@@ -18,8 +18,7 @@ from unified_rl.agents.baselines import (
     CREDITS,
     Baseline,
     GroupBaseline,
-    StateBaseline,
-    TokenBaseline,
+    make_baseline,
     regression_loss,
 )
 from unified_rl.agents.choices import CREDIT_OF, check_groups, choose_credit
@@ -135,22 +134,13 @@ class PolicyGradient:
         self.lr, self.anneal_lr = lr, anneal_lr
         self.wrapper = make_wrapper(policy, correction)
         self.shuffle_steps = self._may_split() if shuffle_steps is None else shuffle_steps
-        if self.shuffle_steps and not self._may_split():
-            raise ConfigError(
-                f"agent.shuffle_steps cuts rows that correction {correction.name} (level {correction.level_name!r}) "
-                "needs whole"
-            )
-        if entropy_coef and not hasattr(policy, "entropy"):
-            raise ConfigError(f"agent.entropy_coef needs a policy with an entropy; {type(policy).__name__} has none")
+        self._refuse(compiled=compile or cuda_graph)
         self.device = torch.device(device)
         self.groups = GroupBaseline(correction.advantage)
         self.baseline: Baseline | None = None
         modules: dict[str, nn.Module] = {"policy": policy}
         if self.use_critic:
-            if self.language:
-                self.baseline = TokenBaseline(policy, critic_config, seed)
-            else:
-                self.baseline = StateBaseline(policy, critic_hidden, seed)
+            self.baseline = make_baseline(policy, self.language, critic_hidden, critic_config, seed)
             modules["critic"] = self.baseline.module.to(self.device)
         self.optimizer = Optimizer(
             modules,
@@ -162,14 +152,22 @@ class PolicyGradient:
         )
         self.wrapper.attach(self.optimizer)
         self.anchors = Anchors(policy, correction, self.wrapper, teacher, micro_batch, off_policy_targets)
-        if self.wrapper.rescores and (compile or cuda_graph):
-            raise ConfigError(
-                f"correction {correction.name} scores units in its own way; set agent.compile and agent.cuda_graph to "
-                "false"
-            )
         self._score = _scoring(policy, compile, cuda_graph, self.device)
         self.version = 0
         self.checked = False
+
+    def _refuse(self, *, compiled: bool) -> None:
+        """Raises ConfigError for settings that contradict the correction or the policy."""
+        name, policy = self.correction.name, self.policy
+        if self.shuffle_steps and not self._may_split():
+            level = self.correction.level_name
+            raise ConfigError(f"agent.shuffle_steps cuts rows that correction {name} (level {level!r}) needs whole")
+        if self.entropy_coef and not hasattr(policy, "entropy"):
+            raise ConfigError(f"agent.entropy_coef needs a policy with an entropy; {type(policy).__name__} has none")
+        if compiled and self.wrapper.rescores:
+            raise ConfigError(
+                f"correction {name} scores units in its own way; set agent.compile and agent.cuda_graph to false"
+            )
 
     def _may_split(self) -> bool:
         by_step = not needs_whole_rows(self.correction) and not self.wrapper.whole_rows

@@ -143,22 +143,16 @@ def group_advantage(
         ConfigError: an unknown option.
         RecordError: shapes disagree, or an argument that the baseline needs is missing.
     """
-    reward = reward.detach() if reward.dtype == torch.float64 else reward.detach().float()
-    if group.shape != reward.shape[:1]:
-        raise RecordError(f"group has shape {tuple(group.shape)}, but reward has {tuple(reward.shape)}")
     if combine not in ("sum_first", "normalize_first"):
         raise ConfigError(f"combine must be sum_first or normalize_first, got {combine!r}")
     if scale not in ("none", "std", "batch", "whiten"):
         raise ConfigError(f"scale must be none, std, batch or whiten, got {scale!r}")
-    columns = reward.unsqueeze(-1) if reward.ndim == 1 else reward
-    weights = reward.new_ones(columns.shape[1]) if reward_weights is None else reward.new_tensor(reward_weights)
-    if weights.shape[0] != columns.shape[1]:
-        raise RecordError(f"{weights.shape[0]} reward_weights for {columns.shape[1]} rewards")
+    columns, weights = _columns(reward, group, reward_weights)
     groups = Groups(group)
     if combine == "sum_first":
-        columns, weights = (columns * weights).sum(-1, keepdim=True), reward.new_ones(1)
+        columns, weights = (columns * weights).sum(-1, keepdim=True), weights.new_ones(1)
 
-    counts = torch.ones_like(columns[:, 0]) if units is None else units.to(reward.dtype)
+    counts = torch.ones_like(columns[:, 0]) if units is None else units.to(columns.dtype)
     spread = _Spread(ddof, eps, min_spread, counts)
     each = "std" if combine == "normalize_first" and scale == "whiten" else scale
 
@@ -188,6 +182,18 @@ def stratified_advantage(
     within = group_advantage(reward, key, scale=scale, ddof=ddof)
     within = torch.where(Groups(key).count == 1, whole, within)
     return blend * within + (1 - blend) * whole
+
+
+def _columns(reward: Tensor, group: Tensor, weights: Sequence[float] | None) -> tuple[Tensor, Tensor]:
+    """Rewards as ``[B, K]`` in at least float32, without gradient, and the K weights."""
+    reward = reward.detach() if reward.dtype == torch.float64 else reward.detach().float()
+    if group.shape != reward.shape[:1]:
+        raise RecordError(f"group has shape {tuple(group.shape)}, but reward has {tuple(reward.shape)}")
+    columns = reward.unsqueeze(-1) if reward.ndim == 1 else reward
+    given = reward.new_ones(columns.shape[1]) if weights is None else reward.new_tensor(weights)
+    if given.shape[0] != columns.shape[1]:
+        raise RecordError(f"{given.shape[0]} reward_weights for {columns.shape[1]} rewards")
+    return columns, given
 
 
 def _centred(
