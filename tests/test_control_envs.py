@@ -25,7 +25,7 @@ from unified_rl.envs.control import (
     TwoRouteEnv,
     make_mujoco,
 )
-from unified_rl.envs.control.tasks import HalfCheetah
+from unified_rl.envs.control.tasks import HalfCheetah, quiet_deprecations
 from unified_rl.errors import CheckpointError, ConfigError, NonFiniteError
 from unified_rl.rollout.protocols import ControlEnv, StepResult
 
@@ -243,3 +243,11 @@ def test_loading_a_task_prints_nothing_and_leaves_no_log(
     HalfCheetah().load_model()
     assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
     assert mujoco.get_mju_user_warning() is None
+
+
+def test_other_warnings_of_mujoco_are_heard(recwarn: pytest.WarningsRecorder) -> None:
+    with quiet_deprecations():
+        say = mujoco.get_mju_user_warning()
+        say("compiler attribute 'settotalmass' is deprecated and will be removed")
+        say("the solver diverged")
+    assert [str(w.message) for w in recwarn] == ["MuJoCo: the solver diverged"]
