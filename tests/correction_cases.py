@@ -43,3 +43,17 @@ def drifted(seed: int = 0, rows: int = 4, width: int = 6, size: float = 0.3) -> 
     g = torch.Generator().manual_seed(seed)
     log_ratio = size * torch.randn(rows, width, generator=g, dtype=torch.float64)
     return record(log_ratio, torch.randn(rows, generator=g, dtype=torch.float64))
+
+
+def three_turns(log_probs: dict[str, Tensor], g: torch.Generator, hidden: float) -> TensorDict:
+    """A record around log-probs ``[B, N]``: groups of four rows, three turns, an outcome of 0 or 1, a share masked."""
+    rows, width = next(iter(log_probs.values())).shape
+    items = {**log_probs, "mask": torch.rand(rows, width, generator=g) > hidden}
+    items["step_index"] = (torch.arange(width) * 3 // width).expand(rows, -1).contiguous()
+    items["reward"] = torch.zeros(rows, 3, dtype=torch.float64)
+    items["reward"][:, -1] = (torch.rand(rows, generator=g) > 0.5).double()
+    items["advantage"] = torch.randn(rows, generator=g, dtype=torch.float64)
+    items["group"] = torch.arange(rows) // 4
+    items["source"] = torch.arange(rows) % 3
+    items["policy_version"] = torch.zeros(rows, width, dtype=torch.int64)
+    return TensorDict(items, batch_size=[rows])

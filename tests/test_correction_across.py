@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from correction_cases import three_turns
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -71,16 +72,9 @@ def make() -> tuple[Tensor, TensorDict]:
         f"{name}_log_prob": current + 0.3 * torch.randn(rows, width, generator=g, dtype=torch.float64)
         for name in ("behavior", "proximal", "reference", "proxy", "teacher")
     }
-    items["mask"] = torch.rand(rows, width, generator=g) > 0.25
-    items["mask"][SHARES[-1]] = False
-    items["step_index"] = (torch.arange(width) * 3 // width).expand(rows, -1).contiguous()
-    items["reward"] = torch.zeros(rows, 3, dtype=torch.float64)
-    items["reward"][:, -1] = (torch.rand(rows, generator=g) > 0.5).double()
-    items["advantage"] = torch.randn(rows, generator=g, dtype=torch.float64)
-    items["group"] = torch.arange(rows) // 4
-    items["source"] = torch.arange(rows) % 3
-    items["policy_version"] = torch.zeros(rows, width, dtype=torch.int64)
-    return current, TensorDict(items, batch_size=[rows])
+    batch = three_turns(items, g, hidden=0.25)
+    batch["mask"][SHARES[-1]] = False
+    return current, batch
 
 
 def gradient(correction: Correction, log_prob: Tensor, batch: TensorDict) -> Tensor:

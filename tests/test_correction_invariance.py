@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from correction_cases import three_turns
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -39,15 +40,7 @@ def make(seed: int = 0, rows: int = 8, width: int = 7, drift: float = 0.2) -> tu
 
     current = -1.0 - 2 * torch.rand(rows, width, generator=g, dtype=torch.float64)
     items: dict[str, Tensor] = {f"{name}_log_prob": noisy() for name in LOG_PROBS}
-    items["mask"] = torch.rand(rows, width, generator=g) > 0.3
-    items["step_index"] = (torch.arange(width) * 3 // width).expand(rows, -1).contiguous()
-    items["reward"] = torch.zeros(rows, 3, dtype=torch.float64)
-    items["reward"][:, -1] = (torch.rand(rows, generator=g) > 0.5).double()
-    items["advantage"] = torch.randn(rows, generator=g, dtype=torch.float64)
-    items["group"] = torch.arange(rows) // 4
-    items["source"] = torch.arange(rows) % 3
-    items["policy_version"] = torch.zeros(rows, width, dtype=torch.int64)
-    return current, TensorDict(items, batch_size=[rows])
+    return current, three_turns(items, g, hidden=0.3)
 
 
 def preset(name: str, **overrides: Any) -> Correction:
