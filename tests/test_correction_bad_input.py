@@ -160,5 +160,5 @@ def test_unknown_presets_and_fields_on_the_command_line_name_the_nearest(
         assert cli.main([*run, "correction=ppo", override] if "." in override else [*run, override]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1
-    with pytest.raises(ConfigError, match="no field 'clip_hihg'; did you mean clip_high"):
+    with pytest.raises(ConfigError, match="no field 'clip_hihg'; did you mean 'clip_high'"):
         load_correction("ppo", **{"kernel.clip_hihg": 0.1})
