@@ -28,6 +28,8 @@ class Anchors:
         wrapper: adds its own keys in the same pass.
         teacher: folder of the teacher, see :func:`~unified_rl.agents.teacher.load_teacher`.
         micro_batch: rows of one forward pass; None takes all.
+        log_probs: anchors whose log-probs terms of the loss need beside the correction.
+        policies: anchors whose whole distributions they need.
         proximal: store proximal log-probs although the correction does not ask for them.
 
     Raises:
@@ -42,8 +44,13 @@ class Anchors:
         teacher: str | None = None,
         micro_batch: int | None = None,
         proximal: bool = False,
+        log_probs: frozenset[str] = frozenset(),
+        policies: frozenset[str] = frozenset(),
     ) -> None:
-        if correction.needs("teacher") != (teacher is not None):
+        def needs(name: str) -> bool:
+            return correction.needs(name) or name in log_probs
+
+        if (needs("teacher") or "teacher" in policies) != (teacher is not None):
             raise ConfigError(
                 f"correction {correction.name} learns from a teacher: set agent.teacher to the folder of a run of this "
                 "library (or of a language model)"
@@ -52,13 +59,20 @@ class Anchors:
             )
         self.policy, self.wrapper, self.micro_batch = policy, wrapper, micro_batch
         self.provider = correction.proximal.get("provider", "snapshot")
-        self.needs_proximal = correction.needs("proximal") or proximal
+        self.needs_proximal = needs("proximal") or proximal
+        self.scored = [name for name in ("reference", "teacher") if needs(name)]
         self.placeholder = self.provider == "interpolated" and not proximal  # set anew at every optimiser step
-        self.reference = copy.deepcopy(policy).requires_grad_(False) if correction.needs("reference") else None
+        kept = needs("reference") or "reference" in policies
+        self.reference = copy.deepcopy(policy).requires_grad_(False) if kept else None
         self.teacher = None if teacher is None else load_teacher(teacher, policy)
         self.average: MovingAverage | None = None
         if self.provider == "average":
             self.average = MovingAverage(policy, float(correction.proximal.get("decay", 0.9)))
+
+    @property
+    def policies(self) -> dict[str, Any]:
+        """Policies by anchor name; ``self`` are the weights that are trained, as they are at each step."""
+        return {"reference": self.reference, "teacher": self.teacher, "self": self.policy}
 
     def annotate(self, record: TensorDict, version: int) -> None:
         """Writes the log-probs ``[B, N]`` of the anchors, and the wrapper's keys, into the record."""
@@ -68,7 +82,7 @@ class Anchors:
         else:
             extra.pop("proximal_log_prob", None)
         for name, policy in (("reference", self.reference), ("teacher", self.teacher)):
-            if policy is not None:
+            if name in self.scored:
                 extra[f"{name}_log_prob"] = self.chunked(policy, record)
         record.update(extra)
 

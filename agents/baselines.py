@@ -10,6 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from unified_rl.objectives import value_loss
+from unified_rl.objectives.rows import Rows
 from unified_rl.policies.critics import ValueCritic
 from unified_rl.policies.token_critic import TokenCritic
 from unified_rl.returns import SuccessTracker, gae, record_advantage, segment_ends, to_segments, vtrace
@@ -209,11 +210,12 @@ class GroupBaseline:
     Args:
         settings: see :func:`unified_rl.returns.record_advantage`. With ``baseline: tracker`` a
             :class:`~unified_rl.returns.SuccessTracker` takes the place of the group; it forgets by how far a row's
-            policy has drifted from its sampler.
+            policy has drifted from its sampler. ``rows`` says over which rows the statistics are taken.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = dict(settings)
+        self.rows = Rows.of(self.settings.pop("rows", None))
         self.tracker = SuccessTracker() if self.settings.get("baseline") == "tracker" else None
 
     def __call__(self, record: TensorDictBase, log_prob: Callable[[], Tensor], weight: Tensor | None) -> Tensor:
@@ -224,6 +226,20 @@ class GroupBaseline:
             log_prob: scores them with the present weights, ``[B, N]``; only a tracker asks.
             weight: ``[B]`` of a weighted baseline, in place of the rows' units.
         """
+        if not self.rows.every:
+            return self._over_some(record, log_prob, weight)
+        return self._over_all(record, log_prob, weight)
+
+    def _over_some(self, record: TensorDictBase, log_prob: Callable[[], Tensor], weight: Tensor | None) -> Tensor:
+        """Statistics over the chosen rows; the others have no advantage."""
+        chosen = self.rows.of_record(record)
+        advantage = torch.zeros_like(record["reward"])
+        if bool(chosen.any()):
+            some = None if weight is None else weight[chosen]
+            advantage[chosen] = self._over_all(record[chosen], lambda: log_prob()[chosen], some)
+        return advantage
+
+    def _over_all(self, record: TensorDictBase, log_prob: Callable[[], Tensor], weight: Tensor | None) -> Tensor:
         settings = self.settings
         if weight is not None and settings.get("baseline") == "weighted":
             record["row_weight"], settings = weight, {**settings, "weight": "row_weight"}

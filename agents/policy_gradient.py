@@ -14,23 +14,22 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from unified_rl.agents.anchors import PROVIDERS, Anchors
-from unified_rl.agents.baselines import (
-    CREDITS,
-    Baseline,
-    GroupBaseline,
-    make_baseline,
-    regression_loss,
-)
+from unified_rl.agents.baselines import Baseline, GroupBaseline, make_baseline
 from unified_rl.agents.choices import CREDIT_OF, check_groups, choose_credit
+from unified_rl.agents.estimate import CriticAdvantage, Estimate
+from unified_rl.agents.loss import anchors_of, make_term, term_nodes
 from unified_rl.correction import Correction
 from unified_rl.correction.grain import needs_whole_rows
 from unified_rl.errors import ConfigError
 from unified_rl.objectives import Optimizer
+from unified_rl.objectives.objective import Objective
+from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.wrappers import WRAPPERS, make_wrapper
 from unified_rl.replay import Replay
 from unified_rl.training.metrics import Means
-from unified_rl.units import record_from_steps, row_return, split_episodes, split_steps, trim_units, validate_record
+from unified_rl.units import record_from_steps, split_episodes, split_steps, trim_units, validate_record
 
+OWN_ROWS = Rows("own")
 SCANNED_ONLY = ("next_observation", "terminated", "truncated", "discount", "episode", "index")
 """Keys that advantages needed and optimiser steps do not: minibatches leave them out."""
 
@@ -77,6 +76,10 @@ class PolicyGradient:
         compile: compile the policy's scoring function with ``torch.compile``.
         cuda_graph: compile it so that its forward and backward passes are replayed from CUDA graphs (mode
             ``reduce-overhead``); needs a CUDA device, and minibatches of one size to be of use.
+        objectives: terms of the loss by name, beside or instead of ``policy``, ``value`` and ``entropy``; null takes
+            one out. See :data:`unified_rl.agents.loss.TERMS`.
+        maps: of the advantages, in order, see :data:`unified_rl.returns.maps.MAPS`.
+        gates: bool columns by name, see :data:`unified_rl.returns.gates.GATES`, for the ``rows`` of terms.
 
     Raises:
         ConfigError: settings that do not fit the policy.
@@ -115,6 +118,9 @@ class PolicyGradient:
         device: str = "cpu",
         compile: bool = False,
         cuda_graph: bool = False,
+        objectives: dict[str, Any] | None = None,
+        gates: dict[str, Any] | None = None,
+        maps: list[str | dict[str, Any]] | None = None,
         seed: int = 0,
     ) -> None:
         self.language = hasattr(policy, "generate")
@@ -126,17 +132,15 @@ class PolicyGradient:
         self.rows, self.length = rows, length
         self.epochs, self.minibatch, self.micro_batch = epochs, minibatch, micro_batch
         self.gamma = gamma if gamma is not None else (1.0 if self.language else 0.99)
-        self.lam, self.off_policy_targets = lam, off_policy_targets
-        self.value_coef, self.value_clip, self.entropy_coef = value_coef, value_clip, entropy_coef
+        self.entropy_coef = entropy_coef
         whiten = self.use_critic and bool(correction.wrapper.get("whiten", True))
         self.normalize_advantage = whiten if normalize_advantage is None else normalize_advantage
-        self.drop_equal_groups, self.target_kl = drop_equal_groups, target_kl
+        self.target_kl = target_kl
         self.lr, self.anneal_lr = lr, anneal_lr
         self.wrapper = make_wrapper(policy, correction)
         self.shuffle_steps = self._may_split() if shuffle_steps is None else shuffle_steps
         self._refuse(compiled=compile or cuda_graph)
         self.device = torch.device(device)
-        self.groups = GroupBaseline(correction.advantage)
         self.baseline: Baseline | None = None
         modules: dict[str, nn.Module] = {"policy": policy}
         if self.use_critic:
@@ -151,8 +155,19 @@ class PolicyGradient:
             extra=self.wrapper.modules(),
         )
         self.wrapper.attach(self.optimizer)
-        self.anchors = Anchors(policy, correction, self.wrapper, teacher, micro_batch, off_policy_targets)
+        nodes = term_nodes(objectives, value_coef if self.use_critic else None, value_clip, entropy_coef)
+        wanted = anchors_of(nodes)
+        self.anchors = Anchors(policy, correction, self.wrapper, teacher, micro_batch, off_policy_targets, *wanted)
         self._score = _scoring(policy, compile, cuda_graph, self.device)
+        terms = {name: make_term(name, node, self) for name, node in nodes.items()}
+        score = lambda rows: self.wrapper.score(rows, self._plain)  # noqa: E731
+        self.objective = Objective(policy, terms, score, generator)
+        groups = GroupBaseline(correction.advantage)
+        source: Any = groups
+        if self.baseline is not None:
+            source = CriticAdvantage(self.baseline, self.credit, lam, off_policy_targets, self.normalize_advantage)
+        drop = drop_equal_groups and not self.use_critic
+        self.estimate = Estimate(policy, self.anchors, self.wrapper, self.objective, source, drop, gates, maps)
         self.version = 0
         self.checked = False
 
@@ -188,20 +203,23 @@ class PolicyGradient:
         if self.anneal_lr:
             self.optimizer.set_lr(self.lr * (1.0 - progress))
         self.wrapper.start(progress)
+        self.objective.start(progress, self.version)
         record = self._draw(replay)
         metrics: dict[str, Any] = {}
         if not self.checked:
-            check_groups(record, self.correction, self.use_critic)
+            if "policy" in self.objective.terms:
+                check_groups(OWN_ROWS.chosen(record), self.correction, self.use_critic)
             metrics = self.identity_check(record)
         record = self._annotate(record, metrics)
-        if not len(record):
-            self.version += 1
-            return metrics
-        metrics |= self._optimize(split_steps(record) if self.shuffle_steps else record)
-        if not self.language:
-            self._update_normalizers(record)
+        trained = len(record) > 0
+        if trained:
+            metrics |= self._optimize(split_steps(record) if self.shuffle_steps else record)
+            if not self.language:
+                self._update_normalizers(record)
         self.version += 1
-        self.anchors.update(self.version)
+        if trained:
+            self.anchors.update(self.version)
+        self.objective.finish(metrics)
         return metrics
 
     def _draw(self, replay: Replay) -> TensorDict:
@@ -222,7 +240,7 @@ class PolicyGradient:
         Raises:
             ConfigError: they do not; then the policy's ``sample`` and ``log_prob`` disagree.
         """
-        fresh = record["mask"] & (record["policy_version"] == self.version)
+        fresh = OWN_ROWS.within(record)["mask"] & (record["policy_version"] == self.version)
         self.checked = True
         if not bool(fresh.any()) or self.version > 0:
             return {}
@@ -236,112 +254,44 @@ class PolicyGradient:
             )
         return {"identity/max_log_ratio": gap}
 
-    @torch.no_grad()
     def _annotate(self, record: TensorDict, metrics: dict[str, Any]) -> TensorDict:
-        """Adds anchors, values and advantages: everything that is fixed before the first optimiser step."""
-        total = row_return(record)
-        metrics["train/reward"] = total.mean()
-        if self.drop_equal_groups and not self.use_critic:
-            kept = _spread_groups(total, record["group"])
-            metrics["train/groups_kept"] = kept.float().mean()
-            record = record[kept]
-            if not len(record):
-                return record
-        self.anchors.annotate(record, self.version)
-        if self.use_critic:
-            assert self.baseline is not None
-            credit = CREDITS[self.credit]
-            credit(record, self.baseline, self.lam, self.off_policy_targets, self.normalize_advantage)
-        else:
-            score = partial(self.anchors.chunked, self.policy, record)
-            record["advantage"] = self.groups(record, score, self.wrapper.row_weight(record))
-        metrics["train/zero_advantage"] = (record["advantage"] == 0).float().mean()
-        return record
+        return self.estimate(record, self.version, metrics)
 
     # ------------------------------------------------------------------ optimiser steps
 
     def _optimize(self, rows: TensorDict) -> dict[str, Any]:
         means = Means()
-        first: dict[str, Any] = {}
         size = min(self.minibatch or len(rows), len(rows))
         for _ in range(self.epochs):
             for batch in self._minibatches(rows, size):
-                metrics = self.wrapper.around(partial(self._step, batch, first), batch)
+                metrics = self.wrapper.around(partial(self._step, batch), batch)
                 means.add(metrics)
             if self.target_kl is not None and float(metrics["update/kl"]) > self.target_kl:
                 break
         finished = self.wrapper.finish(rows.split(self.micro_batch or size))
+        first = self.objective.terms["policy"].first if "policy" in self.objective.terms else {}
         return {**means.pop(), **first, **finished}
 
     def _minibatches(self, rows: TensorDict, size: int) -> Sequence[TensorDict]:
         """All rows in random order, cut into pieces of ``size``: one gather an epoch costs less than one a piece."""
         if size == len(rows):
             return [rows]
-        order = torch.randperm(len(rows), generator=self.generator, device=self.device)
+        if any(term.whole_groups for term in self.objective.active.values()):
+            order = shuffled_groups(rows["group"], size, self.generator)
+        else:
+            order = torch.randperm(len(rows), generator=self.generator, device=self.device)
         return rows.exclude(*SCANNED_ONLY)[order].split(size)
 
-    def _step(self, batch: TensorDict, first: dict[str, Any]) -> dict[str, Any]:
-        """One gradient and one optimiser step; the first of an update fills ``first`` with diagnostics."""
+    def _step(self, batch: TensorDict) -> dict[str, Any]:
+        """One gradient and one optimiser step."""
         self.optimizer.zero_grad()
-        size = min(self.micro_batch or len(batch), len(batch))
-        whole, stats = size == len(batch), None
-        if not whole:
-            stats = self._prepare(batch, self._scored(batch, size, not first), first).split(size)
-        total = torch.zeros((), device=self.device)
         means = Means()
-        for index, part in enumerate([batch] if whole else batch.split(size)):
-            log_prob, penalty = self.wrapper.score(part, self._plain)
-            if stats is None:
-                stats = [self._prepare(batch, log_prob.detach(), first)]
-            out = self.correction.loss(log_prob, part, stats[index])
-            self.wrapper.watch(log_prob, part, stats[index], out.weight)
-            loss = out.loss + self._extra(part, batch, means)
-            if penalty is not None:
-                loss = loss + self._reduced(penalty, part, stats[index], means)
-            loss.backward()
-            total = total + loss.detach()
-            means.add({**out.metrics, "update/kl": _behavior_kl(log_prob.detach(), part)})
+        total = self.objective.backward(batch, self.micro_batch, means)
         norm = self.optimizer.step(total)
         return {**means.pop_tensors(), "loss/total": total, "grad/norm": norm}
 
     def _plain(self, part: TensorDictBase) -> Tensor:
         return self._score(part).log_prob
-
-    @torch.no_grad()
-    def _scored(self, batch: TensorDict, size: int, wanted: bool) -> Tensor:
-        """The present log-probs of a whole minibatch where anything looks at them; else the behavior's stand in."""
-        if not (wanted or self.correction.needs_full_pass or self.anchors.provider == "interpolated"):
-            return batch["behavior_log_prob"]
-        plain = lambda part: self.policy.log_prob(part).log_prob  # noqa: E731
-        return torch.cat([self.wrapper.score(part, plain)[0] for part in batch.split(size)])
-
-    def _prepare(self, batch: TensorDict, log_prob: Tensor, first: dict[str, Any]) -> TensorDict:
-        """The correction's statistics of a whole minibatch."""
-        self.anchors.interpolate(batch, log_prob, self.version)
-        stats = self.correction.prepare(log_prob, batch)
-        if not first:
-            first.update(self.correction.diagnostics(log_prob, batch, stats, version=self.version))
-        return stats
-
-    def _reduced(self, penalty: Tensor, part: TensorDict, stats: TensorDict, means: Means) -> Tensor:
-        """A wrapper's penalty ``[B, N]``, reduced as the correction's own."""
-        value = (torch.where(part["mask"], penalty, 0.0) * stats["coefficient"].unsqueeze(-1)).sum()
-        means.add({"loss/wrapper": value.detach()})
-        return value
-
-    def _extra(self, part: TensorDict, whole: TensorDict, means: Means) -> Tensor | float:
-        """Value loss and entropy bonus of a micro-batch; those of all of them add up to the whole batch's."""
-        extra: Tensor | float = 0.0
-        if self.baseline is not None:
-            error = regression_loss(self.baseline, part, self.value_clip)
-            means.add({"loss/value": error.detach()})
-            extra = extra + self.value_coef * error * _share(part, whole, "value_mask")
-        if self.entropy_coef:
-            entropy = self.policy.entropy(part)
-            entropy = torch.where(part["mask"], entropy, 0.0).sum() / part["mask"].sum().clamp(min=1)
-            means.add({"policy/entropy": entropy.detach()})
-            extra = extra - self.entropy_coef * entropy * _share(part, whole, "mask")
-        return extra
 
     def _update_normalizers(self, record: TensorDict) -> None:
         seen = record["observation"][record["step_mask"]]
@@ -359,7 +309,8 @@ class PolicyGradient:
             "critic": dict(self.baseline.module.state_dict()) if self.baseline is not None else None,
             **self.anchors.state_dict(),
             "wrapper": self.wrapper.state_dict(),
-            "groups": self.groups.state_dict(),
+            "groups": self.estimate.state_dict(),
+            "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "version": self.version,
@@ -373,15 +324,25 @@ class PolicyGradient:
             self.baseline.module.load_state_dict(state["critic"])
         self.anchors.load_state_dict(state)
         self.wrapper.load_state_dict(state.get("wrapper", {}))  # older checkpoints have none
-        self.groups.load_state_dict(state.get("groups", {}))
+        self.estimate.load_state_dict(state.get("groups", {}))
+        self.objective.load_state_dict(state.get("objective", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.version, self.checked = state["version"], state["checked"]
 
 
-def _share(part: TensorDict, whole: TensorDict, key: str) -> Tensor | float:
-    """Share of the masked-in entries of ``whole`` that lie in ``part``."""
-    return 1.0 if part is whole else part[key].sum() / whole[key].sum().clamp(min=1)
+def shuffled_groups(group: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Row numbers ``[B]`` with whole groups in random order.
+
+    Raises:
+        ConfigError: pieces of ``size`` rows would cut a group.
+    """
+    ids, index = torch.unique(group, return_inverse=True)
+    rows = len(group) // len(ids)
+    if rows * len(ids) != len(group) or size % rows:
+        raise ConfigError(f"agent.minibatch={size} cuts groups that a term of the loss needs whole ({rows} rows each)")
+    rank = torch.randperm(len(ids), generator=generator, device=group.device)
+    return rank[index].sort(stable=True).indices
 
 
 def _scoring(policy: Any, compiled: bool, cuda_graph: bool, device: torch.device) -> Any:
@@ -391,18 +352,3 @@ def _scoring(policy: Any, compiled: bool, cuda_graph: bool, device: torch.device
     if cuda_graph:
         return torch.compile(policy.log_prob, mode="reduce-overhead")
     return torch.compile(policy.log_prob) if compiled else policy.log_prob
-
-
-def _behavior_kl(log_prob: Tensor, batch: TensorDictBase) -> Tensor:
-    """Estimate k3 of the KL to the policy that acted, per unit: ``exp(-x) + x - 1`` of the log-ratio ``x``."""
-    x = torch.where(batch["mask"], log_prob - batch["behavior_log_prob"], 0.0).clamp(-20.0, 20.0)
-    return ((-x).exp() + x - 1.0).sum() / batch["mask"].sum().clamp(min=1)
-
-
-def _spread_groups(total: Tensor, group: Tensor) -> Tensor:
-    """Rows ``[B]`` whose group holds at least two different returns."""
-    _, inverse = torch.unique(group, return_inverse=True)
-    count = int(inverse.max()) + 1
-    low = total.new_full((count,), torch.inf).scatter_reduce(0, inverse, total, "amin")
-    high = total.new_full((count,), -torch.inf).scatter_reduce(0, inverse, total, "amax")
-    return (high > low)[inverse]

@@ -15,7 +15,7 @@ from unified_rl.returns import SuccessTracker
 
 def tracked(policy, rows):
     agent = language_agent(policy, rows, "grpo")
-    agent.groups = GroupBaseline({"baseline": "tracker"})
+    agent.estimate.groups = GroupBaseline({"baseline": "tracker"})
     return agent
 
 
@@ -58,7 +58,7 @@ def test_a_tracker_never_sees_masked_steps_and_refuses_rewards_that_are_no_succe
     rows["step_mask"] = torch.tensor([[True, False]]).expand(len(rows), 2).clone()
     agent = tracked(policy, rows)
     agent.update(filled(rows, 1))
-    assert all(0.0 < s < s + f < 3.0 for s, f in agent.groups.tracker.counts.values())
+    assert all(0.0 < s < s + f < 3.0 for s, f in agent.estimate.groups.tracker.counts.values())
     rows["reward"][0, 0] = 1.5
     with pytest.raises(RecordError, match="from 0 to 1"):
         tracked(language()[0], rows).update(filled(rows, 1))
@@ -72,12 +72,14 @@ def test_the_counts_of_a_tracker_go_on_from_a_checkpoint() -> None:
     agent.update(filled(rows, 1))
     again = tracked(copy.deepcopy(policy), rows)
     again.load_state_dict(agent.state_dict())
-    assert again.groups.tracker.counts == agent.groups.tracker.counts and len(agent.groups.tracker.counts) == len(rows)
+    assert again.estimate.groups.tracker.counts == agent.estimate.groups.tracker.counts and len(
+        agent.estimate.groups.tracker.counts
+    ) == len(rows)
 
 
 def test_a_misspelt_setting_of_the_advantage_is_named() -> None:
     policy, rows = language()
     agent = language_agent(policy, rows, "grpo")
-    agent.groups = GroupBaseline({"baseline": "mean", "scael": "std"})
+    agent.estimate.groups = GroupBaseline({"baseline": "mean", "scael": "std"})
     with pytest.raises(ConfigError, match="scael"):
         agent.update(filled(rows, 1))

@@ -151,7 +151,7 @@ def test_on_policy_the_scale_is_one_and_equal_norms_give_the_group_mean() -> Non
     reward = rows["reward"].reshape(3, 4)
     want = (reward - reward.mean(1, keepdim=True)).reshape(-1)
     torch.testing.assert_close(
-        agent.groups(record, lambda: record["behavior_log_prob"], agent.wrapper.row_weight(record))[:, 0],
+        agent.estimate.groups(record, lambda: record["behavior_log_prob"], agent.wrapper.row_weight(record))[:, 0],
         want,
         atol=1e-6,
         rtol=0.0,
@@ -171,12 +171,12 @@ def test_the_optimal_baseline_weighs_rows_by_squared_weight_and_norm() -> None:
     reward = rows["reward"][:4, 0]
     baseline = float((omega * reward).sum() / omega.sum())
     torch.testing.assert_close(
-        agent.groups(record, lambda: record["behavior_log_prob"], agent.wrapper.row_weight(record))[:4, 0],
+        agent.estimate.groups(record, lambda: record["behavior_log_prob"], agent.wrapper.row_weight(record))[:4, 0],
         reward - baseline,
     )
     reward_of_the_second = record["reward"].clone()
     record["reward"][1] += 100.0
-    moved = agent.groups(record, lambda: record["behavior_log_prob"], agent.wrapper.row_weight(record))[:4, 0]
+    moved = agent.estimate.groups(record, lambda: record["behavior_log_prob"], agent.wrapper.row_weight(record))[:4, 0]
     record["reward"] = reward_of_the_second
     torch.testing.assert_close(moved[[0, 2, 3]], (reward - baseline)[[0, 2, 3]])
 

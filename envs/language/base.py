@@ -163,6 +163,19 @@ class LanguageTask:
         ]
         return self.codec.rows(parts, self.max_length)
 
+    def solve(self, problems: Sequence[dict[str, Any]], style: str | None = None) -> list[list[int]]:
+        """Token ids of a correct first answer to each problem, the end of text included.
+
+        Raises:
+            ConfigError: an unknown style, or a task without demonstrations.
+        """
+        if style is not None and style not in self.styles:
+            raise ConfigError(f"demonstration style {style!r} is unknown; this task has {', '.join(self.styles)}")
+        style = style or (self.styles[0] if self.styles else None)
+        said = [next(s for s in self._demonstrate(problem, style) if s.trained) for problem in problems]
+        ids = self.codec.encode([segment.text for segment in said])
+        return [[*own, self.codec.eos_id] if s.end else own for own, s in zip(ids, said, strict=True)]
+
     def is_held_out(self, text: str) -> bool:
         """Whether the prompt ``text`` is kept for evaluation."""
         return _hash(text) < self.held_out * 2.0**64

@@ -243,17 +243,12 @@ class CausalLM(TensorDictModuleBase):
         self, tokens: Tensor, mask: Tensor, row: Tensor, column: Tensor, read: Reader, extras: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """What ``read`` makes of the logits, ``[n, ...]``, at ``(row, column)``."""
-        used = int(column.max()) if len(column) else 1  # nothing to the right of the last unit is needed
         target = tokens[row, column]
         if not self.model.plain_head:
+            used = int(column.max()) if len(column) else 1
             logits = self.model(input_ids=tokens[:, :used], use_cache=False).logits[row, column - 1]
             return read(logits, target, *extras)
-        shared = find_shared(tokens, mask, used) if self.share_prompts else None
-        if shared is not None:
-            hidden = shared_states(self.model, shared).index_select(0, shared.locate(row, column - 1))
-        else:
-            states = trunk_states(self.model, tokens[:, :used]).flatten(0, 1)
-            hidden = states.index_select(0, row * used + column - 1)
+        hidden = self._hidden(tokens, mask, row, column)
         head = self.model.get_output_embeddings()
 
         def score(states: Tensor, *wanted: Tensor) -> tuple[Tensor, ...]:
@@ -268,6 +263,28 @@ class CausalLM(TensorDictModuleBase):
             for piece in zip(*(x.split(size) for x in (hidden, target, *extras)), strict=True)
         ]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+    def _hidden(self, tokens: Tensor, mask: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """Last hidden states ``[n, d]`` that predict the tokens at ``(row, column)``."""
+        used = int(column.max()) if len(column) else 1  # nothing to the right of the last unit is needed
+        shared = find_shared(tokens, mask, used) if self.share_prompts else None
+        if shared is not None:
+            return shared_states(self.model, shared).index_select(0, shared.locate(row, column - 1))
+        states = trunk_states(self.model, tokens[:, :used]).flatten(0, 1)
+        return states.index_select(0, row * used + column - 1)
+
+    def unit_states(self, batch: TensorDictBase) -> Tensor:
+        """Last hidden states ``[B, N, d]`` from which :meth:`logits_of` makes each unit's distribution."""
+        tokens, mask = _tokens_and_mask(batch)
+        row, column = mask.nonzero(as_tuple=True)
+        with self._precision():
+            hidden = self._hidden(tokens, mask, row, column)
+        return hidden.new_zeros(*tokens.shape, hidden.shape[-1]).index_put((row, column), hidden)
+
+    def logits_of(self, states: Tensor) -> Tensor:
+        """Transformed logits ``[n, V]`` of states ``[n, d]``."""
+        with self._precision():
+            return self.sampling.logits(self.model.get_output_embeddings()(states))
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)

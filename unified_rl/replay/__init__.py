@@ -2,6 +2,7 @@
 
 from unified_rl.replay.buffer import Replay
 from unified_rl.replay.ingest import from_collector
+from unified_rl.replay.joined import WithDataset
 from unified_rl.replay.nstep import nstep_transitions
 from unified_rl.replay.persist import read_rows
 from unified_rl.replay.samplers import (
@@ -36,6 +37,7 @@ __all__ = [
     "Softmax",
     "StalenessBounded",
     "Uniform",
+    "WithDataset",
     "WithoutReplacement",
     "from_collector",
     "nstep_transitions",

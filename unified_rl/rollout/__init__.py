@@ -1,7 +1,7 @@
 """Where experience comes from: batched control rollouts and language-model rollouts."""
 
 from unified_rl.rollout.control import ControlRollout
-from unified_rl.rollout.demonstrations import DemonstrationRollout
+from unified_rl.rollout.demonstrations import DemonstrationRollout, StoredRollout
 from unified_rl.rollout.language import LanguageRollout, converse
 from unified_rl.rollout.protocols import ControlEnv, LanguageEnv, StepResult, TurnResult
 from unified_rl.rollout.torchrl_env import TorchRLControlEnv, as_environment
@@ -13,6 +13,7 @@ __all__ = [
     "LanguageEnv",
     "LanguageRollout",
     "StepResult",
+    "StoredRollout",
     "TorchRLControlEnv",
     "TurnResult",
     "as_environment",

@@ -36,6 +36,9 @@ class DemonstrationRollout:
     """
 
     staleness = 0
+    whole = False
+    """Keep every recorded key, not only what supervised losses read."""
+    source = Source.DEMONSTRATION
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class DemonstrationRollout:
                 f"observations in rollout.data={data} have {rows['observation'].shape[-1]} entries, but the policy "
                 f"takes {width}: they are of another environment"
             )
-        return rows.select(*KEYS[self.domain])
+        return rows if self.whole else rows.select(*KEYS[self.domain])
 
     def collect(self, version: int) -> tuple[TensorDict, dict[str, float]]:
         """``[rows]`` demonstrations, source :attr:`~unified_rl.units.Source.DEMONSTRATION`, and no metrics."""
@@ -77,7 +80,7 @@ class DemonstrationRollout:
             rows = self.pool[torch.randint(len(self.pool), (count,), generator=self.generator)]
         else:
             rows = self.env.demonstrations(count, self.generator, **self.options).select(*KEYS[self.domain])
-        rows["source"] = torch.full((count,), int(Source.DEMONSTRATION))
+        rows["source"] = torch.full((count,), int(self.source))
         if self.steps == 0 and hasattr(self.policy, "update_normalizer"):
             self.policy.update_normalizer(rows["observation"].to(self.policy.device))
         self.steps += count
@@ -91,3 +94,10 @@ class DemonstrationRollout:
         """Restores :meth:`state_dict`."""
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
+
+
+class StoredRollout(DemonstrationRollout):
+    """Recorded transitions with their rewards, ``rows`` a collection, for offline reinforcement learning."""
+
+    whole = True
+    source = Source.OFFLINE

@@ -159,12 +159,14 @@ def _sizes(rollout: dict[str, Any], language: bool) -> tuple[int, int | None]:
 
     from unified_rl.rollout import ControlRollout, DemonstrationRollout, LanguageRollout
 
-    if str(rollout["_target_"]).endswith(DemonstrationRollout.__name__):
+    if str(rollout["_target_"]).endswith((DemonstrationRollout.__name__, "StoredRollout")):
         return int(rollout.get("rows", inspect.signature(DemonstrationRollout).parameters["rows"].default)), None
     signature = inspect.signature(LanguageRollout if language else ControlRollout)
     value = {name: rollout.get(name, p.default) for name, p in signature.parameters.items()}
     if language:
-        return int(value["prompts"]) * int(value["group_size"]), None
+        prompts = int(value["prompts"])
+        joined = sum(build(node).count(prompts) for node in (value["sources"] or {}).values())
+        return prompts * int(value["group_size"]) + joined, None
     return int(value["num_envs"]), int(value["horizon"])
 
 

@@ -1,0 +1,83 @@
+"""Which rows a term reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from unified_rl.correction.specs import check_keys
+from unified_rl.errors import ConfigError, RecordError
+from unified_rl.targets import nearest
+from unified_rl.units import Source
+
+OWN = (Source.ONLINE, Source.OFFLINE)
+SOURCES: dict[str, tuple[Source, ...]] = {"own": OWN, **{s.name.lower(): (s,) for s in Source}}
+"""Names of ``source``; ``own`` are the rows that this policy or an older version of it sampled."""
+
+
+class Rows:
+    """A choice of rows by where they come from and by gates: ``{source: own, unless: failed}``.
+
+    Args:
+        source: a name of :data:`SOURCES` or a list of them; None takes every row.
+        when: bool columns ``[B]`` of the record that must hold.
+        unless: bool columns that must not.
+
+    Raises:
+        ConfigError: an unknown source.
+    """
+
+    def __init__(
+        self,
+        source: str | Sequence[str] | None = None,
+        when: str | Sequence[str] = (),
+        unless: str | Sequence[str] = (),
+    ) -> None:
+        names = [source] if isinstance(source, str) else list(source or ())
+        for name in names:
+            if name not in SOURCES:
+                raise ConfigError(f"rows.source {name!r} is unknown; {nearest(name, SOURCES)}")
+        self.sources = [int(s) for name in names for s in SOURCES[name]]
+        self.when = [when] if isinstance(when, str) else list(when)
+        self.unless = [unless] if isinstance(unless, str) else list(unless)
+
+    @classmethod
+    def of(cls, node: str | Mapping[str, Any] | None) -> Rows:
+        """From a configuration: a source's name, or a mapping."""
+        if node is None or isinstance(node, str):
+            return cls(node)
+        check_keys(node, ("source", "when", "unless"), "rows")
+        return cls(**node)
+
+    @property
+    def every(self) -> bool:
+        """Whether nothing is left out, whatever the record holds."""
+        return not (self.sources or self.when or self.unless)
+
+    def of_record(self, record: TensorDictBase) -> Tensor:
+        """The chosen rows, ``[B]`` bool."""
+        chosen = torch.ones(record.batch_size, dtype=torch.bool, device=record["mask"].device)
+        if self.sources:
+            chosen &= torch.isin(record["source"], record["source"].new_tensor(self.sources))
+        for name, wanted in [*((n, True) for n in self.when), *((n, False) for n in self.unless)]:
+            gate = record.get(name, None)
+            if gate is None:
+                raise RecordError(f"rows are chosen by {name!r}, which the record lacks; define it in agent.gates")
+            chosen &= gate == wanted
+        return chosen
+
+    def chosen(self, record: TensorDictBase) -> TensorDictBase:
+        """The chosen rows alone."""
+        return record[self.of_record(record)]
+
+    def within(self, record: TensorDictBase) -> TensorDictBase:
+        """The record with the mask of every other row empty; the record itself where nothing is left out."""
+        if self.every:
+            return record
+        out = record.copy()
+        out["mask"] = record["mask"] & self.of_record(record).unsqueeze(-1)
+        return out

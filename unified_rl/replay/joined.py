@@ -1,0 +1,42 @@
+"""Own rows and stored ones in every batch, at a fixed share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from unified_rl.errors import ConfigError
+from unified_rl.replay.buffer import Replay
+from unified_rl.replay.persist import read_rows
+
+
+class WithDataset(Replay):
+    """A replay each of whose batches holds a share of rows from a recorded data set, behind its own. RLPD, 2302.02948.
+
+    Args:
+        data: folder of recorded rows (``unified-rl evaluate RUN --record FOLDER``).
+        share: of a batch.
+        options: of :class:`Replay`.
+
+    Raises:
+        ConfigError: ``share`` outside [0, 1].
+    """
+
+    def __init__(self, capacity: int, *, data: str, share: float = 0.5, **options: Any) -> None:
+        super().__init__(capacity, **options)
+        if not 0.0 <= share <= 1.0:
+            raise ConfigError(f"replay.share={share} must lie in [0, 1]")
+        rows = read_rows(data)
+        self.stored, self.share = rows.reshape(rows.numel()), share
+
+    def sample(self, batch_size: int, *, keys: Any = None, **options: Any) -> TensorDict:
+        """As :meth:`Replay.sample`, for single rows; stored ones have ``index`` -1."""
+        count = round(self.share * batch_size)
+        at = torch.from_numpy(self._rng.integers(0, len(self.stored), count).astype(np.int64))
+        own = super().sample(batch_size - count, keys=keys, **options) if count < batch_size else None
+        shown = self.stored.select(*(keys or self.stored.keys()))[at]
+        shown["index"] = torch.full((count,), -1)
+        return shown if own is None else torch.cat([own, shown.select(*own.keys())])

@@ -1,0 +1,21 @@
+"""Gates: bool columns that say which rows a term reads, from the outcomes of their groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from unified_rl.returns.groups import Groups
+from unified_rl.units import Source, row_return
+
+
+def success_at_most(record: TensorDictBase, *, count: int = 0, threshold: float = 0.5) -> Tensor:
+    """Rows ``[B]`` of groups with at most ``count`` own rows of return above ``threshold``. HPT: 0 or 2."""
+    own = record["source"] <= int(Source.OFFLINE)
+    won = Groups.of(record).sum(((row_return(record) > threshold) & own).float())
+    return won <= count
+
+
+GATES: dict[str, Callable[..., Tensor]] = {"success_at_most": success_at_most}
