@@ -14,6 +14,7 @@ from unified_rl.correction import Correction
 from unified_rl.correction.proximal import MovingAverage, interpolated
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.wrappers import Wrapper
+from unified_rl.policies.normalizer import MOMENTS
 
 PROVIDERS = ("snapshot", "average", "interpolated")
 """Where the proximal policy of a decoupled correction comes from."""
@@ -63,11 +64,12 @@ class Anchors:
         self.scored = [name for name in ("reference", "teacher") if needs(name)]
         self.placeholder = self.provider == "interpolated" and not proximal  # set anew at every optimiser step
         kept = needs("reference") or "reference" in policies
-        self.reference = copy.deepcopy(policy).requires_grad_(False) if kept else None
+        self.reference = _same_inputs(copy.deepcopy(policy).requires_grad_(False), policy) if kept else None
         self.teacher = None if teacher is None else load_teacher(teacher, policy)
         self.average: MovingAverage | None = None
         if self.provider == "average":
             self.average = MovingAverage(policy, float(correction.proximal.get("decay", 0.9)))
+            _same_inputs(self.average.module, policy)
 
     @property
     def policies(self) -> dict[str, Any]:
@@ -81,9 +83,10 @@ class Anchors:
             extra["proximal_log_prob"] = self._proximal(record, version, extra.get("proximal_log_prob"))
         else:
             extra.pop("proximal_log_prob", None)
-        for name, policy in (("reference", self.reference), ("teacher", self.teacher)):
-            if name in self.scored:
-                extra[f"{name}_log_prob"] = self.chunked(policy, record)
+        if "reference" in self.scored:
+            extra["reference_log_prob"] = self.chunked(self.reference, record)
+        if "teacher" in self.scored:  # it standardises observations by moments of its own
+            extra["teacher_log_prob"] = self.chunked(self.teacher, record.exclude(MOMENTS))
         record.update(extra)
 
     def _wrapper_keys(self, record: TensorDict) -> dict[str, Tensor]:
@@ -135,3 +138,10 @@ class Anchors:
         if self.average is not None:
             self.average.module.load_state_dict(state["average"]["module"])
             self.average.weight = state["average"]["weight"]
+
+
+def _same_inputs(other: Any, policy: Any) -> Any:
+    """An older version of a policy, made to standardise observations as the policy does: only its weights are older."""
+    if getattr(policy, "normalizer", None) is not None:
+        other.normalizer = policy.normalizer
+    return other

@@ -129,6 +129,8 @@ class PolicyGradient:
         correction.require_support(wrappers=[*WRAPPERS, *CREDIT_OF], providers=PROVIDERS)
         self.use_critic, self.credit = choose_credit(correction, advantage, credit, language=self.language)
         self.policy, self.correction, self.generator = policy, correction, generator
+        if not self.language:
+            policy.end_pretraining()
         self.rows, self.length = rows, length
         self.epochs, self.minibatch, self.micro_batch = epochs, minibatch, micro_batch
         self.gamma = gamma if gamma is not None else (1.0 if self.language else 0.99)

@@ -252,6 +252,7 @@ def test_mean_over_dims_divides_by_the_width_and_is_no_exact_weight(make: Callab
 def test_frozen_steps_neither_move_nor_count(make: Callable[..., ChainPolicy]) -> None:
     full, policy = make(), make(trained_steps=2, seed=5)
     policy.load_state_dict(full.state_dict())  # a pre-trained policy without frozen steps
+    policy.end_pretraining()
     assert torch.equal(sampled(policy, 8)["action"], sampled(full, 8)["action"])
     batch = sampled(policy, 8)
     assert batch["chain"].shape == (8, 3, 2) and torch.equal(batch["chain"], sampled(full, 8)["chain"][:, 2:])
@@ -266,12 +267,27 @@ def test_frozen_steps_neither_move_nor_count(make: Callable[..., ChainPolicy]) -
             parameter.add_(1.0)
         assert not torch.allclose(before, changed)
         assert torch.equal(policy.log_prob(batch).log_prob, changed)
-    policy.freeze_prefix()
-    assert not torch.allclose(sampled(policy, 8)["chain"][:, 0], batch["chain"][:, 0])
-    with pytest.raises(ConfigError, match="trained_steps"):
-        full.freeze_prefix()
+    changed = sampled(policy, 8)["chain"][:, 0]
+    policy.end_pretraining()  # once: fine-tuned weights never become frozen ones
+    assert torch.equal(sampled(policy, 8)["chain"][:, 0], changed)
     with pytest.raises(ConfigError, match="trained_steps"):
         make(trained_steps=5)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_until_pretraining_ends_every_step_runs_the_weights_that_imitation_moves(
+    make: Callable[..., ChainPolicy],
+) -> None:
+    full, policy = make(), make(trained_steps=2)
+    for one in (full, policy):
+        stirred(one, 0.3)
+    assert torch.equal(sampled(policy, 8)["action"], sampled(full, 8)["action"])
+    resumed = make(trained_steps=2, seed=3)
+    resumed.load_state_dict(policy.state_dict())
+    assert torch.equal(sampled(resumed, 8)["action"], sampled(full, 8)["action"])
+    for one in (policy, resumed):
+        one.end_pretraining()
+        assert torch.equal(sampled(one, 8)["action"], sampled(full, 8)["action"])
 
 
 @pytest.mark.parametrize("kind", [FlowPolicy, DiffusionPolicy])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from unified_rl.errors import ConfigError, RecordError
-from unified_rl.policies.normalizer import RunningNormalizer
+from unified_rl.policies.normalizer import MOMENTS, RunningNormalizer
 from unified_rl.units import UnitLogProb
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
@@ -51,7 +51,8 @@ class Policy(TensorDictModuleBase):
         action_high: ``a`` upper bounds.
         num_actions: number of actions of a discrete space; only some policies support it.
         normalize_observation: keep running moments of the observation and standardise by them; the owner calls
-            :meth:`update_normalizer` between updates.
+            :meth:`update_normalizer` between updates. Samples then hold the number of the moments they were made under
+            (``moments [...]`` int64), and :meth:`log_prob` scores under those.
         seed: of the initial weights, and of the policy's own :attr:`generator`.
 
     Raises:
@@ -90,6 +91,8 @@ class Policy(TensorDictModuleBase):
         self.num_actions = num_actions
         self.seed = seed
         self.normalizer: nn.Module | None = RunningNormalizer(observation_dim) if normalize_observation else None
+        if normalize_observation:
+            self.out_keys.append(MOMENTS)
         self._generator: torch.Generator | None = None
         if num_actions is not None and not self.supports_discrete:
             raise ConfigError(
@@ -159,11 +162,13 @@ class Policy(TensorDictModuleBase):
 
         Returns:
             Batch size ``[...]``: ``action [..., a]`` float32 in the environment's coordinates (int64 where discrete),
-            the re-scoring keys, and ``behavior_log_prob [..., U]``.
+            the re-scoring keys, ``behavior_log_prob [..., U]`` and, where observations are standardised, ``moments [...]``.
         """
         lead = observation.shape[:-1]
         flat = self.normalize(observation.reshape(-1, observation.shape[-1]))
         out = self._sample(flat, self.generator if generator is None else generator, deterministic)
+        if isinstance(self.normalizer, RunningNormalizer):
+            out[MOMENTS] = self.normalizer.used.expand(len(flat)).clone()
         if len(lead) != 1:
             out = {key: value.reshape(*lead, *value.shape[1:]) for key, value in out.items()}
         return TensorDict(out, batch_size=lead)
@@ -203,9 +208,18 @@ class Policy(TensorDictModuleBase):
         if isinstance(self.normalizer, RunningNormalizer):
             self.normalizer.update(observation.to(self.device))
 
-    def normalize(self, observation: Tensor) -> Tensor:
-        """The observation as the network sees it, same shape."""
-        return observation if self.normalizer is None else self.normalizer(observation)
+    def end_pretraining(self) -> None:
+        """Fixes what pre-training made and reinforcement learning must not move; calling it again changes nothing.
+
+        Moments that pre-trained weights were fitted under stay as they are, as dataset statistics do in "Diffusion
+        Policy Policy Optimization" (arXiv:2409.00588): other moments would be another policy, unbounded by any clip.
+        """
+        if isinstance(self.normalizer, RunningNormalizer):
+            self.normalizer.freeze()
+
+    def normalize(self, observation: Tensor, moments: Tensor | None = None) -> Tensor:
+        """The observation ``[..., d]`` as the network sees it, by the moments of those numbers, else those in use."""
+        return observation if self.normalizer is None else self.normalizer(observation, moments)
 
     def to_env(self, normalized: Tensor) -> Tensor:
         """From coordinates in which the bounds are -1 and 1 to the environment's, clipped to its bounds."""
@@ -223,7 +237,16 @@ class Policy(TensorDictModuleBase):
         observation = batch["observation"]
         lead = observation.ndim - 1
         stored = {key: self._stored(batch, key).flatten(0, lead - 1) for key in self.rescoring_keys}
-        return self.normalize(observation.reshape(-1, observation.shape[-1])), stored
+        return self._observed(batch), stored
+
+    def _observed(self, batch: TensorDictBase | Tensor) -> Tensor:
+        """Observations ``[M, d]`` as the network saw them when it acted; those of a bare tensor as it sees them now."""
+        if isinstance(batch, Tensor):
+            return self.normalize(batch.reshape(-1, batch.shape[-1]))
+        observation, moments = batch["observation"], batch.get(MOMENTS, None)
+        return self.normalize(
+            observation.reshape(-1, observation.shape[-1]), None if moments is None else moments.reshape(-1)
+        )
 
     def _stored(self, batch: TensorDictBase, key: str) -> Tensor:
         value = batch.get(key, None)

@@ -73,9 +73,9 @@ class ChainPolicy(Policy):
         num_actions: must be None.
         outputs: width of the network's output.
         steps: ``K``, steps of the chain.
-        trained_steps: ``K'``; the first ``K - K'`` steps are run by a frozen copy of the network (see
-            :meth:`freeze_prefix`) and are part of the start's distribution, so there are ``K'`` units and the stored
-            chain begins after them. None trains all. "Diffusion Policy Policy Optimization" (arXiv:2409.00588).
+        trained_steps: ``K'``; from :meth:`end_pretraining` on the first ``K - K'`` steps are run by a frozen copy of the
+            network and are part of the start's distribution, so there are ``K'`` units and the stored chain begins
+            after them. None trains all. "Diffusion Policy Policy Optimization" (arXiv:2409.00588).
         mean_over_dims: log-probs are means over the action's dimensions instead of sums, as in that paper. Ratios
             are then no importance weights (``exact`` is False).
         zero_start: deterministic use starts from 0 instead of from drawn noise. One action per observation, but a
@@ -91,6 +91,7 @@ class ChainPolicy(Policy):
 
     rescoring_keys = ("chain",)
     times: Tensor
+    prefix_frozen: Tensor
 
     def __init__(
         self,
@@ -133,6 +134,7 @@ class ChainPolicy(Policy):
         self.frozen: ChainNetwork | None = None
         if trained_steps is not None and trained_steps < steps:
             self.frozen = deepcopy(self.network).requires_grad_(False)
+            self.register_buffer("prefix_frozen", torch.tensor(False))
             self.register_load_state_dict_pre_hook(_fill_frozen)
 
     # --- what a subclass implements ------------------------------------------------------------------------------
@@ -151,15 +153,12 @@ class ChainPolicy(Policy):
 
     # --- shared --------------------------------------------------------------------------------------------------
 
-    def freeze_prefix(self) -> None:
-        """Makes the frozen first steps use the present weights; call it once, after pre-training.
-
-        Raises:
-            ConfigError: the policy trains all of its steps.
-        """
-        if self.frozen is None:
-            raise ConfigError("this policy has no frozen steps; set policy.trained_steps below policy.steps")
-        self.frozen.load_state_dict(self.network.state_dict())
+    def end_pretraining(self) -> None:
+        """Fixes the moments, and makes the present weights those of the frozen first steps."""
+        super().end_pretraining()
+        if self.frozen is not None and not bool(self.prefix_frozen):
+            self.frozen.load_state_dict(self.network.state_dict())
+            self.prefix_frozen.fill_(True)
 
     def integrate(self, observation: Tensor, start: Tensor) -> Tensor:
         """The noiseless map from ``start [M, a]`` to a normalised action ``[M, a]``, with gradients.
@@ -169,8 +168,10 @@ class ChainPolicy(Policy):
         return self._run(self.normalize(observation), [start], deterministic=True)[0][:, -1]
 
     def _networks(self) -> list[ChainNetwork]:
+        if self.frozen is None or not bool(self.prefix_frozen):
+            return [self.network] * self.steps
         frozen = self.steps - self.num_units
-        return [self.network if k >= frozen or self.frozen is None else self.frozen for k in range(self.steps)]
+        return [self.network if k >= frozen else self.frozen for k in range(self.steps)]
 
     def _run(self, observation: Tensor, noise: Sequence[Tensor], deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the chain from ``noise[0]`` with noises ``noise[1:]``.
@@ -240,5 +241,6 @@ class ChainPolicy(Policy):
 def _fill_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Weights saved by a policy without frozen steps become the frozen ones too (pre-train, then fine-tune)."""
     start = f"{prefix}network."
+    state.setdefault(f"{prefix}prefix_frozen", torch.tensor(f"{prefix}frozen.first.weight" in state))
     for key in [key for key in state if key.startswith(start)]:
         state.setdefault(f"{prefix}frozen.{key[len(start) :]}", state[key])

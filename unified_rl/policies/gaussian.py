@@ -151,8 +151,7 @@ class GaussianPolicy(Policy):
         ``batch`` is a record with ``observation [B, (T,) d]``, or that observation itself.
         """
         observation = batch if isinstance(batch, Tensor) else batch["observation"]
-        flat = self.normalize(observation.reshape(-1, observation.shape[-1]))
-        mean, log_std = self.mean_and_log_std(flat)
+        mean, log_std = self.mean_and_log_std(self._observed(batch))
         per_dimension = (log_std + (0.5 + HALF_LOG_TWO_PI)).expand_as(mean)
         return self._units(per_dimension).reshape(observation.shape[0], -1)
 

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+MOMENTS = "moments"
+"""Key of a sample's and a record's ``[...]`` int64 column: which moments its observation was standardised by."""
+GROWTH = 1.01
+"""Moments move when the observations seen have grown by this factor, so there are some 230 sets a factor of ten."""
 
 
 class RunningNormalizer(nn.Module):
     """Standardises observations by running moments: ``clamp((x - mean) / std, -limit, limit)``.
 
-    Moments change in :meth:`update` only, never in :meth:`forward`: call it between collecting and optimising as a
-    whole, since a log-prob that was recorded under older moments is one of an older policy.
+    Moments are weights of the policy that no gradient moves: a log-prob recorded under older moments is scored again
+    under those same moments. So every set that was ever in use is kept under a number, :meth:`forward` takes the
+    numbers that a record holds, and moments change in :meth:`update` only. Moments that pre-trained weights were fitted
+    under stay as they are (:meth:`freeze`).
 
     Args:
         dim: width ``d`` of the observation.
         limit: outputs are clamped to plus or minus this, in standard deviations.
         epsilon: added to the variance.
+
+    Attributes:
+        count, mean, var: of all observations seen, float64 ``[]``, ``[d]``, ``[d]``.
+        means, scales: every set of moments that was in use, float32 ``[C, d]``, of which the first ``used + 1`` count.
+        used: number of the set in use, int64 ``[]``.
+        frozen: bool ``[]``.
 
     Shapes: any ``[..., d]`` float to the same. Source: parallel moments as in Chan, Golub, LeVeque (1983).
     """
@@ -23,6 +38,11 @@ class RunningNormalizer(nn.Module):
     count: Tensor
     mean: Tensor
     var: Tensor
+    means: Tensor
+    scales: Tensor
+    used: Tensor
+    counted: Tensor
+    frozen: Tensor
 
     def __init__(self, dim: int, limit: float = 10.0, epsilon: float = 1e-8) -> None:
         super().__init__()
@@ -32,12 +52,17 @@ class RunningNormalizer(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(dim, dtype=torch.float64))
         self.register_buffer("var", torch.ones(dim, dtype=torch.float64))
+        self.register_buffer("means", torch.zeros(1, dim))
+        self.register_buffer("scales", torch.ones(1, dim))
+        self.register_buffer("used", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("counted", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
     def update(self, observation: Tensor) -> None:
-        """Adds ``observation [..., d]`` to the moments."""
+        """Adds ``observation [..., d]`` to the moments; nothing happens to frozen ones."""
         x = observation.reshape(-1, observation.shape[-1]).to(torch.float64)
-        if x.shape[0] == 0:
+        if x.shape[0] == 0 or bool(self.frozen):
             return
         total = self.count + x.shape[0]
         delta = x.mean(0) - self.mean
@@ -47,8 +72,49 @@ class RunningNormalizer(nn.Module):
         self.mean.add_(delta * x.shape[0] / total)
         self.var.copy_(squares / total)
         self.count.copy_(total)
+        if bool(total >= GROWTH * self.counted):
+            self._use()
 
-    def forward(self, observation: Tensor) -> Tensor:
-        """Normalised observation, same shape and dtype; the identity before the first update."""
-        scale = (self.var + self.epsilon).rsqrt().to(observation.dtype)
-        return ((observation - self.mean.to(observation.dtype)) * scale).clamp(-self.limit, self.limit)
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """From now on the moments stay as they are; nothing happens before the first :meth:`update`."""
+        if bool(self.count > 0) and not bool(self.frozen):
+            self._use()
+            self.frozen.fill_(True)
+
+    def _use(self) -> None:
+        """Puts the moments of all that was seen into use, under the next number."""
+        if bool(self.count == self.counted):
+            return
+        at = int(self.used) + 1
+        if at == len(self.means):  # twice the room: shapes, which a compiled function depends on, change rarely
+            self.means = torch.cat([self.means, torch.zeros_like(self.means)])
+            self.scales = torch.cat([self.scales, torch.ones_like(self.scales)])
+        self.means[at] = self.mean.to(self.means.dtype)
+        self.scales[at] = (self.var + self.epsilon).rsqrt().to(self.scales.dtype)
+        self.used.fill_(at)
+        self.counted.copy_(self.count)
+
+    def forward(self, observation: Tensor, moments: Tensor | None = None) -> Tensor:
+        """Normalised observation, same shape and dtype; the identity before the first update.
+
+        Args:
+            observation: ``[..., d]`` raw.
+            moments: ``[...]`` int64 numbers of the moments to standardise by; None takes those in use.
+        """
+        index = self.used if moments is None else moments
+        mean, scale = self.means[index].to(observation.dtype), self.scales[index].to(observation.dtype)
+        return ((observation - mean) * scale).clamp(-self.limit, self.limit)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Takes in as many sets of moments as were saved; one, where none were kept."""
+        mean, var = state.get(f"{prefix}mean"), state.get(f"{prefix}var")
+        if mean is not None and var is not None:
+            state.setdefault(f"{prefix}means", mean[None].to(self.means.dtype))
+            state.setdefault(f"{prefix}scales", (var + self.epsilon).rsqrt()[None].to(self.scales.dtype))
+            state.setdefault(f"{prefix}used", torch.zeros_like(self.used))
+            state.setdefault(f"{prefix}counted", state[f"{prefix}count"])
+            state.setdefault(f"{prefix}frozen", torch.zeros_like(self.frozen))
+            kept = len(state[f"{prefix}means"])
+            self.means, self.scales = (x.new_zeros(kept, x.shape[1]) for x in (self.means, self.scales))
+        super()._load_from_state_dict(state, prefix, *args)

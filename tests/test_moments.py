@@ -1,0 +1,105 @@
+"""Moments of a normaliser are weights: at learning rate 0 every ratio is 1, however old the rows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from unified_rl.config import compose, resolve_defaults
+from unified_rl.policies.gaussian import GaussianPolicy
+from unified_rl.policies.normalizer import RunningNormalizer
+from unified_rl.training.run import Job
+from unified_rl.training.trainer import Trainer
+
+SMALL = ["progress=false", "agent.lr=0.0", "rollout.num_envs=4", "rollout.horizon=16", "agent.epochs=2"]
+IMITATED = ["warm_start=demonstrations", "warm_start.stages=[{updates: 20, lr: 3.0e-3}]", "warm_start.dataset=512"]
+CASES = {
+    "gaussian": ["env=half_cheetah", "policy=gaussian", "agent=ppo"],
+    "flow": ["env=two_route", "policy=flow", "agent=policy_gradient", "correction=tis"],
+    "diffusion": ["env=two_route", "policy=diffusion", "agent=policy_gradient", "correction=tis"],
+    "bins": ["env=pendulum", "policy=autoregressive", "agent=policy_gradient", "correction=tis"],
+    "imitated": ["env=two_route", "policy=flow", "agent=policy_gradient", "correction=tis", *IMITATED],
+    "reference": [
+        "env=half_cheetah",
+        "policy=gaussian",
+        "agent=ppo",
+        "correction.penalty=[{name: k3, anchor: reference}]",
+    ],
+    "average": ["env=half_cheetah", "policy=gaussian", "agent=policy_gradient", "correction=ppo_ewma"],
+}
+
+
+def trained(
+    overrides: list[str], staleness: int, folder: Path, updates: int = 6
+) -> tuple[Trainer, list[dict[str, float]]]:
+    cfg = resolve_defaults(
+        compose([*overrides, *SMALL, f"rollout.staleness={staleness}", "policy.normalize_observation=true"])
+    )
+    job = Job(cfg)
+    job.warm_start(lambda *args: None)
+    trainer = job.make_trainer(folder)
+    seen = []
+    while len(seen) < updates:
+        while trainer.collected - trainer.updates <= staleness:
+            trainer.replay.extend(trainer.rollout.collect(trainer.agent.version)[0])
+            trainer.collected += 1
+        seen.append({k: float(v) for k, v in trainer.agent.update(trainer.replay).items()})
+        trainer.updates += 1
+    return trainer, seen
+
+
+@pytest.mark.parametrize("staleness", [0, 3])
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_ratio_is_one_at_learning_rate_zero(name: str, staleness: int, tmp_path: Path) -> None:
+    trainer, seen = trained(CASES[name], staleness, tmp_path)
+    for metrics in seen:
+        assert metrics["ess/unit"] == pytest.approx(1.0, abs=1e-5)
+        assert abs(metrics["update/kl"]) < 1e-8 and abs(metrics["kl/k3"]) < 1e-8
+        if name == "reference":
+            assert abs(metrics["loss/penalty"]) < 1e-6
+    assert float(trainer.agent.policy.normalizer.count) > 0
+    moved = int(trainer.agent.policy.normalizer.used)
+    assert moved == 1 if name == "imitated" else moved >= 5  # the null control: without imitation moments did move
+
+
+def test_the_null_control_fails_where_rows_forget_their_moments(tmp_path: Path) -> None:
+    trainer, _ = trained(CASES["flow"], 0, tmp_path)
+    rows = trainer.rollout.collect(trainer.agent.version)[0]
+    trainer.agent.policy.update_normalizer(rows["observation"] + 1.0)
+    policy, stored = trainer.agent.policy, rows["behavior_log_prob"].flatten(1)
+    torch.testing.assert_close(policy.log_prob(rows).log_prob, stored, atol=1e-4, rtol=1e-4)
+    assert (policy.log_prob(rows.exclude("moments")).log_prob - stored).abs().max() > 0.1
+
+
+def test_frozen_moments_stay_and_untouched_ones_do_not_freeze() -> None:
+    normalizer = RunningNormalizer(2)
+    normalizer.freeze()
+    assert not bool(normalizer.frozen)
+    normalizer.update(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    normalizer.freeze()
+    normalizer.update(torch.full((100, 2), 50.0))
+    torch.testing.assert_close(normalizer(torch.tensor([[3.0, 6.0]])), torch.ones(1, 2))
+
+
+def test_sets_of_moments_are_few_and_loaded_whole() -> None:
+    normalizer = RunningNormalizer(3)
+    for _ in range(2000):
+        normalizer.update(torch.randn(10, 3) * 2 + 1)
+    assert 300 < int(normalizer.used) < 900
+    x, number = torch.randn(5, 3), torch.tensor([0, 1, 7, 100, int(normalizer.used)])
+    other = RunningNormalizer(3)
+    other.load_state_dict(normalizer.state_dict())
+    assert torch.equal(other(x, number), normalizer(x, number)) and torch.equal(other(x), normalizer(x))
+    assert torch.equal(normalizer(x, number)[0], x[0])  # number 0: nothing seen yet
+    old = {key: value for key, value in normalizer.state_dict().items() if key in ("count", "mean", "var")}
+    older = RunningNormalizer(3)
+    older.load_state_dict(old)  # a checkpoint from before sets were kept
+    torch.testing.assert_close(older(x), (x - normalizer.mean.float()) * normalizer.var.float().rsqrt())
+
+
+def test_a_sample_says_its_moments_only_where_observations_are_standardised() -> None:
+    sizes = (2, 1, [-1.0], [1.0])
+    assert "moments" not in GaussianPolicy(*sizes).sample(torch.zeros(3, 2)).keys()
+    policy = GaussianPolicy(*sizes, normalize_observation=True)
+    assert policy.sample(torch.zeros(3, 2))["moments"].tolist() == [0, 0, 0]
+    policy.update_normalizer(torch.randn(9, 2))
+    assert policy.sample(torch.zeros(3, 2))["moments"].tolist() == [1, 1, 1]
