@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.policies.gaussian import GaussianPolicy
 from unified_rl.policies.normalizer import RunningNormalizer

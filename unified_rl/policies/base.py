@@ -162,7 +162,8 @@ class Policy(TensorDictModuleBase):
 
         Returns:
             Batch size ``[...]``: ``action [..., a]`` float32 in the environment's coordinates (int64 where discrete),
-            the re-scoring keys, ``behavior_log_prob [..., U]`` and, where observations are standardised, ``moments [...]``.
+            the re-scoring keys, ``behavior_log_prob [..., U]``, and ``moments [...]`` where observations are
+            standardised.
         """
         lead = observation.shape[:-1]
         flat = self.normalize(observation.reshape(-1, observation.shape[-1]))

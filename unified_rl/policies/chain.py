@@ -73,8 +73,8 @@ class ChainPolicy(Policy):
         num_actions: must be None.
         outputs: width of the network's output.
         steps: ``K``, steps of the chain.
-        trained_steps: ``K'``; from :meth:`end_pretraining` on the first ``K - K'`` steps are run by a frozen copy of the
-            network and are part of the start's distribution, so there are ``K'`` units and the stored chain begins
+        trained_steps: ``K'``; from :meth:`end_pretraining` on the first ``K - K'`` steps are run by a frozen copy of
+            the network and are part of the start's distribution, so there are ``K'`` units and the stored chain begins
             after them. None trains all. "Diffusion Policy Policy Optimization" (arXiv:2409.00588).
         mean_over_dims: log-probs are means over the action's dimensions instead of sums, as in that paper. Ratios
             are then no importance weights (``exact`` is False).
