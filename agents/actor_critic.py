@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unified_rl.agents.sac import KEYS, prepare_batch
-from unified_rl.correction.specs import bind
+from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.objectives.coefficients import coefficient
 from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, TARGETS, VALUES

@@ -13,7 +13,7 @@ from unified_rl.agents.teacher import load_teacher
 from unified_rl.correction import Correction
 from unified_rl.correction.proximal import MovingAverage, interpolated
 from unified_rl.errors import ConfigError
-from unified_rl.objectives.wrappers import Wrapper
+from unified_rl.interventions import Wrapper
 from unified_rl.policies.normalizer import MOMENTS
 
 PROVIDERS = ("snapshot", "average", "interpolated")

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from unified_rl.objectives import Optimizer
+from unified_rl.optimizer import Optimizer
 from unified_rl.replay import Replay
 from unified_rl.units import trim_units
 

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.agents.baselines import CREDITS, Baseline, GroupBaseline
-from unified_rl.correction.specs import bind
+from unified_rl.correction.lookup import bind
 from unified_rl.objectives.objective import Objective
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.groups import Groups

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from unified_rl.correction.specs import as_rule, bind
+from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.errors import ConfigError
+from unified_rl.instantiate import nearest
 from unified_rl.objectives.divergence import DivergenceTerm
 from unified_rl.objectives.objective import Term
 from unified_rl.objectives.preference import PreferenceTerm
 from unified_rl.objectives.terms import EntropyTerm, NllTerm, PolicyGradientTerm, ValueTerm
-from unified_rl.targets import nearest
 
 Node = Mapping[str, Any]
 ANCHOR = "teacher"

@@ -13,18 +13,18 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
+from unified_rl.agents.advantage_source import CREDIT_OF, check_groups, choose_credit
 from unified_rl.agents.anchors import PROVIDERS, Anchors
 from unified_rl.agents.baselines import Baseline, GroupBaseline, make_baseline
-from unified_rl.agents.choices import CREDIT_OF, check_groups, choose_credit
 from unified_rl.agents.estimate import CriticAdvantage, Estimate
 from unified_rl.agents.loss import anchors_of, make_term, term_nodes
 from unified_rl.correction import Correction
-from unified_rl.correction.grain import needs_whole_rows
+from unified_rl.correction.requirements import needs_whole_rows
 from unified_rl.errors import ConfigError
-from unified_rl.objectives import Optimizer
+from unified_rl.interventions import WRAPPERS, make_wrapper
 from unified_rl.objectives.objective import Objective
 from unified_rl.objectives.rows import Rows
-from unified_rl.objectives.wrappers import WRAPPERS, make_wrapper
+from unified_rl.optimizer import Optimizer
 from unified_rl.replay import Replay
 from unified_rl.training.metrics import Means
 from unified_rl.units import record_from_steps, split_episodes, split_steps, trim_units, validate_record

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 
 from unified_rl.errors import CheckpointError, ConfigError
-from unified_rl.rollout.protocols import ControlEnv
+from unified_rl.protocols import ControlEnv
 
 ALGORITHMS = ("sac", "ppo", "td3", "a2c", "ddpg")
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from unified_rl.agents.sac import KEYS, SAC, prepare_batch
 from unified_rl.correction import load_correction
-from unified_rl.objectives import Optimizer
+from unified_rl.optimizer import Optimizer
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.gaussian import GaussianPolicy
 from unified_rl.replay import Replay, Uniform

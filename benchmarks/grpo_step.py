@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from unified_rl.correction import load_correction
-from unified_rl.objectives import Optimizer
+from unified_rl.optimizer import Optimizer
 from unified_rl.policies.causal_lm import CausalLM
 
 VOCABULARY, PROMPT, NEW, PROMPTS, GROUP, LR = 256, 16, 64, 4, 8, 3e-4

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from unified_rl import config as configuration
-from unified_rl import targets
+from unified_rl import instantiate
 from unified_rl.config import build, compose, group_options, resolve_defaults
 from unified_rl.errors import ConfigError
 
@@ -330,7 +330,7 @@ def test_only_nodes_are_built(toys: Path, node: Any) -> None:
         "unified_rl.cli.os.system",
         "unified_rl.cli.main",
         "unified_rl.config.build",
-        "unified_rl.targets.importlib.import_module",
+        "unified_rl.instantiate.importlib.import_module",
         "unified_rl.config._parse",
         "unified_rl.__init__.__version__",
         "unified_rl.training.settings.dataclass",
@@ -373,11 +373,11 @@ def test_a_missing_optional_package_is_named(toys: Path) -> None:
 
 
 def test_unions_keep_the_type_that_fits() -> None:
-    assert targets.coerce(1, int | float) == 1 and type(targets.coerce(2.0, float | int)) is float
-    assert targets.coerce(None, int | None) is None
-    assert targets.coerce([1, 2], list[float] | None) == [1.0, 2.0]
+    assert instantiate.coerce(1, int | float) == 1 and type(instantiate.coerce(2.0, float | int)) is float
+    assert instantiate.coerce(None, int | None) is None
+    assert instantiate.coerce([1, 2], list[float] | None) == [1.0, 2.0]
     with pytest.raises(TypeError):
-        targets.coerce("x", int | None)
+        instantiate.coerce("x", int | None)
 
 
 # ---------------------------------------------------------------------------------------------- the built-in files
@@ -398,7 +398,7 @@ def test_every_built_in_file_has_a_comment_and_valid_keys(group: str, option: st
     for key, node in content.items():
         missing = {name for name, value in (node or {}).items() if value == "???"} if isinstance(node, dict) else set()
         node = {k: v for k, v in node.items() if k not in missing} if isinstance(node, dict) else node
-        targets.check_value(node, key, [])
+        instantiate.check_value(node, key, [])
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from unified_rl.envs.control import (
 )
 from unified_rl.envs.control.tasks import HalfCheetah, quiet_deprecations
 from unified_rl.errors import CheckpointError, ConfigError, NonFiniteError
-from unified_rl.rollout.protocols import ControlEnv, StepResult
+from unified_rl.protocols import ControlEnv, StepResult
 
 
 def actions(env: ControlEnvBase, steps: int, seed: int = 0) -> Tensor:

@@ -16,7 +16,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.correction import Correction, correction_names, load_correction, process_total
-from unified_rl.correction.across import Total, crossing, identity
+from unified_rl.correction.internal.distributed import Total, crossing, identity
 
 NAMES = correction_names()
 SHARES = (slice(0, 8), slice(8, 12), slice(12, 24), slice(24, 28))

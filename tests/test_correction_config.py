@@ -13,7 +13,7 @@ from tensordict import TensorDict
 
 from unified_rl.config import compose
 from unified_rl.correction import Correction, build_correction, correction_names, load_correction, preset_config
-from unified_rl.correction.core import FIELDS
+from unified_rl.correction.correction import FIELDS
 from unified_rl.errors import ConfigError, RecordError
 
 PUBLISHED = set(

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from unified_rl.correction import correction_names, load_correction
 from unified_rl.correction.levels import Layout
-from unified_rl.correction.thin import prefix as prefix_thinning
-from unified_rl.correction.thin import uniform
+from unified_rl.correction.weights.thinning import prefix as prefix_thinning
+from unified_rl.correction.weights.thinning import uniform
 
 STOCHASTIC = {"clip_cov", "red_drop", "nat_uniform", "nat_prefix"}
 

@@ -12,8 +12,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.correction import Correction, load_correction
+from unified_rl.correction.kernels.tables import KERNELS
 from unified_rl.correction.levels import LEVELS, Layout
-from unified_rl.correction.tables import KERNELS
 
 LEVEL_NODES: list[Any] = [
     "unit", "step", "step_sum", "sequence", "geometric", "prefix", "prefix_geometric", "min_prefix",

@@ -41,7 +41,7 @@ def test_a_policy_that_scores_other_than_it_samples_fails(
 
 
 def test_an_update_that_moves_the_weights_at_learning_rate_zero_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from unified_rl.objectives import Optimizer
+    from unified_rl.optimizer import Optimizer
 
     step = Optimizer.step
 

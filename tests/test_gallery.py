@@ -18,13 +18,13 @@ from PIL import Image
 
 from unified_rl import cli
 from unified_rl.correction import Correction, correction_names, load_correction, preset_config
-from unified_rl.correction.mismatch import MISMATCHES
-from unified_rl.correction.penalty import PENALTIES
-from unified_rl.correction.reject import REJECTS
-from unified_rl.correction.select import SELECTIONS
-from unified_rl.correction.tables import KERNELS
-from unified_rl.correction.thin import THINS
+from unified_rl.correction.kernels.tables import KERNELS
+from unified_rl.correction.penalties.penalty import PENALTIES
+from unified_rl.correction.penalties.selection import SELECTIONS
 from unified_rl.correction.view import ANCHORS
+from unified_rl.correction.weights.mismatch import MISMATCHES
+from unified_rl.correction.weights.rejection import REJECTS
+from unified_rl.correction.weights.thinning import THINS
 from unified_rl.study.gallery import catalogue, formula, page
 from unified_rl.study.gallery.curves import Curves, curves
 from unified_rl.study.gallery.described import Described, described
@@ -173,8 +173,8 @@ def test_needs_name_the_log_probs_and_the_domain() -> None:
 
 def test_every_part_has_a_formula_and_every_preset_a_finished_one() -> None:
     from unified_rl.correction.levels import LEVELS
-    from unified_rl.correction.pre import PRES
-    from unified_rl.correction.reduce import REDUCTIONS
+    from unified_rl.correction.reduction import REDUCTIONS
+    from unified_rl.correction.transforms import PRES
 
     for ours, theirs in (
         (formula.LEVELS, LEVELS),

@@ -15,13 +15,17 @@ ORDER = (
     "study",
     "training",
     "rollout",
+    "interop",
     "replay",
     "objectives",
+    "interventions",
+    "optimizer",
     "correction",
     "returns",
     "policies",
     "config",
-    "targets",
+    "instantiate",
+    "protocols",
     "units",
     "errors",
 )
@@ -91,7 +95,7 @@ def test_every_room_has_its_place_in_the_order(source: Path) -> None:
         ("unified_rl.replay.store", "def f():\n    import unified_rl.rollout.control", False),
         ("unified_rl.training.run", "import unified_rl.envs.control", False),
         ("unified_rl.cli", "from unified_rl.agents import sac", False),
-        ("unified_rl.envs.control.base", "from unified_rl.rollout import protocols", True),
+        ("unified_rl.envs.control.base", "from unified_rl.protocols import StepResult", True),
         ("unified_rl.envs.control.base", "from unified_rl.agents.sac import SAC", False),
         ("unified_rl.agents.sac", "from unified_rl.envs import control", False),
         ("unified_rl.units", "from unified_rl.errors import RecordError", True),
@@ -104,7 +108,7 @@ def test_the_rule_tells_good_from_bad(module: str, text: str, good: bool) -> Non
 
 def test_the_light_modules_import_no_torch() -> None:
     code = (
-        "import sys, unified_rl, unified_rl.cli, unified_rl.config, unified_rl.targets, unified_rl.errors, "
+        "import sys, unified_rl, unified_rl.cli, unified_rl.config, unified_rl.instantiate, unified_rl.errors, "
         "unified_rl.configs; sys.exit('torch' in sys.modules or 'hydra' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -14,7 +14,7 @@ from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.correction import load_correction
 from unified_rl.envs.control import make_mujoco
 from unified_rl.errors import ConfigError
-from unified_rl.objectives.loss_module import CorrectedPolicyLoss
+from unified_rl.interop.loss_module import CorrectedPolicyLoss
 from unified_rl.policies.gaussian import GaussianPolicy
 from unified_rl.replay import Fresh, Replay
 from unified_rl.rollout import ControlRollout, TorchRLControlEnv, as_environment

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 
 from unified_rl.envs.language import Calculator, ChainMod, Countdown, GuessNumber, LanguageTask
 from unified_rl.errors import ConfigError
-from unified_rl.rollout.protocols import LanguageEnv
+from unified_rl.protocols import LanguageEnv
 
 MAKE: dict[str, Any] = {
     "chain_mod": ChainMod,

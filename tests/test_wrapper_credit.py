@@ -19,7 +19,7 @@ from unified_rl.agents.baselines import (
 )
 from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.correction import load_correction
-from unified_rl.correction.grain import needs_whole_rows
+from unified_rl.correction.requirements import needs_whole_rows
 from unified_rl.errors import ConfigError
 
 

@@ -29,8 +29,8 @@ from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.config import compose
 from unified_rl.correction import load_correction
 from unified_rl.errors import CheckpointError, ConfigError
-from unified_rl.objectives.wrappers.noise import LayerNoise
-from unified_rl.objectives.wrappers.proxy import MinPProxy
+from unified_rl.interventions.noise import LayerNoise
+from unified_rl.interventions.proxy import MinPProxy
 from unified_rl.policies.flow import FlowPolicy
 from unified_rl.policies.sampling import keep_min_p, token_log_prob
 from unified_rl.training.checkpoint import checkpoints, read_checkpoint

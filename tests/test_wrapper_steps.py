@@ -28,8 +28,8 @@ from torch import nn
 from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.correction import load_correction
 from unified_rl.errors import ConfigError
-from unified_rl.objectives import Optimizer
-from unified_rl.objectives.wrappers.steps import Reposition, log_ess_fraction, score_norm_proxy
+from unified_rl.interventions.steps import Reposition, log_ess_fraction, score_norm_proxy
+from unified_rl.optimizer import Optimizer
 
 
 def weights(policy: Any) -> list[torch.Tensor]:

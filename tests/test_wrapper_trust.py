@@ -29,7 +29,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.correction import load_correction
 from unified_rl.errors import ConfigError
-from unified_rl.objectives.wrappers.distribution import (
+from unified_rl.interventions.distribution import (
     OldCategorical,
     OldNormal,
     categorical_kl,
@@ -37,8 +37,8 @@ from unified_rl.objectives.wrappers.distribution import (
     parts_log_prob,
     support_of,
 )
-from unified_rl.objectives.wrappers.projection import project
-from unified_rl.objectives.wrappers.schedule import AnnealPenalty
+from unified_rl.interventions.projection import project
+from unified_rl.interventions.schedule import AnnealPenalty
 from unified_rl.policies.autoregressive import AutoregressivePolicy
 from unified_rl.policies.flow import FlowPolicy
 
@@ -304,7 +304,7 @@ def test_a_policy_without_a_known_distribution_is_refused() -> None:
     class Bare:
         def log_prob(self, batch: Any) -> None: ...
 
-    from unified_rl.objectives.wrappers import make_wrapper
+    from unified_rl.interventions import make_wrapper
 
     with pytest.raises(ConfigError, match=r"neither read_logits nor normals; use correction=ppo"):
         make_wrapper(Bare(), load_correction("fixpo"))

@@ -230,7 +230,7 @@ def _dispatch(argv: Sequence[str]) -> int:
         return 0
     verb = argv[0]
     if verb not in VERBS:
-        from unified_rl.targets import nearest
+        from unified_rl.instantiate import nearest
 
         raise ConfigError(f"there is no verb {verb!r}; {nearest(verb, VERBS)}")
     arguments = _parser(verb).parse_intermixed_args(argv[1:])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from unified_rl.errors import ConfigError
-from unified_rl.targets import (
+from unified_rl.instantiate import (
     PACKAGE,
     Parameter,
     build,

@@ -13,7 +13,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from unified_rl.errors import ConfigError, NonFiniteError
-from unified_rl.rollout.protocols import StepResult
+from unified_rl.protocols import StepResult
 
 
 class ControlEnvBase(EnvBase):

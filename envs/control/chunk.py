@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.errors import ConfigError
-from unified_rl.rollout.protocols import StepResult
+from unified_rl.protocols import StepResult
 
 
 class ActionChunk(ControlEnvBase):

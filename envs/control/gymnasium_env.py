@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unified_rl.envs.control.base import ControlEnvBase, check_count, raise_non_finite
 from unified_rl.errors import CheckpointError, ConfigError
-from unified_rl.rollout.protocols import StepResult
+from unified_rl.protocols import StepResult
 
 
 class GymnasiumEnv(ControlEnvBase):

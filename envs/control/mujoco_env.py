@@ -18,7 +18,7 @@ from unified_rl.envs.control.manipulation import InvertedDoublePendulum, Inverte
 from unified_rl.envs.control.simulation import Simulations
 from unified_rl.envs.control.tasks import HalfCheetah, Hopper, Scene, Swimmer, Task, Walker2d
 from unified_rl.errors import CheckpointError, ConfigError
-from unified_rl.rollout.protocols import StepResult
+from unified_rl.protocols import StepResult
 
 TASKS: dict[str, type[Task]] = {
     "HalfCheetah-v5": HalfCheetah,

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unified_rl.envs.language.codec import Codec, Segment
 from unified_rl.errors import ConfigError
-from unified_rl.rollout.protocols import TurnResult
+from unified_rl.protocols import TurnResult
 
 SPLITS = ("train", "eval")
 MAX_ROUNDS = 200
@@ -38,7 +38,7 @@ class Verdict(NamedTuple):
 
 
 class LanguageTask:
-    """Base of the token tasks; see :class:`unified_rl.rollout.protocols.LanguageEnv` for the protocol.
+    """Base of the token tasks; see :class:`unified_rl.protocols.LanguageEnv` for the protocol.
 
     Training never sees a held-out prompt: a prompt belongs to the held-out set by the hash of its text, whatever the
     seed, so the split is the same in every run. Model text is data: no verifier evaluates it as code.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from unified_rl.rollout.protocols import LanguageEnv
+from unified_rl.protocols import LanguageEnv
 
 
 class LanguageTurnEnv(EnvBase):

@@ -1,8 +1,8 @@
 """The one off-policy correction: levels, kernels, mismatch weights, rejection, reduction, diagnostics."""
 
-from unified_rl.correction.across import process_total
-from unified_rl.correction.core import Correction, CorrectionOutput
+from unified_rl.correction.correction import Correction, CorrectionOutput
 from unified_rl.correction.diagnostics import effective_sample_size
+from unified_rl.correction.internal.distributed import process_total
 from unified_rl.correction.presets import build_correction, correction_names, load_correction, preset_config
 
 __all__ = [

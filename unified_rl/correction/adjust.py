@@ -6,10 +6,10 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from unified_rl.correction.core import Correction, Node
+from unified_rl.correction.correction import Correction, Node
+from unified_rl.correction.kernels.tables import KERNELS, PREPARES
 from unified_rl.correction.levels import LEVELS
-from unified_rl.correction.specs import as_rule, bind
-from unified_rl.correction.tables import KERNELS, PREPARES
+from unified_rl.correction.lookup import as_rule, bind
 
 
 def with_kernel(correction: Correction, kernel: Node) -> Correction:

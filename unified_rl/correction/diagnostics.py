@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unified_rl.correction.across import Total, crossing, identity
+from unified_rl.correction.internal.distributed import Total, crossing, identity
 from unified_rl.correction.levels import CLAMP
 from unified_rl.correction.view import View, anchor_log_prob, difference, masked, safe, share
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from unified_rl.config import preset, preset_names
-from unified_rl.correction.core import FIELDS, Correction, Node
-from unified_rl.correction.specs import check_keys
+from unified_rl.correction.correction import FIELDS, Correction, Node
+from unified_rl.correction.lookup import check_keys
 from unified_rl.errors import ConfigError
 
 NESTED = {"level", "kernel", "pre", "thin", "mismatch", "reject", "penalty", "advantage", "proximal", "wrapper"}

@@ -1,6 +1,5 @@
-"""Loss terms beside the policy gradient: value regression, finiteness guards, optimiser steps."""
+"""Losses as lists of terms over one forward pass."""
 
-from unified_rl.objectives.optimize import Optimizer, first_non_finite
 from unified_rl.objectives.value import value_loss
 
-__all__ = ["Optimizer", "first_non_finite", "value_loss"]
+__all__ = ["value_loss"]

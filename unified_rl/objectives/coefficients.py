@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from unified_rl.correction.specs import bind
+from unified_rl.correction.lookup import bind
 
 Coefficient = Callable[[float, int], float]
 """``(progress in [0, 1], update number) -> value``."""

@@ -14,12 +14,12 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from unified_rl.correction.reduce import REDUCTIONS
-from unified_rl.correction.specs import bind
+from unified_rl.correction.lookup import bind
+from unified_rl.correction.reduction import REDUCTIONS
 from unified_rl.correction.view import share
+from unified_rl.interventions.distribution import FLOOR, categorical_kl, parts_log_prob, support_of
 from unified_rl.objectives.forward import Forward, Reader
 from unified_rl.objectives.objective import Metrics, Scored, Term
-from unified_rl.objectives.wrappers.distribution import FLOOR, categorical_kl, parts_log_prob, support_of
 
 
 def forward_kl(log_s: Tensor, log_t: Tensor) -> Tensor:

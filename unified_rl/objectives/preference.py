@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from unified_rl.correction.score import Score
-from unified_rl.correction.specs import bind
+from unified_rl.correction.internal.surrogate import KnownGradient
+from unified_rl.correction.lookup import bind
 from unified_rl.correction.view import share
 from unified_rl.objectives.forward import Forward
 from unified_rl.objectives.objective import Metrics, Scored, Term
@@ -120,4 +120,4 @@ class PreferenceTerm(Term):
             "preference/pairs": stats["pairs"][0],
             "preference/margin": stats["margin"][0],
         }
-        return Score.apply(forward.log_prob, value, stats["slope"]), metrics
+        return KnownGradient.apply(forward.log_prob, value, stats["slope"]), metrics

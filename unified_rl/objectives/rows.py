@@ -9,9 +9,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from unified_rl.correction.specs import check_keys
+from unified_rl.correction.lookup import check_keys
 from unified_rl.errors import ConfigError, RecordError
-from unified_rl.targets import nearest
+from unified_rl.instantiate import nearest
 from unified_rl.units import Source
 
 OWN = (Source.ONLINE, Source.OFFLINE)

@@ -10,15 +10,15 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from unified_rl.correction import Correction
-from unified_rl.correction.reduce import REDUCTIONS
+from unified_rl.correction.reduction import REDUCTIONS
 from unified_rl.correction.view import share
 from unified_rl.errors import ConfigError
+from unified_rl.instantiate import nearest
+from unified_rl.interventions import Wrapper
 from unified_rl.objectives.forward import Forward
 from unified_rl.objectives.objective import Metrics, Scored, Term
 from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.value import value_loss
-from unified_rl.objectives.wrappers import Wrapper
-from unified_rl.targets import nearest
 
 OWN_ROWS = Rows("own")
 EXPERT_ROWS = Rows(["demonstration", "expert"])

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from unified_rl.errors import ConfigError
-from unified_rl.policies.cache import FixedCache, SlabCache, count_layers, visible_columns
-from unified_rl.policies.replayed import ReplayedStep
+from unified_rl.policies.cuda_graph_step import ReplayedStep
+from unified_rl.policies.kv_cache import FixedCache, SlabCache, count_layers, visible_columns
 from unified_rl.policies.sampling import Sampling, draw, token_log_prob
 
 COMPACT_BELOW = 0.8

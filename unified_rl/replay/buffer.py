@@ -14,7 +14,7 @@ from torch import Tensor
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.replay.ingest import from_collector
 from unified_rl.replay.ring import IntArray
-from unified_rl.replay.sampler import Sampler
+from unified_rl.replay.samplers.base import Sampler
 from unified_rl.replay.schema import Schema
 from unified_rl.replay.state import ReplayState, to_numpy
 from unified_rl.replay.store import Leaves, MemmapStore, MemoryStore, write_rows

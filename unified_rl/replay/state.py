@@ -15,7 +15,7 @@ from torch import Tensor
 from unified_rl.errors import CheckpointError, ConfigError, RecordError
 from unified_rl.replay.persist import Saved, save
 from unified_rl.replay.ring import Ring
-from unified_rl.replay.sampler import Sampler
+from unified_rl.replay.samplers.base import Sampler
 from unified_rl.replay.schema import Schema
 from unified_rl.replay.store import Leaves, MemoryStore, write_rows
 

@@ -1,10 +1,10 @@
 """Where experience comes from: batched control rollouts and language-model rollouts."""
 
+from unified_rl.interop.torchrl_env import TorchRLControlEnv, as_environment
+from unified_rl.protocols import ControlEnv, LanguageEnv, StepResult, TurnResult
 from unified_rl.rollout.control import ControlRollout
 from unified_rl.rollout.demonstrations import DemonstrationRollout, StoredRollout
 from unified_rl.rollout.language import LanguageRollout, converse
-from unified_rl.rollout.protocols import ControlEnv, LanguageEnv, StepResult, TurnResult
-from unified_rl.rollout.torchrl_env import TorchRLControlEnv, as_environment
 
 __all__ = [
     "ControlEnv",

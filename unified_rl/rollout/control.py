@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import NonFiniteError
-from unified_rl.rollout.protocols import ControlEnv
+from unified_rl.protocols import ControlEnv
 from unified_rl.units import Source
 
 
@@ -18,7 +18,7 @@ class ControlRollout:
     """Collects transitions ``[horizon, num_envs]`` with the current policy.
 
     Args:
-        env: a :class:`~unified_rl.rollout.protocols.ControlEnv` of ``num_envs`` simulations.
+        env: a :class:`~unified_rl.protocols.ControlEnv` of ``num_envs`` simulations.
         policy: anything with ``sample(observation, generator, deterministic)``.
         gamma: discount of one control step; a chunk of h executed steps has discount ``gamma ** h``.
         generator: the stream that actions are drawn from.

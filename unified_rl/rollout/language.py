@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import ConfigError, NonFiniteError
-from unified_rl.rollout.protocols import LanguageEnv
+from unified_rl.protocols import LanguageEnv
 from unified_rl.rollout.sources import Recited
 from unified_rl.units import Source
 
@@ -83,7 +83,7 @@ class LanguageRollout:
     """Samples ``prompts * group_size`` conversations with the current policy.
 
     Args:
-        env: a :class:`~unified_rl.rollout.protocols.LanguageEnv`.
+        env: a :class:`~unified_rl.protocols.LanguageEnv`.
         policy: anything with ``generate(prompts, ...)`` as :class:`unified_rl.policies.causal_lm.CausalLM` has.
         gamma: unused discount of a turn (language records carry discount ``gamma``; agents default to 1).
         generator: the stream that tokens are drawn from.

@@ -21,8 +21,8 @@ import yaml
 from unified_rl import __version__
 from unified_rl.config import build
 from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.instantiate import locate, parameters
 from unified_rl.rollout import as_environment
-from unified_rl.targets import locate, parameters
 from unified_rl.training.checkpoint import latest_checkpoint, lock_run, read_checkpoint, write_json
 from unified_rl.training.display import Display
 from unified_rl.training.evaluation import evaluate_control, evaluate_language

@@ -16,9 +16,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.correction.core import Correction
-from unified_rl.correction.grain import looks_at_batch
-from unified_rl.correction.tables import OWN_ADVANTAGE
+from unified_rl.correction.correction import Correction
+from unified_rl.correction.kernels.tables import OWN_ADVANTAGE
+from unified_rl.correction.requirements import looks_at_batch
 from unified_rl.correction.view import ANCHORS
 from unified_rl.units import Source
 

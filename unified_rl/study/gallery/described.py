@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unified_rl.correction.core import Correction
+from unified_rl.correction.correction import Correction
 from unified_rl.correction.presets import overridden, preset_config
 from unified_rl.study.gallery import catalogue
 from unified_rl.study.gallery.curves import SPAN, Curves, curves

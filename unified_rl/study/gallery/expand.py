@@ -6,20 +6,21 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from unified_rl.correction import penalty, rules
-from unified_rl.correction.core import Correction
+from unified_rl.correction.correction import Correction
+from unified_rl.correction.kernels.tables import KERNELS
 from unified_rl.correction.levels import LEVELS
-from unified_rl.correction.mismatch import MISMATCHES
-from unified_rl.correction.pre import PRES
+from unified_rl.correction.lookup import as_rule
+from unified_rl.correction.penalties import penalty
+from unified_rl.correction.penalties.selection import SELECTIONS
 from unified_rl.correction.presets import build_correction
-from unified_rl.correction.reject import REJECTS
-from unified_rl.correction.select import SELECTIONS
-from unified_rl.correction.specs import as_rule
-from unified_rl.correction.tables import KERNELS
-from unified_rl.correction.thin import THINS
+from unified_rl.correction.transforms import PRES
 from unified_rl.correction.view import ANCHORS
+from unified_rl.correction.weights import rules
+from unified_rl.correction.weights.mismatch import MISMATCHES
+from unified_rl.correction.weights.rejection import REJECTS
+from unified_rl.correction.weights.thinning import THINS
 from unified_rl.errors import ConfigError
-from unified_rl.objectives.wrappers import WRAPPERS
+from unified_rl.interventions import WRAPPERS
 from unified_rl.returns.groups import group_advantage
 
 Table = Mapping[str, Callable[..., Any]]

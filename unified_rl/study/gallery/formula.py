@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from unified_rl.correction.tables import RATIO_FREE
+from unified_rl.correction.kernels.tables import RATIO_FREE
 
 Settings = Mapping[str, Any]
 

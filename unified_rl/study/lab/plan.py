@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from unified_rl.correction import Correction, load_correction, preset_config
-from unified_rl.correction.grain import looks_at_batch
-from unified_rl.correction.tables import OWN_ADVANTAGE
+from unified_rl.correction.kernels.tables import OWN_ADVANTAGE
+from unified_rl.correction.requirements import looks_at_batch
 
 ROW, GROUP, SAMPLED_GROUP, SAMPLED_BATCH = "exact", "exact over groups", "sampled groups", "sampled batches"
 """Routes: by summing over trajectories, over groups of them too, or by seeded Monte Carlo over groups or batches."""

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.correction import Correction
-from unified_rl.correction.reduce import REDUCTIONS
+from unified_rl.correction.reduction import REDUCTIONS
 from unified_rl.study.lab.problems import Problem
 
 LogProbs = Mapping[str, Tensor]

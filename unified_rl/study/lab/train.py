@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.correction.proximal import interpolated
-from unified_rl.correction.reduce import REDUCTIONS
+from unified_rl.correction.reduction import REDUCTIONS
 from unified_rl.study.lab.drift import DECAY, ascent, filtered, situations, teacher
 from unified_rl.study.lab.measure import measure
 from unified_rl.study.lab.plan import SAMPLED_BATCH, Plan, follows_policy, make_plan

@@ -1,0 +1,65 @@
+"""Where a policy gradient's advantages come from, and what is refused because nothing could be learnt from them."""
+
+from __future__ import annotations
+
+from tensordict import TensorDictBase
+
+from unified_rl.agents.baselines import CREDITS
+from unified_rl.correction import Correction
+from unified_rl.correction.kernels.tables import OWN_ADVANTAGE
+from unified_rl.correction.requirements import advantage_needs_group, without_groups
+from unified_rl.errors import ConfigError
+
+CREDIT_OF = {"step_advantage": "step", "cut_bootstrap": "cut"}
+"""The credit that a preset asks for by the name of its ``wrapper``."""
+
+
+def choose_credit(correction: Correction, advantage: str, credit: str | None, *, language: bool) -> tuple[bool, str]:
+    """Whether a critic is used, and what its advantages are given to.
+
+    Args:
+        correction: may want a credit of its own.
+        advantage: auto, critic or group.
+        credit: a name of :data:`~unified_rl.agents.baselines.CREDITS`, or None for the correction's.
+        language: whether the policy is a language model.
+
+    Raises:
+        ConfigError: an unknown name, credit without a critic, or cut answers in control.
+    """
+    if advantage not in ("auto", "critic", "group"):
+        raise ConfigError(f"agent.advantage is {advantage!r}; it is one of auto, critic, group")
+    if credit is not None and credit not in CREDITS:
+        raise ConfigError(f"agent.credit is {credit!r}; it is one of {', '.join(CREDITS)}")
+    wanted = credit or CREDIT_OF.get(correction.wrapper.get("name", ""))
+    critic = advantage == "critic" or (advantage == "auto" and (not language or wanted is not None))
+    if wanted is not None and not critic:
+        raise ConfigError(
+            f"correction {correction.name} with credit {wanted!r} takes its advantages from a critic; set "
+            "agent.advantage=critic, or use correction=grpo for groups"
+        )
+    if wanted == "cut" and not language:
+        raise ConfigError(
+            f"correction {correction.name} is about answers that were cut by a token budget, whose successor nobody "
+            "knows; control records hold it: use correction=ppo"
+        )
+    return critic, wanted or "unit"
+
+
+def check_groups(record: TensorDictBase, correction: Correction, use_critic: bool) -> None:
+    """Refuses rows that are all alone in their groups where advantages are relative to the group: all would be 0.
+
+    Raises:
+        ConfigError: they are; says what to set instead.
+    """
+    inside = without_groups(correction)
+    outside = correction.kernel_name not in OWN_ADVANTAGE and not use_critic
+    if not inside and not (outside and advantage_needs_group(correction)):
+        return
+    if len(record["group"].unique()) < len(record):
+        return
+    instead = f"correction={inside}" if inside else "agent.advantage=critic"
+    raise ConfigError(
+        f"correction {correction.name} measures a row against the others of its group, and every row is alone in its "
+        f"own, so nothing would be learnt: sample several rows a prompt or reset state (rollout.group_size), or use "
+        f"{instead}"
+    )

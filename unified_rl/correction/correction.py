@@ -1,0 +1,384 @@
+"""The one off-policy correction.
+
+Every method's gradient is ``sum of c * w * g * A * grad log pi`` minus the gradient of its regularisers: ``c`` the
+reduction, ``w`` the mismatch weight and rejection, ``g`` the kernel, ``A`` the advantage, all detached. The loss is
+``-(C * x).sum()`` with ``C = c * w * g * A``: its gradient is what matters, its value is not the textbook surrogate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from unified_rl.correction.diagnostics import diagnose
+from unified_rl.correction.internal.distributed import Total, identity
+from unified_rl.correction.internal.surrogate import KnownGradient, unit_advantage
+from unified_rl.correction.kernels.tables import (
+    EXTRA_ANCHORS,
+    KERNELS,
+    NEEDS_PROBABILITIES,
+    OWN_ADVANTAGE,
+    PREPARES,
+    RATIO_FREE,
+    TRUNCATING,
+)
+from unified_rl.correction.levels import LEVELS, Layout
+from unified_rl.correction.lookup import as_rule, bind, check_keys
+from unified_rl.correction.penalties.penalty import Penalty
+from unified_rl.correction.reduction import REDUCTIONS
+from unified_rl.correction.transforms import PRES
+from unified_rl.correction.view import (
+    ANCHORS,
+    View,
+    anchor_log_prob,
+    difference,
+    narrow,
+    only,
+    passing,
+    safe,
+    share,
+)
+from unified_rl.correction.weights.rules import Rules
+from unified_rl.correction.weights.thinning import THINS
+from unified_rl.errors import ConfigError, RecordError
+from unified_rl.instantiate import nearest
+
+Node = str | Mapping[str, Any]
+
+
+@dataclass
+class CorrectionOutput:
+    """What :meth:`Correction.loss` returns.
+
+    Attributes:
+        loss: scalar to minimise; those of all micro-batches add up to the whole batch's.
+        weight: ``[B, N]`` detached, the total coefficient ``c * w * g * A`` of each unit's score.
+        metrics: scalar tensors; ``loss/...`` add up over micro-batches, fractions are the micro-batch's own.
+    """
+
+    loss: Tensor
+    weight: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Correction:
+    """A published (or new) off-policy correction, put together from parts.
+
+    Args:
+        level: grain of the kernel's log-ratio: a name of :data:`LEVELS`, or a mapping with ``name`` and settings.
+        kernel: the weight as a function of ratio and advantage: a name of :data:`KERNELS`, or a mapping.
+        anchor: denominator of the kernel's ratio: behavior, proximal, reference or none.
+        pre: optional unit-level transform of the log-ratio before the level.
+        thin: optional random choice of units or rows to train on, weighted to stay unbiased.
+        mismatch: outer weights proximal/behavior (current/behavior where the kernel itself holds no ratio).
+        reject: rules that take units or rows out.
+        penalty: regularisers beside the policy term.
+        reduce: what the sum over units is divided by.
+        denominator: ``original`` counts every masked-in unit, ``kept`` those that ``reject`` left.
+        horizon: the constant of ``sequence-mean-token-sum-norm`` (and optionally of ``token-sum``).
+        attached: differentiate the level itself instead of the unit's log-prob (straight-through).
+        advantage: settings for :func:`unified_rl.returns.record_advantage` that the method wants; None leaves it open.
+        proximal: settings of the proximal policy's provider, for the trainer.
+        wrapper: settings of what acts outside the loss (optimiser step, data selection), for the trainer.
+        name, summary, source, confidence, experimental: what it is and where it comes from.
+
+    Raises:
+        ConfigError: an unknown part or setting (names the nearest), or parts that contradict each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        level: Node = "unit",
+        kernel: Node = "one",
+        anchor: str = "behavior",
+        pre: Node | None = None,
+        thin: Node | None = None,
+        mismatch: Sequence[Node] | None = None,
+        reject: Sequence[Node] | None = None,
+        penalty: Sequence[Node] | None = None,
+        reduce: str = "token-mean",
+        denominator: str = "original",
+        horizon: float | None = None,
+        attached: bool = False,
+        advantage: Mapping[str, Any] | None = None,
+        proximal: Mapping[str, Any] | None = None,
+        wrapper: Mapping[str, Any] | None = None,
+        name: str = "",
+        summary: str = "",
+        source: str = "",
+        confidence: str = "",
+        experimental: bool = False,
+    ) -> None:
+        if anchor != "none" and anchor not in ANCHORS:
+            raise ConfigError(f"unknown anchor {anchor!r}; {nearest(anchor, [*ANCHORS, 'none'])}")
+        if reduce not in REDUCTIONS:
+            raise ConfigError(f"unknown reduce {reduce!r}; {nearest(reduce, REDUCTIONS)}")
+        if denominator not in ("original", "kept"):
+            raise ConfigError(f"denominator must be original or kept, got {denominator!r}")
+        if reduce == "sequence-mean-token-sum-norm" and not horizon:
+            raise ConfigError(
+                "reduce=sequence-mean-token-sum-norm needs horizon: a constant, such as the longest answer"
+            )
+        self.anchor, self.reduce, self.denominator = anchor, reduce, denominator
+        self.horizon, self.attached = horizon, attached
+        self.name, self.summary, self.source = name, summary, source
+        self.confidence, self.experimental = confidence, experimental
+        self.advantage = dict(advantage or {})
+        self.proximal, self.wrapper = dict(proximal or {}), dict(wrapper or {})
+        self.level_name = as_rule(level, "level")["name"]
+        self.kernel_name = as_rule(kernel, "kernel")["name"]
+        self._level, _ = bind(level, LEVELS, "level")
+        self._kernel, _ = bind(kernel, KERNELS, "kernel")
+        self._capped = as_rule(kernel, "kernel").get("importance_cap") is not None
+        self._prepare = None if self.kernel_name not in PREPARES else bind(kernel, PREPARES, "kernel")[0]
+        self._pre = None if pre is None else bind(pre, PRES, "pre")[0]
+        self._thin = None if thin is None else bind(thin, THINS, "thin")[0]
+        self._rules = Rules(mismatch or (), reject or (), anchor, weighted_kernel=self.kernel_name not in RATIO_FREE)
+        self._penalties = [Penalty(node) for node in penalty or ()]
+        self.total: Total = identity
+        """Sums a tensor over processes; :func:`process_total` where a batch is spread over several."""
+
+    @classmethod
+    def from_config(cls, node: Mapping[str, Any]) -> Correction:
+        """From a resolved configuration node, with or without ``_target_``."""
+        values = {key: value for key, value in node.items() if key != "_target_"}
+        check_keys(values, FIELDS, "a correction")
+        return cls(**values)
+
+    @property
+    def needs_full_pass(self) -> bool:
+        """Whether ``prepare`` must see the current log-probs of the whole optimiser batch."""
+        selected = any(p.select is not None for p in self._penalties)
+        return self._prepare is not None or self._rules.current or self.denominator == "kept" or selected
+
+    def needs(self, anchor: str) -> bool:
+        """Whether batches must hold the log-probs of this anchor."""
+        used = {self.anchor, *self._rules.anchors, *EXTRA_ANCHORS.get(self.kernel_name, ())}
+        if self._thin is not None or self._capped:
+            used.add("behavior")
+        return anchor in used.union(*(p.anchors for p in self._penalties))
+
+    def check_domain(self, *, discrete: bool) -> None:
+        """Refuses what a policy's log-probs can not support.
+
+        Args:
+            discrete: True where log-probs are of probabilities (tokens, action bins), False for densities.
+
+        Raises:
+            ConfigError: the kernel needs probabilities; says why and names the nearest preset that works.
+        """
+        if self.wrapper.get("name") == "project_categorical" and not discrete:
+            raise ConfigError(
+                f"correction {self.name} projects a categorical distribution, and this policy's is a density; use "
+                "correction=fixpo for a trust region on any policy"
+            )
+        nearest_preset = NEEDS_PROBABILITIES.get(self.kernel_name)
+        if nearest_preset is not None and not discrete:
+            raise ConfigError(
+                f"correction {self.name or self.kernel_name} compares probabilities, and this policy's log-probs are "
+                f"densities, which have no upper bound; use correction={nearest_preset}"
+            )
+
+    def require_support(self, *, wrappers: Collection[str] = (), providers: Collection[str] = ("snapshot",)) -> None:
+        """Refuses a method of which the caller would only do half.
+
+        Args:
+            wrappers: names of ``wrapper`` that the trainer acts on.
+            providers: names of ``proximal.provider`` that it offers.
+
+        Raises:
+            ConfigError: the method acts outside the loss in a way that the trainer does not have.
+        """
+        wrapper, provider = self.wrapper.get("name"), self.proximal.get("provider", "snapshot")
+        if wrapper is not None and wrapper not in wrappers:
+            raise ConfigError(
+                f"correction {self.name} is more than a loss: it also needs {wrapper!r}, which this trainer lacks; "
+                "set correction.wrapper=null to train with its loss alone"
+            )
+        if provider not in providers:
+            raise ConfigError(
+                f"correction {self.name} wants its proximal policy by {provider!r}, and this trainer has "
+                f"{', '.join(providers)}; set correction.proximal=null for a snapshot"
+            )
+
+    def prepare(self, log_prob: Tensor | None, batch: TensorDictBase) -> TensorDict:
+        """Looks at the whole optimiser batch once, without gradient.
+
+        Args:
+            log_prob: ``[B, N]`` of the current policy; None is allowed where ``needs_full_pass`` is False.
+            batch: the record, batch size ``[B]``, with ``advantage`` of shape ``[B]``, ``[B, T]`` or ``[B, N]`` (read
+                as one a unit where T = N).
+
+        Returns:
+            Statistics of batch size ``[B]`` that slice with the batch: ``coefficient [B]`` (c), ``advantage [B, N]``,
+            ``original [B]`` and ``kept [B]`` (counts of units), and what the method's own parts add.
+
+        Raises:
+            RecordError: a log-prob the method needs is missing, or shapes disagree.
+        """
+        with torch.no_grad():
+            return self._prepared(log_prob, batch)
+
+    def _prepared(self, log_prob: Tensor | None, batch: TensorDictBase) -> TensorDict:
+        mask = batch["mask"]
+        _check_shape(log_prob, mask)
+        if log_prob is None and self.needs_full_pass:
+            raise RecordError(f"correction {self.name or self.kernel_name} needs the current log-probs in prepare")
+        dtype = torch.float32 if log_prob is None or log_prob.dtype != torch.float64 else torch.float64
+        count = share(mask, dtype).sum(-1)
+        stats = {"advantage": unit_advantage(batch, mask, count, dtype, optional=self.kernel_name in OWN_ADVANTAGE)}
+        keep = self._rules.apply(log_prob, batch, stats, self.total)
+        if self.denominator == "kept" and log_prob is not None:
+            valid = safe(self._unit_log_ratio(log_prob, batch), mask)[1]
+            keep = valid if keep is None else keep & valid
+            stats["keep"] = keep
+        if self._thin is not None:
+            thinned = self._thin(batch, Layout(mask, batch), stats["advantage"], self.total)
+            if isinstance(thinned, tuple):
+                thinned, stats["advantage"] = thinned
+            stats["weight"] = thinned * stats["weight"] if "weight" in stats else thinned
+        stats["original"] = count
+        stats["kept"] = count if keep is None else share(keep, dtype).sum(-1)
+        counted = stats["kept" if self.denominator == "kept" else "original"]
+        stats["coefficient"] = REDUCTIONS[self.reduce](counted, self.horizon, self.total)
+        if self._prepare is not None or any(p.select is not None for p in self._penalties):
+            assert log_prob is not None
+            view, _, _ = self._view(log_prob.detach(), batch, stats)
+            if self._prepare is not None:
+                stats.update(self._prepare(view, self.total))
+            for i, p in enumerate(self._penalties):
+                if p.select is not None:
+                    stats[f"select_{i}"] = p.select(view, self.total)
+        return TensorDict._new_unsafe(stats, mask.shape[:1], mask.device)  # the checks cost as much as the arithmetic
+
+    def loss(self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase) -> CorrectionOutput:
+        """The loss of a (micro-)batch.
+
+        Args:
+            log_prob: ``[B, N]``, differentiable.
+            batch: the record.
+            stats: from :meth:`prepare`, sliced like the batch.
+
+        Returns:
+            The loss, the total coefficient of each unit, and metrics. Never NaN: units with non-finite log-probs are
+            left out; with nothing left the loss is exactly 0 and still has a graph.
+        """
+        _check_shape(log_prob, batch["mask"])
+        with torch.no_grad():
+            view, ok, x = self._view(log_prob, batch, stats)
+            weight = self._kernel(view) * (narrow(view.advantage) * view.row("coefficient"))
+            outer = stats.get("weight", None)
+            weight = only(ok, weight if outer is None else weight.mul_(outer))
+            score = view.raw_log_prob.nan_to_num(0.0, 0.0, 0.0) if x is None else x.detach()
+            value = policy = -torch.dot(weight.flatten(), score.flatten().to(weight.dtype))
+            slope = -weight if x is None else torch.zeros_like(weight)
+            metrics = {"loss/policy": policy, "reject/fraction": _rejected(stats)}
+            if self._penalties:
+                parts = [p(view, ok, f"select_{i}") for i, p in enumerate(self._penalties)]
+                metrics["loss/penalty"] = torch.stack([part for part, _ in parts]).sum()
+                slope = sum((part for _, part in parts), slope)
+                value = metrics["loss/penalty"] + (policy if x is None else 0)
+        if x is None:
+            return CorrectionOutput(KnownGradient.apply(log_prob, value, slope), weight, metrics)
+        attached = -(weight * x).sum()
+        if self._penalties:
+            attached = attached + KnownGradient.apply(log_prob, value, slope)
+        return CorrectionOutput(attached, weight, metrics)
+
+    def __call__(self, log_prob: Tensor, batch: TensorDictBase) -> CorrectionOutput:
+        """:meth:`prepare` and :meth:`loss` of one batch."""
+        return self.loss(log_prob, batch, self.prepare(log_prob.detach(), batch))
+
+    def diagnostics(
+        self,
+        log_prob: Tensor,
+        batch: TensorDictBase,
+        stats: TensorDictBase | None = None,
+        *,
+        version: int | None = None,
+    ) -> dict[str, Tensor]:
+        """How far off-policy the batch is and what the correction did about it; see :func:`diagnose` for the names.
+
+        Args:
+            log_prob: ``[B, N]`` of the current policy.
+            batch: the record.
+            stats: from :meth:`prepare`; computed here if not given.
+            version: the learner's version, for the staleness.
+        """
+        with torch.no_grad():
+            log_prob = log_prob.detach()
+            stats = self.prepare(log_prob, batch) if stats is None else stats
+            view, ok, _ = self._view(log_prob, batch, stats)
+            kernel = self._kernel(view)
+            outer = stats.get("weight", None)
+            truncating = self.kernel_name in TRUNCATING
+            return diagnose(view, ok, kernel, outer, version, truncating=truncating, total=self.total)
+
+    def weight_curve(self, log_ratio: Tensor, advantage: float, **record: Tensor) -> Tensor:
+        """The kernel's weight at each of ``log_ratio [n]``, as rows of one unit with the given advantage, ``[n]``."""
+        zero = torch.zeros(len(log_ratio), 1, dtype=log_ratio.dtype)
+        items = dict.fromkeys(ANCHORS.values(), zero)
+        batch = TensorDict(
+            {
+                **items,
+                "mask": torch.ones_like(zero, dtype=torch.bool),
+                "step_index": torch.zeros_like(zero, dtype=torch.int64),
+                "reward": torch.full_like(zero, float(advantage > 0)),
+                "advantage": torch.full_like(zero, advantage),
+                "group": torch.zeros(len(log_ratio), dtype=torch.int64),
+                **record,
+            },
+            batch_size=[len(log_ratio)],
+        )
+        with torch.no_grad():
+            log_prob = log_ratio.unsqueeze(-1)
+            view, _, _ = self._view(log_prob, batch, self.prepare(log_prob, batch))
+            return self._kernel(view).squeeze(-1)
+
+    def _unit_log_ratio(self, log_prob: Tensor, batch: TensorDictBase) -> Tensor:
+        """Unit log-ratios to the anchor, ``[B, N]``, not yet made safe."""
+        if self.anchor == "none":
+            return log_prob if log_prob.dtype == torch.float64 else log_prob.float()
+        return difference(log_prob, anchor_log_prob(batch, self.anchor))
+
+    def _view(
+        self, log_prob: Tensor, batch: TensorDictBase, stats: TensorDictBase | dict[str, Tensor]
+    ) -> tuple[View, Tensor, Tensor | None]:
+        """The view of a batch, which units take part in the loss, and the differentiable level where it is attached."""
+        flat = log_prob.detach()
+        d, valid = safe(self._unit_log_ratio(flat, batch), batch["mask"])
+        layout = Layout(valid, batch)
+        attached = self.attached and log_prob.requires_grad
+        if attached:
+            with torch.enable_grad():
+                x = self._leveled(KnownGradient.apply(log_prob, d, passing(d, valid)), layout, stats)
+            level = x.detach()
+        else:
+            level = self._leveled(d, layout, stats)
+        view = View(level, d, flat, stats["advantage"], layout, batch, stats, self.anchor)
+        keep = stats.get("keep", None)
+        return view, valid if keep is None else valid & keep, x if attached else None
+
+    def _leveled(self, d: Tensor, layout: Layout, stats: TensorDictBase | dict[str, Tensor]) -> Tensor:
+        return self._level(d if self._pre is None else self._pre(d, stats["advantage"]), layout)
+
+
+FIELDS = tuple(name for name in Correction.__init__.__annotations__ if name != "return")
+"""The fields of a correction's configuration."""
+
+
+def _rejected(stats: TensorDictBase) -> Tensor:
+    if stats.get("keep", None) is None:
+        return torch.zeros((), device=stats["original"].device)
+    return 1.0 - stats["kept"].sum() / stats["original"].sum().clamp(min=1)
+
+
+def _check_shape(log_prob: Tensor | None, mask: Tensor) -> None:
+    if log_prob is not None and log_prob.shape != mask.shape:
+        raise RecordError(f"log_prob has shape {tuple(log_prob.shape)}, but the mask is {tuple(mask.shape)}")

@@ -1,0 +1,1 @@
+"""What corrections are computed with: known gradients, sums over processes, hashed draws."""

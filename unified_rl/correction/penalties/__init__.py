@@ -1,0 +1,1 @@
+"""Penalties beside the policy term, and which units they are about."""

@@ -1,0 +1,1 @@
+"""What multiplies or removes units beside the kernel: mismatch weights, rejection, thinning."""

@@ -1,0 +1,311 @@
+"""From a node of a configuration to an object: what may be named, what its signature takes, and how it is built.
+
+A default lives in a Python signature only, so a node is checked against the signature of its ``_target_``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from unified_rl.errors import ConfigError
+
+PACKAGE = "unified_rl"
+SEALED = ("unified_rl.cli", "unified_rl.config", "unified_rl.instantiate")
+SCALARS = (bool, int, float, str)
+REQUIRED = inspect.Parameter.empty
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The end of an error message: the known name closest to ``name``, or all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}"
+
+
+# ---------------------------------------------------------------------------------------------- signatures
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One keyword of a target: its resolved annotation and its default (``REQUIRED``: none)."""
+
+    hint: Any
+    default: Any
+
+
+def parameters(target: Callable[..., Any], allow: Sequence[str] = ()) -> tuple[dict[str, Parameter], bool]:
+    """The keywords that ``target`` takes, and whether it takes any others too.
+
+    ``**kwargs`` of a constructor are followed to the next constructor of an allowed package.
+
+    Raises:
+        ConfigError: an annotation cannot be resolved at run time.
+    """
+    if not isinstance(target, type):
+        return _own_parameters(target, target)
+    if target.__init__ is object.__init__:  # type: ignore[misc]
+        return _own_parameters(target, target) if target.__new__ is not object.__new__ else ({}, False)
+    found: dict[str, Parameter] = {}
+    is_open = False
+    for cls in target.__mro__:
+        if "__init__" in vars(cls) and (cls is not object) and (not found or _allowed(cls.__module__, allow)):
+            own, is_open = _own_parameters(vars(cls)["__init__"], target)
+            found = {**own, **found}
+            if not is_open:
+                break
+    return found, is_open
+
+
+def _own_parameters(function: Callable[..., Any], target: Callable[..., Any]) -> tuple[dict[str, Parameter], bool]:
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError as error:
+        raise ConfigError(f"the annotations of {_name(target)} do not resolve at run time: {error}") from error
+    found = list(inspect.signature(function).parameters.values())
+    if isinstance(target, type) and function is not target:
+        found = found[1:]
+    keyword = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    own = {p.name: Parameter(hints.get(p.name, Any), p.default) for p in found if p.kind in keyword}
+    return own, any(p.kind is inspect.Parameter.VAR_KEYWORD for p in found)
+
+
+def _name(target: Callable[..., Any]) -> str:
+    return f"{target.__module__}.{getattr(target, '__qualname__', target)}"
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """``value`` as ``hint`` asks for it: integral floats become ints, ints floats, lists tuples.
+
+    Raises:
+        TypeError: the value does not fit.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or hint is object or isinstance(hint, typing.TypeVar):
+        return value
+    if origin is typing.Annotated:
+        return coerce(value, args[0])
+    if origin in (typing.Union, types.UnionType):
+        return _coerce_union(value, args)
+    if origin is typing.Literal:
+        return _require(value, any(value == arg and type(value) is type(arg) for arg in args))
+    if hint in (None, type(None)):
+        return _require(value, value is None)
+    if hint in SCALARS:
+        return _coerce_scalar(value, hint)
+    if is_node(value):
+        return value
+    return _coerce_container(value, origin or hint, args)
+
+
+def _require(value: Any, fits: bool) -> Any:
+    if not fits:
+        raise TypeError
+    return value
+
+
+def _coerce_union(value: Any, arms: tuple[Any, ...]) -> Any:
+    if type(value) in arms:
+        return value
+    for arm in arms:
+        try:
+            return coerce(value, arm)
+        except TypeError:
+            continue
+    raise TypeError
+
+
+def _coerce_scalar(value: Any, hint: type) -> Any:
+    if hint is int and isinstance(value, float) and math.isfinite(value) and value == int(value):
+        return int(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    return _require(value, type(value) is hint)
+
+
+def _coerce_container(value: Any, kind: Any, args: tuple[Any, ...]) -> Any:
+    if not isinstance(kind, type):
+        return _require(value, False)
+    if isinstance(value, dict):
+        _require(value, issubclass(dict, kind))
+        return {k: coerce(v, args[1]) for k, v in value.items()} if len(args) == 2 else value
+    if isinstance(value, list | tuple) and kind is tuple and args and args[-1] is not ...:
+        _require(value, len(value) == len(args))
+        return tuple(coerce(item, arg) for item, arg in zip(value, args, strict=True))
+    _require(value, isinstance(value, list | tuple) and (issubclass(list, kind) or kind is tuple))
+    items = [coerce(item, args[0]) for item in value] if args else list(value)
+    return tuple(items) if kind is tuple else items
+
+
+def is_node(value: Any) -> bool:
+    """Whether a configuration value describes an object to build."""
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def check_value(value: Any, path: str, allow: Sequence[str]) -> Any:
+    """Checks every node inside ``value``; returns it with types coerced.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or a target that is not allowed; ``path`` tells where.
+    """
+    if is_node(value):
+        return _check_node(value, path, allow)
+    if isinstance(value, Mapping):
+        return {key: check_value(item, f"{path}.{key}", allow) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(check_value(item, f"{path}[{i}]", allow) for i, item in enumerate(value))
+    return value
+
+
+def _check_node(node: Mapping[str, Any], path: str, allow: Sequence[str]) -> dict[str, Any]:
+    target = locate(node["_target_"], allow, path)
+    known, is_open = parameters(target, allow)
+    checked: dict[str, Any] = {}
+    for key, value in node.items():
+        if key == "_target_" or (is_open and key not in known and not key.startswith("_")):
+            checked[key] = value
+        elif key not in known:
+            raise ConfigError(f"{path} ({_name(target)}) has no key {key!r}; {nearest(key, known)}")
+        else:
+            checked[key] = check_type(value, known[key].hint, f"{path}.{key}")
+    return {key: check_value(value, f"{path}.{key}", allow) for key, value in checked.items()}
+
+
+def check_type(value: Any, hint: Any, path: str) -> Any:
+    """``value`` coerced to ``hint``, or a ConfigError that names ``path``."""
+    try:
+        return coerce(value, hint)
+    except TypeError as error:
+        plain = value is not None and not isinstance(value, str | list | dict)
+        quote = f"; quote it: {path}=\"'{value}'\"" if hint is str and plain else ""
+        raise ConfigError(f"{path} is {value!r}; it must be of type {inspect.formatannotation(hint)}{quote}") from error
+
+
+def with_defaults(value: Any, allow: Sequence[str]) -> Any:
+    """``value`` with the plain defaults of every target inside it written out."""
+    if is_node(value):
+        known, _ = parameters(locate(value["_target_"], allow), allow)
+        defaults = {name: p.default for name, p in known.items() if is_plain(p.default)}
+        value = {"_target_": value["_target_"], **defaults, **value}
+    if isinstance(value, Mapping):
+        return {key: with_defaults(item, allow) for key, item in value.items()}
+    return [with_defaults(item, allow) for item in value] if isinstance(value, list | tuple) else value
+
+
+def is_plain(value: Any) -> bool:
+    """Whether YAML can hold a default."""
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(is_plain, value))
+    return value is None or type(value) in SCALARS
+
+
+def plain(value: Any) -> Any:
+    """``value`` with tuples as lists, as YAML holds them."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def build(node: Any, /, *, allow: Sequence[str] = (), **given: Any) -> Any:
+    """Builds the object that a node describes; nodes inside it first.
+
+    Args:
+        node: a mapping with ``_target_`` and keyword arguments.
+        allow: prefixes beside ``unified_rl`` that ``_target_`` may name.
+        given: arguments of the outermost target that the caller knows; they win over defaults in the node.
+
+    Raises:
+        ConfigError: not a node, a target that is not allowed, an unknown key, a wrong type, a missing argument, or a
+            value in the node (other than the default) for an argument that the caller gives.
+    """
+    if not is_node(node):
+        raise ConfigError(f"cannot build {node!r}: it has no _target_")
+    known, _ = parameters(locate(node["_target_"], allow), allow)
+    for key in sorted(given.keys() & node.keys() & known.keys()):
+        if node[key] != plain(known[key].default) and node[key] is not given[key] and node[key] != given[key]:
+            raise ConfigError(f"{node['_target_']} has {key}={node[key]!r}, but the run itself sets {key}; remove it")
+    return _construct(_check_node(node, "node", allow), allow, given)
+
+
+def _construct(node: Mapping[str, Any], allow: Sequence[str], given: Mapping[str, Any]) -> Any:
+    target = locate(node["_target_"], allow)
+    arguments = {
+        key: _construct_inner(value, allow) for key, value in node.items() if key != "_target_" and key not in given
+    }
+    known, is_open = parameters(target, allow)
+    missing = [n for n, p in known.items() if p.default is REQUIRED and n not in arguments and n not in given]
+    if missing:
+        raise ConfigError(f"{_name(target)} needs {', '.join(missing)}: set GROUP.{missing[0]}=... for its group")
+    unknown = [] if is_open else [name for name in given if name not in known]
+    if unknown:
+        raise ConfigError(f"{_name(target)} does not take {', '.join(unknown)}, which a run gives it; add a parameter")
+    return target(**arguments, **given)
+
+
+def _construct_inner(value: Any, allow: Sequence[str]) -> Any:
+    if is_node(value):
+        return _construct(value, allow, {})
+    if isinstance(value, Mapping):
+        return {key: _construct_inner(item, allow) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_construct_inner(item, allow) for item in value)
+    return value
+
+
+def _allowed(module: str, allow: Sequence[str]) -> bool:
+    prefixes = [prefix.rstrip(".") for prefix in (PACKAGE, *allow)]
+    return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def locate(path: str, allow: Sequence[str] = (), where: str = "") -> Callable[..., Any]:
+    """Imports the class or function that a dotted path names.
+
+    Both the path and the module that defines the object must lie within an allowed package, so that a path through
+    an allowed module does not reach what that module imported.
+
+    Raises:
+        ConfigError: not allowed, not found (names the nearest), or not a class or function.
+    """
+    at = f"{where}._target_" if where else "_target_"
+    parts = path.split(".") if isinstance(path, str) else []
+    if len(parts) < 2 or any(not p.isidentifier() or p.startswith("_") for p in parts):
+        raise ConfigError(f"{at} is {path!r}; it must be the dotted path of a public class or function")
+    if not _allowed(path, allow):
+        raise ConfigError(f"{at} {path!r} is outside the allowed packages; start with --allow {parts[0]} to build it")
+    holder, names = _import_longest(parts, at)
+    for i, name in enumerate(names):
+        if i and not isinstance(holder, type):
+            raise ConfigError(f"{at} {path!r} reaches through {names[i - 1]!r}, which is not a class")
+        if not hasattr(holder, name):
+            public = [n for n in dir(holder) if not n.startswith("_")]
+            raise ConfigError(f"{at} {path!r}: {holder.__name__} has no {name!r}; {nearest(name, public)}")
+        holder = getattr(holder, name)
+    module = getattr(holder, "__module__", None) or ""
+    if not callable(holder) or module in SEALED or not _allowed(module, allow):
+        raise ConfigError(f"{at} {path!r} is not a class or function defined in an allowed package; see --allow")
+    return holder
+
+
+def _import_longest(parts: Sequence[str], at: str) -> tuple[Any, Sequence[str]]:
+    for end in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:end])
+        try:
+            return importlib.import_module(name), parts[end:]
+        except ModuleNotFoundError as error:
+            if not error.name or not f"{name}.".startswith(f"{error.name}."):
+                raise ConfigError(f"{at} {'.'.join(parts)!r} needs the package {error.name!r}; install it") from error
+        except ImportError as error:
+            raise ConfigError(f"{at} {'.'.join(parts)!r} cannot be imported: {error}") from error
+    raise ConfigError(f"{at} {'.'.join(parts)!r}: there is no package {parts[0]!r} that Python can import")

@@ -1,0 +1,1 @@
+"""The neighbours: TorchRL environments and loss modules."""

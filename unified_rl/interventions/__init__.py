@@ -1,0 +1,42 @@
+"""What methods do outside their loss: around the optimiser step, on whole distributions, with a run's progress."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unified_rl.correction import Correction
+from unified_rl.correction.lookup import bind
+from unified_rl.interventions.base import Wrapper
+from unified_rl.interventions.fix_up import FixUp
+from unified_rl.interventions.noise import LayerNoise
+from unified_rl.interventions.projection import ProjectCategorical
+from unified_rl.interventions.proxy import MinPProxy
+from unified_rl.interventions.schedule import AnnealLevel, AnnealPenalty, SyncReference
+from unified_rl.interventions.steps import ClipBiasScale, EssLearningRate, Reposition
+
+__all__ = ["WRAPPERS", "Wrapper", "make_wrapper"]
+
+WRAPPERS: dict[str, type[Wrapper]] = {
+    "anneal_level": AnnealLevel,
+    "anneal_penalty": AnnealPenalty,
+    "clip_bias_scale": ClipBiasScale,
+    "ess_learning_rate": EssLearningRate,
+    "fix_up": FixUp,
+    "layer_noise": LayerNoise,
+    "min_p_proxy": MinPProxy,
+    "project_categorical": ProjectCategorical,
+    "reposition": Reposition,
+    "sync_reference": SyncReference,
+}
+"""By the name that a preset's ``wrapper`` node gives; its other entries are the constructor's keyword arguments."""
+
+
+def make_wrapper(policy: Any, correction: Correction) -> Wrapper:
+    """The wrapper that a correction asks for; one that does nothing where it asks for none of :data:`WRAPPERS`.
+
+    Raises:
+        ConfigError: a setting that the wrapper does not have, or a policy that it cannot work on.
+    """
+    if correction.wrapper.get("name") not in WRAPPERS:
+        return Wrapper(policy, correction)
+    return bind(correction.wrapper, WRAPPERS, "wrapper")[0](policy, correction)

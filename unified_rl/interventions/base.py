@@ -1,0 +1,86 @@
+"""What a method does outside its loss: one small object, called where it acts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+from unified_rl.correction import Correction
+from unified_rl.optimizer import Optimizer
+
+Metrics = dict[str, Any]
+Plain = Callable[[TensorDictBase], Tensor]
+"""The policy's own scoring: a batch to log-probs ``[B, N]``."""
+
+
+class Wrapper:
+    """Does nothing; methods override the hooks they need. An agent calls them in this order.
+
+    ``start`` at the beginning of an update; ``annotate`` for what must be fixed before the first optimiser step;
+    ``row_weight`` for a group baseline; then for every optimiser step ``around``, and inside it ``score`` and ``watch``
+    for every micro-batch; ``finish`` after the last step.
+
+    Args:
+        policy: the policy that is trained.
+        correction: its correction; the wrapper's settings are the rest of the preset's ``wrapper`` node.
+
+    Attributes:
+        whole_rows: minibatches must hold whole rows, never single steps.
+        rescores: ``score`` is not the policy's own, so compiling that would be of no use.
+        sync_every: updates after which the reference becomes the present policy; None leaves it as it was at first.
+    """
+
+    whole_rows = False
+    rescores = False
+    sync_every: int | None = None
+
+    def __init__(self, policy: Any, correction: Correction) -> None:
+        self.policy, self.correction = policy, correction
+        self.language = hasattr(policy, "generate")
+
+    def modules(self) -> dict[str, tuple[nn.Module, float]]:
+        """Further weights to train, by name, each with its own learning rate."""
+        return {}
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Gives the wrapper the optimiser that it acts on."""
+        self.optimizer = optimizer
+
+    def start(self, progress: float) -> None:
+        """Called at the start of an update with the share of the run that is done."""
+
+    def annotate(self, part: TensorDictBase) -> dict[str, Tensor]:
+        """Further keys of a chunk of rows, computed without gradient at the start of the update."""
+        return {}
+
+    def row_weight(self, record: TensorDictBase) -> Tensor | None:
+        """Weights ``[B]`` of a weighted group baseline; None leaves them to the agent."""
+        return None
+
+    def score(self, part: TensorDictBase, plain: Plain) -> tuple[Tensor, Tensor | None]:
+        """Log-probs ``[B, N]`` of a micro-batch, and a penalty a unit ``[B, N]`` or None.
+
+        Both with gradient. The penalty is reduced as the correction reduces its own.
+        """
+        return plain(part), None
+
+    def watch(self, log_prob: Tensor, part: TensorDictBase, stats: TensorDictBase, weight: Tensor) -> None:
+        """Sees a micro-batch before its backward pass: ``weight [B, N]`` is the coefficient of each unit's score."""
+
+    def around(self, step: Callable[[], Metrics], batch: TensorDictBase) -> Metrics:
+        """Takes the optimiser step of a minibatch, by calling ``step`` (gradient and step) as often as it likes."""
+        return step()
+
+    def finish(self, batches: Sequence[TensorDictBase]) -> Metrics:
+        """Called after the last optimiser step of an update, with all its rows in batches."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a bit-exact continuation needs."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
