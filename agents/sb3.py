@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from tensordict import TensorDict
 from torch import Tensor, nn
 
 from unified_rl.errors import CheckpointError, ConfigError
-from unified_rl.protocols import ControlEnv
+from unified_rl.protocols import ControlEnv, Domain
+from unified_rl.spaces import Space
 
 ALGORITHMS = ("sac", "ppo", "td3", "a2c", "ddpg")
 
@@ -28,14 +28,7 @@ def make_vec_env(env: ControlEnv) -> Any:
         """Steps ``env`` once a call."""
 
         def __init__(self) -> None:
-            inputs = env.policy_inputs()
-            observation = spaces.Box(-np.inf, np.inf, (inputs["observation_dim"],), np.float32)
-            action: spaces.Space[Any]
-            if inputs.get("num_actions"):
-                action = spaces.Discrete(inputs["num_actions"])
-            else:
-                low, high = (np.asarray(inputs[key], np.float32) for key in ("action_low", "action_high"))
-                action = spaces.Box(low, high, dtype=np.float32)
+            observation, action = Space.of(env.policy_inputs()).as_policies_see_it().to_gymnasium()
             super().__init__(env.num_envs, observation, action)
             self._action: Tensor | None = None
 
@@ -82,6 +75,8 @@ def make_vec_env(env: ControlEnv) -> Any:
 
 class SB3Policy(nn.Module):
     """The policy of an SB3 model behind our ``sample``; no log-probs, so it is only evaluated and recorded."""
+
+    domain: ClassVar[Domain] = "control"
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -136,7 +131,7 @@ class SB3Agent:
 
         if algorithm not in ALGORITHMS:
             raise ConfigError(f"agent.algorithm={algorithm} is not one of {', '.join(ALGORITHMS)}")
-        if getattr(env, "domain", None) != "control":
+        if not isinstance(env, ControlEnv) or env.domain != "control":
             raise ConfigError("Stable-Baselines3 agents need a control environment")
         cls = getattr(stable_baselines3, algorithm.upper())
         self.env = env

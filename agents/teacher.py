@@ -19,7 +19,7 @@ def load_teacher(folder: str, student: Any) -> Any:
     Args:
         folder: a run folder of this library (its newest checkpoint is read), or for a language model a folder with
             ``config.json`` and safetensors. No code from either is run.
-        student: the policy that is trained; the teacher takes its tokenizer, or its sizes and bounds.
+        student: the policy that is trained; the teacher takes its tokenizer, or its space.
 
     Raises:
         CheckpointError: the folder is missing or incomplete.
@@ -61,7 +61,4 @@ def _inputs(student: Any) -> dict[str, Any]:
     """What the student's constructor was given by its environment."""
     if isinstance(student, CausalLM):
         return {"tokenizer": student.tokenizer, "max_length": student.max_length}
-    inputs = {"observation_dim": student.observation_dim, "action_dim": student.action_dim}
-    discrete = student.num_actions is not None
-    low, high = ([], []) if discrete else (student.action_low.tolist(), student.action_high.tolist())
-    return {**inputs, "action_low": low, "action_high": high, "num_actions": student.num_actions}
+    return {"space": student.space}

@@ -9,6 +9,9 @@ import torch
 
 from unified_rl.envs.control import ActionChunk, GymnasiumEnv
 from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.policies.autoregressive import AutoregressivePolicy
+from unified_rl.policies.gaussian import GaussianPolicy
+from unified_rl.spaces import Box
 
 
 class Coin(gymnasium.Env):
@@ -60,9 +63,9 @@ def test_cartpole_keeps_every_true_transition_across_ends() -> None:
 def test_pendulum_truncates_at_its_time_limit_in_every_copy() -> None:
     env = GymnasiumEnv("Pendulum-v1", num_envs=2, max_episode_steps=7)
     assert env.max_steps == 7
-    assert env.policy_inputs() == {
-        "observation_dim": 3, "action_dim": 1, "action_low": [-2.0], "action_high": [2.0]
-    }  # fmt: skip
+    assert env.space.action == Box((1,), low=-2.0, high=2.0)
+    assert env.space.observation == Box((3,), low=(-1.0, -1.0, -8.0), high=(1.0, 1.0, 8.0))
+    assert dict(**env.policy_inputs()) == {"space": env.space}
     flags = [env.step_batch(torch.zeros(2, 1)).truncated.tolist() for _ in range(15)]
     assert flags == [[True, True] if step % 7 == 0 else [False, False] for step in range(1, 16)]
 
@@ -100,3 +103,69 @@ def test_bad_ids_and_spaces_name_the_fix(coin: str) -> None:
     with pytest.raises(ConfigError, match="chunks of length 1"):
         ActionChunk(GymnasiumEnv("Pendulum-v1"), 2).inner.advance(torch.zeros(1, 1), torch.tensor([False]))
     assert GymnasiumEnv("FrozenLake-v1", flatten=True).reset_batch().tolist() == [[1.0] + [0.0] * 15]
+
+
+class Strict(gymnasium.Env):
+    """Asserts that its actions lie in its space, as many environments do, and keeps them."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, action: gymnasium.Space) -> None:  # type: ignore[type-arg]
+        self.action_space, self.got = action, []  # type: ignore[var-annotated]
+
+    def reset(self, *, seed=None, options=None):  # type: ignore[no-untyped-def]
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):  # type: ignore[no-untyped-def]
+        assert self.action_space.contains(action), f"{action!r} {action.dtype}"
+        self.got.append(np.array(action))
+        return np.zeros(2, np.float32), 0.0, False, False, {}
+
+
+def strict(action: gymnasium.Space) -> GymnasiumEnv:  # type: ignore[type-arg]
+    if "Strict-v0" not in gymnasium.registry:
+        gymnasium.register("Strict-v0", entry_point=Strict, max_episode_steps=50)
+    return GymnasiumEnv("Strict-v0", make_kwargs={"action": action})
+
+
+def arrived(env: GymnasiumEnv) -> np.ndarray:  # type: ignore[type-arg]
+    return np.array(env._vector.envs[0].unwrapped.got)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_actions_arrive_in_the_dtype_of_the_space_and_inside_its_bounds(dtype: type) -> None:
+    low, high = np.array([-0.1, -0.7], dtype), np.array([0.1, np.inf], dtype)
+    env = strict(gymnasium.spaces.Box(low, high, dtype=dtype))
+    for action in ([[-0.1, -0.7]], [[0.1, 3.5]], [[-9.0, -9.0]]):  # float32 rounds -0.1 and -0.7 outward
+        env.step_batch(torch.tensor(action))
+    got = arrived(env)
+    assert got.dtype == dtype and got[2].tolist() == low.tolist() and got[1, 1] == dtype(3.5)
+    assert got[0].tolist() == [low[0], max(low[1], dtype(np.float32(-0.7)))]
+
+
+def test_unbounded_and_multi_dimensional_actions_reach_the_environment() -> None:
+    env = strict(gymnasium.spaces.Box(-np.inf, np.inf, (2, 3), np.float64))
+    policy = GaussianPolicy(**env.policy_inputs())
+    sample = policy.sample(env.current_observation(), torch.Generator().manual_seed(0))
+    env.step_batch(sample["action"])
+    assert arrived(env)[0].tolist() == sample["action"].double().reshape(2, 3).tolist()
+
+
+def test_choices_are_counted_from_where_the_space_begins() -> None:
+    for space, want in (
+        (gymnasium.spaces.Discrete(3, start=5), 7),
+        (gymnasium.spaces.Box(np.array([-2, 1]), np.array([0, 3]), dtype=np.int16), [0, 3]),
+    ):
+        env = strict(space)
+        policy = AutoregressivePolicy(env.space, hidden=(4,))
+        assert policy.bins == 3
+        env.step_batch(torch.full((1, policy.num_units), 2))
+        assert arrived(env)[0].tolist() == want and arrived(env).dtype == space.dtype
+
+
+def test_actions_that_no_policy_gives_are_refused_with_what_works(coin: str) -> None:
+    both = gymnasium.spaces.Dict(a=gymnasium.spaces.Discrete(2))
+    with pytest.raises(ConfigError, match=r"a dictionary of a \(one of 2 choices.*TransformAction"):
+        strict(both)
+    with pytest.raises(ConfigError, match="Text space has no fixed width"):
+        strict(gymnasium.spaces.Text(5))

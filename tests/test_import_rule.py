@@ -26,6 +26,7 @@ ORDER = (
     "config",
     "instantiate",
     "protocols",
+    "spaces",
     "units",
     "errors",
 )

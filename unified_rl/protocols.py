@@ -1,12 +1,50 @@
-"""What an environment offers to the rollout loops. Environments implement these; the core never imports them."""
+"""The contracts between rooms: what an environment, a policy, an agent and a rollout offer to each other.
+
+Each is a ``Protocol`` that a class satisfies by having its methods; nobody needs to inherit from it. Those of policies
+are abilities, asked for one by one: ``isinstance(policy, HasEntropy)``. Which domain a policy or an environment
+belongs to is its attribute ``domain``, never guessed from what it can do.
+
+Shapes: ``B`` rows, ``T`` steps, ``N`` units in a row, ``U`` units in an action, ``d`` and ``a`` widths of observation
+and action, ``V`` choices of a unit.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+
+from unified_rl.errors import ConfigError
+from unified_rl.spaces import Space
+from unified_rl.units import UnitLogProb
+
+Domain: TypeAlias = Literal["control", "language"]
+"""``control``: rows of steps with ``observation`` and ``action``. ``language``: rows of tokens."""
+Reader: TypeAlias = Callable[..., tuple[Tensor, ...]]
+"""``(logits [n, V], chosen [n], *extras [n, ...]) -> tensors [n, ...]``; it sees some units at a time."""
+
+
+def domain_of(part: Any) -> Domain:
+    """The ``domain`` of a policy, environment or rollout.
+
+    Raises:
+        ConfigError: it has none, or one that is not known.
+    """
+    domain = getattr(part, "domain", None)
+    if domain == "control" or domain == "language":
+        return domain
+    raise ConfigError(f"{type(part).__name__}.domain is {domain!r}; set it to 'control' or 'language'")
+
+
+def layout_of(record: TensorDictBase) -> Domain:
+    """Which domain's columns a record has: ``tokens [B, N]``, or ``observation [B, (T,) d]``."""
+    return "language" if "tokens" in record.keys() else "control"
+
+
+# ----------------------------------------------------------------------------------------------------- environments
 
 
 class StepResult(NamedTuple):
@@ -40,7 +78,7 @@ class ControlEnv(Protocol):
     max_steps: int
 
     def policy_inputs(self) -> dict[str, Any]:
-        """Sizes and bounds that a policy's constructor takes."""
+        """What a policy's constructor takes: ``space``, or the arguments of :meth:`unified_rl.spaces.Space.flat`."""
         ...
 
     def reset_batch(self, seed: int | None = None) -> Tensor:
@@ -120,4 +158,186 @@ class LanguageEnv(Protocol):
 
     def demonstrations(self, count: int, generator: torch.Generator, style: str | None = None) -> TensorDict:
         """``[count]`` supervised rows: ``tokens``, ``token_mask``, ``mask`` as in the record, mask on target tokens."""
+        ...
+
+
+@runtime_checkable
+class Demonstrates(Protocol):
+    """An environment with supervised rows of its own."""
+
+    def demonstrations(self, count: int, generator: torch.Generator, /) -> TensorDict:
+        """``[count]`` rows: ``observation [d]`` and ``action [a]``, or ``tokens``, ``token_mask`` and ``mask [N]``."""
+        ...
+
+
+@runtime_checkable
+class Solves(Protocol):
+    """A language task that knows answers to its problems."""
+
+    def solve(self, problems: list[dict[str, Any]], style: str | None = None) -> list[list[int]]:
+        """The token ids of one right answer to each problem, end token included."""
+        ...
+
+
+@runtime_checkable
+class HasSpace(Protocol):
+    """Knows the space it acts in: control environments and policies."""
+
+    space: Space
+
+
+# --------------------------------------------------------------------------------------------- abilities of policies
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Acts in control environments."""
+
+    def sample(
+        self, observation: Tensor, generator: torch.Generator | None = None, deterministic: bool = False
+    ) -> TensorDict:
+        """``action [..., a]``, what scoring needs and ``behavior_log_prob [..., U]``, for ``observation [..., d]``.
+
+        Deterministic samples have no density: their ``behavior_log_prob`` is NaN.
+        """
+        ...
+
+
+@runtime_checkable
+class Generates(Protocol):
+    """Continues prompts of tokens."""
+
+    def generate(self, prompts: Any, *, max_new_tokens: int, **options: Any) -> Any:
+        """A :class:`~unified_rl.policies.generation.Generation`: tokens, log-probs and lengths of every answer."""
+        ...
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """Gives stored samples their log-probs under the present weights."""
+
+    def log_prob(self, batch: TensorDictBase) -> UnitLogProb:
+        """``log_prob [B, N]`` float32 with gradient, ``mask [B, N]`` bool, and whether ratios of it are exact."""
+        ...
+
+
+@runtime_checkable
+class Imitates(Protocol):
+    """Has a supervised loss."""
+
+    def nll(self, batch: TensorDictBase, generator: torch.Generator | None = None) -> Tensor:
+        """``[B, N']``, lower for likelier actions; ``generator`` feeds the noise of flow and diffusion losses."""
+        ...
+
+
+@runtime_checkable
+class ShowsLogits(Protocol):
+    """Every unit is a categorical whose logits can be read."""
+
+    def read_logits(self, batch: TensorDictBase, reader: Reader, *extras: Tensor) -> tuple[Tensor, ...]:
+        """The reader's tensors ``[B, N, ...]``; ``extras [B, N, ...]`` are handed to it unit by unit."""
+        ...
+
+
+@runtime_checkable
+class ShowsNormals(Protocol):
+    """Every unit is a Normal of known mean and standard deviation."""
+
+    def normals(self, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of every unit, each ``[B, N, D]``."""
+        ...
+
+
+@runtime_checkable
+class Reparameterised(Protocol):
+    """Draws actions that carry a gradient."""
+
+    def rsample(
+        self, observation: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``action [M, a]`` and its ``log_prob [M]`` for ``observation [M, d]``; ``noise [M, a]`` replaces drawing."""
+        ...
+
+
+@runtime_checkable
+class HasEntropy(Protocol):
+    """Knows the entropy of its units."""
+
+    def entropy(self, batch: TensorDictBase) -> Tensor:
+        """``[B, N]`` nats, with gradient."""
+        ...
+
+
+@runtime_checkable
+class UnitStates(Protocol):
+    """Can hand over small hidden states from which every unit's logits are made later, a few units at a time."""
+
+    def unit_states(self, batch: TensorDictBase) -> Tensor:
+        """``[B, N, h]``."""
+        ...
+
+    def logits_of(self, states: Tensor) -> Tensor:
+        """Logits ``[n, V]`` of states ``[n, h]``."""
+        ...
+
+
+@runtime_checkable
+class Normalizes(Protocol):
+    """Standardises observations by running moments, if it was told to."""
+
+    def update_normalizer(self, observation: Tensor) -> None:
+        """Adds raw ``observation [..., d]`` to the moments."""
+        ...
+
+
+@runtime_checkable
+class EndsPretraining(Protocol):
+    """Has something to fix between imitation and reinforcement learning."""
+
+    def end_pretraining(self) -> None:
+        """Fixes it; calling it again changes nothing."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------ agents and rollouts
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact continuation needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Restores :meth:`state_dict`; recomputes nothing."""
+        ...
+
+
+@runtime_checkable
+class Agent(Stateful, Protocol):
+    """Improves a policy from a replay. ``gamma``, where it has one, is the discount that its rollout writes."""
+
+    policy: Any
+    version: int
+    """Updates made so far; written to the rows that are collected next."""
+
+    def update(self, replay: Any, progress: float = 0.0) -> dict[str, Any]:
+        """One update from what the replay gives; metrics. ``progress`` is the share of the run that is done."""
+        ...
+
+
+@runtime_checkable
+class Rollout(Stateful, Protocol):
+    """Makes rows for a replay."""
+
+    steps: int
+    """Environment steps, or sampled units, so far."""
+    steps_per_collect: int
+    staleness: int
+    """Updates that the policy of a row may be old."""
+
+    def collect(self, version: int) -> tuple[TensorDict, dict[str, float]]:
+        """Rows of the record, sampled by the policy of that version, and metrics."""
         ...

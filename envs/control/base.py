@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, Unbounded
 from torchrl.envs import EnvBase
 
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.protocols import StepResult
+from unified_rl.spaces import PolicyInputs, Space
 
 
 class ControlEnvBase(EnvBase):
@@ -25,10 +26,8 @@ class ControlEnvBase(EnvBase):
 
     Args:
         num_envs: K.
-        observation_dim: ``d``.
-        action_low, action_high: action bounds, one number a dimension.
+        space: of one simulation; observations are handed out as float32 vectors of its observation's width.
         max_steps: steps before an episode is truncated.
-        num_actions: number of discrete actions, or None where actions are real vectors.
     """
 
     domain = "control"
@@ -36,34 +35,26 @@ class ControlEnvBase(EnvBase):
     def __init__(
         self,
         num_envs: int,
-        observation_dim: int,
-        action_low: list[float],
-        action_high: list[float],
+        space: Space,
         max_steps: int,
-        num_actions: int | None = None,
     ) -> None:
         super().__init__(device="cpu", batch_size=[num_envs])
-        self.num_envs, self.max_steps = num_envs, max_steps
-        self._inputs: dict[str, Any] = {
-            "observation_dim": observation_dim,
-            "action_dim": len(action_low),
-            "action_low": list(action_low),
-            "action_high": list(action_high),
-        }
-        if num_actions is not None:
-            self._inputs["num_actions"] = num_actions
+        self.num_envs, self.space, self.max_steps = num_envs, space, max_steps
         self._make_specs()
 
     def _make_specs(self) -> None:
-        count, inputs = self.num_envs, self._inputs
-        observation = Unbounded(shape=(count, inputs["observation_dim"]), dtype=torch.float32)
+        count, choices = self.num_envs, self.space.action.choices
+        observation = Unbounded(shape=(count, self.space.observation_dim), dtype=torch.float32)
         self.observation_spec = Composite(observation=observation, shape=(count,))
-        shape = (count, inputs["action_dim"])
-        if "num_actions" in inputs:
-            self.action_spec = Categorical(inputs["num_actions"], shape=shape, dtype=torch.int64)
-        else:
-            low, high = (torch.tensor(inputs[key]).expand(shape) for key in ("action_low", "action_high"))
+        shape = (count, self.space.action_dim)
+        if choices is None:
+            sizes = self.space.sizes()
+            low, high = (torch.tensor(sizes[key]).expand(shape) for key in ("action_low", "action_high"))
             self.action_spec = Bounded(low, high, shape=shape, dtype=torch.float32)
+        elif len(choices) == 1:
+            self.action_spec = Categorical(choices[0], shape=shape, dtype=torch.int64)
+        else:
+            self.action_spec = MultiCategorical(choices, shape=shape, dtype=torch.int64)
         self.reward_spec = Unbounded(shape=(count, 1), dtype=torch.float32)
         flags = {key: Categorical(2, shape=(count, 1), dtype=torch.bool) for key in ("done", "terminated", "truncated")}
         self.done_spec = Composite(flags, shape=(count,))
@@ -88,8 +79,8 @@ class ControlEnvBase(EnvBase):
         """Restarts the environment's random streams."""
 
     def policy_inputs(self) -> dict[str, Any]:
-        """Sizes and bounds that a policy's constructor takes."""
-        return dict(self._inputs)
+        """What a policy's constructor takes: ``space``."""
+        return PolicyInputs(self.space)
 
     def reset_batch(self, seed: int | None = None) -> Tensor:
         """Starts a new episode in every simulation, after reseeding where a seed is given; ``[K, d]`` float32."""
@@ -121,7 +112,7 @@ class ControlEnvBase(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDict:
         mask = None if tensordict is None else tensordict.get("_reset", None)
         ended = torch.ones(self.num_envs, dtype=torch.bool) if mask is None else mask.reshape(self.num_envs)
-        observation = torch.zeros(self.num_envs, self._inputs["observation_dim"])
+        observation = torch.zeros(self.num_envs, self.space.observation_dim)
         if mask is not None and tensordict is not None and "observation" in tensordict.keys():
             observation = tensordict["observation"].clone()
         if ended.any():

@@ -11,6 +11,7 @@ from torch import Tensor
 from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import StepResult
+from unified_rl.spaces import Box, Space
 
 
 class ActionChunk(ControlEnvBase):
@@ -29,17 +30,15 @@ class ActionChunk(ControlEnvBase):
     """
 
     def __init__(self, env: ControlEnvBase, horizon: int = 4, gamma: float = 0.99) -> None:
-        inputs = env.policy_inputs()
-        if horizon < 1 or "num_actions" in inputs:
-            raise ConfigError(f"a chunk needs real-valued actions and a length of 1 or more, got {horizon}")
-        super().__init__(
-            env.num_envs,
-            inputs["observation_dim"],
-            inputs["action_low"] * horizon,
-            inputs["action_high"] * horizon,
-            -(-env.max_steps // horizon),
-        )
-        self.inner, self.horizon, self._gamma, self._action_dim = env, horizon, gamma, inputs["action_dim"]
+        one = env.space.action
+        if horizon < 1 or not isinstance(one, Box) or one.integer:
+            raise ConfigError(
+                f"a chunk needs real-valued actions and a length of 1 or more, got {one.describe()} and {horizon}"
+            )
+        low, high = (tuple(bound.ravel().tolist()) * horizon for bound in (one.low_array, one.high_array))
+        plan = Box((one.width * horizon,), one.dtype, low, high)
+        super().__init__(env.num_envs, Space(env.space.observation, plan), -(-env.max_steps // horizon))
+        self.inner, self.horizon, self._gamma, self._action_dim = env, horizon, gamma, one.width
 
     def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
         """Executes the chunk ``[K, h * a]`` in every running simulation until its end or the episode's."""

@@ -9,13 +9,13 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 from unified_rl.envs.control.base import ControlEnvBase, check_count, raise_non_finite
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.protocols import StepResult
+from unified_rl.spaces import Box, Discrete, Space
 
 
 class GymnasiumEnv(ControlEnvBase):
@@ -28,6 +28,9 @@ class GymnasiumEnv(ControlEnvBase):
     A checkpoint holds each running episode's seed and actions, and restoring replays them: exact for every environment
     that is deterministic given its seed, refused with :class:`~unified_rl.errors.CheckpointError` for any other.
 
+    Actions are cast to the dtype of the action space and then clipped to its bounds, so a float32 action at a bound
+    that float32 rounds outward is still inside. Observations and rewards are handed out as float32.
+
     Args:
         id: a registered id, for example ``Pendulum-v1``.
         num_envs: K.
@@ -38,7 +41,7 @@ class GymnasiumEnv(ControlEnvBase):
 
     Raises:
         ConfigError: an unknown id (names the nearest), a missing package, no time limit, observations that are not a
-            vector, or actions that are neither a bounded vector nor one discrete choice.
+            vector, or actions that are neither an array of numbers nor one discrete choice.
     """
 
     def __init__(
@@ -55,15 +58,12 @@ class GymnasiumEnv(ControlEnvBase):
         limit = vector.envs[0].spec.max_episode_steps if vector.envs[0].spec else None
         if not limit:
             raise ConfigError(f"{id} has no time limit; set env.max_episode_steps")
-        dim = _observation_dim(id, vector.single_observation_space)
-        low, high, choices = _action_bounds(id, vector.single_action_space)
-        super().__init__(num_envs, dim, low, high, limit, choices)
-        self._vector, self._discrete = vector, choices is not None
-        self._first_choice = int(getattr(vector.single_action_space, "start", 0))
-        self._width = len(low)
+        space = _space(id, vector.single_observation_space, vector.single_action_space)
+        super().__init__(num_envs, space, limit)
+        self._vector = vector
         self._seeds = np.zeros(num_envs, dtype=np.int64)
         self._played: list[list[np.ndarray[Any, Any]]] = [[] for _ in range(num_envs)]
-        self._observation = torch.zeros(num_envs, dim)
+        self._observation = torch.zeros(num_envs, space.observation_dim)
         self.seed_streams(seed)
         self.reset_batch()
 
@@ -100,11 +100,10 @@ class GymnasiumEnv(ControlEnvBase):
         )
 
     def _to_numpy(self, action: Tensor) -> np.ndarray[Any, Any]:
-        if self._discrete:
-            return action.detach().reshape(self.num_envs).long().numpy() + self._first_choice
+        """What the environment takes: in its space's dtype, and inside its bounds."""
         if not bool(torch.isfinite(action).all()):
             raise_non_finite("action", action, torch.tensor([len(played) for played in self._played]))
-        return action.detach().reshape(self.num_envs, self._width).to(torch.float32).numpy()
+        return self.space.action.cast(action.detach().reshape(self.num_envs, -1).numpy())
 
     def restart(self, ended: Tensor) -> Tensor:
         """Starts new episodes where ``ended [K]`` bool; their observations ``[n, d]`` float32."""
@@ -185,19 +184,19 @@ def _make_vector(id: str, num_envs: int, flatten: bool, make_kwargs: dict[str, A
     return vector
 
 
-def _observation_dim(id: str, space: gymnasium.Space[Any]) -> int:
-    if not isinstance(space, Box) or len(space.shape) != 1:
-        raise ConfigError(f"{id} observes {space}, not one vector; set env.flatten=true (wrappers.FlattenObservation)")
-    return space.shape[0]
-
-
-def _action_bounds(id: str, space: gymnasium.Space[Any]) -> tuple[list[float], list[float], int | None]:
-    if isinstance(space, Discrete):
-        return [0.0], [float(space.n - 1)], int(space.n)
-    if not isinstance(space, Box) or len(space.shape) != 1:
-        raise ConfigError(f"{id} acts in {space}; only a vector or one Discrete choice is supported")
-    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
+def _space(id: str, observation: gymnasium.Space[Any], action: gymnasium.Space[Any]) -> Space:
+    try:
+        space = Space.from_gymnasium(observation, action)
+    except ConfigError as error:
+        raise ConfigError(f"{id} cannot be used: {error}") from error
+    if not isinstance(space.observation, Box) or len(space.observation.shape) != 1:
         raise ConfigError(
-            f"{id} has unbounded actions; bound them with gymnasium.wrappers.RescaleAction in your own id"
+            f"{id} observes {space.observation.describe()}, not one vector; set env.flatten=true "
+            "(wrappers.FlattenObservation)"
         )
-    return space.low.astype(float).tolist(), space.high.astype(float).tolist(), None
+    if not isinstance(space.action, Box | Discrete):
+        raise ConfigError(
+            f"{id} acts in {space.action.describe()}; a vector or one Discrete choice is supported: make one of those "
+            "of it with gymnasium.wrappers.TransformAction in your own id"
+        )
+    return space

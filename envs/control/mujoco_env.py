@@ -19,6 +19,7 @@ from unified_rl.envs.control.simulation import Simulations
 from unified_rl.envs.control.tasks import HalfCheetah, Hopper, Scene, Swimmer, Task, Walker2d
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.protocols import StepResult
+from unified_rl.spaces import Box, Space
 
 TASKS: dict[str, type[Task]] = {
     "HalfCheetah-v5": HalfCheetah,
@@ -52,8 +53,8 @@ class BatchedMujocoEnv(ControlEnvBase):
         model = task.load_model()
         simulations = Simulations(model, num_envs, task.views, task.frame_skip, task.contact_forces, threads)
         dim = task.observe(simulations.read(np.arange(1))).shape[1]
-        low, high = model.actuator_ctrlrange.astype(np.float32).T
-        super().__init__(num_envs, dim, low.tolist(), high.tolist(), task.max_steps)
+        low, high = (tuple(bound.tolist()) for bound in model.actuator_ctrlrange.astype(np.float32).T)
+        super().__init__(num_envs, Space(Box((dim,)), Box((len(low),), low=low, high=high)), task.max_steps)
         self.task, self.model, self.simulations = task, model, simulations
         self._elapsed = np.zeros(num_envs, dtype=np.int64)
         self._action = np.zeros((num_envs, model.nu))

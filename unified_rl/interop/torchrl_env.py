@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import Categorical
+from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
+from torchrl.data.tensor_specs import ContinuousBox
 from torchrl.envs import EnvBase
 
 from unified_rl.errors import ConfigError
-from unified_rl.protocols import StepResult
+from unified_rl.protocols import ControlEnv, LanguageEnv, StepResult
+from unified_rl.spaces import Box, Discrete, MultiDiscrete, Part, PolicyInputs, Space
 
 
 class TorchRLControlEnv:
     """Steps a TorchRL environment through its own API, with auto-reset and true final observations.
 
     Args:
-        env: batch size ``[]`` or ``[K]``, with a flat ``observation`` and a bounded continuous or a categorical action.
+        env: batch size ``[]`` or ``[K]``, with a flat ``observation`` and an action that is a vector or discrete
+            choices (categorical or one-hot, one or several).
         max_steps: length after which evaluation gives up on an episode that does not end.
 
     Raises:
@@ -38,23 +42,17 @@ class TorchRLControlEnv:
                 f"the environment has no 'observation' ({keys}); append a CatTensors transform that makes it"
             )
         self.env, self.max_steps = env, max_steps
+        if "action" not in env.full_action_spec.keys():
+            keys = ", ".join(map(str, env.full_action_spec.keys()))
+            raise ConfigError(f"the environment has no 'action' ({keys}); append a RenameTransform that makes it")
+        self._spec = env.full_action_spec["action"]
+        self.space = Space(Box((env.observation_spec["observation"].shape[-1],)), _action_part(self._spec))
         self.num_envs = env.batch_size[0] if len(env.batch_size) else 1
         self._current: TensorDictBase | None = None
 
     def policy_inputs(self) -> dict[str, Any]:
-        """Sizes and bounds read from the specs."""
-        dim = self.env.observation_spec["observation"].shape[-1]
-        spec = self.env.full_action_spec["action"]
-        if isinstance(spec, Categorical):
-            return {"observation_dim": dim, "num_actions": int(spec.space.n)}
-        low = spec.space.low.reshape(-1, spec.shape[-1])[0]
-        high = spec.space.high.reshape(-1, spec.shape[-1])[0]
-        return {
-            "observation_dim": dim,
-            "action_dim": spec.shape[-1],
-            "action_low": low.tolist(),
-            "action_high": high.tolist(),
-        }
+        """What a policy's constructor takes: ``space``."""
+        return PolicyInputs(self.space)
 
     def reset_batch(self, seed: int | None = None) -> Tensor:
         """Resets; ``[K, d]`` float32."""
@@ -68,8 +66,7 @@ class TorchRLControlEnv:
         if self._current is None:
             self.reset_batch()
         assert self._current is not None
-        spec = self.env.full_action_spec["action"]
-        self._current["action"] = action.reshape(spec.shape).to(spec.dtype)
+        self._current["action"] = self._encode(action)
         stepped, following = self.env.step_and_maybe_reset(self._current)
         self._current = following
         after = stepped["next"]
@@ -85,6 +82,18 @@ class TorchRLControlEnv:
             executed=ones,
             info={},
         )
+
+    def _encode(self, action: Tensor) -> Tensor:
+        """Actions ``[K, a]`` as the environment's spec has them: numbers inside the bounds, choices, or one-hot."""
+        spec, choices = self._spec, self.space.action.choices
+        if choices is None:
+            values = self.space.action.cast(action.detach().reshape(self.num_envs, -1).numpy())
+            return torch.from_numpy(values).reshape(spec.shape)
+        chosen = action.reshape(self.num_envs, len(choices)).long()
+        if isinstance(spec, OneHot | MultiOneHot):
+            columns = zip(chosen.unbind(-1), choices, strict=True)
+            chosen = torch.cat([torch.nn.functional.one_hot(column, count) for column, count in columns], -1)
+        return chosen.reshape(spec.shape).to(spec.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """TorchRL environments carry no state that could be stored: see :meth:`load_state_dict`."""
@@ -102,13 +111,34 @@ class TorchRLControlEnv:
         return td["observation"].reshape(self.num_envs, -1).float().clone()
 
 
+def _action_part(spec: TensorSpec) -> Part:
+    """The action space of one simulation.
+
+    Raises:
+        ConfigError: a kind of spec that is neither a vector nor choices.
+    """
+    if isinstance(spec, Categorical | OneHot):
+        return Discrete(int(spec.space.n))
+    if isinstance(spec, Binary):
+        return MultiDiscrete((2,) * spec.shape[-1])
+    if isinstance(spec, MultiCategorical | MultiOneHot):
+        return MultiDiscrete(tuple(int(box.n) for box in spec.space.boxes))
+    if isinstance(spec.space, ContinuousBox) and len(spec.shape):
+        most = torch.finfo(spec.dtype).max if spec.dtype.is_floating_point else torch.iinfo(spec.dtype).max
+        low, high = (bound.reshape(-1, spec.shape[-1])[0] for bound in (spec.space.low, spec.space.high))
+        lower = tuple(x if abs(x) < most else -math.inf for x in low.tolist())
+        upper = tuple(x if abs(x) < most else math.inf for x in high.tolist())
+        return Box((spec.shape[-1],), str(spec.dtype).removeprefix("torch."), lower, upper)
+    raise ConfigError(f"the environment acts in a {type(spec).__name__}; a vector and discrete choices are supported")
+
+
 def as_environment(env: Any) -> Any:
     """The environment itself where it speaks our protocol, else an adapter over an ``EnvBase``.
 
     Raises:
         ConfigError: neither.
     """
-    if getattr(env, "domain", None) in ("control", "language"):
+    if isinstance(env, ControlEnv | LanguageEnv):
         return env
     if isinstance(env, EnvBase):
         return TorchRLControlEnv(env)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -11,7 +12,12 @@ from torch import Tensor, nn
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import Policy
 from unified_rl.policies.networks import activation_named, mlp, seeded, trunk_width
-from unified_rl.policies.sampling import Reader, Sampling, draw, entropy_of, token_log_prob
+from unified_rl.policies.sampling import Sampling, draw, entropy_of, token_log_prob
+from unified_rl.protocols import Reader
+from unified_rl.spaces import Space
+
+CLOSED = -1e9
+"""Logit of a choice that does not exist: finite, so that divergences of two such categoricals are."""
 
 
 def to_bins(value: Tensor, bins: int) -> Tensor:
@@ -27,8 +33,9 @@ def from_bins(index: Tensor, bins: int) -> Tensor:
 class AutoregressivePolicy(Policy):
     """Discretised actions, sampled one dimension after another; one unit a dimension.
 
-    Dimension i's logits are an MLP of the observation, of i, and of the bins of the dimensions before i. For a discrete
-    action space there is one unit with ``num_actions`` categories and ``action`` is int64 ``[.., 1]``. Stored
+    Dimension i's logits are an MLP of the observation, of i, and of the bins of the dimensions before i. In a space of
+    choices (Discrete, MultiDiscrete, MultiBinary, a small integer Box) every entry is one unit, and ``action [.., U]``
+    holds its choice as int64, counted from 0 wherever the space begins. Stored
     log-probs are those after temperature and top-p, and re-scoring applies the same transform; with top-p below 1 the
     two policies' supports differ, so ratios are no exact importance weights (``exact`` is False).
 
@@ -36,18 +43,15 @@ class AutoregressivePolicy(Policy):
     Continuous Actions for Deep RL" (arXiv:1705.05035).
 
     Args:
-        observation_dim: width of the observation.
-        action_dim: width of the action.
-        action_low: lower bounds.
-        action_high: upper bounds.
-        num_actions: number of actions of a discrete space; None for continuous actions in bins.
-        bins: bins a dimension.
+        space: the environment's; or sizes and bounds, as of :class:`~unified_rl.policies.base.Policy`.
+        sizes: the rest of those.
+        bins: bins a dimension of a continuous action.
         temperature: divides the logits, in sampling and re-scoring; the supervised loss uses 1.
         top_p: share of probability that is kept, likewise.
         hidden: widths of the hidden layers over the observation.
         activation: a name in :data:`unified_rl.policies.networks.ACTIVATIONS`.
-        normalize_observation: standardise observations by running moments.
         seed: of the initial weights.
+        shared: further arguments of :class:`~unified_rl.policies.base.Policy`.
 
     Raises:
         ConfigError: unbounded continuous actions, fewer than two bins, or a temperature or top-p out of range.
@@ -57,40 +61,38 @@ class AutoregressivePolicy(Policy):
 
     def __init__(
         self,
-        observation_dim: int,
-        action_dim: int,
-        action_low: Sequence[float],
-        action_high: Sequence[float],
-        num_actions: int | None = None,
-        *,
+        space: Space | int | None = None,
+        *sizes: Any,
         bins: int = 21,
         temperature: float = 1.0,
         top_p: float = 1.0,
         hidden: Sequence[int] = (128, 128),
         activation: str = "relu",
-        normalize_observation: bool = False,
         seed: int = 0,
+        **shared: Any,
     ) -> None:
-        self.rescoring_keys = ("action",) if num_actions is not None else ("action_bins",)
-        super().__init__(
-            observation_dim,
-            action_dim,
-            action_low,
-            action_high,
-            num_actions=num_actions,
-            normalize_observation=normalize_observation,
-            seed=seed,
-        )
-        self.discrete = num_actions is not None
-        self.bins = bins if num_actions is None else num_actions
+        super().__init__(space, *sizes, seed=seed, **shared)
+        counts = self.space.action.choices
+        self.discrete = counts is not None
+        self.bins = bins if counts is None else max(counts)
         if self.bins < 2:
             raise ConfigError(f"an autoregressive policy needs at least 2 bins or actions, got {self.bins}")
         if not self.discrete and not self.bounded:
             raise ConfigError("action bins need finite action bounds")
-        self.num_units = 1 if self.discrete else action_dim
+        self.num_units = self.action_dim
+        self._close(counts or ())
         self.sampling = Sampling(temperature=temperature, top_p=top_p)
         self.exact = not self.sampling.truncates
         self._build(hidden, activation, seed)
+
+    def _keys(self) -> tuple[str, ...]:
+        return ("action_bins",) if self.space.action.choices is None else ("action",)
+
+    def _close(self, counts: Sequence[int]) -> None:
+        """Where entries have fewer choices than others, the logits of those that do not exist are :data:`CLOSED`."""
+        closed = torch.tensor([[choice >= count for choice in range(self.bins)] for count in counts])
+        self.closed: Tensor | None
+        self.register_buffer("closed", closed if bool(closed.any()) else None, persistent=False)
 
     def _build(self, hidden: Sequence[int], activation: str, seed: int) -> None:
         width = trunk_width(self.observation_dim, hidden)
@@ -112,7 +114,7 @@ class AutoregressivePolicy(Policy):
     def bins_of(self, action: Tensor) -> Tensor:
         """Bin ids ``[M, U]`` int64 of actions ``[M, a]`` in the environment's coordinates."""
         if self.discrete:
-            return action.reshape(-1, 1).to(torch.int64)
+            return action.reshape(-1, self.num_units).to(torch.int64)
         return to_bins(self.from_env(action), self.bins)
 
     def action_of(self, bins: Tensor) -> Tensor:
@@ -133,7 +135,11 @@ class AutoregressivePolicy(Policy):
         if self.position is not None:
             earlier = self._embed(bins[:, :-1]).cumsum(1)
             context = context + self.position + nn.functional.pad(earlier, (0, 0, 1, 0))
-        return self.head(context)
+        return self._open(self.head(context), self.closed)
+
+    @staticmethod
+    def _open(logits: Tensor, closed: Tensor | None) -> Tensor:
+        return logits if closed is None else logits.masked_fill(closed, CLOSED)
 
     def _draw(self, logits: Tensor, generator: torch.Generator, deterministic: bool) -> Tensor:
         if deterministic:
@@ -146,7 +152,8 @@ class AutoregressivePolicy(Policy):
         bins, log_probs = [], []
         for i in range(self.num_units):
             given = context if self.position is None else context + self.position[i] + earlier
-            logits = self.sampling.logits(self.head(given))
+            logits = self._open(self.head(given), None if self.closed is None else self.closed[i])
+            logits = self.sampling.logits(logits)
             chosen = self._draw(logits, generator, deterministic)
             bins.append(chosen)
             log_probs.append(token_log_prob(logits, chosen))

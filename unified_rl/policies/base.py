@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -13,6 +14,8 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.policies.normalizer import MOMENTS, RunningNormalizer
+from unified_rl.protocols import Domain
+from unified_rl.spaces import Box, Space, as_space
 from unified_rl.units import UnitLogProb
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2.0 * math.pi)
@@ -37,6 +40,27 @@ def draw_uniform(shape: Sequence[int], like: Tensor, generator: torch.Generator 
     return torch.rand(tuple(shape), generator=generator, device=device, dtype=like.dtype).to(like.device)
 
 
+def finite_ranges(low: Tensor, high: Tensor) -> Tensor:
+    """Which entries ``[a]`` have two bounds that a scale can be made of."""
+    return torch.isfinite(high - low)
+
+
+def action_bounds(space: Space) -> dict[str, Tensor]:
+    """``low`` and ``high`` of a real action, and ``middle`` and ``half`` of its range, each ``[a]`` float32.
+
+    Entries without two finite bounds have middle 0 and half 1, so that they are scaled by nothing.
+
+    Raises:
+        ConfigError: actions that are no vector.
+    """
+    sizes = space.sizes()
+    low, high = torch.tensor(sizes["action_low"]), torch.tensor(sizes["action_high"])
+    bounded = finite_ranges(low, high)
+    middle = torch.where(bounded, 0.5 * (low + high), torch.zeros_like(high))
+    half = torch.where(bounded, 0.5 * (high - low), torch.ones_like(high))
+    return {"low": low, "high": high, "middle": middle, "half": half}
+
+
 class Policy(TensorDictModuleBase):
     """A control policy: samples actions, scores stored samples again, and has a supervised loss.
 
@@ -45,20 +69,26 @@ class Policy(TensorDictModuleBase):
     ``forward`` samples, so that it can be the policy of a TorchRL collector, and heeds TorchRL's exploration type.
 
     Args:
-        observation_dim: width ``d`` of the observation.
+        space: observation and action of the environment. Instead of it, sizes and bounds can be given, by name or in
+            this order, as of :meth:`unified_rl.spaces.Space.flat`:
         action_dim: width ``a`` of the action.
         action_low: ``a`` lower bounds of the action that the environment takes.
         action_high: ``a`` upper bounds.
         num_actions: number of actions of a discrete space; only some policies support it.
+        observation_dim: width ``d`` of the observation, where it is not the first argument.
         normalize_observation: keep running moments of the observation and standardise by them; the owner calls
             :meth:`update_normalizer` between updates. Samples then hold the number of the moments they were made under
             (``moments [...]`` int64), and :meth:`log_prob` scores under those.
         seed: of the initial weights, and of the policy's own :attr:`generator`.
 
+    Attributes:
+        space: the environment's; :attr:`observation_dim`, :attr:`action_dim` and :attr:`num_actions` are of it.
+
     Raises:
-        ConfigError: sizes and bounds that do not fit together.
+        ConfigError: sizes and bounds that do not fit together, or a space that this policy cannot take; says what can.
     """
 
+    domain: ClassVar[Domain] = "control"
     rescoring_keys: tuple[str, ...] = ()
     """Keys beside ``action`` and ``behavior_log_prob`` that a sample holds and :meth:`log_prob` needs."""
     num_units: int = 1
@@ -66,6 +96,7 @@ class Policy(TensorDictModuleBase):
     exact: bool = True
     """Whether ratios of two log-probs are exact importance weights of the executed action."""
     supports_discrete: bool = False
+    """Whether actions may be choices; log-probs are then those of categoricals, at most 0."""
     action_low: Tensor
     action_high: Tensor
     action_middle: Tensor
@@ -73,48 +104,72 @@ class Policy(TensorDictModuleBase):
 
     def __init__(
         self,
-        observation_dim: int,
-        action_dim: int,
-        action_low: Sequence[float],
-        action_high: Sequence[float],
-        *,
+        space: Space | int | None = None,
+        action_dim: int | None = None,
+        action_low: Sequence[float] | None = None,
+        action_high: Sequence[float] | None = None,
         num_actions: int | None = None,
+        *,
+        observation_dim: int | None = None,
         normalize_observation: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.space = as_space(
+            type(self).__name__,
+            space,
+            action_dim=action_dim,
+            action_low=action_low,
+            action_high=action_high,
+            num_actions=num_actions,
+            observation_dim=observation_dim,
+        )
+        self._check_space(self.space)
+        self.rescoring_keys = self._keys()
+        self.observation_dim, self.action_dim = self.space.observation_dim, self.space.action_dim
+        self.num_actions = self.space.num_actions
         self.in_keys = ["observation"]
         extra = [key for key in self.rescoring_keys if key != "action"]
         self.out_keys = ["action", *extra, "behavior_log_prob"]
-        self.observation_dim = observation_dim
-        self.action_dim = action_dim
-        self.num_actions = num_actions
         self.seed = seed
-        self.normalizer: nn.Module | None = RunningNormalizer(observation_dim) if normalize_observation else None
+        self.normalizer: nn.Module | None = RunningNormalizer(self.observation_dim) if normalize_observation else None
         if normalize_observation:
             self.out_keys.append(MOMENTS)
         self._generator: torch.Generator | None = None
-        if num_actions is not None and not self.supports_discrete:
-            raise ConfigError(
-                f"{type(self).__name__} needs continuous actions, but the environment has {num_actions} discrete "
-                "ones; use policy=autoregressive"
-            )
-        self._register_bounds(action_low, action_high)
+        if self.space.action.choices is None:
+            self._register_bounds()
 
-    def _register_bounds(self, low: Sequence[float], high: Sequence[float]) -> None:
-        if self.num_actions is not None:
-            return
-        if len(low) != self.action_dim or len(high) != self.action_dim:
-            raise ConfigError(f"action_low and action_high need {self.action_dim} entries, got {len(low)}, {len(high)}")
-        bottom, top = torch.tensor(list(map(float, low))), torch.tensor(list(map(float, high)))
-        if not bool((top > bottom).all()):
-            raise ConfigError(f"action_low must lie below action_high, got {list(low)} and {list(high)}")
-        bounded = torch.isfinite(bottom) & torch.isfinite(top)
-        middle = torch.where(bounded, 0.5 * (bottom + top), torch.zeros_like(top))
-        half = torch.where(bounded, 0.5 * (top - bottom), torch.ones_like(top))
-        for name, value in (("low", bottom), ("high", top), ("middle", middle), ("half", half)):
+    def _check_space(self, space: Space) -> None:
+        """Refuses what the policy cannot take, and says what works."""
+        name, seen, action = type(self).__name__, space.observation, space.action
+        if not isinstance(seen, Box) or len(seen.shape) != 1:
+            raise ConfigError(
+                f"{name} takes observations that are one vector, but these are {seen.describe()}; no policy reads them "
+                "as they are: set env.flatten=true, or encode them in the environment"
+            )
+        if action.choices is not None and not self.supports_discrete:
+            raise ConfigError(
+                f"{name} needs continuous actions, but the environment has discrete ones, {action.describe()}; use "
+                "policy=autoregressive"
+            )
+        if action.choices is None and (not isinstance(action, Box) or action.integer):
+            raise ConfigError(
+                f"{name} cannot act in {action.describe()}: policies give one vector of floats, or choices "
+                "(policy=autoregressive); make one of those of it in the environment"
+            )
+
+    def _register_bounds(self) -> None:
+        bounds = action_bounds(self.space)
+        if not bool((bounds["high"] > bounds["low"]).all()):
+            low, high = bounds["low"].tolist(), bounds["high"].tolist()
+            raise ConfigError(f"action_low must lie below action_high, got {low} and {high}")
+        for name, value in bounds.items():
             self.register_buffer(f"action_{name}", value, persistent=False)
-        self.bounded = bool(bounded.all())
+        self.bounded = bool(finite_ranges(bounds["low"], bounds["high"]).all())
+
+    def _keys(self) -> tuple[str, ...]:
+        """``rescoring_keys`` where they depend on the space."""
+        return self.rescoring_keys
 
     # --- what a subclass implements, on flat batches -------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDictBase
@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.policies.generation import Generation, generate, has_plain_cache
 from unified_rl.policies.pretrained import build_model, has_plain_head, special_ids, trunk_states
-from unified_rl.policies.sampling import NO_TRUNCATION, Reader, Sampling, entropy_of, token_log_prob
+from unified_rl.policies.sampling import NO_TRUNCATION, Sampling, entropy_of, token_log_prob
 from unified_rl.policies.shared_prompt import find_shared, shared_states
+from unified_rl.protocols import Domain, Reader
 from unified_rl.units import UnitLogProb
 
 LOGITS_AT_ONCE = 2**25
@@ -57,7 +58,9 @@ class CausalLM(TensorDictModuleBase):
         ConfigError, CheckpointError: as :func:`~unified_rl.policies.pretrained.build_model`, and for a bad transform.
     """
 
+    domain: ClassVar[Domain] = "language"
     exact = True
+    supports_discrete = True
 
     def __init__(
         self,

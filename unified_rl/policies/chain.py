@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDictBase
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import Policy, draw_normal, normal_log_prob
 from unified_rl.policies.networks import linear, mlp, seeded, time_features
+from unified_rl.spaces import Space
 
 TIME_FEATURES = 8
 
@@ -66,12 +67,8 @@ class ChainPolicy(Policy):
     loss. Chain states are in coordinates where the action bounds are -1 and 1, and are stored unclipped.
 
     Args:
-        observation_dim: width of the observation.
-        action_dim: width of the action.
-        action_low: lower bounds.
-        action_high: upper bounds.
-        num_actions: must be None.
-        outputs: width of the network's output.
+        space: the environment's; or sizes and bounds, as of :class:`~unified_rl.policies.base.Policy`.
+        sizes: the rest of those.
         steps: ``K``, steps of the chain.
         trained_steps: ``K'``; from :meth:`end_pretraining` on the first ``K - K'`` steps are run by a frozen copy of
             the network and are part of the start's distribution, so there are ``K'`` units and the stored chain begins
@@ -82,44 +79,33 @@ class ChainPolicy(Policy):
             multi-modal policy then shows one mode only.
         hidden: widths of the hidden layers.
         activation: a name in :data:`unified_rl.policies.networks.ACTIVATIONS`.
-        normalize_observation: standardise observations by running moments.
         seed: of the initial weights.
+        shared: further arguments of :class:`~unified_rl.policies.base.Policy`.
 
     Raises:
         ConfigError: discrete or unbounded actions, or numbers of steps that do not fit.
     """
 
     rescoring_keys = ("chain",)
+    outputs: ClassVar[int] = 1
+    """Numbers that the network gives for every entry of the action."""
     times: Tensor
     prefix_frozen: Tensor
 
     def __init__(
         self,
-        observation_dim: int,
-        action_dim: int,
-        action_low: Sequence[float],
-        action_high: Sequence[float],
-        num_actions: int | None,
-        *,
-        outputs: int,
+        space: Space | int | None = None,
+        *sizes: Any,
         steps: int,
-        trained_steps: int | None,
-        mean_over_dims: bool,
-        zero_start: bool,
-        hidden: Sequence[int],
-        activation: str,
-        normalize_observation: bool,
-        seed: int,
+        trained_steps: int | None = None,
+        mean_over_dims: bool = False,
+        zero_start: bool = False,
+        hidden: Sequence[int] = (128, 128, 128),
+        activation: str = "relu",
+        seed: int = 0,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            observation_dim,
-            action_dim,
-            action_low,
-            action_high,
-            num_actions=num_actions,
-            normalize_observation=normalize_observation,
-            seed=seed,
-        )
+        super().__init__(space, *sizes, seed=seed, **shared)
         if steps < 1 or not 1 <= (trained_steps or steps) <= steps:
             raise ConfigError(f"1 <= trained_steps <= steps must hold, got {trained_steps} of {steps}")
         if not self.bounded:
@@ -130,7 +116,8 @@ class ChainPolicy(Policy):
         self.exact = not mean_over_dims
         self.register_buffer("times", torch.arange(steps) / steps, persistent=False)
         with seeded(seed):
-            self.network = ChainNetwork(observation_dim, action_dim, outputs, hidden, activation)
+            outputs = self.outputs * self.action_dim
+            self.network = ChainNetwork(self.observation_dim, self.action_dim, outputs, hidden, activation)
         self.frozen: ChainNetwork | None = None
         if trained_steps is not None and trained_steps < steps:
             self.frozen = deepcopy(self.network).requires_grad_(False)

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from unified_rl.errors import ConfigError
+from unified_rl.policies.base import action_bounds
 from unified_rl.policies.networks import activation_named, mlp, seeded
 from unified_rl.policies.normalizer import RunningNormalizer
+from unified_rl.spaces import Space, as_space
 
 
-class ValueCritic(nn.Module):
+class Critic(nn.Module):
+    """What critics share: observations standardised by running moments of their own.
+
+    Args:
+        width: of the observation.
+        normalize: keep moments, else observations are used as they are.
+    """
+
+    def __init__(self, width: int, normalize: bool) -> None:
+        super().__init__()
+        self.normalizer: nn.Module | None = RunningNormalizer(width) if normalize else None
+
+    def update_normalizer(self, observation: Tensor) -> None:
+        """Adds raw ``observation [..., d]`` to the running moments; does nothing where normalisation is off."""
+        if isinstance(self.normalizer, RunningNormalizer):
+            self.normalizer.update(observation)
+
+    def normalize(self, observation: Tensor) -> Tensor:
+        """The observation ``[..., d]`` as the network sees it."""
+        return observation if self.normalizer is None else self.normalizer(observation)
+
+
+class ValueCritic(Critic):
     """A state-value estimate ``V(s)``.
 
     Args:
-        observation_dim: width of the observation.
+        space: the environment's, or the width of its observation.
         hidden: widths of the hidden layers.
         activation: a name in :data:`unified_rl.policies.networks.ACTIVATIONS`.
         orthogonal: orthogonal initialisation (output gain 1).
@@ -27,7 +52,7 @@ class ValueCritic(nn.Module):
 
     def __init__(
         self,
-        observation_dim: int,
+        space: Space | int,
         hidden: Sequence[int] = (64, 64),
         *,
         activation: str = "tanh",
@@ -36,47 +61,39 @@ class ValueCritic(nn.Module):
         normalize_observation: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.normalizer: nn.Module | None = RunningNormalizer(observation_dim) if normalize_observation else None
+        width = space.observation_dim if isinstance(space, Space) else space
+        super().__init__(width, normalize_observation)
         with seeded(seed):
-            self.network = mlp(
-                observation_dim, hidden, 1, activation=activation, orthogonal=orthogonal, layer_norm=layer_norm
-            )
-
-    def update_normalizer(self, observation: Tensor) -> None:
-        """Adds raw ``observation [..., d]`` to the running moments; does nothing where normalisation is off."""
-        if isinstance(self.normalizer, RunningNormalizer):
-            self.normalizer.update(observation)
+            self.network = mlp(width, hidden, 1, activation=activation, orthogonal=orthogonal, layer_norm=layer_norm)
 
     def forward(self, observation: Tensor) -> Tensor:
         """``observation [..., d]`` to values ``[...]``."""
-        if self.normalizer is not None:
-            observation = self.normalizer(observation)
-        return self.network(observation).squeeze(-1)
+        value: Tensor = self.network(self.normalize(observation))
+        return value.squeeze(-1)
 
 
-class QEnsemble(nn.Module):
+class QEnsemble(Critic):
     """``num`` independent action-value estimates ``Q_i(s, a)``.
 
     Members are separate networks by default, which is the faster form on a CPU; ``stacked`` holds all of them in one
     batched matrix product a layer, which is the faster form on a GPU.
 
     Args:
-        observation_dim: width of the observation.
-        action_dim: width of the action.
+        space: the environment's, whose action bounds are scaled to [-1, 1] first; or the width of the observation.
+        action_dim: with that, the width of the action.
         num: members.
         hidden: widths of the hidden layers.
         activation: a name in :data:`unified_rl.policies.networks.ACTIVATIONS`.
         layer_norm: LayerNorm before every activation, as in "Efficient Online Reinforcement Learning with Offline
             Data" (arXiv:2302.02948).
         stacked: one batched product a layer.
-        action_low: with ``action_high``, actions are scaled to [-1, 1] first.
+        action_low: without a space: with ``action_high``, actions are scaled to [-1, 1] first.
         action_high: upper bounds of the action.
         normalize_observation: standardise observations by running moments (:meth:`update_normalizer`).
         seed: of the initial weights.
 
     Raises:
-        ConfigError: ``num`` below 1.
+        ConfigError: ``num`` below 1, or discrete actions.
     """
 
     action_middle: Tensor
@@ -84,8 +101,8 @@ class QEnsemble(nn.Module):
 
     def __init__(
         self,
-        observation_dim: int,
-        action_dim: int,
+        space: Space | int,
+        action_dim: int | None = None,
         num: int = 2,
         hidden: Sequence[int] = (256, 256),
         *,
@@ -97,47 +114,40 @@ class QEnsemble(nn.Module):
         normalize_observation: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        if not isinstance(space, Space) and action_low is None and action_high is None and action_dim is not None:
+            action_low, action_high = [-math.inf] * action_dim, [math.inf] * action_dim
+        space = as_space("QEnsemble", space, action_dim=action_dim, action_low=action_low, action_high=action_high)
+        super().__init__(space.observation_dim, normalize_observation)
         if num < 1:
             raise ConfigError(f"a Q-ensemble needs at least one member, got num={num}")
+        if space.action.choices is not None:
+            raise ConfigError(f"a Q-ensemble takes vectors of floats as actions, not {space.action.describe()}")
         self.num = num
-        self.normalizer: nn.Module | None = RunningNormalizer(observation_dim) if normalize_observation else None
-        self._register_bounds(action_low, action_high)
-        width = observation_dim + action_dim
+        self._register_bounds(space)
+        width = space.observation_dim + space.action_dim
         with seeded(seed):
             members = [mlp(width, hidden, 1, activation=activation, layer_norm=layer_norm) for _ in range(num)]
         self.members: nn.ModuleList | None = None if stacked else nn.ModuleList(members)
         self.stack: nn.Sequential | None = _stack(members, activation) if stacked else None
 
-    def _register_bounds(self, low: Sequence[float] | None, high: Sequence[float] | None) -> None:
-        self.scales_action = False
-        if low is None or high is None:
-            return
-        bottom, top = torch.tensor(list(map(float, low))), torch.tensor(list(map(float, high)))
-        bounded = torch.isfinite(bottom) & torch.isfinite(top)
-        middle = torch.where(bounded, 0.5 * (bottom + top), torch.zeros_like(top))
-        scale = torch.where(bounded, 2.0 / (top - bottom), torch.ones_like(top))
+    def _register_bounds(self, space: Space) -> None:
+        bounds = action_bounds(space)
+        middle, scale = bounds["middle"], 1.0 / bounds["half"]
         self.scales_action = bool((middle != 0).any() or (scale != 1).any())
         self.register_buffer("action_middle", middle, persistent=False)
         self.register_buffer("action_scale", scale, persistent=False)
 
-    def update_normalizer(self, observation: Tensor) -> None:
-        """Adds raw ``observation [..., d]`` to the running moments; does nothing where normalisation is off."""
-        if isinstance(self.normalizer, RunningNormalizer):
-            self.normalizer.update(observation)
-
     def forward(self, observation: Tensor, action: Tensor) -> Tensor:
         """``observation [..., d]`` and ``action [..., a]`` to values ``[num, ...]``."""
-        if self.normalizer is not None:
-            observation = self.normalizer(observation)
         if self.scales_action:
             action = (action - self.action_middle) * self.action_scale
-        x = torch.cat((observation, action), dim=-1)
+        x = torch.cat((self.normalize(observation), action), dim=-1)
         if self.members is not None:
             return torch.stack([member(x) for member in self.members]).squeeze(-1)
         assert self.stack is not None
         flat = x.reshape(1, -1, x.shape[-1]).expand(self.num, -1, -1)
-        return self.stack(flat).reshape(self.num, *x.shape[:-1])
+        values: Tensor = self.stack(flat)
+        return values.reshape(self.num, *x.shape[:-1])
 
 
 class StackedLinear(nn.Module):

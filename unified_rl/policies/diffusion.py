@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import draw_normal
 from unified_rl.policies.chain import ChainPolicy
+from unified_rl.spaces import Space
 
 
 def cosine_alpha_bar(steps: int, offset: float = 0.008, beta_max: float = 0.999) -> Tensor:
@@ -49,21 +50,12 @@ class DiffusionPolicy(ChainPolicy):
     Sources: "Diffusion Policy" (arXiv:2303.04137), "Diffusion Policy Policy Optimization" (arXiv:2409.00588).
 
     Args:
-        observation_dim: width of the observation.
-        action_dim: width of the action.
-        action_low: lower bounds.
-        action_high: upper bounds.
-        num_actions: must be None.
+        space: the environment's; or sizes and bounds, as of :class:`~unified_rl.policies.base.Policy`.
+        sizes: the rest of those.
         steps: diffusion steps.
         std_min: floor of every step's standard deviation, where the action range is [-1, 1].
         clip_prediction: bound on the predicted action, 1 being the action's; None for no clipping.
-        trained_steps: see :class:`~unified_rl.policies.chain.ChainPolicy`.
-        mean_over_dims: see there.
-        zero_start: see there.
-        hidden: widths of the hidden layers.
-        activation: a name in :data:`unified_rl.policies.networks.ACTIVATIONS`.
-        normalize_observation: standardise observations by running moments.
-        seed: of the initial weights.
+        chain: further arguments of :class:`~unified_rl.policies.chain.ChainPolicy`.
 
     Raises:
         ConfigError: ``std_min`` not above 0, and those of the base class.
@@ -79,41 +71,16 @@ class DiffusionPolicy(ChainPolicy):
 
     def __init__(
         self,
-        observation_dim: int,
-        action_dim: int,
-        action_low: Sequence[float],
-        action_high: Sequence[float],
-        num_actions: int | None = None,
-        *,
+        space: Space | int | None = None,
+        *sizes: Any,
         steps: int = 20,
         std_min: float = 0.05,
         clip_prediction: float | None = 1.0,
-        trained_steps: int | None = None,
-        mean_over_dims: bool = False,
-        zero_start: bool = False,
-        hidden: Sequence[int] = (128, 128, 128),
-        activation: str = "relu",
-        normalize_observation: bool = False,
-        seed: int = 0,
+        **chain: Any,
     ) -> None:
         if not std_min > 0:
             raise ConfigError(f"std_min must be above 0 (the last step's posterior has none), got {std_min}")
-        super().__init__(
-            observation_dim,
-            action_dim,
-            action_low,
-            action_high,
-            num_actions,
-            outputs=action_dim,
-            steps=steps,
-            trained_steps=trained_steps,
-            mean_over_dims=mean_over_dims,
-            zero_start=zero_start,
-            hidden=hidden,
-            activation=activation,
-            normalize_observation=normalize_observation,
-            seed=seed,
-        )
+        super().__init__(space, *sizes, steps=steps, **chain)
         self.clip_prediction = clip_prediction
         self._register_schedule(cosine_alpha_bar(steps), std_min)
 

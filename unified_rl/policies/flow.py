@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -12,6 +12,7 @@ from torch import Tensor
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import HALF_LOG_TWO_PI, draw_normal, draw_uniform
 from unified_rl.policies.chain import ChainPolicy
+from unified_rl.spaces import Space
 
 
 class FlowPolicy(ChainPolicy):
@@ -26,63 +27,31 @@ class FlowPolicy(ChainPolicy):
     (arXiv:2505.22094) and Flow-Noise of "pi_RL" (arXiv:2510.25889).
 
     Args:
-        observation_dim: width of the observation.
-        action_dim: width of the action.
-        action_low: lower bounds.
-        action_high: upper bounds.
-        num_actions: must be None.
+        space: the environment's; or sizes and bounds, as of :class:`~unified_rl.policies.base.Policy`.
+        sizes: the rest of those.
         steps: Euler steps.
         std_min: least standard deviation of a step's noise, where the action range is [-1, 1].
         std_max: its largest; equal to ``std_min`` the noise is constant.
-        trained_steps: see :class:`~unified_rl.policies.chain.ChainPolicy`.
-        mean_over_dims: see there.
-        zero_start: see there.
-        hidden: widths of the hidden layers.
-        activation: a name in :data:`unified_rl.policies.networks.ACTIVATIONS`.
-        normalize_observation: standardise observations by running moments.
-        seed: of the initial weights.
+        chain: further arguments of :class:`~unified_rl.policies.chain.ChainPolicy`.
 
     Raises:
         ConfigError: bounds of the noise that are not ``0 < std_min <= std_max``, and those of the base class.
     """
 
+    outputs = 2
+
     def __init__(
         self,
-        observation_dim: int,
-        action_dim: int,
-        action_low: Sequence[float],
-        action_high: Sequence[float],
-        num_actions: int | None = None,
-        *,
+        space: Space | int | None = None,
+        *sizes: Any,
         steps: int = 5,
         std_min: float = 0.05,
         std_max: float = 0.2,
-        trained_steps: int | None = None,
-        mean_over_dims: bool = False,
-        zero_start: bool = False,
-        hidden: Sequence[int] = (128, 128, 128),
-        activation: str = "relu",
-        normalize_observation: bool = False,
-        seed: int = 0,
+        **chain: Any,
     ) -> None:
         if not 0 < std_min <= std_max:
             raise ConfigError(f"0 < std_min <= std_max must hold, got {std_min} and {std_max}")
-        super().__init__(
-            observation_dim,
-            action_dim,
-            action_low,
-            action_high,
-            num_actions,
-            outputs=2 * action_dim,
-            steps=steps,
-            trained_steps=trained_steps,
-            mean_over_dims=mean_over_dims,
-            zero_start=zero_start,
-            hidden=hidden,
-            activation=activation,
-            normalize_observation=normalize_observation,
-            seed=seed,
-        )
+        super().__init__(space, *sizes, steps=steps, **chain)
         self.log_std_low = math.log(std_min)
         self.log_std_range = math.log(std_max) - math.log(std_min)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import HALF_LOG_TWO_PI, Policy, draw_normal, normal_log_prob
 from unified_rl.policies.networks import linear, mlp, seeded, trunk_width
+from unified_rl.spaces import Space
 
 SQUASH_LIMIT = 0.999
 """Demonstrated actions are clipped to this share of the range before atanh, which is infinite at the bounds."""
@@ -29,11 +31,8 @@ class GaussianPolicy(Policy):
     both, that of "Proximal Policy Optimization" (arXiv:1707.06347).
 
     Args:
-        observation_dim: width of the observation.
-        action_dim: width of the action.
-        action_low: lower bounds.
-        action_high: upper bounds.
-        num_actions: must be None.
+        space: the environment's; or sizes and bounds, as of :class:`~unified_rl.policies.base.Policy`.
+        sizes: the rest of those.
         squash: tanh-squash the raw action; else the environment's bounds clip it.
         state_dependent_std: the network gives the standard deviation; else it is a free parameter per dimension.
         per_dimension: one unit per action dimension instead of one per action.
@@ -44,8 +43,8 @@ class GaussianPolicy(Policy):
         initial_log_std: of a free standard deviation.
         log_std_low: floor of the log standard deviation, in sampling and scoring alike.
         log_std_high: its ceiling.
-        normalize_observation: standardise observations by running moments.
         seed: of the initial weights.
+        shared: further arguments of :class:`~unified_rl.policies.base.Policy`.
 
     Raises:
         ConfigError: discrete actions, or squashing without finite bounds.
@@ -55,12 +54,8 @@ class GaussianPolicy(Policy):
 
     def __init__(
         self,
-        observation_dim: int,
-        action_dim: int,
-        action_low: Sequence[float],
-        action_high: Sequence[float],
-        num_actions: int | None = None,
-        *,
+        space: Space | int | None = None,
+        *sizes: Any,
         squash: bool = False,
         state_dependent_std: bool = False,
         per_dimension: bool = False,
@@ -71,18 +66,10 @@ class GaussianPolicy(Policy):
         initial_log_std: float = 0.0,
         log_std_low: float = -5.0,
         log_std_high: float = 2.0,
-        normalize_observation: bool = False,
         seed: int = 0,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            observation_dim,
-            action_dim,
-            action_low,
-            action_high,
-            num_actions=num_actions,
-            normalize_observation=normalize_observation,
-            seed=seed,
-        )
+        super().__init__(space, *sizes, seed=seed, **shared)
         if squash and not self.bounded:
             raise ConfigError("squash needs finite action bounds; set squash to false")
         if log_std_low >= log_std_high:
@@ -90,15 +77,15 @@ class GaussianPolicy(Policy):
         self.squash = squash
         self.state_dependent_std = state_dependent_std
         self.per_dimension = per_dimension
-        self.num_units = action_dim if per_dimension else 1
+        self.num_units = self.action_dim if per_dimension else 1
         self.log_std_low, self.log_std_high = log_std_low, log_std_high
         with seeded(seed):
-            self.trunk = mlp(observation_dim, hidden, activation=activation, orthogonal=orthogonal)
-            width = trunk_width(observation_dim, hidden)
-            outputs = 2 * action_dim if state_dependent_std else action_dim
+            self.trunk = mlp(self.observation_dim, hidden, activation=activation, orthogonal=orthogonal)
+            width = trunk_width(self.observation_dim, hidden)
+            outputs = 2 * self.action_dim if state_dependent_std else self.action_dim
             self.head = linear(width, outputs, gain=output_gain if orthogonal else None)
         if not state_dependent_std:
-            self.log_std = nn.Parameter(torch.full((action_dim,), float(initial_log_std)))
+            self.log_std = nn.Parameter(torch.full((self.action_dim,), float(initial_log_std)))
 
     def mean_and_log_std(self, observation: Tensor) -> tuple[Tensor, Tensor]:
         """Mean ``[M, a]`` and bounded log standard deviation (``[M, a]`` or ``[a]``) of the raw action.

@@ -6,16 +6,12 @@ Generation and re-scoring share it, so that a log-prob is always the one of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from unified_rl.errors import ConfigError
-
-Reader = Callable[..., tuple[Tensor, ...]]
-"""``(logits [n, V], token [n], *extras [n, ...]) -> tensors [n, ...]``: what to take from transformed logits."""
 
 
 @dataclass(frozen=True)

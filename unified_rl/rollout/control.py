@@ -9,8 +9,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.errors import NonFiniteError
+from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.protocols import ControlEnv
+from unified_rl.spaces import Space
 from unified_rl.units import Source
 
 
@@ -56,9 +57,10 @@ class ControlRollout:
         self._next_episode = self.num_envs
         self._return = torch.zeros(self.num_envs, dtype=torch.float64)
         self._length = torch.zeros(self.num_envs, dtype=torch.int64)
-        bounds = env.policy_inputs()
-        self._low = torch.as_tensor(bounds.get("action_low", [0.0]), dtype=torch.float32)
-        self._high = torch.as_tensor(bounds.get("action_high", [0.0]), dtype=torch.float32)
+        bounds = Space.of(env.policy_inputs()).sizes()
+        self._low, self._high = (torch.tensor(bounds[key]) for key in ("action_low", "action_high"))
+        if random_steps and not bool(torch.isfinite(self._high - self._low).all()):
+            raise ConfigError("rollout.random_steps draws from the action bounds, which are not finite; set it to 0")
 
     @torch.no_grad()
     def collect(self, version: int) -> tuple[TensorDict, dict[str, float]]:

@@ -60,7 +60,7 @@ class Job:
         self.language = self.env.domain == "language"
         self.eval_env: Any = None
         with scoped(self.seed, "policy"):
-            inputs = self.env.policy_inputs()
+            inputs = self._policy_inputs(cfg["policy"])
             self.policy = build(cfg["policy"], allow=self.allow, seed=self._integer("policy"), **inputs)
         self.policy = self.policy.to(self.device)
         node = cfg.get("correction")
@@ -76,6 +76,12 @@ class Job:
         taken, takes_any = parameters(locate(node["_target_"], self.allow), self.allow)
         sizes = {key: value for key, value in sizes.items() if takes_any or key in taken}
         return as_environment(build(node, allow=self.allow, seed=self._integer(stream), **sizes))
+
+    def _policy_inputs(self, node: Any) -> dict[str, Any]:
+        """What the environment gives to the policy: its space, as sizes and bounds where the class takes those only."""
+        inputs: dict[str, Any] = self.env.policy_inputs()
+        taken, takes_any = parameters(locate(node["_target_"], self.allow), self.allow)
+        return inputs["space"].sizes() if "space" in inputs and not (takes_any or "space" in taken) else inputs
 
     def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
         """Agent, rollout and replay around the policy as it is now (after any warm start)."""
