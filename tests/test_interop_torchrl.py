@@ -1,12 +1,25 @@
 """TorchRL on either side: its collectors, environments and loss interface."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.collectors import Collector
-from torchrl.envs import GymEnv, TransformedEnv
+from torchrl.data import (
+    Binary,
+    Bounded,
+    Categorical,
+    Composite,
+    MultiCategorical,
+    MultiOneHot,
+    NonTensor,
+    OneHot,
+    TensorSpec,
+    Unbounded,
+)
+from torchrl.envs import EnvBase, GymEnv, TransformedEnv
 from torchrl.envs.transforms import DoubleToFloat, StepCounter
 from torchrl.objectives import LossModule
 
@@ -15,9 +28,11 @@ from unified_rl.correction import load_correction
 from unified_rl.envs.control import make_mujoco
 from unified_rl.errors import ConfigError
 from unified_rl.interop.loss_module import CorrectedPolicyLoss
+from unified_rl.policies.autoregressive import AutoregressivePolicy
 from unified_rl.policies.gaussian import GaussianPolicy
 from unified_rl.replay import Fresh, Replay
 from unified_rl.rollout import ControlRollout, TorchRLControlEnv, as_environment
+from unified_rl.spaces import Box, Discrete, MultiDiscrete
 from unified_rl.training.evaluation import evaluate_control
 from unified_rl.units import record_from_steps
 
@@ -99,3 +114,60 @@ def test_our_policy_loss_is_a_loss_module_with_the_same_gradient() -> None:
 def test_what_is_no_environment_is_refused() -> None:
     with pytest.raises(ConfigError, match="PosixPath is neither"):
         as_environment(Path("x"))
+
+
+class Doors(EnvBase):
+    """Its action is whatever spec it is given; it keeps what it receives."""
+
+    def __init__(self, spec: TensorSpec) -> None:
+        super().__init__(device="cpu", batch_size=[])
+        self.observation_spec = Composite(observation=Unbounded((2,)))
+        self.action_spec, self.reward_spec = spec, Unbounded((1,))
+        flags = {key: Categorical(2, shape=(1,), dtype=torch.bool) for key in ("done", "terminated", "truncated")}
+        self.done_spec = Composite(flags)
+        self.got: list[torch.Tensor] = []
+
+    def _reset(self, td: TensorDict | None = None, **kwargs: Any) -> TensorDict:
+        return TensorDict({"observation": torch.zeros(2)}, [])
+
+    def _step(self, td: TensorDict) -> TensorDict:
+        assert self.action_spec.is_in(td["action"]), td["action"]
+        self.got.append(td["action"])
+        no = torch.zeros(1, dtype=torch.bool)
+        out = {"observation": torch.zeros(2), "reward": torch.ones(1), "done": no, "terminated": no}
+        return TensorDict({**out, "truncated": no.clone()}, [])
+
+    def _set_seed(self, seed: int | None) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("spec", "part", "chosen", "arrives"),
+    [
+        (Categorical(3), Discrete(3), [2], 2),
+        (OneHot(3), Discrete(3), [2], [False, False, True]),
+        (MultiCategorical([2, 3]), MultiDiscrete((2, 3)), [1, 2], [1, 2]),
+        (MultiOneHot([2, 3]), MultiDiscrete((2, 3)), [1, 0], [False, True, True, False, False]),
+        (Binary(2), MultiDiscrete((2, 2)), [1, 0], [1, 0]),
+    ],
+)
+def test_choices_of_an_env_base_are_one_space_whatever_its_encoding(
+    spec: TensorSpec, part: Discrete | MultiDiscrete, chosen: list[int], arrives: Any
+) -> None:
+    env = TorchRLControlEnv(Doors(spec))
+    assert env.space.action == part
+    env.step_batch(torch.tensor([chosen]))
+    assert env.env.got[0].tolist() == arrives  # type: ignore[attr-defined]
+    policy = AutoregressivePolicy(**env.policy_inputs(), hidden=(4,))
+    rows, _ = ControlRollout(env, policy, 0.99, torch.Generator().manual_seed(0), horizon=3).collect(0)
+    assert rows["action"].shape == (3, 1, len(chosen)) and rows["action"].dtype == torch.int64
+
+
+def test_vectors_of_an_env_base_keep_bounds_and_dtype() -> None:
+    low, high = torch.tensor([-0.1, -0.7]).double(), torch.tensor([0.1, 0.7]).double()
+    env = TorchRLControlEnv(Doors(Bounded(low, high, (2,), dtype=torch.float64)))
+    assert env.space.action == Box((2,), "float64", tuple(low.tolist()), tuple(high.tolist()))
+    env.step_batch(torch.tensor([[5.0, -5.0]]))
+    assert env.env.got[0].tolist() == [high[0].item(), low[1].item()]  # type: ignore[attr-defined]
+    assert TorchRLControlEnv(Doors(Unbounded((2,)))).space.action == Box((2,))
+    with pytest.raises(ConfigError, match="acts in a NonTensor"):
+        TorchRLControlEnv(Doors(NonTensor(())))

@@ -23,6 +23,7 @@ from unified_rl.units import UnitLogProb
 
 Domain: TypeAlias = Literal["control", "language"]
 """``control``: rows of steps with ``observation`` and ``action``. ``language``: rows of tokens."""
+DOMAINS: tuple[Domain, ...] = ("control", "language")
 Reader: TypeAlias = Callable[..., tuple[Tensor, ...]]
 """``(logits [n, V], chosen [n], *extras [n, ...]) -> tensors [n, ...]``; it sees some units at a time."""
 
@@ -34,8 +35,9 @@ def domain_of(part: Any) -> Domain:
         ConfigError: it has none, or one that is not known.
     """
     domain = getattr(part, "domain", None)
-    if domain == "control" or domain == "language":
-        return domain
+    for known in DOMAINS:
+        if domain == known:
+            return known
     raise ConfigError(f"{type(part).__name__}.domain is {domain!r}; set it to 'control' or 'language'")
 
 

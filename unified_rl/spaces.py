@@ -137,8 +137,10 @@ class Box(Part):
         """Real values in the box's dtype, inside its bounds; choices ``0 ...`` counted from the lower bound."""
         shaped = values.reshape(len(values), *self.shape)
         if self.choices is not None:
-            return (shaped.astype(np.int64) + self.low_array).astype(self.dtype)
-        return np.clip(shaped.astype(self.dtype), self.low_array, self.high_array)
+            chosen: Array = (shaped.astype(np.int64) + self.low_array).astype(self.dtype)
+            return chosen
+        inside: Array = np.clip(shaped.astype(self.dtype), self.low_array, self.high_array)
+        return inside
 
     def describe(self) -> str:
         """Size, dtype and bounds."""
@@ -272,7 +274,7 @@ class MultiDiscrete(Part):
 
     def cast(self, values: Array) -> Array:
         """Choices ``[K, *shape]``."""
-        moved = values.reshape(len(values), -1).astype(np.int64) + np.asarray(self.start)
+        moved: Array = values.reshape(len(values), -1).astype(np.int64) + np.asarray(self.start)
         return moved.reshape(len(values), *self.shape).astype(self.dtype)
 
     def describe(self) -> str:
@@ -483,7 +485,7 @@ class Space:
             low, high = (bound.ravel().astype(float).tolist() for bound in (action.low_array, action.high_array))
         else:
             raise ConfigError(f"actions that are {action.describe()} have no bounds")
-        sizes = {"observation_dim": self.observation_dim, "action_dim": self.action_dim}
+        sizes: dict[str, Any] = {"observation_dim": self.observation_dim, "action_dim": self.action_dim}
         sizes |= {"action_low": low, "action_high": high}
         return sizes if self.num_actions is None else {**sizes, "num_actions": self.num_actions}
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.data import Binary, Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
+from torchrl.data import Categorical, MultiCategorical, MultiOneHot, OneHot, TensorSpec
 from torchrl.data.tensor_specs import ContinuousBox
 from torchrl.envs import EnvBase
 
@@ -46,7 +46,9 @@ class TorchRLControlEnv:
             keys = ", ".join(map(str, env.full_action_spec.keys()))
             raise ConfigError(f"the environment has no 'action' ({keys}); append a RenameTransform that makes it")
         self._spec = env.full_action_spec["action"]
-        self.space = Space(Box((env.observation_spec["observation"].shape[-1],)), _action_part(self._spec))
+        self.space = Space(
+            Box((env.observation_spec["observation"].shape[-1],)), _action_part(self._spec, len(env.batch_size))
+        )
         self.num_envs = env.batch_size[0] if len(env.batch_size) else 1
         self._current: TensorDictBase | None = None
 
@@ -111,18 +113,17 @@ class TorchRLControlEnv:
         return td["observation"].reshape(self.num_envs, -1).float().clone()
 
 
-def _action_part(spec: TensorSpec) -> Part:
+def _action_part(spec: TensorSpec, batch_dims: int) -> Part:
     """The action space of one simulation.
 
     Raises:
         ConfigError: a kind of spec that is neither a vector nor choices.
     """
-    if isinstance(spec, Categorical | OneHot):
-        return Discrete(int(spec.space.n))
-    if isinstance(spec, Binary):
-        return MultiDiscrete((2,) * spec.shape[-1])
     if isinstance(spec, MultiCategorical | MultiOneHot):
-        return MultiDiscrete(tuple(int(box.n) for box in spec.space.boxes))
+        return MultiDiscrete(tuple(int(box.n) for box in spec.space))
+    if isinstance(spec, Categorical | OneHot):  # binary specs are categorical ones
+        entries = 1 if isinstance(spec, OneHot) else math.prod(spec.shape[batch_dims:])
+        return Discrete(int(spec.space.n)) if entries == 1 else MultiDiscrete((int(spec.space.n),) * entries)
     if isinstance(spec.space, ContinuousBox) and len(spec.shape):
         most = torch.finfo(spec.dtype).max if spec.dtype.is_floating_point else torch.iinfo(spec.dtype).max
         low, high = (bound.reshape(-1, spec.shape[-1])[0] for bound in (spec.space.low, spec.space.high))

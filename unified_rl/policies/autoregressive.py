@@ -127,7 +127,8 @@ class AutoregressivePolicy(Policy):
         """Embeddings ``[M, n, H]`` of the first ``n <= U - 1`` dimensions' bins ``[M, n]``."""
         assert self.embedding is not None
         offset = torch.arange(bins.shape[-1], device=bins.device) * self.bins
-        return self.embedding(bins + offset)
+        embedded: Tensor = self.embedding(bins + offset)
+        return embedded
 
     def _logits(self, observation: Tensor, bins: Tensor) -> Tensor:
         """Untransformed logits ``[M, U, bins]`` of every dimension given the stored bins before it, in one pass."""

@@ -257,7 +257,8 @@ class Policy(TensorDictModuleBase):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.parameters()).device
+        device: torch.device = next(self.parameters()).device
+        return device
 
     def update_normalizer(self, observation: Tensor) -> None:
         """Adds raw ``observation [..., d]``, on any device, to the running moments; nothing to do without them."""
@@ -305,7 +306,7 @@ class Policy(TensorDictModuleBase):
         )
 
     def _stored(self, batch: TensorDictBase, key: str) -> Tensor:
-        value = batch.get(key, None)
+        value: Tensor | None = batch.get(key, None)
         if value is None:
             raise RecordError(
                 f"{type(self).__name__} cannot score this batch: it lacks {key!r}; store all keys that sample() returns"
@@ -315,7 +316,7 @@ class Policy(TensorDictModuleBase):
     @staticmethod
     def _mask(batch: TensorDictBase, log_prob: Tensor) -> Tensor:
         for key in ("mask", "unit_mask"):
-            mask = batch.get(key, None)
+            mask: Tensor | None = batch.get(key, None)
             if mask is not None:
                 return mask.reshape(log_prob.shape)
         return torch.ones_like(log_prob, dtype=torch.bool)

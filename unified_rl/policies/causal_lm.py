@@ -111,7 +111,8 @@ class CausalLM(TensorDictModuleBase):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @property
     def log_ratio_tolerance(self) -> float:
@@ -263,7 +264,7 @@ class CausalLM(TensorDictModuleBase):
         recompute = torch.is_grad_enabled()
         parts = [
             checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) if recompute else score(*piece)
-            for piece in zip(*(x.split(size) for x in (hidden, target, *extras)), strict=True)
+            for piece in zip(*(torch.split(x, size) for x in (hidden, target, *extras)), strict=True)
         ]
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 

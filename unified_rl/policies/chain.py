@@ -57,7 +57,8 @@ class ChainNetwork(nn.Module):
     def forward(self, condition: Tensor, state: Tensor, clock: Tensor) -> Tensor:
         """Output ``[..., outputs]`` for ``state [..., a]`` and broadcastable condition and clock ``[..., H]``."""
         weight = self.first.weight[:, self.sizes[0] : -TIME_FEATURES]
-        return self.rest(F.linear(state, weight) + condition + clock)
+        output: Tensor = self.rest(F.linear(state, weight) + condition + clock)
+        return output
 
 
 class ChainPolicy(Policy):

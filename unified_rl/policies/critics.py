@@ -183,9 +183,9 @@ def _stack(members: Sequence[nn.Sequential], activation: str) -> nn.Sequential:
     layers: list[nn.Module] = []
     for same in zip(*members, strict=True):
         if isinstance(same[0], nn.Linear):
-            layers.append(StackedLinear(same))  # type: ignore[arg-type]
+            layers.append(StackedLinear(same))
         elif isinstance(same[0], nn.LayerNorm):
-            layers.append(StackedLayerNorm(same))  # type: ignore[arg-type]
+            layers.append(StackedLayerNorm(same))
         else:
             layers.append(activation_named(activation)())
     return nn.Sequential(*layers)

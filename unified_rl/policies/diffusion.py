@@ -121,5 +121,5 @@ class DiffusionPolicy(ChainPolicy):
         index = torch.randint(self.steps, end.shape[:1], generator=generator, device=generator.device).to(end.device)
         state = self.signal[index] * end + self.noise[index] * noise
         net = self.network
-        output = net(net.condition(observation), state, net.clock(self.times)[index])
+        output: Tensor = net(net.condition(observation), state, net.clock(self.times)[index])
         return (output - noise).square().mean(-1, keepdim=True)

@@ -73,7 +73,8 @@ class FlowPolicy(ChainPolicy):
 
     def _velocity(self, observation: Tensor, state: Tensor, time: Tensor) -> Tensor:
         net = self.network
-        return net(net.condition(observation), state, net.clock(time))[..., : self.action_dim]
+        output: Tensor = net(net.condition(observation), state, net.clock(time))
+        return output[..., : self.action_dim]
 
     def _kernel(self, output: Tensor, state: Tensor, index: Tensor | int) -> tuple[Tensor, Tensor]:
         velocity, noise = output.chunk(2, dim=-1)

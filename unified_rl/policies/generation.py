@@ -232,12 +232,13 @@ class _Loop:
         """Logits ``[b, V]`` at the last column, or at column ``last[b]`` of each row."""
         inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": self.cache, "use_cache": True}
         if not getattr(self.model, "plain_head", False):
-            logits = self.model(tokens, **inputs).logits
+            logits: Tensor = self.model(tokens, **inputs).logits
             return logits[:, -1] if last is None else logits[torch.arange(len(tokens), device=self.device), last]
         hidden = self.model.base_model(tokens, **inputs).last_hidden_state
         at = hidden[:, -1] if last is None else hidden[torch.arange(len(tokens), device=self.device), last]
         head: Any = self.model.get_output_embeddings()
-        return head(at)
+        read: Tensor = head(at)
+        return read
 
     def _record(self, step: int, logits: Tensor) -> Tensor:
         """Draws a token for every row in the cache and writes those of live rows."""

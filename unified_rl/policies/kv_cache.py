@@ -24,7 +24,7 @@ class SlabLayer(DynamicLayer):
     """
 
     def __init__(self, repeats: int = 1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self.repeats = repeats
         self.filled = 0
         self.slabs: tuple[Tensor, ...] = ()

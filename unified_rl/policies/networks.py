@@ -39,7 +39,7 @@ def activation_named(name: str) -> Callable[[], nn.Module]:
 def seeded(seed: int) -> Iterator[None]:
     """Weights made inside depend on ``seed`` only; the global random state is as it was afterwards."""
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 

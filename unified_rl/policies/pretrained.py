@@ -136,7 +136,8 @@ def load_folder(auto_class: Any, path: str, allow_hub: bool, dtype: str) -> PreT
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"the model folder {path} lacks {len(missing)} weights, the first {missing[0]}")
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def _check_folder(path: str, allow_hub: bool) -> None:
@@ -202,4 +203,5 @@ def trunk_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """
     positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
     trunk = model.base_model
-    return trunk(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+    states: Tensor = trunk(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+    return states
