@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 from typing import Any
 
 import gymnasium
@@ -266,3 +268,29 @@ def test_weights_and_samples_of_a_seed_are_those_from_before_there_were_spaces(n
     sample = MAKERS[name]().sample(observation, torch.Generator().manual_seed(3))
     found = [float(sample[key].double().sum()) for key in ("action", "behavior_log_prob")]
     assert found == pytest.approx(FINGERPRINTS[name], rel=1e-4, abs=1e-3)
+
+
+def test_a_policy_of_older_code_is_given_sizes_where_its_constructor_takes_no_space(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from unified_rl.config import compose
+    from unified_rl.training.run import Job
+
+    class Old(GaussianPolicy):
+        def __init__(
+            self,
+            observation_dim: int,
+            action_dim: int,
+            action_low: list[float],
+            action_high: list[float],
+            seed: int = 0,
+        ) -> None:
+            super().__init__(observation_dim, action_dim, action_low, action_high, seed=seed)
+
+    module = types.ModuleType("older_code")
+    module.Old, Old.__module__ = Old, "older_code"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "older_code", module)
+    cfg = compose(["env=inverted_pendulum", "agent=ppo"])
+    cfg["policy"] = {"_target_": "older_code.Old"}
+    job = Job(cfg, allow=["older_code"])
+    assert type(job.policy) is Old and job.policy.space == job.env.space

@@ -97,6 +97,8 @@ class Policy(TensorDictModuleBase):
     """Whether ratios of two log-probs are exact importance weights of the executed action."""
     supports_discrete: bool = False
     """Whether actions may be choices; log-probs are then those of categoricals, at most 0."""
+    log_ratio_tolerance: float = 1e-2
+    """How far a fresh sample's log-prob may lie from its sampler's at equal weights."""
     action_low: Tensor
     action_high: Tensor
     action_middle: Tensor
