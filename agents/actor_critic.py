@@ -36,12 +36,17 @@ class Phase:
     loss: Callable[..., tuple[Tensor, Metrics]]
     parameters: list[Tensor]
     adam: torch.optim.Adam
+    through: bool = False
+    """Whether gradients pass through networks of other phases, whose weights then get none."""
 
     def step(self, *inputs: Any) -> tuple[Tensor, Metrics]:
-        """One optimiser step; only its own parameters get a gradient."""
+        """One optimiser step."""
         loss, metrics = self.loss(*inputs)
         self.adam.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss, inputs=self.parameters)
+        if self.through:
+            torch.autograd.backward(loss, inputs=self.parameters)
+        else:
+            loss.backward()
         self.adam.step()
         return loss.detach(), metrics
 
@@ -172,9 +177,8 @@ class ActorCritic:
         phases = {}
         for name in self.phases_of.losses():
             loss, parameters = self._loss(name), [p for p in moved[name].parameters() if p.requires_grad]
-            phases[name] = Phase(
-                torch.compile(loss) if compiled else loss, parameters, torch.optim.Adam(parameters, **options)
-            )
+            loss = torch.compile(loss) if compiled else loss
+            phases[name] = Phase(loss, parameters, torch.optim.Adam(parameters, **options), name == "actor")
         return phases, torch.optim.Adam([nets.log_alpha], **options) if tune_alpha else None
 
     def _loss(self, name: str) -> Callable[..., tuple[Tensor, Metrics]]:
@@ -204,12 +208,14 @@ class ActorCritic:
             Scalars, and ``td_error [B]`` where the replay takes priorities.
         """
         alpha = self.nets.log_alpha.detach().exp()
-        metrics = {"policy/alpha": alpha} if self.reads_alpha else {}
+        metrics: Metrics = {}
         for name, phase in self.phases.items():
             scales = self.scales.get(name, (1.0,))
             if (name != "actor" or update_actor) and any(scales):
                 metrics[LABELS[name]], more = phase.step(batch, noise, alpha, scales)
                 metrics |= more
+        if self.reads_alpha:
+            metrics["policy/alpha"] = alpha
         if update_actor and self.alpha_adam is not None and "policy/entropy" in metrics:
             self.nets.log_alpha.grad = metrics["policy/entropy"] - self.target_entropy
             self.alpha_adam.step()

@@ -96,9 +96,8 @@ class Transitions:
 
     @cached_property
     def following(self) -> tuple[Tensor, Tensor]:
-        """A fresh next action ``[B, a]`` and its log-prob ``[B]``, without gradient."""
-        with torch.no_grad():
-            return self.nets.policy.rsample(self.batch["next_observation"], noise=self.noise[0])
+        """A fresh next action ``[B, a]`` and its log-prob ``[B]``; targets are computed without gradient."""
+        return self.nets.policy.rsample(self.batch["next_observation"], noise=self.noise[0])
 
     @cached_property
     def fresh(self) -> tuple[Tensor, Tensor]:
