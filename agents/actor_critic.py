@@ -163,9 +163,7 @@ class ActorCritic:
     def _parts(
         self, target: Node, aggregate: Node, value: Node | None, critic: Mapping[str, Any] | None, actor: Any
     ) -> Phases:
-        parts = Phases(
-            target, aggregate, value, critic or {"error": "squared_error"}, actor or {"policy": "pathwise"}
-        )
+        parts = Phases(target, aggregate, value, critic or {"error": "squared_error"}, actor or {"policy": "pathwise"})
         parts.check_value()
         parts.check_policy(self.policy)
         return parts

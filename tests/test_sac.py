@@ -94,8 +94,14 @@ def test_nan_in_the_loss_stops_by_name() -> None:
 # weights and metrics of the stand-alone SAC that this agent replaced, after 5 updates of 4 gradient steps
 FINGERPRINTS = {
     "plain": ({}, [2.448868, 3.675721, 3.683667, 1.016268, -0.7878, 1.106313, 0.994328]),
-    "delayed": ({"critics": 3, "layer_norm": True, "policy_delay": 2, "lr": 1e-2}, [2.39097, 8.183674, 8.190614, 1.200571, -1.573782, 1.393631, 0.914006]),
-    "fixed alpha": ({"tune_alpha": False, "alpha": 0.3, "tau": 0.1}, [2.448833, 3.676965, 3.679528, 0.694766, -0.009778, 1.104864, 0.3]),
+    "delayed": (
+        {"critics": 3, "layer_norm": True, "policy_delay": 2, "lr": 1e-2},
+        [2.39097, 8.183674, 8.190614, 1.200571, -1.573782, 1.393631, 0.914006],
+    ),
+    "fixed alpha": (
+        {"tune_alpha": False, "alpha": 0.3, "tau": 0.1},
+        [2.448833, 3.676965, 3.679528, 0.694766, -0.009778, 1.104864, 0.3],
+    ),
 }
 
 
