@@ -389,6 +389,6 @@ def check_time_order(window: TensorDictBase) -> None:
     follows = (window["observation"][:, 1:] == window["next_observation"][:, :-1]).flatten(2).all(-1)
     if bool((goes_on & ~follows).any()):
         raise ConfigError(
-            "agent.n_step needs rows in the order of time, and consecutive rows of this replay do not follow one another "
-            "(rollout=stored shuffles them); set agent.n_step=1"
+            "agent.n_step needs rows in the order of time, and consecutive rows of this replay do not follow one "
+            "another (rollout=stored shuffles them); set agent.n_step=1"
         )

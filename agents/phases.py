@@ -82,8 +82,8 @@ class Phases:
         name = type(policy).__name__
         if getattr(policy, "num_actions", None) is not None or not hasattr(policy, "action_low"):
             raise ConfigError(
-                f"agent=sac and agent=actor_critic need continuous actions, and {name} has none; use policy=tanh_gaussian "
-                "in a control environment, or agent=policy_gradient"
+                f"agent=sac and agent=actor_critic need continuous actions, and {name} has none; use "
+                "policy=tanh_gaussian in a control environment, or agent=policy_gradient"
             )
         if hasattr(policy, "rsample"):
             return
@@ -118,8 +118,8 @@ class Phases:
         measured = [name for name in self.needing("entropy") if name.startswith("agent.actor.")]
         if tune and not measured:
             raise ConfigError(
-                "agent.tune_alpha tunes by the entropy that pathwise actor terms measure, and agent.actor has none with "
-                "entropy; set agent.tune_alpha=false"
+                "agent.tune_alpha tunes by the entropy that pathwise actor terms measure, and agent.actor has none "
+                "with entropy; set agent.tune_alpha=false"
             )
         if alpha < 0 or (tune and alpha == 0):
             raise ConfigError(

@@ -227,6 +227,6 @@ def test_a_cuda_graph_refuses_what_it_would_freeze(policy: Any, options: dict[st
 
 def test_rows_without_rewards_are_refused_before_the_first_step() -> None:
     agent = make(**IQL)
-    with pytest.raises(ConfigError, match="learns from reward, discount.* rows lack.*--record FOLDER"):
+    with pytest.raises(ConfigError, match=r"learns from reward, discount.* rows lack.*--record FOLDER"):
         agent.update(filled(transitions().select("observation", "action")))
     assert agent.gradient_steps == 0

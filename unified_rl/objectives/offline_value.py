@@ -46,7 +46,7 @@ def bootstrapped(t: Transitions, following: Tensor) -> Tensor:
 
 @needs("rsample", "entropy")
 def soft(t: Transitions, *, entropy: bool = True) -> Tensor:
-    """``r + gamma (Q'(s', a') - alpha log pi(a'|s'))``. SAC, 1812.05905; RLPD leaves the entropy out on sparse tasks."""
+    """``r + gamma (Q'(s', a') - alpha log pi(a'|s'))``. SAC, 1812.05905; RLPD may leave the entropy out."""
     action, log_prob = t.following
     following = t.aggregate(t.nets.target(t.batch["next_observation"], action), t)
     return bootstrapped(t, following - t.alpha * log_prob if entropy else following)
@@ -77,7 +77,7 @@ TARGETS: dict[str, Callable[..., Tensor]] = {"soft": soft, "state_value": state_
 
 
 def squared_error(t: Transitions) -> Tensor:
-    """Half the mean squared error against the target, summed over members; rows by their ``priority_weight``, if any."""
+    """Half the mean squared error, summed over members; rows are weighed by their ``priority_weight``, if any."""
     square, weight = t.td_error.square(), t.batch.get("priority_weight")
     return 0.5 * (square if weight is None else weight * square).mean(-1).sum()
 

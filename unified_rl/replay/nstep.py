@@ -18,8 +18,8 @@ def nstep_transitions(segment: TensorDictBase, n: int, gamma: float | None = Non
     the Methods of Temporal Differences (Sutton, 1988), without importance weights.
 
     Args:
-        segment: batch size ``[B, T]`` with ``step_mask``, as :meth:`Replay.sample` gives it; ``T >= n``. Windows are cut
-            at ends of episodes here, whether the replay cut them or not.
+        segment: batch size ``[B, T]`` with ``step_mask``, as :meth:`Replay.sample` gives it; ``T >= n``. Windows
+            are cut at ends of episodes here, whether the replay cut them or not.
         n: steps at most.
         gamma: discount of a step; the stored ``discount`` if None.
 

@@ -140,8 +140,8 @@ class Priority(Weighted):
 class Softmax(Weighted):
     """P(row) proportional to ``exp(score / temperature)``, with replacement.
 
-    The score is a stored key; ``update_priority`` replaces it. A batch brings no importance weights. Used for replay by reward in Trajectory Balance with
-    Asynchrony (arXiv 2503.18929).
+    The score is a stored key; ``update_priority`` replaces it. A batch brings no importance weights. Used for replay by
+    reward in Trajectory Balance with Asynchrony (arXiv 2503.18929).
 
     Args:
         key: a stored scalar, or ``[T]`` values that are summed.
