@@ -147,11 +147,11 @@ class ActorCritic:
         log_alpha = torch.tensor(math.log(alpha) if alpha else -math.inf, device=self.device, requires_grad=tune_alpha)
         shape: dict[str, Any] = {"critics": critics, "hidden": critic_hidden, "layer_norm": layer_norm, "seed": seed}
         self.nets = make_networks(policy, log_alpha, self.device, value is not None, **shape)
-        self.slow_parameters = list(self.nets.target.parameters())
+        self.slow_parameters: list[Tensor] = list(self.nets.target.parameters())
         self.target_entropy = -float(policy.action_dim) if target_entropy is None else target_entropy
         self.phases, self.alpha_adam = self._optimisers(lr, compile, tune_alpha)
         self.standardised = getattr(policy, "normalizer", None) is not None
-        self.draws_members = bool(self.phases_of.needing("members"))
+        self.draws_members = critics if self.phases_of.needing("members") else 0
         self.reads_alpha = bool(self.phases_of.needing("entropy"))
         self.extra: tuple[str, ...] = ()
         self.prioritised = self.checked = False
@@ -170,7 +170,8 @@ class ActorCritic:
 
     def _optimisers(self, lr: float, compiled: bool, tune_alpha: bool) -> tuple[dict[str, Phase], Any]:
         """A phase for each loss, in the order of a gradient step, and Adam for the entropy weight if it is tuned."""
-        nets, options = self.nets, {"lr": lr, "fused": True, "capturable": self.device.type == "cuda"}
+        nets = self.nets
+        options: dict[str, Any] = {"lr": lr, "fused": True, "capturable": self.device.type == "cuda"}
         moved: dict[str, Any] = {"value": nets.value, "critic": nets.critic, "actor": self.policy}
         phases = {}
         for name in self.phases_of.losses():
@@ -257,12 +258,8 @@ class ActorCritic:
         sampler = getattr(replay, "sampler", None)
         self.prioritised = bool(getattr(sampler, "takes_priority", False))
         self.extra = ("priority_weight",) if getattr(sampler, "weighs", False) else ()
-        check_replay(replay, "actor_critic", keys=keys, priorities=True, reuses=True)
-        if getattr(replay, "stored", None) is not None and (self.n_step > 1 or self.prioritised):
-            raise ConfigError(
-                "replay.data adds single rows without priorities to every batch; set agent.n_step=1 and another "
-                "replay.sampler than Priority"
-            )
+        length = self.n_step if self.n_step > 1 else None
+        check_replay(replay, "actor_critic", keys=keys, length=length, priorities=True, reuses=True)
         self.checked = replay.write_count > 0
 
     def _train_once(self, replay: Replay, standardise: bool) -> Metrics:
@@ -271,8 +268,7 @@ class ActorCritic:
         shape = (2, self.batch_size, self.policy.action_dim)
         noise = torch.randn(shape, generator=self.generator, device=self.device)
         if self.draws_members:
-            order = torch.randperm(self.nets.critic.num, generator=self.generator, device=self.device)
-            batch["members"] = order
+            batch["members"] = torch.randperm(self.draws_members, generator=self.generator, device=self.device)
         if standardise:
             self._update_normalizers(batch["observation"])
         self.gradient_steps += 1
@@ -293,9 +289,8 @@ class ActorCritic:
 
     def _update_normalizers(self, observation: Tensor) -> None:
         """Moves the moments of every network alike."""
-        for module in (self.policy, self.nets.critic, self.nets.target, self.nets.value):
-            if module is not None:
-                module.update_normalizer(observation)
+        for module in self._modules().values():
+            module.update_normalizer(observation)
 
     def _refuse_non_finite(self, metrics: dict[str, Any]) -> None:
         """One look a collection: a NaN in a loss means the parameters are lost since the last checkpoint."""

@@ -15,7 +15,18 @@ from unified_rl.agents.behavior_cloning import BehaviorCloning
 from unified_rl.config import compose
 from unified_rl.errors import ConfigError
 from unified_rl.policies.gaussian import GaussianPolicy
-from unified_rl.replay import Fresh, Mixture, Priority, Replay, Segment, Softmax, Uniform, nstep_transitions
+from unified_rl.replay import (
+    Buckets,
+    Fresh,
+    Mixture,
+    Priority,
+    Replay,
+    Segment,
+    Softmax,
+    Uniform,
+    WithDataset,
+    nstep_transitions,
+)  # fmt: skip
 from unified_rl.training.run import Job
 from unified_rl.units import Source
 
@@ -181,6 +192,36 @@ def clone(rows: int = 16) -> BehaviorCloning:
 def test_an_agent_refuses_a_sampler_that_it_cannot_use(agent: Any, sampler: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         agent.update(filled(sampler=sampler))
+
+
+def test_windows_of_n_steps_may_come_from_the_segment_sampler() -> None:
+    after = []
+    for sampler in (Segment(3), Uniform()):
+        replay = Replay(24, lanes=2, sampler=sampler, cut=False)
+        replay.extend(walk())
+        agent = make(n_step=3)
+        agent.update(replay)
+        after.append(weights(agent.nets.critic))
+    assert torch.equal(*after)
+
+
+def test_a_data_set_beside_the_replay_has_no_windows_and_no_priorities(tmp_path: Path) -> None:
+    filled().dumps(tmp_path / "rows")
+    rows = transitions()
+    rows["truncated"] = torch.zeros_like(rows["terminated"])
+    for options, sampler in (({"n_step": 2}, Uniform()), ({}, Priority())):
+        replay = WithDataset(64, data=str(tmp_path / "rows"), sampler=sampler)
+        replay.extend(rows)
+        with pytest.raises(ConfigError, match=r"replay\.data adds single rows"):
+            make(**options).update(replay)
+
+
+def test_buckets_decide_which_rows_a_value_based_agent_learns_from() -> None:
+    agent, seen = make(rows=1), []
+    step = agent.gradient_step
+    agent.gradient_step = lambda batch, *rest: (seen.append(batch["reward"]), step(batch, *rest))[1]  # type: ignore[method-assign]
+    agent.update(filled(sampler=Buckets("reward", [0.0], [0.0, 1.0])))
+    assert bool((seen[0] >= 0).all()) and bool((transitions()["reward"] < 0).any())
 
 
 def sourced(*sources: Source) -> TensorDict:

@@ -48,6 +48,12 @@ def check_replay(
             f"replay=segment draws windows of {sampler.length} steps, but agent={agent} learns from {draws}; "
             f"use {instead}"
         )
+    if getattr(replay, "stored", None) is not None and (length is not None or sampler.takes_priority):
+        unfit = "priorities" if sampler.takes_priority else f"windows of {length} steps"
+        raise ConfigError(
+            f"replay.data adds single rows to every batch, which have no {unfit}; use agent=sac, agent.n_step=1 and "
+            "replay.sampler=Uniform (recipe=rlpd), or leave replay.data out"
+        )
     if reuses and isinstance(sampler, Fresh):
         raise ConfigError(
             f"replay=fresh hands every row out once, but agent={agent} draws rows again and again; use replay=uniform "

@@ -113,7 +113,7 @@ class Priority(Weighted):
         # (n P) ** -beta over its maximum: n and the total weight cancel
         importance = (weights.min() / weights) ** beta
         serials = self.ring.serial(positions)
-        self.handed_out(serials)
+        self.drawn[positions] = serials
         return Draw(serials, {"priority_weight": importance.astype(np.float32)})
 
     def update(self, positions: IntArray, priorities: FloatArray) -> None:
