@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tensordict import TensorDict
 from value_cases import IQL, batch_of, filled, make, squashed, transitions, weights
 
 from unified_rl.agents.actor_critic import ActorCritic
-from unified_rl.config import build, compose
+from unified_rl.config import build, compose, config_root
 from unified_rl.errors import ConfigError
 from unified_rl.replay import Replay, Uniform, WithDataset
-from unified_rl.training.run import evaluate_run, train
+from unified_rl.training.run import Job, evaluate_run, train
 
 TINY = ["env=inverted_pendulum", "policy.hidden=[8]", "agent.critic_hidden=[8]", "seed=1", "eval_episodes=2"]
 
@@ -90,6 +91,27 @@ def test_a_data_set_beside_the_replay_needs_rewards_too(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- limits
+
+SMALL = ["agent.learning_starts=8", "agent.batch_size=8", "agent.lr=1e-2", "steps=16"]
+
+
+def trained(overrides: list[str], data: str, folder: Path) -> torch.Tensor:
+    """The weights of policy and critics after some updates, and a look that they moved."""
+    words = [*TINY, *overrides, *SMALL, *([] if "rollout.data=FOLDER" in overrides else ["rollout.random_steps=8"])]
+    trainer = Job(compose([word.replace("FOLDER", data) for word in words])).make_trainer(folder)
+    before = weights(trainer.agent.policy)
+    for _ in range(12):
+        trainer.replay.extend(trainer.rollout.collect(trainer.agent.version)[0])
+        trainer.agent.update(trainer.replay)
+    assert not torch.equal(before, weights(trainer.agent.policy))
+    return weights(trainer.agent.policy, trainer.agent.nets.critic)
+
+
+@pytest.mark.parametrize("name", ["iql", "td3_bc", "rlpd"])
+def test_a_recipe_is_the_other_method_in_the_limit_that_its_file_names(name: str, data: str, tmp_path: Path) -> None:
+    (limit,) = yaml.safe_load((config_root() / "recipe" / f"{name}.yaml").read_text())["recipe"]["limit"]
+    one = trained([f"recipe={name}", *limit["when"]], data, tmp_path)
+    assert torch.equal(one, trained(limit["equals"], data, tmp_path))
 
 
 def gradient_of(loss: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
