@@ -75,7 +75,8 @@ def test_softmax_scores_are_renewed_only_where_asked() -> None:
 @pytest.mark.parametrize("sampler", [Priority(alpha=1.0, beta=1.0, eps=0.0), Softmax("x")])
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_late_priority_does_not_reach_the_row_that_took_the_place(sampler: Any, mixed: bool) -> None:
-    used = Mixture({"some": 1.0}, {"some": sampler}) if mixed else sampler
+    parts = {"all": Uniform(), "some": sampler}
+    used = Mixture({"all": 1.0, "some": 0.0}, parts) if mixed else sampler  # another part draws, this one is told
     replay = Replay(4, sampler=used, seed=0)
     replay.extend(TensorDict({"x": torch.arange(4.0)}, [4]))
     late = replay.sample(4)["index"]
