@@ -1,48 +1,100 @@
-"""Value-based actor-critics: a critic target, a list of actor terms, and where a state value is used its loss.
+"""Value-based actor-critics: a critic target, a list of critic and actor terms, and where one is used a state value.
 
-SAC, TD3, TD3+BC, IQL, AWR, RLPD and their relatives are this agent with other parts and another replay.
+SAC, TD3, TD3+BC, IQL, AWAC, RLPD and their relatives are this agent with other parts and another replay; as it is, it
+is Soft Actor-Critic (arXiv:1801.01290, arXiv:1812.05905).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor
 
-from unified_rl.agents.sac import KEYS, prepare_batch
-from unified_rl.correction.lookup import bind
+from unified_rl.agents.graphed import GraphedStep
+from unified_rl.agents.phases import Node, Phases
 from unified_rl.errors import ConfigError, NonFiniteError
-from unified_rl.objectives.coefficients import coefficient
-from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, TARGETS, VALUES
-from unified_rl.objectives.transitions import Loss, Networks, Transitions
+from unified_rl.objectives.summands import Scales
+from unified_rl.objectives.transitions import KEYS, Networks, Transitions, prepare_batch
 from unified_rl.policies.critics import QEnsemble, ValueCritic
-from unified_rl.replay import Replay
+from unified_rl.replay import Replay, nstep_transitions
+from unified_rl.replay.fit import check_replay
 
-Node = str | Mapping[str, Any]
+Metrics = dict[str, Tensor]
+LABELS = {"value": "loss/value", "critic": "loss/critic", "actor": "loss/policy"}
+
+
+@dataclass
+class Phase:
+    """A loss, the parameters that it moves, and their optimiser."""
+
+    loss: Callable[..., tuple[Tensor, Metrics]]
+    parameters: list[Tensor]
+    adam: torch.optim.Adam
+    through: bool = False
+    """Whether gradients pass through networks of other phases, whose weights then get none."""
+
+    def step(self, *inputs: Any) -> tuple[Tensor, Metrics]:
+        """One optimiser step."""
+        loss, metrics = self.loss(*inputs)
+        self.adam.zero_grad(set_to_none=True)
+        if self.through:
+            torch.autograd.backward(loss, inputs=self.parameters)
+        else:
+            loss.backward()
+        self.adam.step()
+        return loss.detach(), metrics
 
 
 class ActorCritic:
     """One gradient step: value, critic, actor and entropy weight, each with its own optimiser, then the slow copy.
 
+    With the default parts: ``y = r + gamma (1 - terminated) (min_j Q'_j(s', a') - alpha log pi(a'|s'))``, critics by
+    half the mean squared error, actor by ``mean(alpha log pi - min_j Q_j)``, ``log alpha`` by ``-log alpha (log pi +
+    H)``. No importance ratio enters: the next action is drawn afresh.
+
+    Observations of a policy that standardises them are standardised in every network, by moments that move once a
+    collection.
+
     Args:
-        policy: any policy with ``nll``, and with ``rsample`` where a part draws fresh actions.
+        policy: any policy with ``nll``, and with ``rsample`` where a part draws fresh actions
+            (:class:`unified_rl.policies.gaussian.GaussianPolicy`).
         generator: stream of the noise.
         rows, length: of one collection; they set how many gradient steps are due after it.
-        correction: unused.
-        target: of the critic, a name of :data:`TARGETS` or a mapping.
-        aggregate: of the members in the target, a name of :data:`AGGREGATES`.
-        value: loss of a state value, a name of :data:`VALUES`; None uses none.
-        actor: terms of the actor's loss by name; each a mapping with ``name`` in :data:`ACTORS`, its settings and
-            ``coefficient`` (a number or a schedule).
-        lr, batch_size, updates_per_step, learning_starts, gamma, tau, critics, critic_hidden, layer_norm, alpha,
-            tune_alpha, target_entropy, policy_delay: as of :class:`~unified_rl.agents.sac.SAC`.
+        correction: unused (no ratio enters).
+        target: of the critic, a name of :data:`~unified_rl.objectives.offline_value.TARGETS` or a mapping with ``name``
+            and settings. Names may be dotted paths here and below.
+        aggregate: from an ensemble's members to one value, in targets and advantages, of ``AGGREGATES``.
+        value: loss of a state value, of ``VALUES``; None uses none.
+        critic: terms of the critic's loss by name; each a name of ``CRITICS`` or a mapping with ``name``, settings and
+            ``coefficient`` (a number or a schedule). None is the squared error alone.
+        actor: terms of the actor's loss by name, likewise of ``ACTORS``. None is ``pathwise`` alone.
+        n_step: rewards summed in front of the bootstrap, without importance weights.
+        lr: learning rate of actor, critics, state value and entropy weight.
+        batch_size: transitions of one gradient step.
+        updates_per_step: gradient steps per environment step.
+        learning_starts: environment steps before the first gradient step.
+        gamma: discount of a step.
+        tau: share of the critic in its slow copy per gradient step.
+        critics: members of the ensemble.
+        critic_hidden: widths of a critic.
+        layer_norm: LayerNorm in the critics.
+        alpha: initial entropy weight, fixed if ``tune_alpha`` is off.
+        tune_alpha: tune the entropy weight to the target entropy.
+        target_entropy: by default minus the action's width.
+        policy_delay: critic steps per actor step (the actor then makes one step, not several).
+        device: where updates run.
+        compile: compile the losses with ``torch.compile``.
+        cuda_graph: capture one whole gradient step in a CUDA graph (needs a CUDA device).
+        seed: of the critics' weights.
 
     Raises:
-        ConfigError: an unknown part, or one that the policy cannot support.
+        ConfigError: an unknown part, one that the policy cannot support, or a setting that would be of no effect.
     """
 
     def __init__(
@@ -55,7 +107,9 @@ class ActorCritic:
         target: str | dict[str, Any] = "soft",
         aggregate: str | dict[str, Any] = "least",
         value: str | dict[str, Any] | None = None,
+        critic: dict[str, Any] | None = None,
         actor: dict[str, Any] | None = None,
+        n_step: int = 1,
         lr: float = 3e-4,
         batch_size: int = 256,
         updates_per_step: float = 1.0,
@@ -70,130 +124,204 @@ class ActorCritic:
         target_entropy: float | None = None,
         policy_delay: int = 1,
         device: str = "cpu",
+        compile: bool = False,
+        cuda_graph: bool = False,
         seed: int = 0,
     ) -> None:
+        at_least_1 = {"n_step": n_step, "batch_size": batch_size, "policy_delay": policy_delay, "critics": critics}
+        for name, number in at_least_1.items():
+            if number < 1:
+                raise ConfigError(f"agent.{name}={number} must be at least 1")
+        if not 0.0 < tau <= 1.0:
+            raise ConfigError(f"agent.tau={tau} must lie above 0 and at most at 1")
         self.policy, self.generator, self.gamma, self.tau = policy, generator, gamma, tau
-        self.rows = rows * (length or 1)
-        self.batch_size, self.updates_per_step, self.learning_starts = batch_size, updates_per_step, learning_starts
+        self.rows, self.n_step, self.batch_size = rows * (length or 1), n_step, batch_size
+        self.updates_per_step, self.learning_starts = updates_per_step, learning_starts
         self.policy_delay, self.device = policy_delay, torch.device(device)
-        pool, _ = bind(aggregate, AGGREGATES, "agent.aggregate")
-        made, _ = bind(target, TARGETS, "agent.target")
-        self.critic_target = lambda t: made(t, pool)
-        self.value_loss: Loss | None = None if value is None else bind(value, VALUES, "agent.value")[0]
-        self.actor: dict[str, tuple[Loss, Any]] = {}
-        for name, node in (actor or {"policy": {"name": "pathwise"}}).items():
-            term, extra = bind(node, ACTORS, f"agent.actor.{name}", ["coefficient"])
-            self.actor[name] = term, coefficient(extra.get("coefficient", 1.0))
-        self._refuse(target, tune_alpha)
-        sizes = (policy.observation_dim, policy.action_dim)
-        bounds = {"action_low": policy.action_low.tolist(), "action_high": policy.action_high.tolist()}
-        critic = QEnsemble(*sizes, critics, critic_hidden, layer_norm=layer_norm, seed=seed, **bounds).to(self.device)
-        state = None if value is None else ValueCritic(sizes[0], critic_hidden, activation="relu", seed=seed + 1)
-        self.nets = Networks(
-            policy,
-            critic,
-            copy.deepcopy(critic).requires_grad_(False),
-            None if state is None else state.to(self.device),
-            torch.tensor(math.log(alpha), device=self.device, requires_grad=tune_alpha),
-        )
+        self.phases_of = self._parts(target, aggregate, value, critic, actor)
+        self.phases_of.check_alpha(alpha, tune_alpha, target_entropy)
+        if cuda_graph and self.device.type != "cuda":
+            raise ConfigError("agent.cuda_graph needs device=cuda")
+        if cuda_graph:
+            self.phases_of.check_graph(policy)
+        log_alpha = torch.tensor(math.log(alpha) if alpha else -math.inf, device=self.device, requires_grad=tune_alpha)
+        shape: dict[str, Any] = {"critics": critics, "hidden": critic_hidden, "layer_norm": layer_norm, "seed": seed}
+        self.nets = make_networks(policy, log_alpha, self.device, value is not None, **shape)
+        self.slow_parameters: list[Tensor] = list(self.nets.target.parameters())
         self.target_entropy = -float(policy.action_dim) if target_entropy is None else target_entropy
-        self.parameters: dict[str, list[Tensor]] = {"critic": list(critic.parameters())}
-        if state is not None:
-            self.parameters["value"] = list(state.parameters())
-        self.parameters["actor"] = [p for p in policy.parameters() if p.requires_grad]
-        if tune_alpha:
-            self.parameters["alpha"] = [self.nets.log_alpha]
-        self.adam = {name: torch.optim.Adam(p, lr=lr, fused=True) for name, p in self.parameters.items()}
-        self.progress = 0.0
+        self.phases, self.alpha_adam = self._optimisers(lr, compile, tune_alpha)
+        self.standardised = getattr(policy, "normalizer", None) is not None
+        self.draws_members = critics if self.phases_of.needing("members") else 0
+        self.reads_alpha = bool(self.phases_of.needing("entropy"))
+        self.extra: tuple[str, ...] = ()
+        self.prioritised = self.checked = False
+        self.scales: dict[str, Scales] = self.phases_of.scales(0.0, 0)
+        self.graph = GraphedStep(self.gradient_step, policy_delay) if cuda_graph else None
         self.version = self.gradient_steps = 0
         self._due = 0.0
 
-    def _refuse(self, target: Node, tune_alpha: bool) -> None:
-        names = {getattr(term, "func", term).__name__ for term, _ in self.actor.values()}
-        draws = names & {"pathwise", "squared"} or "state_value" not in str(target)
-        if draws and not hasattr(self.policy, "rsample"):
-            raise ConfigError(
-                f"agent.target or agent.actor draws fresh actions with gradient, and {type(self.policy).__name__} has "
-                "no rsample; use policy=tanh_gaussian, or agent.target=state_value with an actor of name weighted"
-            )
-        if tune_alpha and "pathwise" not in names:
-            raise ConfigError("agent.tune_alpha tunes the entropy of pathwise actors; set agent.tune_alpha=false")
+    def _parts(
+        self, target: Node, aggregate: Node, value: Node | None, critic: Mapping[str, Any] | None, actor: Any
+    ) -> Phases:
+        parts = Phases(target, aggregate, value, critic or {"error": "squared_error"}, actor or {"policy": "pathwise"})
+        parts.check_value()
+        parts.check_policy(self.policy)
+        return parts
+
+    def _optimisers(self, lr: float, compiled: bool, tune_alpha: bool) -> tuple[dict[str, Phase], Any]:
+        """A phase for each loss, in the order of a gradient step, and Adam for the entropy weight if it is tuned."""
+        nets = self.nets
+        options: dict[str, Any] = {"lr": lr, "fused": True, "capturable": self.device.type == "cuda"}
+        moved: dict[str, Any] = {"value": nets.value, "critic": nets.critic, "actor": self.policy}
+        phases = {}
+        for name in self.phases_of.losses():
+            loss, parameters = self._loss(name), [p for p in moved[name].parameters() if p.requires_grad]
+            loss = torch.compile(loss) if compiled else loss
+            phases[name] = Phase(loss, parameters, torch.optim.Adam(parameters, **options), name == "actor")
+        return phases, torch.optim.Adam([nets.log_alpha], **options) if tune_alpha else None
+
+    def _loss(self, name: str) -> Callable[..., tuple[Tensor, Metrics]]:
+        """A phase's loss as a function of tensors: ``(batch, noise, alpha, scales) -> (scalar, metrics)``."""
+        loss = self.phases_of.losses()[name]
+
+        def compute(batch: dict[str, Tensor], noise: Tensor, alpha: Tensor, scales: Scales) -> tuple[Tensor, Metrics]:
+            t = Transitions(batch, self.nets, noise, alpha, self.phases_of.aggregate, self.generator)
+            value = loss(t, scales)
+            if name == "critic" and self.prioritised:
+                t.metrics["td_error"] = t.td_error.detach().abs().mean(0)
+            return value, t.metrics
+
+        return compute
 
     # ------------------------------------------------------------------ one gradient step
 
-    def gradient_step(self, batch: dict[str, Tensor], noise: Tensor) -> dict[str, Tensor]:
-        """Every phase once; ``batch`` and ``noise`` as of :class:`Transitions`."""
-        metrics: dict[str, Tensor] = {}
-        if self.value_loss is not None:
-            metrics |= self._phase("value", batch, noise, self.value_loss)
-        metrics |= self._phase("critic", batch, noise, self.critic_loss)
-        if self.gradient_steps % self.policy_delay == 0:
-            metrics |= self._phase("actor", batch, noise, self.actor_loss)
-            if "alpha" in self.adam:
-                self.nets.log_alpha.grad = metrics["policy/entropy"] - self.target_entropy
-                self.adam["alpha"].step()
-        target, critic = list(self.nets.target.parameters()), self.parameters["critic"]
-        torch._foreach_lerp_(target, critic, self.tau)
+    def gradient_step(self, batch: dict[str, Tensor], noise: Tensor, update_actor: bool) -> Metrics:
+        """Every phase once, then the slow copy of the critic.
+
+        Args:
+            batch: as of :class:`~unified_rl.objectives.transitions.Transitions`.
+            noise: ``[2, B, a]`` standard normal.
+            update_actor: whether the step of actor and entropy weight is due.
+
+        Returns:
+            Scalars, and ``td_error [B]`` where the replay takes priorities.
+        """
+        alpha = self.nets.log_alpha.detach().exp()
+        metrics: Metrics = {}
+        for name, phase in self.phases.items():
+            scales = self.scales.get(name, (1.0,))
+            if (name != "actor" or update_actor) and any(scales):
+                metrics[LABELS[name]], more = phase.step(batch, noise, alpha, scales)
+                metrics |= more
+        if self.reads_alpha:
+            metrics["policy/alpha"] = alpha
+        if update_actor and self.alpha_adam is not None and "policy/entropy" in metrics:
+            self.nets.log_alpha.grad = metrics["policy/entropy"] - self.target_entropy
+            self.alpha_adam.step()
+        torch._foreach_lerp_(self.slow_parameters, self.phases["critic"].parameters, self.tau)
         return metrics
-
-    def _phase(self, name: str, batch: dict[str, Tensor], noise: Tensor, loss: Loss) -> dict[str, Tensor]:
-        t = Transitions(batch, self.nets, noise, self.generator)
-        value = loss(t)
-        self.adam[name].zero_grad(set_to_none=True)
-        torch.autograd.backward(value, inputs=self.parameters[name])
-        self.adam[name].step()
-        return {f"loss/{name}": value.detach(), **t.metrics}
-
-    def critic_loss(self, t: Transitions) -> Tensor:
-        """Half the mean squared error of every member against the target, summed over members."""
-        with torch.no_grad():
-            target = self.critic_target(t)
-        error = t.nets.critic(t.batch["observation"], t.batch["action"]) - target
-        return 0.5 * error.square().mean(-1).sum()
-
-    def actor_loss(self, t: Transitions) -> Tensor:
-        """The sum of the actor's terms."""
-        total: Any = 0.0
-        for term, schedule in self.actor.values():
-            scale = schedule(self.progress, self.version)
-            if scale:
-                total = total + (term(t) if scale == 1.0 else scale * term(t))
-        return total
 
     # ------------------------------------------------------------------ the trainer's interface
 
     def update(self, replay: Replay, progress: float = 0.0) -> dict[str, Any]:
-        """The gradient steps that are due after one collection."""
-        self.progress = progress
+        """The gradient steps that are due after one collection.
+
+        Raises:
+            ConfigError: the replay does not fit (on the first call).
+            NonFiniteError: a loss is not finite; looked at once a collection.
+        """
+        if not self.checked:
+            self.check_replay(replay)
         if replay.write_count < self.learning_starts:
             return {}
+        self.scales = self.phases_of.scales(progress, self.version)
         self._due += self.updates_per_step * self.rows
         metrics: dict[str, Any] = {}
+        standardise = self.standardised
         while self._due >= 1.0:
-            batch = prepare_batch(replay.sample(self.batch_size, keys=KEYS, version=self.version), self.device)
-            shape = (2, self.batch_size, self.policy.action_dim)
-            noise = torch.randn(shape, generator=self.generator, device=self.device)
-            self.gradient_steps += 1
-            metrics = self.gradient_step(batch, noise)
+            metrics = self._train_once(replay, standardise)
+            standardise = False
             self._due -= 1.0
-        for name, value in metrics.items():
-            if not math.isfinite(float(value)):
-                raise NonFiniteError(f"{name} is {float(value)} at gradient step {self.gradient_steps}")
+        self._refuse_non_finite(metrics)
+        for summands in self.phases_of.sums.values():
+            summands.observe(metrics)
         self.version += 1
         return metrics
+
+    def check_replay(self, replay: Replay) -> None:
+        """Refuses a replay that this agent cannot use.
+
+        Raises:
+            ConfigError: by name, with what works instead.
+        """
+        keys = (*KEYS, "truncated") if self.n_step > 1 else KEYS
+        sampler = getattr(replay, "sampler", None)
+        self.prioritised = bool(getattr(sampler, "takes_priority", False))
+        self.extra = ("priority_weight",) if getattr(sampler, "weighs", False) else ()
+        length = self.n_step if self.n_step > 1 else None
+        check_replay(replay, "actor_critic", keys=keys, length=length, priorities=True, reuses=True)
+        self.checked = replay.write_count > 0
+
+    def _train_once(self, replay: Replay, standardise: bool) -> Metrics:
+        sample = self._draw(replay)
+        batch = prepare_batch(sample, self.device, *self.extra)
+        shape = (2, self.batch_size, self.policy.action_dim)
+        noise = torch.randn(shape, generator=self.generator, device=self.device)
+        if self.draws_members:
+            batch["members"] = torch.randperm(self.draws_members, generator=self.generator, device=self.device)
+        if standardise:
+            self._update_normalizers(batch["observation"])
+        self.gradient_steps += 1
+        step = self.gradient_step if self.graph is None else self.graph
+        metrics = step(batch, noise, self.gradient_steps % self.policy_delay == 0)
+        if self.prioritised:
+            metrics = dict(metrics)
+            replay.update_priority(sample["index"], metrics.pop("td_error"))
+        return metrics
+
+    def _draw(self, replay: Replay) -> TensorDictBase:
+        if self.n_step == 1:
+            return replay.sample(self.batch_size, keys=KEYS, version=self.version)
+        window = replay.sample(self.batch_size, length=self.n_step, version=self.version)
+        if self.gradient_steps == 0:
+            check_time_order(window)
+        return nstep_transitions(window, self.n_step)
+
+    def _update_normalizers(self, observation: Tensor) -> None:
+        """Moves the moments of every network alike."""
+        for module in self._modules().values():
+            module.update_normalizer(observation)
+
+    def _refuse_non_finite(self, metrics: dict[str, Any]) -> None:
+        """One look a collection: a NaN in a loss means the parameters are lost since the last checkpoint."""
+        for name, value in metrics.items():
+            if not math.isfinite(float(value)):
+                raise NonFiniteError(
+                    f"{name} is {float(value)} at gradient step {self.gradient_steps}: resume from the last checkpoint "
+                    "with a lower agent.lr, or look for extreme rewards"
+                )
+
+    # ------------------------------------------------------------------ state
 
     def _modules(self) -> dict[str, Any]:
         nets = {"policy": self.policy, "critic": self.nets.critic, "target": self.nets.target, "value": self.nets.value}
         return {name: module for name, module in nets.items() if module is not None}
 
+    def _adams(self) -> dict[str, torch.optim.Adam]:
+        adams = {name: phase.adam for name, phase in self.phases.items()}
+        return adams if self.alpha_adam is None else {**adams, "alpha": self.alpha_adam}
+
     def state_dict(self) -> dict[str, Any]:
-        """Networks, optimisers, entropy weight, stream and counters."""
+        """Networks, optimisers, entropy weight, controllers, stream and counters."""
         return {
             **{name: dict(module.state_dict()) for name, module in self._modules().items()},
             "log_alpha": self.nets.log_alpha.detach(),
-            "adam": {name: adam.state_dict() for name, adam in self.adam.items()},
+            "adam": {name: adam.state_dict() for name, adam in self._adams().items()},
+            "coefficients": {name: summands.state_dict() for name, summands in self.phases_of.sums.items()},
             "generator": self.generator.get_state(),
-            "counters": [self.version, self.gradient_steps, self._due],
+            "version": self.version,
+            "gradient_steps": self.gradient_steps,
+            "due": self._due,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -202,7 +330,60 @@ class ActorCritic:
             module.load_state_dict(state[name])
         with torch.no_grad():
             self.nets.log_alpha.copy_(state["log_alpha"])
-        for name, adam in self.adam.items():
+        for name, adam in self._adams().items():
             adam.load_state_dict(state["adam"][name])
+        for name, summands in self.phases_of.sums.items():
+            summands.load_state_dict(state["coefficients"][name])
         self.generator.set_state(state["generator"])
-        self.version, self.gradient_steps, self._due = state["counters"]
+        self.version, self.gradient_steps, self._due = state["version"], state["gradient_steps"], state["due"]
+
+
+def make_networks(
+    policy: Any,
+    log_alpha: Tensor,
+    device: torch.device,
+    state_value: bool,
+    *,
+    critics: int,
+    hidden: tuple[int, ...],
+    layer_norm: bool,
+    seed: int,
+) -> Networks:
+    """The critic, its slow copy and, if asked for, a state value, for a policy's observations and actions."""
+    standardised = getattr(policy, "normalizer", None) is not None
+    critic = QEnsemble(
+        policy.observation_dim,
+        policy.action_dim,
+        num=critics,
+        hidden=hidden,
+        layer_norm=layer_norm,
+        action_low=policy.action_low.tolist(),
+        action_high=policy.action_high.tolist(),
+        stacked=device.type == "cuda",
+        normalize_observation=standardised,
+        seed=seed,
+    ).to(device)
+    value = None
+    if state_value:
+        value = ValueCritic(
+            policy.observation_dim, hidden, activation="relu", normalize_observation=standardised, seed=seed + 1
+        ).to(device)
+    return Networks(policy, critic, copy.deepcopy(critic).requires_grad_(False), value, log_alpha)
+
+
+def check_time_order(window: TensorDictBase) -> None:
+    """Refuses windows whose rows do not follow one another in time.
+
+    Args:
+        window: ``[B, T]`` with ``observation``, ``next_observation``, ``terminated``, ``truncated``.
+
+    Raises:
+        ConfigError: an observation is not the successor of the one before, though no episode ended between.
+    """
+    goes_on = ~(window["terminated"] | window["truncated"])[:, :-1]
+    follows = (window["observation"][:, 1:] == window["next_observation"][:, :-1]).flatten(2).all(-1)
+    if bool((goes_on & ~follows).any()):
+        raise ConfigError(
+            "agent.n_step needs rows in the order of time, and consecutive rows of this replay do not follow one "
+            "another (rollout=stored shuffles them); set agent.n_step=1"
+        )

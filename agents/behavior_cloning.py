@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unified_rl.optimizer import Optimizer
 from unified_rl.replay import Replay
+from unified_rl.replay.fit import check_replay
 from unified_rl.units import trim_units
 
 
@@ -74,11 +75,21 @@ class BehaviorCloning:
 
     def update(self, replay: Replay, progress: float = 0.0) -> dict[str, Any]:
         """``updates`` optimiser steps on rows drawn from the replay."""
+        if self.version == 0:
+            self.check_replay(replay)
         metrics: dict[str, Any] = {}
         for _ in range(self.updates):
             metrics = self.step(replay.sample(self.batch_size, version=self.version))
         self.version += 1
         return metrics
+
+    def check_replay(self, replay: Replay) -> None:
+        """Refuses a replay that this agent cannot use.
+
+        Raises:
+            ConfigError: by name, with what works instead.
+        """
+        check_replay(replay, "behavior_cloning")
 
     def state_dict(self) -> dict[str, Any]:
         """Policy, optimiser, stream and version."""

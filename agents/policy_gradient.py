@@ -26,6 +26,7 @@ from unified_rl.objectives.objective import Objective
 from unified_rl.objectives.rows import Rows
 from unified_rl.optimizer import Optimizer
 from unified_rl.replay import Replay
+from unified_rl.replay.fit import check_replay
 from unified_rl.training.metrics import Means
 from unified_rl.units import record_from_steps, split_episodes, split_steps, trim_units, validate_record
 
@@ -206,6 +207,8 @@ class PolicyGradient:
             self.optimizer.set_lr(self.lr * (1.0 - progress))
         self.wrapper.start(progress)
         self.objective.start(progress, self.version)
+        if not self.checked:
+            self.check_replay(replay)
         record = self._draw(replay)
         metrics: dict[str, Any] = {}
         if not self.checked:
@@ -223,6 +226,14 @@ class PolicyGradient:
             self.anchors.update(self.version)
         self.objective.finish(metrics)
         return metrics
+
+    def check_replay(self, replay: Replay) -> None:
+        """Refuses a replay that this agent cannot use.
+
+        Raises:
+            ConfigError: by name, with what works instead.
+        """
+        check_replay(replay, "policy_gradient", length=self.length)
 
     def _draw(self, replay: Replay) -> TensorDict:
         batch = replay.sample(self.rows, length=self.length, version=self.version).to(self.device)

@@ -25,8 +25,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from unified_rl.agents.sac import KEYS, SAC, prepare_batch
+from unified_rl.agents.actor_critic import ActorCritic
 from unified_rl.correction import load_correction
+from unified_rl.objectives.transitions import KEYS, prepare_batch
 from unified_rl.optimizer import Optimizer
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.gaussian import GaussianPolicy
@@ -248,7 +249,7 @@ def control_rows(size: ControlSize, count: int, device: torch.device) -> TensorD
     return TensorDict(items, batch_size=[count]).to(device)
 
 
-def sac_agent(size: ControlSize, device: torch.device, **how: bool) -> SAC:
+def sac_agent(size: ControlSize, device: torch.device, **how: bool) -> ActorCritic:
     """A fresh agent; the same weights and noise at every call."""
     wide = (size.width, size.width)
     policy = GaussianPolicy(
@@ -256,10 +257,10 @@ def sac_agent(size: ControlSize, device: torch.device, **how: bool) -> SAC:
         state_dependent_std=True, hidden=wide, activation="relu", orthogonal=False,
     ).to(device)  # fmt: skip
     stream = torch.Generator(device).manual_seed(0)
-    return SAC(policy, stream, rows=1, batch_size=size.batch, critic_hidden=wide, device=str(device), **how)
+    return ActorCritic(policy, stream, rows=1, batch_size=size.batch, critic_hidden=wide, device=str(device), **how)
 
 
-def sac_losses(agent: SAC, batches: Sequence[dict[str, Tensor]], noise: Tensor) -> Tensor:
+def sac_losses(agent: ActorCritic, batches: Sequence[dict[str, Tensor]], noise: Tensor) -> Tensor:
     """Critic and actor losses ``[n, 2]`` of one gradient step on each batch."""
     step = agent.graph or agent.gradient_step
     found = []
@@ -301,7 +302,7 @@ def bench_sac(device: torch.device, smoke: bool) -> Iterator[Figure]:
         yield Figure("sac", setting, "largest relative difference of a loss from eager", gap, "")
 
 
-def train_repeatedly(agent: SAC, replay: Replay, count: int) -> None:
+def train_repeatedly(agent: ActorCritic, replay: Replay, count: int) -> None:
     """``count`` gradient steps in one update, with one look at the losses at the end, as after a collection."""
     agent.rows = count
     agent.update(replay)

@@ -24,7 +24,7 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unified_rl.agents.sac import SAC
+from unified_rl.agents.actor_critic import ActorCritic
 from unified_rl.agents.sb3 import make_vec_env
 from unified_rl.envs.control import make_mujoco
 from unified_rl.policies.gaussian import GaussianPolicy
@@ -56,7 +56,7 @@ def ours(rows: dict[str, Tensor]) -> Update:
     )  # fmt: skip
     replay = Replay(ROWS, sampler=Uniform())
     replay.extend(TensorDict(rows, batch_size=[ROWS]))
-    agent = SAC(policy, torch.Generator().manual_seed(0), rows=1, batch_size=BATCH)
+    agent = ActorCritic(policy, torch.Generator().manual_seed(0), rows=1, batch_size=BATCH)
     return lambda: agent.update(replay)
 
 

@@ -1,4 +1,8 @@
-"""Critic targets, critic losses and actor losses as pure functions of a batch of transitions."""
+"""Critic targets, critic losses, state-value losses and actor losses as pure functions of a batch of transitions.
+
+Each table holds functions of :class:`~unified_rl.objectives.transitions.Transitions`; keyword-only parameters are their
+settings. What a function needs beside the batch it declares by :func:`~unified_rl.objectives.transitions.needs`.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from unified_rl.objectives.transitions import Transitions
+from unified_rl.objectives.transitions import Transitions, needs
 
-# ------------------------------------------------------------------ what the ensemble's members are made into
+# ------------------------------------------------------------------ from the ensemble's members to one value
 
 
 def least(q: Tensor, t: Transitions) -> Tensor:
@@ -22,12 +26,12 @@ def mean(q: Tensor, t: Transitions) -> Tensor:
     return q.mean(0)
 
 
+@needs("members")
 def least_of(q: Tensor, t: Transitions, *, members: int = 2) -> Tensor:
-    """The smallest of a random subset of members. REDQ; RLPD, 2302.02948."""
+    """The smallest of a random subset of members, one subset a gradient step. REDQ, 2101.05982; RLPD, 2302.02948."""
     if members >= len(q):
         return q.amin(0)
-    chosen = torch.randperm(len(q), generator=t.generator, device=q.device)[:members]
-    return q[chosen].amin(0)
+    return q.index_select(0, t.batch["members"][:members]).amin(0)
 
 
 AGGREGATES: dict[str, Callable[..., Tensor]] = {"least": least, "mean": mean, "least_of": least_of}
@@ -35,39 +39,65 @@ AGGREGATES: dict[str, Callable[..., Tensor]] = {"least": least, "mean": mean, "l
 # ------------------------------------------------------------------ targets of the critic, [B], without gradient
 
 
-def soft(t: Transitions, aggregate: Callable[..., Tensor], *, entropy: bool = True) -> Tensor:
-    """``r + gamma (Q'(s', a') - alpha log pi(a'|s'))``. SAC; RLPD leaves the entropy out on sparse tasks."""
-    action, log_prob = t.following
-    following = aggregate(t.nets.target(t.batch["next_observation"], action), t)
-    if entropy:
-        following = following - t.alpha * log_prob
+def bootstrapped(t: Transitions, following: Tensor) -> Tensor:
+    """``r + gamma (1 - terminated) following``."""
     return torch.addcmul(t.batch["reward"], t.batch["bootstrap"], following)
 
 
-def state_value(t: Transitions, aggregate: Callable[..., Tensor]) -> Tensor:
-    """``r + gamma V(s')``. IQL."""
+@needs("rsample", "entropy")
+def soft(t: Transitions, *, entropy: bool = True) -> Tensor:
+    """``r + gamma (Q'(s', a') - alpha log pi(a'|s'))``. SAC, 1812.05905; RLPD may leave the entropy out."""
+    action, log_prob = t.following
+    following = t.aggregate(t.nets.target(t.batch["next_observation"], action), t)
+    return bootstrapped(t, following - t.alpha * log_prob if entropy else following)
+
+
+@needs("value")
+def state_value(t: Transitions) -> Tensor:
+    """``r + gamma V(s')``. IQL, 2110.06169."""
     assert t.nets.value is not None
-    return torch.addcmul(t.batch["reward"], t.batch["bootstrap"], t.nets.value(t.batch["next_observation"]))
+    return bootstrapped(t, t.nets.value(t.batch["next_observation"]))
 
 
-def smoothed(t: Transitions, aggregate: Callable[..., Tensor], *, std: float = 0.2, bound: float = 0.5) -> Tensor:
-    """``r + gamma Q'(s', mean(s') + clipped noise)``. TD3, 1802.09477; ``std`` in units of the action's half range."""
+@needs("rsample")
+def smoothed(t: Transitions, *, std: float = 0.2, bound: float = 0.5) -> Tensor:
+    """``r + gamma Q'(s', mean(s') + clipped noise)``; ``std`` and ``bound`` in units of the action's half range.
+
+    TD3, 1802.09477, but the mean is the policy's own: there is no slow copy of the policy.
+    """
     policy = t.nets.policy
     action, _ = policy.rsample(t.batch["next_observation"], noise=torch.zeros_like(t.noise[0]))
     action = policy.to_env(policy.from_env(action) + (std * t.noise[0]).clamp(-bound, bound))
-    return torch.addcmul(
-        t.batch["reward"], t.batch["bootstrap"], aggregate(t.nets.target(t.batch["next_observation"], action), t)
-    )
+    return bootstrapped(t, t.aggregate(t.nets.target(t.batch["next_observation"], action), t))
 
 
 TARGETS: dict[str, Callable[..., Tensor]] = {"soft": soft, "state_value": state_value, "smoothed": smoothed}
+
+# ------------------------------------------------------------------ losses of the critic
+
+
+def squared_error(t: Transitions) -> Tensor:
+    """Half the mean squared error, summed over members; rows are weighed by their ``priority_weight``, if any."""
+    square, weight = t.td_error.square(), t.batch.get("priority_weight")
+    return 0.5 * (square if weight is None else weight * square).mean(-1).sum()
+
+
+@needs("rsample")
+def conservative(t: Transitions) -> Tensor:
+    """``E Q(s, a~pi) - Q(s, a)``, summed over members: CQL, 2006.04779, equation 2 with the policy as its mu."""
+    with torch.no_grad():
+        action, _ = t.fresh
+    return (t.nets.critic(t.batch["observation"], action) - t.q).mean(-1).sum()
+
+
+CRITICS: dict[str, Callable[..., Tensor]] = {"squared_error": squared_error, "conservative": conservative}
 
 # ------------------------------------------------------------------ losses of a state value
 
 
 def expectile(t: Transitions, *, tau: float = 0.7) -> Tensor:
-    """``|tau - 1(d < 0)| d^2`` of ``d = min Q'(s, a) - V(s)``; one half is half the mean squared error. IQL."""
-    d = t.stored_q.amin(0) - t.value
+    """``|tau - 1(d < 0)| d^2`` of ``d = Q'(s, a) - V(s)``; one half is half the mean squared error. IQL, 2110.06169."""
+    d = t.stored_q - t.value
     return (torch.where(d < 0, 1 - tau, tau) * d.square()).mean()
 
 
@@ -76,33 +106,52 @@ VALUES: dict[str, Callable[..., Tensor]] = {"expectile": expectile}
 # ------------------------------------------------------------------ losses of the actor
 
 
-def pathwise(t: Transitions, *, entropy: bool = True, normalize: bool = False, noisy: bool = True) -> Tensor:
-    """``alpha log pi - min Q`` at a fresh action; ``normalize`` divides Q by its mean size (TD3+BC)."""
+@needs("rsample", "entropy")
+def pathwise(
+    t: Transitions, *, entropy: bool = True, normalize: bool = False, noisy: bool = True, mean: bool = False
+) -> Tensor:
+    """``alpha log pi - Q`` at a fresh action. SAC, 1812.05905.
+
+    Args:
+        t: the transitions.
+        entropy: the first summand.
+        normalize: divide Q by its mean size (TD3+BC).
+        noisy: sample the action; else take the policy's mean (TD3).
+        mean: Q is the mean of the ensemble's members (REDQ, RLPD), else the smallest.
+    """
     if noisy:
         action, log_prob = t.fresh
     else:
         action, log_prob = t.nets.policy.rsample(t.batch["observation"], noise=torch.zeros_like(t.noise[1]))
-    t.metrics["policy/entropy"] = -log_prob.detach().mean()
-    value = t.nets.critic(t.batch["observation"], action).amin(0)
+    if entropy:
+        t.metrics["policy/entropy"] = -log_prob.detach().mean()
+    q = t.nets.critic(t.batch["observation"], action)
+    value = q.mean(0) if mean else q.amin(0)
     if normalize:
         value = value / value.detach().abs().mean().clamp(min=1e-6)
     return (t.alpha * log_prob - value).mean() if entropy else -value.mean()
 
 
+@needs("nll")
 def imitate(t: Transitions) -> Tensor:
     """The policy's own supervised loss of the stored actions."""
     return t.nll.mean()
 
 
+@needs("rsample")
 def squared(t: Transitions) -> Tensor:
-    """Squared distance of the mean action from the stored one, in units of the half range (TD3+BC)."""
+    """Mean squared distance of the policy's mean from the stored action, in units of the half range. TD3+BC."""
     policy = t.nets.policy
     action, _ = policy.rsample(t.batch["observation"], noise=torch.zeros_like(t.noise[1]))
-    return (policy.from_env(action) - policy.from_env(t.batch["action"])).square().sum(-1).mean()
+    return (policy.from_env(action) - policy.from_env(t.batch["action"])).square().mean()
 
 
+@needs("nll", "advantage")
 def weighted(t: Transitions, *, beta: float = 3.0, largest: float = 100.0) -> Tensor:
-    """Supervised loss weighted by ``min(exp(beta A), largest)``. AWR, IQL; beta 0 is imitation."""
+    """Supervised loss weighted by ``min(exp(beta A), largest)``; beta 0 is imitation.
+
+    IQL, 2110.06169, where the agent has a state value; else AWAC, 2006.09359, whose baseline is Q at a fresh action.
+    """
     weight = (beta * t.advantage).exp().clamp(max=largest)
     t.metrics["policy/weight"] = weight.mean()
     return (weight * t.nll).mean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 
 from unified_rl.errors import ConfigError, RecordError
 
@@ -17,7 +18,8 @@ def nstep_transitions(segment: TensorDictBase, n: int, gamma: float | None = Non
     the Methods of Temporal Differences (Sutton, 1988), without importance weights.
 
     Args:
-        segment: batch size ``[B, T]`` with ``step_mask``, as :meth:`Replay.sample` gives it; ``T >= n``.
+        segment: batch size ``[B, T]`` with ``step_mask``, as :meth:`Replay.sample` gives it; ``T >= n``. Windows
+            are cut at ends of episodes here, whether the replay cut them or not.
         n: steps at most.
         gamma: discount of a step; the stored ``discount`` if None.
 
@@ -31,7 +33,7 @@ def nstep_transitions(segment: TensorDictBase, n: int, gamma: float | None = Non
         raise ConfigError(f"n must be at least 1, got {n}")
     if segment.ndim != 2 or segment.shape[1] < n:
         raise RecordError(f"{n}-step transitions need windows [B, {n}], got {list(segment.shape)}")
-    reward, mask = segment["reward"][:, :n], segment["step_mask"][:, :n]
+    reward, mask = segment["reward"][:, :n], segment["step_mask"][:, :n] & _same_episode(segment, n)
     step = torch.full_like(reward, gamma) if gamma is not None else segment["discount"][:, :n]
     product = step.cumprod(1)
     weight = torch.cat([torch.ones_like(product[:, :1]), product[:, :-1]], 1)
@@ -46,3 +48,15 @@ def nstep_transitions(segment: TensorDictBase, n: int, gamma: float | None = Non
     out["discount"] = product[row, last]
     out["steps"] = steps
     return TensorDict(out, batch_size=[segment.shape[0]], device=segment.device)
+
+
+def _same_episode(segment: TensorDictBase, n: int) -> Tensor:
+    """``[B, n]`` bool: True up to and including the first step that ends an episode."""
+    ended = torch.zeros_like(segment["step_mask"][:, :n])
+    for key in ("terminated", "truncated"):
+        if key in segment.keys():
+            ended |= segment[key][:, :n]
+    same = torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], 1).cumsum(1) == 0
+    if "episode" in segment.keys():
+        same &= (segment["episode"][:, :n] == segment["episode"][:, :1]).cumprod(1).bool()
+    return same

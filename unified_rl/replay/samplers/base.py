@@ -31,6 +31,10 @@ class Sampler:
     """Window length of a draw that names none."""
     keys: tuple[str, ...] = ()
     optional_keys: tuple[str, ...] = ()
+    takes_priority: bool = False
+    """Whether draws depend on the priorities of :meth:`update`, so that a consumer should renew them."""
+    weighs: bool = False
+    """Whether a batch brings ``priority_weight [B]``, by which a consumer should weigh its loss."""
     ring: Ring
     columns: dict[str, NDArray[Any]]
 
@@ -66,6 +70,9 @@ class Sampler:
 
     def update(self, positions: IntArray, priorities: NDArray[np.float64]) -> None:
         """New priorities of rows; samplers without priorities ignore them."""
+
+    def handed_out(self, serials: IntArray) -> None:
+        """Another sampler drew these rows; priorities of them may come in."""
 
     def pending(self) -> int:
         """Rows that a draw may still return."""

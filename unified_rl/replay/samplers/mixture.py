@@ -72,6 +72,8 @@ class Mixture(Sampler):
         self.quotas = {name: float(share) for name, share in quotas.items()}
         self.parts = {name: samplers[name] if name in samplers else BySource(name) for name in quotas}
         self.share_missing = share_missing
+        self.takes_priority = any(part.takes_priority for part in self.parts.values())
+        self.weighs = any(part.weighs for part in self.parts.values())
         self.keys = tuple(dict.fromkeys(key for part in self.parts.values() for key in part.keys))
         self.optional_keys = tuple(
             key
@@ -126,12 +128,18 @@ class Mixture(Sampler):
             self.load_state_dict(before[0])
             rng.bit_generator.state = before[1]
             raise
+        serials = np.concatenate([draw.serials for draw in draws])
+        self.handed_out(serials)
         extras = {}
         for key in dict.fromkeys(key for draw in draws for key in draw.extras):
             fill = _FILL.get(key, 0.0)
             parts = [d.extras[key] if key in d.extras else np.full(len(d.serials), fill, np.float32) for d in draws]
             extras[key] = np.concatenate(parts)
-        return Draw(np.concatenate([draw.serials for draw in draws]), extras)
+        return Draw(serials, extras)
+
+    def handed_out(self, serials: IntArray) -> None:
+        for part in self.parts.values():
+            part.handed_out(serials)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self.parts.items()}

@@ -15,9 +15,15 @@ from unified_rl.replay.sum_tree import FloatArray, SumTree
 
 
 class Weighted(Sampler):
-    """Base: a sum tree over positions in which only live rows have weight."""
+    """Base: a sum tree over positions in which only live rows have weight.
+
+    A consumer knows rows by position, and a row may be overwritten between a draw and the priorities that follow from
+    it. So the serial that was last drawn at each position is kept, and priorities of a row that has left are dropped.
+    """
 
     tree: SumTree
+    drawn: IntArray
+    """``[physical]``: the serial last drawn at each position, -1 for none."""
 
     def bind(self, ring: Ring, columns: dict[str, NDArray[Any]]) -> None:
         self.tree = SumTree(ring.physical)
@@ -25,6 +31,15 @@ class Weighted(Sampler):
 
     def reset(self) -> None:
         self.tree.fill(0, self.ring.physical, 0.0)
+        self.drawn = np.full(self.ring.physical, -1, dtype=np.int64)
+
+    def handed_out(self, serials: IntArray) -> None:
+        self.drawn[self.ring.position(serials)] = serials
+
+    def _still_there(self, positions: IntArray) -> NDArray[np.bool_]:
+        """Whether the row that was last drawn from each position, if any was, still lies there."""
+        serials, drawn = self.ring.serial(positions), self.drawn[positions]
+        return (serials < self.ring.written) & ((drawn < 0) | (drawn == serials))
 
     def _fill(self, low: int, high: int, weights: FloatArray | float) -> None:
         """Assigns the weights of the serials ``[low, high)`` and clears those of the rows that left."""
@@ -67,6 +82,8 @@ class Priority(Weighted):
         eps: added to every priority.
     """
 
+    takes_priority = weighs = True
+
     def __init__(self, alpha: float = 0.6, beta: float = 0.4, beta_draws: int = 0, eps: float = 1e-6) -> None:
         if alpha < 0 or not 0 <= beta <= 1 or eps < 0:
             raise ConfigError(f"alpha and eps must not be negative and beta in [0, 1]: {alpha}, {eps}, {beta}")
@@ -95,7 +112,9 @@ class Priority(Weighted):
             beta += (1.0 - beta) * min(1.0, self.draws / self.beta_draws)
         # (n P) ** -beta over its maximum: n and the total weight cancel
         importance = (weights.min() / weights) ** beta
-        return Draw(self.ring.serial(positions), {"priority_weight": importance.astype(np.float32)})
+        serials = self.ring.serial(positions)
+        self.drawn[positions] = serials
+        return Draw(serials, {"priority_weight": importance.astype(np.float32)})
 
     def update(self, positions: IntArray, priorities: FloatArray) -> None:
         if not len(priorities):
@@ -103,9 +122,9 @@ class Priority(Weighted):
         low, high = priorities.min(), priorities.max()
         if not (low >= 0 and high < np.inf):
             raise RecordError(f"priorities must be finite and not negative; they lie between {low} and {high}")
-        if self.ring.live < self.ring.physical:
-            alive = self.ring.serial(positions) < self.ring.written
-            positions, priorities = positions[alive], priorities[alive]
+        current = self._still_there(positions)
+        if not current.all():
+            positions, priorities = positions[current], priorities[current]
         weights = (priorities + self.eps) ** self.alpha
         self.largest = max(self.largest, float(weights.max(initial=0.0)))
         self.columns["weight"][positions] = weights
@@ -121,18 +140,19 @@ class Priority(Weighted):
 class Softmax(Weighted):
     """P(row) proportional to ``exp(score / temperature)``, with replacement.
 
-    The score is a stored key; ``update_priority`` replaces it. Used for replay by reward in Trajectory Balance with
-    Asynchrony (arXiv 2503.18929).
+    The score is a stored key; ``update_priority`` replaces it. A batch brings no importance weights. Used for replay by
+    reward in Trajectory Balance with Asynchrony (arXiv 2503.18929).
 
     Args:
         key: a stored scalar, or ``[T]`` values that are summed.
         temperature: large is uniform, small is greedy.
+        renew: let the consumer replace the score of a drawn row by its error.
     """
 
-    def __init__(self, key: str = "reward", temperature: float = 1.0) -> None:
+    def __init__(self, key: str = "reward", temperature: float = 1.0, renew: bool = False) -> None:
         if not temperature > 0:
             raise ConfigError(f"temperature must be positive, got {temperature}")
-        self.keys, self.temperature = (key,), temperature
+        self.keys, self.temperature, self.takes_priority = (key,), temperature, renew
 
     def column_types(self) -> dict[str, Any]:
         return {"score": np.float64}
@@ -174,13 +194,15 @@ class Softmax(Weighted):
         if self.tree.total < 1e-200:  # the row that the scores refer to has left
             self.reference = -np.inf
             self._rebuild()
-        return Draw(self.ring.serial(self._positions(count, rng, length)), {})
+        serials = self.ring.serial(self._positions(count, rng, length))
+        self.handed_out(serials)
+        return Draw(serials, {})
 
     def update(self, positions: IntArray, priorities: FloatArray) -> None:
         if not np.isfinite(priorities).all():
             raise RecordError("scores must be finite")
-        alive = self.ring.serial(positions) < self.ring.written
-        positions, priorities = positions[alive], priorities[alive]
+        current = self._still_there(positions)
+        positions, priorities = positions[current], priorities[current]
         self.columns["score"][positions] = priorities
         self._stale |= bool(priorities.max(initial=-np.inf) > self.reference)
         if not self._stale:

@@ -1,0 +1,92 @@
+"""Whether an agent can use a replay: asked once, before its first gradient step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from unified_rl.errors import ConfigError
+from unified_rl.replay.samplers.base import Sampler
+from unified_rl.replay.samplers.mixture import BySource, Mixture
+from unified_rl.replay.samplers.order import Fresh, Segment
+
+
+def check_replay(
+    replay: Any,
+    agent: str,
+    *,
+    keys: Sequence[str] = (),
+    length: int | None = None,
+    priorities: bool = False,
+    reuses: bool = False,
+) -> None:
+    """Refuses a replay whose sampler would be of no effect, or could not serve the agent's draws.
+
+    Args:
+        replay: a :class:`~unified_rl.replay.Replay`; its rows are looked at where it holds some.
+        agent: the name of the agent's option.
+        keys: columns that the agent reads.
+        length: slots of the windows that the agent draws; None draws single rows.
+        priorities: whether the agent renews priorities and weighs its loss by ``priority_weight``.
+        reuses: whether the agent draws rows again and again.
+
+    Raises:
+        ConfigError: it does not fit; names the setting and what works.
+    """
+    sampler = getattr(replay, "sampler", None)
+    if not isinstance(sampler, Sampler):
+        return
+    if sampler.takes_priority and not priorities:
+        raise ConfigError(
+            f"replay=priority draws rows by errors that agent={agent} does not measure: it would stay uniform; use "
+            "replay=uniform, or agent=sac or agent=actor_critic"
+        )
+    if isinstance(sampler, Segment) and sampler.length != length:
+        draws = "single rows" if length is None else f"windows of {length} steps"
+        instead = "replay=uniform with agent.n_step" if priorities else "replay=uniform"
+        raise ConfigError(
+            f"replay=segment draws windows of {sampler.length} steps, but agent={agent} learns from {draws}; "
+            f"use {instead}"
+        )
+    if getattr(replay, "stored", None) is not None and (length is not None or sampler.takes_priority):
+        unfit = "priorities" if sampler.takes_priority else f"windows of {length} steps"
+        raise ConfigError(
+            f"replay.data adds single rows to every batch, which have no {unfit}; use agent=sac, agent.n_step=1 and "
+            "replay.sampler=Uniform (recipe=rlpd), or leave replay.data out"
+        )
+    if reuses and isinstance(sampler, Fresh):
+        raise ConfigError(
+            f"replay=fresh hands every row out once, but agent={agent} draws rows again and again; use replay=uniform "
+            "or replay=priority"
+        )
+    _check_sources(replay, sampler)
+    _check_keys(replay, agent, keys)
+
+
+def _check_sources(replay: Any, sampler: Sampler) -> None:
+    """Rows of every source that a mixture draws from."""
+    if isinstance(sampler, Mixture) and not sampler.share_missing:
+        parts = [part for name, part in sampler.parts.items() if sampler.quotas[name] > 0]
+    else:
+        parts = [sampler]
+    for part in parts:
+        if isinstance(part, BySource) and len(replay) and not part.pending():
+            raise ConfigError(
+                f"replay.sampler draws rows of source {part.source!r}, and this run's rollout writes none: use "
+                "replay=uniform, a recipe that joins a second source (recipe=rlpd with replay.data=FOLDER), or set "
+                "replay.sampler.share_missing=true"
+            )
+
+
+def _check_keys(replay: Any, agent: str, keys: Sequence[str]) -> None:
+    """Columns of the collected rows, and of a data set beside them."""
+    schema, stored = getattr(replay, "schema", None), getattr(replay, "stored", None)
+    held = [("rows", schema.fields)] if schema is not None else []
+    held += [("rows of replay.data", stored.keys())] if stored is not None else []
+    for name, columns in held:
+        missing = [key for key in keys if key not in columns]
+        if missing:
+            raise ConfigError(
+                f"agent={agent} learns from {', '.join(missing)}, which the {name} lack; record whole transitions with "
+                "'unified-rl evaluate RUN --record FOLDER', or imitate with agent=behavior_cloning"
+            )
