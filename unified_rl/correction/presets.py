@@ -6,38 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from unified_rl.config import preset, preset_names
-from unified_rl.correction.correction import FIELDS, Correction, Node
+from unified_rl.correction.correction import FIELDS, Correction
 from unified_rl.correction.lookup import check_keys
 from unified_rl.errors import ConfigError
 
 NESTED = {"level", "kernel", "pre", "thin", "mismatch", "reject", "penalty", "advantage", "proximal", "wrapper"}
 """Fields that hold rules with settings of their own."""
-
-
-def build_correction(
-    level: Node = "unit",
-    kernel: Node = "one",
-    anchor: str = "behavior",
-    pre: Node | None = None,
-    thin: Node | None = None,
-    mismatch: list[Node] | None = None,
-    reject: list[Node] | None = None,
-    penalty: list[Node] | None = None,
-    reduce: str = "token-mean",
-    denominator: str = "original",
-    horizon: float | None = None,
-    attached: bool = False,
-    advantage: Mapping[str, Any] | None = None,
-    proximal: Mapping[str, Any] | None = None,
-    wrapper: Mapping[str, Any] | None = None,
-    name: str = "",
-    summary: str = "",
-    source: str = "",
-    confidence: str = "",
-    experimental: bool = False,
-) -> Correction:
-    """A :class:`Correction` from plain values, as a configuration gives them; see there for each field."""
-    return Correction(**locals())
 
 
 def correction_names() -> list[str]:

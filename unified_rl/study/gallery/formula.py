@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from unified_rl.correction.kernels.tables import RATIO_FREE
+from unified_rl.correction.kernels import KERNELS
+from unified_rl.correction.kernels.kernel import number as _n
+from unified_rl.correction.lookup import bind
 
 Settings = Mapping[str, Any]
 
@@ -36,93 +38,6 @@ LEVEL_NOUN: dict[str, str] = {
     "prefix_geometric": "prefix geometric mean",
     "min_prefix": "smallest-prefix product",
     "hoelder": "row's power mean",
-}
-
-KERNELS: dict[str, Callable[[Settings], str]] = {
-    "one": lambda s: "1",
-    "is": lambda s: "r",
-    "ppo": lambda s: _clipped(1 - s["clip_low"], 1 + s["clip_high"], s["dual_clip"]),
-    "clamp": lambda s: f"clip(r, {_n(s['low'])}, {_n(s['high'])})",
-    "band": lambda s: f"{_inside(s)} where {_n(s['low'])} <= r <= {_n(s['high'])}, else 0",
-    "ring": lambda s: (
-        f"{_inside(s)} where {_n(s['low'])} <= r <= {_n(s['high'])}, or A >= 0 and r <= {_n(s['outer_low'])}, "
-        f"or A <= 0 and r >= {_n(s['outer_high'])}; else 0"
-    ),
-    "sign_clamp": lambda s: (
-        f"clip(r, {_n(s['low_positive'])}, {_n(s['high_positive'])}) for A > 0, "
-        f"clip(r, {_n(s['low_negative'])}, {_n(s['high_negative'])}) otherwise"
-    ),
-    "taper": lambda s: f"1 for A > 0, clip(r, {_n(s['low'])}, {_n(s['high'])}) otherwise",
-    "gate": lambda s: (
-        f"4 r s (1 - s), s = sigmoid(tau (r - 1)), tau = {_n(s['tau_positive'])} for A > 0, "
-        f"{_n(s['tau_negative'])} otherwise"
-    ),
-    "gamma": lambda s: (
-        f"r^k exp(lam - lam r), (k, lam) = ({_n(s['k_positive'])}, {_n(s['lam_positive'])}) for A >= 0, "
-        f"({_n(s['k_negative'])}, {_n(s['lam_negative'])}) otherwise"
-    ),
-    "tv_mask": lambda s: (
-        f"min(r, {_n(s['cap'])}), but 0 where A > 0 and p - q > {_n(s['high'])}, or A < 0 and q - p > {_n(s['low'])} "
-        "(p, q: the unit's probability now and under the anchor)"
-    ),
-    "kl_mask": lambda s: (
-        f"min(r, {_n(s['cap'])}), but 0 where A > 0, p > q and KL > {_n(s['high'])}, or A < 0, p < q and "
-        f"KL > {_n(s['low'])} (KL between the two-outcome distributions q and p)"
-    ),
-    "log_clip": lambda s: (
-        f"r, but 0 where A > 0 and d > {_n(s['high'])} t^{_n(s['power'])}, or A < 0 and d < -{_n(s['low'])} "
-        f"t^{_n(s['power'])}"
-        + ("" if s["dual"] is None else f" or d > {_n(s['dual'])} t^{_n(s['power'])}")
-        + " (t: position in the row)"
-    ),
-    "exp_advantage": lambda s: "exp(A)" if s["temperature"] == 1 else f"exp(A / {_n(s['temperature'])})",
-    "shape": lambda s: f"c r / (r + c)^2, c = {_n(s['gamma'])}",
-    "demonstration_shape": lambda s: (
-        f"c p / (p + c)^2, c = {_n(s['gamma'])}, p = pi, on demonstrations; elsewhere "
-        + _clipped(1 - s["clip_low"], 1 + s["clip_high"], None)
-    ),
-    "centered_ppo": lambda s: (
-        f"r, but 0 where A > 0 and r > m + {_n(s['clip'])}, or A < 0 and r < m - {_n(s['clip'])}, "
-        "m = proximal / behavior"
-    ),
-    "ess_cap": lambda s: "min(r, ESS), ESS = (sum r)^2 / (n sum r^2) over the batch",
-    "ess_cap_mixed": lambda s: "min(r, e), e the smaller ESS of pi / behavior and pi / proximal",
-    "m2_mask": lambda s: (
-        f"{_inside(s)}, but 0 on the units of largest d^2 among those with A d > 0, until their mean "
-        f"d^2 <= {_n(s['budget'])}"
-    ),
-    "searched_ppo": lambda s: (
-        "r, but 0 where A > 0 and r > hi, or A < 0 and r < lo"
-        + ("" if s["dual_clip"] is None else f" or r > {_n(s['dual_clip'])}")
-        + f"; lo from {_n(s['low'])} to {_n(s['low_max'])}, then hi from {_n(s['high'])} to {_n(s['high_max'])}, in "
-        f"steps of {_n(s['step'])}, until positives weigh {_n(s['target'])} times the negatives"
-    ),
-    "clip_cov": lambda s: (
-        _clipped(1 - s["clip_low"], 1 + s["clip_high"], None)
-        + f"; and 0 on a random share {_n(s['fraction'])} of the units, drawn where "
-        f"{_n(s['cov_low'])} < (A - mean A)(log pi - mean log pi) < {_n(s['cov_high'])}"
-    ),
-    "spared_ppo": lambda s: (
-        _clipped(1 - s["clip_low"], 1 + s["clip_high"], None)
-        + f"; r on selected units (A < 0, log pi in the lowest {100 * s['fraction']:g} %, below the proxy's)"
-    ),
-    "residual": lambda s: (
-        "1, with A = "
-        + ("" if s["scale"] == 1.0 else f"{_n(s['scale'])} * ")
-        + ("(delta - group mean of delta)" if s["centred"] else "delta")
-        + {"none": "", "group": " / (group size - 1)", "pairs": " * group size"}[s["divide"]]
-        + ("" if s["importance_cap"] is None else f" * min(row ratio to behavior, {_n(s['importance_cap'])})")
-        + f", delta = R - {_n(s['beta'])} * {'mean' if s['length_normalized'] else 'sum'} over the row of d"
-    ),
-    "likelihood_pair": lambda s: (
-        f"1 if right; q r / ((1 - q) max(x, {_n(s['floor'])})), x = (1 - q r) / (1 - q), if wrong; |A| = "
-        + {0: "1", 1: "1 - q", 2: "sqrt((1 - q) / q)"}[s["normalize"]]
-        + " (q: success rate of the group)"
-    ),
-    "teacher_ppo": lambda s: (
-        _clipped(1 - s["clip_low"], 1 + s["clip_high"], None)
-        + f"; A = {'' if s['scale'] == 1.0 else _n(s['scale']) + ' * '}centred log(teacher / reference)"
-    ),
 }
 
 MISMATCHES: dict[str, Callable[[Settings], str]] = {
@@ -159,7 +74,7 @@ THINS: dict[str, Callable[[Settings], str]] = {
     "prefix": lambda s: f"a random prefix of at least {100 * s['least']:g} % of the row, weighted to stay unbiased",
     "drop_negatives": lambda s: (
         f"of each group, at most {_n(s['surplus'])} times as many rows with A < 0 as others"
-        + (", then A less its mean over what is left" if s["recentre"] else "")
+        + (", then A less its mean over what is left" if s["recenter"] else "")
     ),
 }
 REDUCTIONS = {
@@ -173,16 +88,16 @@ REDUCTIONS = {
 
 def formula(full: Mapping[str, Any]) -> list[str]:
     """Lines of the rule, from :func:`expanded` fields."""
-    level, kernel = full["level"], full["kernel"]
+    level, kernel = full["level"], bind(full["kernel"], KERNELS, "kernel")[0]()
     lines = []
     if full["pre"] is not None:
         lines.append(f"d = {PRES[full['pre']['name']](full['pre'])}, of each unit's log-ratio")
-    if kernel["name"] not in RATIO_FREE:
+    if kernel.traits.holds_ratio:
         lines.append(f"r = {LEVELS[level['name']](level)}, {_over(full['anchor'])}")
-    elif kernel["name"] == "residual":
+    elif kernel.traits.own_advantage:
         lines.append(f"d = log-ratio of each unit, {_over(full['anchor'])}")
     attached = " (the level itself is differentiated)" if full["attached"] else ""
-    lines.append(f"g = {KERNELS[kernel['name']](kernel)}{attached}")
+    lines.append(f"g = {kernel.formula()}{attached}")
     lines += [_mismatch(rule) for rule in full["mismatch"]]
     lines += [f"{REJECTS[r['name']](r)} {_u(r)}" for r in full["reject"]]
     lines += [_penalty(p) for p in full["penalty"]]
@@ -234,18 +149,3 @@ def _statistic(estimator: str, over: str) -> str:
     return {"unit": term, "sequence_max": f"the largest {term} of the row"}.get(
         over, f"the {over.split('_')[-1]} over the row of {term}"
     )
-
-
-def _clipped(low: float, high: float, dual: float | None) -> str:
-    below = f", or A < 0 and r < {_n(low)}" if low > 0 else ""
-    above = "" if dual is None else f", or A < 0 and r > {_n(dual)}"
-    return f"r, but 0 where A > 0 and r > {_n(high)}{below}{above}"
-
-
-def _inside(s: Settings) -> str:
-    return "r" if s["weighted"] else "1"
-
-
-def _n(x: float) -> str:
-    """A number as one writes it."""
-    return "inf" if math.isinf(x) else f"{x:g}"
