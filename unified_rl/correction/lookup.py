@@ -32,9 +32,10 @@ def settings_of(rule: Callable[..., Any]) -> dict[str, Parameter]:
     Raises:
         ConfigError: an annotation that does not resolve at run time.
     """
+    plain = rule.func if isinstance(rule, partial) else rule
     try:
         found = inspect.signature(rule).parameters.values()
-        hints = typing.get_type_hints(rule.__init__ if isinstance(rule, type) else rule)
+        hints = typing.get_type_hints(plain.__init__ if isinstance(plain, type) else plain)
     except NameError as error:
         raise ConfigError(f"the annotations of {_path(rule)} do not resolve at run time: {error}") from error
     except (TypeError, ValueError):  # written in C: nothing is known, and nothing can be set
