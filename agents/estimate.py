@@ -63,8 +63,8 @@ class Estimate:
     ) -> None:
         self.policy, self.anchors, self.wrapper, self.objective = policy, anchors, wrapper, objective
         self.groups, self.drop_equal_groups = advantage, drop_equal_groups
-        self.gates = {name: bind(node, GATES, f"agent.gates.{name}")[0] for name, node in (gates or {}).items()}
-        self.maps = [bind(node, MAPS, f"agent.maps.{i}")[0] for i, node in enumerate(maps or ())]
+        self.gates = {name: bind(node, GATES, "gate")[0] for name, node in (gates or {}).items()}
+        self.maps = [bind(node, MAPS, "map")[0] for node in maps or ()]
 
     @torch.no_grad()
     def __call__(self, record: TensorDict, version: int, metrics: dict[str, Any]) -> TensorDict:

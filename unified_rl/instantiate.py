@@ -76,7 +76,8 @@ def parameters(target: Callable[..., Any], allow: Sequence[str] = ()) -> tuple[d
     if not isinstance(target, type):
         return _own_parameters(target, target)
     if target.__init__ is object.__init__:  # type: ignore[misc]
-        return _own_parameters(target, target) if target.__new__ is not object.__new__ else ({}, False)
+        plain = "__new__" not in {name for cls in target.__mro__[:-1] for name in vars(cls)}
+        return ({}, False) if plain else _own_parameters(target, target)
     found: dict[str, Parameter] = {}
     is_open = False
     for cls in target.__mro__:
@@ -326,7 +327,8 @@ def locate(path: str, allow: Sequence[str] = (), where: str = "", key: str = "_t
     module = getattr(holder, "__module__", None) or ""
     if not callable(holder) or module in SEALED or not _allowed(module, allow):
         raise ConfigError(f"{at} {path!r} is not a class or function defined in an allowed package; see --allow")
-    return holder
+    found: Callable[..., Any] = holder
+    return found
 
 
 def _import_longest(parts: Sequence[str], at: str) -> tuple[Any, Sequence[str]]:

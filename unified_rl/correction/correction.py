@@ -129,8 +129,8 @@ class Correction:
         self.proximal, self.wrapper = dict(proximal or {}), dict(wrapper or {})
         self._level, self._level_name = _named(level, LEVELS, "level")
         self._kernel, self._kernel_name = _kernel_of(kernel)
-        self._pre, self._pre_name = (None, None) if pre is None else _named(pre, PRES, "pre")
-        self._thin, self._thin_name = (None, None) if thin is None else _named(thin, THINS, "thin")
+        self._pre, self._pre_name = _optional(pre, PRES, "pre")
+        self._thin, self._thin_name = _optional(thin, THINS, "thin")
         holds_ratio = self._kernel.traits.holds_ratio
         self._rules = Rules(mismatch or (), reject or (), anchor, weighted_kernel=holds_ratio)
         self._penalties = tuple(Penalty(node, f"correction.penalty.{i}") for i, node in enumerate(penalty or ()))
@@ -454,12 +454,17 @@ class Correction:
         return view, valid if keep is None else valid & keep, x if attached else None
 
     def _leveled(self, d: Tensor, layout: Layout, stats: TensorDictBase | dict[str, Tensor]) -> Tensor:
-        return self._level(d if self._pre is None else self._pre(d, stats["advantage"]), layout)
+        level: Tensor = self._level(d if self._pre is None else self._pre(d, stats["advantage"]), layout)
+        return level
 
 
 def _named(node: Node, table: Mapping[str, Any], field: str) -> tuple[Any, str]:
     """A rule with its settings, and what the configuration calls it."""
     return bind(node, table, f"correction.{field}")[0], as_rule(node, field)["name"]
+
+
+def _optional(node: Node | None, table: Mapping[str, Any], field: str) -> tuple[Any, str | None]:
+    return (None, None) if node is None else _named(node, table, field)
 
 
 def _kernel_of(node: Node | Kernel) -> tuple[Kernel, str]:
@@ -476,7 +481,8 @@ FIELDS = tuple(name for name in Correction.__init__.__annotations__ if name != "
 def _rejected(stats: TensorDictBase) -> Tensor:
     if stats.get("keep", None) is None:
         return torch.zeros((), device=stats["original"].device)
-    return 1.0 - stats["kept"].sum() / stats["original"].sum().clamp(min=1)
+    lost: Tensor = 1.0 - stats["kept"].sum() / stats["original"].sum().clamp(min=1)
+    return lost
 
 
 def _check_shape(log_prob: Tensor | None, mask: Tensor) -> None:

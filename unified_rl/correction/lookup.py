@@ -35,7 +35,7 @@ def settings_of(rule: Callable[..., Any]) -> dict[str, Parameter]:
     plain = rule.func if isinstance(rule, partial) else rule
     try:
         found = inspect.signature(rule).parameters.values()
-        hints = typing.get_type_hints(plain.__init__ if isinstance(plain, type) else plain)
+        hints = typing.get_type_hints(plain.__init__ if isinstance(plain, type) else plain)  # type: ignore[misc]
     except NameError as error:
         raise ConfigError(f"the annotations of {_path(rule)} do not resolve at run time: {error}") from error
     except (TypeError, ValueError):  # written in C: nothing is known, and nothing can be set
