@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import FrozenInstanceError
@@ -317,6 +319,23 @@ def test_a_users_kernel_trains_from_the_command_line(
     assert "correction.kernel.share is 'x'; it must be of type float" in error
 
 
+def test_the_gallery_shows_and_draws_rules_of_a_users_package(
+    user: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(cli.DEBUG, raising=False)
+    show = ["corrections", "show", "opmd", f"kernel={user}.rules.Halved", f"level={user}.rules.last"]
+    show += [f"penalty=[{{name: {user}.rules.quartic, anchor: behavior}}]", "--json"]
+    assert cli.main(show) == 2
+    assert f"start with --allow {user}" in capsys.readouterr().err
+    assert cli.main([*show, "--allow", user]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["rule"]["kernel"] == {"name": f"{user}.rules.Halved", "share": 0.5}
+    assert shown["rule"]["level"] == {"name": f"{user}.rules.last", "factor": 1.0}
+    assert "g = share * r: a ratio that is trusted less." in shown["formula"]
+    pairs = zip(shown["curves"]["log_ratio"], shown["curves"]["A > 0"], strict=True)
+    assert all(y == pytest.approx(0.5 * math.exp(x), abs=1e-5) for x, y in pairs)
+
+
 # ------------------------------------------------------------------------------------------------ one object
 
 
@@ -331,7 +350,7 @@ def test_a_kernel_is_a_frozen_object_with_everything_that_is_known_about_it() ->
             return view.ratio.clamp(max=self.most)
 
     correction = Correction(kernel=Bounded(most=1.5))
-    assert correction.kernel_name == "Bounded" and correction.kernel.formula() == "``min(r, most)``."
+    assert correction.kernel_name == "Bounded" and correction.kernel.formula() == "min(r, most)."
     ratios = torch.tensor([[1.0, 3.0]], dtype=torch.float64).log()
     assert weights(correction, ratios) == pytest.approx([1.0, 1.5])
     current, batch = drifted(size=1.0)

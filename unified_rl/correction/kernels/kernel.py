@@ -77,7 +77,7 @@ class Kernel:
 
     def formula(self) -> str:
         """The weight in plain mathematics: ``r`` the ratio, ``d`` its logarithm, ``A`` the advantage."""
-        return (type(self).__doc__ or self.name).splitlines()[0]
+        return (type(self).__doc__ or self.name).splitlines()[0].replace("``", "")
 
     @property
     def prepares(self) -> bool:

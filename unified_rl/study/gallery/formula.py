@@ -48,7 +48,7 @@ MISMATCHES: dict[str, Callable[[Settings], str]] = {
 }
 
 REJECTS: dict[str, Callable[[Settings], str]] = {
-    "band": lambda s: f"keep where {_n(s['low'])} <= u <= {_n(s['high'])}, u the {LEVEL_NOUN[s['level']]} of",
+    "band": lambda s: f"keep where {_n(s['low'])} <= u <= {_n(s['high'])}, u the {_noun(s['level'])} of",
     "divergence": lambda s: f"keep where {_statistic(s['estimator'], s['over'])} <= {_n(s['high'])}, u =",
     "veto": lambda s: (
         f"drop the row if any unit has u < {_n(s['low'])}"
@@ -91,26 +91,35 @@ def formula(full: Mapping[str, Any]) -> list[str]:
     level, kernel = full["level"], bind(full["kernel"], KERNELS, "kernel")[0]()
     lines = []
     if full["pre"] is not None:
-        lines.append(f"d = {PRES[full['pre']['name']](full['pre'])}, of each unit's log-ratio")
+        lines.append(f"d = {_words(PRES, full['pre'])}, of each unit's log-ratio")
     if kernel.traits.holds_ratio:
-        lines.append(f"r = {LEVELS[level['name']](level)}, {_over(full['anchor'])}")
+        lines.append(f"r = {_words(LEVELS, level)}, {_over(full['anchor'])}")
     elif kernel.traits.own_advantage:
         lines.append(f"d = log-ratio of each unit, {_over(full['anchor'])}")
     attached = " (the level itself is differentiated)" if full["attached"] else ""
     lines.append(f"g = {kernel.formula()}{attached}")
     lines += [_mismatch(rule) for rule in full["mismatch"]]
-    lines += [f"{REJECTS[r['name']](r)} {_u(r)}" for r in full["reject"]]
+    lines += [f"{_words(REJECTS, r)} {_u(r)}" for r in full["reject"]]
     lines += [_penalty(p) for p in full["penalty"]]
     if full["thin"] is not None:
-        lines.append(f"train on {THINS[full['thin']['name']](full['thin'])}")
+        lines.append(f"train on {_words(THINS, full['thin'])}")
     lines.append(_reduction(full))
     return lines
 
 
+def _words(table: Mapping[str, Callable[[Settings], str]], rule: Settings) -> str:
+    """What a rule does; the name alone of one from elsewhere."""
+    return table[rule["name"]](rule) if rule["name"] in table else str(rule["name"])
+
+
+def _noun(level: str | Settings) -> str:
+    name = level if isinstance(level, str) else level["name"]
+    return LEVEL_NOUN.get(name, f"{name} ratio")
+
+
 def _mismatch(rule: Settings) -> str:
-    level = rule["level"] if isinstance(rule["level"], str) else rule["level"]["name"]
     scaled = ", divided by its mean over the batch" if rule["normalize"] else ""
-    return f"w = {MISMATCHES[rule['name']](rule)}{scaled}, u the {LEVEL_NOUN[level]} of {_u(rule)}"
+    return f"w = {_words(MISMATCHES, rule)}{scaled}, u the {_noun(rule['level'])} of {_u(rule)}"
 
 
 def _penalty(rule: Settings) -> str:
@@ -118,8 +127,8 @@ def _penalty(rule: Settings) -> str:
     parts = [] if rule["coefficient"] == 1.0 else [_n(rule["coefficient"])]
     parts += [] if rule["statistic"] is None else [str(rule["statistic"]).replace("one_minus_ess", "(1 - ESS)")]
     parts += ["(pi / behavior)"] if rule["importance"] else []
-    where = "" if rule["select"] is None else f" on {SELECTIONS[rule['select']['name']](rule['select'])}"
-    value = PENALTIES[rule["name"]]
+    where = "" if rule["select"] is None else f" on {_words(SELECTIONS, rule['select'])}"
+    value = PENALTIES.get(rule["name"], f"{rule['name']} of x")
     parts.append(value if value.isidentifier() else f"({value})")
     return f"penalty {' * '.join(parts)}, x = {against}{where}"
 
