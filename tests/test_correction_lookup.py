@@ -139,7 +139,7 @@ FLOATS = [
 ]
 
 
-@pytest.mark.parametrize(("where", "name", "key"), FLOATS, ids=".".join)
+@pytest.mark.parametrize(("where", "name", "key"), FLOATS, ids=str)
 def test_a_text_where_a_rule_of_any_table_wants_a_number_is_refused_by_its_full_name(
     where: str, name: str, key: str
 ) -> None:
