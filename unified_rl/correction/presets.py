@@ -34,7 +34,8 @@ def load_correction(name: str, **overrides: Any) -> Correction:
     Args:
         name: a file of ``configs/correction``.
         overrides: fields to change, dotted where nested: ``**{"kernel.clip_high": 0.3, "reduce": "token-mean"}``;
-            numbers index into lists (``mismatch.0.high``).
+            numbers index into lists (``mismatch.0.high``). Rules of other packages are named by dotted paths within
+            :func:`unified_rl.instantiate.allowing`; a kernel may also be given as an object.
 
     Raises:
         ConfigError: an unknown preset or field (names the nearest).
