@@ -6,7 +6,6 @@ from tensordict import TensorDictBase
 
 from unified_rl.agents.baselines import CREDITS
 from unified_rl.correction import Correction
-from unified_rl.correction.kernels.tables import OWN_ADVANTAGE
 from unified_rl.correction.requirements import advantage_needs_group, without_groups
 from unified_rl.errors import ConfigError
 
@@ -52,7 +51,7 @@ def check_groups(record: TensorDictBase, correction: Correction, use_critic: boo
         ConfigError: they are; says what to set instead.
     """
     inside = without_groups(correction)
-    outside = correction.kernel_name not in OWN_ADVANTAGE and not use_critic
+    outside = not correction.kernel.traits.own_advantage and not use_critic
     if not inside and not (outside and advantage_needs_group(correction)):
         return
     if len(record["group"].unique()) < len(record):

@@ -79,7 +79,7 @@ def test_red_drop_balances_every_group_and_centres_on_what_is_left() -> None:
         for seed in range(40)
     }
     assert len(drawn) == 4  # any of the four may be the one that stays
-    plain = load_correction("red_drop", **{"thin.recentre": False}).prepare(batch["current"], batch)
+    plain = load_correction("red_drop", **{"thin.recenter": False}).prepare(batch["current"], batch)
     torch.testing.assert_close(plain["advantage"][:, 0], batch["advantage"])
 
 

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.correction import Correction, load_correction
-from unified_rl.correction.kernels.tables import KERNELS
+from unified_rl.correction.kernels import KERNELS
 from unified_rl.correction.levels import LEVELS, Layout
 
 LEVEL_NODES: list[Any] = [
@@ -21,15 +21,15 @@ LEVEL_NODES: list[Any] = [
 ]  # fmt: skip
 
 KERNELS_OF_ONE: list[Any] = [
-    "one", "is", "ppo", "clamp", "band", "ring", "sign_clamp", "taper", "gate", "gamma", "tv_mask", "kl_mask",
-    "log_clip", "centered_ppo", "ess_cap", "ess_cap_mixed", "m2_mask", "searched_ppo", "spared_ppo",
-    "demonstration_shape",
+    "constant", "ratio", "ppo", "clipped", "band", "ring", "sign_clamp", "tapered", "soft_gate", "gamma_density",
+    "tv_mask", "kl_mask", "log_clip", "centered_ppo", "ess_cap", "ess_cap_mixed", "m2_mask", "searched_ppo",
+    "spared_ppo", "demonstration_shape",
     {"name": "band", "weighted": False},
 ]  # fmt: skip
 
 NOT_ONE = {
     "exp_advantage": "its weight is exp(A), whatever the ratio",
-    "shape": "its weight is gamma / (1 + gamma)^2 at ratio 1",
+    "shaped": "its weight is gamma / (1 + gamma)^2 at ratio 1",
     "clip_cov": "it silences units whatever the drift",
     "residual": "its advantage is a residual of rewards",
     "likelihood_pair": "its advantage is a success rate's",
@@ -63,7 +63,7 @@ def undrifted() -> tuple[Tensor, TensorDict]:
 def test_at_zero_drift_every_level_and_kernel_with_weight_one_there_is_reinforce(level: Any, kernel: Any) -> None:
     current, batch = undrifted()
     for reduce, anchor in (("token-mean", "behavior"), ("sequence-mean-token-mean", "proximal")):
-        expected = Correction(kernel="one", reduce=reduce)(current, batch).weight
+        expected = Correction(kernel="constant", reduce=reduce)(current, batch).weight
         assert bool((expected[batch["mask"]] != 0).all())
         got = Correction(level=level, kernel=kernel, reduce=reduce, anchor=anchor)(current, batch).weight
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
@@ -74,7 +74,7 @@ def test_attached_at_zero_drift_a_unit_counts_as_often_as_the_level_sums_it(leve
     """Differentiated means are REINFORCE too; differentiated sums count a unit once for every unit that sees it."""
     current, batch = undrifted()
     mask = batch["mask"]
-    plain = Correction(kernel="one")(current, batch).weight
+    plain = Correction(kernel="constant")(current, batch).weight
     position, count = mask.cumsum(-1), mask.sum(-1, keepdim=True)
     step = batch["step_index"].unsqueeze(-1) == batch["step_index"].unsqueeze(-2)
     in_step = (step & mask.unsqueeze(-2)).sum(-1)
@@ -90,7 +90,7 @@ def test_attached_at_zero_drift_a_unit_counts_as_often_as_the_level_sums_it(leve
         "prefix_geometric": later,
     }[level if isinstance(level, str) else level["name"]]
     leaf = current.clone().requires_grad_()
-    Correction(level=level, kernel="is", attached=True)(leaf, batch).loss.backward()
+    Correction(level=level, kernel="ratio", attached=True)(leaf, batch).loss.backward()
     torch.testing.assert_close(-leaf.grad, plain * share)
 
 
@@ -147,9 +147,9 @@ def test_gspo_straight_through_equals_differentiating_the_geometric_mean() -> No
 
 def test_in_rows_of_one_unit_all_levels_agree() -> None:
     current, batch = drifted(width=1)
-    expected = Correction(kernel="is")(current, batch).weight
+    expected = Correction(kernel="ratio")(current, batch).weight
     for level in LEVEL_NODES:
-        torch.testing.assert_close(Correction(level=level, kernel="is")(current, batch).weight, expected)
+        torch.testing.assert_close(Correction(level=level, kernel="ratio")(current, batch).weight, expected)
 
 
 def test_power_means_grow_with_their_order_and_end_at_the_extremes() -> None:
@@ -167,7 +167,7 @@ def test_gmpo_without_a_clip_is_gspo_without_one() -> None:
     current, batch = drifted()
     one, two = current.clone().requires_grad_(), current.clone().requires_grad_()
     load_correction("gmpo", **{"pre.low": 50.0, "pre.high": 50.0})(one, batch).loss.backward()
-    load_correction("gspo", kernel="is")(two, batch).loss.backward()
+    load_correction("gspo", kernel="ratio")(two, batch).loss.backward()
     torch.testing.assert_close(one.grad, two.grad)
 
 
@@ -183,13 +183,13 @@ def test_arithmetic_hoelder_without_a_clip_is_the_unit_ratio_and_its_weights_are
     current, batch = drifted()
     mean = {"reduce": "sequence-mean-token-mean"}
     leaf, plain = current.clone().requires_grad_(), current.clone().requires_grad_()
-    load_correction("hoelder", **{"level.p": 1.0, "kernel": "is"})(leaf, batch).loss.backward()
-    Correction(kernel="is", **mean)(plain, batch).loss.backward()
+    load_correction("hoelder", **{"level.p": 1.0, "kernel": "ratio"})(leaf, batch).loss.backward()
+    Correction(kernel="ratio", **mean)(plain, batch).loss.backward()
     torch.testing.assert_close(leaf.grad, plain.grad)
     d = current - batch["behavior_log_prob"]
     for p in (2.0, -1.5):
         leaf = current.clone().requires_grad_()
-        load_correction("hoelder", **{"level.p": p, "kernel": "is"})(leaf, batch).loss.backward()
+        load_correction("hoelder", **{"level.p": p, "kernel": "ratio"})(leaf, batch).loss.backward()
         ratio = (p * d).exp().mean(-1, keepdim=True) ** (1 / p)
         expected = ratio * (p * d).softmax(-1) * batch["advantage"][:, None] / 4
         torch.testing.assert_close(-leaf.grad, expected)

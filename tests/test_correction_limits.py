@@ -20,10 +20,10 @@ def test_ppo_keeps_harmless_directions_and_drops_harmful_ones() -> None:
 
 
 def test_vespo_peaks_at_k_over_lambda_with_the_published_values() -> None:
-    vespo = Correction(kernel="gamma")
+    vespo = Correction(kernel="gamma_density")
     assert weights(vespo, ratios(1.0, 2 / 3, 2.0, 0.1), 1.0) == pytest.approx([1.0, 1.208, 0.199, 0.149], abs=1e-3)
     assert weights(vespo, ratios(1.0, 1.5, 2.0, 0.1), -1.0) == pytest.approx([1.0, 1.242, 1.083, 0.006], abs=1e-3)
-    flat = Correction(kernel={"name": "gamma", "k_positive": 0.0, "lam_positive": 0.0})
+    flat = Correction(kernel={"name": "gamma_density", "k_positive": 0.0, "lam_positive": 0.0})
     assert weights(flat, ratios(0.1, 5.0)) == pytest.approx([1.0, 1.0])
 
 
@@ -31,12 +31,12 @@ def test_sapo_is_one_at_one_and_fades_on_both_sides() -> None:
     curve = load_correction("sapo").weight_curve(torch.linspace(-8, 8, 65).double(), 1.0)
     assert float(curve[32]) == pytest.approx(1.0)
     assert curve[0] < 1e-2 and curve[-1] < 1e-2
-    steep = Correction(kernel={"name": "gate", "tau_positive": 1.0, "tau_negative": 2.0})
+    steep = Correction(kernel={"name": "soft_gate", "tau_positive": 1.0, "tau_negative": 2.0})
     assert weights(steep, ratios(3.0), -1.0)[0] < weights(steep, ratios(3.0), 1.0)[0]
 
 
 def test_shape_peaks_at_gamma_with_a_quarter() -> None:
-    shape = Correction(kernel={"name": "shape", "gamma": 0.1}, anchor="none")
+    shape = Correction(kernel={"name": "shaped", "gamma": 0.1}, anchor="none")
     curve = shape.weight_curve(torch.tensor([0.1, 0.05, 0.2]).double().log(), 1.0)
     assert float(curve[0]) == pytest.approx(0.25)
     assert (curve[1:] < 0.25).all()
@@ -118,9 +118,9 @@ def test_asymre_shift_equals_a_likelihood_penalty() -> None:
     advantage = torch.randn(3, generator=g, dtype=torch.float64)
     current, batch = record(torch.zeros(3, 4, dtype=torch.float64), advantage + 0.1)
     one, two = current.clone().requires_grad_(), current.clone().requires_grad_()
-    Correction(kernel="one")(one, batch).loss.backward()
+    Correction(kernel="constant")(one, batch).loss.backward()
     batch["advantage"] = advantage
-    Correction(kernel="one", penalty=[{"name": "k1", "anchor": "none", "coefficient": -0.1}])(
+    Correction(kernel="constant", penalty=[{"name": "k1", "anchor": "none", "coefficient": -0.1}])(
         two, batch
     ).loss.backward()
     torch.testing.assert_close(one.grad, two.grad)
@@ -164,7 +164,7 @@ def test_squared_penalties_to_the_own_policy_leave_reinforce_on_policy(name: str
     leaf, plain = current.clone().requires_grad_(), current.clone().requires_grad_()
     correction = load_correction(name, **{"penalty.0.coefficient": strength})
     correction(leaf, batch).loss.backward()
-    Correction(kernel="one", reduce=correction.reduce, horizon=correction.horizon)(plain, batch).loss.backward()
+    Correction(kernel="constant", reduce=correction.reduce, horizon=correction.horizon)(plain, batch).loss.backward()
     torch.testing.assert_close(leaf.grad, plain.grad)
 
 

@@ -53,8 +53,8 @@ def test_kept_denominator_shrinks_by_rejection_alone() -> None:
     log_ratio = torch.tensor([[0.0, 0.0], [2.0, 2.0]], dtype=torch.float64)
     current, batch = record(log_ratio, torch.ones(2, dtype=torch.float64))
     rule = {"name": "band", "level": "unit", "low": 0.5, "high": 2.0}
-    original = Correction(kernel="is", reject=[rule])(current, batch).weight
-    kept = Correction(kernel="is", reject=[rule], denominator="kept")(current, batch).weight
+    original = Correction(kernel="ratio", reject=[rule])(current, batch).weight
+    kept = Correction(kernel="ratio", reject=[rule], denominator="kept")(current, batch).weight
     assert original.flatten().tolist() == pytest.approx([0.25, 0.25, 0, 0])
     assert kept.flatten().tolist() == pytest.approx([0.5, 0.5, 0, 0])
     zeroed = Correction(kernel={"name": "band", "low": 0.5, "high": 2.0}, denominator="kept")(current, batch).weight
@@ -72,7 +72,7 @@ def test_reductions_by_hand_and_a_constant_horizon_forgets_the_padding() -> None
         "token-sum": (0.1, 0.1),
     }
     for reduce, (first, second) in expected.items():
-        w = Correction(kernel="one", reduce=reduce, horizon=10)(current, batch).weight
+        w = Correction(kernel="constant", reduce=reduce, horizon=10)(current, batch).weight
         assert w[0].tolist() == pytest.approx([first, 0, 0, 0])
         assert w[1].tolist() == pytest.approx([second, second, second, 0])
 
@@ -80,7 +80,7 @@ def test_reductions_by_hand_and_a_constant_horizon_forgets_the_padding() -> None
 def test_off_policy_sequence_mask_never_drops_positive_rows_and_nothing_on_policy() -> None:
     log_ratio = torch.tensor([[-1.0, -1.0], [-1.0, -1.0], [0.0, 0.0]], dtype=torch.float64)
     current, batch = record(log_ratio, torch.tensor([1.0, -1.0, -1.0], dtype=torch.float64))
-    rows = (Correction(kernel="one", reject=["off_policy_sequence"])(current, batch).weight != 0).any(-1)
+    rows = (Correction(kernel="constant", reject=["off_policy_sequence"])(current, batch).weight != 0).any(-1)
     assert rows.tolist() == [True, False, True]
 
 
@@ -88,7 +88,7 @@ def test_penalty_values_and_gradients_at_hand_worked_points() -> None:
     for name, slope in (("k1", 1.0), ("k2", 0.5), ("k3", 1 - math.exp(-0.5)), ("k3_plus", 0.5), ("abs", 1.0)):
         current, batch = record(torch.full((1, 1), 0.5, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
         leaf = current.requires_grad_()
-        out = Correction(kernel="one", penalty=[{"name": name, "coefficient": 2.0}])(leaf, batch)
+        out = Correction(kernel="constant", penalty=[{"name": name, "coefficient": 2.0}])(leaf, batch)
         out.loss.backward()
         assert float(leaf.grad) == pytest.approx(2 * slope), name
         if name.startswith("k3"):
@@ -147,8 +147,10 @@ def test_diagnostics_by_hand() -> None:
 
 def test_equal_lengths_make_the_two_means_one() -> None:
     current, batch = drifted()
-    one = Correction(kernel="is", reduce="token-mean")(current, batch).weight
-    torch.testing.assert_close(Correction(kernel="is", reduce="sequence-mean-token-mean")(current, batch).weight, one)
+    one = Correction(kernel="ratio", reduce="token-mean")(current, batch).weight
+    torch.testing.assert_close(
+        Correction(kernel="ratio", reduce="sequence-mean-token-mean")(current, batch).weight, one
+    )
 
 
 def test_effective_sample_size_lies_between_one_over_n_and_one() -> None:

@@ -142,8 +142,9 @@ LEVELS: list[Any] = [
     "unit", "step", "step_sum", "sequence", "geometric", "prefix", "prefix_geometric", "min_prefix",
     {"name": "hoelder", "p": 2.0}, {"name": "hoelder", "p": -1.0},
 ]  # fmt: skip
-KERNELS = ["is", "ppo", "clamp", "band", "ring", "sign_clamp", "taper", "gate", "gamma", "tv_mask", "kl_mask",
-           "log_clip", "centered_ppo", "ess_cap", "ess_cap_mixed", "m2_mask", "searched_ppo"]  # fmt: skip
+KERNELS = ["ratio", "ppo", "clipped", "band", "ring", "sign_clamp", "tapered", "soft_gate", "gamma_density",
+           "tv_mask", "kl_mask", "log_clip", "centered_ppo", "ess_cap", "ess_cap_mixed", "m2_mask",
+           "searched_ppo"]  # fmt: skip
 
 
 @cache
@@ -169,7 +170,7 @@ def without_drift(correction: Correction, *, outcome: bool = True) -> tuple[Mome
 
 
 def assert_reinforce(correction: Correction, *, outcome: bool = True) -> None:
-    plain, _ = without_drift(Correction(kernel="one", reduce=correction.reduce), outcome=outcome)
+    plain, _ = without_drift(Correction(kernel="constant", reduce=correction.reduce), outcome=outcome)
     found, _ = without_drift(correction, outcome=outcome)
     assert float(plain.mean.norm()) > 1e-3
     same(found.mean, plain.mean)
@@ -194,11 +195,11 @@ def test_without_drift_attached_means_over_a_row_are_reinforce_with_one_advantag
 def test_without_drift_an_attached_sum_counts_every_unit_of_the_row_and_an_attached_prefix_those_from_here_on() -> None:
     """So these two are not REINFORCE: their coefficients are its own times a count."""
     tree, _, _ = fresh()
-    _, plain = without_drift(Correction(kernel="one"))
+    _, plain = without_drift(Correction(kernel="constant"))
     length = tree.mask.sum(-1, keepdim=True)
     later = tree.mask.flip(-1).cumsum(-1).flip(-1)
-    same(without_drift(Correction(level="sequence", kernel="is", attached=True))[1], plain * length)
-    same(without_drift(Correction(level="prefix", kernel="is", attached=True))[1], plain * later)
+    same(without_drift(Correction(level="sequence", kernel="ratio", attached=True))[1], plain * length)
+    same(without_drift(Correction(level="prefix", kernel="ratio", attached=True))[1], plain * later)
 
 
 # ------------------------------------------------------------------------------------------- values of a policy

@@ -101,7 +101,11 @@ def test_luffy_without_demonstrations_is_grpo_without_scale() -> None:
     policy, rows = joined()
     nudge(policy, 0.02)
     settings = {"advantage": {"baseline": "mean", "scale": "none"}}
-    a = gradients(agent_of(copy.deepcopy(policy), rows, load_correction("luffy", **settings)), filled(rows, 1))
+    agent = agent_of(copy.deepcopy(policy), rows, load_correction("luffy", **settings))
+    with pytest.raises(ConfigError, match="recipe=luffy"):
+        agent.update(filled(rows, 1))
+    agent.checked = True  # later updates may hold none
+    a = gradients(agent, filled(rows, 1))
     b = gradients(agent_of(copy.deepcopy(policy), rows, load_correction("ppo", **settings)), filled(rows, 1))
     close(a, b)
 

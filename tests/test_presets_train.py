@@ -22,6 +22,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.replay import Fresh, Replay
 from unified_rl.training.checkpoint import write_checkpoint
 from unified_rl.training.run import Job
+from unified_rl.units import Source
 
 PRESETS = (
     "reinforce",
@@ -131,6 +132,13 @@ def agent_for(
     return agent, replay
 
 
+def with_demonstrations(rows: TensorDict) -> TensorDict:
+    """Every fourth row as one that somebody else wrote."""
+    shown = rows["source"].clone()
+    shown[::4] = int(Source.DEMONSTRATION)
+    return rows.clone().set("source", shown)
+
+
 def teacher_run(policy: Any, overrides: list[str], folder: Path) -> str:
     """The folder of a run whose policy is ``policy`` with other weights."""
     (folder / "config.yaml").write_text(yaml.safe_dump({"policy": compose(overrides)["policy"]}))
@@ -149,6 +157,7 @@ def test_every_preset_trains_or_names_the_nearest_that_does(
     preset: str, domain: str, stale: dict[str, tuple[Any, TensorDict]], tmp_path: Path
 ) -> None:
     policy, rows = stale[domain]
+    rows = with_demonstrations(rows) if preset == "luffy" else rows
     if preset in REFUSED[domain]:
         with pytest.raises(ConfigError, match=rf"correction {preset}\b") as error:
             agent, replay = agent_for(preset, policy, rows)
@@ -179,7 +188,8 @@ def test_every_preset_learns_the_numbers_of_the_cpu_on_a_gpu(
         found = {}
         for device in ("cpu", "cuda"):
             try:
-                agent, replay = agent_for(preset, policy, rows, teacher if preset == "erpd" else None, device)
+                held = with_demonstrations(rows) if preset == "luffy" else rows
+                agent, replay = agent_for(preset, policy, held, teacher if preset == "erpd" else None, device)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
                     metrics = agent.update(replay, 0.25)

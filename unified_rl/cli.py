@@ -60,9 +60,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def corrections(arguments: argparse.Namespace) -> int:
     """Lists the corrections, or shows one in full with a picture of its weight."""
+    from unified_rl.instantiate import allowing
     from unified_rl.study.gallery.command import run
 
-    run(arguments.words, arguments.out, arguments.json, arguments.write)
+    with allowing(arguments.allow):
+        run(arguments.words, arguments.out, arguments.json, arguments.write)
     return 0
 
 
@@ -182,7 +184,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--out", metavar="FILE.png", help="where to draw its weight; by default NAME.png")
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument("--write", metavar="DIR", help="write the gallery's page and pictures there")
-    if verb not in ("lab", "corrections", "doctor"):
+    if verb not in ("lab", "doctor"):
         parser.add_argument(
             "--allow",
             action="append",

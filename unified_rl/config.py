@@ -16,6 +16,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.instantiate import (
     PACKAGE,
     Parameter,
+    allowing,
     build,
     check_type,
     check_value,
@@ -30,7 +31,15 @@ from unified_rl.instantiate import (
 __all__ = ["build", "compose", "group_options", "parse_overrides", "preset", "preset_names", "resolve_defaults"]
 
 SETTINGS = {"train": "unified_rl.training.settings.TrainSettings"}
-IMPLIED = {"study": "unified_rl.study.grid.Study"}
+IMPLIED = {"study": "unified_rl.study.grid.Study", "correction": "unified_rl.correction.Correction"}
+"""What a group's node describes where it has no ``_target_``."""
+
+DESCRIBED = ("correction",)
+"""Groups whose ``name`` and ``summary`` are those of the option's file (its stem and first comment) if not given."""
+
+CHECKS = {"correction": "unified_rl.interventions.check_wrapper"}
+"""Functions that check a node for what its own class, further down, cannot know."""
+
 CHOICES = "choices"
 HEADER = "# @package _global_"
 
@@ -113,7 +122,8 @@ def preset(group: str, name: str) -> dict[str, Any]:
     node = _read_option(group, name).get(group)
     if not isinstance(node, dict):
         raise ConfigError(f"configs/{group}/{name}.yaml holds no '{group}:' section")
-    return {**{key: value for key, value in node.items() if key != "_target_"}, "name": name}
+    described = {"name": name, "summary": comment_of(config_root() / group / f"{name}.yaml")}
+    return {**described, **{key: value for key, value in node.items() if key != "_target_"}}
 
 
 def _read_option(group: str, name: str) -> dict[str, Any]:
@@ -260,7 +270,7 @@ def _compose_groups(
     config = cast(dict[str, Any], config)
     for group, target in IMPLIED.items():
         if isinstance(config.get(group), dict):
-            config[group] = {"_target_": target, **config[group]}
+            config[group] = {"_target_": target, **_description(group, found.get(group), groups), **config[group]}
     dropped = {override.key: None for override in chosen if override.value is None}
     return {
         **dict.fromkeys(listed),
@@ -268,6 +278,12 @@ def _compose_groups(
         **dropped,
         CHOICES: {group: found.get(group) for group in listed} | found,
     }
+
+
+def _description(group: str, option: str | None, groups: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    if group not in DESCRIBED or option is None:
+        return {}
+    return {"name": option, "summary": groups[group][option]}
 
 
 def _group_text(override: Override, groups: Mapping[str, Mapping[str, str]], listed: Sequence[str]) -> str:
@@ -330,6 +346,9 @@ def _check_config(
         elif key not in groups and key != CHOICES and primary in SETTINGS:
             raise ConfigError(f"there is no key {key!r}; {nearest(key, [*groups, *settings])}")
         checked[key] = plain(check_value(value, key, allow))
+        if key in CHECKS and checked[key] is not None:
+            with allowing(allow):
+                locate(CHECKS[key])(checked[key])
     return checked
 
 

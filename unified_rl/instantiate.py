@@ -12,7 +12,9 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from unified_rl.errors import ConfigError
@@ -20,7 +22,29 @@ from unified_rl.errors import ConfigError
 PACKAGE = "unified_rl"
 SEALED = ("unified_rl.cli", "unified_rl.config", "unified_rl.instantiate")
 SCALARS = (bool, int, float, str)
+PLAIN = (*SCALARS, list, tuple, dict, type(None))
 REQUIRED = inspect.Parameter.empty
+
+
+_ALLOWED: ContextVar[tuple[str, ...]] = ContextVar("allowed", default=())
+
+
+@contextmanager
+def allowing(allow: Sequence[str]) -> Iterator[None]:
+    """Within it, rules may be named by dotted paths of these packages too.
+
+    Composing and building enter it with what the command line allows; no configuration file can.
+    """
+    token = _ALLOWED.set(tuple(allow))
+    try:
+        yield
+    finally:
+        _ALLOWED.reset(token)
+
+
+def allowed() -> tuple[str, ...]:
+    """The prefixes of the innermost :func:`allowing`."""
+    return _ALLOWED.get()
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
@@ -52,7 +76,8 @@ def parameters(target: Callable[..., Any], allow: Sequence[str] = ()) -> tuple[d
     if not isinstance(target, type):
         return _own_parameters(target, target)
     if target.__init__ is object.__init__:  # type: ignore[misc]
-        return _own_parameters(target, target) if target.__new__ is not object.__new__ else ({}, False)
+        plain = "__new__" not in {name for cls in target.__mro__[:-1] for name in vars(cls)}
+        return ({}, False) if plain else _own_parameters(target, target)
     found: dict[str, Parameter] = {}
     is_open = False
     for cls in target.__mro__:
@@ -133,6 +158,8 @@ def _coerce_scalar(value: Any, hint: type) -> Any:
 def _coerce_container(value: Any, kind: Any, args: tuple[Any, ...]) -> Any:
     if not isinstance(kind, type):
         return _require(value, False)
+    if isinstance(value, kind) and not isinstance(value, PLAIN):  # an object, given from Python
+        return value
     if isinstance(value, dict):
         _require(value, issubclass(dict, kind))
         return {k: coerce(v, args[1]) for k, v in value.items()} if len(args) == 2 else value
@@ -175,6 +202,10 @@ def _check_node(node: Mapping[str, Any], path: str, allow: Sequence[str]) -> dic
             raise ConfigError(f"{path} ({_name(target)}) has no key {key!r}; {nearest(key, known)}")
         else:
             checked[key] = check_type(value, known[key].hint, f"{path}.{key}")
+    check_settings = getattr(target, "check_settings", None)
+    if check_settings is not None:  # rules inside the settings, which the signature says nothing about
+        with allowing(allow):
+            check_settings({key: value for key, value in checked.items() if key != "_target_"})
     return {key: check_value(value, f"{path}.{key}", allow) for key, value in checked.items()}
 
 
@@ -236,7 +267,8 @@ def build(node: Any, /, *, allow: Sequence[str] = (), **given: Any) -> Any:
     for key in sorted(given.keys() & node.keys() & known.keys()):
         if node[key] != plain(known[key].default) and node[key] is not given[key] and node[key] != given[key]:
             raise ConfigError(f"{node['_target_']} has {key}={node[key]!r}, but the run itself sets {key}; remove it")
-    return _construct(_check_node(node, "node", allow), allow, given)
+    with allowing(allow):
+        return _construct(_check_node(node, "node", allow), allow, given)
 
 
 def _construct(node: Mapping[str, Any], allow: Sequence[str], given: Mapping[str, Any]) -> Any:
@@ -269,8 +301,8 @@ def _allowed(module: str, allow: Sequence[str]) -> bool:
     return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def locate(path: str, allow: Sequence[str] = (), where: str = "") -> Callable[..., Any]:
-    """Imports the class or function that a dotted path names.
+def locate(path: str, allow: Sequence[str] = (), where: str = "", key: str = "_target_") -> Callable[..., Any]:
+    """Imports the class or function that a dotted path names; ``where`` and ``key`` name the setting in errors.
 
     Both the path and the module that defines the object must lie within an allowed package, so that a path through
     an allowed module does not reach what that module imported.
@@ -278,7 +310,7 @@ def locate(path: str, allow: Sequence[str] = (), where: str = "") -> Callable[..
     Raises:
         ConfigError: not allowed, not found (names the nearest), or not a class or function.
     """
-    at = f"{where}._target_" if where else "_target_"
+    at = ".".join(filter(None, (where, key)))
     parts = path.split(".") if isinstance(path, str) else []
     if len(parts) < 2 or any(not p.isidentifier() or p.startswith("_") for p in parts):
         raise ConfigError(f"{at} is {path!r}; it must be the dotted path of a public class or function")
@@ -295,7 +327,8 @@ def locate(path: str, allow: Sequence[str] = (), where: str = "") -> Callable[..
     module = getattr(holder, "__module__", None) or ""
     if not callable(holder) or module in SEALED or not _allowed(module, allow):
         raise ConfigError(f"{at} {path!r} is not a class or function defined in an allowed package; see --allow")
-    return holder
+    found: Callable[..., Any] = holder
+    return found
 
 
 def _import_longest(parts: Sequence[str], at: str) -> tuple[Any, Sequence[str]]:

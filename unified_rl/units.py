@@ -116,7 +116,7 @@ class Steps:
         """Sum of ``x [B, N]`` over the masked-in units of each step, ``[B, T]``; masked units may hold NaN."""
         kept = torch.where(self.mask, x, torch.zeros_like(x))
         if self.units_per_step is not None:
-            return kept.unflatten(-1, (self.num_steps, self.units_per_step)).sum(-1)
+            return kept.reshape(*kept.shape[:-1], self.num_steps, self.units_per_step).sum(-1)
         out = kept.new_zeros(*kept.shape[:-1], self.num_steps)
         return out.scatter_add(-1, self.step_index, kept)
 

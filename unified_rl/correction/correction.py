@@ -7,8 +7,10 @@ reduction, ``w`` the mismatch weight and rejection, ``g`` the kernel, ``A`` the 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +20,9 @@ from torch import Tensor
 from unified_rl.correction.diagnostics import diagnose
 from unified_rl.correction.internal.distributed import Total, identity
 from unified_rl.correction.internal.surrogate import KnownGradient, unit_advantage
-from unified_rl.correction.kernels.tables import (
-    EXTRA_ANCHORS,
-    KERNELS,
-    NEEDS_PROBABILITIES,
-    OWN_ADVANTAGE,
-    PREPARES,
-    RATIO_FREE,
-    TRUNCATING,
-)
+from unified_rl.correction.kernels import KERNELS, Kernel
 from unified_rl.correction.levels import LEVELS, Layout
-from unified_rl.correction.lookup import as_rule, bind, check_keys
+from unified_rl.correction.lookup import as_rule, bind, check_keys, settings_of
 from unified_rl.correction.penalties.penalty import Penalty
 from unified_rl.correction.reduction import REDUCTIONS
 from unified_rl.correction.transforms import PRES
@@ -46,7 +40,8 @@ from unified_rl.correction.view import (
 from unified_rl.correction.weights.rules import Rules
 from unified_rl.correction.weights.thinning import THINS
 from unified_rl.errors import ConfigError, RecordError
-from unified_rl.instantiate import nearest
+from unified_rl.instantiate import check_type, is_node, nearest, parameters
+from unified_rl.units import Source
 
 Node = str | Mapping[str, Any]
 
@@ -71,7 +66,8 @@ class Correction:
 
     Args:
         level: grain of the kernel's log-ratio: a name of :data:`LEVELS`, or a mapping with ``name`` and settings.
-        kernel: the weight as a function of ratio and advantage: a name of :data:`KERNELS`, or a mapping.
+        kernel: the weight as a function of ratio and advantage: a name of :data:`KERNELS`, the dotted path of a
+            :class:`Kernel` in an allowed package, a mapping with ``name`` and settings, or a kernel itself.
         anchor: denominator of the kernel's ratio: behavior, proximal, reference or none.
         pre: optional unit-level transform of the log-ratio before the level.
         thin: optional random choice of units or rows to train on, weighted to stay unbiased.
@@ -95,7 +91,7 @@ class Correction:
         self,
         *,
         level: Node = "unit",
-        kernel: Node = "one",
+        kernel: Node | Kernel = "constant",
         anchor: str = "behavior",
         pre: Node | None = None,
         thin: Node | None = None,
@@ -116,11 +112,11 @@ class Correction:
         experimental: bool = False,
     ) -> None:
         if anchor != "none" and anchor not in ANCHORS:
-            raise ConfigError(f"unknown anchor {anchor!r}; {nearest(anchor, [*ANCHORS, 'none'])}")
+            raise ConfigError(f"correction.anchor {anchor!r} is unknown; {nearest(anchor, [*ANCHORS, 'none'])}")
         if reduce not in REDUCTIONS:
-            raise ConfigError(f"unknown reduce {reduce!r}; {nearest(reduce, REDUCTIONS)}")
+            raise ConfigError(f"correction.reduce {reduce!r} is unknown; {nearest(reduce, REDUCTIONS)}")
         if denominator not in ("original", "kept"):
-            raise ConfigError(f"denominator must be original or kept, got {denominator!r}")
+            raise ConfigError(f"correction.denominator must be original or kept, got {denominator!r}")
         if reduce == "sequence-mean-token-sum-norm" and not horizon:
             raise ConfigError(
                 "reduce=sequence-mean-token-sum-norm needs horizon: a constant, such as the longest answer"
@@ -131,16 +127,13 @@ class Correction:
         self.confidence, self.experimental = confidence, experimental
         self.advantage = dict(advantage or {})
         self.proximal, self.wrapper = dict(proximal or {}), dict(wrapper or {})
-        self.level_name = as_rule(level, "level")["name"]
-        self.kernel_name = as_rule(kernel, "kernel")["name"]
-        self._level, _ = bind(level, LEVELS, "level")
-        self._kernel, _ = bind(kernel, KERNELS, "kernel")
-        self._capped = as_rule(kernel, "kernel").get("importance_cap") is not None
-        self._prepare = None if self.kernel_name not in PREPARES else bind(kernel, PREPARES, "kernel")[0]
-        self._pre = None if pre is None else bind(pre, PRES, "pre")[0]
-        self._thin = None if thin is None else bind(thin, THINS, "thin")[0]
-        self._rules = Rules(mismatch or (), reject or (), anchor, weighted_kernel=self.kernel_name not in RATIO_FREE)
-        self._penalties = [Penalty(node) for node in penalty or ()]
+        self._level, self._level_name = _named(level, LEVELS, "level")
+        self._kernel, self._kernel_name = _kernel_of(kernel)
+        self._pre, self._pre_name = _optional(pre, PRES, "pre")
+        self._thin, self._thin_name = _optional(thin, THINS, "thin")
+        holds_ratio = self._kernel.traits.holds_ratio
+        self._rules = Rules(mismatch or (), reject or (), anchor, weighted_kernel=holds_ratio)
+        self._penalties = tuple(Penalty(node, f"correction.penalty.{i}") for i, node in enumerate(penalty or ()))
         self.total: Total = identity
         """Sums a tensor over processes; :func:`process_total` where a batch is spread over several."""
 
@@ -149,18 +142,95 @@ class Correction:
         """From a resolved configuration node, with or without ``_target_``."""
         values = {key: value for key, value in node.items() if key != "_target_"}
         check_keys(values, FIELDS, "a correction")
-        return cls(**values)
+        known, _ = parameters(Correction)
+        return cls(**{key: check_type(value, known[key].hint, f"correction.{key}") for key, value in values.items()})
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Refuses settings that no correction can be made of, when a run is composed.
+
+        Raises:
+            ConfigError: an unknown rule or setting, or one of the wrong type; with its full name.
+        """
+        cls.from_config({key: value for key, value in settings.items() if not is_node(value)})
+
+    @property
+    def kernel(self) -> Kernel:
+        """The weight, with its settings and :class:`~unified_rl.correction.kernels.Traits`."""
+        return self._kernel
+
+    @property
+    def kernel_name(self) -> str:
+        """What the configuration calls the kernel."""
+        return self._kernel_name
+
+    @property
+    def level_name(self) -> str:
+        """What the configuration calls the level."""
+        return self._level_name
+
+    @property
+    def pre_name(self) -> str | None:
+        """What the configuration calls the transform before the level; None without."""
+        return self._pre_name
+
+    @property
+    def thin_name(self) -> str | None:
+        """What the configuration calls the thinning; None without."""
+        return self._thin_name
+
+    @property
+    def rules(self) -> Rules:
+        """Mismatch weights and rejection."""
+        return self._rules
+
+    @property
+    def penalties(self) -> tuple[Penalty, ...]:
+        """The regularisers, in their order."""
+        return self._penalties
+
+    @property
+    def penalty_coefficients(self) -> list[float]:
+        """Those of the penalties, in their order."""
+        return [penalty.coefficient for penalty in self._penalties]
+
+    def set_penalty_coefficients(self, values: Sequence[float]) -> None:
+        """Changes them in place."""
+        for penalty, value in zip(self._penalties, values, strict=True):
+            penalty.coefficient = value
+
+    def set_level(self, **settings: Any) -> None:
+        """Changes settings of the level in place.
+
+        Raises:
+            ConfigError: a setting that the level does not have, or of the wrong type.
+        """
+        name = f"correction.level {self._level_name!r}"
+        known = settings_of(self._level)
+        check_keys(settings, known, name)
+        checked = {k: check_type(value, known[k].hint, f"correction.level.{k}") for k, value in settings.items()}
+        self._level = partial(self._level, **checked)
+
+    def with_kernel(self, kernel: Node | Kernel) -> Correction:
+        """A copy with another kernel; everything else is shared.
+
+        Raises:
+            ConfigError: an unknown kernel or setting.
+        """
+        other = copy.copy(self)
+        other._kernel, other._kernel_name = _kernel_of(kernel)
+        return other
 
     @property
     def needs_full_pass(self) -> bool:
         """Whether ``prepare`` must see the current log-probs of the whole optimiser batch."""
         selected = any(p.select is not None for p in self._penalties)
-        return self._prepare is not None or self._rules.current or self.denominator == "kept" or selected
+        return self._kernel.prepares or self._rules.current or self.denominator == "kept" or selected
 
     def needs(self, anchor: str) -> bool:
         """Whether batches must hold the log-probs of this anchor."""
-        used = {self.anchor, *self._rules.anchors, *EXTRA_ANCHORS.get(self.kernel_name, ())}
-        if self._thin is not None or self._capped:
+        used = {self.anchor, *self._rules.anchors, *self._kernel.anchors}
+        if self._thin is not None:
             used.add("behavior")
         return anchor in used.union(*(p.anchors for p in self._penalties))
 
@@ -178,11 +248,30 @@ class Correction:
                 f"correction {self.name} projects a categorical distribution, and this policy's is a density; use "
                 "correction=fixpo for a trust region on any policy"
             )
-        nearest_preset = NEEDS_PROBABILITIES.get(self.kernel_name)
+        nearest_preset = self._kernel.traits.probabilities
         if nearest_preset is not None and not discrete:
             raise ConfigError(
                 f"correction {self.name or self.kernel_name} compares probabilities, and this policy's log-probs are "
                 f"densities, which have no upper bound; use correction={nearest_preset}"
+            )
+
+    def check_sources(self, record: TensorDictBase) -> None:
+        """Refuses rows that all are the policy's own where the kernel is about those that others wrote.
+
+        Args:
+            record: the rows that the policy term of the first update reads, batch size ``[B]``.
+
+        Raises:
+            ConfigError: there is no demonstration among them; says what works.
+        """
+        without = self._kernel.traits.demonstrations
+        source = record.get("source", None)
+        shown = source is not None and bool(((source == Source.DEMONSTRATION) | (source == Source.EXPERT)).any())
+        if without is not None and not shown:
+            raise ConfigError(
+                f"correction {self.name or self.kernel_name} learns from demonstrations, and the first update holds "
+                "none, so nothing of the method would be left: add rows of rollout.sources (recipe=luffy does), or use "
+                f"correction={without}"
             )
 
     def require_support(self, *, wrappers: Collection[str] = (), providers: Collection[str] = ("snapshot",)) -> None:
@@ -232,7 +321,7 @@ class Correction:
             raise RecordError(f"correction {self.name or self.kernel_name} needs the current log-probs in prepare")
         dtype = torch.float32 if log_prob is None or log_prob.dtype != torch.float64 else torch.float64
         count = share(mask, dtype).sum(-1)
-        stats = {"advantage": unit_advantage(batch, mask, count, dtype, optional=self.kernel_name in OWN_ADVANTAGE)}
+        stats = {"advantage": unit_advantage(batch, mask, count, dtype, optional=self._kernel.traits.own_advantage)}
         keep = self._rules.apply(log_prob, batch, stats, self.total)
         if self.denominator == "kept" and log_prob is not None:
             valid = safe(self._unit_log_ratio(log_prob, batch), mask)[1]
@@ -247,11 +336,10 @@ class Correction:
         stats["kept"] = count if keep is None else share(keep, dtype).sum(-1)
         counted = stats["kept" if self.denominator == "kept" else "original"]
         stats["coefficient"] = REDUCTIONS[self.reduce](counted, self.horizon, self.total)
-        if self._prepare is not None or any(p.select is not None for p in self._penalties):
+        if self._kernel.prepares or any(p.select is not None for p in self._penalties):
             assert log_prob is not None
             view, _, _ = self._view(log_prob.detach(), batch, stats)
-            if self._prepare is not None:
-                stats.update(self._prepare(view, self.total))
+            stats.update(self._kernel.prepare(view, self.total))
             for i, p in enumerate(self._penalties):
                 if p.select is not None:
                     stats[f"select_{i}"] = p.select(view, self.total)
@@ -272,7 +360,7 @@ class Correction:
         _check_shape(log_prob, batch["mask"])
         with torch.no_grad():
             view, ok, x = self._view(log_prob, batch, stats)
-            weight = self._kernel(view) * (narrow(view.advantage) * view.row("coefficient"))
+            weight = self._kernel.weight(view) * (narrow(view.advantage) * view.row("coefficient"))
             outer = stats.get("weight", None)
             weight = only(ok, weight if outer is None else weight.mul_(outer))
             score = view.raw_log_prob.nan_to_num(0.0, 0.0, 0.0) if x is None else x.detach()
@@ -315,9 +403,9 @@ class Correction:
             log_prob = log_prob.detach()
             stats = self.prepare(log_prob, batch) if stats is None else stats
             view, ok, _ = self._view(log_prob, batch, stats)
-            kernel = self._kernel(view)
+            kernel = self._kernel.weight(view)
             outer = stats.get("weight", None)
-            truncating = self.kernel_name in TRUNCATING
+            truncating = self._kernel.traits.truncates
             return diagnose(view, ok, kernel, outer, version, truncating=truncating, total=self.total)
 
     def weight_curve(self, log_ratio: Tensor, advantage: float, **record: Tensor) -> Tensor:
@@ -339,7 +427,7 @@ class Correction:
         with torch.no_grad():
             log_prob = log_ratio.unsqueeze(-1)
             view, _, _ = self._view(log_prob, batch, self.prepare(log_prob, batch))
-            return self._kernel(view).squeeze(-1)
+            return self._kernel.weight(view).squeeze(-1)
 
     def _unit_log_ratio(self, log_prob: Tensor, batch: TensorDictBase) -> Tensor:
         """Unit log-ratios to the anchor, ``[B, N]``, not yet made safe."""
@@ -366,7 +454,24 @@ class Correction:
         return view, valid if keep is None else valid & keep, x if attached else None
 
     def _leveled(self, d: Tensor, layout: Layout, stats: TensorDictBase | dict[str, Tensor]) -> Tensor:
-        return self._level(d if self._pre is None else self._pre(d, stats["advantage"]), layout)
+        level: Tensor = self._level(d if self._pre is None else self._pre(d, stats["advantage"]), layout)
+        return level
+
+
+def _named(node: Node, table: Mapping[str, Any], field: str) -> tuple[Any, str]:
+    """A rule with its settings, and what the configuration calls it."""
+    return bind(node, table, f"correction.{field}")[0], as_rule(node, field)["name"]
+
+
+def _optional(node: Node | None, table: Mapping[str, Any], field: str) -> tuple[Any, str | None]:
+    return (None, None) if node is None else _named(node, table, field)
+
+
+def _kernel_of(node: Node | Kernel) -> tuple[Kernel, str]:
+    if isinstance(node, Kernel):
+        return node, node.name or type(node).__name__
+    made, name = _named(node, KERNELS, "kernel")
+    return made(), name
 
 
 FIELDS = tuple(name for name in Correction.__init__.__annotations__ if name != "return")
@@ -376,7 +481,8 @@ FIELDS = tuple(name for name in Correction.__init__.__annotations__ if name != "
 def _rejected(stats: TensorDictBase) -> Tensor:
     if stats.get("keep", None) is None:
         return torch.zeros((), device=stats["original"].device)
-    return 1.0 - stats["kept"].sum() / stats["original"].sum().clamp(min=1)
+    lost: Tensor = 1.0 - stats["kept"].sum() / stats["original"].sum().clamp(min=1)
+    return lost
 
 
 def _check_shape(log_prob: Tensor | None, mask: Tensor) -> None:

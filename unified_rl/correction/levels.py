@@ -18,6 +18,9 @@ from torch import Tensor
 
 from unified_rl.units import Steps
 
+Level = Callable[[Tensor, "Layout"], Tensor]
+"""From unit log-ratios ``[B, N]`` and the layout to one log-ratio a unit, ``[B, N]``."""
+
 CLAMP = 20.0
 """Log-ratios are clamped to plus or minus this before ``exp``, for a unit and again for a sum of units."""
 

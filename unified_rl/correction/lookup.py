@@ -1,14 +1,21 @@
-"""From names and plain values to functions with their settings, with one clear error where they do not fit."""
+"""From names and plain values to rules with their settings, with one clear error where they do not fit.
+
+A rule is a function whose settings are its keyword-only parameters, or a class whose are its constructor's. It is found
+by its name in a table, or by the dotted path of a package that the command line allows.
+"""
 
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from unified_rl.errors import ConfigError
-from unified_rl.instantiate import nearest
+from unified_rl.instantiate import PACKAGE, REQUIRED, Parameter, allowed, check_type, locate, nearest
+
+Table = Mapping[str, Callable[..., Any]]
 
 
 def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -19,46 +26,122 @@ def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
             raise ConfigError(f"{where} has no field {key!r}; {nearest(key, known)}")
 
 
-def settings_of(function: Callable[..., Any]) -> list[str]:
-    """The names of a rule's settings: its keyword-only parameters."""
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+def settings_of(rule: Callable[..., Any]) -> dict[str, Parameter]:
+    """A rule's settings by name: the types and defaults of its keyword-only parameters.
+
+    Raises:
+        ConfigError: an annotation that does not resolve at run time.
+    """
+    plain = rule.func if isinstance(rule, partial) else rule
+    try:
+        found = inspect.signature(rule).parameters.values()
+        hints = typing.get_type_hints(plain.__init__ if isinstance(plain, type) else plain)  # type: ignore[misc]
+    except NameError as error:
+        raise ConfigError(f"the annotations of {_path(rule)} do not resolve at run time: {error}") from error
+    except (TypeError, ValueError):  # written in C: nothing is known, and nothing can be set
+        return {}
+    return {p.name: Parameter(hints.get(p.name, Any), p.default) for p in found if p.kind is p.KEYWORD_ONLY}
 
 
 def as_rule(node: str | Mapping[str, Any], where: str) -> dict[str, Any]:
     """A rule given as a bare name or as a mapping with ``name``, as a plain dict."""
-    rule = {"name": node} if isinstance(node, str) else dict(node)
+    rule = {"name": node} if isinstance(node, str) else dict(node) if isinstance(node, Mapping) else {}
     if not isinstance(rule.get("name"), str):
         raise ConfigError(f"{where} needs a name, got {node!r}")
     return rule
 
 
+def find(name: str, table: Table, where: str) -> Callable[..., Any]:
+    """A rule by its name in a table, or by the dotted path of an allowed package.
+
+    Args:
+        name: of the rule.
+        table: the known rules; what is found elsewhere must be such as these (a subclass of the class that they share,
+            or a function of as many positional parameters).
+        where: the full name of the setting that holds ``name``.
+
+    Raises:
+        ConfigError: unknown (names the nearest, or what it is called now), not allowed, or of another kind.
+    """
+    if name in table:
+        return table[name]
+    if "." not in name:
+        now = [key for key, rule in table.items() if getattr(rule, "formerly", "") == name]
+        raise ConfigError(f"{where} {name!r} is unknown; {nearest(now[0], now) if now else nearest(name, table)}")
+    found = locate(name, allowed(), where, key="")
+    if name.split(".")[0] == PACKAGE and found not in table.values():
+        raise ConfigError(f"{where} {name!r} is none of what can stand there; {nearest(name.split('.')[-1], table)}")
+    base = _shared_base(table)
+    if base is not None and not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"{where} {name!r} is no {base.__name__}; derive it from {_path(base)}")
+    wanted, got = _arguments(table.values()), _positional(found)
+    if base is None and wanted is not None and got is not None and len(got) != len(wanted):
+        raise ConfigError(
+            f"{where} {name!r} takes {len(got)} positional arguments, and is called with {len(wanted)}: "
+            f"({', '.join(wanted)}, *, settings)"
+        )
+    return found
+
+
 def bind(
-    node: str | Mapping[str, Any], table: Mapping[str, Callable[..., Any]], where: str, extra: Iterable[str] = ()
+    node: str | Mapping[str, Any], table: Table, where: str, extra: Iterable[str] | Mapping[str, Any] = ()
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Looks a rule up and fixes its settings.
 
     Args:
         node: a name, or a mapping with ``name`` and settings.
-        table: the known rules; settings are their keyword-only parameters.
-        where: what the error should call this place, for example ``kernel``.
-        extra: further keys the caller understands; they are returned, not bound.
+        table: the known rules, see :func:`find`; settings are their keyword-only parameters.
+        where: the full name of the setting, for example ``correction.kernel``.
+        extra: further keys that the caller understands, perhaps with their types; they are returned, not bound.
 
     Returns:
-        The function with its settings bound, and the values of the ``extra`` keys that were given.
+        The rule with its settings bound, and the values of the ``extra`` keys that were given.
 
     Raises:
-        ConfigError: an unknown rule, an unknown setting, or a missing required one.
+        ConfigError: an unknown rule, an unknown setting, one of the wrong type, or a missing required one.
     """
     rule = as_rule(node, where)
     name = rule.pop("name")
-    if name not in table:
-        raise ConfigError(f"unknown {where} {name!r}; {nearest(name, table)}")
-    function, extra = table[name], list(extra)
-    check_keys(rule, [*settings_of(function), *extra], f"{where} {name!r}")
-    others = {key: rule.pop(key) for key in extra if key in rule}
-    for parameter in inspect.signature(function).parameters.values():
-        required = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
-        if required and parameter.name not in rule:
-            raise ConfigError(f"{where} {name!r} needs {parameter.name}")
-    return partial(function, **rule), others
+    function = find(name, table, where if isinstance(node, str) else f"{where}.name")
+    known = settings_of(function)
+    others = dict(extra) if isinstance(extra, Mapping) else dict.fromkeys(extra, Any)
+    check_keys(rule, [*known, *others], f"{where} {name!r}")
+    hints = {**others, **{key: parameter.hint for key, parameter in known.items()}}
+    rule = {key: check_type(value, hints[key], f"{where}.{key}") for key, value in rule.items()}
+    given = {key: rule.pop(key) for key in others if key in rule}
+    for key, parameter in known.items():
+        if parameter.default is REQUIRED and key not in rule:
+            raise ConfigError(f"{where} {name!r} needs {key}")
+    return partial(function, **rule), given
+
+
+def _path(rule: Callable[..., Any]) -> str:
+    return f"{rule.__module__}.{getattr(rule, '__qualname__', rule)}"
+
+
+def _shared_base(table: Table) -> type | None:
+    """The closest class that all rules of a table derive from; None where they are functions, or there is but one."""
+    rules = list(table.values())
+    types = [rule for rule in rules if isinstance(rule, type)]
+    if len(types) < len(rules) or len(types) < 2:
+        return None
+    shared = [c for c in types[0].__mro__ if all(issubclass(t, c) for t in types) and c is not object]
+    return shared[0] if shared else None
+
+
+def _arguments(rules: Iterable[Callable[..., Any]]) -> list[str] | None:
+    """The names of the positional parameters that all rules have, or None where they differ in number."""
+    found = [_positional(rule) for rule in rules]
+    first = next(iter(found), None)
+    return first if all(names is not None and len(names) == len(first or ()) for names in found) else None
+
+
+def _positional(rule: Callable[..., Any]) -> list[str] | None:
+    """The names of a rule's positional parameters; None where it takes any number, or nobody knows."""
+    try:
+        found = inspect.signature(rule).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is p.VAR_POSITIONAL for p in found):
+        return None
+    return [p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

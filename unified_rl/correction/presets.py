@@ -6,38 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from unified_rl.config import preset, preset_names
-from unified_rl.correction.correction import FIELDS, Correction, Node
+from unified_rl.correction.correction import FIELDS, Correction
 from unified_rl.correction.lookup import check_keys
 from unified_rl.errors import ConfigError
 
 NESTED = {"level", "kernel", "pre", "thin", "mismatch", "reject", "penalty", "advantage", "proximal", "wrapper"}
 """Fields that hold rules with settings of their own."""
-
-
-def build_correction(
-    level: Node = "unit",
-    kernel: Node = "one",
-    anchor: str = "behavior",
-    pre: Node | None = None,
-    thin: Node | None = None,
-    mismatch: list[Node] | None = None,
-    reject: list[Node] | None = None,
-    penalty: list[Node] | None = None,
-    reduce: str = "token-mean",
-    denominator: str = "original",
-    horizon: float | None = None,
-    attached: bool = False,
-    advantage: Mapping[str, Any] | None = None,
-    proximal: Mapping[str, Any] | None = None,
-    wrapper: Mapping[str, Any] | None = None,
-    name: str = "",
-    summary: str = "",
-    source: str = "",
-    confidence: str = "",
-    experimental: bool = False,
-) -> Correction:
-    """A :class:`Correction` from plain values, as a configuration gives them; see there for each field."""
-    return Correction(**locals())
 
 
 def correction_names() -> list[str]:
@@ -60,7 +34,8 @@ def load_correction(name: str, **overrides: Any) -> Correction:
     Args:
         name: a file of ``configs/correction``.
         overrides: fields to change, dotted where nested: ``**{"kernel.clip_high": 0.3, "reduce": "token-mean"}``;
-            numbers index into lists (``mismatch.0.high``).
+            numbers index into lists (``mismatch.0.high``). Rules of other packages are named by dotted paths within
+            :func:`unified_rl.instantiate.allowing`; a kernel may also be given as an object.
 
     Raises:
         ConfigError: an unknown preset or field (names the nearest).

@@ -48,7 +48,7 @@ def anchor_log_prob(batch: TensorDictBase, anchor: str) -> Tensor:
     key = ANCHORS.get(anchor)
     if key is None:
         raise ConfigError(f"unknown anchor {anchor!r}; known: none, {', '.join(ANCHORS)}")
-    value = batch.get(key, None)
+    value: Tensor | None = batch.get(key, None)
     if value is None:
         raise RecordError(
             f"this correction compares with the {anchor} policy, but the batch has no {key}: {HOW_TO_GET[anchor]}"

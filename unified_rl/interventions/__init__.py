@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from unified_rl.correction import Correction
@@ -14,7 +15,7 @@ from unified_rl.interventions.proxy import MinPProxy
 from unified_rl.interventions.schedule import AnnealLevel, AnnealPenalty, SyncReference
 from unified_rl.interventions.steps import ClipBiasScale, EssLearningRate, Reposition
 
-__all__ = ["WRAPPERS", "Wrapper", "make_wrapper"]
+__all__ = ["WRAPPERS", "Wrapper", "check_wrapper", "make_wrapper"]
 
 WRAPPERS: dict[str, type[Wrapper]] = {
     "anneal_level": AnnealLevel,
@@ -37,6 +38,19 @@ def make_wrapper(policy: Any, correction: Correction) -> Wrapper:
     Raises:
         ConfigError: a setting that the wrapper does not have, or a policy that it cannot work on.
     """
-    if correction.wrapper.get("name") not in WRAPPERS:
-        return Wrapper(policy, correction)
-    return bind(correction.wrapper, WRAPPERS, "wrapper")[0](policy, correction)
+    made = _bound(correction.wrapper)
+    return Wrapper(policy, correction) if made is None else made(policy, correction)
+
+
+def check_wrapper(node: Mapping[str, Any]) -> None:
+    """Refuses settings of a correction's ``wrapper`` that it does not have, when a run is composed.
+
+    Raises:
+        ConfigError: an unknown setting, or one of the wrong type.
+    """
+    _bound(node.get("wrapper") or {})
+
+
+def _bound(node: Mapping[str, Any]) -> Callable[..., Wrapper] | None:
+    name = str(node.get("name"))  # further names are credits, which the agent acts on
+    return bind(node, WRAPPERS, "correction.wrapper")[0] if name in WRAPPERS or "." in name else None

@@ -8,7 +8,6 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.correction import Correction
-from unified_rl.correction.adjust import penalty_coefficients, set_level, set_penalty_coefficients
 from unified_rl.errors import ConfigError
 from unified_rl.interventions.base import Plain, Wrapper
 from unified_rl.interventions.distribution import old_distribution
@@ -28,7 +27,7 @@ class AnnealLevel(Wrapper):
 
     def start(self, progress: float) -> None:
         """Sets p."""
-        set_level(self.correction, p=linear(self.p_start, self.p_end, progress))
+        self.correction.set_level(p=linear(self.p_start, self.p_end, progress))
 
 
 class SyncReference(Wrapper):
@@ -75,7 +74,7 @@ class AnnealPenalty(Wrapper):
         self.old = old_distribution(policy, top_k)
         self.rescores = self.full
         self.inverse = 1.0
-        self.sampled = penalty_coefficients(correction)
+        self.sampled = correction.penalty_coefficients
 
     @property
     def full(self) -> bool:
@@ -86,7 +85,7 @@ class AnnealPenalty(Wrapper):
         """Sets the coefficient."""
         self.inverse = 1.0 / max(linear(self.first, self.last, progress), self.floor)
         scale = 0.0 if self.full else self.inverse
-        set_penalty_coefficients(self.correction, [scale * c for c in self.sampled])
+        self.correction.set_penalty_coefficients([scale * c for c in self.sampled])
 
     def annotate(self, part: TensorDictBase) -> dict[str, Tensor]:
         """The distributions at the start of the update."""

@@ -11,7 +11,6 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.correction import Correction
-from unified_rl.correction.adjust import with_kernel
 from unified_rl.errors import ConfigError
 from unified_rl.interventions.base import Metrics, Wrapper
 from unified_rl.optimizer import Optimizer
@@ -108,7 +107,7 @@ class ClipBiasScale(Wrapper):
     def __init__(self, policy: Any, correction: Correction, *, decay: float = 0.99) -> None:
         super().__init__(policy, correction)
         self.decay = decay
-        self.unclipped = with_kernel(correction, "is")
+        self.unclipped = correction.with_kernel("ratio")
         self.running = 0.0
         self.removed: Sequence[Tensor] | None = None
         self.scale = 1.0

@@ -22,8 +22,6 @@ from unified_rl.objectives.value import value_loss
 
 OWN_ROWS = Rows("own")
 EXPERT_ROWS = Rows(["demonstration", "expert"])
-EXPERT_KERNELS = ("demonstration_shape", "one", "likelihood_pair")
-"""Kernels that have a weight for rows of unknown behavior probability."""
 
 
 class PolicyGradientTerm(Term):
@@ -76,7 +74,7 @@ class PolicyGradientTerm(Term):
 
     def _refuse_shown(self, rows: TensorDictBase) -> None:
         shown = EXPERT_ROWS.within(rows)["mask"]
-        if self.correction.kernel_name not in EXPERT_KERNELS and bool(shown.any()):
+        if not self.correction.kernel.traits.scores_experts and bool(shown.any()):
             raise ConfigError(
                 f"correction {self.correction.name} divides by the probability that a row had when it was sampled, and "
                 "nobody knows that of demonstrations: set agent.objectives.policy.rows=own, or use correction=luffy"

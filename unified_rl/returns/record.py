@@ -84,7 +84,7 @@ def _stratified(record: TensorDictBase, reward: Tensor, group: Tensor, settings:
 
 
 def _entry(record: TensorDictBase, name: str) -> Tensor:
-    value = record.get(name, None)
+    value: Tensor | None = record.get(name, None)
     if value is None:
         held = ", ".join(sorted(map(str, record.keys())))
         raise RecordError(f"the advantage is set to use {name!r}, which the record lacks; it holds {held}")

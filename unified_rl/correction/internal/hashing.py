@@ -27,7 +27,7 @@ def unit_noise(batch: TensorDictBase, layout: Layout, seed: int, at: tuple[Tenso
 
 
 def _row_key(batch: TensorDictBase, layout: Layout, seed: int) -> Tensor:
-    row = batch.get("row_id", None)
+    row: Tensor | None = batch.get("row_id", None)
     if row is None:  # the log-probs' own bits tell rows apart, wherever they stand in the batch
         bits = anchor_log_prob(batch, "behavior").float().contiguous().view(torch.int32)
         row = bits.masked_fill(~layout.mask, 0).sum(-1)

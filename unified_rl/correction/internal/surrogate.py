@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDictBase
@@ -20,6 +20,13 @@ class KnownGradient(torch.autograd.Function):
     the log-probs get ``slope`` times what comes in. They may be anything where the slope is 0.
     """
 
+    if TYPE_CHECKING:  # torch declares it without types
+
+        @classmethod
+        def apply(cls, log_prob: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+            """``value``, with the gradient ``slope``."""
+            raise NotImplementedError
+
     @staticmethod
     def forward(ctx: Any, log_prob: Tensor, value: Tensor, slope: Tensor) -> Tensor:
         ctx.save_for_backward(slope)
@@ -27,7 +34,7 @@ class KnownGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
         return (slope * gradient).to(ctx.dtype), None, None
 
@@ -37,7 +44,7 @@ def unit_advantage(batch: TensorDictBase, mask: Tensor, count: Tensor, dtype: to
 
     ``count [B]`` is the number of masked-in units: what stands in a row without any does not count.
     """
-    advantage = batch.get("advantage", None)
+    advantage: Tensor | None = batch.get("advantage", None)
     if advantage is None:
         if optional:
             return torch.zeros(mask.shape, dtype=dtype, device=mask.device)

@@ -1,7 +1,7 @@
-"""Kernels: the weight ``g [B, N]`` that multiplies the score, detached.
+"""Kernels that look at each unit alone.
 
 A surrogate ``f(ratio) * A`` has the gradient ``g(ratio) * A * grad log pi`` with ``g(ratio) = ratio * f'(ratio)``; that
-``g`` is what stands here. Kernels whose weight depends on the whole batch are in ``batch_kernels`` and ``regression``.
+``g`` is what stands here.
 """
 
 from __future__ import annotations
@@ -11,87 +11,183 @@ import math
 import torch
 from torch import Tensor
 
+from unified_rl.correction.kernels.kernel import Kernel, Traits, by_name, clipped_formula, number
 from unified_rl.correction.view import View, narrow, only, share
 from unified_rl.units import Source
 
 
-def one(view: View) -> Tensor:
+class Constant(Kernel):
     """Weight 1: REINFORCE."""
-    return torch.ones_like(view.log_ratio)
+
+    name, formerly = "constant", "one"
+    traits = Traits(holds_ratio=False, scores_experts=True, purpose="")
+
+    def formula(self) -> str:
+        """One."""
+        return "1"
+
+    def weight(self, view: View) -> Tensor:
+        """Ones."""
+        return torch.ones_like(view.log_ratio)
 
 
-def importance(view: View) -> Tensor:
+class Ratio(Kernel):
     """The ratio itself: plain importance sampling."""
-    return view.ratio
+
+    name, formerly = "ratio", "is"
+    traits = Traits(purpose="")
+
+    def formula(self) -> str:
+        """The ratio."""
+        return "r"
+
+    def weight(self, view: View) -> Tensor:
+        """The ratio."""
+        return view.ratio
 
 
-def ppo(view: View, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None) -> Tensor:
+class PPO(Kernel):
     """The ratio, or 0 where it left ``[1 - clip_low, 1 + clip_high]`` in the direction that A pushes.
 
     ``dual_clip`` also zeroes A < 0 above that ratio. Proximal Policy Optimization Algorithms, 1707.06347; dual clip:
     Mastering Complex Control in MOBA Games with Deep Reinforcement Learning, 1912.09729.
     """
+
+    name = "ppo"
+    traits = Traits(truncates=True)
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+
+    def formula(self) -> str:
+        """The bounds, as ratios."""
+        return clipped_formula(1 - self.clip_low, 1 + self.clip_high, self.dual_clip)
+
+    def weight(self, view: View) -> Tensor:
+        """The ratio inside the bounds."""
+        return ppo(view, self.clip_low, self.clip_high, self.dual_clip)
+
+
+def ppo(view: View, clip_low: float, clip_high: float, dual_clip: float | None = None) -> Tensor:
+    """The weight of :class:`PPO`, ``[B, N]``."""
     return only(~outside(view, clip_low, clip_high, dual_clip), view.ratio)
 
 
 def outside(view: View, clip_low: float, clip_high: float, dual_clip: float | None) -> Tensor:
-    """Where :func:`ppo` clips, ``[B, N]`` bool."""
+    """Where :class:`PPO` clips, ``[B, N]`` bool."""
     below = view.ratio < 1 - clip_low
     if dual_clip is not None:
         below = below | (view.ratio > dual_clip)
     return (view.up & (view.ratio > 1 + clip_high)) | (below & ~view.up)
 
 
-def clamp(view: View, *, low: float = 0.0, high: float = math.inf) -> Tensor:
+class Clipped(Kernel):
     """``clip(ratio, low, high)``: bounded weights that never lose their unit. CISPO, 2506.13585; AIPO, 2505.24034."""
-    return view.ratio.clamp(low, high)
+
+    name, formerly = "clipped", "clamp"
+    traits = Traits(truncates=True)
+    low: float = 0.0
+    high: float = math.inf
+
+    def formula(self) -> str:
+        """The bounds."""
+        return f"clip(r, {number(self.low)}, {number(self.high)})"
+
+    def weight(self, view: View) -> Tensor:
+        """The bounded ratio."""
+        return view.ratio.clamp(self.low, self.high)
 
 
-def band(view: View, *, low: float = 0.8, high: float = 1.2, weighted: bool = True) -> Tensor:
+class Band(Kernel):
     """The ratio inside ``[low, high]``, else 0, whatever the sign of A; weight 1 inside where not ``weighted``.
 
     REC two-sided, 2509.24203; sPPO, 2108.05828 (bounds ``1 / (1 + eps)`` and ``1 + eps``, not weighted).
     """
-    return _inside((view.ratio >= low) & (view.ratio <= high), view, weighted)
+
+    name = "band"
+    traits = Traits(truncates=True)
+    low: float = 0.8
+    high: float = 1.2
+    weighted: bool = True
+
+    def formula(self) -> str:
+        """The bounds."""
+        inside = "r" if self.weighted else "1"
+        return f"{inside} where {number(self.low)} <= r <= {number(self.high)}, else 0"
+
+    def weight(self, view: View) -> Tensor:
+        """The ratio, or 1, inside."""
+        return _inside((view.ratio >= self.low) & (view.ratio <= self.high), view, self.weighted)
 
 
-def ring(
-    view: View,
-    *,
-    low: float = 0.8,
-    high: float = 1.2,
-    outer_low: float = 0.4,
-    outer_high: float = 3.0,
-    weighted: bool = True,
-) -> Tensor:
+class Ring(Kernel):
     """Inside ``[low, high]``, or far enough out on the side that A pulls back from. REC ring, 2509.24203."""
-    ratio, a = view.ratio, narrow(view.advantage)
-    inside = (ratio >= low) & (ratio <= high)
-    back = ((a >= 0) & (ratio <= outer_low)) | ((a <= 0) & (ratio >= outer_high))
-    return _inside(inside | back, view, weighted)
+
+    name = "ring"
+    traits = Traits(truncates=True)
+    low: float = 0.8
+    high: float = 1.2
+    outer_low: float = 0.4
+    outer_high: float = 3.0
+    weighted: bool = True
+
+    def formula(self) -> str:
+        """Both pairs of bounds."""
+        return (
+            f"{'r' if self.weighted else '1'} where {number(self.low)} <= r <= {number(self.high)}, or A >= 0 and "
+            f"r <= {number(self.outer_low)}, or A <= 0 and r >= {number(self.outer_high)}; else 0"
+        )
+
+    def weight(self, view: View) -> Tensor:
+        """The ratio, or 1, where it counts."""
+        ratio, a = view.ratio, narrow(view.advantage)
+        inside = (ratio >= self.low) & (ratio <= self.high)
+        back = ((a >= 0) & (ratio <= self.outer_low)) | ((a <= 0) & (ratio >= self.outer_high))
+        return _inside(inside | back, view, self.weighted)
 
 
 def _inside(inside: Tensor, view: View, weighted: bool) -> Tensor:
     return only(inside, view.ratio) if weighted else share(inside, view.ratio.dtype)
 
 
-def sign_clamp(
-    view: View,
-    *,
-    low_positive: float = 0.8,
-    high_positive: float = 1.2,
-    low_negative: float = 0.0,
-    high_negative: float = 2.0,
-) -> Tensor:
+class SignClamp(Kernel):
     """``clip(ratio)`` with bounds chosen by the sign of A. DISPO, 2602.00983."""
-    ratio = view.ratio
-    positive = ratio.clamp(low_positive, high_positive)
-    return torch.where(view.up, positive, ratio.clamp(low_negative, high_negative))
+
+    name = "sign_clamp"
+    traits = Traits(truncates=True)
+    low_positive: float = 0.8
+    high_positive: float = 1.2
+    low_negative: float = 0.0
+    high_negative: float = 2.0
+
+    def formula(self) -> str:
+        """The bounds of both signs."""
+        return (
+            f"clip(r, {number(self.low_positive)}, {number(self.high_positive)}) for A > 0, "
+            f"clip(r, {number(self.low_negative)}, {number(self.high_negative)}) otherwise"
+        )
+
+    def weight(self, view: View) -> Tensor:
+        """The bounded ratio."""
+        ratio = view.ratio
+        positive = ratio.clamp(self.low_positive, self.high_positive)
+        return torch.where(view.up, positive, ratio.clamp(self.low_negative, self.high_negative))
 
 
-def taper(view: View, *, low: float = 0.0, high: float = 1.0) -> Tensor:
+class Tapered(Kernel):
     """1 for A > 0, else ``clip(ratio, low, high)``. TOPR (Tapered Off-Policy REINFORCE), 2503.14286."""
-    return view.ratio.clamp(low, high).masked_fill_(view.up, 1.0)
+
+    name, formerly = "tapered", "taper"
+    low: float = 0.0
+    high: float = 1.0
+
+    def formula(self) -> str:
+        """The bounds."""
+        return f"1 for A > 0, clip(r, {number(self.low)}, {number(self.high)}) otherwise"
+
+    def weight(self, view: View) -> Tensor:
+        """1 or the bounded ratio."""
+        return view.ratio.clamp(self.low, self.high).masked_fill_(view.up, 1.0)
 
 
 def _by_sign(up: Tensor, positive: float, negative: float, view: View) -> Tensor:
@@ -99,82 +195,225 @@ def _by_sign(up: Tensor, positive: float, negative: float, view: View) -> Tensor
     return negative + (positive - negative) * up.to(view.ratio.dtype)
 
 
-def gate(view: View, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> Tensor:
+class SoftGate(Kernel):
     """``4 r s (1 - s)`` with ``s = sigmoid(tau (r - 1))``: a soft clip. SAPO, 2511.20347."""
-    tau = _by_sign(view.up, tau_positive, tau_negative, view)
-    s = (tau * (view.ratio - 1)).sigmoid()
-    return 4 * view.ratio * s * (1 - s)
+
+    name, formerly = "soft_gate", "gate"
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+
+    def formula(self) -> str:
+        """The temperatures."""
+        return (
+            f"4 r s (1 - s), s = sigmoid(tau (r - 1)), tau = {number(self.tau_positive)} for A > 0, "
+            f"{number(self.tau_negative)} otherwise"
+        )
+
+    def weight(self, view: View) -> Tensor:
+        """The soft gate."""
+        tau = _by_sign(view.up, self.tau_positive, self.tau_negative, view)
+        s = (tau * (view.ratio - 1)).sigmoid()
+        return 4 * view.ratio * s * (1 - s)
 
 
-def gamma(
-    view: View,
-    *,
-    k_positive: float = 2.0,
-    lam_positive: float = 3.0,
-    k_negative: float = 3.0,
-    lam_negative: float = 2.0,
-) -> Tensor:
+class GammaDensity(Kernel):
     """``r^k exp(lam - lam r)``: peaks at ``k / lam`` and vanishes on both sides. VESPO, 2602.10693."""
-    up = narrow(view.advantage) >= 0
-    k, lam = _by_sign(up, k_positive, k_negative, view), _by_sign(up, lam_positive, lam_negative, view)
-    return (lam + k * view.log_ratio - lam * view.ratio).exp()
+
+    name, formerly = "gamma_density", "gamma"
+    k_positive: float = 2.0
+    lam_positive: float = 3.0
+    k_negative: float = 3.0
+    lam_negative: float = 2.0
+
+    def formula(self) -> str:
+        """The exponents of both signs."""
+        return (
+            f"r^k exp(lam - lam r), (k, lam) = ({number(self.k_positive)}, {number(self.lam_positive)}) for A >= 0, "
+            f"({number(self.k_negative)}, {number(self.lam_negative)}) otherwise"
+        )
+
+    def weight(self, view: View) -> Tensor:
+        """The density, 1 at ratio 1."""
+        up = narrow(view.advantage) >= 0
+        k = _by_sign(up, self.k_positive, self.k_negative, view)
+        lam = _by_sign(up, self.lam_positive, self.lam_negative, view)
+        return (lam + k * view.log_ratio - lam * view.ratio).exp()
 
 
-def tv_mask(view: View, *, low: float = 0.2, high: float = 0.2, cap: float = 20.0) -> Tensor:
+class TVMask(Kernel):
     """``min(ratio, cap)``, or 0 where the probability itself moved too far the way A pushes. DPPO, 2602.04879."""
-    moved = view.log_prob.exp() - (view.log_prob - view.unit_log_ratio).exp()
-    bad = (view.up & (moved > high)) | (~view.up & (moved < -low))
-    return only(~bad, view.ratio.clamp(max=cap))
+
+    name = "tv_mask"
+    traits = Traits(truncates=True, probabilities="ppo")
+    low: float = 0.2
+    high: float = 0.2
+    cap: float = 20.0
+
+    def formula(self) -> str:
+        """The bounds of the probability's move."""
+        return (
+            f"min(r, {number(self.cap)}), but 0 where A > 0 and p - q > {number(self.high)}, or A < 0 and "
+            f"q - p > {number(self.low)} (p, q: the unit's probability now and under the anchor)"
+        )
+
+    def weight(self, view: View) -> Tensor:
+        """The ratio where the probability stayed near."""
+        moved = view.log_prob.exp() - (view.log_prob - view.unit_log_ratio).exp()
+        bad = (view.up & (moved > self.high)) | (~view.up & (moved < -self.low))
+        return only(~bad, view.ratio.clamp(max=self.cap))
 
 
-def kl_mask(view: View, *, low: float = 0.05, high: float = 0.05, cap: float = 20.0) -> Tensor:
+class KLMask(Kernel):
     """As ``tv_mask`` with the binary KL from the anchor, in the direction that A pushes. DPPO, 2602.04879."""
-    tiny = 1e-8
-    p, q = view.log_prob.exp(), (view.log_prob - view.unit_log_ratio).exp()
-    kl = -q * view.unit_log_ratio + (1 - q) * ((1 - q + tiny) / (1 - p + tiny)).log()
-    bad = (view.up & (p > q) & (kl > high)) | (~view.up & (p < q) & (kl > low))
-    return only(~bad, view.ratio.clamp(max=cap))
+
+    name = "kl_mask"
+    traits = Traits(truncates=True, probabilities="ppo")
+    low: float = 0.05
+    high: float = 0.05
+    cap: float = 20.0
+
+    def formula(self) -> str:
+        """The bounds of the KL."""
+        return (
+            f"min(r, {number(self.cap)}), but 0 where A > 0, p > q and KL > {number(self.high)}, or A < 0, p < q and "
+            f"KL > {number(self.low)} (KL between the two-outcome distributions q and p)"
+        )
+
+    def weight(self, view: View) -> Tensor:
+        """The ratio where the KL is small."""
+        tiny = 1e-8
+        p, q = view.log_prob.exp(), (view.log_prob - view.unit_log_ratio).exp()
+        kl = -q * view.unit_log_ratio + (1 - q) * ((1 - q + tiny) / (1 - p + tiny)).log()
+        bad = (view.up & (p > q) & (kl > self.high)) | (~view.up & (p < q) & (kl > self.low))
+        return only(~bad, view.ratio.clamp(max=self.cap))
 
 
-def log_clip(
-    view: View, *, low: float = 0.025, high: float = 0.05, dual: float | None = 0.05, power: float = 0.5
-) -> Tensor:
+class LogClip(Kernel):
     """PPO clipping of the log-ratio at ``-low t^power`` and ``high t^power``, t the unit's position in its row.
 
     For A < 0 also above ``dual t^power``. CTPO, 2605.07331.
     """
-    wide = view.layout.position.to(view.log_ratio.dtype) ** power
-    below = view.log_ratio < -low * wide
-    bad = below if dual is None else below | (view.log_ratio > dual * wide)
-    return view.zeroed(view.log_ratio > high * wide, bad)
+
+    name = "log_clip"
+    traits = Traits(truncates=True)
+    low: float = 0.025
+    high: float = 0.05
+    dual: float | None = 0.05
+    power: float = 0.5
+
+    def formula(self) -> str:
+        """The bounds, as functions of the position."""
+        wide = f"t^{number(self.power)}"
+        return (
+            f"r, but 0 where A > 0 and d > {number(self.high)} {wide}, or A < 0 and d < -{number(self.low)} {wide}"
+            + ("" if self.dual is None else f" or d > {number(self.dual)} {wide}")
+            + " (t: position in the row)"
+        )
+
+    def weight(self, view: View) -> Tensor:
+        """The ratio inside the bounds."""
+        wide = view.layout.position.to(view.log_ratio.dtype) ** self.power
+        below = view.log_ratio < -self.low * wide
+        bad = below if self.dual is None else below | (view.log_ratio > self.dual * wide)
+        return view.zeroed(view.log_ratio > self.high * wide, bad)
 
 
-def exp_advantage(view: View, *, temperature: float = 1.0) -> Tensor:
+class ExpAdvantage(Kernel):
     """``exp(A / temperature)``, without a ratio. RED-Weight, 2509.24203."""
-    return (narrow(view.advantage) / temperature).clamp(max=20.0).exp().expand_as(view.log_ratio)
+
+    name = "exp_advantage"
+    traits = Traits(holds_ratio=False, purpose="")
+    temperature: float = 1.0
+
+    def formula(self) -> str:
+        """The exponential."""
+        return "exp(A)" if self.temperature == 1 else f"exp(A / {number(self.temperature)})"
+
+    def weight(self, view: View) -> Tensor:
+        """The exponential."""
+        return (narrow(view.advantage) / self.temperature).clamp(max=20.0).exp().expand_as(view.log_ratio)
 
 
-def shape(view: View, *, gamma: float = 0.1) -> Tensor:
+class Shaped(Kernel):
     """``gamma r / (r + gamma)^2``: lifts units of low probability. LUFFY's policy shaping, 2504.14945."""
-    return gamma * view.ratio / (view.ratio + gamma).square()
+
+    name, formerly = "shaped", "shape"
+    traits = Traits(probabilities="importance_sampling")
+    gamma: float = 0.1
+
+    def formula(self) -> str:
+        """The shaping."""
+        return f"c r / (r + c)^2, c = {number(self.gamma)}"
+
+    def weight(self, view: View) -> Tensor:
+        """The slope of ``r / (r + gamma)``, times the ratio."""
+        return self.gamma * view.ratio / (view.ratio + self.gamma).square()
 
 
-def demonstration_shape(view: View, *, gamma: float = 0.1, clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor:
-    """``shape`` of the bare probability on demonstration and expert rows, PPO on all others. LUFFY, 2504.14945."""
-    source = view.batch.get("source", None)
-    on_policy = ppo(view, clip_low=clip_low, clip_high=clip_high)
-    if source is None:
-        return on_policy
-    shown = (source == Source.DEMONSTRATION) | (source == Source.EXPERT)
-    p = view.log_prob.exp()
-    return torch.where(shown.unsqueeze(-1), gamma * p / (p + gamma).square(), on_policy)
+class DemonstrationShape(Kernel):
+    """``shaped`` of the bare probability on demonstration and expert rows, PPO on all others. LUFFY, 2504.14945."""
+
+    name = "demonstration_shape"
+    traits = Traits(probabilities="ppo", demonstrations="dapo", scores_experts=True)
+    gamma: float = 0.1
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    def formula(self) -> str:
+        """Both rules."""
+        return f"c p / (p + c)^2, c = {number(self.gamma)}, p = pi, on demonstrations; elsewhere " + clipped_formula(
+            1 - self.clip_low, 1 + self.clip_high, None
+        )
+
+    def weight(self, view: View) -> Tensor:
+        """The one or the other, by the row's source."""
+        source = view.batch.get("source", None)
+        on_policy = ppo(view, self.clip_low, self.clip_high)
+        if source is None:
+            return on_policy
+        shown = (source == Source.DEMONSTRATION) | (source == Source.EXPERT)
+        p = view.log_prob.exp()
+        return torch.where(shown.unsqueeze(-1), self.gamma * p / (p + self.gamma).square(), on_policy)
 
 
-def centered_ppo(view: View, *, clip: float = 0.2) -> Tensor:
+class CenteredPPO(Kernel):
     """PPO on the ratio to each unit's own behavior policy, clipped around the proximal policy's ratio to it.
 
     ReMix, 2507.06892 (clip form recalled, not read).
     """
-    centre = (view.unit_log_ratio - view.against("proximal")).exp()
-    ratio = view.ratio
-    return view.zeroed(ratio > centre + clip, ratio < centre - clip)
+
+    name = "centered_ppo"
+    traits = Traits(truncates=True, anchors=("proximal",))
+    clip: float = 0.2
+
+    def formula(self) -> str:
+        """The bounds around the proximal policy."""
+        clip = number(self.clip)
+        return f"r, but 0 where A > 0 and r > m + {clip}, or A < 0 and r < m - {clip}, m = proximal / behavior"
+
+    def weight(self, view: View) -> Tensor:
+        """The ratio inside the bounds."""
+        center = (view.unit_log_ratio - view.against("proximal")).exp()
+        ratio = view.ratio
+        return view.zeroed(ratio > center + self.clip, ratio < center - self.clip)
+
+
+KERNELS = by_name(
+    Constant,
+    Ratio,
+    PPO,
+    Clipped,
+    Band,
+    Ring,
+    SignClamp,
+    Tapered,
+    SoftGate,
+    GammaDensity,
+    TVMask,
+    KLMask,
+    LogClip,
+    ExpAdvantage,
+    Shaped,
+    DemonstrationShape,
+    CenteredPPO,
+)

@@ -62,6 +62,15 @@ DEFAULTS: dict[str, Any] = {
 }
 """Settings of every penalty beside those of its function."""
 
+TYPES: dict[str, Any] = {
+    "anchor": str,
+    "coefficient": float,
+    "statistic": str | None,
+    "select": str | Mapping[str, Any] | None,
+    "importance": bool,
+}
+"""Their types."""
+
 
 class Penalty:
     """One penalty of a correction: a function of the log-ratio to an anchor, and what it is multiplied by.
@@ -71,18 +80,18 @@ class Penalty:
     :data:`SELECTIONS`), ``importance`` (multiply by the differentiable ratio to the behavior policy).
     """
 
-    def __init__(self, node: str | Mapping[str, Any]) -> None:
-        self.value, given = bind(node, PENALTIES, "penalty", DEFAULTS)
+    def __init__(self, node: str | Mapping[str, Any], where: str = "correction.penalty") -> None:
+        self.value, given = bind(node, PENALTIES, where, TYPES)
         given = {**DEFAULTS, **given}
         self.anchor: str = given["anchor"]
         known = [*ANCHORS, "none", "mixture"]
         if self.anchor not in known:
-            raise ConfigError(f"unknown anchor {self.anchor!r} of a penalty; {nearest(self.anchor, known)}")
-        self.coefficient = float(given["coefficient"])
+            raise ConfigError(f"{where}.anchor {self.anchor!r} is unknown; {nearest(self.anchor, known)}")
+        self.coefficient: float = given["coefficient"]
         self.statistic: str | None = given["statistic"]
-        self.importance = bool(given["importance"])
+        self.importance: bool = given["importance"]
         select = given["select"]
-        self.select = None if select is None else bind(select, SELECTIONS, "selection")[0]
+        self.select = None if select is None else bind(select, SELECTIONS, f"{where}.select")[0]
 
     @property
     def anchors(self) -> set[str]:

@@ -7,22 +7,28 @@ Bounds are always about the ratio itself, never about its inverse.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from unified_rl.correction.levels import LEVELS, Layout
+from unified_rl.correction.levels import LEVELS, Layout, Level
 from unified_rl.correction.lookup import bind
-from unified_rl.errors import ConfigError
 
 
 def band(
-    d: Tensor, layout: Layout, advantage: Tensor, *, level: str = "geometric", low: float = 0.5, high: float = 2.0
+    d: Tensor,
+    layout: Layout,
+    advantage: Tensor,
+    *,
+    level: str | Mapping[str, Any] | Level = "geometric",
+    low: float = 0.5,
+    high: float = 2.0,
 ) -> Tensor:
     """Keeps where the ratio at ``level`` lies in ``[low, high]``."""
-    function, _ = bind(level, LEVELS, "level")
-    log_ratio = function(d, layout)
+    function = level if callable(level) else bind(level, LEVELS, "level")[0]
+    log_ratio: Tensor = function(d, layout)
     lower = math.log(low) if low > 0 else -math.inf
     return (log_ratio >= lower) & (log_ratio <= math.log(high))
 
@@ -32,8 +38,8 @@ def divergence(
     layout: Layout,
     advantage: Tensor,
     *,
-    estimator: str = "k3",
-    over: str = "sequence_mean",
+    estimator: Literal["k1", "k2", "k3"] = "k3",
+    over: Literal["unit", "sequence_sum", "sequence_mean", "sequence_max"] = "sequence_mean",
     high: float = 0.01,
 ) -> Tensor:
     """Keeps where a divergence estimate of the acting policy from the other is at most ``high``.
@@ -41,13 +47,9 @@ def divergence(
     ``estimator`` k1 is ``|log ratio|``, k2 ``d^2 / 2``, k3 ``exp(d) - 1 - d``; ``over`` is unit, sequence_sum,
     sequence_mean or sequence_max.
     """
-    if estimator not in ESTIMATORS:
-        raise ConfigError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
-    if over not in REDUCTIONS:
-        raise ConfigError(f"rejection can not go over {over!r}; known: {', '.join(REDUCTIONS)}")
     if estimator == "k1":  # the sum first: opposite drifts cancel, as in the ratio of the whole row
-        return REDUCTIONS[over](d.abs() if over == "sequence_max" else d, layout).abs() <= high
-    return REDUCTIONS[over](ESTIMATORS[estimator](d), layout) <= high
+        return OVER[over](d.abs() if over == "sequence_max" else d, layout).abs() <= high
+    return OVER[over](ESTIMATORS[estimator](d), layout) <= high
 
 
 def veto(d: Tensor, layout: Layout, advantage: Tensor, *, low: float = 1e-4, high: float = math.inf) -> Tensor:
@@ -70,7 +72,7 @@ ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "k3": lambda d: d.expm1() - d,
 }
 
-REDUCTIONS: dict[str, Callable[[Tensor, Layout], Tensor]] = {
+OVER: dict[str, Callable[[Tensor, Layout], Tensor]] = {
     "unit": lambda x, layout: x,
     "sequence_sum": lambda x, layout: x.sum(-1, keepdim=True).expand_as(x),
     "sequence_mean": lambda x, layout: (x.sum(-1, keepdim=True) / layout.count.to(x.dtype)).expand_as(x),

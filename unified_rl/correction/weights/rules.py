@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.correction.internal.distributed import Total, identity
-from unified_rl.correction.levels import LEVELS, Layout
-from unified_rl.correction.lookup import as_rule, bind
+from unified_rl.correction.levels import LEVELS, Layout, Level
+from unified_rl.correction.lookup import as_rule, bind, settings_of
 from unified_rl.correction.view import anchor_log_prob, difference, safe
 from unified_rl.correction.weights.mismatch import MISMATCHES, normalized
 from unified_rl.correction.weights.rejection import REJECTS
@@ -22,6 +24,30 @@ Node = str | Mapping[str, Any]
 
 DEFAULTS: dict[str, Any] = {"level": "unit", "normalize": False}
 """Settings of every mismatch rule beside those of its function."""
+
+NUMERATOR = {"numerator": Literal["proximal", "current"]}
+EXTRA: dict[str, Mapping[str, Any]] = {"mismatch": {"level": Node, "normalize": bool, **NUMERATOR}, "reject": NUMERATOR}
+"""Types of the settings that every rule of a kind has."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A mismatch weight or a rejection with its settings fixed.
+
+    Attributes:
+        settings: as they were given, with ``name``.
+        function: of the ratio (mismatch), or of log-ratios, layout and advantage (rejection).
+        numerator: ``proximal`` or ``current``, over the behavior policy.
+        level, level_name: at which a mismatch ratio is formed.
+        normalize: divide mismatch weights by their mean.
+    """
+
+    settings: Mapping[str, Any]
+    function: Any
+    numerator: str
+    level: Level
+    level_name: str
+    normalize: bool
 
 
 def default_numerator(anchor: str) -> str:
@@ -49,33 +75,33 @@ class Rules:
                 "top would count it twice: set anchor=proximal, or mismatch=[]"
             )
         self._default = default_numerator(anchor)
-        self._mismatch = [self._bound(node, "mismatch") for node in mismatch]
-        self._reject = [self._bound(node, "reject") for node in reject]
+        self.mismatch = tuple(self._bound(node, "mismatch", i) for i, node in enumerate(mismatch))
+        self.reject = tuple(self._bound(node, "reject", i) for i, node in enumerate(reject))
 
-    def _bound(self, node: Node, where: str) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-        table, extra = (MISMATCHES, list(DEFAULTS)) if where == "mismatch" else (REJECTS, [])
-        function, others = bind(node, table, where, [*extra, "numerator"])
-        numerator = others.setdefault("numerator", self._default)
-        if numerator not in ("proximal", "current"):
-            raise ConfigError(f"the numerator of a {where} rule is proximal or current, got {numerator!r}")
-        if where == "mismatch":
-            others = {**DEFAULTS, **others}
-            others["bound_level"], _ = bind(others["level"], LEVELS, "level")
-        return as_rule(node, where), function, others
+    def _bound(self, node: Node, kind: str, index: int) -> Rule:
+        table, where = {"mismatch": MISMATCHES, "reject": REJECTS}[kind], f"correction.{kind}.{index}"
+        function, others = bind(node, table, where, EXTRA[kind])
+        others = {"numerator": self._default, **DEFAULTS, **others}
+        level = bind(others["level"], LEVELS, f"{where}.level")[0]
+        if kind == "reject" and "level" in settings_of(function):  # found once, and not at every update
+            own = as_rule(node, where).get("level", settings_of(function)["level"].default)
+            function = partial(function, level=bind(own, LEVELS, f"{where}.level")[0])
+        name = as_rule(others["level"], where)["name"]
+        return Rule(as_rule(node, where), function, others["numerator"], level, name, others["normalize"])
 
     @property
-    def _all(self) -> list[tuple[dict[str, Any], Any, dict[str, Any]]]:
-        return [*self._mismatch, *self._reject]
+    def _all(self) -> tuple[Rule, ...]:
+        return (*self.mismatch, *self.reject)
 
     @property
     def current(self) -> bool:
         """Whether a rule looks at the current policy."""
-        return any(others["numerator"] == "current" for _, _, others in self._all)
+        return any(rule.numerator == "current" for rule in self._all)
 
     @property
     def anchors(self) -> set[str]:
         """Anchors whose log-probs the rules need."""
-        used = {others["numerator"] for _, _, others in self._all} - {"current"}
+        used = {rule.numerator for rule in self._all} - {"current"}
         return used | ({"behavior"} if self._all else set())
 
     def apply(
@@ -88,21 +114,21 @@ class Rules:
         """
         if not self._all:
             return None
-        drift = {n: self._drift(n, log_prob, batch) for n in {others["numerator"] for _, _, others in self._all}}
+        drift = {n: self._drift(n, log_prob, batch) for n in {rule.numerator for rule in self._all}}
         masks = [layout.mask for _, layout in drift.values()]
         keep = valid = masks[0] if len(masks) == 1 else masks[0] & masks[1]
-        for rule, function, others in self._reject:
-            d, layout = drift[others["numerator"]]
-            keep = keep & function(d, layout, stats["advantage"])
-            _warn_if_nothing(rule, keep, valid)
+        for rule in self.reject:
+            d, layout = drift[rule.numerator]
+            keep = keep & rule.function(d, layout, stats["advantage"])
+            _warn_if_nothing(rule.settings, keep, valid)
         stats["keep"] = keep
-        for rule, function, others in self._mismatch:
-            d, layout = drift[others["numerator"]]
-            weight = function(others["bound_level"](d, layout).exp())
-            if rule["name"] == "mask":
-                _warn_if_nothing(rule, (weight != 0) & valid, valid)
-            if others["normalize"]:
-                weight = normalized(weight, layout.mask, as_rule(others["level"], "level")["name"], total)
+        for rule in self.mismatch:
+            d, layout = drift[rule.numerator]
+            weight = rule.function(rule.level(d, layout).exp())
+            if rule.settings["name"] == "mask":
+                _warn_if_nothing(rule.settings, (weight != 0) & valid, valid)
+            if rule.normalize:
+                weight = normalized(weight, layout.mask, rule.level_name, total)
             stats["weight"] = stats["weight"] * weight if "weight" in stats else weight
         return keep
 

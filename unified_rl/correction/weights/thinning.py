@@ -59,13 +59,13 @@ def drop_negatives(
     total: Total = identity,
     *,
     surplus: float = 1.0,
-    recentre: bool = True,
+    recenter: bool = True,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Of each group, drops random rows of A < 0 beyond ``surplus`` times its other rows. RED-Drop, 2509.24203.
 
     Returns:
-        The weight, and the advantage less its mean over what is left of the group (as it was where not ``recentre``).
+        The weight, and the advantage less its mean over what is left of the group (as it was where not ``recenter``).
     """
     groups = Groups.of(batch)
     live = layout.mask.any(-1)
@@ -74,7 +74,7 @@ def drop_negatives(
     allowed = (surplus * groups.sum(share(live & ~negative, advantage.dtype))).ceil()
     rank = _rank(row_noise(batch, layout, seed).squeeze(-1).masked_fill(~negative, torch.inf), groups)
     kept = share(live & (~negative | (rank < allowed)), advantage.dtype)
-    if recentre:
+    if recenter:
         shift = groups.weighted_mean(each, kept).unsqueeze(-1)
         advantage = (narrow(advantage) - shift).expand_as(advantage)
     return kept.unsqueeze(-1).expand_as(advantage), advantage

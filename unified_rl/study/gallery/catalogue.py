@@ -35,7 +35,7 @@ class Entry:
     @property
     def kernel(self) -> str:
         """Name of the kernel."""
-        return part_name(self.config.get("kernel", "one"))
+        return part_name(self.config.get("kernel", "constant"))
 
 
 @dataclass(frozen=True)

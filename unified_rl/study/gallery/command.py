@@ -49,12 +49,7 @@ def _show(name: str, overrides: Sequence[str], out: str | None, as_json: bool) -
     from unified_rl.study.gallery.described import described
 
     changed = {override.key: override.value for override in parse_overrides(overrides)}
-    try:
-        shown = described(name, changed)
-    except TypeError as error:  # settings of parts are not typed before they are used
-        if not overrides:
-            raise
-        raise ConfigError(f"a value among {' '.join(overrides)} has the wrong type: {error}") from error
+    shown = described(name, changed)
     path = None
     if out or not as_json:
         from unified_rl.study.gallery.draw import draw_one

@@ -17,7 +17,6 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.correction.correction import Correction
-from unified_rl.correction.kernels.tables import OWN_ADVANTAGE
 from unified_rl.correction.requirements import looks_at_batch
 from unified_rl.correction.view import ANCHORS
 from unified_rl.units import Source
@@ -92,7 +91,7 @@ def _has_outer(config: Mapping[str, Any]) -> bool:
 
 
 def _grid(count: int, span: float) -> Tensor:
-    """Evenly spaced, a little off centre so that no point falls on a round threshold."""
+    """Evenly spaced, a little off center so that no point falls on a round threshold."""
     return (torch.arange(count, dtype=torch.float64) - (count - 1) / 2 + 0.13) * (2 * span / count)
 
 
@@ -100,7 +99,7 @@ def _weights(correction: Correction, grid: Tensor, sign: float, whole_batch: boo
     """Coefficient of the score over ``c A``, ``[n]``; over that at log-ratio 0 where the kernel makes its own A."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a rule may well reject every point of a picture
-        own = correction.kernel_name in OWN_ADVANTAGE
+        own = correction.kernel.traits.own_advantage
         unit = _measured(correction, grid.new_zeros(1), sign, whole_batch, moved) if own else sign
         return _measured(correction, grid, sign, whole_batch, moved) / unit
 

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from unified_rl.correction.correction import Correction
-from unified_rl.correction.kernels.tables import KERNELS
+from unified_rl.correction.kernels import KERNELS
 from unified_rl.correction.levels import LEVELS
-from unified_rl.correction.lookup import as_rule
+from unified_rl.correction.lookup import as_rule, find, settings_of
 from unified_rl.correction.penalties import penalty
 from unified_rl.correction.penalties.selection import SELECTIONS
-from unified_rl.correction.presets import build_correction
 from unified_rl.correction.transforms import PRES
 from unified_rl.correction.view import ANCHORS
 from unified_rl.correction.weights import rules
@@ -20,13 +19,12 @@ from unified_rl.correction.weights.mismatch import MISMATCHES
 from unified_rl.correction.weights.rejection import REJECTS
 from unified_rl.correction.weights.thinning import THINS
 from unified_rl.errors import ConfigError
+from unified_rl.instantiate import REQUIRED
 from unified_rl.interventions import WRAPPERS
 from unified_rl.returns.groups import group_advantage
 
 Table = Mapping[str, Callable[..., Any]]
 ONE_RULE: dict[str, Table] = {"level": LEVELS, "kernel": KERNELS, "pre": PRES, "thin": THINS}
-BINARY_REWARDS = {"likelihood_pair"}
-"""Kernels that are defined for rewards of 0 and 1 alone."""
 
 
 def expanded(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +41,7 @@ def expanded(config: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: an unknown field, part or setting.
     """
     Correction.from_config(config)
-    fields = _defaults(build_correction)
+    fields = _defaults(Correction)
     full = {key: config.get(key, default) for key, default in fields.items()}
     for key, table in ONE_RULE.items():
         if full[key] is not None:
@@ -72,7 +70,7 @@ def needs(correction: Correction) -> dict[str, Any]:
     return {
         "log_probs": [key for anchor, key in ANCHORS.items() if correction.needs(anchor)],
         "discrete": _discrete_only(correction),
-        "binary_rewards": correction.kernel_name in BINARY_REWARDS,
+        "binary_rewards": correction.kernel.traits.binary_rewards,
         "full_pass": correction.needs_full_pass,
         "wrapper": correction.wrapper.get("name"),
     }
@@ -95,18 +93,13 @@ def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
 def _filled(node: str | Mapping[str, Any], table: Table, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A rule with ``name`` first and every setting."""
     rule = as_rule(node, "rule")
-    function = table[rule["name"]]
+    known = settings_of(find(rule["name"], table, "rule"))
     return {
         "name": rule["name"],
-        **_keyword_only(function),
+        **{key: parameter.default for key, parameter in known.items() if parameter.default is not REQUIRED},
         **(extra or {}),
         **{k: v for k, v in rule.items() if k != "name"},
     }
-
-
-def _keyword_only(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is not p.empty}
 
 
 def _penalty(node: str | Mapping[str, Any]) -> dict[str, Any]:

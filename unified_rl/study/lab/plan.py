@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from unified_rl.correction import Correction, load_correction, preset_config
-from unified_rl.correction.kernels.tables import OWN_ADVANTAGE
+from unified_rl.correction import Correction, load_correction
 from unified_rl.correction.requirements import looks_at_batch
 
 ROW, GROUP, SAMPLED_GROUP, SAMPLED_BATCH = "exact", "exact over groups", "sampled groups", "sampled batches"
@@ -20,7 +18,6 @@ OUTSIDE = {
 """Wrappers without which nothing of the method is left, and why the lab has none."""
 
 GROUPWISE_BASELINES = ("mean", "leave_one_out", "max", "none", "soft")
-PLAIN_KERNELS = {"one", "is", "exp_advantage"} | OWN_ADVANTAGE
 
 
 @dataclass(frozen=True)
@@ -58,21 +55,22 @@ def make_plan(name: str, advantage: str, *, binary: bool) -> Plan:
     Raises:
         ConfigError: an unknown preset (names the nearest).
     """
-    config, correction = preset_config(name), load_correction(name)
-    kernel, wrapper = correction.kernel_name, correction.wrapper.get("name")
+    correction = load_correction(name)
+    wrapper = correction.wrapper.get("name")
     mine = _advantage(correction, advantage)
     note = _note(correction, mine, wrapper)
     reason = OUTSIDE.get(str(wrapper), "")
-    if kernel == "likelihood_pair" and not binary:
+    if correction.kernel.traits.binary_rewards and not binary:
         reason = "it splits answers into right and wrong and needs rewards of 0 or 1"
-    return Plan(name, correction, mine, _route(config, correction, mine, binary), _intent(config), note, reason)
+    return Plan(name, correction, mine, _route(correction, mine, binary), _intent(correction), note, reason)
 
 
 def _note(correction: Correction, advantage: str, wrapper: str | None) -> str:
     """What differs from the method as published, or from the setting."""
     notes = {
         f"its loss alone: {wrapper} acts outside it": wrapper is not None,
-        "no demonstrations here: its rule for the policy's own rows": correction.kernel_name == "demonstration_shape",
+        "no demonstrations here: its rule for the policy's own rows": correction.kernel.traits.demonstrations
+        is not None,
         "its reference follows the policy: here it is the proximal policy": follows_policy(correction),
         "it computes its own advantage": advantage == "own",
         "each unit's reward is its advantage": advantage == "reward",
@@ -82,23 +80,24 @@ def _note(correction: Correction, advantage: str, wrapper: str | None) -> str:
 
 def follows_policy(correction: Correction) -> bool:
     """Whether the correction's reference is no fixed policy but one that is synced with the current."""
-    return correction.anchor == "reference" and correction.kernel_name != "residual"
+    return correction.anchor == "reference" and correction.kernel.traits.purpose != "regulariser"
 
 
 def _advantage(correction: Correction, asked: str) -> str:
-    if correction.kernel_name in OWN_ADVANTAGE:
+    if correction.kernel.traits.own_advantage:
         return "own"
     if correction.attached and correction.level_name == "prefix":
         return "reward"
     return asked
 
 
-def _route(config: dict[str, Any], correction: Correction, advantage: str, binary: bool) -> str:
+def _route(correction: Correction, advantage: str, binary: bool) -> str:
     if looks_at_batch(correction):
         return SAMPLED_BATCH
-    if config.get("thin") or correction.kernel_name == "residual":
+    traits = correction.kernel.traits
+    if correction.thin_name is not None or (traits.groups is not None and not traits.binary_rewards):
         return SAMPLED_GROUP
-    if correction.kernel_name == "likelihood_pair":
+    if traits.groups is not None:
         return GROUP
     if advantage != "group":
         return ROW
@@ -109,12 +108,8 @@ def _route(config: dict[str, Any], correction: Correction, advantage: str, binar
     return GROUP if groupwise and binary else SAMPLED_GROUP
 
 
-def _intent(config: dict[str, Any]) -> str:
+def _intent(correction: Correction) -> str:
     """What the bias is for: bounding the step, another objective, or nothing."""
-    kernel = config.get("kernel", "one")
-    kernel = kernel if isinstance(kernel, str) else kernel.get("name", "one")
-    if kernel not in PLAIN_KERNELS or config.get("reject") or config.get("pre"):
+    if correction.rules.reject or correction.pre_name is not None:
         return "trust region"
-    if kernel in ("likelihood_pair", "teacher_ppo"):
-        return "other objective"
-    return "regulariser" if config.get("penalty") or kernel == "residual" else ""
+    return correction.kernel.traits.purpose or ("regulariser" if correction.penalties else "")
