@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 
 from unified_rl.errors import ConfigError, RecordError
 
@@ -31,7 +32,7 @@ def nstep_transitions(segment: TensorDictBase, n: int, gamma: float | None = Non
         raise ConfigError(f"n must be at least 1, got {n}")
     if segment.ndim != 2 or segment.shape[1] < n:
         raise RecordError(f"{n}-step transitions need windows [B, {n}], got {list(segment.shape)}")
-    reward, mask = segment["reward"][:, :n], segment["step_mask"][:, :n]
+    reward, mask = segment["reward"][:, :n], segment["step_mask"][:, :n] & _same_episode(segment)[:, :n]
     step = torch.full_like(reward, gamma) if gamma is not None else segment["discount"][:, :n]
     product = step.cumprod(1)
     weight = torch.cat([torch.ones_like(product[:, :1]), product[:, :-1]], 1)
@@ -46,3 +47,9 @@ def nstep_transitions(segment: TensorDictBase, n: int, gamma: float | None = Non
     out["discount"] = product[row, last]
     out["steps"] = steps
     return TensorDict(out, batch_size=[segment.shape[0]], device=segment.device)
+
+
+def _same_episode(segment: TensorDictBase) -> Tensor:
+    """``[B, T]`` bool: no step before ended an episode. A replay may give windows that run on, see ``cut``."""
+    ended = segment["terminated"] | segment["truncated"]
+    return (ended.cumsum(1) - ended.long()) == 0
