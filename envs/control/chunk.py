@@ -22,13 +22,13 @@ class ActionChunk(ControlEnvBase):
     Args:
         env: an environment whose :meth:`advance` accepts a mask of running simulations.
         horizon: h.
-        gamma: discount between the actions of a chunk.
+        gamma: discount between the actions of a chunk; a run gives ``agent.gamma``, and None is 0.99.
 
     Raises:
         ConfigError: ``horizon`` below 1, or discrete actions.
     """
 
-    def __init__(self, env: ControlEnvBase, horizon: int = 4, gamma: float = 0.99) -> None:
+    def __init__(self, env: ControlEnvBase, horizon: int = 4, gamma: float | None = None) -> None:
         inputs = env.policy_inputs()
         if horizon < 1 or "num_actions" in inputs:
             raise ConfigError(f"a chunk needs real-valued actions and a length of 1 or more, got {horizon}")
@@ -39,7 +39,8 @@ class ActionChunk(ControlEnvBase):
             inputs["action_high"] * horizon,
             -(-env.max_steps // horizon),
         )
-        self.inner, self.horizon, self._gamma, self._action_dim = env, horizon, gamma, inputs["action_dim"]
+        self.inner, self.horizon, self._action_dim = env, horizon, inputs["action_dim"]
+        self._gamma = 0.99 if gamma is None else gamma
 
     def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
         """Executes the chunk ``[K, h * a]`` in every running simulation until its end or the episode's."""
