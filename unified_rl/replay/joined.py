@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from unified_rl.errors import ConfigError
+from unified_rl.errors import ConfigError, RecordError
 from unified_rl.replay.buffer import Replay
 from unified_rl.replay.persist import read_rows
 
@@ -37,6 +37,8 @@ class WithDataset(Replay):
 
         A draw of no given size joins its share to what one write brought.
         """
+        if batch_size is None and self.share == 1.0:
+            raise RecordError("replay.share=1.0 leaves no own rows, so a draw needs a number of rows")
         if batch_size is None:
             own: TensorDict | None = super().sample(None, keys=keys, **options)
             assert own is not None

@@ -36,7 +36,7 @@ class ControlRollout:
         length: steps of a row.
 
     Raises:
-        ConfigError: ``num_envs`` is not the environment's.
+        ConfigError: ``num_envs`` is not the environment's, or ``horizon`` is below 1.
     """
 
     domain = "control"
@@ -60,6 +60,8 @@ class ControlRollout:
                 f"rollout.num_envs={num_envs}, but the environment has {env.num_envs} simulations; set "
                 f"rollout.num_envs={env.num_envs}"
             )
+        if horizon < 1:
+            raise ConfigError(f"rollout.horizon={horizon} must be at least 1: steps of a collection")
         self.num_envs = env.num_envs
         self.rows, self.length = env.num_envs, horizon
         self.device = torch.device(device)

@@ -55,6 +55,8 @@ class DemonstrationRollout:
     ) -> None:
         self.env, self.policy, self.generator = env, policy, problem_generator or generator
         self.domain, self.steps = env.domain, 0
+        if rows < 1:
+            raise ConfigError(f"rollout.rows={rows} must be at least 1")
         self.rows, self.length, self.steps_per_collect = rows, None, rows
         self.options = {} if style is None else {"style": style}
         self.pool = None if data is None else self._read(data)

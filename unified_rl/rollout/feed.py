@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from tensordict import TensorDict
 
+from unified_rl.errors import ConfigError
+
 Batch = tuple[TensorDict, dict[str, float]]
 """What one collection brought: its rows and its metrics."""
 
@@ -53,6 +55,9 @@ class LocalFeed:
 
     Args:
         rollout: anything with ``collect(version)``, ``steps_per_collect``, ``staleness`` and its state.
+
+    Raises:
+        ConfigError: a negative staleness.
     """
 
     def __init__(self, rollout: Any) -> None:
@@ -60,6 +65,8 @@ class LocalFeed:
         self.staleness, self.steps_per_collect = int(rollout.staleness), int(rollout.steps_per_collect)
         self.admitted, self.version = 0, 0
         self._waiting: deque[Batch] = deque()
+        if self.staleness < 0:
+            raise ConfigError(f"rollout.staleness={self.staleness} must be at least 0: updates that rows may wait")
 
     def publish(self, version: int) -> None:
         """Notes the version; the rollout shares the policy's weights."""

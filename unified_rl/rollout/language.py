@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.errors import NonFiniteError
+from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.protocols import LanguageEnv
 from unified_rl.rollout.context import Context
 from unified_rl.rollout.conversation import Problems, Told, converse, summary
@@ -52,7 +52,7 @@ class LanguageRollout:
         length: None; a row is a whole conversation.
 
     Raises:
-        ConfigError: the task lacks what a source, the context or a column needs.
+        ConfigError: a size below 1, or the task lacks what a source, the context or a column needs.
     """
 
     domain = "language"
@@ -79,6 +79,9 @@ class LanguageRollout:
         self.generator, self.problem_generator = generator, problem_generator
         self.prompts, self.group_size, self.staleness = prompts, group_size, staleness
         self.device = torch.device(device)
+        for setting, value in (("prompts", prompts), ("group_size", group_size)):
+            if value < 1:
+                raise ConfigError(f"rollout.{setting}={value} must be at least 1")
         self.builder = RowBuilder(env, gamma, columns, privileged)
         self.context: Context | None = context
         if self.context is not None:
