@@ -113,7 +113,7 @@ def test_a_checkpoint_of_format_1_is_read_where_nothing_waits_and_refused_where_
     run.load_state_dict({**older, "collected": 2, "means": run.means.state_dict()}, tmp_path)
     run.run()
     assert run.agent.seen[0] == ([2, 2, 2], [0, 0, 0])
-    with pytest.raises(CheckpointError, match="format 1.* 2 batches .*Train it again"):
+    with pytest.raises(CheckpointError, match=r"format 1.* 2 batches .*Train it again"):
         run.load_state_dict({**older, "collected": 4, "means": run.means.state_dict()}, tmp_path)
 
 

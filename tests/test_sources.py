@@ -138,7 +138,7 @@ def test_demonstrations_are_judged_and_stand_in_the_group_of_their_prompt() -> N
 
 def test_a_files_answers_join_the_prompts_they_belong_to(tmp_path: Path) -> None:
     env = sums(tmp_path)
-    known = [problem for problem in env._pools["train"]]
+    known = list(env._pools["train"])
     asked = known[0]["text"].removeprefix("Q ").removesuffix(" A ")
     total = sum(map(int, asked.split("+")))
     lines = [
