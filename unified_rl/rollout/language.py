@@ -192,7 +192,8 @@ class LanguageRollout:
             if name in state.get("streams", {}):  # older checkpoints have none
                 stream.set_state(state["streams"][name])
         for name, source in self.sources.items():
-            source.load_state_dict(state["sources"][name])
+            if name in state.get("sources", {}):
+                source.load_state_dict(state["sources"][name])
         self.steps = state["steps"]
         self.builder.load_state_dict(state)
         self.env.load_state_dict(state["env"])  # type: ignore[attr-defined]

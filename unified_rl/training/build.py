@@ -123,13 +123,13 @@ class Job:
             generator=generator(self.seed, "agent", self.device),
             rows=rollout.rows,
             length=rollout.length,
+            device=str(self.device),
         )
         replay = self._replay(rollout.rows, rollout.length)
         return Trainer(self.settings, folder, agent, LocalFeed(rollout), replay, self.evaluate, display)
 
     def _agent(self, **offered: Any) -> Any:
-        common = {"policy": self.policy, "device": str(self.device), "seed": self._integer("agent")}
-        agent = self.build(self.cfg["agent"], **common, **offered)
+        agent = self.build(self.cfg["agent"], policy=self.policy, seed=self._integer("agent"), **offered)
         if self.collects and agent.gamma != self.gamma:
             raise ConfigError(
                 f"the agent's discount is {agent.gamma}, environment and rollout were made for {self.gamma}: "
