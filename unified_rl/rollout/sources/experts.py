@@ -73,10 +73,7 @@ class ExpertFile(Joining):
         Raises:
             ConfigError: the task cannot match prompts, a prompt is no training problem, or no answer fits.
         """
-        if not isinstance(env, MatchesPrompts):
-            raise ConfigError(
-                f"{setting} matches prompts to problems, and {type(env).__name__} has no find_problems(); use env=jsonl"
-            )
+        _require_matching(env, setting)
         require_one_turn(env, setting)
         found = env.find_problems([line.prompt for line in self.lines])
         lost = [line for line, problem in zip(self.lines, found, strict=True) if problem is None]
@@ -168,3 +165,11 @@ class _Speaker:
     def generate(self, prompts: Any, **options: Any) -> Generation:
         """As of the model."""
         return self.model.generate(prompts, **{**options, "generator": self.generator})
+
+
+def _require_matching(env: Any, setting: str) -> None:
+    """Raises ConfigError for a task that cannot find its problems by their prompts."""
+    if not isinstance(env, MatchesPrompts):
+        raise ConfigError(
+            f"{setting} matches prompts to problems, and {type(env).__name__} has no find_problems(); use env=jsonl"
+        )

@@ -96,10 +96,10 @@ class Pool:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self._answers = {}
-        rows = unpack_rows(state["rows"]) if state["rows"] is not None else []
-        for at in range(len(rows)):
-            row = rows[at : at + 1].clone()
-            self._answers.setdefault(int(row["prompt_id"]), []).append(row)
+        if state["rows"] is None:
+            return
+        for row in unpack_rows(state["rows"]).split(1):
+            self._answers.setdefault(int(row["prompt_id"]), []).append(row.clone())
 
 
 class Recorded(Joining):
