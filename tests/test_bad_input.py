@@ -160,7 +160,7 @@ def test_a_checkpoint_of_another_version_is_named(
 ) -> None:
     run = copy_of(finished, tmp_path / "run")
     file = latest_checkpoint(run) / "state.json"
-    file.write_text(file.read_text().replace('"format": 1', '"format": 99'))
+    file.write_text(file.read_text().replace('"format": 2', '"format": 99'))
     for verb in (["train", f"resume={run}"], ["evaluate", str(run)]):
         assert "format 99" in refused(verb, capsys)
 

@@ -15,7 +15,6 @@ import torch
 from correction_cases import drifted, weights
 
 from unified_rl import cli
-from unified_rl.agents.actor_critic import ACTORS, AGGREGATES, TARGETS, VALUES
 from unified_rl.agents.loss import TERMS
 from unified_rl.config import compose
 from unified_rl.correction import Correction, Kernel, Traits, correction_names, load_correction
@@ -33,6 +32,7 @@ from unified_rl.instantiate import allowed, allowing, build
 from unified_rl.interventions import WRAPPERS
 from unified_rl.objectives.coefficients import COEFFICIENTS, CONTROLLERS
 from unified_rl.objectives.divergence import KINDS
+from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, TARGETS, VALUES
 from unified_rl.objectives.preference import LINKS, PAIRS
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.maps import MAPS

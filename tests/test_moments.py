@@ -40,9 +40,7 @@ def trained(
     trainer = job.make_trainer(folder)
     seen = []
     while len(seen) < updates:
-        while trainer.collected - trainer.updates <= staleness:
-            trainer.replay.extend(trainer.rollout.collect(trainer.agent.version)[0])
-            trainer.collected += 1
+        trainer.collect()
         seen.append({k: float(v) for k, v in trainer.agent.update(trainer.replay).items()})
         trainer.updates += 1
     return trainer, seen

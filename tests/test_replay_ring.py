@@ -82,7 +82,7 @@ def test_windows_stay_in_a_lane_never_cross_the_newest_row_and_reach_every_start
 
 
 def test_step_mask_ends_with_the_first_episode_of_the_window() -> None:
-    replay = Replay(40, lanes=2, sampler=Segment(6))
+    replay = Replay(40, lanes=2, sampler=Segment(6), cut=True)
     replay.extend(block(0, 20, 2))
     batch = replay.sample(100)
     episode = batch["episode"]
@@ -93,14 +93,14 @@ def test_step_mask_ends_with_the_first_episode_of_the_window() -> None:
     assert bool(ended.any()) and bool((ended.sum(1) <= 1).all())
 
 
-def test_step_mask_follows_the_flags_alone_where_no_episode_is_stored_and_can_be_switched_off() -> None:
+def test_step_mask_follows_the_flags_alone_where_no_episode_is_stored_and_nothing_is_lost_unless_asked_for() -> None:
     transitions = block(0, 20, 2).exclude("episode")
-    replay = Replay(40, lanes=2, sampler=Uniform())
+    replay = Replay(40, lanes=2, sampler=Uniform(), cut=True)
     replay.extend(transitions)
     batch = replay.sample(50, length=8)
     before = batch["terminated"].long().cumsum(1) - batch["terminated"].long()
     assert torch.equal(batch["step_mask"], before == 0)
-    uncut = Replay(40, lanes=2, sampler=Uniform(), cut=False)
+    uncut = Replay(40, lanes=2, sampler=Uniform())
     uncut.extend(transitions)
     assert bool(uncut.sample(50, length=8)["step_mask"].all())
 

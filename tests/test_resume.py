@@ -155,7 +155,7 @@ def test_staleness_is_what_was_asked_for_and_budgets_are_equal(tmp_path: Path) -
         trainer.agent._draw = lambda replay, d=draw, s=seen, a=trainer.agent: _note(d(replay), s, a)  # type: ignore[method-assign,misc]
         trainer.run()
         lags[staleness] = seen
-        assert trainer.collected == trainer.updates == 6 and trainer.rollout.steps == 192
+        assert trainer.feed.admitted == trainer.updates == 6 and trainer.rollout.steps == 192
     assert lags == {0: [0] * 6, 2: [0, 1, 2, 2, 2, 2]}
 
 

@@ -10,7 +10,7 @@ and action, ``V`` choices of a unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -158,27 +158,54 @@ class LanguageEnv(Protocol):
         """
         ...
 
-    def demonstrations(self, count: int, generator: torch.Generator, style: str | None = None) -> TensorDict:
-        """``[count]`` supervised rows: ``tokens``, ``token_mask``, ``mask`` as in the record, mask on target tokens."""
-        ...
+
+# What an environment may offer beside; whoever needs one of these asks for it by name.
 
 
 @runtime_checkable
 class Demonstrates(Protocol):
-    """An environment with supervised rows of its own."""
+    """An environment with an expert of its own, in either domain."""
 
     def demonstrations(self, count: int, generator: torch.Generator, /) -> TensorDict:
-        """``[count]`` rows: ``observation [d]`` and ``action [a]``, or ``tokens``, ``token_mask`` and ``mask [N]``."""
+        """``[count]`` supervised rows.
+
+        Control: ``observation``, ``action``. Language: ``tokens``, ``token_mask``, ``mask`` as in the record, mask on
+        target tokens; a language task also takes ``style``.
+        """
         ...
 
 
 @runtime_checkable
 class Solves(Protocol):
-    """A language task that knows answers to its problems."""
+    """A token task that knows correct answers."""
 
-    def solve(self, problems: list[dict[str, Any]], style: str | None = None) -> list[list[int]]:
-        """The token ids of one right answer to each problem, end token included."""
+    def solve(self, problems: Sequence[dict[str, Any]], style: str | None = None) -> list[list[int]]:
+        """Token ids of a correct first answer to each problem, end of text included; empty where there is none.
+
+        Raises:
+            ConfigError: an unknown style, or a task without solutions (also for no problems at all).
+        """
         ...
+
+
+@runtime_checkable
+class MatchesPrompts(Protocol):
+    """A token task that finds its problems by the text of their prompts, so that answers can come from elsewhere."""
+
+    def find_problems(self, prompts: Sequence[str]) -> list[dict[str, Any] | None]:
+        """The training problem with each prompt, as :meth:`LanguageEnv.problems` gives it; None where there is none."""
+        ...
+
+    def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
+        """Token ids of each answer, end of text included."""
+        ...
+
+
+@runtime_checkable
+class ReportsColumns(Protocol):
+    """A token task that tells beforehand what its ``TurnResult.info`` holds."""
+
+    columns: tuple[str, ...]
 
 
 @runtime_checkable
@@ -343,3 +370,23 @@ class Rollout(Stateful, Protocol):
     def collect(self, version: int) -> tuple[TensorDict, dict[str, float]]:
         """Rows of the record, sampled by the policy of that version, and metrics."""
         ...
+
+
+def require_solutions(env: Any, setting: str, style: str | None = None) -> None:
+    """Checks that a task can show correct answers.
+
+    Args:
+        env: the task.
+        setting: who asks, for the message.
+        style: of the answers.
+
+    Raises:
+        ConfigError: it cannot, or not in this style.
+    """
+    works = "use an environment with solutions, such as env=chain_mod, or leave the setting out"
+    if not isinstance(env, Solves):
+        raise ConfigError(f"{setting} needs correct answers, and {type(env).__name__} has no solve(); {works}")
+    try:
+        env.solve([], style)
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}") from error

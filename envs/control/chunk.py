@@ -23,13 +23,13 @@ class ActionChunk(ControlEnvBase):
     Args:
         env: an environment whose :meth:`advance` accepts a mask of running simulations.
         horizon: h.
-        gamma: discount between the actions of a chunk.
+        gamma: discount between the actions of a chunk; a run gives ``agent.gamma``, and None is 0.99.
 
     Raises:
         ConfigError: ``horizon`` below 1, or discrete actions.
     """
 
-    def __init__(self, env: ControlEnvBase, horizon: int = 4, gamma: float = 0.99) -> None:
+    def __init__(self, env: ControlEnvBase, horizon: int = 4, gamma: float | None = None) -> None:
         one = env.space.action
         if horizon < 1 or not isinstance(one, Box) or one.integer:
             raise ConfigError(
@@ -38,7 +38,8 @@ class ActionChunk(ControlEnvBase):
         low, high = (tuple(bound.ravel().tolist()) * horizon for bound in (one.low_array, one.high_array))
         plan = Box((one.width * horizon,), one.dtype, low, high)
         super().__init__(env.num_envs, Space(env.space.observation, plan), -(-env.max_steps // horizon))
-        self.inner, self.horizon, self._gamma, self._action_dim = env, horizon, gamma, one.width
+        self.inner, self.horizon, self._action_dim = env, horizon, one.width
+        self._gamma = 0.99 if gamma is None else gamma
 
     def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
         """Executes the chunk ``[K, h * a]`` in every running simulation until its end or the episode's."""

@@ -158,7 +158,7 @@ def make_mujoco(
     seed: int = 0,
     threads: int = 1,
     chunk: int = 1,
-    gamma: float = 0.99,
+    gamma: float | None = None,
     options: dict[str, Any] | None = None,
 ) -> ControlEnvBase:
     """A batched MuJoCo task by its Gymnasium id.
@@ -169,7 +169,7 @@ def make_mujoco(
         seed: of the start states.
         threads: worker threads for the physics.
         chunk: actions executed open loop per policy decision.
-        gamma: discount inside a chunk.
+        gamma: discount inside a chunk; a run gives ``agent.gamma``, and None is 0.99.
         options: fields of the task to change, for example ``{ctrl_cost_weight: 0.0}``.
 
     Raises:

@@ -116,7 +116,7 @@ class TwoRouteEnv(ActionChunk):
         num_envs: K.
         seed: of the start states.
         chunk: commands a decision.
-        gamma: discount between the commands of a chunk.
+        gamma: discount between the commands of a chunk; a run gives ``agent.gamma``, and None is 0.99.
         left_bonus: extra reward for arriving by the left route.
         max_steps: commands before an episode is truncated.
         threads: worker threads for the physics.
@@ -127,7 +127,7 @@ class TwoRouteEnv(ActionChunk):
         num_envs: int = 1,
         seed: int = 0,
         chunk: int = 4,
-        gamma: float = 0.99,
+        gamma: float | None = None,
         left_bonus: float = 0.0,
         max_steps: int = 64,
         threads: int = 1,

@@ -103,7 +103,10 @@ class LanguageTask:
         Raises:
             ConfigError: an unknown split, one without prompts, or a prompt that does not fit.
         """
-        drawn = self._draw(count, generator, split)
+        return self._prompted(self._draw(count, generator, split), split)
+
+    def _prompted(self, drawn: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+        """Problems with what every task adds: token ids, a number and the split."""
         prompts = self.codec.encode([problem["text"] for problem in drawn])
         out = []
         for problem, ids in zip(drawn, prompts, strict=True):
@@ -167,14 +170,26 @@ class LanguageTask:
         """Token ids of a correct first answer to each problem, the end of text included.
 
         Raises:
-            ConfigError: an unknown style, or a task without demonstrations.
+            ConfigError: an unknown style, or a task without solutions, also where there is no problem.
         """
+        if type(self)._demonstrate is LanguageTask._demonstrate:
+            raise ConfigError(f"{type(self).__name__} has no solutions; use a task that has, such as env=chain_mod")
         if style is not None and style not in self.styles:
-            raise ConfigError(f"demonstration style {style!r} is unknown; this task has {', '.join(self.styles)}")
+            known = ", ".join(self.styles) or "none to choose from"
+            raise ConfigError(f"demonstration style {style!r} is unknown; this task has {known}")
         style = style or (self.styles[0] if self.styles else None)
         said = [next(s for s in self._demonstrate(problem, style) if s.trained) for problem in problems]
         ids = self.codec.encode([segment.text for segment in said])
         return [[*own, self.codec.eos_id] if s.end else own for own, s in zip(ids, said, strict=True)]
+
+    def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
+        """Token ids of each answer, the end of text included."""
+        return [[*ids, self.codec.eos_id] for ids in self.codec.encode(answers)]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names in ``TurnResult.info``."""
+        return ("correct", "truncated", *self.info_names)
 
     def is_held_out(self, text: str) -> bool:
         """Whether the prompt ``text`` is kept for evaluation."""

@@ -80,6 +80,7 @@ class JsonlProblems(PooledTask):
             raise ConfigError("env.template must contain {question}")
         self.verifier = verifier
         self._keys = (question_key, answer_key, solution_key)
+        self._template = template
         problems = self._read(path, template)
         own = load_tokenizer(tokenizer) if tokenizer else train_bpe(_texts(problems[:BPE_SAMPLE]), vocabulary_size)
         super().__init__(
@@ -118,6 +119,9 @@ class JsonlProblems(PooledTask):
             out.append({"text": text, "reference": reference, "solution": self._solution(worked, reference)})
         return out
 
+    def _texts_of(self, prompt: str) -> tuple[str, ...]:
+        return (prompt, self._template.replace("{question}", prompt))
+
     def _solution(self, worked: str, reference: str) -> str:
         """``worked`` without calculation marks, ending in the form that the verifier reads."""
         text = strip_calculations(worked)
@@ -138,6 +142,7 @@ class JsonlProblems(PooledTask):
             message = [{"role": "user", "content": problem["text"]}]
             text = str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
             begin = self.tokenizer.bos_token if self.codec.prefix else None
+            problem["asked"] = problem["text"]  # what files of answers call it
             problem["text"] = text.removeprefix(begin) if begin else text
 
     def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,23 @@ class PooledTask(LanguageTask):
     def pool_sizes(self) -> dict[str, int]:
         """How many problems there are to train on, to evaluate on, and to imitate."""
         return {name: len(pool) for name, pool in self._pools.items()}
+
+    def find_problems(self, prompts: Sequence[str]) -> list[dict[str, Any] | None]:
+        """The training problem with each prompt, None where there is none (a held-out prompt, for example)."""
+        train = self._pools["train"]
+        known = {problem[key]: problem for key in ("asked", "text") for problem in train if key in problem}
+        found = [next((known[t] for t in self._texts_of(prompt) if t in known), None) for prompt in prompts]
+        made = iter(self._prompted([problem for problem in found if problem is not None], "train"))
+        return [None if problem is None else next(made) for problem in found]
+
+    def _texts_of(self, prompt: str) -> Sequence[str]:
+        """The texts that a problem may have which others call ``prompt``."""
+        return (prompt,)
+
+    def solve(self, problems: Sequence[dict[str, Any]], style: str | None = None) -> list[list[int]]:
+        """As of every task; empty where a problem holds no solution."""
+        said = iter(super().solve([problem for problem in problems if problem.get("solution")], style))
+        return [next(said) if problem.get("solution") else [] for problem in problems]
 
     def _fitting(self, problems: list[dict[str, Any]]) -> list[dict[str, Any]]:
         ids = self.codec.encode([problem["text"] for problem in problems])

@@ -43,7 +43,8 @@ class Replay(ReplayState):
         durable: of a memory-mapped replay: also survive the machine's failure, at the cost of a sync a write or draw.
         device: where rows are stored and sampled batches live.
         seed: of the replay's own random stream.
-        cut: whether a window's ``step_mask`` ends with its first episode.
+        cut: whether a window's ``step_mask`` ends with its first episode, as :func:`nstep_transitions` needs it; what
+            lies behind is then lost to whoever minds the mask.
         trim_key: a ``[*, N]`` bool key; unit keys of a batch are cut to its longest row.
         count_uses: whether ``use_count`` is kept.
         discount: written to rows that come from a TorchRL collector.
@@ -64,7 +65,7 @@ class Replay(ReplayState):
         durable: bool = False,
         device: str = "cpu",
         seed: int = 0,
-        cut: bool = True,
+        cut: bool = False,
         trim_key: str | None = None,
         count_uses: bool = True,
         discount: float = 0.99,
@@ -198,7 +199,7 @@ class Replay(ReplayState):
 
     def sample(
         self,
-        batch_size: int,
+        batch_size: int | None,
         *,
         length: int | None = None,
         keys: Sequence[str] | None = None,
@@ -207,19 +208,22 @@ class Replay(ReplayState):
         """Draws rows, or windows of ``length`` consecutive slots of one lane.
 
         Args:
-            batch_size: rows or windows.
+            batch_size: rows or windows; None draws what is left of the oldest write, from a sampler that is a queue
+                (:class:`~unified_rl.replay.samplers.order.Fresh`).
             length: slots in a window; windows never cross the newest row, nor change lanes.
             keys: the leaves to read; all by default.
             version: the consumer's policy version, for samplers that bound staleness.
 
         Returns:
-            ``[batch_size]``, or ``[batch_size, length]`` with ``step_mask`` (True up to and including the first end of
-            an episode); ``index`` int64 holds where each row is stored.
+            ``[batch_size]``, or ``[batch_size, length]`` with ``step_mask`` (all True, or with ``cut`` True up to and
+            including the first end of an episode); ``index`` int64 holds where each row is stored.
 
         Raises:
             RecordError: if the replay cannot serve the draw, or a key is unknown.
         """
         length = length or self.sampler.length
+        if batch_size is None:
+            batch_size = self.sampler.oldest_write(length or 1)
         draw = self.sampler.draw(batch_size, self._rng, length or 1, version)
         if self._journaled:
             self._commit()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from unified_rl.errors import ConfigError
+from unified_rl.errors import ConfigError, RecordError
 from unified_rl.replay.buffer import Replay
 from unified_rl.replay.persist import read_rows
 
@@ -32,11 +32,23 @@ class WithDataset(Replay):
         rows = read_rows(data)
         self.stored, self.share = rows.reshape(rows.numel()), share
 
-    def sample(self, batch_size: int, *, keys: Any = None, **options: Any) -> TensorDict:
-        """As :meth:`Replay.sample`, for single rows; stored ones have ``index`` -1."""
-        count = round(self.share * batch_size)
+    def sample(self, batch_size: int | None, *, keys: Any = None, **options: Any) -> TensorDict:
+        """As :meth:`Replay.sample`, for single rows; stored ones have ``index`` -1.
+
+        A draw of no given size joins its share to what one write brought.
+        """
+        if batch_size is None and self.share == 1.0:
+            raise RecordError("replay.share=1.0 leaves no own rows, so a draw needs a number of rows")
+        if batch_size is None:
+            own: TensorDict | None = super().sample(None, keys=keys, **options)
+            assert own is not None
+            count = round(len(own) * self.share / (1.0 - self.share))
+        else:
+            count = round(self.share * batch_size)
+            own = None
         at = torch.from_numpy(self._rng.integers(0, len(self.stored), count).astype(np.int64))
-        own = super().sample(batch_size - count, keys=keys, **options) if count < batch_size else None
+        if own is None and batch_size is not None and count < batch_size:
+            own = super().sample(batch_size - count, keys=keys, **options)
         shown = self.stored.select(*(keys or self.stored.keys()))[at]
         shown["index"] = torch.full((count,), -1)
         return shown if own is None else torch.cat([own, shown.select(*own.keys())])

@@ -19,17 +19,25 @@ class ControlRollout:
     """Collects transitions ``[horizon, num_envs]`` with the current policy.
 
     Args:
-        env: a :class:`~unified_rl.protocols.ControlEnv` of ``num_envs`` simulations.
+        env: a :class:`~unified_rl.protocols.ControlEnv`.
         policy: anything with ``sample(observation, generator, deterministic)``.
         gamma: discount of one control step; a chunk of h executed steps has discount ``gamma ** h``.
         generator: the stream that actions are drawn from.
-        num_envs: simulations stepped together.
+        num_envs: simulations stepped together, as many as the environment has; None takes its number. A run makes an
+            environment of this size.
         horizon: steps of one call of :meth:`collect`.
-        staleness: how many updates old the policy is that sampled the rows of an update. The trainer keeps that many
-            collected batches in the replay, so rows carry the version that really acted.
+        staleness: how many updates old the policy is that sampled the rows of an update. That many collected batches
+            wait in the trainer's feed, so rows carry the version that really acted.
         random_steps: environment steps acted uniformly at random at the start (SAC-like agents). Their
             ``behavior_log_prob`` is that of the uniform density over the action box, and re-scoring data are the
             policy's own samples, so only agents that do not re-score may use this.
+
+    Attributes:
+        rows: rows (windows of ``length`` steps) of one collection: one a simulation.
+        length: steps of a row.
+
+    Raises:
+        ConfigError: ``num_envs`` is not the environment's, or ``horizon`` is below 1.
     """
 
     domain = "control"
@@ -40,7 +48,7 @@ class ControlRollout:
         policy: Any,
         gamma: float,
         generator: torch.Generator,
-        num_envs: int = 16,
+        num_envs: int | None = None,
         horizon: int = 64,
         staleness: int = 0,
         random_steps: int = 0,
@@ -48,7 +56,15 @@ class ControlRollout:
     ) -> None:
         self.env, self.policy, self.gamma, self.generator = env, policy, gamma, generator
         self.horizon, self.staleness, self.random_steps = horizon, staleness, random_steps
+        if num_envs is not None and num_envs != env.num_envs:
+            raise ConfigError(
+                f"rollout.num_envs={num_envs}, but the environment has {env.num_envs} simulations; set "
+                f"rollout.num_envs={env.num_envs}"
+            )
+        if horizon < 1:
+            raise ConfigError(f"rollout.horizon={horizon} must be at least 1: steps of a collection")
         self.num_envs = env.num_envs
+        self.rows, self.length = env.num_envs, horizon
         self.device = torch.device(device)
         self.steps_per_collect = horizon * env.num_envs
         self.steps = 0
@@ -56,7 +72,7 @@ class ControlRollout:
         self._episode = torch.arange(self.num_envs)
         self._next_episode = self.num_envs
         self._return = torch.zeros(self.num_envs, dtype=torch.float64)
-        self._length = torch.zeros(self.num_envs, dtype=torch.int64)
+        self._steps = torch.zeros(self.num_envs, dtype=torch.int64)
         bounds = Space.of(env.policy_inputs()).sizes()
         self._low, self._high = (torch.tensor(bounds[key]) for key in ("action_low", "action_high"))
         if random_steps and not bool(torch.isfinite(self._high - self._low).all()):
@@ -133,18 +149,18 @@ class ControlRollout:
         self.steps += self.num_envs
         self._observation = result.observation
         self._return += result.reward
-        self._length += result.executed
+        self._steps += result.executed
         done = result.terminated | result.truncated
         if not bool(done.any()):
             return None
         count = int(done.sum())
-        finished = {"return": self._return[done].clone(), "length": self._length[done].double()}
+        finished = {"return": self._return[done].clone(), "length": self._steps[done].double()}
         finished |= {key: value[done].double() for key, value in result.info.items()}
         self._episode = self._episode.clone()
         self._episode[done] = torch.arange(self._next_episode, self._next_episode + count)
         self._next_episode += count
         self._return[done] = 0.0
-        self._length[done] = 0
+        self._steps[done] = 0
         return finished
 
     def _check_finite(self, values: dict[str, Tensor]) -> None:
@@ -169,7 +185,7 @@ class ControlRollout:
             "episode": self._episode,
             "next_episode": self._next_episode,
             "return": self._return,
-            "length": self._length,
+            "length": self._steps,
             "steps": self.steps,
             "generator": self.generator.get_state(),
         }
@@ -179,7 +195,7 @@ class ControlRollout:
         self.env.load_state_dict(state["env"])
         self._observation = state["observation"]
         self._episode, self._next_episode = state["episode"], state["next_episode"]
-        self._return, self._length = state["return"], state["length"]
+        self._return, self._steps = state["return"], state["length"]
         self.steps = state["steps"]
         self.generator.set_state(state["generator"])
 

@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDict
 
 from unified_rl.errors import ConfigError
+from unified_rl.protocols import Demonstrates
 from unified_rl.replay import read_rows
 from unified_rl.units import Source
 
@@ -22,13 +23,15 @@ class DemonstrationRollout:
     Args:
         env: the environment, with ``demonstrations(count, generator)`` unless ``data`` is given.
         policy: the policy to be trained.
-        gamma: unused; supervised rows have no return.
         generator: the stream that rows are drawn from.
         problem_generator: the stream that a language task's demonstrations are drawn from.
         rows: rows of one call of :meth:`collect`.
         data: folder of recorded rows (``unified-rl evaluate RUN --record FOLDER``); else the environment's own.
         style: passed to the demonstrations of a language task.
-        device: unused; rows are made on the CPU.
+
+    Attributes:
+        rows: rows of one collection.
+        length: None; they are single rows.
 
     Raises:
         CheckpointError: ``data`` is missing or damaged.
@@ -44,19 +47,20 @@ class DemonstrationRollout:
         self,
         env: Any,
         policy: Any,
-        gamma: float,
         generator: torch.Generator,
         problem_generator: torch.Generator | None = None,
         rows: int = 256,
         data: str | None = None,
         style: str | None = None,
-        device: str = "cpu",
     ) -> None:
         self.env, self.policy, self.generator = env, policy, problem_generator or generator
-        self.domain, self.steps_per_collect, self.steps = env.domain, rows, 0
+        self.domain, self.steps = env.domain, 0
+        if rows < 1:
+            raise ConfigError(f"rollout.rows={rows} must be at least 1")
+        self.rows, self.length, self.steps_per_collect = rows, None, rows
         self.options = {} if style is None else {"style": style}
         self.pool = None if data is None else self._read(data)
-        if self.pool is None and not hasattr(env, "demonstrations"):
+        if self.pool is None and not isinstance(env, Demonstrates):
             raise ConfigError(f"{type(env).__name__} has no demonstrations; set rollout.data to a folder of rows")
 
     def _read(self, data: str) -> TensorDict:

@@ -14,7 +14,9 @@ from typing import Any
 from unified_rl.errors import CheckpointError
 from unified_rl.training.state import load_state, save_state
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Format 1 has no state of a feed; :meth:`unified_rl.training.trainer.Trainer.load_state_dict` reads what it can."""
 
 
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any], replay: Any = None, keep: int = 2) -> Path:
@@ -67,8 +69,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint at {path}")
     state = load_state(path)
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {state.get('format')}, this version reads format {FORMAT}")
+    if state.get("format") not in READABLE:
+        known = ", ".join(map(str, READABLE))
+        raise CheckpointError(f"{path} has format {state.get('format')}, this version reads formats {known}")
     return state
 
 

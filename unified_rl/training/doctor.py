@@ -15,7 +15,8 @@ from rich.table import Table
 
 from unified_rl.config import compose
 from unified_rl.errors import UnifiedRLError
-from unified_rl.training.run import PACKAGES, Job, _version
+from unified_rl.training.provenance import PACKAGES, version
+from unified_rl.training.run import Job
 
 SMALL_LANGUAGE = [
     "env=chain_mod",
@@ -86,7 +87,7 @@ def doctor() -> int:
 def facts() -> dict[str, str]:
     """Versions, devices, threads and renderer."""
     out = {"python": platform.python_version()}
-    out |= {name: _version(name) or "not installed" for name in PACKAGES}
+    out |= {name: version(name) or "not installed" for name in PACKAGES}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     out["CUDA devices"] = ", ".join(gpus) or "none"
     out["cores, torch threads"] = f"{os.cpu_count()}, {torch.get_num_threads()}"

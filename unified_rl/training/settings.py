@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from unified_rl.errors import ConfigError
+
 
 @dataclass
 class TrainSettings:
@@ -48,7 +50,14 @@ class TrainSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Fills the intervals that follow from ``steps``."""
+        """Fills the intervals that follow from ``steps``.
+
+        Raises:
+            ConfigError: no budget, or no episode to evaluate.
+        """
+        for name in ("steps", "eval_episodes", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.eval_every is None:
             self.eval_every = max(1, self.steps // 20)
         if self.log_every is None:

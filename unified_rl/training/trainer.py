@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unified_rl.errors import NonFiniteError
+from unified_rl.errors import CheckpointError, NonFiniteError
+from unified_rl.rollout.feed import Feed
 from unified_rl.training.checkpoint import write_checkpoint
 from unified_rl.training.metrics import Means, MetricLog
 from unified_rl.training.settings import TrainSettings
@@ -44,15 +45,15 @@ class StopSignal:
 class Trainer:
     """Runs an agent to its budget.
 
-    The rows of an update are ``rollout.staleness`` updates old: the loop keeps that many collected batches waiting in
-    the replay, so every update trains on rows that an older policy really sampled, and every run of the same budget
-    sees the same number of environment samples and gradient steps.
+    The rows of an update are ``rollout.staleness`` updates old: the loop lets that many collected batches wait in the
+    feed, so every update trains on rows that an older policy really sampled, whatever the replay's sampler, and every
+    run of the same budget sees the same number of environment samples and gradient steps.
 
     Args:
         settings: intervals and budget.
         folder: the run folder.
         agent: anything with ``update(replay, progress)``, ``version``, ``state_dict`` and ``load_state_dict``.
-        rollout: a source of rows with ``collect(version)``, or None where the agent collects by itself.
+        feed: where rows come from, or None where the agent collects by itself.
         replay: the replay, or None likewise.
         evaluate: ``() -> metrics`` on held-out problems or seeds.
         display: called with ``(steps, metrics)`` for progress.
@@ -63,18 +64,17 @@ class Trainer:
         settings: TrainSettings,
         folder: Path,
         agent: Any,
-        rollout: Any,
+        feed: Feed | None,
         replay: Any,
         evaluate: Callable[[], dict[str, float]],
         display: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
         self.settings, self.folder, self.agent = settings, folder, agent
-        self.rollout, self.replay, self.evaluate = rollout, replay, evaluate
+        self.feed, self.replay, self.evaluate = feed, replay, evaluate
         self.display = display or (lambda steps, metrics: None)
-        self.per_update = rollout.steps_per_collect if rollout is not None else agent.steps_per_update
-        self.staleness = rollout.staleness if rollout is not None else 0
+        self.per_update = feed.steps_per_collect if feed is not None else agent.steps_per_update
         self.planned = math.ceil(settings.steps / self.per_update)
-        self.collected = self.updates = 0
+        self.updates = 0
         self.elapsed = 0.0
         self.means = Means()
         self.log: MetricLog | None = None
@@ -85,6 +85,11 @@ class Trainer:
     def steps(self) -> int:
         """Environment steps (or conversations) behind the updates so far."""
         return self.updates * self.per_update
+
+    @property
+    def rollout(self) -> Any:
+        """The rollout of a feed in this process, else None."""
+        return getattr(self.feed, "rollout", None)
 
     def run(self) -> None:
         """Trains until the budget is used, from wherever the state is.
@@ -109,17 +114,14 @@ class Trainer:
         finally:
             if self._clean and self._saved != self.updates:
                 self.save()
+            if self.feed is not None:
+                self.feed.close()
             self.log.close()
 
     def _iterate(self) -> None:
         self._clean = False
-        while self.rollout is not None and self.collected < self.planned:
-            if self.collected - self.updates > self.staleness:
-                break
-            rows, metrics = self.rollout.collect(self.agent.version)
-            self.replay.extend(rows)
-            self.collected += 1
-            self.means.add(metrics)
+        if self.feed is not None:
+            self.collect()
         # counted before it runs: rows that met a NaN are spent, and a resumed run goes on behind them
         self.updates += 1
         self.means.add(self.agent.update(self.replay, (self.updates - 1) / self.planned))
@@ -132,6 +134,16 @@ class Trainer:
             self._log({**metrics, **(self.evaluate() if evaluate else {})})
         if not last and self._crossed(settings.checkpoint_every):
             self.save()
+
+    def collect(self) -> None:
+        """Admits the tickets that the next update allows, and puts the oldest batch into the replay."""
+        feed = self.feed
+        assert feed is not None
+        feed.publish(self.agent.version)
+        feed.admit(min(self.planned, self.updates + 1 + feed.staleness))
+        rows, metrics = feed.take()
+        self.replay.extend(rows)
+        self.means.add(metrics)
 
     def _crossed(self, every: int | None) -> bool:
         """Whether the last update passed a multiple of ``every`` steps."""
@@ -161,11 +173,10 @@ class Trainer:
         return path
 
     def state_dict(self) -> dict[str, Any]:
-        """Agent, rollout, counters and the means that wait for the next logged row."""
+        """Agent, feed, counters and the means that wait for the next logged row."""
         return {
             "agent": self.agent.state_dict(),
-            "rollout": self.rollout.state_dict() if self.rollout is not None else None,
-            "collected": self.collected,
+            "feed": self.feed.state_dict() if self.feed is not None else None,
             "updates": self.updates,
             "elapsed": self.elapsed,
             "means": self.means.state_dict(),
@@ -173,12 +184,27 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
-        """Restores :meth:`state_dict`; the replay is read from ``folder/replay``."""
+        """Restores :meth:`state_dict`; the replay is read from ``folder/replay``.
+
+        Raises:
+            CheckpointError: it was written by a version whose waiting batches lay in the replay, and some wait.
+        """
+        fed = state["feed"] if "feed" in state else self._older_feed(state, folder)
         self.agent.load_state_dict(state["agent"])
-        if self.rollout is not None:
-            self.rollout.load_state_dict(state["rollout"])
+        if self.feed is not None:
+            self.feed.load_state_dict(fed)
         if self.replay is not None and state["has_replay"]:
             self.replay.loads(folder / "replay")
-        self.collected, self.updates, self.elapsed = state["collected"], state["updates"], state["elapsed"]
+        self.updates, self.elapsed = state["updates"], state["elapsed"]
         self.means.load_state_dict(state["means"])
         self._saved = self.updates
+
+    def _older_feed(self, state: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """The feed's state of a checkpoint of format 1, which has none."""
+        waiting = state["collected"] - state["updates"]
+        if waiting > 0:
+            raise CheckpointError(
+                f"{folder} is of format 1, in which the {waiting} batches that wait for their update lie in the replay;"
+                " a run with rollout.staleness goes on from checkpoints of format 2 only. Train it again"
+            )
+        return {"rollout": state["rollout"], "admitted": state["collected"], "waiting": []}

@@ -29,6 +29,8 @@ class Sampler:
 
     length: int | None = None
     """Window length of a draw that names none."""
+    queue: bool = False
+    """Whether every row waits to be drawn once, oldest first, so that a draw may ask for what one write brought."""
     keys: tuple[str, ...] = ()
     optional_keys: tuple[str, ...] = ()
     takes_priority: bool = False
@@ -84,6 +86,16 @@ class Sampler:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
+
+    def oldest_write(self, length: int) -> int:
+        """Windows of ``length`` slots that the oldest write not yet drawn brought: the count of a draw without one.
+
+        Raises:
+            RecordError: if the sampler is no queue, or nothing waits.
+        """
+        raise RecordError(
+            f"{type(self).__name__} keeps no queue of writes, so a draw needs a number of rows; give one, or use Fresh"
+        )
 
     def starts(self, length: int) -> tuple[int, int]:
         """Serials at which a window of ``length`` slots may start, as a non-empty half-open range.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,12 +38,15 @@ class Fresh(Sampler):
     """Each committed row exactly once, oldest first: on-policy training, and first-in first-out queues.
 
     A draw without length returns the oldest unconsumed rows. A draw of length ``T`` returns the oldest unconsumed
-    ``T`` slots of every lane, so its batch size must be a multiple of the number of lanes.
+    ``T`` slots of every lane, so its batch size must be a multiple of the number of lanes. A draw of no given size
+    returns what is left of the oldest write, so that an update takes what one collection brought, whatever its number.
 
     Args:
         drop: what happens to a write that would overwrite unconsumed rows: refused with a RecordError (default), or
             accepted and counted in ``dropped``.
     """
+
+    queue = True
 
     def __init__(self, drop: bool = False) -> None:
         self.drop = drop
@@ -50,6 +54,8 @@ class Fresh(Sampler):
     def reset(self) -> None:
         self.cursor = self.ring.oldest
         self.dropped = 0
+        self.writes: deque[int] = deque()
+        self._opened = False
 
     def before_write(self, count: int, values: Mapping[str, Any]) -> None:
         excess = self.ring.written + count - self.ring.capacity - self.cursor
@@ -58,17 +64,41 @@ class Fresh(Sampler):
                 f"writing {count} rows would overwrite {excess} that no draw has returned yet; sample them first, "
                 f"raise capacity above {self.ring.capacity}, or set drop=true"
             )
+        self._opened = False
 
     def wrote(self, low: int, high: int, values: Mapping[str, Any]) -> None:
+        if self._opened:  # a memory-mapped write may be committed in several parts
+            self.writes[-1] += high - low
+        else:
+            self.writes.append(high - low)
+        self._opened = True
         lost = max(0, self.ring.oldest - self.cursor)
         self.dropped += lost
-        self.cursor += lost
+        self._advance(lost)
+
+    def _advance(self, count: int) -> None:
+        """Moves the cursor, and takes so many rows off the oldest writes."""
+        self.cursor += count
+        while count and self.writes:
+            taken = min(count, self.writes[0])
+            self.writes[0] -= taken
+            count -= taken
+            if not self.writes[0]:
+                self.writes.popleft()
+                self._opened = self._opened and bool(self.writes)
 
     def restore(self, low: int, high: int, values: Mapping[str, Any]) -> None:
         """The cursor is restored by :meth:`load_state_dict`."""
 
     def pending(self) -> int:
         return self.ring.written - self.cursor
+
+    def oldest_write(self, length: int) -> int:
+        if not self.writes:
+            raise RecordError("no write waits to be drawn; write rows before sampling")
+        if self.writes[0] % length:
+            raise RecordError(f"the oldest write holds {self.writes[0]} rows, no multiple of windows of {length}")
+        return self.writes[0] // length
 
     def draw(self, count: int, rng: np.random.Generator, length: int, version: int | None) -> Draw:
         lanes = self.ring.lanes
@@ -80,14 +110,16 @@ class Fresh(Sampler):
         if length > 1:
             offsets = offsets // lanes * (lanes * length) + offsets % lanes
         serials = self.cursor + offsets
-        self.cursor += count * length
+        self._advance(count * length)
         return Draw(serials, {})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"cursor": self.cursor, "dropped": self.dropped}
+        return {"cursor": self.cursor, "dropped": self.dropped, "writes": list(self.writes)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.cursor, self.dropped = int(state["cursor"]), int(state["dropped"])
+        waiting = [self.pending()] if self.pending() else []  # an older state tells no sizes: one write
+        self.writes, self._opened = deque(map(int, state.get("writes", waiting))), False
 
 
 class WithoutReplacement(Sampler):

@@ -1,0 +1,131 @@
+"""What is sampled again inside one collection, and after which tokens: hints, and other prompts for decided ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from unified_rl.errors import ConfigError
+from unified_rl.protocols import require_solutions
+from unified_rl.rollout.conversation import Conversations, Problems, Told, put
+
+Generate = Callable[[Problems, list[list[int]]], Told]
+"""``(problems, prefixes) -> told``: the policy, told what each answer begins with."""
+Draw = Callable[[int], Problems]
+"""``count -> problems``: other training problems."""
+
+
+class Context(Protocol):
+    """Replaces conversations of a collection; their number stays."""
+
+    def check(self, env: Any, setting: str) -> None:
+        """Refuses a task that it cannot serve, before the first step.
+
+        Args:
+            env: the task.
+            setting: its name in the configuration, for the message.
+
+        Raises:
+            ConfigError: the task lacks what is needed.
+        """
+        ...
+
+    def __call__(
+        self, env: Any, problems: Problems, group_size: int, told: Told, generate: Generate, draw: Draw
+    ) -> dict[str, float]:
+        """Replaces conversations in ``told``.
+
+        Args:
+            env: the task.
+            problems: of every conversation; an entry may be replaced, for all rows of a group.
+            group_size: conversations of a prompt, consecutive.
+            told: the conversations so far, and the environment's numbers of each.
+            generate: the rollout's own sampling.
+            draw: other problems.
+
+        Returns:
+            Metrics.
+        """
+        ...
+
+
+class Hints:
+    """Where every answer to a prompt failed, samples again after a growing share of the solution. GHPO.
+
+    The shown tokens are context: masked out, so the loss is over what the policy said after them.
+
+    Args:
+        shares: of the solution, tried in this order until an answer succeeds.
+        style: of the solution.
+    """
+
+    def __init__(self, shares: tuple[float, ...] = (0.25, 0.5, 0.75), style: str | None = None) -> None:
+        if not all(0.0 < share < 1.0 for share in shares):
+            raise ConfigError(f"shares={list(shares)} must lie between 0 and 1: parts of a solution")
+        self.shares, self.style = shares, style
+
+    def check(self, env: Any, setting: str) -> None:
+        """Refuses a task without solutions."""
+        require_solutions(env, setting, self.style)
+
+    def __call__(
+        self, env: Any, problems: Problems, group_size: int, told: Told, generate: Generate, draw: Draw
+    ) -> dict[str, float]:
+        """As of :class:`Context`."""
+        talk = told[0]
+        first = failed = self._failed(talk, group_size)
+        for share in self.shares:
+            if not len(failed):
+                break
+            chosen = [problems[row] for row in failed.tolist()]
+            solutions = env.solve(chosen, self.style)
+            longest = env.max_turn_tokens - 1  # something is left to say
+            prefixes = [ids[: max(0, min(int(share * (len(ids) - 1)), longest))] for ids in solutions]
+            put(told, failed, generate(chosen, prefixes))
+            failed = self._failed(talk, group_size)
+        rows = len(problems)
+        return {"rollout/hinted": len(first) / rows, "rollout/unsolved": len(failed) / rows}
+
+    @staticmethod
+    def _failed(talk: Conversations, group_size: int) -> Tensor:
+        won = (talk.reward.sum(-1).reshape(-1, group_size) > 0).any(-1)
+        return (~won).repeat_interleave(group_size).nonzero().squeeze(-1)
+
+
+class Refill:
+    """Groups whose rewards are all equal make room for other prompts', as often as ``tries``. DAPO's dynamic sampling.
+
+    Row counts stay; what is still equal in the end is left to the agent (``agent.drop_equal_groups``).
+    """
+
+    def __init__(self, tries: int = 3) -> None:
+        if tries < 1:
+            raise ConfigError(f"tries={tries} must be at least 1")
+        self.tries = tries
+
+    def check(self, env: Any, setting: str) -> None:
+        """Every task can be drawn from."""
+
+    def __call__(
+        self, env: Any, problems: Problems, group_size: int, told: Told, generate: Generate, draw: Draw
+    ) -> dict[str, float]:
+        """As of :class:`Context`; ``problems`` are replaced in place."""
+        sampled = 0
+        equal = self._equal(told[0], group_size)
+        for _ in range(self.tries):
+            if not len(equal):
+                break
+            other = [problem for problem in draw(len(equal) // group_size) for _ in range(group_size)]
+            put(told, equal, generate(other, [[] for _ in other]))
+            for row, problem in zip(equal.tolist(), other, strict=True):
+                problems[row] = problem
+            sampled += len(equal)
+            equal = self._equal(told[0], group_size)
+        return {"rollout/refilled": sampled / len(problems), "rollout/equal": len(equal) / len(problems)}
+
+    @staticmethod
+    def _equal(talk: Conversations, group_size: int) -> Tensor:
+        total = talk.reward.sum(-1).reshape(-1, group_size)
+        return (total.amax(-1) == total.amin(-1)).repeat_interleave(group_size).nonzero().squeeze(-1)

@@ -1,0 +1,160 @@
+"""Conversations of a policy with a task: sampled turn by turn, answered and judged by the environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unified_rl.protocols import LanguageEnv
+
+Problems = list[dict[str, Any]]
+
+
+class Conversations:
+    """Records of ``B`` conversations under construction: right-padded tensors filled turn by turn."""
+
+    def __init__(self, problems: list[dict[str, Any]], width: int, turns: int, pad_id: int) -> None:
+        rows = len(problems)
+        self.problems = problems
+        self.tokens = torch.full((rows, width), pad_id, dtype=torch.int64)
+        self.mask = torch.zeros(rows, width, dtype=torch.bool)
+        self.log_prob = torch.zeros(rows, width)
+        self.step_index = torch.zeros(rows, width, dtype=torch.int64)
+        self.reward = torch.zeros(rows, turns)
+        self.step_mask = torch.zeros(rows, turns, dtype=torch.bool)
+        self.terminated = torch.zeros(rows, turns, dtype=torch.bool)
+        self.truncated = torch.zeros(rows, turns, dtype=torch.bool)
+        self.length = torch.tensor([len(p["prompt"]) for p in problems])
+        self.said: list[list[list[int]]] = [[] for _ in problems]
+        for row, problem in enumerate(problems):
+            self.tokens[row, : len(problem["prompt"])] = torch.tensor(problem["prompt"])
+
+    def contexts(self, rows: Tensor) -> list[Tensor]:
+        """The token ids so far of some rows."""
+        return [self.tokens[row, : self.length[row]] for row in rows.tolist()]
+
+    def add_turn(self, rows: Tensor, turn: int, tokens: Tensor, log_prob: Tensor, length: Tensor) -> None:
+        """Appends sampled turns ``tokens [b, m]`` of true ``length [b]`` to ``rows``."""
+        steps = torch.arange(tokens.shape[1])
+        real = steps < length[:, None]
+        where_row = rows[:, None].expand_as(tokens)[real]
+        where_column = (self.length[rows][:, None] + steps)[real]
+        self.tokens[where_row, where_column] = tokens[real]
+        self.mask[where_row, where_column] = True
+        self.log_prob[where_row, where_column] = log_prob[real]
+        beyond = torch.arange(self.tokens.shape[1]) >= self.length[rows][:, None]
+        self.step_index[rows] = torch.where(beyond, turn, self.step_index[rows])
+        self.length[rows] += length
+        for row, ids, count in zip(rows.tolist(), tokens.tolist(), length.tolist(), strict=True):
+            self.said[row].append(ids[:count])
+
+    def begin_answers(self, prefixes: list[list[int]]) -> None:
+        """Puts what each first answer begins with behind its prompt, masked out."""
+        for row, ids in enumerate(prefixes):
+            self.add_reply(row, ids)
+            if ids:
+                self.step_index[row] = 0
+
+    def replace(self, rows: Tensor, others: Conversations) -> None:
+        """Puts other conversations in the place of ``rows``."""
+        for name in ("tokens", "mask", "log_prob", "step_index", "reward", "step_mask", "terminated", "truncated"):
+            getattr(self, name)[rows] = getattr(others, name)
+        self.length[rows] = others.length
+        for row, said in zip(rows.tolist(), others.said, strict=True):
+            self.said[row] = said
+
+    def add_reply(self, row: int, ids: list[int]) -> None:
+        """Appends the environment's text, masked out."""
+        start = int(self.length[row])
+        self.tokens[row, start : start + len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        self.length[row] += len(ids)
+
+
+Told = tuple[Conversations, dict[str, Tensor]]
+"""Conversations and the environment's last numbers ``[B]`` of each."""
+
+
+def put(told: Told, rows: Tensor, others: Told) -> None:
+    """Puts other conversations, and the environment's numbers of them, in the place of ``rows``."""
+    told[0].replace(rows, others[0])
+    for key, value in others[1].items():
+        told[1][key][rows] = value
+
+
+@torch.no_grad()
+def converse(
+    env: LanguageEnv,
+    policy: Any,
+    problems: list[dict[str, Any]],
+    generator: torch.Generator | None,
+    *,
+    greedy: bool = False,
+    group_size: int = 1,
+    prefixes: list[list[int]] | None = None,
+) -> Told:
+    """Runs every conversation to its end.
+
+    Args:
+        env: the task.
+        policy: the language model.
+        problems: ``B`` problems; runs of ``group_size`` equal ones let the first turn share the prompt's encoding.
+        generator: stream of the sampler; unused when ``greedy``.
+        greedy: take the most likely token.
+        group_size: equal consecutive problems.
+        prefixes: what each first answer begins with; it is judged with the rest, and its tokens are masked out.
+
+    Returns:
+        The conversations and the environment's last ``info`` of each, every entry ``[B]``.
+    """
+    talk = Conversations(problems, env.max_length, env.max_turns, env.tokenizer.pad_token_id)
+    active = torch.arange(len(problems))
+    info: dict[str, Tensor] = {}
+    longest = max(map(len, prefixes or [[]]))
+    if prefixes is not None:
+        talk.begin_answers(prefixes)
+    for turn in range(env.max_turns):
+        shared = group_size if turn == 0 else 1
+        out = policy.generate(
+            talk.contexts(active[::shared]),
+            max_new_tokens=env.max_turn_tokens - (longest if turn == 0 else 0),
+            stop_ids=env.stop_ids,
+            generator=generator,
+            greedy=greedy,
+            samples_per_prompt=shared,
+        )
+        tokens, log_prob = out.tokens.to("cpu"), out.log_prob.to("cpu")
+        length, finished = out.length.to("cpu"), out.finished.to("cpu")
+        talk.add_turn(active, turn, tokens, log_prob, length)
+        if prefixes is not None and turn == 0:
+            talk.said = [[prefix + said[0]] for prefix, said in zip(prefixes, talk.said, strict=True)]
+        rows = active.tolist()
+        result = env.respond([problems[r] for r in rows], [talk.said[r] for r in rows], finished)
+        talk.reward[active, turn] = result.reward
+        talk.step_mask[active, turn] = True
+        last = turn + 1 == env.max_turns
+        over = result.done | ~finished
+        talk.terminated[active, turn] = result.done & finished
+        talk.truncated[active, turn] = ~finished | (~result.done if last else torch.zeros_like(finished))
+        for key, value in result.info.items():
+            info.setdefault(key, torch.zeros(len(problems)))[active] = value.float()
+        for row, ids, stop in zip(rows, result.reply, over.tolist(), strict=True):
+            if not stop and not last:
+                talk.add_reply(row, ids)
+        active = active[~over]
+        if last or not len(active):
+            break
+    return talk, info
+
+
+def summary(talk: Conversations, info: dict[str, Tensor]) -> dict[str, float]:
+    """Means over the conversations, ``rollout/reward`` and so on."""
+    out = {
+        "rollout/reward": talk.reward.sum(-1).mean(),
+        "rollout/length": talk.mask.sum(-1).float().mean(),
+        "rollout/turns": talk.step_mask.sum(-1).float().mean(),
+        "rollout/truncated": talk.truncated.any(-1).float().mean(),
+    }
+    out |= {f"rollout/{key}": value.mean() for key, value in info.items()}
+    return {key: float(value) for key, value in out.items()}

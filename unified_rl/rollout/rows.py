@@ -1,0 +1,125 @@
+"""Rows of the record, made of finished conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from unified_rl.errors import ConfigError
+from unified_rl.instantiate import nearest
+from unified_rl.protocols import ReportsColumns, require_solutions
+from unified_rl.rollout.conversation import Conversations, Told
+from unified_rl.units import Source
+
+
+class RowBuilder:
+    """Turns conversations into rows of the record, and numbers groups and episodes.
+
+    Args:
+        env: the task.
+        gamma: discount of a turn.
+        columns: further entries of the record, made of the environment's own numbers: a name gives ``[B]`` int64, a
+            list of names ``[B, K]`` float32.
+        privileged: style of the solution in ``privileged_tokens`` and ``privileged_mask``; None leaves them out.
+
+    Raises:
+        ConfigError: a number that the environment does not report, or a task without solutions.
+    """
+
+    def __init__(
+        self, env: Any, gamma: float, columns: Mapping[str, str | list[str]] | None, privileged: str | None
+    ) -> None:
+        self.env, self.gamma = env, gamma
+        self.columns, self.privileged = dict(columns or {}), privileged
+        self._next_group = self._next_episode = 0
+        if isinstance(env, ReportsColumns):
+            self._check(env.columns)
+        if privileged is not None:
+            require_solutions(env, "rollout.privileged", privileged)
+
+    def _check(self, known: Iterable[str]) -> None:
+        for name, wanted in self.columns.items():
+            for one in [wanted] if isinstance(wanted, str) else wanted:
+                if one not in known:
+                    raise ConfigError(
+                        f"rollout.columns.{name} names {one!r}, and {type(self.env).__name__} reports "
+                        f"{', '.join(known) or 'nothing'}; {nearest(one, known)}"
+                    )
+
+    def groups(self, count: int) -> Tensor:
+        """``[count]`` int64: new group ids."""
+        self._next_group += count
+        return torch.arange(self._next_group - count, self._next_group)
+
+    def rows(self, told: Told, version: int, group: Tensor, source: Source) -> TensorDict:
+        """Rows of batch size ``[B]``.
+
+        Args:
+            told: the conversations.
+            version: of the policy that spoke, stamped on every unit.
+            group: ``[B]`` int64.
+            source: who spoke.
+        """
+        talk, info = told
+        count, turns = talk.reward.shape
+        width = talk.tokens.shape[1]
+        episodes = torch.arange(self._next_episode, self._next_episode + count)
+        self._next_episode += count
+        return TensorDict(
+            {
+                **self._extra(talk, info),
+                "tokens": talk.tokens,
+                "token_mask": torch.arange(width) < talk.length[:, None],
+                "mask": talk.mask,
+                "behavior_log_prob": talk.log_prob,
+                "step_index": talk.step_index,
+                "policy_version": torch.full((count, width), version),
+                "reward": talk.reward,
+                "step_mask": talk.step_mask,
+                "terminated": talk.terminated,
+                "truncated": talk.truncated,
+                "discount": torch.full((count, turns), self.gamma),
+                "episode": episodes[:, None].expand(count, turns).contiguous(),
+                "group": group,
+                "source": torch.full((count,), int(source)),
+                "prompt_id": torch.tensor([p["prompt_id"] for p in talk.problems], dtype=torch.int64),
+            },
+            batch_size=[count],
+        )
+
+    def _extra(self, talk: Conversations, info: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._check(info)
+        extra = {name: _column(info, wanted) for name, wanted in self.columns.items()}
+        return extra if self.privileged is None else extra | self._privileged(talk)
+
+    def _privileged(self, talk: Conversations) -> dict[str, Tensor]:
+        """Every row again with a solution between prompt and answer; as many tokens masked in, in the same order."""
+        solutions = self.env.solve(talk.problems, self.privileged)
+        width = talk.tokens.shape[1] + self.env.max_turn_tokens
+        tokens = talk.tokens.new_full((len(solutions), width), self.env.tokenizer.pad_token_id)
+        mask = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, (problem, shown) in enumerate(zip(talk.problems, solutions, strict=True)):
+            at, end = len(problem["prompt"]), int(talk.length[row])
+            joined = torch.cat(
+                [talk.tokens[row, :at], torch.tensor(shown, dtype=torch.int64), talk.tokens[row, at:end]]
+            )
+            tokens[row, : len(joined)] = joined
+            mask[row, at + len(shown) : len(joined)] = talk.mask[row, at:end]
+        return {"privileged_tokens": tokens, "privileged_mask": mask}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters."""
+        return {"next_group": self._next_group, "next_episode": self._next_episode}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self._next_group, self._next_episode = state["next_group"], state["next_episode"]
+
+
+def _column(info: dict[str, Tensor], wanted: str | list[str]) -> Tensor:
+    """One of the environment's numbers as an index ``[B]`` int64, or several as ``[B, K]`` float32."""
+    return info[wanted].long() if isinstance(wanted, str) else torch.stack([info[name] for name in wanted], -1)

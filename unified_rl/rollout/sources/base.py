@@ -1,0 +1,162 @@
+"""What a source of rows is, and what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from unified_rl.errors import ConfigError
+from unified_rl.policies.generation import Generation
+from unified_rl.rollout.conversation import Problems
+from unified_rl.units import Source
+
+
+class Recited:
+    """A policy that says given answers; their probability under whoever wrote them is unknown, and written as 1."""
+
+    def __init__(self, answers: Sequence[Sequence[int]], pad_id: int) -> None:
+        self.answers, self.pad_id = answers, pad_id
+
+    def generate(self, prompts: Any, *, max_new_tokens: int, **unused: Any) -> Generation:
+        """The answers, as if sampled with log-prob 0."""
+        length = torch.tensor([len(answer) for answer in self.answers])
+        tokens = torch.full((len(self.answers), max_new_tokens), self.pad_id)
+        for row, answer in zip(tokens, self.answers, strict=True):
+            row[: len(answer)] = torch.tensor(answer)
+        return Generation(tokens, torch.zeros(tokens.shape), length, torch.ones(len(length), dtype=torch.bool))
+
+
+class Request(NamedTuple):
+    """What a source is told of a collection of ``P`` prompts and ``G`` answers each.
+
+    Attributes:
+        env: the task.
+        problems: ``P``.
+        groups: ``[P]`` int64, the group of each prompt's rows.
+        reward: ``[P, G]`` float32, the return of each own answer.
+        version: of the policy.
+        generator: the source's own stream, so that a source never changes which prompts are drawn.
+        judge: ``(policy, problems, groups, source) -> rows``: lets a policy answer, and the environment judge it.
+            ``groups`` is ``[B]`` int64, or None for a new group each.
+        new_groups: ``count -> [count]`` int64.
+    """
+
+    env: Any
+    problems: Problems
+    groups: Tensor
+    reward: Tensor
+    version: int
+    generator: torch.Generator
+    judge: Callable[[Any, Problems, Tensor | None, Source], TensorDict]
+    new_groups: Callable[[int], Tensor]
+
+    def recite(
+        self, problems: Problems, answers: Sequence[Sequence[int]], groups: Tensor | None, source: Source
+    ) -> TensorDict | None:
+        """Rows ``[B]`` of given answers (token ids), as the environment judges them; those that fit its budget.
+
+        Answers that are empty or longer than a turn are left out; None where none is left.
+        """
+        kept = [row for row, answer in enumerate(answers) if 0 < len(answer) <= self.env.max_turn_tokens]
+        if not kept:
+            return None
+        said = Recited([answers[row] for row in kept], self.env.tokenizer.pad_token_id)
+        return self.judge(said, [problems[row] for row in kept], None if groups is None else groups[kept], source)
+
+
+class RowSource(Protocol):
+    """Rows to add to a collection, as many as there are."""
+
+    def check(self, env: Any, policy: Any, setting: str) -> None:
+        """Refuses what it cannot serve, before the first step.
+
+        Args:
+            env: the task.
+            policy: the policy that is trained.
+            setting: the source's name in the configuration, for messages.
+
+        Raises:
+            ConfigError: the task lacks what is needed.
+        """
+        ...
+
+    def most(self, prompts: int) -> int:
+        """Rows that a collection of so many prompts gets at most; the replay makes room for them."""
+        ...
+
+    def rows(self, request: Request) -> TensorDict | None:
+        """Complete rows of the record ``[B]``, with the keys of the rollout's own; None where there are none."""
+        ...
+
+    def observe(self, rows: TensorDict) -> None:
+        """Takes notice of a collection, ``[B]`` rows of all sources, after the rows of this one were asked for."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a bit-exact continuation needs beside the stream."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        ...
+
+
+class Joining:
+    """What most sources share: so many rows to the group of each prompt, or a batch of their own; nothing kept."""
+
+    def __init__(self, per_group: int, rows: int) -> None:
+        if (per_group > 0) == (rows > 0):
+            name = type(self).__name__
+            raise ConfigError(f"{name} needs exactly one of per_group and rows, got {per_group} and {rows}")
+        self.per_group, self.batch = per_group, rows
+        self.joins = per_group > 0
+
+    def most(self, prompts: int) -> int:
+        """Rows of a collection."""
+        return self.batch or prompts * self.per_group
+
+    def repeated(self, request: Request) -> tuple[Problems, Tensor]:
+        """The problems of the collection ``per_group`` times each, and the group of each."""
+        problems = [problem for problem in request.problems for _ in range(self.per_group)]
+        return problems, request.groups.repeat_interleave(self.per_group)
+
+    def observe(self, rows: TensorDict) -> None:
+        """Nothing is kept."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing beside the stream."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+
+
+def require_one_turn(env: Any, setting: str) -> None:
+    """Raises ConfigError for a task of several turns."""
+    if env.max_turns > 1:
+        raise ConfigError(
+            f"{setting} recites one answer to each prompt, and {type(env).__name__} has up to {env.max_turns} turns; "
+            "use unified_rl.rollout.sources.Model or Pool"
+        )
+
+
+def check_rows(rows: TensorDict, own: TensorDict, setting: str) -> TensorDict:
+    """Joined rows with the keys of the rollout's own.
+
+    Raises:
+        ConfigError: a key that is missing, or of another shape or dtype.
+    """
+    missing = sorted(own.keys() - rows.keys())
+    if missing:
+        raise ConfigError(f"the rows of {setting} lack {', '.join(missing)}, which the rollout's own have")
+    for key, value in own.items():
+        if rows[key].shape[1:] != value.shape[1:] or rows[key].dtype != value.dtype:
+            raise ConfigError(
+                f"{key} of {setting} is {list(rows[key].shape[1:])} {rows[key].dtype} a row, and the rollout's own is "
+                f"{list(value.shape[1:])} {value.dtype}"
+            )
+    return rows.select(*own.keys())

@@ -1,0 +1,210 @@
+"""From a configuration to the parts of a run: who is built first, and what each part is told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unified_rl.config import build
+from unified_rl.errors import ConfigError
+from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
+from unified_rl.rollout import as_environment
+from unified_rl.rollout.feed import LocalFeed
+from unified_rl.training.evaluation import evaluate_control, evaluate_language
+from unified_rl.training.seeding import derive, generator, scoped
+from unified_rl.training.settings import TrainSettings
+from unified_rl.training.trainer import Trainer
+
+NODES = ("env", "policy", "agent", "correction", "replay", "rollout", "warm_start")
+DISCOUNTS = {"control": 0.99, "language": 1.0}
+"""Of agents whose ``gamma`` is None."""
+SIMULATIONS = 16
+"""Simulations of a control run whose configuration names no number, where the environment can make any."""
+
+
+class Job:
+    """Everything a run is made of, built from its configuration.
+
+    A part is given only what its signature takes, so nobody carries parameters that it does not use. The discount is
+    the agent's: environment (rewards inside a chunk) and rollout get ``agent.gamma``, and another value in one of
+    their nodes is refused.
+
+    Args:
+        cfg: a composed configuration: nodes of :data:`NODES` and the scalars of
+            :class:`~unified_rl.training.settings.TrainSettings`.
+        allow: prefixes beside ``unified_rl.`` that configuration may build.
+
+    Raises:
+        ConfigError: parts that do not fit together.
+    """
+
+    def __init__(self, cfg: dict[str, Any], allow: Sequence[str] = ()) -> None:
+        self.cfg, self.allow = cfg, list(allow)
+        names = {field.name for field in dataclasses.fields(TrainSettings)}
+        self.settings = TrainSettings(**{k: v for k, v in cfg.items() if k in names})
+        self.device = _device(self.settings.device)
+        torch.set_num_threads(self.settings.threads)
+        self.seed = self.settings.seed
+        self.collects = bool(cfg.get("rollout"))
+        given = self._default("agent", "gamma")
+        self._refuse_gammas(given)
+        self._env_options = {} if given is None else {"gamma": given}
+        self.env = self._environment("env", self._num_envs())
+        self.language = self.env.domain == "language"
+        self.gamma: float = DISCOUNTS[self.env.domain] if given is None else given
+        self.eval_env: Any = None
+        with scoped(self.seed, "policy"):
+            inputs = self._policy_inputs(cfg["policy"])
+            self.policy = build(cfg["policy"], allow=self.allow, seed=self._integer("policy"), **inputs)
+        self.policy = self.policy.to(self.device)
+        node = cfg.get("correction")
+        self.correction = build(node, allow=self.allow) if node else None
+
+    # ------------------------------------------------------------------ what the configuration says
+
+    def _parameters(self, node: Mapping[str, Any]) -> tuple[dict[str, Parameter], bool]:
+        return parameters(locate(node["_target_"], self.allow), self.allow)
+
+    def _default(self, group: str, key: str) -> Any:
+        """What the node of a group says, or the signature of its target."""
+        node = self.cfg[group]
+        known, _ = self._parameters(node)
+        default = known[key].default if key in known else None
+        return node.get(key, None if default is REQUIRED else default)
+
+    def _refuse_gammas(self, gamma: float | None) -> None:
+        """Raises ConfigError where a node of another group holds a discount that is not the agent's."""
+        gamma = DISCOUNTS["control"] if gamma is None else gamma  # language tasks and rollouts have no other
+        for group in ("env", "rollout"):
+            other = (self.cfg.get(group) or {}).get("gamma")
+            if other is not None and other != gamma:
+                raise ConfigError(
+                    f"{group}.gamma={other} and agent.gamma={gamma} differ, but a run has one discount: leave "
+                    f"{group}.gamma out and set agent.gamma"
+                )
+
+    def _num_envs(self) -> int:
+        given = self._default("rollout" if self.collects else "agent", "num_envs")
+        return int(given or (SIMULATIONS if self.collects else 1))
+
+    def _integer(self, name: str) -> int:
+        return derive(self.seed, name) % 2**31
+
+    # ------------------------------------------------------------------ building
+
+    def _policy_inputs(self, node: Mapping[str, Any]) -> dict[str, Any]:
+        """What the environment gives to the policy: its space, as sizes and bounds where the class takes those only."""
+        inputs: dict[str, Any] = self.env.policy_inputs()
+        taken, takes_any = self._parameters(node)
+        return inputs["space"].sizes() if "space" in inputs and not (takes_any or "space" in taken) else inputs
+
+    def build(self, node: Mapping[str, Any], **offered: Any) -> Any:
+        """The object of a node, given what its signature takes of what is offered."""
+        taken, takes_any = self._parameters(node)
+        given = {key: value for key, value in offered.items() if takes_any or key in taken}
+        return build(dict(node), allow=self.allow, **given)
+
+    def _environment(self, stream: str, num_envs: int) -> Any:
+        node = self.cfg.get("env")
+        if not node:
+            raise ConfigError("this run has no environment; choose one with env=NAME")
+        taken, _ = self._parameters(node)
+        sizes = {key: value for key, value in self._env_options.items() if key in taken}
+        return as_environment(self.build(node, seed=self._integer(stream), num_envs=num_envs, **sizes))
+
+    def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
+        """Agent, rollout and replay around the policy as it is now (after any warm start)."""
+        if not self.collects:
+            agent = self._agent(env=self.env)
+            self.policy = agent.policy
+            return Trainer(self.settings, folder, agent, None, None, self.evaluate, display)
+        rollout = self.make_rollout()
+        agent = self._agent(
+            correction=self.correction,
+            generator=generator(self.seed, "agent", self.device),
+            rows=rollout.rows,
+            length=rollout.length,
+            device=str(self.device),
+        )
+        replay = self._replay(rollout.rows, rollout.length)
+        return Trainer(self.settings, folder, agent, LocalFeed(rollout), replay, self.evaluate, display)
+
+    def _agent(self, **offered: Any) -> Any:
+        agent = self.build(self.cfg["agent"], policy=self.policy, seed=self._integer("agent"), **offered)
+        if self.collects and agent.gamma != self.gamma:
+            raise ConfigError(
+                f"the agent's discount is {agent.gamma}, environment and rollout were made for {self.gamma}: "
+                f"set agent.gamma={agent.gamma}"
+            )
+        if not self.settings.identity_check and hasattr(agent, "verify_identity"):
+            agent.verify_identity = False
+        return agent
+
+    def make_rollout(self) -> Any:
+        """The rollout, with streams of its own. It says ``rows`` and ``length``: of one collection, of a row."""
+        drawn = {"problem_generator": generator(self.seed, "problems")} if self.language else {}
+        return self.build(
+            self.cfg["rollout"],
+            env=self.env,
+            policy=self.policy,
+            gamma=self.gamma,
+            device=str(self.device),
+            generator=generator(self.seed, "rollout", self.device),
+            streams=partial(generator, self.seed),
+            **drawn,
+        )
+
+    def _replay(self, rows: int, length: int | None) -> Any:
+        """The replay; a queue is as large as what can wait in it, since batches wait in the feed."""
+        node = dict(self.cfg["replay"])
+        sampler = build(node.pop("sampler"), allow=self.allow)
+        if sampler.queue:
+            node["capacity"] = 2 * rows * (length or 1)
+        lanes = 1 if length is None else rows
+        fixed = {"cut": False}  # agents mind themselves where episodes end, and lose nothing
+        return build(node, allow=self.allow, sampler=sampler, lanes=lanes, seed=self._integer("replay"), **fixed)
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out evaluation with streams of its own, the same at every call."""
+        seed = self._integer("evaluation")
+        count = self.settings.eval_episodes
+        if self.eval_env is None:
+            self.eval_env = self._environment("evaluation", count)
+        if self.language:
+            return evaluate_language(self.eval_env, self.policy, count, seed)
+        stream = generator(self.seed, "evaluation", self.device)
+        return evaluate_control(
+            self.eval_env, self.policy, seed, stream, self.settings.eval_deterministic, str(self.device)
+        )
+
+    def warm_start(self, report: Callable[..., None]) -> None:
+        """Runs the warm start that the configuration names, if any."""
+        node = self.cfg.get("warm_start")
+        if not node:
+            return
+        stage = build(node, allow=self.allow)
+        if stage.run is not None:
+            stage.load_policy(self.policy)
+            return
+
+        def make_agent(lr: float) -> Any:
+            target = {"_target_": "unified_rl.agents.behavior_cloning.BehaviorCloning", "lr": lr}
+            stream = generator(self.seed, "warm_start_loss", self.device)
+            return build(target, policy=self.policy, generator=stream, rows=stage.batch_size, device=str(self.device))
+
+        stage.fit(self.env, make_agent, generator(self.seed, "demonstrations"), report)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name} is not a device; use cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={name}, but torch {torch.__version__} sees no CUDA device; use device=cpu")
+    return device
