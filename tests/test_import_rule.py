@@ -12,6 +12,7 @@ import pytest
 
 ORDER = (
     "cli",
+    "verbs",
     "study",
     "training",
     "rollout",
@@ -28,6 +29,7 @@ ORDER = (
     "protocols",
     "units",
     "errors",
+    "lazy",
 )
 """Rooms of the core from the top floor to the ground; a room imports itself and those after it."""
 MAPPED = ("envs", "agents", "configs")

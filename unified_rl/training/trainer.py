@@ -50,7 +50,7 @@ class Trainer:
 
     Args:
         settings: intervals and budget.
-        folder: the run folder.
+        folder: the run folder; None keeps metrics in memory and writes no checkpoint.
         agent: anything with ``update(replay, progress)``, ``version``, ``state_dict`` and ``load_state_dict``.
         rollout: a source of rows with ``collect(version)``, or None where the agent collects by itself.
         replay: the replay, or None likewise.
@@ -61,7 +61,7 @@ class Trainer:
     def __init__(
         self,
         settings: TrainSettings,
-        folder: Path,
+        folder: Path | None,
         agent: Any,
         rollout: Any,
         replay: Any,
@@ -111,7 +111,8 @@ class Trainer:
                 self.save()
             self.log.close()
 
-    def _iterate(self) -> None:
+    def update(self) -> None:
+        """Collects what is missing and trains once; the metrics wait in :attr:`means` to be logged."""
         self._clean = False
         while self.rollout is not None and self.collected < self.planned:
             if self.collected - self.updates > self.staleness:
@@ -124,6 +125,9 @@ class Trainer:
         self.updates += 1
         self.means.add(self.agent.update(self.replay, (self.updates - 1) / self.planned))
         self._clean = True
+
+    def _iterate(self) -> None:
+        self.update()
         last = self.updates == self.planned
         settings = self.settings
         evaluate = last or self._crossed(settings.eval_every)
@@ -147,12 +151,14 @@ class Trainer:
 
     # ------------------------------------------------------------------ state
 
-    def save(self) -> Path:
-        """Writes a checkpoint of everything.
+    def save(self) -> Path | None:
+        """Writes a checkpoint of everything, where there is a folder.
 
         Raises:
             CheckpointError: the disk is full; earlier checkpoints are intact.
         """
+        if self.folder is None:
+            return None
         replay = self.replay if self.settings.checkpoint_replay else None
         path = write_checkpoint(
             self.folder / "checkpoints", self.updates, self.state_dict(), replay, self.settings.keep_checkpoints
