@@ -12,7 +12,7 @@ import pytest
 
 ORDER = (
     "cli",
-    "verbs",
+    "commands",
     "study",
     "training",
     "rollout",

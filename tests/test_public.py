@@ -53,7 +53,7 @@ def reasoner(tmp_path_factory: pytest.TempPathFactory) -> ur.Run:
 
 def test_importing_it_imports_nothing_heavy() -> None:
     code = (
-        "import sys, unified_rl, unified_rl.agents, unified_rl.envs, unified_rl.policies, unified_rl.verbs\n"
+        "import sys, unified_rl, unified_rl.agents, unified_rl.envs, unified_rl.policies, unified_rl.commands\n"
         "dir(unified_rl), unified_rl.__all__, unified_rl.train, unified_rl.compose, unified_rl.ConfigError\n"
         "sys.exit(any(m in sys.modules for m in ('torch', 'hydra', 'numpy', 'transformers')))"
     )
@@ -326,6 +326,15 @@ def test_an_agent_of_another_policy_is_refused() -> None:
     agent = ur.PolicyGradient(other, correction, stream, rows=8, length=8)
     with pytest.raises(ur.ConfigError, match="another policy"):
         ur.assemble(env, policy, agent=agent, rollout={"horizon": 8}, **SMALL)
+
+
+def test_two_discounts_are_refused() -> None:
+    from unified_rl.envs import TwoRouteEnv
+
+    with pytest.raises(ur.ConfigError, match=r"gamma=0\.9"):
+        ur.assemble(TwoRouteEnv(8, gamma=0.9), rollout={"horizon": 8}, **SMALL)
+    run = ur.assemble(TwoRouteEnv(8, gamma=0.9), agent={"gamma": 0.9}, rollout={"horizon": 8}, **SMALL)
+    assert run.agent.gamma == run.rollout.gamma == 0.9
 
 
 def test_make_env_names_the_nearest() -> None:

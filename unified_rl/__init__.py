@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from unified_rl.agents.actor_critic import ActorCritic
     from unified_rl.agents.behavior_cloning import BehaviorCloning
     from unified_rl.agents.policy_gradient import PolicyGradient
+    from unified_rl.commands import Run, compare, corrections, doctor, evaluate, lab, load_policy, resume, train
     from unified_rl.config import compose
     from unified_rl.correction import Correction, correction_names, effective_sample_size, load_correction
     from unified_rl.envs.control import ActionChunk, ControlEnvBase, GymnasiumEnv
@@ -60,10 +61,9 @@ if TYPE_CHECKING:
     from unified_rl.rollout import ControlRollout, LanguageRollout
     from unified_rl.training.assemble import Assembled, assemble, make_env
     from unified_rl.units import Source, Steps, UnitLogProb, validate_record
-    from unified_rl.verbs import Run, compare, corrections, doctor, evaluate, lab, load_policy, resume, train
 
 PUBLIC: dict[str, tuple[str, ...]] = {
-    "unified_rl.verbs": (
+    "unified_rl.commands": (
         "train",
         "resume",
         "evaluate",

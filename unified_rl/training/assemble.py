@@ -247,7 +247,11 @@ def _node(part: Part) -> dict[str, Any] | None:
         return {"_target_": part}
     if isinstance(part, Sampler):
         return {"_target_": Replay, "capacity": 1_000_000, "sampler": {"_target_": _always(part)}}
-    return {"_target_": _always(part)} if _is_object(part) else None
+    if not _is_object(part):
+        return None
+    known = {"sampler": {"_target_": _always(part.sampler)}} if isinstance(part, Replay) else {}
+    known |= {"gamma": part.gamma} if isinstance(getattr(part, "gamma", None), float) else {}
+    return {"_target_": _always(part), **known}
 
 
 def _always(value: Any) -> Callable[..., Any]:
@@ -266,8 +270,13 @@ def _check_parts(parts: Mapping[str, Part], job: Job, trainer: Any) -> None:
     """Refuses objects that were made for another run than this one.
 
     Raises:
-        ConfigError: an agent of another policy, or a replay of another layout.
+        ConfigError: another discount, an agent of another policy, or a replay of another layout.
     """
+    discount = getattr(job.env, "gamma", None)
+    if discount is not None and discount != trainer.agent.gamma:
+        raise ConfigError(
+            f"env has gamma={discount}, but the agent discounts by {trainer.agent.gamma}; make them equal"
+        )
     if _is_object(parts["agent"]) and getattr(trainer.agent, "policy", job.policy) is not job.policy:
         raise ConfigError("the agent trains another policy than the one given; make both from the same object")
     replay = parts["replay"]

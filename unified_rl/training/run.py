@@ -247,21 +247,15 @@ def _train_in(folder: Path, cfg: dict[str, Any], allow: Sequence[str], progress:
 
 
 def evaluate_run(
-    run: str,
-    episodes: int | None = None,
-    allow: Sequence[str] = (),
-    record: str | None = None,
-    *,
-    show: bool = True,
+    run: str, episodes: int | None = None, allow: Sequence[str] = (), record: str | None = None
 ) -> dict[str, float]:
-    """Evaluates the newest checkpoint of a run on held-out problems or seeds.
+    """Evaluates the newest checkpoint of a run on held-out problems or seeds, and prints the result.
 
     Args:
         run: the run folder.
         episodes: episodes or prompts, by default as the run's evaluation.
         allow: prefixes that configuration may build.
         record: folder to write the evaluated policy's rows to, as a replay that other runs can train on.
-        show: print the result.
     """
     folder = Path(run)
     cfg = read_config(folder)
@@ -271,11 +265,11 @@ def evaluate_run(
     state = read_checkpoint(latest_checkpoint(folder))
     job.policy = load_policy(job, state)
     metrics = job.evaluate()
-    lines = [f"{key:28s} {value:.4f}" for key, value in metrics.items()]
+    for key, value in metrics.items():
+        print(f"{key:28s} {value:.4f}")
     if record is not None:
-        lines.append(f"{'recorded rows':28s} {record_dataset(job, Path(record))}")
-    if show:
-        print("\n".join(lines))
+        count = record_dataset(job, Path(record))
+        print(f"{'recorded rows':28s} {count}")
     return metrics
 
 

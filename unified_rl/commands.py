@@ -141,10 +141,14 @@ def evaluate(
     Raises:
         CheckpointError: no such run, or no checkpoint in it.
     """
-    from unified_rl.training.run import evaluate_run
+    from unified_rl.training.run import record_dataset
 
-    folder = None if record is None else os.fspath(record)
-    return evaluate_run(str(_rebuildable(run)), episodes, allow, folder, show=False)
+    changed = {} if episodes is None else {"eval_episodes": episodes}
+    job = _restored(run, None, allow, changed)
+    metrics = job.evaluate()
+    if record is not None:
+        record_dataset(job, Path(record))
+    return metrics
 
 
 def load_policy(
@@ -163,17 +167,7 @@ def load_policy(
     Raises:
         CheckpointError: no such run, no such checkpoint, or a run that only a script can build again.
     """
-    from unified_rl.training.checkpoint import latest_checkpoint, read_checkpoint
-    from unified_rl.training.run import Job
-    from unified_rl.training.run import load_policy as restored
-
-    folder = _rebuildable(run)
-    if isinstance(checkpoint, int):
-        path = folder / "checkpoints" / f"step_{checkpoint:012d}"
-    else:
-        path = latest_checkpoint(folder) if checkpoint is None else Path(checkpoint)
-    job: Job = Job({**Run(folder).config, "device": "cpu"}, allow)
-    policy = restored(job, read_checkpoint(path))
+    policy = _restored(run, checkpoint, allow, {"device": "cpu"}).policy
     return policy.eval() if hasattr(policy, "eval") else policy
 
 
@@ -281,6 +275,23 @@ def _composed(overrides: Overrides, primary: str, allow: Sequence[str], config_d
         raise ConfigError(f"{overrides!r} is one text; give a list of key=value texts")
     cfg = compose(overrides, primary=primary, config_dirs=config_dirs, allow=allow)
     return resolve_defaults(cfg, primary=primary, allow=allow)
+
+
+def _restored(
+    run: RunLike, checkpoint: str | int | os.PathLike[str] | None, allow: Sequence[str], changed: Mapping[str, Any]
+) -> Job:
+    """A run built again, with some settings changed, and its policy as a checkpoint left it."""
+    from unified_rl.training.checkpoint import latest_checkpoint, read_checkpoint
+    from unified_rl.training.run import Job, load_policy
+
+    folder = _rebuildable(run)
+    if isinstance(checkpoint, int):
+        path = folder / "checkpoints" / f"step_{checkpoint:012d}"
+    else:
+        path = latest_checkpoint(folder) if checkpoint is None else Path(checkpoint)
+    job = Job({**Run(folder).config, **changed}, allow)
+    job.policy = load_policy(job, read_checkpoint(path))
+    return job
 
 
 def _rebuildable(run: RunLike) -> Path:
