@@ -71,6 +71,27 @@ def test_the_parts_of_the_readme_work_alone(readme: list[Block]) -> None:
     assert held["log_prob"].grad.abs().sum() > 0
 
 
+def test_the_python_of_the_configuration_page_is_accepted(source: Path, folder: Path) -> None:
+    """Composed and assembled, not trained: the calls of ``train`` become calls of ``compose``."""
+    held: dict[str, Any] = {}
+    for text in python_blocks(blocks(source / "docs" / "configuration.md")):
+        exec(
+            re.sub(r"ur\.train\((.*)\)", r"ur.compose(flatten(\1))", "from unified_rl.config import flatten\n" + text),
+            held,
+        )
+    assert held["run"]["agent"]["lr"] == 1e-3 and held["trainer"].agent.epochs == 4
+
+
+def test_the_drawing_and_the_rooms_are_those_of_the_source(source: Path) -> None:
+    from test_import_rule import ORDER
+
+    text = (source / "docs" / "design.md").read_text()
+    table = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    rooms = [name.rstrip("/").removesuffix(".py") for row in table for name in re.findall(r"`([\w./]+)`", row)]
+    assert [room for room in rooms if room in ORDER] == [room for room in ORDER if room in rooms]
+    assert set(ORDER) == {room for room in rooms if room in ORDER}
+
+
 def test_every_command_of_the_readme_is_accepted(readme: list[Block], folder: Path) -> None:
     found = [command for block in readme if block.language == "bash" for command in commands(block.text)]
     assert len(found) > 8
