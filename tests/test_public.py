@@ -314,7 +314,7 @@ def test_parts_that_do_not_fit_are_refused(parts: dict[str, Any], words: str) ->
 
 
 def test_a_replay_of_another_layout_is_refused() -> None:
-    for given, words in (({"lanes": 2}, "lanes=2"), ({"lanes": 8}, "cut=True")):
+    for given, words in (({"lanes": 2}, "lanes=2"), ({"lanes": 8, "cut": True}, "cut=True")):
         with pytest.raises(ur.ConfigError, match=words):
             ur.assemble("two_route", rollout=SIZES, replay=ur.Replay(256, sampler=ur.Fresh(), **given), **SMALL)
 

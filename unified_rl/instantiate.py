@@ -269,7 +269,7 @@ def _allowed(module: str, allow: Sequence[str]) -> bool:
     return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def locate(path: str | Callable[..., Any], allow: Sequence[str] = (), where: str = "") -> Callable[..., Any]:
+def locate(path: str, allow: Sequence[str] = (), where: str = "") -> Callable[..., Any]:
     """Imports the class or function that a dotted path names.
 
     A class or function itself, which only Python code can put into a node, is returned as it is.
@@ -280,10 +280,10 @@ def locate(path: str | Callable[..., Any], allow: Sequence[str] = (), where: str
     Raises:
         ConfigError: not allowed, not found (names the nearest), or not a class or function.
     """
-    if callable(path):
-        return path
     at = f"{where}._target_" if where else "_target_"
     parts = path.split(".") if isinstance(path, str) else []
+    if callable(path):
+        return path
     if len(parts) < 2 or any(not p.isidentifier() or p.startswith("_") for p in parts):
         raise ConfigError(f"{at} is {path!r}; it must be the dotted path of a public class or function")
     if not _allowed(path, allow):
