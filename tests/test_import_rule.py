@@ -12,6 +12,7 @@ import pytest
 
 ORDER = (
     "cli",
+    "commands",
     "study",
     "training",
     "rollout",
@@ -29,6 +30,7 @@ ORDER = (
     "spaces",
     "units",
     "errors",
+    "lazy",
 )
 """Rooms of the core from the top floor to the ground; a room imports itself and those after it."""
 MAPPED = ("envs", "agents", "configs")

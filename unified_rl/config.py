@@ -28,7 +28,16 @@ from unified_rl.instantiate import (
     with_defaults,
 )
 
-__all__ = ["build", "compose", "group_options", "parse_overrides", "preset", "preset_names", "resolve_defaults"]
+__all__ = [
+    "build",
+    "compose",
+    "flatten",
+    "group_options",
+    "parse_overrides",
+    "preset",
+    "preset_names",
+    "resolve_defaults",
+]
 
 SETTINGS = {"train": "unified_rl.training.settings.TrainSettings"}
 IMPLIED = {"study": "unified_rl.study.grid.Study", "correction": "unified_rl.correction.Correction"}
@@ -159,12 +168,30 @@ class Override:
     value: Any
 
 
-def parse_overrides(texts: Iterable[str]) -> list[Override]:
-    """Parses ``key=value`` texts with Hydra's grammar.
+def flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides by key from settings by group.
+
+    ``{"agent": {"name": "ppo", "lr": 1e-3}, "seed": 1}`` becomes ``{"agent": "ppo", "agent.lr": 1e-3, "seed": 1}``;
+    a mapping without a ``name`` changes the group's default option.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and "." not in key:
+            flat |= {key: value["name"]} if "name" in value else {}
+            flat |= {f"{key}.{inner}": item for inner, item in value.items() if inner != "name"}
+        else:
+            flat[key] = value
+    return flat
+
+
+def parse_overrides(texts: Iterable[str] | Mapping[str, Any]) -> list[Override]:
+    """Parses ``key=value`` texts with Hydra's grammar; a mapping's values are taken as they are.
 
     Raises:
         ConfigError: a text without ``=``, with a sweep, with an unquoted ``=`` in its value, or a key given twice.
     """
+    if isinstance(texts, Mapping):
+        return [Override(f"{key}={value}", _key(key), plain(value)) for key, value in texts.items()]
     overrides: list[Override] = []
     for text in texts:
         override = _parse(text)
@@ -181,8 +208,7 @@ def _parse(text: str) -> Override:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise ConfigError(f"{text!r} is not of the form key=value")
-    if not all(part.replace("-", "_").isidentifier() or part.isdigit() for part in key.split(".")):
-        raise ConfigError(f"{key!r} is not a key; write group=option or group.key=value (group=null drops a group)")
+    _key(key)
     try:
         parsed = OverridesParser.create().parse_override(text)
     except HydraException as error:
@@ -196,12 +222,18 @@ def _parse(text: str) -> Override:
     return Override(text, key, parsed.value())
 
 
+def _key(key: str) -> str:
+    if not all(part.replace("-", "_").isidentifier() or part.isdigit() for part in key.split(".")):
+        raise ConfigError(f"{key!r} is not a key; write group=option or group.key=value (group=null drops a group)")
+    return key
+
+
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
 def compose(
-    overrides: Sequence[str],
+    overrides: Sequence[str] | Mapping[str, Any],
     *,
     primary: str = "train",
     config_dirs: Sequence[str] = (),
@@ -210,7 +242,8 @@ def compose(
     """Composes a configuration and checks every key and type against the signatures that will receive them.
 
     Args:
-        overrides: ``group=option`` and ``key=value`` texts; keys need not be in any YAML file.
+        overrides: ``group=option`` and ``key=value`` texts, or a mapping of such keys to values; keys need not be in
+            any YAML file.
         primary: the primary config, ``train`` or ``compare``.
         config_dirs: further folders with groups.
         allow: prefixes beside ``unified_rl`` that ``_target_`` may name.

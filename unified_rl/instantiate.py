@@ -304,6 +304,8 @@ def _allowed(module: str, allow: Sequence[str]) -> bool:
 def locate(path: str, allow: Sequence[str] = (), where: str = "", key: str = "_target_") -> Callable[..., Any]:
     """Imports the class or function that a dotted path names; ``where`` and ``key`` name the setting in errors.
 
+    A class or function itself, which only Python code can put into a node, is returned as it is.
+
     Both the path and the module that defines the object must lie within an allowed package, so that a path through
     an allowed module does not reach what that module imported.
 
@@ -312,6 +314,8 @@ def locate(path: str, allow: Sequence[str] = (), where: str = "", key: str = "_t
     """
     at = ".".join(filter(None, (where, key)))
     parts = path.split(".") if isinstance(path, str) else []
+    if callable(path):
+        return path
     if len(parts) < 2 or any(not p.isidentifier() or p.startswith("_") for p in parts):
         raise ConfigError(f"{at} is {path!r}; it must be the dotted path of a public class or function")
     if not _allowed(path, allow):

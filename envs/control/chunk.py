@@ -73,6 +73,11 @@ class ActionChunk(ControlEnvBase):
         """Starts new episodes where ``ended [K]``; their observations ``[n, d]`` float32."""
         return self.inner.restart(ended)
 
+    @property
+    def gamma(self) -> float:
+        """Discount between the actions of a chunk."""
+        return self._gamma
+
     def seed_streams(self, seed: int) -> None:
         """Restarts the random streams of the environment inside."""
         self.inner.seed_streams(seed)

@@ -70,18 +70,26 @@ def doctor() -> int:
     for name, value in facts().items():
         table.add_row(name, value)
     console.print(table)
-    checks = Table("check", "domain", "result", "detail")
-    healthy = True
+    found = checks()
+    table = Table("check", "domain", "result", "detail")
+    for check in found:
+        shown = "[green]holds" if check["holds"] else "[red]fails"
+        table.add_row(check["check"], check["domain"], shown, check["detail"])
+    console.print(table)
+    return 0 if all(check["holds"] for check in found) else 1
+
+
+def checks() -> list[dict[str, Any]]:
+    """The identity checks of both domains: ``check``, ``domain``, ``holds`` and ``detail`` of each."""
+    out = []
     for domain, overrides in (("language", SMALL_LANGUAGE), ("control", SMALL_CONTROL)):
         for title, check in (
             ("ratio 1 on fresh data", identity_ratio),
             ("learning rate 0 changes nothing", identity_update),
         ):
             good, detail = _run(check, [*overrides, *COMMON])
-            healthy &= good
-            checks.add_row(title, domain, "[green]holds" if good else "[red]fails", detail)
-    console.print(checks)
-    return 0 if healthy else 1
+            out.append({"check": title, "domain": domain, "holds": good, "detail": detail})
+    return out
 
 
 def facts() -> dict[str, str]:

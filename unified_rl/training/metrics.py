@@ -64,15 +64,19 @@ class MetricLog:
     """Appends rows to ``metrics.jsonl``, ``metrics.csv`` and TensorBoard.
 
     Args:
-        folder: the run folder.
+        folder: the run folder; None keeps the rows in memory alone.
         keep_until: on resume, drop rows with a larger ``update`` (they will be made again).
     """
 
-    def __init__(self, folder: Path, keep_until: int | None = None) -> None:
+    def __init__(self, folder: Path | None, keep_until: int | None = None) -> None:
+        self.in_memory = folder is None
+        if folder is None:
+            self.rows: list[dict[str, Any]] = []
+            return
         from torch.utils.tensorboard import SummaryWriter
 
         self.jsonl, self.csv = folder / "metrics.jsonl", folder / "metrics.csv"
-        self.rows = _read_rows(self.jsonl)
+        self.rows = read_metrics(self.jsonl)
         if keep_until is not None:
             self.rows = [row for row in self.rows if row["update"] <= keep_until]
         self.columns = list(FIRST)
@@ -85,6 +89,8 @@ class MetricLog:
         """Appends one row; new columns extend the CSV's header."""
         row: dict[str, Any] = {"update": update, "steps": steps, "wall_seconds": round(wall_seconds, 3), **metrics}
         self.rows.append(row)
+        if self.in_memory:
+            return
         with open(self.jsonl, "a") as handle:
             handle.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")
         fresh = [key for key in row if key not in self.columns]
@@ -99,7 +105,8 @@ class MetricLog:
 
     def close(self) -> None:
         """Flushes TensorBoard."""
-        self.board.close()
+        if not self.in_memory:
+            self.board.close()
 
     def _rewrite(self) -> None:
         self.jsonl.write_text("".join(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n" for row in self.rows))
@@ -116,8 +123,8 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; a last line cut by a crash is dropped."""
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Logged rows of a JSONL file; a last line cut by a crash is dropped."""
     rows: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:

@@ -51,7 +51,7 @@ class Trainer:
 
     Args:
         settings: intervals and budget.
-        folder: the run folder.
+        folder: the run folder; None keeps metrics in memory and writes no checkpoint.
         agent: anything with ``update(replay, progress)``, ``version``, ``state_dict`` and ``load_state_dict``.
         feed: where rows come from, or None where the agent collects by itself.
         replay: the replay, or None likewise.
@@ -62,7 +62,7 @@ class Trainer:
     def __init__(
         self,
         settings: TrainSettings,
-        folder: Path,
+        folder: Path | None,
         agent: Any,
         feed: Feed | None,
         replay: Any,
@@ -118,7 +118,8 @@ class Trainer:
                 self.feed.close()
             self.log.close()
 
-    def _iterate(self) -> None:
+    def update(self) -> None:
+        """Collects what is missing and trains once; the metrics wait in :attr:`means` to be logged."""
         self._clean = False
         if self.feed is not None:
             self.collect()
@@ -126,6 +127,9 @@ class Trainer:
         self.updates += 1
         self.means.add(self.agent.update(self.replay, (self.updates - 1) / self.planned))
         self._clean = True
+
+    def _iterate(self) -> None:
+        self.update()
         last = self.updates == self.planned
         settings = self.settings
         evaluate = last or self._crossed(settings.eval_every)
@@ -159,12 +163,14 @@ class Trainer:
 
     # ------------------------------------------------------------------ state
 
-    def save(self) -> Path:
-        """Writes a checkpoint of everything.
+    def save(self) -> Path | None:
+        """Writes a checkpoint of everything, where there is a folder.
 
         Raises:
             CheckpointError: the disk is full; earlier checkpoints are intact.
         """
+        if self.folder is None:
+            return None
         replay = self.replay if self.settings.checkpoint_replay else None
         path = write_checkpoint(
             self.folder / "checkpoints", self.updates, self.state_dict(), replay, self.settings.keep_checkpoints

@@ -1,0 +1,313 @@
+"""What the command line does, from Python: one function for each command, and a run as an object."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from unified_rl.config import CHOICES, compose, flatten, resolve_defaults
+from unified_rl.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from unified_rl.training.run import Job
+
+Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
+"""``["env=two_route", "agent.lr=1e-3"]``, a mapping of the same, or a composed configuration."""
+RunLike: TypeAlias = "Run | str | os.PathLike[str]"
+
+
+class Run:
+    """A run's folder, and what can be done with it.
+
+    Args:
+        folder: as ``unified-rl train`` prints it.
+        allow: packages beside this one that its configuration names.
+
+    Raises:
+        CheckpointError: there is no run in the folder.
+    """
+
+    def __init__(self, folder: RunLike, allow: Sequence[str] = ()) -> None:
+        self.folder, self.allow = Path(folder), list(allow)
+        if not (self.folder / "config.yaml").is_file():
+            raise CheckpointError(f"{self.folder} is not a run folder: it holds no config.yaml")
+
+    def __fspath__(self) -> str:
+        """The folder, so that a run stands wherever a path is taken."""
+        return str(self.folder)
+
+    def __str__(self) -> str:
+        """The folder."""
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        """``Run('runs/NAME')``."""
+        return f"Run({str(self.folder)!r})"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration."""
+        import yaml
+
+        return dict(yaml.safe_load((self.folder / "config.yaml").read_text()))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged rows, in order: ``update``, ``steps``, ``wall_seconds`` and metrics such as ``eval/score``."""
+        from unified_rl.training.metrics import read_metrics
+
+        return read_metrics(self.folder / "metrics.jsonl")
+
+    def policy(self, checkpoint: str | int | os.PathLike[str] | None = None) -> Any:
+        """The trained policy, see :func:`load_policy`."""
+        return load_policy(self, checkpoint, allow=self.allow)
+
+    def evaluate(
+        self, *, episodes: int | None = None, record: str | os.PathLike[str] | None = None
+    ) -> dict[str, float]:
+        """Held-out evaluation, see :func:`evaluate`."""
+        return evaluate(self, episodes=episodes, record=record, allow=self.allow)
+
+    def resume(self, steps: int | None = None, *, progress: bool | None = None) -> Run:
+        """Goes on from the last checkpoint, see :func:`resume`."""
+        return resume(self, steps, allow=self.allow, progress=progress)
+
+
+def train(
+    overrides: Overrides = (),
+    *,
+    allow: Sequence[str] = (),
+    config_dirs: Sequence[str] = (),
+    progress: bool | None = None,
+) -> Run:
+    """Trains one run to its budget, as ``unified-rl train`` does.
+
+    Args:
+        overrides: ``["env=two_route", "agent.lr=1e-3"]``, or a mapping ``{"env": "two_route", "agent.lr": 1e-3}``
+            (``{"agent": {"name": "ppo", "lr": 1e-3}}`` says the same by group), or what
+            :func:`unified_rl.compose` returned.
+        allow: packages beside this one that configuration may build.
+        config_dirs: folders with options of your own.
+        progress: show a progress display; by default as the configuration says.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ConfigError: a misspelt key or option (names the nearest), or parts that do not fit together.
+        CheckpointError: the folder is in use, or holds a run already.
+    """
+    from unified_rl.training.run import train as run
+
+    return Run(run(_composed(overrides, "train", allow, config_dirs), allow, progress=progress), allow)
+
+
+def resume(run: RunLike, steps: int | None = None, *, allow: Sequence[str] = (), progress: bool | None = None) -> Run:
+    """Continues a run from its last checkpoint, bit for bit as if it had never stopped.
+
+    Args:
+        run: its folder.
+        steps: a new budget; by default the run's own.
+        allow: packages beside this one that its configuration names.
+        progress: show a progress display; by default as the configuration says.
+
+    Raises:
+        CheckpointError: no such run, one that only a script can build again, or one in use.
+    """
+    from unified_rl.training.run import resume as continued
+
+    return Run(continued(str(_rebuildable(run)), steps, allow, progress=progress), allow)
+
+
+def evaluate(
+    run: RunLike,
+    *,
+    episodes: int | None = None,
+    record: str | os.PathLike[str] | None = None,
+    allow: Sequence[str] = (),
+) -> dict[str, float]:
+    """Evaluates the newest checkpoint of a run on held-out prompts or seeds; prints nothing.
+
+    Args:
+        run: its folder.
+        episodes: episodes or prompts; by default as in the run.
+        record: also write the policy's rows to this folder, as a replay that other runs train on.
+        allow: packages beside this one that its configuration names.
+
+    Returns:
+        ``eval/score`` and what else the domain measures, see :mod:`unified_rl.training.evaluation`.
+
+    Raises:
+        CheckpointError: no such run, or no checkpoint in it.
+    """
+    from unified_rl.training.run import record_dataset
+
+    changed = {} if episodes is None else {"eval_episodes": episodes}
+    job = _restored(run, None, allow, changed)
+    metrics = job.evaluate()
+    if record is not None:
+        record_dataset(job, Path(record))
+    return metrics
+
+
+def load_policy(
+    run: RunLike, checkpoint: str | int | os.PathLike[str] | None = None, *, allow: Sequence[str] = ()
+) -> Any:
+    """The policy of a run of either domain, in evaluation mode on the CPU.
+
+    Args:
+        run: its folder.
+        checkpoint: the number of updates behind it, or its folder; by default the newest.
+        allow: packages beside this one that its configuration names.
+
+    Returns:
+        Anything with ``sample`` and ``log_prob``; a :class:`~unified_rl.policies.causal_lm.CausalLM` also generates.
+
+    Raises:
+        CheckpointError: no such run, no such checkpoint, or a run that only a script can build again.
+    """
+    policy = _restored(run, checkpoint, allow, {"device": "cpu"}).policy
+    return policy.eval() if hasattr(policy, "eval") else policy
+
+
+def compare(
+    overrides: str | Overrides,
+    *,
+    allow: Sequence[str] = (),
+    config_dirs: Sequence[str] = (),
+    progress: bool = True,
+) -> Path:
+    """Trains a grid of runs and writes tables, figures and a report, as ``unified-rl compare`` does.
+
+    Args:
+        overrides: the name of a study, ``["study=quickstart", "study.seeds=[1,2]"]``, a mapping of the same, or a
+            composed configuration.
+        allow: packages beside this one that configuration may build.
+        config_dirs: folders with studies of your own.
+        progress: show progress bars.
+
+    Returns:
+        The study's folder: ``results.csv``, ``summary.csv``, ``report.html`` and pictures.
+
+    Raises:
+        ConfigError: a study that cannot be composed; nothing has run then.
+        StudyError: some runs failed; the others are finished and in the report.
+    """
+    from unified_rl.study.compare import compare as run
+
+    given = [f"study={overrides}"] if isinstance(overrides, str) else overrides
+    cfg = _composed(given, "compare", allow, config_dirs)
+    return run(cfg, allow, config_dirs=config_dirs, progress=progress)
+
+
+def lab(
+    corrections: Sequence[str] = (),
+    *,
+    out: str | os.PathLike[str] = "lab",
+    train: bool = False,
+    seeds: int = 4,
+    progress: bool = True,
+) -> Path:
+    """Bias and variance of corrections, summed exactly over small problems, as ``unified-rl lab`` does.
+
+    Args:
+        corrections: presets; none means all.
+        out: folder of the CSVs and pictures.
+        train: train every correction on stale data, not a shortlist.
+        seeds: of a training run.
+        progress: show progress bars.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: an unknown preset (names the nearest), or a count below 1.
+    """
+    from unified_rl.study.lab.run import lab as run
+
+    return run(corrections, out=os.fspath(out), train=train, seeds=seeds, shown=progress)
+
+
+def corrections(name: str | None = None, **overrides: Any) -> Any:
+    """The corrections that ship, or one of them in full, as ``unified-rl corrections [show NAME]`` prints them.
+
+    Args:
+        name: a preset; None lists all.
+        overrides: changed fields of that preset, dotted where nested: ``**{"kernel.clip_high": 0.3}``.
+
+    Returns:
+        A list of mappings (``name``, ``family``, ``level``, ``kernel``, ``summary``, ...), or one mapping (``rule``,
+        ``formula``, ``needs``, ``curves``, ...).
+
+    Raises:
+        ConfigError: an unknown preset or field (names the nearest).
+    """
+    from unified_rl.study.gallery import catalogue
+
+    if name is None:
+        return catalogue.listed()
+    catalogue.entry(name)
+    from unified_rl.study.gallery.described import described
+
+    return described(name, overrides).for_machines()
+
+
+def doctor() -> dict[str, Any]:
+    """What this machine has, and whether the identities that every run rests on hold here.
+
+    Returns:
+        ``facts`` (versions, devices, threads), ``checks`` (a list of mappings with ``check``, ``domain``, ``holds``
+        and ``detail``) and ``healthy``, whether all of them hold.
+    """
+    from unified_rl.training.doctor import checks, facts
+
+    found = checks()
+    return {"facts": facts(), "checks": found, "healthy": all(check["holds"] for check in found)}
+
+
+def _composed(overrides: Overrides, primary: str, allow: Sequence[str], config_dirs: Sequence[str]) -> dict[str, Any]:
+    if isinstance(overrides, Mapping):
+        if CHOICES in overrides:
+            return resolve_defaults(overrides, primary=primary, allow=allow)
+        overrides = flatten(overrides)
+    elif isinstance(overrides, str):
+        raise ConfigError(f"{overrides!r} is one text; give a list of key=value texts")
+    cfg = compose(overrides, primary=primary, config_dirs=config_dirs, allow=allow)
+    return resolve_defaults(cfg, primary=primary, allow=allow)
+
+
+def _restored(
+    run: RunLike, checkpoint: str | int | os.PathLike[str] | None, allow: Sequence[str], changed: Mapping[str, Any]
+) -> Job:
+    """A run built again, with some settings changed, and its policy as a checkpoint left it."""
+    from unified_rl.training.checkpoint import latest_checkpoint, read_checkpoint
+    from unified_rl.training.run import Job, load_policy
+
+    folder = _rebuildable(run)
+    if isinstance(checkpoint, int):
+        path = folder / "checkpoints" / f"step_{checkpoint:012d}"
+    else:
+        path = latest_checkpoint(folder) if checkpoint is None else Path(checkpoint)
+    job = Job({**Run(folder).config, **changed}, allow)
+    job.policy = load_policy(job, read_checkpoint(path))
+    return job
+
+
+def _rebuildable(run: RunLike) -> Path:
+    """The folder of a run whose parts its configuration can build.
+
+    Raises:
+        CheckpointError: there is no run, or it was assembled from objects or classes of a script.
+    """
+    import json
+
+    folder = Run(run).folder
+    meta = folder / "meta.json"
+    parts = json.loads(meta.read_text()).get("assembled", []) if meta.is_file() else []
+    if parts:
+        raise CheckpointError(
+            f"{folder} was assembled from objects of a script ({', '.join(parts)}); assemble it again there, with "
+            f"folder={str(folder)!r} and resume_existing=True"
+        )
+    return folder
