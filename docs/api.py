@@ -29,7 +29,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Agents": ("unified_rl.agents",),
     "Environments and rollouts": ("unified_rl.envs", "unified_rl.protocols", "unified_rl.rollout"),
     "Advantages and value targets": ("unified_rl.returns",),
-    "The record": ("unified_rl.units",),
+    "The record": (
+        "unified_rl.spaces",
+        "unified_rl.units",
+    ),
     "Errors": ("unified_rl.errors",),
 }
 SECTION = re.compile(r"^(Args|Returns|Raises|Attributes|Yields):$")

@@ -22,7 +22,7 @@ class Rail(ur.ControlEnvBase):
     """
 
     def __init__(self, num_envs: int = 16, seed: int = 0) -> None:
-        super().__init__(num_envs, observation_dim=2, action_low=[-1.0], action_high=[1.0], max_steps=32)
+        super().__init__(num_envs, ur.Space.flat(2, 1, [-1.0], [1.0]), max_steps=32)
         self.carts, self.elapsed = torch.zeros(num_envs, 2), torch.zeros(num_envs, dtype=torch.int64)
         self.seed_streams(seed)
         self.reset_batch()

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     )
     from unified_rl.returns import gae, group_advantage, monte_carlo, n_step, q_lambda, retrace, td_lambda, vtrace
     from unified_rl.rollout import ControlRollout, LanguageRollout
+    from unified_rl.spaces import Space
     from unified_rl.training.assemble import Assembled, assemble, make_env
     from unified_rl.units import Source, Steps, UnitLogProb, validate_record
 
@@ -117,6 +118,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "q_lambda",
         "group_advantage",
     ),
+    "unified_rl.spaces": ("Space",),
     "unified_rl.units": ("Steps", "UnitLogProb", "Source", "validate_record"),
     "unified_rl.errors": (
         "UnifiedRLError",
@@ -165,6 +167,7 @@ __all__ = [
     "Segment",
     "Softmax",
     "Source",
+    "Space",
     "StalenessBounded",
     "StepResult",
     "Steps",

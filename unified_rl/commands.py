@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from unified_rl.config import CHOICES, compose, flatten, resolve_defaults
 from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.instantiate import allowing
 
 if TYPE_CHECKING:
     from unified_rl.training.run import Job
@@ -229,11 +230,12 @@ def lab(
     return run(corrections, out=os.fspath(out), train=train, seeds=seeds, shown=progress)
 
 
-def corrections(name: str | None = None, **overrides: Any) -> Any:
+def corrections(name: str | None = None, *, allow: Sequence[str] = (), **overrides: Any) -> Any:
     """The corrections that ship, or one of them in full, as ``unified-rl corrections [show NAME]`` prints them.
 
     Args:
         name: a preset; None lists all.
+        allow: prefixes beside ``unified_rl.`` in which its rules may lie.
         overrides: changed fields of that preset, dotted where nested: ``**{"kernel.clip_high": 0.3}``.
 
     Returns:
@@ -250,7 +252,8 @@ def corrections(name: str | None = None, **overrides: Any) -> Any:
     catalogue.entry(name)
     from unified_rl.study.gallery.described import described
 
-    return described(name, overrides).for_machines()
+    with allowing(allow):
+        return described(name, overrides).for_machines()
 
 
 def doctor() -> dict[str, Any]:
