@@ -217,7 +217,7 @@ class GroupBaseline:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = dict(settings)
-        self.rows = Rows.of(self.settings.pop("rows", None))
+        self.rows = Rows.of(self.settings.pop("rows", None), "correction.advantage.rows")
         self.tracker = SuccessTracker() if self.settings.get("baseline") == "tracker" else None
 
     def __call__(self, record: TensorDictBase, log_prob: Callable[[], Tensor], weight: Tensor | None) -> Tensor:

@@ -15,6 +15,7 @@ from unified_rl.correction import Correction
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
 from unified_rl.objectives.objective import Objective, Parts
+from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.settings import named
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.groups import Groups
@@ -23,15 +24,33 @@ from unified_rl.units import row_return
 
 
 class CriticAdvantage:
-    """Advantages and value targets from a critic; see :data:`~unified_rl.agents.baselines.CREDITS`."""
+    """Advantages and value targets from a critic; see :data:`~unified_rl.agents.baselines.CREDITS`.
 
-    def __init__(self, baseline: Baseline, credit: str, lam: float, off_policy: bool, normalize: bool) -> None:
+    Args:
+        baseline: the critic.
+        credit: a name of ``CREDITS``.
+        lam, off_policy, normalize: see there.
+        rows: whose advantages are estimated (and standardised together); the critic does not learn from the others.
+    """
+
+    def __init__(
+        self, baseline: Baseline, credit: str, lam: float, off_policy: bool, normalize: bool, rows: Any = None
+    ) -> None:
         self.baseline, self.credit = baseline, CREDITS[credit]
         self.settings = (lam, off_policy, normalize)
+        self.rows = Rows.of(rows, "correction.advantage.rows")
 
     def __call__(self, record: TensorDict, log_prob: Callable[[], Tensor], weight: Tensor | None) -> Tensor:
         """Writes ``advantage``, ``value``, ``value_target`` and ``value_mask``; returns the first."""
-        self.credit(record, self.baseline, *self.settings)
+        if self.rows.every:
+            self.credit(record, self.baseline, *self.settings)
+            return record["advantage"]
+        at = self.rows.numbers(record)
+        some = record[at if len(at) else slice(0, 1)]
+        self.credit(some, self.baseline, *self.settings)
+        for key in ("advantage", "value", "value_target", "value_mask"):
+            found = some[key][: len(at)]
+            record[key] = found.new_zeros(len(record), *found.shape[1:]).index_copy(0, at, found)
         return record["advantage"]
 
     def state_dict(self) -> dict[str, Any]:
@@ -164,4 +183,4 @@ def make_advantage(
     if baseline is None:
         return GroupBaseline(correction.advantage)
     whiten = bool(correction.wrapper.get("whiten", True)) if normalize is None else normalize
-    return CriticAdvantage(baseline, credit, lam, off_policy, whiten)
+    return CriticAdvantage(baseline, credit, lam, off_policy, whiten, correction.advantage.get("rows"))
