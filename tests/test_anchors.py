@@ -14,6 +14,7 @@ from term_cases import DISTILL, agent_of, both_splits, dense, joined, want
 
 from unified_rl.correction import load_correction
 from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.rollout.sources import Demonstrations
 
 KL = {"name": "k2", "anchor": "base", "coefficient": 1.0}
 """A penalty whose gradient is ``log_prob - base_log_prob`` times the score."""
@@ -230,3 +231,22 @@ def test_a_penalty_names_only_declared_anchors() -> None:
         ConfigError, match=r"correction reinforce compares with the policy 'base', .*agent\.anchors\.base="
     ):
         agent_of(policy, rows, load_correction("reinforce", anchors=["base"], penalty=[KL]))
+
+
+def test_a_policy_that_is_only_diverged_from_is_not_scored_beforehand() -> None:
+    policy, rows = joined()
+    agent = agent_of(policy, rows, objectives=compared("base"), anchors={"base": {}})
+    record = agent._annotate(agent._draw(filled(rows, 1)), {})
+    assert "base_log_prob" not in record.keys() and "proximal_log_prob" not in record.keys()
+
+
+def test_rows_that_no_term_reads_leave_before_other_policies_score_them() -> None:
+    policy, rows = joined(demonstrations=Demonstrations(per_group=1))
+    correction = load_correction("reinforce", anchors=["base"], penalty=[KL])
+    agent = agent_of(policy, rows, correction, objectives={"policy": {"rows": "own"}}, anchors={"base": {}})
+    scored: list[int] = []
+    provider = agent.anchors["base"]
+    log_prob = provider.log_prob
+    provider.log_prob = lambda part: scored.append(len(part)) or log_prob(part)  # type: ignore[method-assign,func-returns-value]
+    record = agent._annotate(agent._draw(filled(rows, 1)), {})
+    assert len(rows) == 15 and scored == [12] and len(record) == 12

@@ -236,3 +236,13 @@ def test_a_policy_without_an_entropy_is_told_what_works() -> None:
         ConfigError, match=r"agent\.entropy_coef needs .*DiffusionPolicy has none: set agent\.entropy_coef=0"
     ):
         control_agent(DiffusionPolicy(**BOUNDS), entropy_coef=0.1)
+
+
+def test_a_pass_that_is_first_read_without_gradient_still_has_one() -> None:
+    policy, rows = joined()
+    forward = Forward(policy, rows, lambda part: (policy.log_prob(part).log_prob, None))
+    with torch.no_grad():
+        assert forward.log_prob.requires_grad
+    with torch.no_grad():
+        inside = Forward(policy, rows, lambda part: (policy.log_prob(part).log_prob, None))
+    assert not inside.log_prob.requires_grad
