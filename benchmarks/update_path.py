@@ -276,10 +276,12 @@ def main() -> None:
         new, old = Side(None), revision(args.base, Path(folder))
         if args.check:
             sys.exit(int(check(new, old, args.names or [*CORRECTIONS, *WRAPPED]) > 0))
-        table = [timed(new, old, case, args.rounds) for case in CASES]
-    for line in table:
-        print(f"{line['case']}: {line['ratio']:.3f} of {args.base} (target {TARGET}, noise {line['noise']:.3f}), "
-              f"{line['ms']} ms")  # fmt: skip
+        table = []
+        for case in CASES:
+            line = timed(new, old, case, args.rounds)
+            table.append(line)
+            ratio, noise = (f"{line[key]:.3f}" for key in ("ratio", "noise"))
+            print(f"{case}: {ratio} of {args.base} (target {TARGET}, noise {noise}), {line['ms']} ms", flush=True)
     if args.csv:
         with args.csv.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(table[0]))
