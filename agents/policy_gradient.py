@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
 
-from unified_rl.agents.advantage_source import CREDIT_OF, check_groups, choose_credit
+from unified_rl.agents.advantage_source import CREDIT_OF, check_rows, choose_credit
 from unified_rl.agents.anchors import PROVIDERS, Anchors
 from unified_rl.agents.baselines import Baseline, make_baseline, update_moments
 from unified_rl.agents.batches import Batches, Draw, choose_steps
@@ -22,7 +22,6 @@ from unified_rl.agents.scoring import identity_check, scoring
 from unified_rl.correction import Correction
 from unified_rl.interventions import WRAPPERS, make_wrapper
 from unified_rl.objectives.objective import Objective, Parts
-from unified_rl.objectives.terms import OWN_ROWS
 from unified_rl.optimizer import Optimizer
 from unified_rl.replay import Replay
 from unified_rl.replay.fit import check_replay
@@ -173,14 +172,12 @@ class PolicyGradient:
             self.optimizer.set_lr(self.lr * (1.0 - progress))
         self.wrapper.start(progress)
         self.objective.start(progress, self.version)
+        metrics: dict[str, Any] = {}
         if not self.checked:
             self.check_replay(replay)
         record = self._draw(replay)
-        metrics: dict[str, Any] = {}
         if not self.checked:
-            if "policy" in self.objective.terms:
-                check_groups(OWN_ROWS.chosen(record), self.correction, self.use_critic)
-                self.correction.check_sources(self.objective.terms["policy"].rows.chosen(record))
+            check_rows(record, self.objective.terms, self.correction, self.use_critic)
             metrics = self.identity_check(record)
         record = self._annotate(record, metrics)
         trained = len(record) > 0

@@ -224,7 +224,7 @@ def test_a_folder_without_a_policy_is_named(tmp_path: Path) -> None:
 
 
 def test_a_penalty_names_only_declared_anchors() -> None:
-    with pytest.raises(ConfigError, match="unknown anchor 'bsae' of a penalty; did you mean 'base'"):
+    with pytest.raises(ConfigError, match=r"penalty\.0\.anchor 'bsae' is unknown; did you mean 'base'"):
         load_correction("reinforce", anchors=["base"], penalty=[{**KL, "anchor": "bsae"}])
     policy, rows = joined()
     with pytest.raises(

@@ -15,7 +15,8 @@ from unified_rl.correction import load_correction
 from unified_rl.errors import ConfigError
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.rollout import LanguageRollout
-from unified_rl.rollout.sources import Demonstrations, Hints, Refill
+from unified_rl.rollout.context import Hints, Refill
+from unified_rl.rollout.sources import Demonstrations
 
 
 def test_luffy_has_the_written_out_gradient_on_own_and_shown_rows() -> None:
@@ -42,7 +43,11 @@ def test_luffy_without_demonstrations_is_grpo_without_scale() -> None:
     policy, rows = joined()
     nudge(policy, 0.02)
     settings = {"advantage": {"baseline": "mean", "scale": "none"}}
-    a = gradients(agent_of(copy.deepcopy(policy), rows, load_correction("luffy", **settings)), filled(rows, 1))
+    agent = agent_of(copy.deepcopy(policy), rows, load_correction("luffy", **settings))
+    with pytest.raises(ConfigError, match="recipe=luffy"):
+        agent.update(filled(rows, 1))
+    agent.checked = True  # later updates may hold none
+    a = gradients(agent, filled(rows, 1))
     b = gradients(agent_of(copy.deepcopy(policy), rows, load_correction("ppo", **settings)), filled(rows, 1))
     close(a, b)
 
@@ -109,8 +114,8 @@ def test_hints_leave_solved_prompts_alone_and_are_never_trained_on() -> None:
     env = Easy(modulus=5, terms=3)
     policy = CausalLM(**env.policy_inputs(), config=TINY, seed=1)
 
-    def rollout(guide: Any) -> LanguageRollout:
-        return LanguageRollout(env, policy, 1.0, stream(0), stream(1), prompts=24, group_size=1, guide=guide)
+    def rollout(context: Any) -> LanguageRollout:
+        return LanguageRollout(env, policy, 1.0, stream(0), stream(1), prompts=24, group_size=1, context=context)
 
     plain, _ = rollout(None).collect(0)
     guided, metrics = rollout(Hints((0.5, 0.9))).collect(0)
@@ -132,9 +137,9 @@ def test_refill_replaces_equal_groups_alone_and_keeps_their_demonstrations_with_
     env = Easy(modulus=5, terms=3)
     policy = CausalLM(**env.policy_inputs(), config=TINY, seed=1)
 
-    def rollout(guide: Any) -> LanguageRollout:
+    def rollout(context: Any) -> LanguageRollout:
         own = Demonstrations(per_group=1)
-        options = {"guide": guide, "sources": {"demonstrations": own}}
+        options = {"context": context, "sources": {"demonstrations": own}}
         return LanguageRollout(env, policy, 1.0, stream(0), stream(1), prompts=12, group_size=4, **options)
 
     plain, _ = rollout(None).collect(0)
@@ -161,7 +166,7 @@ def test_a_run_that_adds_terms_and_schedules_resumes_bit_for_bit(tmp_path: Any) 
         "recipe=chord",
         "rollout.sources.demonstrations.rows=4",
         "correction=decoupled_ppo",
-        "rollout.guide._target_=unified_rl.rollout.sources.Hints",
+        "rollout.context._target_=unified_rl.rollout.context.Hints",
     ]
     kept = [o for o in LANGUAGE if not o.startswith("correction")]
     whole = train(compose([*COMMON, *kept, *chord, "steps=96", "checkpoint_every=16", f"run_dir={tmp_path / 'whole'}"]))

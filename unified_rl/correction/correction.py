@@ -136,7 +136,9 @@ class Correction:
         self._thin, self._thin_name = _optional(thin, THINS, "thin")
         holds_ratio = self._kernel.traits.holds_ratio
         self._rules = Rules(mismatch or (), reject or (), anchor, weighted_kernel=holds_ratio)
-        self._penalties = tuple(Penalty(node, f"correction.penalty.{i}", self.anchors) for i, node in enumerate(penalty or ()))
+        self._penalties = tuple(
+            Penalty(node, f"correction.penalty.{i}", self.anchors) for i, node in enumerate(penalty or ())
+        )
         self.total: Total = identity
         """Sums a tensor over processes; :func:`process_total` where a batch is spread over several."""
 

@@ -80,7 +80,9 @@ class Penalty:
     :data:`SELECTIONS`), ``importance`` (multiply by the differentiable ratio to the behavior policy).
     """
 
-    def __init__(self, node: str | Mapping[str, Any], where: str = "correction.penalty", further: Sequence[str] = ()) -> None:
+    def __init__(
+        self, node: str | Mapping[str, Any], where: str = "correction.penalty", further: Sequence[str] = ()
+    ) -> None:
         self.value, given = bind(node, PENALTIES, where, TYPES)
         given = {**DEFAULTS, **given}
         self.anchor: str = given["anchor"]
