@@ -159,14 +159,9 @@ class PolicyGradient:
         self.version, self.checked, self.verify_identity = 0, False, True  # identity_check=false sets the last
 
     def update(self, replay: Replay, progress: float = 0.0) -> dict[str, Any]:
-        """Trains on one batch of rows from the replay.
+        """Trains on one batch of rows from the replay; returns metrics, scalar tensors or floats.
 
-        Args:
-            replay: where the rows come from.
-            progress: share of the run that is done, for whatever is annealed.
-
-        Returns:
-            Metrics, scalar tensors or floats.
+        ``progress`` is the share of the run that is done, for whatever is annealed.
         """
         if self.anneal_lr:
             self.optimizer.set_lr(self.lr * (1.0 - progress))
@@ -192,7 +187,7 @@ class PolicyGradient:
         return metrics
 
     def check_replay(self, replay: Replay) -> None:
-        """Refuses a replay that this agent cannot use, by name (ConfigError)."""
+        """Refuses a replay that this agent cannot use, by its name."""
         check_replay(replay, "policy_gradient", length=self.draw.length)
 
     def _draw(self, replay: Replay) -> TensorDict:
@@ -201,7 +196,8 @@ class PolicyGradient:
     def identity_check(self, record: TensorDictBase) -> dict[str, Any]:
         """On the first update: units sampled by the current weights must have ratio 1, see :mod:`~.scoring`."""
         self.checked = True
-        return identity_check(self.policy, record, self.version, partial(self.anchors.chunked, self.policy, record))
+        score = partial(self.anchors.chunked, self.policy, record)
+        return identity_check(self.policy, record, self.version, score) if self.verify_identity else {}
 
     def _annotate(self, record: TensorDict, metrics: dict[str, Any]) -> TensorDict:
         return self.estimate(record, self.version, metrics)
