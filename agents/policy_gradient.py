@@ -128,9 +128,8 @@ class PolicyGradient:
         self.policy, self.correction, self.generator = policy, correction, generator
         if not self.language:
             policy.end_pretraining()
-        self.lr, self.anneal_lr, self.micro_batch = lr, anneal_lr, micro_batch
+        self.lr, self.anneal_lr, self.micro_batch, self.device = lr, anneal_lr, micro_batch, torch.device(device)
         self.gamma = gamma if gamma is not None else (1.0 if self.language else 0.99)
-        self.device = torch.device(device)
         self.wrapper = make_wrapper(policy, correction)
         terms = make_terms(objectives, value_coef if self.use_critic else None, value_clip, entropy_coef)
         by_step = self.use_critic and not self.language
