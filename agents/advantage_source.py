@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tensordict import TensorDictBase
 
 from unified_rl.agents.baselines import CREDITS
 from unified_rl.correction import Correction
 from unified_rl.correction.requirements import advantage_needs_group, without_groups
 from unified_rl.errors import ConfigError
+from unified_rl.objectives.objective import Term
+from unified_rl.objectives.terms import OWN_ROWS
 
 CREDIT_OF = {"step_advantage": "step", "cut_bootstrap": "cut"}
 """The credit that a preset asks for by the name of its ``wrapper``."""
@@ -42,6 +46,20 @@ def choose_credit(correction: Correction, advantage: str, credit: str | None, *,
             "knows; control records hold it: use correction=ppo"
         )
     return critic, wanted or "unit"
+
+
+def check_rows(record: TensorDictBase, terms: Mapping[str, Term], correction: Correction, use_critic: bool) -> None:
+    """Refuses the rows of a first update from which the policy gradient would learn nothing.
+
+    Raises:
+        ConfigError: rows alone in their groups, or without the sources that the correction is about.
+    """
+    if "policy" not in terms:
+        return
+    check_groups(OWN_ROWS.chosen(record), correction, use_critic)
+    rows = terms["policy"].rows
+    if not rows.gates:  # gates open later
+        correction.check_sources(rows.chosen(record))
 
 
 def check_groups(record: TensorDictBase, correction: Correction, use_critic: bool) -> None:

@@ -1,8 +1,9 @@
-"""The other policies that a batch is compared with, and what is computed from them before the first optimiser step."""
+"""The other policies that a batch is compared with: who they are, how they follow, what they say of the rows."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,30 +12,175 @@ from torch import Tensor
 
 from unified_rl.agents.teacher import load_teacher
 from unified_rl.correction import Correction
+from unified_rl.correction.lookup import check_keys
 from unified_rl.correction.proximal import MovingAverage, interpolated
-from unified_rl.errors import ConfigError
+from unified_rl.correction.view import ANCHORS
+from unified_rl.errors import ConfigError, RecordError
+from unified_rl.instantiate import check_type, nearest
 from unified_rl.interventions import Wrapper
 from unified_rl.policies.normalizer import MOMENTS
 
 PROVIDERS = ("snapshot", "average", "interpolated")
 """Where the proximal policy of a decoupled correction comes from."""
+RECORDED = ("behavior", "proximal", "proxy")
+"""Anchors that no entry of ``agent.anchors`` makes: the sampler, the start of the update, a wrapper."""
+BUILT_IN = ("reference", "self", "old")
+"""Anchors that are made where something asks for them; every other one must be given."""
+SETTINGS: dict[str, Any] = {"folder": str, "sync_every": int, "ema": float, "view": str}
 
 
-class Anchors:
-    """Reference, proximal and teacher policies of a correction.
+class Provider:
+    """Another policy, as it is; here the one that is trained, under its present weights.
+
+    Args:
+        policy: the policy.
+        view: of the rows, as it sees them: ``privileged`` reads ``privileged_tokens`` and ``privileged_mask``.
+        foreign: it standardises observations by moments of its own.
+    """
+
+    def __init__(self, policy: Any, view: str | None = None, foreign: bool = False) -> None:
+        self.policy, self.view, self.foreign = policy, view, foreign
+
+    def log_prob(self, rows: TensorDictBase) -> Tensor:
+        """Log-probs ``[B, N]`` of the rows' units, without gradient."""
+        seen = self._seen(rows, self.view)
+        found = self.policy.log_prob(seen).log_prob.detach()
+        return found if self.view is None else _in_place(found, seen, rows)
+
+    def states(self, rows: TensorDictBase, view: str | None = None) -> Tensor:
+        """From which :meth:`logits` makes each unit's distribution, ``[B, N, d]``.
+
+        Last hidden states where the policy gives them, else its logits themselves (of small action spaces).
+        """
+        view = view or self.view
+        seen = self._seen(rows, view)
+        if hasattr(self.policy, "unit_states"):
+            found = self.policy.unit_states(seen)
+        else:
+            (found,) = self.policy.read_logits(seen, lambda logits, token: (logits,))
+        return found if view is None else _in_place(found, seen, rows)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Transformed logits ``[n, V]`` of states ``[n, d]``."""
+        return self.policy.logits_of(states) if hasattr(self.policy, "unit_states") else states
+
+    def normals(self, rows: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of each unit's Normal, ``[B, N, D]``."""
+        return self.policy.normals(self._seen(rows, None))
+
+    def _seen(self, rows: TensorDictBase, view: str | None) -> TensorDictBase:
+        if view is None:
+            return rows.exclude(MOMENTS) if self.foreign and MOMENTS in rows.keys() else rows
+        if f"{view}_tokens" not in rows.keys():
+            raise RecordError(
+                f"an anchor looks at the rows with view={view}, and they hold no {view}_tokens: set rollout.{view} to "
+                "the style of demonstrations that goes into its prompt, or view=null"
+            )
+        return TensorDict({"tokens": rows[f"{view}_tokens"], "mask": rows[f"{view}_mask"]}, rows.batch_size)
+
+    def update(self, policy: Any, version: int) -> None:
+        """After an update, whose number is ``version``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a bit-exact continuation needs beside the configuration."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+
+
+class Copied(Provider):
+    """The policy as it was at the start of the run, or after every ``every`` updates; 1 is the start of the update."""
+
+    def __init__(self, policy: Any, view: str | None = None, every: int | None = None) -> None:
+        super().__init__(_same_inputs(copy.deepcopy(policy).requires_grad_(False), policy), view)
+        self.every = every
+
+    def update(self, policy: Any, version: int) -> None:
+        """Takes over the policy's weights where it is time to."""
+        if self.every is not None and version % self.every == 0:
+            self.policy.load_state_dict(policy.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights."""
+        return {"policy": dict(self.policy.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores them."""
+        self.policy.load_state_dict(state["policy"])
+
+
+class Averaged(Copied):
+    """An exponential moving average of the policy's weights; buffers are copied."""
+
+    def __init__(self, policy: Any, view: str | None, decay: float) -> None:
+        super().__init__(policy, view)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, policy: Any, version: int) -> None:
+        """Takes in the newest weights."""
+        for mine, newest in zip(self.policy.parameters(), policy.parameters(), strict=True):
+            mine.lerp_(newest, 1.0 - self.decay)
+        for kept, other in zip(self.policy.buffers(), policy.buffers(), strict=True):
+            kept.copy_(other)
+
+
+def make_provider(name: str, node: Any, policy: Any) -> Provider:
+    """The provider that ``agent.anchors.NAME`` describes.
+
+    Args:
+        name: of the anchor; ``self`` is by default the policy as it is, ``old`` as it was at the start of the update.
+        node: ``{folder: RUN}``, ``{sync_every: N}``, ``{ema: DECAY}`` or ``{}`` (as at the start of the run), each with
+            an optional ``view``.
+        policy: the policy that is trained.
+
+    Raises:
+        ConfigError: a name that is made elsewhere, an unknown or a wrong setting, or two that exclude each other.
+        CheckpointError: the folder holds no policy.
+    """
+    where = f"agent.anchors.{name}"
+    if name in (*RECORDED, "none", "mixture"):
+        instead = "correction.proximal" if name == "proximal" else f"agent.anchors.{BUILT_IN[0]}"
+        raise ConfigError(f"{where}: the record holds this anchor already; set {instead}, or choose another name")
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{where} is {node!r}; it must be a mapping, such as {{folder: RUN}} or {{ema: 0.999}}")
+    check_keys(node, SETTINGS, where)
+    given = {
+        key: check_type(value, SETTINGS[key], f"{where}.{key}") for key, value in node.items() if value is not None
+    }
+    view = given.pop("view", None)
+    if len(given) > 1:
+        raise ConfigError(f"{where} is made by one of folder, sync_every and ema, got {', '.join(given)}")
+    if "folder" in given:
+        return Provider(load_teacher(given["folder"], policy, f"{where}.folder"), view, foreign=True)
+    if not 0.0 <= given.get("ema", 0.0) < 1.0:
+        raise ConfigError(f"{where}.ema is the share of the old weights and must lie in [0, 1), got {given['ema']}")
+    if given.get("sync_every", 1) < 1:
+        raise ConfigError(f"{where}.sync_every counts updates and must be at least 1, got {given['sync_every']}")
+    if "ema" in given:
+        return Averaged(policy, view, given["ema"])
+    if name == "self" and not given:
+        return Provider(policy, view)
+    return Copied(policy, view, given.get("sync_every", 1 if name == "old" else None))
+
+
+class Anchors(Mapping[str, Provider]):
+    """The other policies by name, and what is computed from them before the first optimiser step.
 
     Args:
         policy: the policy that is trained.
         correction: says which anchors it needs and how the proximal policy is made.
         wrapper: adds its own keys in the same pass.
-        teacher: folder of the teacher, see :func:`~unified_rl.agents.teacher.load_teacher`.
+        given: providers by name, ``agent.anchors``; see :func:`make_provider`.
+        teacher: folder of the teacher, a shorthand for ``given``.
         micro_batch: rows of one forward pass; None takes all.
-        log_probs: anchors whose log-probs terms of the loss need beside the correction.
-        policies: anchors whose whole distributions they need.
+        log_probs: names whose log-probs are needed beside the correction's, and the setting that needs each.
+        distributions: names whose whole distributions are needed, and the setting that needs each.
         proximal: store proximal log-probs although the correction does not ask for them.
 
     Raises:
-        ConfigError: a teacher is needed and none is given, or the other way round.
+        ConfigError: an anchor is needed and nobody provides it, or the other way round.
     """
 
     def __init__(
@@ -42,39 +188,77 @@ class Anchors:
         policy: Any,
         correction: Correction,
         wrapper: Wrapper,
+        given: Mapping[str, Any] | None = None,
         teacher: str | None = None,
         micro_batch: int | None = None,
+        log_probs: Mapping[str, str] | None = None,
+        distributions: Mapping[str, str] | None = None,
         proximal: bool = False,
-        log_probs: frozenset[str] = frozenset(),
-        policies: frozenset[str] = frozenset(),
     ) -> None:
-        def needs(name: str) -> bool:
-            return correction.needs(name) or name in log_probs
-
-        if (needs("teacher") or "teacher" in policies) != (teacher is not None):
-            raise ConfigError(
-                f"correction {correction.name} learns from a teacher: set agent.teacher to the folder of a run of this "
-                "library (or of a language model)"
-                if teacher is None
-                else f"agent.teacher is set, but correction {correction.name} uses no teacher; try correction=erpd"
-            )
         self.policy, self.wrapper, self.micro_batch = policy, wrapper, micro_batch
+        who = f"correction {correction.name}"
+        needs = {name: who for name in (*ANCHORS, *correction.anchors) if correction.needs(name)} | dict(
+            log_probs or {}
+        )
         self.provider = correction.proximal.get("provider", "snapshot")
-        self.needs_proximal = needs("proximal") or proximal
-        self.scored = [name for name in ("reference", "teacher") if needs(name)]
+        self.needs_proximal = "proximal" in needs or proximal
         self.placeholder = self.provider == "interpolated" and not proximal  # set anew at every optimiser step
-        kept = needs("reference") or "reference" in policies
-        self.reference = _same_inputs(copy.deepcopy(policy).requires_grad_(False), policy) if kept else None
-        self.teacher = None if teacher is None else load_teacher(teacher, policy)
+        self.scored = [name for name in needs if name not in RECORDED]
+        nodes = {**({} if teacher is None else {"teacher": {"folder": teacher}}), **(given or {})}
+        if teacher is not None and "teacher" in (given or {}):
+            raise ConfigError("agent.teacher and agent.anchors.teacher name the same anchor: set one of them")
+        wanted = {name: setting for name, setting in needs.items() if name not in RECORDED} | dict(distributions or {})
+        self._check(nodes, wanted, correction.name)
+        if wrapper.sync_every is not None:
+            nodes.setdefault("reference", {"sync_every": wrapper.sync_every})
+        self.providers = {name: make_provider(name, nodes.get(name, {}), policy) for name in wanted}
         self.average: MovingAverage | None = None
         if self.provider == "average":
             self.average = MovingAverage(policy, float(correction.proximal.get("decay", 0.9)))
             _same_inputs(self.average.module, policy)
 
+    @staticmethod
+    def _check(nodes: Mapping[str, Any], wanted: Mapping[str, str], correction: str) -> None:
+        for name, setting in wanted.items():
+            if name in nodes or name in BUILT_IN:
+                continue
+            if name == "teacher":
+                raise ConfigError(
+                    f"{setting} learns from a teacher: set agent.teacher to the folder of a run of this library (or of "
+                    "a language model)"
+                )
+            raise ConfigError(
+                f"{setting} compares with the policy {name!r}, which nobody provides: set "
+                f"agent.anchors.{name}={{folder: RUN}}; {nearest(name, [*nodes, *BUILT_IN, 'teacher'])}"
+            )
+        for name in nodes:
+            if name in wanted:
+                continue
+            if name == "teacher":
+                raise ConfigError(
+                    f"agent.teacher is set, but correction {correction} uses no teacher; try correction=erpd"
+                )
+            raise ConfigError(
+                f"agent.anchors.{name} is set, but nothing compares with it (what is compared with: "
+                f"{', '.join(wanted) or 'nothing'}); {nearest(name, [*wanted, *ANCHORS])}"
+            )
+
+    def __getitem__(self, name: str) -> Provider:
+        """The provider of a name that something needs."""
+        return self.providers[name]
+
+    def __iter__(self) -> Any:
+        """Their names."""
+        return iter(self.providers)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.providers)
+
     @property
-    def policies(self) -> dict[str, Any]:
-        """Policies by anchor name; ``self`` are the weights that are trained, as they are at each step."""
-        return {"reference": self.reference, "teacher": self.teacher, "self": self.policy}
+    def reference(self) -> Any:
+        """The reference policy, if anything needs one."""
+        return self.providers["reference"].policy if "reference" in self.providers else None
 
     def annotate(self, record: TensorDict, version: int) -> None:
         """Writes the log-probs ``[B, N]`` of the anchors, and the wrapper's keys, into the record."""
@@ -83,14 +267,16 @@ class Anchors:
             extra["proximal_log_prob"] = self._proximal(record, version, extra.get("proximal_log_prob"))
         else:
             extra.pop("proximal_log_prob", None)
-        if "reference" in self.scored:
-            extra["reference_log_prob"] = self.chunked(self.reference, record)
-        if "teacher" in self.scored:  # it standardises observations by moments of its own
-            extra["teacher_log_prob"] = self.chunked(self.teacher, record.exclude(MOMENTS))
+        for name in self.scored:
+            parts = [self.providers[name].log_prob(part) for part in self._parts(record)]
+            extra[f"{name}_log_prob"] = torch.cat(parts)
         record.update(extra)
 
+    def _parts(self, record: TensorDict) -> Any:
+        return record.split(self.micro_batch or len(record))
+
     def _wrapper_keys(self, record: TensorDict) -> dict[str, Tensor]:
-        parts = [self.wrapper.annotate(part) for part in record.split(self.micro_batch or len(record))]
+        parts = [self.wrapper.annotate(part) for part in self._parts(record)]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def _proximal(self, record: TensorDict, version: int, scored: Tensor | None) -> Tensor:
@@ -103,8 +289,7 @@ class Anchors:
 
     def chunked(self, policy: Any, record: TensorDict) -> Tensor:
         """Log-probs ``[B, N]`` of a policy without gradient, a micro-batch at a time."""
-        size = self.micro_batch or len(record)
-        return torch.cat([policy.log_prob(part).log_prob.detach() for part in record.split(size)])
+        return torch.cat([policy.log_prob(part).log_prob.detach() for part in self._parts(record)])
 
     def interpolate(self, batch: TensorDictBase, log_prob: Tensor, version: int) -> None:
         """Sets the proximal policy between behavior and current by age, where the correction wants that."""
@@ -114,30 +299,36 @@ class Anchors:
             )
 
     def update(self, version: int) -> None:
-        """After an update, whose number is ``version``: the average and the reference follow where they should."""
+        """After an update, whose number is ``version``: every policy follows where it should."""
         if self.average is not None:
             self.average.update(self.policy)
-        every = self.wrapper.sync_every
-        if self.reference is not None and every is not None and version % every == 0:
-            self.reference.load_state_dict(self.policy.state_dict())
+        for provider in self.providers.values():
+            provider.update(self.policy, version)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights of the reference and of the moving average; a teacher is read again from its folder."""
+        """Weights of every policy that is not read again from its folder."""
         average = self.average
         return {
-            "reference": None if self.reference is None else dict(self.reference.state_dict()),
+            "anchors": {name: provider.state_dict() for name, provider in self.providers.items()},
             "average": None
             if average is None
             else {"module": dict(average.module.state_dict()), "weight": average.weight},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
-        if self.reference is not None:
-            self.reference.load_state_dict(state["reference"])
+        for name, provider in self.providers.items():
+            provider.load_state_dict(state["anchors"][name])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"]["module"])
             self.average.weight = state["average"]["weight"]
+
+
+def _in_place(found: Tensor, seen: TensorDictBase, rows: TensorDictBase) -> Tensor:
+    """``found [B, N', ...]`` of the units of ``seen`` at the columns that the same units have in the rows."""
+    mask, rest = rows["mask"], found.shape[2:]
+    wide = mask.reshape(*mask.shape, *(1 for _ in rest))
+    return found.new_zeros(*mask.shape, *rest).masked_scatter(wide, found[seen["mask"]])
 
 
 def _same_inputs(other: Any, policy: Any) -> Any:

@@ -9,7 +9,6 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from unified_rl.objectives import value_loss
 from unified_rl.objectives.rows import Rows
 from unified_rl.policies.critics import ValueCritic
 from unified_rl.policies.token_critic import TokenCritic
@@ -116,6 +115,15 @@ def make_baseline(
     return TokenBaseline(policy, config, seed) if language else StateBaseline(policy, hidden, seed)
 
 
+def update_moments(record: TensorDictBase, policy: Any, baseline: Baseline | None) -> None:
+    """Adds the observations of a control record to the moments that policy and critic standardise them by."""
+    seen = record["observation"][record["step_mask"]]
+    for module in (policy, baseline.module if baseline is not None else None):
+        update: Any = getattr(module, "update_normalizer", None)
+        if update is not None:
+            update(seen)
+
+
 def last_units(record: TensorDictBase) -> Tensor:
     """Column of the last masked-in unit of every step, ``[B, T]``; -1 where a step has none."""
     mask = record["mask"]
@@ -182,12 +190,6 @@ def _scanned(scan: Mapping[str, Any], lam: float, off_policy: bool, normalize: b
     return standardise(advantage, scan["mask"]) if normalize else advantage, target
 
 
-def regression_loss(baseline: Baseline, part: TensorDictBase, clip: float | None) -> Tensor:
-    """The value loss of a (micro-)batch that one of :data:`CREDITS` has annotated."""
-    value, _ = baseline.values(part)
-    return value_loss(value, part["value_target"], part["value_mask"], part["value"], clip)
-
-
 def standardise(x: Tensor, mask: Tensor) -> Tensor:
     """``x`` with mean 0 and standard deviation 1 over masked-in entries."""
     kept = x[mask]
@@ -215,7 +217,7 @@ class GroupBaseline:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = dict(settings)
-        self.rows = Rows.of(self.settings.pop("rows", None))
+        self.rows = Rows.of(self.settings.pop("rows", None), "correction.advantage.rows")
         self.tracker = SuccessTracker() if self.settings.get("baseline") == "tracker" else None
 
     def __call__(self, record: TensorDictBase, log_prob: Callable[[], Tensor], weight: Tensor | None) -> Tensor:

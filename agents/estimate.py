@@ -11,8 +11,12 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.agents.baselines import CREDITS, Baseline, GroupBaseline
-from unified_rl.correction.lookup import bind
-from unified_rl.objectives.objective import Objective
+from unified_rl.correction import Correction
+from unified_rl.errors import ConfigError
+from unified_rl.instantiate import nearest
+from unified_rl.objectives.objective import Objective, Parts
+from unified_rl.objectives.rows import Rows
+from unified_rl.objectives.settings import named
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.groups import Groups
 from unified_rl.returns.maps import MAPS
@@ -20,15 +24,33 @@ from unified_rl.units import row_return
 
 
 class CriticAdvantage:
-    """Advantages and value targets from a critic; see :data:`~unified_rl.agents.baselines.CREDITS`."""
+    """Advantages and value targets from a critic; see :data:`~unified_rl.agents.baselines.CREDITS`.
 
-    def __init__(self, baseline: Baseline, credit: str, lam: float, off_policy: bool, normalize: bool) -> None:
+    Args:
+        baseline: the critic.
+        credit: a name of ``CREDITS``.
+        lam, off_policy, normalize: see there.
+        rows: whose advantages are estimated (and standardised together); the critic does not learn from the others.
+    """
+
+    def __init__(
+        self, baseline: Baseline, credit: str, lam: float, off_policy: bool, normalize: bool, rows: Any = None
+    ) -> None:
         self.baseline, self.credit = baseline, CREDITS[credit]
         self.settings = (lam, off_policy, normalize)
+        self.rows = Rows.of(rows, "correction.advantage.rows")
 
     def __call__(self, record: TensorDict, log_prob: Callable[[], Tensor], weight: Tensor | None) -> Tensor:
         """Writes ``advantage``, ``value``, ``value_target`` and ``value_mask``; returns the first."""
-        self.credit(record, self.baseline, *self.settings)
+        if self.rows.every:
+            self.credit(record, self.baseline, *self.settings)
+            return record["advantage"]
+        at = self.rows.numbers(record)
+        some = record[at if len(at) else slice(0, 1)]
+        self.credit(some, self.baseline, *self.settings)
+        for key in ("advantage", "value", "value_target", "value_mask"):
+            found = some[key][: len(at)]
+            record[key] = found.new_zeros(len(record), *found.shape[1:]).index_copy(0, at, found)
         return record["advantage"]
 
     def state_dict(self) -> dict[str, Any]:
@@ -43,28 +65,27 @@ class Estimate:
     """Drops, gates, anchors, advantages, maps: in this order, on the joined rows of one update.
 
     Args:
-        policy, anchors, wrapper, objective: of the agent.
+        parts, objective: of the agent.
         advantage: ``(record, log_prob, weight) -> [B, T] or [B, N]``.
         drop_equal_groups: leave out rows of groups whose rewards are all equal.
         gates: bool columns by name.
-        maps: of the advantages, in order.
+        maps: of the advantages, in order, see :func:`make_maps`.
     """
 
     def __init__(
         self,
-        policy: Any,
-        anchors: Any,
-        wrapper: Any,
+        parts: Parts,
         objective: Objective,
         advantage: GroupBaseline | CriticAdvantage,
         drop_equal_groups: bool = False,
         gates: Mapping[str, Any] | None = None,
-        maps: Sequence[Any] | None = None,
+        maps: Sequence[Callable[..., Tensor]] = (),
     ) -> None:
-        self.policy, self.anchors, self.wrapper, self.objective = policy, anchors, wrapper, objective
-        self.groups, self.drop_equal_groups = advantage, drop_equal_groups
-        self.gates = {name: bind(node, GATES, "gate")[0] for name, node in (gates or {}).items()}
-        self.maps = [bind(node, MAPS, "map")[0] for node in maps or ()]
+        self.policy, self.anchors, self.wrapper, self.objective = parts.policy, parts.anchors, parts.wrapper, objective
+        self.groups = advantage
+        self.drop_equal_groups = drop_equal_groups and isinstance(advantage, GroupBaseline)
+        self.gates = {name: named(node, GATES, f"agent.gates.{name}")[0] for name, node in (gates or {}).items()}
+        self.maps = maps
 
     @torch.no_grad()
     def __call__(self, record: TensorDict, version: int, metrics: dict[str, Any]) -> TensorDict:
@@ -76,19 +97,38 @@ class Estimate:
             kept = groups.extreme(total, "amax") > groups.extreme(total, "amin")
             metrics["train/groups_kept"] = kept.float().mean()
             record = record[kept]
-        for name, gate in self.gates.items() if len(record) else ():
-            record[name] = gate(record)
-        record = self._read_by_some_term(record)
+        if len(record):
+            self._open_gates(record)
+            record = self._read_by_some_term(record)
         if not len(record):
             return record
+        self.objective.check(record)
         self.anchors.annotate(record, version)
         score = partial(self.anchors.chunked, self.policy, record)
         weight = self.wrapper.row_weight(record) if isinstance(self.groups, GroupBaseline) else None
         record["advantage"] = self.groups(record, score, weight)
-        for reshape in self.maps:
-            record["advantage"] = reshape(record, record["advantage"])
+        for number, reshape in enumerate(self.maps):
+            record["advantage"] = _same_shape(reshape(record, record["advantage"]), record["advantage"], number)
         metrics["train/zero_advantage"] = (record["advantage"] == 0).float().mean()
         return record
+
+    def _open_gates(self, record: TensorDict) -> None:
+        """Writes the gates' columns, and finds every column by which a term chooses rows."""
+        for name, gate in self.gates.items():
+            if name in record.keys():
+                raise ConfigError(f"agent.gates.{name} would overwrite the record's own column; choose another name")
+            found = gate(record)
+            if found.dtype != torch.bool or found.shape != record.batch_size:
+                shape = f"{found.dtype} {tuple(found.shape)}"
+                raise ConfigError(f"agent.gates.{name} must give one bool a row, [{len(record)}]; it gave {shape}")
+            record[name] = found
+        for term in self.objective.terms.values():
+            for name in term.rows.gates:
+                if name not in record.keys():
+                    near = nearest(name, self.gates)
+                    raise ConfigError(
+                        f"{term.where}.rows chooses by {name!r}, which neither agent.gates nor the record has; {near}"
+                    )
 
     def _read_by_some_term(self, record: TensorDict) -> TensorDict:
         """Without the rows that no term reads."""
@@ -106,3 +146,41 @@ class Estimate:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.groups.load_state_dict(state)
+
+
+def make_maps(nodes: Sequence[Any] | None) -> list[Callable[..., Tensor]]:
+    """The maps that ``agent.maps`` describes.
+
+    Raises:
+        ConfigError: an unknown map or setting, under its full name.
+    """
+    return [named(node, MAPS, f"agent.maps[{number}]")[0] for number, node in enumerate(nodes or ())]
+
+
+def _same_shape(mapped: Tensor, advantage: Tensor, number: int) -> Tensor:
+    if mapped.shape != advantage.shape:
+        shapes = f"{tuple(advantage.shape)} into {tuple(mapped.shape)}"
+        raise ConfigError(f"agent.maps[{number}] must keep the advantage's shape; it turned {shapes}")
+    return mapped
+
+
+def make_advantage(
+    correction: Correction,
+    baseline: Baseline | None,
+    credit: str,
+    lam: float,
+    off_policy: bool,
+    normalize: bool | None,
+) -> GroupBaseline | CriticAdvantage:
+    """Advantages from a critic where there is one, else of rows against their groups.
+
+    Args:
+        correction: says how groups are compared, and whether a critic's advantages are standardised.
+        baseline: the critic.
+        credit, lam, off_policy: see :class:`~unified_rl.agents.policy_gradient.PolicyGradient`.
+        normalize: standardise over the rows of an update; None is what the correction wants.
+    """
+    if baseline is None:
+        return GroupBaseline(correction.advantage)
+    whiten = bool(correction.wrapper.get("whiten", True)) if normalize is None else normalize
+    return CriticAdvantage(baseline, credit, lam, off_policy, whiten, correction.advantage.get("rows"))

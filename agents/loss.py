@@ -1,20 +1,19 @@
-"""From settings to the terms of a policy-gradient loss."""
+"""From settings to the terms of a policy-gradient loss, and what is refused because it does not go together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from unified_rl.correction.lookup import as_rule, bind
+from unified_rl.correction.lookup import as_rule
 from unified_rl.errors import ConfigError
-from unified_rl.instantiate import nearest
 from unified_rl.objectives.divergence import DivergenceTerm
-from unified_rl.objectives.objective import Term
+from unified_rl.objectives.objective import Parts, Term
 from unified_rl.objectives.preference import PreferenceTerm
+from unified_rl.objectives.settings import named
 from unified_rl.objectives.terms import EntropyTerm, NllTerm, PolicyGradientTerm, ValueTerm
 
 Node = Mapping[str, Any]
-ANCHOR = "teacher"
 TERMS: dict[str, type[Term]] = {
     "policy_gradient": PolicyGradientTerm,
     "value": ValueTerm,
@@ -23,15 +22,16 @@ TERMS: dict[str, type[Term]] = {
     "divergence": DivergenceTerm,
     "preference": PreferenceTerm,
 }
+"""Terms by name; a subclass of :class:`~unified_rl.objectives.objective.Term` may also be named by its dotted path."""
 
 
 def term_nodes(
     given: Mapping[str, Any] | None, value_coef: float | None, value_clip: float | None, entropy_coef: float
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Node]:
     """The terms by name: those of the agent's own settings, and what ``agent.objectives`` adds, changes or takes out.
 
     Raises:
-        ConfigError: a loss without a term, or of an unknown kind.
+        ConfigError: a loss without a term, or a term without a kind.
     """
     nodes: dict[str, Any] = {"policy": {"name": "policy_gradient"}}
     if value_coef is not None:
@@ -39,37 +39,80 @@ def term_nodes(
     if entropy_coef:
         nodes["entropy"] = {"name": "entropy", "coefficient": entropy_coef}
     for name, node in (given or {}).items():
-        nodes[name] = None if node is None else {**(nodes.get(name) or {}), **as_rule_or_change(node, nodes.get(name))}
+        nodes[name] = None if node is None else _changed(nodes.get(name), node, f"agent.objectives.{name}")
     nodes = {name: node for name, node in nodes.items() if node is not None}
     if not nodes:
         raise ConfigError("agent.objectives leaves no term in the loss")
-    for name, node in nodes.items():
-        if node["name"] not in TERMS:
-            raise ConfigError(
-                f"agent.objectives.{name}.name {node['name']!r} is unknown; {nearest(node['name'], TERMS)}"
-            )
     return nodes
 
 
-def as_rule_or_change(node: Any, old: Node | None) -> dict[str, Any]:
+def _changed(old: Node | None, node: Any, where: str) -> Node:
     """A node that has a name, or only changes settings of one that has."""
-    return dict(node) if old is not None and isinstance(node, Mapping) else as_rule(node, "an objective")
+    if old is not None and isinstance(node, Mapping) and node.get("name", old["name"]) == old["name"]:
+        return {**old, **node}
+    if not isinstance(node, str | Mapping) or (isinstance(node, Mapping) and "name" not in node):
+        raise ConfigError(f"{where} needs a name, one of {', '.join(TERMS)}; got {node!r}")
+    return as_rule(node, where)
 
 
-def anchors_of(nodes: Mapping[str, Node]) -> tuple[frozenset[str], frozenset[str]]:
-    """Anchors whose log-probs, and whose whole distributions, the terms compare with."""
-    log_probs = frozenset().union(*(TERMS[node["name"]].anchors for node in nodes.values()))
-    policies = frozenset(node.get("anchor", ANCHOR) for node in nodes.values() if node["name"] == "divergence")
-    return log_probs, policies
+def make_terms(
+    given: Mapping[str, Any] | None, value_coef: float | None, value_clip: float | None, entropy_coef: float
+) -> dict[str, Term]:
+    """The terms by name, not yet attached to an agent; the arguments are those of :func:`term_nodes`.
+
+    Raises:
+        ConfigError: an unknown kind or setting, under the setting's full name, or something that is no term.
+    """
+    terms = {}
+    for name, node in term_nodes(given, value_coef, value_clip, entropy_coef).items():
+        term = named(node, TERMS, f"agent.objectives.{name}")[0](name)
+        if not isinstance(term, Term):
+            raise ConfigError(f"agent.objectives.{name}: {type(term).__name__} is no subclass of Term")
+        terms[name] = term
+    return terms
 
 
-def make_term(name: str, node: Node, agent: Any) -> Term:
-    """The term that a node describes, given the parts of an agent that it works on."""
-    parts: dict[str, Callable[[], tuple[Any, ...]]] = {
-        "policy_gradient": lambda: (agent.correction, agent.wrapper, agent.anchors),
-        "value": lambda: (lambda rows: agent.baseline.values(rows)[0],),
-        "entropy": lambda: (agent.policy,),
-        "divergence": lambda: (agent.anchors.policies[node.get("anchor", ANCHOR)], name),
-    }
-    made, _ = bind(node, TERMS, f"agent.objectives.{name}", ["anchor"])
-    return made(*parts.get(node["name"], tuple)())
+def anchors_of(terms: Iterable[Term], maps: Iterable[Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """Anchors whose log-probs, and whose whole distributions, are compared with; and the setting that does so."""
+    log_probs = {anchor: term.where for term in terms for anchor in sorted(term.anchors)}
+    for number, reshape in enumerate(maps):
+        wanted = getattr(getattr(reshape, "func", reshape), "anchors", ())
+        log_probs |= {anchor: f"agent.maps[{number}]" for anchor in wanted if anchor not in log_probs}
+    return log_probs, {anchor: term.where for term in terms for anchor in sorted(term.distributions)}
+
+
+def attach(terms: Mapping[str, Term], parts: Parts, *, compiled: bool, target_kl: float | None) -> None:
+    """Gives every term the agent's parts, and refuses what excludes each other.
+
+    Args:
+        terms: by name.
+        parts: of the agent.
+        compiled: the policy's scoring function is compiled.
+        target_kl: ends the epochs of an update.
+
+    Raises:
+        ConfigError: names the settings and what works.
+    """
+    for term in terms.values():
+        term.attach(parts)
+    readers = [term.where for term in terms.values() if term.readers]
+    name, own = parts.correction.name, parts.correction.wrapper.get("name")
+    if compiled and parts.wrapper.rescores:
+        raise ConfigError(
+            f"correction {name} scores units in its own way; set agent.compile and agent.cuda_graph to false"
+        )
+    if readers and parts.wrapper.rescores:
+        raise ConfigError(
+            f"{readers[0]} reads whole distributions in the policy's own pass, and correction {name} scores units in a "
+            f"way of its own ({own}): take the term out, use correction=ppo, or set correction.wrapper=null"
+        )
+    if readers and compiled:
+        raise ConfigError(
+            f"{readers[0]} reads whole distributions, in a pass that is not compiled: set agent.compile and "
+            "agent.cuda_graph to false"
+        )
+    if target_kl is not None and not any("update/kl" in term.reports for term in terms.values()):
+        raise ConfigError(
+            "agent.target_kl looks at update/kl, which the policy gradient reports, and agent.objectives holds none: "
+            "set agent.target_kl=null"
+        )

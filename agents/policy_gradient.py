@@ -5,34 +5,27 @@ PPO, GRPO, DAPO, V-trace actor-critics and their relatives are this agent with a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor, nn
+from torch import nn
 
-from unified_rl.agents.advantage_source import CREDIT_OF, check_groups, choose_credit
+from unified_rl.agents.advantage_source import CREDIT_OF, check_rows, choose_credit
 from unified_rl.agents.anchors import PROVIDERS, Anchors
-from unified_rl.agents.baselines import Baseline, GroupBaseline, make_baseline
-from unified_rl.agents.estimate import CriticAdvantage, Estimate
-from unified_rl.agents.loss import anchors_of, make_term, term_nodes
+from unified_rl.agents.baselines import Baseline, make_baseline, update_moments
+from unified_rl.agents.batches import Batches, Draw, choose_steps
+from unified_rl.agents.estimate import Estimate, make_advantage, make_maps
+from unified_rl.agents.loss import anchors_of, attach, make_terms
+from unified_rl.agents.scoring import identity_check, scoring
 from unified_rl.correction import Correction
-from unified_rl.correction.requirements import needs_whole_rows
-from unified_rl.errors import ConfigError
 from unified_rl.interventions import WRAPPERS, make_wrapper
-from unified_rl.objectives.objective import Objective
-from unified_rl.objectives.rows import Rows
+from unified_rl.objectives.objective import Objective, Parts
 from unified_rl.optimizer import Optimizer
 from unified_rl.replay import Replay
 from unified_rl.replay.fit import check_replay
-from unified_rl.training.metrics import Means
-from unified_rl.units import record_from_steps, split_episodes, split_steps, trim_units, validate_record
-
-OWN_ROWS = Rows("own")
-SCANNED_ONLY = ("next_observation", "terminated", "truncated", "discount", "episode", "index")
-"""Keys that advantages needed and optimiser steps do not: minibatches leave them out."""
+from unified_rl.units import split_steps
 
 
 class PolicyGradient:
@@ -52,8 +45,10 @@ class PolicyGradient:
             group), or ``auto``: critic for control, group for language unless the correction wants a critic.
         credit: what a critic's advantage is for: ``unit``, ``step`` (one for all tokens of a turn) or ``cut`` (units,
             the value learnt from finished answers alone); None is what the correction wants, else ``unit``.
-        teacher: folder of the policy to learn from (a run of this library, or a language model), for corrections that
-            use one.
+        teacher: folder of the policy to learn from (a run of this library, or a language model), for what uses one;
+            short for ``anchors={"teacher": {"folder": ...}}``.
+        anchors: other policies by name, for what compares with them, see
+            :func:`~unified_rl.agents.anchors.make_provider`.
         gamma: discount of a step; None is 0.99 for control and 1 for language.
         lam: trace parameter of GAE and V-trace.
         off_policy_targets: value targets and advantages by V-trace from the current policy's ratios.
@@ -62,7 +57,7 @@ class PolicyGradient:
         critic_hidden: widths of the value network (control).
         critic_config: model configuration of the token critic's own transformer (language); None puts a linear head
             on the policy's own features.
-        entropy_coef: weight of the policy's entropy; needs a policy with ``entropy``.
+        entropy_coef: weight of the policy's entropy; needs a policy with ``entropy`` or ``read_logits``.
         normalize_advantage: standardise advantages over the rows of an update.
         drop_equal_groups: leave out rows of groups whose rewards are all equal (DAPO's filter; they have no
             gradient, but they count in the denominators unless dropped).
@@ -100,6 +95,7 @@ class PolicyGradient:
         advantage: str = "auto",
         credit: str | None = None,
         teacher: str | None = None,
+        anchors: dict[str, Any] | None = None,
         gamma: float | None = None,
         lam: float = 0.95,
         off_policy_targets: bool = False,
@@ -125,104 +121,64 @@ class PolicyGradient:
         seed: int = 0,
     ) -> None:
         self.language = hasattr(policy, "generate")
-        self.discrete = self.language or getattr(policy, "supports_discrete", False)
-        correction.check_domain(discrete=self.discrete)
+        discrete = self.language or getattr(policy, "supports_discrete", False)
+        correction.check_domain(discrete=discrete)
         correction.require_support(wrappers=[*WRAPPERS, *CREDIT_OF], providers=PROVIDERS)
         self.use_critic, self.credit = choose_credit(correction, advantage, credit, language=self.language)
         self.policy, self.correction, self.generator = policy, correction, generator
         if not self.language:
             policy.end_pretraining()
-        self.rows, self.length = rows, length
-        self.epochs, self.minibatch, self.micro_batch = epochs, minibatch, micro_batch
+        self.lr, self.anneal_lr, self.micro_batch, self.device = lr, anneal_lr, micro_batch, torch.device(device)
         self.gamma = gamma if gamma is not None else (1.0 if self.language else 0.99)
-        self.entropy_coef = entropy_coef
-        whiten = self.use_critic and bool(correction.wrapper.get("whiten", True))
-        self.normalize_advantage = whiten if normalize_advantage is None else normalize_advantage
-        self.target_kl = target_kl
-        self.lr, self.anneal_lr = lr, anneal_lr
         self.wrapper = make_wrapper(policy, correction)
-        self.shuffle_steps = self._may_split() if shuffle_steps is None else shuffle_steps
-        self._refuse(compiled=compile or cuda_graph)
-        self.device = torch.device(device)
+        terms = make_terms(objectives, value_coef if self.use_critic else None, value_clip, entropy_coef)
+        by_step = self.use_critic and not self.language
+        self.shuffle_steps = choose_steps(shuffle_steps, by_step, correction, self.wrapper, terms.values())
         self.baseline: Baseline | None = None
         modules: dict[str, nn.Module] = {"policy": policy}
         if self.use_critic:
             self.baseline = make_baseline(policy, self.language, critic_hidden, critic_config, seed)
             modules["critic"] = self.baseline.module.to(self.device)
-        self.optimizer = Optimizer(
-            modules,
-            lr,
-            weight_decay=weight_decay,
-            eps=adam_eps,
-            max_grad_norm=max_grad_norm,
-            extra=self.wrapper.modules(),
-        )
+        extra = self.wrapper.modules()
+        self.optimizer = Optimizer(modules, lr, weight_decay, eps=adam_eps, max_grad_norm=max_grad_norm, extra=extra)
         self.wrapper.attach(self.optimizer)
-        nodes = term_nodes(objectives, value_coef if self.use_critic else None, value_clip, entropy_coef)
-        wanted = anchors_of(nodes)
-        self.anchors = Anchors(policy, correction, self.wrapper, teacher, micro_batch, off_policy_targets, *wanted)
-        self._score = _scoring(policy, compile, cuda_graph, self.device)
-        terms = {name: make_term(name, node, self) for name, node in nodes.items()}
-        score = lambda rows: self.wrapper.score(rows, self._plain)  # noqa: E731
-        self.objective = Objective(policy, terms, score, generator)
-        groups = GroupBaseline(correction.advantage)
-        source: Any = groups
-        if self.baseline is not None:
-            source = CriticAdvantage(self.baseline, self.credit, lam, off_policy_targets, self.normalize_advantage)
-        drop = drop_equal_groups and not self.use_critic
-        self.estimate = Estimate(policy, self.anchors, self.wrapper, self.objective, source, drop, gates, maps)
-        self.version = 0
-        self.checked = False
-        self.verify_identity = True  # identity_check=false of a run sets it
-
-    def _refuse(self, *, compiled: bool) -> None:
-        """Raises ConfigError for settings that contradict the correction or the policy."""
-        name, policy = self.correction.name, self.policy
-        if self.shuffle_steps and not self._may_split():
-            level = self.correction.level_name
-            raise ConfigError(f"agent.shuffle_steps cuts rows that correction {name} (level {level!r}) needs whole")
-        if self.entropy_coef and not hasattr(policy, "entropy"):
-            raise ConfigError(f"agent.entropy_coef needs a policy with an entropy; {type(policy).__name__} has none")
-        if compiled and self.wrapper.rescores:
-            raise ConfigError(
-                f"correction {name} scores units in its own way; set agent.compile and agent.cuda_graph to false"
-            )
-
-    def _may_split(self) -> bool:
-        by_step = not needs_whole_rows(self.correction) and not self.wrapper.whole_rows
-        return not self.language and by_step and self.use_critic
-
-    # ------------------------------------------------------------------ one update
+        reshaped = make_maps(maps)
+        needs = anchors_of(terms.values(), reshaped)
+        self.anchors = Anchors(
+            policy, correction, self.wrapper, anchors, teacher, micro_batch, *needs, off_policy_targets
+        )
+        parts = Parts(policy, correction, self.wrapper, self.anchors, self.baseline)
+        attach(terms, parts, compiled=compile or cuda_graph, target_kl=target_kl)
+        plain = scoring(policy, compile, cuda_graph, self.device)
+        self.objective = Objective(policy, terms, lambda rows: self.wrapper.score(rows, plain), generator)
+        source = make_advantage(correction, self.baseline, self.credit, lam, off_policy_targets, normalize_advantage)
+        self.estimate = Estimate(parts, self.objective, source, drop_equal_groups, gates, reshaped)
+        self.draw = Draw(rows, length, self.language, discrete, not self.shuffle_steps, self.device)
+        self.batches = Batches(generator, epochs, minibatch, target_kl)
+        self.version, self.checked, self.verify_identity = 0, False, True  # identity_check=false sets the last
 
     def update(self, replay: Replay, progress: float = 0.0) -> dict[str, Any]:
-        """Trains on one batch of rows from the replay.
+        """Trains on one batch of rows from the replay; returns metrics, scalar tensors or floats.
 
-        Args:
-            replay: where the rows come from.
-            progress: share of the run that is done, for whatever is annealed.
-
-        Returns:
-            Metrics, scalar tensors or floats.
+        ``progress`` is the share of the run that is done, for whatever is annealed.
         """
         if self.anneal_lr:
             self.optimizer.set_lr(self.lr * (1.0 - progress))
         self.wrapper.start(progress)
         self.objective.start(progress, self.version)
+        metrics: dict[str, Any] = {}
         if not self.checked:
             self.check_replay(replay)
         record = self._draw(replay)
-        metrics: dict[str, Any] = {}
         if not self.checked:
-            if "policy" in self.objective.terms:
-                check_groups(OWN_ROWS.chosen(record), self.correction, self.use_critic)
-                self.correction.check_sources(self.objective.terms["policy"].rows.chosen(record))
+            check_rows(record, self.objective.terms, self.correction, self.use_critic)
             metrics = self.identity_check(record)
         record = self._annotate(record, metrics)
         trained = len(record) > 0
         if trained:
             metrics |= self._optimize(split_steps(record) if self.shuffle_steps else record)
             if not self.language:
-                self._update_normalizers(record)
+                update_moments(record, policy=self.policy, baseline=self.baseline)
         self.version += 1
         if trained:
             self.anchors.update(self.version)
@@ -230,95 +186,32 @@ class PolicyGradient:
         return metrics
 
     def check_replay(self, replay: Replay) -> None:
-        """Refuses a replay that this agent cannot use.
-
-        Raises:
-            ConfigError: by name, with what works instead.
-        """
-        check_replay(replay, "policy_gradient", length=self.length)
+        """Refuses a replay that this agent cannot use, by its name."""
+        check_replay(replay, "policy_gradient", length=self.draw.length)
 
     def _draw(self, replay: Replay) -> TensorDict:
-        count = None if replay.sampler.queue else self.rows  # of a queue: what one collection wrote
-        batch = replay.sample(count, length=self.length, version=self.version).to(self.device)
-        if not self.language and not self.shuffle_steps:
-            batch = split_episodes(batch)
-        record = batch if self.language else record_from_steps(batch)
-        validate_record(record, current_version=self.version, discrete=self.discrete)
-        if self.language:
-            record = trim_units(record, int(record["token_mask"].sum(-1).max()))
-        return record
+        return self.draw(replay, self.version)
 
     def identity_check(self, record: TensorDictBase) -> dict[str, Any]:
-        """On the first update: units sampled by the current weights must have ratio 1.
-
-        The tolerance is 0.01, or the policy's own ``log_ratio_tolerance`` where its arithmetic is coarser.
-
-        Raises:
-            ConfigError: they do not; then the policy's ``sample`` and ``log_prob`` disagree.
-        """
+        """On the first update: units sampled by the current weights must have ratio 1, see :mod:`~.scoring`."""
         self.checked = True
-        if not self.verify_identity:
-            return {}
-        fresh = OWN_ROWS.within(record)["mask"] & (record["policy_version"] == self.version)
-        if not bool(fresh.any()) or self.version > 0:
-            return {}
-        with torch.no_grad():
-            log_prob = self.anchors.chunked(self.policy, record)
-        gap = torch.where(fresh, log_prob - record["behavior_log_prob"], 0.0).abs().max()
-        if not bool(gap <= getattr(self.policy, "log_ratio_tolerance", 1e-2)):
-            raise ConfigError(
-                f"fresh data should have log-ratio 0, but the largest is {float(gap):.3g}: the policy's sample() and "
-                "log_prob() disagree (temperature, truncation, std floor or dtype)"
-            )
-        return {"identity/max_log_ratio": gap}
+        score = partial(self.anchors.chunked, self.policy, record)
+        return identity_check(self.policy, record, self.version, score) if self.verify_identity else {}
 
     def _annotate(self, record: TensorDict, metrics: dict[str, Any]) -> TensorDict:
         return self.estimate(record, self.version, metrics)
 
-    # ------------------------------------------------------------------ optimiser steps
-
     def _optimize(self, rows: TensorDict) -> dict[str, Any]:
-        means = Means()
-        size = min(self.minibatch or len(rows), len(rows))
-        for _ in range(self.epochs):
-            for batch in self._minibatches(rows, size):
-                metrics = self.wrapper.around(partial(self._step, batch), batch)
-                means.add(metrics)
-            if self.target_kl is not None and float(metrics["update/kl"]) > self.target_kl:
-                break
-        finished = self.wrapper.finish(rows.split(self.micro_batch or size))
-        first = self.objective.terms["policy"].first if "policy" in self.objective.terms else {}
-        return {**means.pop(), **first, **finished}
-
-    def _minibatches(self, rows: TensorDict, size: int) -> Sequence[TensorDict]:
-        """All rows in random order, cut into pieces of ``size``: one gather an epoch costs less than one a piece."""
-        if size == len(rows):
-            return [rows]
-        if any(term.whole_groups for term in self.objective.active.values()):
-            order = shuffled_groups(rows["group"], size, self.generator)
-        else:
-            order = torch.randperm(len(rows), generator=self.generator, device=self.device)
-        return rows.exclude(*SCANNED_ONLY)[order].split(size)
+        around = lambda batch: self.wrapper.around(partial(self._step, batch), batch)  # noqa: E731
+        means = self.batches.run(rows, around, self.objective.whole_groups)
+        finished = self.wrapper.finish(rows.split(self.micro_batch or self.batches.size(rows)))
+        return {**means, **self.objective.summary(), **finished}
 
     def _step(self, batch: TensorDict) -> dict[str, Any]:
         """One gradient and one optimiser step."""
         self.optimizer.zero_grad()
-        means = Means()
-        total = self.objective.backward(batch, self.micro_batch, means)
-        norm = self.optimizer.step(total)
-        return {**means.pop_tensors(), "loss/total": total, "grad/norm": norm}
-
-    def _plain(self, part: TensorDictBase) -> Tensor:
-        return self._score(part).log_prob
-
-    def _update_normalizers(self, record: TensorDict) -> None:
-        seen = record["observation"][record["step_mask"]]
-        for module in (self.policy, self.baseline.module if self.baseline is not None else None):
-            update: Any = getattr(module, "update_normalizer", None)
-            if update is not None:
-                update(seen)
-
-    # ------------------------------------------------------------------ state
+        total, metrics = self.objective.backward(batch, self.micro_batch)
+        return {**metrics, "loss/total": total, "grad/norm": self.optimizer.step(total)}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a bit-exact continuation needs beside the replay and the rollout."""
@@ -341,32 +234,8 @@ class PolicyGradient:
         if self.baseline is not None:
             self.baseline.module.load_state_dict(state["critic"])
         self.anchors.load_state_dict(state)
-        self.wrapper.load_state_dict(state.get("wrapper", {}))  # older checkpoints have none
-        self.estimate.load_state_dict(state.get("groups", {}))
-        self.objective.load_state_dict(state.get("objective", {}))
+        for part, key in ((self.wrapper, "wrapper"), (self.estimate, "groups"), (self.objective, "objective")):
+            part.load_state_dict(state[key])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
         self.version, self.checked = state["version"], state["checked"]
-
-
-def shuffled_groups(group: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Row numbers ``[B]`` with whole groups in random order.
-
-    Raises:
-        ConfigError: pieces of ``size`` rows would cut a group.
-    """
-    ids, index = torch.unique(group, return_inverse=True)
-    rows = len(group) // len(ids)
-    if rows * len(ids) != len(group) or size % rows:
-        raise ConfigError(f"agent.minibatch={size} cuts groups that a term of the loss needs whole ({rows} rows each)")
-    rank = torch.randperm(len(ids), generator=generator, device=group.device)
-    return rank[index].sort(stable=True).indices
-
-
-def _scoring(policy: Any, compiled: bool, cuda_graph: bool, device: torch.device) -> Any:
-    """The policy's ``log_prob``, as it is, compiled, or replayed from CUDA graphs."""
-    if cuda_graph and device.type != "cuda":
-        raise ConfigError("agent.cuda_graph needs device=cuda")
-    if cuda_graph:
-        return torch.compile(policy.log_prob, mode="reduce-overhead")
-    return torch.compile(policy.log_prob) if compiled else policy.log_prob

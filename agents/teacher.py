@@ -13,13 +13,14 @@ from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.training.checkpoint import latest_checkpoint, read_checkpoint
 
 
-def load_teacher(folder: str, student: Any) -> Any:
+def load_teacher(folder: str, student: Any, setting: str = "agent.teacher") -> Any:
     """A frozen policy whose log-probs are of the same units as the student's.
 
     Args:
         folder: a run folder of this library (its newest checkpoint is read), or for a language model a folder with
             ``config.json`` and safetensors. No code from either is run.
         student: the policy that is trained; the teacher takes its tokenizer, or its space.
+        setting: what named the folder, for errors.
 
     Raises:
         CheckpointError: the folder is missing or incomplete.
@@ -34,7 +35,7 @@ def load_teacher(folder: str, student: Any) -> Any:
         teacher = made.to(student.device)
     else:
         raise CheckpointError(
-            f"agent.teacher={folder} is no folder of a run (it has no config.yaml)"
+            f"{setting}={folder} is no folder of a run (it has no config.yaml)"
             + (" and none of a language model (no config.json)" if isinstance(student, CausalLM) else "")
         )
     return teacher.requires_grad_(False)

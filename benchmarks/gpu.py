@@ -304,7 +304,7 @@ def bench_sac(device: torch.device, smoke: bool) -> Iterator[Figure]:
 
 def train_repeatedly(agent: ActorCritic, replay: Replay, count: int) -> None:
     """``count`` gradient steps in one update, with one look at the losses at the end, as after a collection."""
-    agent.rows = count
+    agent.draw.rows = count
     agent.update(replay)
 
 

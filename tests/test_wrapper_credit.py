@@ -14,13 +14,13 @@ from unified_rl.agents.baselines import (
     TokenBaseline,
     critic_advantage,
     cut_advantage,
-    regression_loss,
     step_advantage,
 )
 from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.correction import load_correction
 from unified_rl.correction.requirements import needs_whole_rows
 from unified_rl.errors import ConfigError
+from unified_rl.objectives import value_loss
 
 
 class Fixed(TokenBaseline):
@@ -106,7 +106,8 @@ def test_cut_answers_train_the_policy_and_not_the_value() -> None:
         critic_advantage(plain, Fixed(VALUE), lam=0.5, off_policy=False, normalize=False)
         torch.testing.assert_close(cut["advantage"], plain["advantage"])  # a finished answer: plain GAE
         assert torch.equal(cut["value_mask"], plain["value_mask"] & terminated)
-        loss = regression_loss(Fixed(VALUE.nan_to_num().requires_grad_()), cut, None)
+        value = VALUE.nan_to_num().requires_grad_()
+        loss = value_loss(value, cut["value_target"], cut["value_mask"], cut["value"])
         assert bool(loss > 0) == terminated
     last_error = 1.0 + (0.9 - 1.0) * 0.3  # the value before the cut stands for the one after it
     torch.testing.assert_close(cut["advantage"][0, 4], torch.tensor(last_error))

@@ -230,7 +230,7 @@ def test_a_wide_ball_trains_as_the_loss_alone_and_a_tiny_one_holds_ratios_at_one
     wide = gradients(agent_of(**{"wrapper.bound": 1e6}), filled(rows, 1))
     close(wide, gradients(agent_of(wrapper=None), filled(rows, 1)), atol=1e-5)
     agent = agent_of(**{"wrapper.bound": 1e-6})
-    agent.epochs = 3
+    agent.batches.epochs = 3
     seen: list[Tensor] = []
     loss = agent.correction.loss
 

@@ -80,6 +80,7 @@ class Correction:
         attached: differentiate the level itself instead of the unit's log-prob (straight-through).
         advantage: settings for :func:`unified_rl.returns.record_advantage` that the method wants; None leaves it open.
         proximal: settings of the proximal policy's provider, for the trainer.
+        anchors: further policies that penalties compare with; batches hold ``{name}_log_prob [B, N]`` of each.
         wrapper: settings of what acts outside the loss (optimiser step, data selection), for the trainer.
         name, summary, source, confidence, experimental: what it is and where it comes from.
 
@@ -104,6 +105,7 @@ class Correction:
         attached: bool = False,
         advantage: Mapping[str, Any] | None = None,
         proximal: Mapping[str, Any] | None = None,
+        anchors: Sequence[str] | None = None,
         wrapper: Mapping[str, Any] | None = None,
         name: str = "",
         summary: str = "",
@@ -121,6 +123,7 @@ class Correction:
             raise ConfigError(
                 "reduce=sequence-mean-token-sum-norm needs horizon: a constant, such as the longest answer"
             )
+        self.anchors = tuple(anchors or ())
         self.anchor, self.reduce, self.denominator = anchor, reduce, denominator
         self.horizon, self.attached = horizon, attached
         self.name, self.summary, self.source = name, summary, source
@@ -133,7 +136,9 @@ class Correction:
         self._thin, self._thin_name = _optional(thin, THINS, "thin")
         holds_ratio = self._kernel.traits.holds_ratio
         self._rules = Rules(mismatch or (), reject or (), anchor, weighted_kernel=holds_ratio)
-        self._penalties = tuple(Penalty(node, f"correction.penalty.{i}") for i, node in enumerate(penalty or ()))
+        self._penalties = tuple(
+            Penalty(node, f"correction.penalty.{i}", self.anchors) for i, node in enumerate(penalty or ())
+        )
         self.total: Total = identity
         """Sums a tensor over processes; :func:`process_total` where a batch is spread over several."""
 
@@ -411,7 +416,7 @@ class Correction:
     def weight_curve(self, log_ratio: Tensor, advantage: float, **record: Tensor) -> Tensor:
         """The kernel's weight at each of ``log_ratio [n]``, as rows of one unit with the given advantage, ``[n]``."""
         zero = torch.zeros(len(log_ratio), 1, dtype=log_ratio.dtype)
-        items = dict.fromkeys(ANCHORS.values(), zero)
+        items = dict.fromkeys([*ANCHORS.values(), *(f"{name}_log_prob" for name in self.anchors)], zero)
         batch = TensorDict(
             {
                 **items,

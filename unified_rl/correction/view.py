@@ -45,10 +45,11 @@ def anchor_log_prob(batch: TensorDictBase, anchor: str) -> Tensor:
         RecordError: the batch lacks them (the message says which anchor it is and how to get them), or their shape is
             not that of the mask.
     """
-    key = ANCHORS.get(anchor)
-    if key is None:
-        raise ConfigError(f"unknown anchor {anchor!r}; known: none, {', '.join(ANCHORS)}")
+    key = ANCHORS.get(anchor, f"{anchor}_log_prob")
     value: Tensor | None = batch.get(key, None)
+    if value is None and anchor not in ANCHORS:
+        known = ", ".join(ANCHORS)
+        raise ConfigError(f"unknown anchor {anchor!r}: the batch has no {key}; known: none, {known}")
     if value is None:
         raise RecordError(
             f"this correction compares with the {anchor} policy, but the batch has no {key}: {HOW_TO_GET[anchor]}"

@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from unified_rl.correction import Correction
 from unified_rl.optimizer import Optimizer
+from unified_rl.units import Source
 
 Metrics = dict[str, Any]
 Plain = Callable[[TensorDictBase], Tensor]
 """The policy's own scoring: a batch to log-probs ``[B, N]``."""
+
+
+UNKNOWN = [int(Source.DEMONSTRATION), int(Source.EXPERT)]
+
+
+def sampled(batch: TensorDictBase) -> Tensor:
+    """Rows ``[B]`` that hold units and whose behavior probability is known: those that no demonstrator wrote."""
+    own = batch["mask"].any(-1)
+    return own & ~torch.isin(batch["source"], batch["source"].new_tensor(UNKNOWN)) if "source" in batch.keys() else own
 
 
 class Wrapper:

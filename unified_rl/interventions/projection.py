@@ -105,6 +105,8 @@ class ProjectCategorical(Wrapper):
         if bound <= 0:
             raise ConfigError(f"wrapper.bound must be above 0, got {bound}")
         self.old, self.bound, self.regression = OldCategorical(policy, top_k), bound, regression
+        self.outside: Tensor | int = 0
+        self.met = 0
 
     def annotate(self, part: TensorDictBase) -> dict[str, Tensor]:
         """The old distributions."""
@@ -116,10 +118,12 @@ class ProjectCategorical(Wrapper):
         return log_prob, self.regression * pull
 
     def around(self, step: Callable[[], Metrics], batch: TensorDictBase) -> Metrics:
-        """One step; says which share of its last micro-batch's units lay outside the ball."""
-        return {**step(), "wrapper/projected": self.outside}
+        """One step; says which share of the units met by it lay outside the ball."""
+        self.outside, self.met = 0, 0
+        metrics = step()
+        return {**metrics, "wrapper/projected": self.outside / max(1, self.met)}
 
     def _projected(self, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         projected, eta = project(new, old, self.bound)
-        self.outside = (eta > 0).float().mean()
+        self.outside, self.met = self.outside + (eta > 0).sum(), self.met + len(eta)
         return projected[:, 0], categorical_kl(new, projected.detach())

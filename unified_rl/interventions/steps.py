@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unified_rl.correction import Correction
 from unified_rl.errors import ConfigError
-from unified_rl.interventions.base import Metrics, Wrapper
+from unified_rl.interventions.base import Metrics, Wrapper, sampled
 from unified_rl.optimizer import Optimizer
 
 
@@ -86,7 +86,7 @@ class EssLearningRate(Wrapper):
 
     def around(self, step: Callable[[], Metrics], batch: TensorDictBase) -> Metrics:
         """One step at the scaled learning rate, which is restored."""
-        ess = log_ess_fraction(row_log_weight(batch)[batch["mask"].any(-1)])
+        ess = log_ess_fraction(row_log_weight(batch)[sampled(batch)])
         scale = float(((ess - math.log(self.target)) * self.power).exp().clamp(max=1.0))
         with self.optimizer.scaled_lr(scale):
             metrics = step()
@@ -205,7 +205,7 @@ class Reposition(Wrapper):
         return {**step(), "wrapper/alpha": alpha}
 
     def _watch_entropy(self, batch: TensorDictBase) -> None:
-        mask = batch["mask"]
+        mask = batch["mask"] & sampled(batch).unsqueeze(-1)
         entropy = float(-torch.where(mask, batch["behavior_log_prob"], 0.0).sum() / mask.sum().clamp(min=1))
         seen = torch.tensor(self.entropies, dtype=torch.float64)
         if self.threshold is not None and len(seen) == self.window:

@@ -1,39 +1,149 @@
-"""Coefficients of terms: constants, and pure functions of how far a run is."""
+"""Coefficients of terms: constants, schedules over a run, and controllers that follow a metric."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
-from unified_rl.correction.lookup import bind
+from unified_rl.errors import ConfigError
+from unified_rl.instantiate import nearest
+from unified_rl.objectives.settings import named
 
 Coefficient = Callable[[float, int], float]
 """``(progress in [0, 1], update number) -> value``."""
 
 
-def linear(progress: float, update: int, *, start: float, end: float = 0.0) -> float:
+@runtime_checkable
+class Controller(Protocol):
+    """A coefficient with a state, moved by a metric of the updates before."""
+
+    metric: str
+
+    def __call__(self, progress: float, update: int) -> float:
+        """The present value."""
+        ...
+
+    def observe(self, metrics: Mapping[str, Any]) -> None:
+        """Takes in the metrics of an update."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a bit-exact continuation needs."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same value always."""
+
+    value: float
+
+    def __call__(self, progress: float, update: int) -> float:
+        """The value."""
+        return self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
     """From ``start`` to ``end`` over the run."""
-    return start + (end - start) * progress
+
+    start: float
+    end: float = 0.0
+
+    def __call__(self, progress: float, update: int) -> float:
+        """The value at this progress."""
+        return self.start + (self.end - self.start) * progress
 
 
-def warmup_cosine(
-    progress: float, update: int, *, peak: float, valley: float, warmup: int = 200, decay: int = 400
-) -> float:
-    """Linear to ``peak`` over ``warmup`` updates, a cosine to ``valley`` over ``decay``, then constant. CHORD."""
-    if update < warmup:
-        return peak * update / warmup
-    share = min(1.0, (update - warmup) / decay)
-    return valley + 0.5 * (peak - valley) * (1.0 + math.cos(math.pi * share))
+@dataclass(frozen=True, kw_only=True)
+class Cosine:
+    """From ``start`` to ``end`` over the run, along half a cosine (SGDR, 1608.03983, without restarts)."""
+
+    start: float
+    end: float = 0.0
+
+    def __call__(self, progress: float, update: int) -> float:
+        """The value at this progress."""
+        return half_cosine(self.start, self.end, progress)
 
 
-COEFFICIENTS: dict[str, Callable[..., float]] = {"linear": linear, "warmup_cosine": warmup_cosine}
+@dataclass(frozen=True, kw_only=True)
+class Exponential:
+    """``start`` times ``decay`` to the number of the update, not below ``floor``."""
+
+    start: float
+    decay: float
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(0.0 < self.decay <= 1.0, "decay", self.decay, "lie in (0, 1]")
+
+    def __call__(self, progress: float, update: int) -> float:
+        """The value at this update."""
+        return max(self.floor, self.start * self.decay**update)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmupCosine:
+    """Linear to ``peak`` over ``warmup`` updates, a cosine to ``valley`` over ``decay``, then constant.
+
+    CHORD, 2508.11408.
+    """
+
+    peak: float
+    valley: float
+    warmup: int = 200
+    decay: int = 400
+
+    def __post_init__(self) -> None:
+        _require(self.warmup >= 0, "warmup", self.warmup, "be a number of updates, 0 or more")
+        _require(self.decay >= 1, "decay", self.decay, "be a number of updates, at least 1")
+
+    def __call__(self, progress: float, update: int) -> float:
+        """The value at this update."""
+        if update < self.warmup:
+            return self.peak * update / self.warmup
+        share = min(1.0, (update - self.warmup) / self.decay)
+        return half_cosine(self.peak, self.valley, share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """``values[i]`` from update ``at[i - 1]`` to ``at[i]``: one value more than boundaries."""
+
+    at: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _require(len(self.values) == len(self.at) + 1, "values", list(self.values), "hold one more entry than at")
+        _require(list(self.at) == sorted(self.at), "at", list(self.at), "increase")
+
+    def __call__(self, progress: float, update: int) -> float:
+        """The value at this update."""
+        return self.values[sum(update >= boundary for boundary in self.at)]
 
 
 class ProportionalIntegral:
-    """Moves a coefficient so that a metric of the update before comes to a target. EntroPIC.
+    """Moves a coefficient so that a metric comes to a target: ``base + gain e + integral sum(e)``. EntroPIC.
 
-    ``base + gain e + integral sum(e)``, ``e = target - metric``, kept within the bounds.
+    ``e = target - metric`` of the update before; the value stays within the bounds.
+
+    Args:
+        metric: a name in the run's metrics.
+        target: its wanted value.
+        base: the value where the error is 0.
+        gain: of the last error.
+        integral: of the sum of all errors.
+        low, high: bounds.
+
+    Raises:
+        ConfigError: ``low`` above ``high``.
     """
 
     def __init__(
@@ -47,6 +157,7 @@ class ProportionalIntegral:
         low: float = 0.0,
         high: float = 1.0,
     ) -> None:
+        _require(low <= high, "low", low, f"not lie above high={high}")
         self.metric, self.target, self.base, self.gain, self.integral = metric, target, base, gain, integral
         self.low, self.high = low, high
         self.error = self.sum = 0.0
@@ -56,30 +167,166 @@ class ProportionalIntegral:
         return min(self.high, max(self.low, self.base + self.gain * self.error + self.integral * self.sum))
 
     def observe(self, metrics: Mapping[str, Any]) -> None:
-        """Takes in the metrics of an update."""
-        if self.metric in metrics:
-            self.error = self.target - float(metrics[self.metric])
-            self.sum += self.error
+        """Takes in the metrics of an update, which hold the metric."""
+        self.error = self.target - float(metrics[self.metric])
+        self.sum += self.error
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """The last error and the sum of all."""
         return {"error": self.error, "sum": self.sum}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.error, self.sum = state["error"], state["sum"]
 
 
-CONTROLLERS: dict[str, Callable[..., Any]] = {"proportional_integral": ProportionalIntegral}
+class Dual:
+    """A multiplier that grows while a metric is above its limit: ``log c += rate * sign(metric - limit)``.
+
+    The adaptive coefficient of "Proximal Policy Optimization Algorithms" (1707.06347, section 4) doubles and halves: a
+    ``rate`` of log 2, with a factor of ``slack`` around the limit within which nothing moves.
+
+    Args:
+        metric: a name in the run's metrics.
+        limit: above 0.
+        start: first value, above 0.
+        rate: step of the logarithm.
+        slack: at least 1.
+
+    Raises:
+        ConfigError: a setting out of its range.
+    """
+
+    def __init__(
+        self, *, metric: str, limit: float, start: float = 1.0, rate: float = math.log(2), slack: float = 1.5
+    ) -> None:
+        _require(limit > 0, "limit", limit, "be above 0")
+        _require(start > 0, "start", start, "be above 0")
+        _require(slack >= 1, "slack", slack, "be at least 1")
+        self.metric, self.limit, self.rate, self.slack = metric, limit, rate, slack
+        self.value = start
+
+    def __call__(self, progress: float, update: int) -> float:
+        """The present value."""
+        return self.value
+
+    def observe(self, metrics: Mapping[str, Any]) -> None:
+        """Takes in the metrics of an update, which hold the metric."""
+        found = float(metrics[self.metric])
+        up, down = found > self.limit * self.slack, found < self.limit / self.slack
+        self.value *= math.exp(self.rate * (int(up) - int(down)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The value."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores it."""
+        self.value = state["value"]
 
 
-def coefficient(node: float | Mapping[str, Any]) -> Coefficient:
-    """A number, or a mapping with ``name``; ``complement: true`` makes it one minus that."""
-    if not isinstance(node, (int, float)) and node.get("name") in CONTROLLERS:
-        return bind(node, CONTROLLERS, "coefficient")[0]()
-    if isinstance(node, (int, float)):
-        return lambda progress, update: float(node)
-    function, extra = bind(node, COEFFICIENTS, "coefficient", ["complement"])
-    if extra.get("complement"):
-        return lambda progress, update: 1.0 - function(progress, update)
-    return function
+class Complement:
+    """One minus another coefficient."""
+
+    def __init__(self, inner: Coefficient) -> None:
+        self.inner = inner
+
+    def __call__(self, progress: float, update: int) -> float:
+        """The value."""
+        return 1.0 - self.inner(progress, update)
+
+
+class Observed:
+    """A controller in a run: refuses a metric that the run does not report, and keeps what it needs to go on.
+
+    A metric that was seen once may be missing later: an update whose rows are all dropped reports little.
+
+    Args:
+        controller: what follows the metric.
+        where: the full name of its setting, for errors.
+        complement: the value is one minus the controller's.
+    """
+
+    def __init__(self, controller: Controller, where: str, complement: bool = False) -> None:
+        self.controller, self.where, self.complement, self.seen = controller, where, complement, False
+
+    @property
+    def metric(self) -> str:
+        """What it follows."""
+        return self.controller.metric
+
+    def __call__(self, progress: float, update: int) -> float:
+        """The present value."""
+        value = self.controller(progress, update)
+        return 1.0 - value if self.complement else value
+
+    def observe(self, metrics: Mapping[str, Any], reported: Collection[str] = ()) -> None:
+        """Takes in the metrics of an update.
+
+        Args:
+            metrics: by name.
+            reported: names that parts of the run report now and then.
+
+        Raises:
+            ConfigError: a first update that took optimiser steps reported no such metric; names the nearest.
+        """
+        if self.metric in metrics:
+            self.seen = True
+            self.controller.observe(metrics)
+        elif not self.seen and self.metric not in reported and "loss/total" in metrics:
+            near = nearest(self.metric, [*metrics, *reported])
+            raise ConfigError(f"{self.where}.metric {self.metric!r} is reported by no part of this run; {near}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the controller."""
+        return {"seen": self.seen, **self.controller.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.seen = bool(state["seen"])
+        self.controller.load_state_dict({key: value for key, value in state.items() if key != "seen"})
+
+
+COEFFICIENTS: dict[str, Callable[..., Any]] = {
+    "linear": Linear,
+    "cosine": Cosine,
+    "exponential": Exponential,
+    "warmup_cosine": WarmupCosine,
+    "steps": Steps,
+    "proportional_integral": ProportionalIntegral,
+    "dual": Dual,
+}
+"""Schedules and controllers by name; their settings are keyword arguments."""
+
+
+def coefficient(node: Any, where: str = "coefficient") -> Any:
+    """A number, or a mapping with ``name`` (see :data:`COEFFICIENTS`); ``complement: true`` makes it one minus that.
+
+    Raises:
+        ConfigError: no finite number, an unknown name, or settings that do not fit; starts with ``where``.
+    """
+    if callable(node):
+        return node
+    if isinstance(node, bool) or (isinstance(node, int | float) and not math.isfinite(node)) or node is None:
+        raise ConfigError(f"{where} is {node!r}; it must be a finite number, or a mapping with a name")
+    if isinstance(node, int | float):
+        return Constant(float(node))
+    make, extra = named(node, COEFFICIENTS, where, ["complement"])
+    try:
+        made = make()
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error}") from error
+    complement = bool(extra.get("complement", False))
+    if isinstance(made, Controller):
+        return Observed(made, where, complement)
+    return Complement(made) if complement else made
+
+
+def half_cosine(start: float, end: float, share: float) -> float:
+    """From ``start`` at share 0 to ``end`` at 1."""
+    return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * share))
+
+
+def _require(holds: bool, name: str, value: Any, what: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} must {what}, got {value}")

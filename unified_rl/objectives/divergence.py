@@ -7,19 +7,22 @@ and again in the backward pass, so no second ``[B, N, V]`` tensor is ever held.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from unified_rl.correction.lookup import bind
-from unified_rl.correction.reduction import REDUCTIONS
+from unified_rl.correction.lookup import as_rule
 from unified_rl.correction.view import share
-from unified_rl.interventions.distribution import FLOOR, categorical_kl, parts_log_prob, support_of
+from unified_rl.errors import ConfigError
+from unified_rl.interventions.distribution import FLOOR, categorical_kl, normal_kl, parts_log_prob, support_of
 from unified_rl.objectives.forward import Forward, Reader
-from unified_rl.objectives.objective import Metrics, Scored, Term
+from unified_rl.objectives.metrics import Metrics
+from unified_rl.objectives.objective import Parts, Scored, Term
+from unified_rl.objectives.settings import named
+from unified_rl.objectives.terms import reduction
 
 
 def forward_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
@@ -44,63 +47,98 @@ KINDS: dict[str, Callable[..., Tensor]] = {"forward_kl": forward_kl, "reverse_kl
 """Pure functions of log-probs ``[n, m]`` of student and teacher, ``[n]``."""
 
 
+NORMAL_KINDS: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": lambda student, teacher: normal_kl(*teacher, *student),
+    "reverse_kl": lambda student, teacher: normal_kl(*student, *teacher),
+}
+"""The kinds with a closed form for Normals ``(mean, log_std)``, elementwise."""
+
+
 class DivergenceTerm(Term):
     """A divergence of each unit's distribution from another policy's.
 
+    Categoricals are compared over the whole vocabulary; Normals, of policies that show no logits, in closed form.
+
     Args:
-        other: the other policy, with ``unit_states(batch) [B, N, d]`` and ``logits_of(states [n, d]) [n, V]``.
-        name: of the term, to tell its reading from others'.
+        name, rows, coefficient: see :class:`Term`.
+        anchor: name of the other policy, see :class:`~unified_rl.agents.anchors.Anchors`.
         kind: a name of :data:`KINDS`, or a mapping with its settings.
-        view: of the rows, as the other policy sees them (``privileged``: with the solution in the prompt).
+        view: of the rows, as the other policy sees them (``privileged``: with the solution in the prompt); by default
+            as its provider says.
         top_k: keep the other policy's most probable tokens one by one and the rest together; 0 keeps all.
         reduce: as a correction's.
     """
 
     def __init__(
         self,
-        other: Any,
         name: str,
         *,
-        kind: str | Mapping[str, Any] = "reverse_kl",
+        anchor: str = "teacher",
+        kind: Any = "reverse_kl",
         top_k: int = 0,
         view: str | None = None,
         reduce: str = "token-mean",
         rows: Any = None,
-        coefficient: float | Mapping[str, Any] = 1.0,
+        coefficient: Any = 1.0,
     ) -> None:
-        super().__init__(rows, coefficient)
-        self.other, self.name, self.top_k, self.view = other, name, top_k, view
-        self.kind, _ = bind(kind, KINDS, "divergence")
-        self.reduce = REDUCTIONS[reduce]
-        self.readers = (Reader(name, self._read, self._states),)
+        super().__init__(name, rows, coefficient)
+        self.kind, _ = named(kind, KINDS, f"{self.where}.kind")
+        self.kind_name = as_rule(kind, self.where)["name"]
+        if top_k < 0:
+            raise ConfigError(f"{self.where}.top_k counts tokens and must be 0 (all) or more, got {top_k}")
+        self.anchor, self.top_k, self.view = anchor, top_k, view
+        self.distributions = frozenset({anchor})
+        self.reduce = reduction(reduce, self.where)
+        self.reports = frozenset({f"loss/{name}"})
+
+    def attach(self, parts: Parts) -> None:
+        """Takes the other policy.
+
+        Raises:
+            ConfigError: this policy, or the other, shows neither logits nor normals.
+        """
+        self.policy, self.other = parts.policy, parts.anchors[self.anchor]
+        for who, policy in (("", parts.policy), (f" (agent.anchors.{self.anchor})", self.other.policy)):
+            if not (hasattr(policy, "read_logits") or hasattr(policy, "normals")):
+                raise ConfigError(
+                    f"{self.where} compares whole distributions, and {type(policy).__name__}{who} shows neither logits "
+                    "nor normals: use policy=causal_lm, autoregressive, gaussian or flow, or a penalty of the "
+                    "correction, which is estimated from samples"
+                )
+        if hasattr(parts.policy, "read_logits"):
+            self.readers = (Reader(self.name, self._read, self._states),)
+            return
+        if self.kind_name not in NORMAL_KINDS or self.top_k or self.view:
+            raise ConfigError(
+                f"{self.where} is of the Normals of {type(parts.policy).__name__}: kind is one of "
+                f"{', '.join(NORMAL_KINDS)} there, top_k 0 and view null"
+            )
 
     def _states(self, rows: TensorDictBase) -> tuple[Tensor, ...]:
-        if self.view is None:
-            return (self.other.unit_states(rows),)
-        seen = TensorDict(
-            {"tokens": rows[f"{self.view}_tokens"], "mask": rows[f"{self.view}_mask"]}, batch_size=rows.batch_size
-        )
-        states = self.other.unit_states(seen)
-        mask = rows["mask"]  # the same units in the same order, at other columns
-        return (
-            states.new_zeros(*mask.shape, states.shape[-1]).masked_scatter(mask.unsqueeze(-1), states[seen["mask"]]),
-        )
+        return (self.other.states(rows, self.view),)
 
     def _read(self, logits: Tensor, token: Tensor, states: Tensor) -> Tensor:
         with torch.no_grad():
-            other = self.other.logits_of(states)
+            other = self.other.logits(states)
         if self.top_k:
             support = support_of(other, token, self.top_k)
             return self.kind(parts_log_prob(logits, support), parts_log_prob(other, support))
         return self.kind(logits.log_softmax(-1).clamp(min=FLOOR), other.log_softmax(-1).clamp(min=FLOOR))
 
+    def _of_normals(self, rows: TensorDictBase) -> Tensor:
+        """``[B, N]``, from one further pass of this policy's network and one of the other's."""
+        with torch.no_grad():
+            other = self.other.normals(rows)
+        value = NORMAL_KINDS[self.kind_name](self.policy.normals(rows), other)
+        return value.mean(-1) if getattr(self.policy, "mean_over_dims", False) else value.sum(-1)
+
     def prepare(self, batch: TensorDict, scored: Scored) -> TensorDictBase:
         """``coefficient [B]``."""
-        units = self.rows.within(batch)["mask"].float().sum(-1)
-        return TensorDict({"coefficient": self.reduce(units, None, lambda x: x)}, batch_size=[len(batch)])
+        return TensorDict({"coefficient": self.reduce(self.rows.within(batch)["mask"])}, batch_size=[len(batch)])
 
     def loss(self, forward: Forward, rows: TensorDict, stats: TensorDictBase) -> tuple[Tensor, Metrics]:
         """The reduced divergence."""
+        found = forward.read(self.name) if self.readers else self._of_normals(rows)
         scale = share(self.rows.within(rows)["mask"], torch.float32) * stats["coefficient"].unsqueeze(-1)
-        value = (forward.read(self.name) * scale).sum()
+        value = (found * scale).sum()
         return value, {f"loss/{self.name}": value.detach()}

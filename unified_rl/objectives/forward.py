@@ -58,7 +58,7 @@ class Forward:
         if not self.readers:
             return (*self._score(self.rows), {})
         with torch.no_grad():
-            extras = [reader.extras(self.rows) for reader in self.readers]
+            extras = [tuple(reader.extras(self.rows)) for reader in self.readers]
         counts = [len(extra) for extra in extras]
 
         def fused(logits: Tensor, token: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:

@@ -4,69 +4,118 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from unified_rl.objectives.coefficients import Coefficient, coefficient
+from unified_rl.objectives.coefficients import Observed, coefficient
 from unified_rl.objectives.forward import Forward, Reader
+from unified_rl.objectives.metrics import Metrics, Sums
 from unified_rl.objectives.rows import Rows
 
-Metrics = dict[str, Any]
+
+class Parts(NamedTuple):
+    """What an agent gives to its terms.
+
+    Attributes:
+        policy: the policy that is trained.
+        correction: its correction.
+        wrapper: its intervention.
+        anchors: the other policies by name: ``anchors[name]`` has ``policy``, and ``states(rows, view)``,
+            ``logits(states)``, ``normals(rows)`` for its distributions; ``interpolate`` and ``provider`` are of the
+            proximal policy.
+        baseline: a critic, ``values(rows) -> values with gradient, mask``; None without one.
+    """
+
+    policy: Any
+    correction: Any = None
+    wrapper: Any = None
+    anchors: Any = None
+    baseline: Any = None
 
 
 class Term:
     """One summand of a loss.
 
     ``prepare`` looks at the whole optimiser batch, without gradient, and owns the denominator; ``loss`` is of a
-    micro-batch; those of all micro-batches add up, so every split gives the same gradient.
+    micro-batch; those of all micro-batches add up, so every split gives the same gradient. A class of the user's own
+    takes ``name`` and keyword arguments, and gets the agent's parts in :meth:`attach`.
 
     Args:
+        name: in the configuration, ``agent.objectives.NAME``.
         rows: which rows it reads, see :class:`~unified_rl.objectives.rows.Rows`.
-        coefficient: a number or a schedule.
+        coefficient_: a number, a schedule or a controller, see :mod:`unified_rl.objectives.coefficients`.
 
     Attributes:
         readers: what it takes from the shared pass beside log-probs.
-        anchors: names of the policies that it compares with.
+        anchors: names of the policies whose log-probs ``{name}_log_prob [B, N]`` rows must hold.
+        distributions: names of the policies whose whole distributions it compares with.
         whole_groups: optimiser batches must hold whole groups.
+        reports: names of metrics of :meth:`loss` that others may rely on.
     """
 
     readers: tuple[Reader, ...] = ()
     anchors: frozenset[str] = frozenset()
+    distributions: frozenset[str] = frozenset()
     whole_groups = False
-    needs_full_pass = False
+    reports: frozenset[str] = frozenset()
 
-    def __init__(self, rows: Any = None, coefficient_: float | Mapping[str, Any] = 1.0) -> None:
-        self.rows = Rows.of(rows)
-        self.schedule: Coefficient = coefficient(coefficient_)
+    def __init__(self, name: str, rows: Any = None, coefficient_: Any = 1.0) -> None:
+        self.name, self.where = name, f"agent.objectives.{name}"
+        self.rows = Rows.of(rows, f"{self.where}.rows")
+        self.schedule = coefficient(coefficient_, f"{self.where}.coefficient")
         self.coefficient = 1.0
+
+    def attach(self, parts: Parts) -> None:
+        """Gives the term what it works on.
+
+        Raises:
+            ConfigError: the policy cannot give what the term needs; names what works.
+        """
 
     def start(self, progress: float, update: int) -> None:
         """At the start of an update: sets the coefficient."""
         self.coefficient = self.schedule(progress, update)
+
+    @property
+    def active(self) -> bool:
+        """Whether it costs anything in this update: at 0 only a term whose controller follows its own metric does."""
+        return self.coefficient != 0.0 or (isinstance(self.schedule, Observed) and self.schedule.metric in self.reports)
+
+    def check(self, record: TensorDictBase) -> None:
+        """Looks at all rows of an update before its first optimiser step.
+
+        Raises:
+            ConfigError: rows that it cannot learn from; says what to set.
+        """
 
     def prepare(self, batch: TensorDict, scored: Scored) -> TensorDictBase | None:
         """Statistics of batch size ``[B]`` that slice with the batch, or None where the term needs none."""
         return None
 
     def loss(self, forward: Forward, rows: TensorDict, stats: Any) -> tuple[Tensor, Metrics]:
-        """The micro-batch's share of the term, a scalar, and metrics."""
+        """The micro-batch's share of the term, a scalar, and metrics (see :class:`~.metrics.Sums` for their kinds)."""
         raise NotImplementedError
 
-    def finish(self, metrics: Metrics) -> None:
+    def summary(self) -> Metrics:
+        """Further metrics of the update, scalars."""
+        return {}
+
+    def finish(self, metrics: Metrics, reported: frozenset[str] = frozenset()) -> None:
         """At the end of an update: a controlled coefficient sees its metrics."""
-        if hasattr(self.schedule, "observe"):
-            self.schedule.observe(metrics)
+        if isinstance(self.schedule, Observed):
+            self.schedule.observe(metrics, reported)
 
     def state_dict(self) -> dict[str, Any]:
         """What a bit-exact continuation needs: a controller's state."""
-        return self.schedule.state_dict() if hasattr(self.schedule, "state_dict") else {}
+        return self.schedule.state_dict() if isinstance(self.schedule, Observed) else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
-        self.schedule.load_state_dict(state)  # type: ignore[attr-defined]
+        if isinstance(self.schedule, Observed):
+            self.schedule.load_state_dict(state)
 
 
 class Scored:
@@ -99,28 +148,49 @@ class Objective:
         self, policy: Any, terms: Mapping[str, Term], score: Any, generator: torch.Generator | None = None
     ) -> None:
         self.policy, self.terms, self.score, self.generator = policy, dict(terms), score, generator
+        self.reported = frozenset().union(*(term.reports for term in self.terms.values()))
+        self.start(0.0, 0)
 
     def start(self, progress: float, update: int) -> None:
         """At the start of an update: coefficients, and which terms count."""
         for term in self.terms.values():
             term.start(progress, update)
-        self.active = {name: term for name, term in self.terms.items() if term.coefficient != 0.0}
+        self.active = {name: term for name, term in self.terms.items() if term.active}
         self.readers = [reader for term in self.active.values() for reader in term.readers]
 
-    def backward(self, batch: TensorDict, micro_batch: int | None, means: Any) -> Tensor:
-        """Accumulates the gradient of the whole optimiser batch; returns the loss, detached."""
+    @property
+    def whole_groups(self) -> bool:
+        """Whether optimiser batches must hold whole groups in this update."""
+        return any(term.whole_groups for term in self.active.values())
+
+    def check(self, record: TensorDictBase) -> None:
+        """Every term that counts looks at the rows of the update."""
+        for term in self.active.values():
+            term.check(record)
+
+    def backward(self, batch: TensorDict, micro_batch: int | None) -> tuple[Tensor, Metrics]:
+        """Accumulates the gradient of the whole optimiser batch.
+
+        Args:
+            batch: annotated rows.
+            micro_batch: rows of one forward pass; None takes all.
+
+        Returns:
+            The loss, detached, and one scalar a metric; neither depends on ``micro_batch``.
+        """
         size = min(micro_batch or len(batch), len(batch))
-        total = torch.zeros((), device=batch["mask"].device)
+        total, sums = torch.zeros((), device=batch["mask"].device), Sums()
         if size == len(batch):
             forward = self._forward(batch)
             stats = self.prepare(batch, Scored(lambda: forward.log_prob.detach(), free=True))
-            return total + self._micro_batch(forward, batch, stats, means)
+            total = total + self._micro_batch(forward, batch, stats, sums)
+            return total, sums.values()
         stats = self.prepare(batch, Scored(lambda: self._scored(batch, size), free=False))
         split = {name: None if s is None else s.split(size) for name, s in stats.items()}
         for index, rows in enumerate(batch.split(size)):
             here = {name: None if s is None else s[index] for name, s in split.items()}
-            total = total + self._micro_batch(self._forward(rows), rows, here, means)
-        return total
+            total = total + self._micro_batch(self._forward(rows), rows, here, sums)
+        return total, sums.values()
 
     def prepare(self, batch: TensorDict, scored: Scored) -> dict[str, Any]:
         """Every term's statistics of the whole optimiser batch."""
@@ -132,24 +202,30 @@ class Objective:
 
     @torch.no_grad()
     def _scored(self, batch: TensorDict, size: int) -> Tensor:
-        return torch.cat([self._forward(rows).log_prob for rows in batch.split(size)])
+        return torch.cat([self.score(rows)[0] for rows in batch.split(size)])
 
-    def _micro_batch(self, forward: Forward, rows: TensorDict, stats: dict[str, Any], means: Any) -> Tensor:
+    def _micro_batch(self, forward: Forward, rows: TensorDict, stats: dict[str, Any], sums: Sums) -> Tensor | float:
         loss: Any = None
-        metrics: Metrics = {}
         for name, term in self.active.items():
             value, found = term.loss(forward, rows, stats[name])
+            sums.add(found)
+            if term.coefficient == 0.0:  # it is only watched
+                continue
             value = value if term.coefficient == 1.0 else term.coefficient * value
             loss = value if loss is None else loss + value
-            metrics.update(found)
+        if loss is None:
+            return 0.0
         loss.backward()
-        means.add(metrics)
         return loss.detach()
+
+    def summary(self) -> Metrics:
+        """Further metrics of the update that the terms know."""
+        return {key: value for term in self.active.values() for key, value in term.summary().items()}
 
     def finish(self, metrics: Metrics) -> None:
         """At the end of an update."""
         for term in self.terms.values():
-            term.finish(metrics)
+            term.finish(metrics, self.reported)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every term that has one."""

@@ -7,7 +7,7 @@ different micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +16,13 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from unified_rl.correction.internal.surrogate import KnownGradient
-from unified_rl.correction.lookup import bind
 from unified_rl.correction.view import share
+from unified_rl.errors import ConfigError
 from unified_rl.objectives.forward import Forward
-from unified_rl.objectives.objective import Metrics, Scored, Term
+from unified_rl.objectives.metrics import Mean, Metrics
+from unified_rl.objectives.objective import Scored, Term
+from unified_rl.objectives.settings import named
+from unified_rl.objectives.terms import nothing, scattered
 from unified_rl.units import row_return
 
 Pairs = tuple[Tensor, Tensor]
@@ -42,8 +45,8 @@ def best_worst(reward: Tensor, group: Tensor, *, least_gap: float = 0.0) -> Pair
 def every_pair(reward: Tensor, group: Tensor) -> Pairs:
     """Every two rows of one group of which one has the higher reward (GAL)."""
     better = (reward[:, None] > reward) & (group[:, None] == group)
-    w, l = better.nonzero(as_tuple=True)
-    return w, l
+    winner, loser = better.nonzero(as_tuple=True)
+    return winner, loser
 
 
 PAIRS: dict[str, Callable[..., Pairs]] = {"best_worst": best_worst, "every_pair": every_pair}
@@ -68,34 +71,59 @@ class PreferenceTerm(Term):
     """A contrastive loss on rows of a group.
 
     Args:
+        name, rows, coefficient: see :class:`Term`.
         link: a name of :data:`LINKS`, or a mapping with its settings.
         pairs: a name of :data:`PAIRS`, or a mapping.
+        anchor: the policy that scores are measured against; ``none`` scores by the log-probs alone.
         low, high: bounds of each unit's log-ratio before the sum (Humanline).
     """
 
-    anchors = frozenset({"reference"})
     whole_groups = True
-    needs_full_pass = True
 
     def __init__(
         self,
+        name: str,
         *,
-        link: str | Mapping[str, Any] = "dpo",
-        pairs: str | Mapping[str, Any] = "best_worst",
+        link: Any = "dpo",
+        pairs: Any = "best_worst",
+        anchor: str = "reference",
         low: float | None = None,
         high: float | None = None,
         rows: Any = None,
-        coefficient: float | Mapping[str, Any] = 1.0,
+        coefficient: Any = 1.0,
     ) -> None:
-        super().__init__(rows, coefficient)
-        self.link, _ = bind(link, LINKS, "link")
-        self.pairs, _ = bind(pairs, PAIRS, "pairs")
-        self.low, self.high = low, high
+        super().__init__(name, rows, coefficient)
+        self.link, _ = named(link, LINKS, f"{self.where}.link")
+        self.pairs, _ = named(pairs, PAIRS, f"{self.where}.pairs")
+        if low is not None and high is not None and low > high:
+            raise ConfigError(f"{self.where}.low must not lie above high={high}, got {low}")
+        self.low, self.high, self.anchor = low, high, anchor
+        self.anchors = frozenset({anchor} - {"none"})
+        self.reports = frozenset({f"loss/{name}", f"{name}/pairs", f"{name}/margin"})
 
-    def prepare(self, batch: TensorDict, scored: Scored) -> TensorDictBase:
+    def check(self, record: TensorDictBase) -> None:
+        """Looks for groups.
+
+        Raises:
+            ConfigError: every row is alone in its group, so there are no pairs.
+        """
+        rows = record if self.rows.every else self.rows.chosen(record)
+        if len(rows) and len(rows["group"].unique()) == len(rows):
+            raise ConfigError(
+                f"{self.where} compares rows of one group, and every row is alone in its own: sample several rows a "
+                "prompt or reset state (rollout.group_size)"
+            )
+
+    def prepare(self, batch: TensorDict, scored: Scored) -> TensorDictBase | None:
         """``slope [B, N]`` of the whole loss by every log-prob, and ``value [B]``, the rows' equal shares of it."""
-        rows = self.rows.within(batch)
-        x = torch.where(rows["mask"], scored.log_prob - rows["reference_log_prob"], 0.0)
+        if self.rows.every:
+            return self._prepared(batch, scored.log_prob)
+        at = self.rows.numbers(batch)
+        return scattered(self._prepared(batch[at], scored.log_prob[at]), at, len(batch)) if len(at) else None
+
+    def _prepared(self, rows: TensorDict, log_prob: Tensor) -> TensorDictBase:
+        gap = log_prob if self.anchor == "none" else log_prob - rows[f"{self.anchor}_log_prob"]
+        x = torch.where(rows["mask"], gap, 0.0)
         bounded = x.clamp(self.low, self.high) if (self.low, self.high) != (None, None) else x
         with torch.enable_grad():
             score = bounded.sum(-1).requires_grad_()
@@ -104,20 +132,23 @@ class PreferenceTerm(Term):
             value = self.link(margin).sum() / max(1, len(better))
             (slope,) = torch.autograd.grad(value, score) if len(better) else (torch.zeros_like(score),)
         slope = slope.unsqueeze(-1) * share(rows["mask"] & (bounded == x), x.dtype)
+        number = len(rows)
         items = {
             "slope": slope,
-            "value": (value.detach() / len(batch)).expand(len(batch)),
-            "pairs": torch.full_like(score.detach(), len(better)),
-            "margin": margin.detach().mean().nan_to_num().expand(len(batch)),
+            "value": (value.detach() / number).expand(number),
+            "pairs": torch.full_like(score.detach(), len(better) / number),
+            "margin": (margin.detach().sum() / number).expand(number),
         }
-        return TensorDict(items, batch_size=[len(batch)])
+        return TensorDict(items, batch_size=[number])
 
-    def loss(self, forward: Forward, rows: TensorDict, stats: TensorDictBase) -> tuple[Tensor, Metrics]:
+    def loss(self, forward: Forward, rows: TensorDict, stats: TensorDictBase | None) -> tuple[Tensor, Metrics]:
         """The micro-batch's share."""
-        value = stats["value"].sum()
+        if stats is None:
+            return nothing(forward.log_prob), {}
+        value, pairs = stats["value"].sum(), stats["pairs"].sum()
         metrics = {
-            "loss/preference": value,
-            "preference/pairs": stats["pairs"][0],
-            "preference/margin": stats["margin"][0],
+            f"loss/{self.name}": value,
+            f"{self.name}/pairs": pairs,
+            f"{self.name}/margin": Mean(stats["margin"].sum(), pairs),
         }
         return KnownGradient.apply(forward.log_prob, value, stats["slope"]), metrics

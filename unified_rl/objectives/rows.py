@@ -26,6 +26,7 @@ class Rows:
         source: a name of :data:`SOURCES` or a list of them; None takes every row.
         when: bool columns ``[B]`` of the record that must hold.
         unless: bool columns that must not.
+        where: the full name of the setting, for errors.
 
     Raises:
         ConfigError: an unknown source.
@@ -36,22 +37,30 @@ class Rows:
         source: str | Sequence[str] | None = None,
         when: str | Sequence[str] = (),
         unless: str | Sequence[str] = (),
+        where: str = "rows",
     ) -> None:
         names = [source] if isinstance(source, str) else list(source or ())
         for name in names:
             if name not in SOURCES:
-                raise ConfigError(f"rows.source {name!r} is unknown; {nearest(name, SOURCES)}")
+                raise ConfigError(f"{where}.source {name!r} is unknown; {nearest(name, SOURCES)}")
         self.sources = [int(s) for name in names for s in SOURCES[name]]
         self.when = [when] if isinstance(when, str) else list(when)
         self.unless = [unless] if isinstance(unless, str) else list(unless)
 
     @classmethod
-    def of(cls, node: str | Mapping[str, Any] | None) -> Rows:
-        """From a configuration: a source's name, or a mapping."""
-        if node is None or isinstance(node, str):
-            return cls(node)
-        check_keys(node, ("source", "when", "unless"), "rows")
-        return cls(**node)
+    def of(cls, node: str | Sequence[str] | Mapping[str, Any] | Rows | None, where: str = "rows") -> Rows:
+        """From a configuration: a source's name, a list of them, or a mapping; ``where`` is the setting's full name."""
+        if isinstance(node, Rows):
+            return node
+        if not isinstance(node, Mapping):
+            return cls(node, where=where)
+        check_keys(node, ("source", "when", "unless"), where)
+        return cls(**node, where=where)
+
+    @property
+    def gates(self) -> list[str]:
+        """The columns that it reads beside ``source``."""
+        return [*self.when, *self.unless]
 
     @property
     def every(self) -> bool:
@@ -69,6 +78,10 @@ class Rows:
                 raise RecordError(f"rows are chosen by {name!r}, which the record lacks; define it in agent.gates")
             chosen &= gate == wanted
         return chosen
+
+    def numbers(self, record: TensorDictBase) -> Tensor:
+        """Numbers ``[n]`` of the chosen rows, ascending."""
+        return self.of_record(record).nonzero().squeeze(-1)
 
     def chosen(self, record: TensorDictBase) -> TensorDictBase:
         """The chosen rows alone."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,15 +10,18 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from unified_rl.correction import Correction
+from unified_rl.correction.internal.surrogate import KnownGradient
 from unified_rl.correction.reduction import REDUCTIONS
 from unified_rl.correction.view import share
 from unified_rl.errors import ConfigError
-from unified_rl.instantiate import nearest
 from unified_rl.interventions import Wrapper
-from unified_rl.objectives.forward import Forward
-from unified_rl.objectives.objective import Metrics, Scored, Term
+from unified_rl.objectives.forward import Forward, Reader
+from unified_rl.objectives.metrics import Mean, Metrics
+from unified_rl.objectives.objective import Parts, Scored, Term
 from unified_rl.objectives.rows import Rows
+from unified_rl.objectives.settings import one_of
 from unified_rl.objectives.value import value_loss
+from unified_rl.policies.sampling import entropy_of
 
 OWN_ROWS = Rows("own")
 EXPERT_ROWS = Rows(["demonstration", "expert"])
@@ -28,75 +31,90 @@ class PolicyGradientTerm(Term):
     """The corrected policy gradient, with the penalties of the correction and of its wrapper.
 
     Args:
-        correction, wrapper: of the run.
-        anchors: has ``provider`` and ``interpolate(batch, log_prob, version)``.
-        rows, coefficient: see :class:`Term`.
+        name, rows, coefficient: see :class:`Term`.
     """
 
-    def __init__(
-        self,
-        correction: Correction,
-        wrapper: Wrapper,
-        anchors: Any,
-        *,
-        rows: Any = None,
-        coefficient: float | Mapping[str, Any] = 1.0,
-    ) -> None:
-        super().__init__(rows, coefficient)
-        self.correction, self.wrapper, self.provider = correction, wrapper, anchors.provider
-        self.interpolate = anchors.interpolate
-        self.needs_full_pass = correction.needs_full_pass or anchors.provider == "interpolated"
+    reports = frozenset({"loss/policy", "update/kl", "reject/fraction"})
+
+    def __init__(self, name: str, *, rows: Any = None, coefficient: Any = 1.0) -> None:
+        super().__init__(name, rows, coefficient)
         self.first: Metrics = {}
         self.version = 0
+        self.shown = False
+
+    def attach(self, parts: Parts) -> None:
+        """Takes the correction, the wrapper and the proximal policy."""
+        self.correction: Correction = parts.correction
+        self.wrapper: Wrapper = parts.wrapper
+        self.interpolate = parts.anchors.interpolate
+        self.needs_full_pass = self.correction.needs_full_pass or parts.anchors.provider == "interpolated"
 
     def start(self, progress: float, update: int) -> None:
         """Forgets the diagnostics of the update before."""
         super().start(progress, update)
         self.first, self.version = {}, update
 
-    def prepare(self, batch: TensorDict, scored: Scored) -> TensorDictBase:
+    def check(self, record: TensorDictBase) -> None:
+        """Finds rows of unknown behavior probability.
+
+        Raises:
+            ConfigError: the kernel has no weight for them.
+        """
+        experts = EXPERT_ROWS.of_record(record)
+        self.shown = bool((experts if self.rows.every else experts & self.rows.of_record(record)).any())
+        if self.shown and not self.correction.kernel.traits.scores_experts:
+            raise ConfigError(
+                f"correction {self.correction.name} divides by the probability that a row had when it was sampled, and "
+                f"nobody knows that of demonstrations: set {self.where}.rows=own, or use correction=luffy"
+            )
+
+    def prepare(self, batch: TensorDict, scored: Scored) -> TensorDictBase | None:
         """The correction's statistics; at the first step of an update also its diagnostics."""
         wanted = scored.free or not self.first or self.needs_full_pass
         log_prob = scored.log_prob if wanted else batch["behavior_log_prob"]
         self.interpolate(batch, log_prob, self.version)
         if self.rows.every:
             return self._prepared(batch, log_prob)
-        at = self.rows.of_record(batch).nonzero().squeeze(-1)
-        return scattered(self._prepared(batch[at], log_prob[at]), at, len(batch))
+        at = self.rows.numbers(batch)
+        return scattered(self._prepared(batch[at], log_prob[at]), at, len(batch)) if len(at) else None
 
     def _prepared(self, rows: TensorDict, log_prob: Tensor) -> TensorDictBase:
         stats = self.correction.prepare(log_prob, rows)
         if not self.first:
-            own = OWN_ROWS.within(rows)  # nobody knows how probable a demonstration was to who wrote it
-            self.first = self.correction.diagnostics(log_prob, own, stats, version=self.version)
-            self._refuse_shown(rows)
+            self.first = self.correction.diagnostics(log_prob, self._own(rows), stats, version=self.version)
         return stats
 
-    def _refuse_shown(self, rows: TensorDictBase) -> None:
-        shown = EXPERT_ROWS.within(rows)["mask"]
-        if not self.correction.kernel.traits.scores_experts and bool(shown.any()):
-            raise ConfigError(
-                f"correction {self.correction.name} divides by the probability that a row had when it was sampled, and "
-                "nobody knows that of demonstrations: set agent.objectives.policy.rows=own, or use correction=luffy"
-            )
+    def _own(self, rows: TensorDictBase) -> TensorDictBase:
+        """Nobody knows how probable a demonstration was to who wrote it: what compares with that leaves it out."""
+        return OWN_ROWS.within(rows) if self.shown else rows
 
     def loss(self, forward: Forward, rows: TensorDict, stats: TensorDictBase) -> tuple[Tensor, Metrics]:
         """The correction's loss and the wrapper's penalty."""
         log_prob, extra = forward.log_prob, forward.penalty
         if not self.rows.every:
-            at = self.rows.of_record(rows).nonzero().squeeze(-1)
+            at = self.rows.numbers(rows)
             if not len(at):
-                return log_prob.sum() * 0.0, {}
+                return nothing(log_prob), {}
             rows, stats, log_prob = rows[at], stats[at], log_prob[at]
             extra = None if extra is None else extra[at]
         out = self.correction.loss(log_prob, rows, stats)
         self.wrapper.watch(log_prob, rows, stats, out.weight)
-        loss, metrics = out.loss, {**out.metrics, "update/kl": behavior_kl(log_prob.detach(), rows)}
+        loss, metrics = out.loss, {**out.metrics, "update/kl": behavior_kl(log_prob.detach(), self._own(rows))}
+        if stats.get("keep", None) is not None:
+            metrics["reject/fraction"] = Mean((stats["original"] - stats["kept"]).sum(), stats["original"].sum())
         if extra is not None:
             penalty = torch.where(rows["mask"], extra, 0.0) * stats["coefficient"].unsqueeze(-1)
             metrics["loss/wrapper"] = penalty.detach().sum()
             loss = loss + penalty.sum()
-        return loss, metrics
+        return loss, self._renamed(metrics)
+
+    def summary(self) -> Metrics:
+        """The correction's diagnostics of the first optimiser step."""
+        return self._renamed(self.first)
+
+    def _renamed(self, metrics: Metrics) -> Metrics:
+        """Two such terms in one loss report under names of their own."""
+        return metrics if self.name == "policy" else {f"{self.name}/{key}": value for key, value in metrics.items()}
 
 
 class _Averaged(Term):
@@ -121,33 +139,68 @@ class _Averaged(Term):
 
 
 class ValueTerm(_Averaged):
-    """Regression of a critic on the targets that the advantage estimate wrote."""
+    """Regression of a critic on the targets that the advantage estimate wrote.
+
+    Args:
+        name, rows, coefficient: see :class:`Term`.
+        clip: bound of the value's move, see :func:`~unified_rl.objectives.value_loss`.
+    """
 
     column = "value_mask"
+    reports = frozenset({"loss/value"})
 
-    def __init__(
-        self,
-        values: Callable[[TensorDictBase], Tensor],
-        *,
-        clip: float | None = None,
-        rows: Any = None,
-        coefficient: float | Mapping[str, Any] = 0.5,
-    ) -> None:
-        super().__init__(rows, coefficient)
-        self.values, self.clip = values, clip
+    def __init__(self, name: str, *, clip: float | None = None, rows: Any = None, coefficient: Any = 0.5) -> None:
+        super().__init__(name, rows, coefficient)
+        self.clip = clip
+
+    def attach(self, parts: Parts) -> None:
+        """Takes the critic.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if parts.baseline is None:
+            raise ConfigError(f"{self.where} trains a critic, and this agent has none: set agent.advantage=critic")
+        self.baseline = parts.baseline
 
     def loss(self, forward: Forward, rows: TensorDict, stats: Any) -> tuple[Tensor, Metrics]:
         """Half the mean squared error."""
-        error = value_loss(self.values(rows), rows["value_target"], self._counted(rows), rows["value"], self.clip)
-        return self.shared(error, rows, stats), {"loss/value": error.detach()}
+        error = value_loss(
+            self.baseline.values(rows)[0], rows["value_target"], self._counted(rows), rows["value"], self.clip
+        )
+        error = self.shared(error, rows, stats)
+        return error, {"loss/value": error.detach()}
 
 
 class EntropyTerm(_Averaged):
-    """The policy's entropy, as a bonus: its coefficient counts negatively in the loss."""
+    """The policy's entropy in nats a unit, as a bonus: its coefficient counts negatively in the loss.
 
-    def __init__(self, policy: Any, *, rows: Any = None, coefficient: float | Mapping[str, Any] = 0.0) -> None:
-        super().__init__(rows, coefficient)
-        self.policy = policy
+    It is of the sampling distribution (temperature and truncation included). A policy without ``entropy`` shows its
+    logits instead, chunk by chunk, in the pass that the other terms share.
+    """
+
+    reports = frozenset({"policy/entropy"})
+
+    def __init__(self, name: str, *, rows: Any = None, coefficient: Any = 0.0) -> None:
+        super().__init__(name, rows, coefficient)
+
+    def attach(self, parts: Parts) -> None:
+        """Finds out how the policy tells its entropy.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        policy = parts.policy
+        if hasattr(policy, "entropy"):
+            self.entropy: Callable[[Forward, TensorDict], Tensor] = lambda forward, rows: policy.entropy(rows)
+        elif hasattr(policy, "read_logits"):
+            self.readers = (Reader(self.name, lambda logits, token: entropy_of(logits)),)
+            self.entropy = lambda forward, rows: forward.read(self.name)
+        else:
+            raise ConfigError(
+                f"{_setting(self, 'agent.entropy_coef')} needs a policy with an entropy; {type(policy).__name__} has "
+                "none: set agent.entropy_coef=0, or use policy=gaussian, flow, autoregressive or causal_lm"
+            )
 
     def start(self, progress: float, update: int) -> None:
         """Sets the coefficient, negated."""
@@ -157,8 +210,9 @@ class EntropyTerm(_Averaged):
     def loss(self, forward: Forward, rows: TensorDict, stats: Any) -> tuple[Tensor, Metrics]:
         """The mean over units."""
         mask = self._counted(rows)
-        entropy = torch.where(mask, self.policy.entropy(rows), 0.0).sum() / mask.sum().clamp(min=1)
-        return self.shared(entropy, rows, stats), {"policy/entropy": entropy.detach()}
+        entropy = torch.where(mask, self.entropy(forward, rows), 0.0).sum() / mask.sum().clamp(min=1)
+        entropy = self.shared(entropy, rows, stats)
+        return entropy, {"policy/entropy": entropy.detach()}
 
 
 NLL_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -172,36 +226,74 @@ NLL_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 class NllTerm(Term):
     """Negative log-likelihood of rows, by default of demonstrations.
 
+    A policy whose supervised loss has other entries than units (flow matching, say) has them averaged a step.
+
     Args:
+        name, rows, coefficient: see :class:`Term`.
         weight: a name of :data:`NLL_WEIGHTS`.
-        reduce: as a correction's.
+        reduce: as a correction's, over units (or steps).
     """
 
     def __init__(
         self,
+        name: str,
         *,
         weight: str = "none",
         reduce: str = "token-mean",
         rows: Any = "demonstration",
-        coefficient: float | Mapping[str, Any] = 1.0,
+        coefficient: Any = 1.0,
     ) -> None:
-        super().__init__(rows, coefficient)
-        if weight not in NLL_WEIGHTS:
-            raise ConfigError(f"nll has no weight {weight!r}; {nearest(weight, NLL_WEIGHTS)}")
-        self.weight, self.reduce = NLL_WEIGHTS[weight], REDUCTIONS[reduce]
+        super().__init__(name, rows, coefficient)
+        self.weight_name = one_of(weight, NLL_WEIGHTS, f"{self.where}.weight")
+        self.weight, self.reduce = NLL_WEIGHTS[weight], reduction(reduce, self.where)
+        self.reports = frozenset({f"loss/{name}"})
+
+    def attach(self, parts: Parts) -> None:
+        """Checks the weight.
+
+        Raises:
+            ConfigError: the weight is of a probability, and the policy has densities.
+        """
+        policy = parts.policy
+        discrete = hasattr(policy, "generate") or getattr(policy, "supports_discrete", False)
+        if self.weight_name != "none" and not discrete:
+            raise ConfigError(
+                f"{self.where}.weight={self.weight_name} is a function of probabilities, and the log-probs of "
+                f"{type(policy).__name__} are densities: set {self.where}.weight=none"
+            )
 
     def prepare(self, batch: TensorDict, scored: Scored) -> TensorDictBase:
-        """``coefficient [B]``."""
-        units = self.rows.within(batch)["mask"].float().sum(-1)
-        return TensorDict({"coefficient": self.reduce(units, None, lambda x: x)}, batch_size=[len(batch)])
+        """``coefficient [B]`` of units, and ``step_coefficient [B]`` where the record has steps."""
+        chosen = self.rows.within(batch)
+        items = {"coefficient": self.reduce(chosen["mask"])}
+        if "step_mask" in batch.keys():
+            items["step_coefficient"] = self.reduce(self._steps(chosen))
+        return TensorDict(items, batch_size=[len(batch)])
 
     def loss(self, forward: Forward, rows: TensorDict, stats: TensorDictBase) -> tuple[Tensor, Metrics]:
         """The weighted likelihood of the micro-batch."""
-        nll = forward.nll
-        mask = self.rows.within(rows)["mask"]
-        scale = share(mask, nll.dtype) * stats["coefficient"].unsqueeze(-1)
+        nll, chosen = forward.nll, self.rows.within(rows)
+        mask, coefficient = chosen["mask"], stats["coefficient"]
+        if nll.shape != mask.shape:
+            mask, coefficient = self._steps(chosen), stats["step_coefficient"]
+            nll = nll.unflatten(1, (mask.shape[1], -1)).mean(-1)
+        scale = share(mask, nll.dtype) * coefficient.unsqueeze(-1)
         value = (nll * self.weight(-nll.detach()) * scale).sum()
-        return value, {"loss/nll": (nll.detach() * scale).sum()}
+        return value, {f"loss/{self.name}": (nll.detach() * scale).sum()}
+
+    def _steps(self, chosen: TensorDictBase) -> Tensor:
+        return chosen["step_mask"] & chosen["mask"].any(-1, keepdim=True)
+
+
+def reduction(name: str, where: str) -> Callable[[Tensor], Tensor]:
+    """``mask [B, N] -> coefficient [B]``: what a sum over masked-in entries is multiplied by, as a correction's reduce.
+
+    Raises:
+        ConfigError: an unknown name, or a reduction by a constant.
+    """
+    names = [key for key in REDUCTIONS if key != "sequence-mean-token-sum-norm"]  # it is divided by a constant
+    reduce = REDUCTIONS[one_of(name, names, f"{where}.reduce")]
+    return lambda mask: reduce(mask.float().sum(-1), None, lambda x: x)
 
 
 def scattered(stats: TensorDictBase, at: Tensor, rows: int) -> TensorDictBase:
@@ -210,7 +302,17 @@ def scattered(stats: TensorDictBase, at: Tensor, rows: int) -> TensorDictBase:
     return TensorDict(items, batch_size=[rows])
 
 
-def behavior_kl(log_prob: Tensor, batch: TensorDictBase) -> Tensor:
+def nothing(log_prob: Tensor) -> Tensor:
+    """0 with a graph, whatever the log-probs are."""
+    return KnownGradient.apply(log_prob, log_prob.new_zeros(()), torch.zeros_like(log_prob))
+
+
+def behavior_kl(log_prob: Tensor, batch: TensorDictBase) -> Mean:
     """Estimate k3 of the KL to the policy that acted, per unit: ``exp(-x) + x - 1`` of the log-ratio ``x``."""
     x = torch.where(batch["mask"], log_prob - batch["behavior_log_prob"], 0.0).clamp(-20.0, 20.0)
-    return ((-x).exp() + x - 1.0).sum() / batch["mask"].sum().clamp(min=1)
+    return Mean(((-x).exp() + x - 1.0).sum(), batch["mask"].sum())
+
+
+def _setting(term: Term, flat: str) -> str:
+    """How a user would have asked for a term: by the agent's own setting, or by name."""
+    return flat if term.where == f"agent.objectives.{flat.split('.')[1].removesuffix('_coef')}" else term.where

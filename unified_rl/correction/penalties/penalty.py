@@ -6,7 +6,7 @@ both ``[B, N]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,11 +80,13 @@ class Penalty:
     :data:`SELECTIONS`), ``importance`` (multiply by the differentiable ratio to the behavior policy).
     """
 
-    def __init__(self, node: str | Mapping[str, Any], where: str = "correction.penalty") -> None:
+    def __init__(
+        self, node: str | Mapping[str, Any], where: str = "correction.penalty", further: Sequence[str] = ()
+    ) -> None:
         self.value, given = bind(node, PENALTIES, where, TYPES)
         given = {**DEFAULTS, **given}
         self.anchor: str = given["anchor"]
-        known = [*ANCHORS, "none", "mixture"]
+        known = [*ANCHORS, *further, "none", "mixture"]
         if self.anchor not in known:
             raise ConfigError(f"{where}.anchor {self.anchor!r} is unknown; {nearest(self.anchor, known)}")
         self.coefficient: float = given["coefficient"]

@@ -1,0 +1,57 @@
+"""How a policy's log-probs are computed in an update, and the check that they are those of its own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from unified_rl.errors import ConfigError
+from unified_rl.objectives.terms import OWN_ROWS
+
+
+def scoring(policy: Any, compiled: bool, cuda_graph: bool, device: torch.device) -> Callable[[TensorDictBase], Tensor]:
+    """``rows -> log_prob [B, N]``: as the policy has it, compiled, or replayed from CUDA graphs.
+
+    Raises:
+        ConfigError: CUDA graphs without a CUDA device.
+    """
+    if cuda_graph and device.type != "cuda":
+        raise ConfigError("agent.cuda_graph needs device=cuda")
+    score = policy.log_prob
+    if cuda_graph:
+        score = torch.compile(score, mode="reduce-overhead")
+    elif compiled:
+        score = torch.compile(score)
+    return lambda rows: score(rows).log_prob
+
+
+def identity_check(policy: Any, record: TensorDictBase, version: int, score: Callable[[], Tensor]) -> dict[str, Any]:
+    """Units sampled by the weights of ``version`` must have ratio 1 under them.
+
+    The tolerance is 0.01, or the policy's own ``log_ratio_tolerance`` where its arithmetic is coarser.
+
+    Args:
+        policy: whose samples they are.
+        record: the rows; those of others are not looked at.
+        version: of the present weights.
+        score: the rows' log-probs ``[B, N]``.
+
+    Raises:
+        ConfigError: they do not; then the policy's ``sample`` and ``log_prob`` disagree.
+    """
+    fresh = OWN_ROWS.within(record)["mask"] & (record["policy_version"] == version)
+    if not bool(fresh.any()) or version > 0:
+        return {}
+    with torch.no_grad():
+        log_prob = score()
+    gap = torch.where(fresh, log_prob - record["behavior_log_prob"], 0.0).abs().max()
+    if not bool(gap <= getattr(policy, "log_ratio_tolerance", 1e-2)):
+        raise ConfigError(
+            f"fresh data should have log-ratio 0, but the largest is {float(gap):.3g}: the policy's sample() and "
+            "log_prob() disagree (temperature, truncation, std floor or dtype)"
+        )
+    return {"identity/max_log_ratio": gap}
