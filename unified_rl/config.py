@@ -31,7 +31,11 @@ from unified_rl.instantiate import (
 __all__ = ["build", "compose", "group_options", "parse_overrides", "preset", "preset_names", "resolve_defaults"]
 
 SETTINGS = {"train": "unified_rl.training.settings.TrainSettings"}
-IMPLIED = {"study": "unified_rl.study.grid.Study", "correction": "unified_rl.correction.Correction"}
+IMPLIED = {
+    "study": "unified_rl.study.grid.Study",
+    "correction": "unified_rl.correction.Correction",
+    "recipe": "unified_rl.study.recipes.Recipe",
+}
 """What a group's node describes where it has no ``_target_``."""
 
 DESCRIBED = ("correction",)
