@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from torch import Tensor
 
+from unified_rl import config as configuration
+from unified_rl import instantiate
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import ChainMod
 from unified_rl.envs.language.base import Verdict
 from unified_rl.training.checkpoint import write_checkpoint
-from unified_rl.training.run import Job
+from unified_rl.training.run import Job, record_dataset
 
 ALLOW = ("run_cases",)
 UPDATES = 2
@@ -41,7 +46,7 @@ LANGUAGE = (
     "env._target_=run_cases.EasyChain",
     "env.modulus=5",
     "env.terms=3",
-    "env.max_turn_tokens=8",
+    "env.max_turn_tokens=6",
     "policy=causal_lm_tiny",
     "policy.config.hidden_size=16",
     "policy.config.num_attention_heads=2",
@@ -91,11 +96,47 @@ def merged(*parts: Sequence[str]) -> list[str]:
     return list(found.values())
 
 
+_compose_groups = configuration._compose_groups
+SLOW = {
+    configuration: ("_parse", "group_options"),
+    instantiate: ("_own_parameters",),
+}
+"""Pure functions that take longer than two updates do."""
+
+
+@cache
+def _groups(chosen: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """Hydra's part of composing."""
+    taken = [configuration.Override(f"{key}={value}", key, value) for key, value in chosen]
+    return _compose_groups(taken, "train", (), configuration.group_options())
+
+
+_REMEMBERED = {(module, name): cache(getattr(module, name)) for module, names in SLOW.items() for name in names}
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Composes and builds as ever, but reads the same file, text and signature once."""
+    with pytest.MonkeyPatch.context() as patch:
+        for (module, name), function in _REMEMBERED.items():
+            patch.setattr(module, name, lambda *given, f=function: f(*given))
+        patch.setattr(configuration, "group_options", lambda *unused: _REMEMBERED[configuration, "group_options"]())
+        patch.setattr(configuration, "_check_headers", lambda *unused: None)
+        patch.setattr(
+            configuration, "_compose_groups", lambda o, *unused: deepcopy(_groups(tuple((x.key, x.value) for x in o)))
+        )
+        yield
+
+
+def composed(overrides: Sequence[str]) -> dict[str, Any]:
+    """A resolved configuration."""
+    return resolve_defaults(compose(["progress=false", *overrides], allow=ALLOW), allow=ALLOW)
+
+
 def run(overrides: Sequence[str], evaluated: bool = False) -> Outcome:
     """Composes a run, makes its updates, and reads the policy's weights and the metrics."""
-    cfg = resolve_defaults(compose(["progress=false", *overrides], allow=ALLOW), allow=ALLOW)
-    with TemporaryDirectory() as folder:
-        job = Job(cfg, ALLOW)
+    with TemporaryDirectory() as folder, remembered():
+        job = Job(composed(overrides), ALLOW)
         job.warm_start(lambda *unused: None)
         return trained(job, job.make_trainer(Path(folder)), evaluated)
 
@@ -113,9 +154,9 @@ def trained(job: Any, trainer: Any, evaluated: bool) -> Outcome:
 
 
 @cache
-def cached(*overrides: str) -> Outcome:
+def cached(*overrides: str, evaluated: bool = False) -> Outcome:
     """As :func:`run`, once for each list of overrides."""
-    return run(overrides)
+    return run(overrides, evaluated)
 
 
 def teacher(folder: Path, overrides: Sequence[str]) -> str:
@@ -124,4 +165,16 @@ def teacher(folder: Path, overrides: Sequence[str]) -> str:
     policy = Job(cfg, ALLOW).policy
     (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
     write_checkpoint(folder / "checkpoints", 0, {"agent": {"policy": dict(policy.state_dict())}})
+    return str(folder)
+
+
+def model(folder: Path, overrides: Sequence[str]) -> str:
+    """A folder with a language model of the runs of this file, as its own library writes it."""
+    Job(composed(overrides), ALLOW).policy.model.save_pretrained(folder)
+    return str(folder)
+
+
+def recorded(folder: Path, overrides: Sequence[str]) -> str:
+    """A folder of rows that the first policy of a run made."""
+    record_dataset(Job(composed(overrides), ALLOW), folder, batches=1)
     return str(folder)
