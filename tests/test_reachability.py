@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from run_cases import CONTROL, LANGUAGE, cached, merged, model, recorded, teacher
 
+from unified_rl import returns
 from unified_rl.agents.baselines import CREDITS
 from unified_rl.agents.loss import TERMS
-from unified_rl.config import group_options
+from unified_rl.config import group_options, preset
 from unified_rl.correction import lookup
-from unified_rl.correction.kernels.tables import KERNELS
 from unified_rl.correction.levels import LEVELS
 from unified_rl.correction.penalties.penalty import PENALTIES
 from unified_rl.correction.penalties.selection import SELECTIONS
@@ -42,6 +42,11 @@ from unified_rl.returns.gates import GATES
 from unified_rl.returns.maps import MAPS
 from unified_rl.returns.record import NAMED, PLAIN
 from unified_rl.training.settings import TrainSettings
+
+try:
+    from unified_rl.correction.kernels import KERNELS  # type: ignore[attr-defined]
+except ImportError:
+    from unified_rl.correction.kernels.tables import KERNELS
 
 # ---------------------------------------------------------------------------------------------- the runs
 
@@ -178,6 +183,7 @@ def of_table(
 
 # ---------------------------------------------------------------------------------------------- correction
 
+PLAIN_KERNEL = preset("correction", "reinforce")["kernel"]["name"]
 TAUGHT = ("agent.teacher=TEACHER",)
 PROXY = "correction.wrapper={name: min_p_proxy, p_min: 0.5}"
 WRAPPED = {
@@ -201,7 +207,7 @@ def correction_cases() -> Iterator[Case]:
         KERNELS,
         STALE,
         lambda node: f"correction.kernel={text(node)}",
-        default="one",
+        default=PLAIN_KERNEL,
         extra={"demonstration_shape": [SHOWN], "spared_ppo": [PROXY]},
         along={"teacher_ppo": TAUGHT},
         first={
@@ -214,6 +220,8 @@ def correction_cases() -> Iterator[Case]:
             "residual.divide": "group",
             "residual.importance_cap": 0.9,
             "kl_mask.cap": 0.01,
+            "log_clip.low": 0.5,
+            "log_clip.dual": 0.5,
             "searched_ppo.step": 0.7,
             "clip_cov.cov_low": 0.0,
             "clip_cov.cov_high": 0.0,
@@ -527,7 +535,11 @@ def replay_options() -> Iterator[Case]:
     for name in group_options()["replay"]:
         language = (*STALE, "replay=fresh" if name != "fresh" else "replay=uniform")
         yield Case(f"replay={name} for groups", language, (f"replay={name}",))
-        valued = (*VALUED, "replay=uniform" if name != "uniform" else "replay=staleness", "rollout.horizon=8")
+        valued = (
+            *VALUED,
+            "replay=uniform" if name != "uniform" else "replay=staleness",
+            f"rollout.horizon={32 if name == 'segment' else 8}",
+        )
         yield Case(f"replay={name} for values", valued, (f"replay={name}",))
 
 
@@ -573,6 +585,15 @@ ROLLOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """A run, and the words that put an option in its place."""
 COVERED = {"recipe": "test_recipes.py trains each", "study": "of compare, not of a run"}
 """Groups that are walked elsewhere."""
+
+
+def test_what_no_run_reaches_is_named_on_its_page() -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "returns.md").read_text()
+    files = [*(root / "agents").glob("*.py"), *(root / "unified_rl").rglob("*.py")]
+    used = "".join(path.read_text() for path in files if path.parent.name != "returns")
+    for name in returns.__all__:
+        assert re.search(rf"\b{name}\b", used) or re.search(rf"\b{name}\b", page), name
 
 
 def test_every_group_is_walked() -> None:
@@ -671,7 +692,7 @@ VALUES_OF: dict[str, Any] = {
     "control.random_steps": 16,
     "language.sources": {"demonstrations": {"_target_": "unified_rl.rollout.sources.Demonstrations", "per_group": 1}},
     "language.guide": {"_target_": "unified_rl.rollout.sources.Hints"},
-    "language.context": {"_target_": "unified_rl.rollout.sources.Hints"},
+    "language.context": {"_target_": "unified_rl.rollout.context.Hints"},
     "language.columns": {"scores": ["correct"]},
     "language.privileged": "chain",
     "language.device": "nowhere",
@@ -845,10 +866,10 @@ def test_every_sampler_is_walked() -> None:
 def context_cases() -> Iterator[Case]:
     """What is sampled again; the name of the setting is read from the rollout, since it is to change."""
     known = parameters(locate("unified_rl.rollout.LanguageRollout"))[0]
-    place = "context" if "context" in known else "guide"
+    place, room = ("context", "rollout.context") if "context" in known else ("guide", "rollout.sources")
     base = (*LANGUAGE, "rollout.group_size=2")
     for name, changes in {"Hints": {"shares": [0.9], "style": "direct"}, "Refill": {"tries": 1}}.items():
-        node = {"_target_": f"unified_rl.rollout.sources.{name}"}
+        node = {"_target_": f"unified_rl.{room}.{name}"}
         yield Case(f"context.{name}", base, (f"rollout.{place}={text(node)}",))
         for key, value in changes.items():
             used = (*base, f"rollout.{place}={text(node)}")
@@ -883,7 +904,6 @@ KNOWN: dict[str, str] = {
     "replay=mixture for groups": "refused with a line about rows that does not name the replay",
     "replay=mixture for values": "as for groups",
     "replay=none for groups": "a TypeError; unified_rl/training/run.py",
-    "replay=none for values": "as for groups",
     "correction=none": "an AttributeError; agents/policy_gradient.py",
     "replay(discount)": "of n-step targets, which no agent asks for",
     "replay(trim_key)": "refused with the missing key, not with the setting",
