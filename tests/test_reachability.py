@@ -12,6 +12,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,16 +214,20 @@ def correction_cases() -> Iterator[Case]:
         first={
             "clip_cov": {"fraction": 0.5, "cov_low": -10.0, "cov_high": 10.0},
             "spared_ppo": {"fraction": 0.9, "clip_low": 0.1, "clip_high": 0.1},
-            "searched_ppo": {"low": 0.5, "low_max": 0.98, "high": 1.02, "high_max": 3.0},
+            "searched_ppo": {"low": 0.5, "low_max": 0.98, "high": 1.02, "high_max": 3.0, "target": 3.0},
         },
         samples={
             "ppo.dual_clip": 1.1,
             "residual.divide": "group",
             "residual.importance_cap": 0.9,
             "kl_mask.cap": 0.01,
-            "log_clip.low": 0.5,
-            "log_clip.dual": 0.5,
-            "searched_ppo.step": 0.7,
+            "log_clip.low": 3.0,
+            "log_clip.dual": 3.0,
+            "searched_ppo.step": 0.3,
+            "searched_ppo.low_max": 0.6,
+            "searched_ppo.low": 0.7,
+            "searched_ppo.high_max": 1.5,
+            "searched_ppo.target": 2.2,
             "clip_cov.cov_low": 0.0,
             "clip_cov.cov_high": 0.0,
         },
@@ -242,7 +247,7 @@ def correction_cases() -> Iterator[Case]:
     )  # fmt: skip
     yield from of_table(
         "reject", REJECTS, (*STALE, "correction=ppo"), lambda node: f"correction.reject=[{text(node)}]",
-        first={"band": {"low": 0.99, "high": 1.01}, "veto": {"low": 0.5, "high": 2.0}},
+        first={"band": {"low": 0.99, "high": 1.01}, "veto": {"low": 0.5, "high": 2.0}, "divergence": {"high": 0.1}},
         samples={
             "band.level": "unit",
             "divergence.estimator": "k1",
@@ -264,7 +269,7 @@ def correction_cases() -> Iterator[Case]:
         THINS,
         STALE,
         lambda node: f"correction.thin={text(node)}",
-        first={"drop_negatives": {"surplus": 0.1}},
+        first={"drop_negatives": {"surplus": 0.5}},
         samples={"drop_negatives.surplus": 2.0, "drop_negatives.seed": 7},
     )
     yield from of_table(
@@ -285,6 +290,7 @@ def correction_cases() -> Iterator[Case]:
         samples={
             "min_p_proxy.p_min": 0.9,
             "reposition.threshold": None,
+            "reposition.window": 7,
             "anneal_penalty.floor": 0.9,
             "anneal_penalty.top_k": 2,
             "fix_up.max_steps": 1,
@@ -320,6 +326,7 @@ def correction_cases() -> Iterator[Case]:
     yield Case("proximal.average.decay", (*STALE, "correction=ppo_ewma"), ("correction.proximal.decay=0.1",))
 
 
+ALONE_ROWS = "correction.advantage={baseline: none}"
 COLUMNS = "rollout.columns={scores: [correct, truncated], stratum: correct}"
 ALONE = "rollout.sources={demonstrations: {_target_: unified_rl.rollout.sources.Demonstrations, rows: 4}}"
 ADVANTAGE: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
@@ -626,7 +633,7 @@ CLASSES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "causal_lm": ("policy", "unified_rl.policies.causal_lm.CausalLM", LM),
     "two_route": ("env", "unified_rl.envs.control.TwoRouteEnv", (*CONTROL, "rollout.horizon=24")),
     "gymnasium": ("env", "unified_rl.envs.control.GymnasiumEnv", (*CONTROL, "env=pendulum")),
-    "mujoco": ("env", "unified_rl.envs.control.make_mujoco", (*CONTROL, "env=inverted_pendulum")),
+    "mujoco": ("env", "unified_rl.envs.control.make_mujoco", (*CONTROL, "env=inverted_pendulum", "env.chunk=2")),
     "chain_mod": ("env", "unified_rl.envs.language.ChainMod", (*LM, "rollout.prompts=8")),
     "calculator": ("env", "unified_rl.envs.language.Calculator", (*TAUGHT_LM, "env=calculator")),
     "countdown": ("env", "unified_rl.envs.language.Countdown", (*TAUGHT_LM, "env=countdown")),
@@ -693,6 +700,7 @@ VALUES_OF: dict[str, Any] = {
     "language.sources": {"demonstrations": {"_target_": "unified_rl.rollout.sources.Demonstrations", "per_group": 1}},
     "language.guide": {"_target_": "unified_rl.rollout.sources.Hints"},
     "language.context": {"_target_": "unified_rl.rollout.context.Hints"},
+    "language.staleness": 0,
     "language.columns": {"scores": ["correct"]},
     "language.privileged": "chain",
     "language.device": "nowhere",
@@ -735,7 +743,7 @@ VALUES_OF: dict[str, Any] = {
     "calculator.tokenizer": "nowhere",
     "countdown.tokenizer": "nowhere",
     "countdown.operators": "'+'",
-    "countdown.max_turn_tokens": 6,
+    "countdown.max_turn_tokens": 40,
     "guess_number.tokenizer": "nowhere",
     "replay.capacity": 8,
     "replay.lanes": 3,
@@ -833,7 +841,7 @@ SAMPLERS = {
 
 def sampler_cases() -> Iterator[Case]:
     for name, given in SAMPLERS.items():
-        absence = "Uniform" if name != "Uniform" else "Recency"
+        absence = "Uniform" if name not in ("Uniform", "BySource", "Mixture") else "Recency"
         base = (*VALUED, f"replay.sampler={{_target_: unified_rl.replay.{absence}}}")
         node = {"_target_": f"unified_rl.replay.{name}", **given}
         yield Case(f"sampler.{name}", base, (f"replay.sampler={text(node)}",))
@@ -847,6 +855,8 @@ def further_cases() -> Iterator[Case]:
     yield Case("demonstration_shape without demonstrations", plain, (shaped,))
     yield Case("drop_equal_groups of groups", STALE, ("agent.drop_equal_groups=true",))
     yield Case("random_steps for values", VALUED, ("rollout.random_steps=4",))
+    mixed = ("env=chain_mod", "agent=sft", "rollout.rows=8", "rollout.style=mixture")
+    yield Case("direct_share of mixture", mixed, ("env.direct_share=0.1",))
     yield Case("style for language", SUPERVISED_LM, ("rollout.style=direct",))
     yield Case("critic_config for language", (*LM, "agent.advantage=critic"), (f"agent.critic_config={text(TINY)}",))
 
@@ -867,7 +877,7 @@ def context_cases() -> Iterator[Case]:
     """What is sampled again; the name of the setting is read from the rollout, since it is to change."""
     known = parameters(locate("unified_rl.rollout.LanguageRollout"))[0]
     place, room = ("context", "rollout.context") if "context" in known else ("guide", "rollout.sources")
-    base = (*LANGUAGE, "rollout.group_size=2")
+    base = (*LANGUAGE, "rollout.group_size=1", "rollout.prompts=8", "correction=reinforce", ALONE_ROWS)
     for name, changes in {"Hints": {"shares": [0.9], "style": "direct"}, "Refill": {"tries": 1}}.items():
         node = {"_target_": f"unified_rl.{room}.{name}"}
         yield Case(f"context.{name}", base, (f"rollout.{place}={text(node)}",))
@@ -894,6 +904,9 @@ KNOWN: dict[str, str] = {
     "control(random_steps)": "refused with a line about sample() and log_prob(), not about random steps",
     "demonstrations(style)": "a TypeError of a control task; unified_rl/rollout/demonstrations.py",
     "autoregressive(num_actions)": "the environment's to say, but a user's number is believed until it crashes",
+    "sampler.Segment": "refused at the first draw, with a line about slots that does not name the sampler",
+    "sampler.Group": "as for Segment, about groups",
+    "sampler.Fresh": "as for Segment, about rows",
     "priority(alpha)": A3,
     "priority(beta)": A3,
     "priority(beta_draws)": A3,
@@ -928,9 +941,18 @@ ASIDE: dict[str, str] = {
     "policy_gradient(gates)": "a column that nothing reads; the gate cases read one",
     "language(columns)": "columns that nothing reads; the advantage cases read them",
     "language(privileged)": "a column that nothing reads; recipe=opsd reads it",
+    "calculator(spare_turns)": "turns that supervised rows do not have",
+    "guess_number(spare_turns)": "turns that supervised rows do not have",
+    "countdown(max_target)": "larger targets, of which eight supervised rows hold none",
+    "warm_start(smoothing)": "decides when a stage with until_loss ends",
+    "warm_start(run)": "warm_start=from_run is a case",
+    "policy_gradient(compile)": "how fast; test_compile.py",
     "causal_lm(allow_hub)": "a permission",
     "causal_lm(max_new_tokens)": "of policy.sample, which Python users call; in a run the task's budget rules",
     "two_route(threads)": "how fast",
+    "mujoco(threads)": "how fast",
+    "two_route(left_bonus)": "paid at the goal, which the first policies do not reach; test_two_route.py",
+    "chain_mod(direct_share)": "of demonstrations of style mixture; its own case below",
     "gymnasium(flatten)": "for observations that are no vectors",
     **{f"{task}(shuffle_rewards)": RANDOM for task in ("calculator", "countdown", "guess_number")},
     "countdown(partial_credit)": RANDOM,
