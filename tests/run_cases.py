@@ -97,11 +97,9 @@ def merged(*parts: Sequence[str]) -> list[str]:
 
 
 _compose_groups = configuration._compose_groups
-SLOW = {
-    configuration: ("_parse", "group_options"),
-    instantiate: ("_own_parameters",),
-}
-"""Pure functions that take longer than two updates do."""
+_parse = cache(configuration._parse)
+_group_options = cache(configuration.group_options)
+_own_parameters = cache(instantiate._own_parameters)
 
 
 @cache
@@ -111,20 +109,17 @@ def _groups(chosen: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     return _compose_groups(taken, "train", (), configuration.group_options())
 
 
-_REMEMBERED = {(module, name): cache(getattr(module, name)) for module, names in SLOW.items() for name in names}
-
-
 @contextmanager
 def remembered() -> Iterator[None]:
     """Composes and builds as ever, but reads the same file, text and signature once."""
     with pytest.MonkeyPatch.context() as patch:
-        for (module, name), function in _REMEMBERED.items():
-            patch.setattr(module, name, lambda *given, f=function: f(*given))
-        patch.setattr(configuration, "group_options", lambda *unused: _REMEMBERED[configuration, "group_options"]())
+        patch.setattr(configuration, "_parse", lambda text: deepcopy(_parse(text)))  # composing writes into values
+        patch.setattr(configuration, "group_options", lambda *unused: _group_options())
         patch.setattr(configuration, "_check_headers", lambda *unused: None)
         patch.setattr(
             configuration, "_compose_groups", lambda o, *unused: deepcopy(_groups(tuple((x.key, x.value) for x in o)))
         )
+        patch.setattr(instantiate, "_own_parameters", _own_parameters)
         yield
 
 

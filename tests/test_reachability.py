@@ -270,7 +270,7 @@ def correction_cases() -> Iterator[Case]:
         STALE,
         lambda node: f"correction.thin={text(node)}",
         first={"drop_negatives": {"surplus": 0.5}},
-        samples={"drop_negatives.surplus": 2.0, "drop_negatives.seed": 7},
+        samples={"drop_negatives.surplus": 2.0, "drop_negatives.seed": 2},
     )
     yield from of_table(
         "wrapper", WRAPPERS, STALE, lambda node: f"correction.wrapper={text(node)}",
@@ -943,6 +943,7 @@ ASIDE: dict[str, str] = {
     "language(privileged)": "a column that nothing reads; recipe=opsd reads it",
     "calculator(spare_turns)": "turns that supervised rows do not have",
     "guess_number(spare_turns)": "turns that supervised rows do not have",
+    "countdown(max_turn_tokens)": "a budget of sampled answers; chain_mod shows it",
     "countdown(max_target)": "larger targets, of which eight supervised rows hold none",
     "warm_start(smoothing)": "decides when a stage with until_loss ends",
     "warm_start(run)": "warm_start=from_run is a case",
