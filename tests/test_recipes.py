@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from run_cases import LANGUAGE, cached, merged, teacher
+from run_cases import LANGUAGE as SHORT
+from run_cases import cached, merged, teacher
 
 from unified_rl import cli
 from unified_rl.config import compose, config_root
 from unified_rl.errors import ConfigError
 from unified_rl.study import recipes
 
+LANGUAGE = tuple(merged(SHORT, ["env.max_turn_tokens=8"]))
 NEEDED = {
     "luffy", "chord", "hpt", "gkd", "opsd", "dpo", "ghpo", "gdpo", "kdrl", "exopd", "nsr", "psr", "w_reinforce",
     "vla_opd", "iql", "td3_bc", "rlpd",
