@@ -214,7 +214,7 @@ class PolicyGradient:
         if not self.checked:
             if "policy" in self.objective.terms:
                 check_groups(OWN_ROWS.chosen(record), self.correction, self.use_critic)
-                self.correction.check_sources(self.objective.terms["policy"].rows.chosen(record))
+                self.correction.check_sources(self.objective.terms["policy"].rows.ungated.chosen(record))
             metrics = self.identity_check(record)
         record = self._annotate(record, metrics)
         trained = len(record) > 0

@@ -681,6 +681,7 @@ VALUES_OF: dict[str, Any] = {
     "policy_gradient.gates": {"failed": "success_at_most"},
     "policy_gradient.maps": [{"name": "sign", "negative": 0.1}],
     "policy_gradient.drop_equal_groups": True,
+    "actor_critic.critic": {"extra": "nowhere"},
     "actor_critic.updates_per_step": 1.0,
     "actor_critic.correction": 3,
     "actor_critic.target": "smoothed",
@@ -777,11 +778,17 @@ def parameter_cases() -> Iterator[Case]:
     for label, (group, path, run) in CLASSES.items():
         for name, parameter in parameters(locate(path))[0].items():
             key = f"{label}.{name}"
-            value = (
-                VALUES_OF[key] if key in VALUES_OF else 3 if parameter.default is REQUIRED else other_of(key, parameter)
-            )
+            value = VALUES_OF[key] if key in VALUES_OF else 3 if given(name, parameter) else other_of(key, parameter)
             shown = name in EVALUATED
             yield Case(f"{label}({name})", run, (f"{group}.{name}={text(value)}",), evaluated=shown)
+
+
+SPACES = ("space", "observation_dim", "action_dim", "action_low", "action_high")
+
+
+def given(name: str, parameter: Any) -> bool:
+    """Whether the run gives a parameter, which a user may not set."""
+    return parameter.default is REQUIRED or name in SPACES
 
 
 def other_of(key: str, parameter: Any) -> Any:
