@@ -467,7 +467,7 @@ def valued_cases() -> Iterator[Case]:
     state = (*VALUED, "agent.tune_alpha=false", "agent.value={name: expectile}", "agent.target=state_value")
     yield from of_table(
         "target", TARGETS, VALUED, lambda node: f"agent.target={text(node)}", default="soft", against="smoothed",
-        extra={"state_value": ["agent.value={name: expectile}"]},
+        along={"state_value": ["agent.value={name: expectile}"]},
     )  # fmt: skip
     yield from of_table("aggregate", AGGREGATES, three, lambda node: f"agent.aggregate={text(node)}", default="least")
     yield from of_table("value", VALUES, VALUED, lambda node: f"agent.value={text(node)}",
@@ -896,9 +896,7 @@ def context_cases() -> Iterator[Case]:
 
 # ---------------------------------------------------------------------------------------------- the test
 
-A3 = "no agent renews priorities or reads the weights; agents/actor_critic.py"
 KNOWN: dict[str, str] = {
-    "demonstration_shape without demonstrations": "plain PPO in silence; unified_rl/correction/kernels",
     "identity_check": "read by nobody; agents/policy_gradient.py checks always",
     "term.entropy": "language models show no entropy to the term; unified_rl/objectives/terms.py",
     "term.entropy.rows": "as the term",
@@ -910,19 +908,10 @@ KNOWN: dict[str, str] = {
     "behavior_cloning(gamma)": "unused; supervised rows have no return",
     "control(random_steps)": "refused with a line about sample() and log_prob(), not about random steps",
     "demonstrations(style)": "a TypeError of a control task; unified_rl/rollout/demonstrations.py",
-    "autoregressive(num_actions)": "the environment's to say, but a user's number is believed until it crashes",
     "sampler.Segment": "refused at the first draw, with a line about slots that does not name the sampler",
     "sampler.Group": "as for Segment, about groups",
     "sampler.Fresh": "as for Segment, about rows",
-    "priority(alpha)": A3,
-    "priority(beta)": A3,
-    "priority(beta_draws)": A3,
-    "priority(eps)": A3,
     "segment(length)": "no agent trains on windows; the default is longer than what it has collected",
-    "replay=segment for groups": "a RecordError about shapes; no agent trains on windows of a row",
-    "replay=segment for values": "a RuntimeError of torch's",
-    "replay=mixture for groups": "refused with a line about rows that does not name the replay",
-    "replay=mixture for values": "as for groups",
     "replay=none for groups": "a TypeError; unified_rl/training/run.py",
     "correction=none": "an AttributeError; agents/policy_gradient.py",
     "replay(discount)": "of n-step targets, which no agent asks for",
@@ -934,9 +923,6 @@ KNOWN: dict[str, str] = {
     "replay(device)": "a RuntimeError of torch's; unified_rl/replay/buffer.py",
     "with_dataset(path)": "as for replay",
     "with_dataset(device)": "as for replay",
-    "gaussian(num_actions)": "the environment's to say; the refusal blames the environment",
-    "flow(num_actions)": "as for gaussian",
-    "diffusion(num_actions)": "as for gaussian",
 }
 """Cases without effect or proper refusal today: what is missing. One that is reachable must leave the list."""
 
@@ -955,6 +941,7 @@ ASIDE: dict[str, str] = {
     "warm_start(smoothing)": "decides when a stage with until_loss ends",
     "warm_start(run)": "warm_start=from_run is a case",
     "policy_gradient(compile)": "how fast; test_compile.py",
+    "actor_critic(compile)": "how fast; test_compile.py",
     "causal_lm(allow_hub)": "a permission",
     "causal_lm(max_new_tokens)": "of policy.sample, which Python users call; in a run the task's budget rules",
     "two_route(threads)": "how fast",
