@@ -394,7 +394,7 @@ def test_every_built_in_file_has_a_comment_and_valid_keys(group: str, option: st
     assert lines[0] == configuration.HEADER and configuration.comment_of(path)
     content = yaml.safe_load(path.read_text()) or {}
     content.pop("defaults", None)
-    assert group in content or option == "none" or group == "recipe"
+    assert group in content or option == "none"
     for key, node in content.items():
         missing = {name for name, value in (node or {}).items() if value == "???"} if isinstance(node, dict) else set()
         node = {k: v for k, v in node.items() if k not in missing} if isinstance(node, dict) else node

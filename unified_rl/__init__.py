@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from unified_rl.agents.actor_critic import ActorCritic
     from unified_rl.agents.behavior_cloning import BehaviorCloning
     from unified_rl.agents.policy_gradient import PolicyGradient
-    from unified_rl.commands import Run, compare, corrections, doctor, evaluate, lab, load_policy, resume, train
+    from unified_rl.commands import (
+        Run,
+        compare,
+        corrections,
+        doctor,
+        evaluate,
+        lab,
+        load_policy,
+        recipes,
+        resume,
+        train,
+    )
     from unified_rl.config import compose
     from unified_rl.correction import Correction, correction_names, effective_sample_size, load_correction
     from unified_rl.envs.control import ActionChunk, ControlEnvBase, GymnasiumEnv
@@ -71,6 +82,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "compare",
         "lab",
         "corrections",
+        "recipes",
         "doctor",
         "load_policy",
         "Run",
@@ -196,6 +208,7 @@ __all__ = [
     "n_step",
     "q_lambda",
     "read_rows",
+    "recipes",
     "resume",
     "retrace",
     "td_lambda",

@@ -68,6 +68,14 @@ def corrections(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def recipes(arguments: argparse.Namespace) -> int:
+    """Lists the recipes, or shows where one comes from and in which case it is another."""
+    from unified_rl.study.recipes import run
+
+    run(arguments.words, arguments.json, arguments.write)
+    return 0
+
+
 def lab(arguments: argparse.Namespace) -> int:
     """Computes bias and variance of corrections exactly, on problems small enough to list every trajectory."""
     from unified_rl.study.lab.run import lab as run
@@ -92,6 +100,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": evaluate,
     "lab": lab,
     "corrections": corrections,
+    "recipes": recipes,
     "doctor": doctor,
 }
 COMPOSED = ("train", "compare")
@@ -114,6 +123,10 @@ EXAMPLES = {
   unified-rl corrections
   unified-rl corrections show dapo --out dapo.png
   unified-rl corrections show dapo kernel.clip_high=0.4 --json""",
+    "recipes": """examples:
+  unified-rl recipes
+  unified-rl recipes show chord
+  unified-rl train env=chain_mod recipe=chord""",
     "doctor": "",
 }
 
@@ -184,7 +197,11 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--out", metavar="FILE.png", help="where to draw its weight; by default NAME.png")
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument("--write", metavar="DIR", help="write the gallery's page and pictures there")
-    if verb not in ("lab", "doctor"):
+    if verb == "recipes":
+        parser.add_argument("words", nargs="*", metavar="show NAME", help="show one; without it, list all")
+        parser.add_argument("--json", action="store_true", help="print JSON")
+        parser.add_argument("--write", metavar="DIR", help="write the page of recipes there")
+    if verb not in ("lab", "recipes", "doctor"):
         parser.add_argument(
             "--allow",
             action="append",
@@ -216,7 +233,7 @@ def _show_help(verb: str, arguments: argparse.Namespace) -> int:
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {name:10s} {(function.__doc__ or '').strip()}" for name, function in VERBS.items())
+    verbs = "\n".join(f"  {name:11s} {(function.__doc__ or '').strip()}" for name, function in VERBS.items())
     return (
         f"unified-rl {__version__}\nusage: unified-rl VERB [KEY=VALUE ...] [options]\n\n{verbs}\n\n"
         "unified-rl VERB --help lists what a verb takes."

@@ -256,6 +256,26 @@ def corrections(name: str | None = None, *, allow: Sequence[str] = (), **overrid
         return described(name, overrides).for_machines()
 
 
+def recipes(name: str | None = None) -> Any:
+    """The recipes that ship, or one of them, as ``unified-rl recipes [show NAME]`` prints them.
+
+    Args:
+        name: a recipe; None lists all.
+
+    Returns:
+        A list of mappings (``name``, ``summary``, ``source``, ``confidence``, ``limit``), or one of them.
+
+    Raises:
+        ConfigError: an unknown recipe (names the nearest).
+    """
+    from unified_rl.study.recipes import listed, recipe
+
+    if name is None:
+        return listed()
+    recipe(name)
+    return next(entry for entry in listed() if entry["name"] == name)
+
+
 def doctor() -> dict[str, Any]:
     """What this machine has, and whether the identities that every run rests on hold here.
 

@@ -40,7 +40,11 @@ __all__ = [
 ]
 
 SETTINGS = {"train": "unified_rl.training.settings.TrainSettings"}
-IMPLIED = {"study": "unified_rl.study.grid.Study", "correction": "unified_rl.correction.Correction"}
+IMPLIED = {
+    "study": "unified_rl.study.grid.Study",
+    "correction": "unified_rl.correction.Correction",
+    "recipe": "unified_rl.study.recipes.Recipe",
+}
 """What a group's node describes where it has no ``_target_``."""
 
 DESCRIBED = ("correction",)

@@ -63,6 +63,13 @@ class Rows:
         return [*self.when, *self.unless]
 
     @property
+    def ungated(self) -> Rows:
+        """The same choice by source alone, for a record whose gates are not computed yet."""
+        out = Rows()
+        out.sources = self.sources
+        return out
+
+    @property
     def every(self) -> bool:
         """Whether nothing is left out, whatever the record holds."""
         return not (self.sources or self.when or self.unless)

@@ -1,0 +1,166 @@
+"""Every recipe trains by its name, is not its absence, and is the method that it names in the limits that it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from run_cases import LANGUAGE as SHORT
+from run_cases import cached, merged, teacher
+
+from unified_rl import cli
+from unified_rl.config import compose, config_root
+from unified_rl.errors import ConfigError
+from unified_rl.study import recipes
+
+LANGUAGE = tuple(merged(SHORT, ["env.max_turn_tokens=8"]))
+NEEDED = {
+    "luffy", "chord", "hpt", "gkd", "opsd", "dpo", "ghpo", "gdpo", "kdrl", "exopd", "nsr", "psr", "w_reinforce",
+    "vla_opd", "iql", "td3_bc", "rlpd",
+}  # fmt: skip
+OFFLINE = ("iql", "td3_bc", "rlpd")
+"""Value-based recipes, which have a test file of their own."""
+NAMES = [name for name in recipes.recipe_names() if name not in OFFLINE]
+BINS = ("policy=autoregressive", "policy.bins=5", "policy.hidden=[8]", "rollout.num_envs=4", "rollout.horizon=8")
+SMALL = {  # what makes the run of a recipe small, or lets two updates tell something
+    "chord": ["rollout.sources.demonstrations.rows=6"],
+    "gkd": ["rollout.sources.demonstrations.rows=4"],
+    "ghpo": ["rollout.group_size=2"],
+}
+TASKS = {"vla_opd": ("env=two_route", *BINS)}
+TEACHERS = {"gkd", "kdrl", "exopd", "vla_opd"}
+GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_size"))
+LIMITS = [(name, number) for name in NAMES for number in range(len(recipes.recipe(name).limits))]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], str]:
+    """Runs that can teach, by task."""
+    return {task: teacher(tmp_path_factory.mktemp("teacher"), task) for task in (LANGUAGE, TASKS["vla_opd"])}
+
+
+def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -> list[str]:
+    """Overrides of a run in the small setting of a recipe; a group size that a recipe has of its own is kept."""
+    task = TASKS.get(name, LANGUAGE)
+    words = [word.replace("=RUN", f"={runs[task]}") for part in overrides for word in part]
+    words = [word.replace("rows: 64", "rows: 6") for word in merged(task, words)]
+    chosen = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "none")
+    content = yaml.safe_load((config_root() / "recipe" / f"{chosen}.yaml").read_text()) or {}
+    own = content.get("rollout", {})
+    return [word for word in words if "group_size" not in own or word != GROUP_SIZE]
+
+
+def with_recipe(name: str, runs: dict[tuple[str, ...], str]) -> list[str]:
+    taught = ["agent.teacher=RUN"] if name in TEACHERS else []
+    return of(name, runs, [f"recipe={name}", *SMALL.get(name, []), *taught])
+
+
+def test_the_recipes_that_were_promised_are_there() -> None:
+    assert set(recipes.recipe_names()) >= NEEDED
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_it_is_and_where_it_comes_from(name: str) -> None:
+    known = recipes.recipe(name)
+    assert recipes.summary(name) and known.source and known.confidence and known.limits
+    assert known.source.rpartition(" ")[2].replace(".", "").isdigit(), "the source ends with an arXiv id"
+    assert all(limit.because and limit.equals for limit in known.limits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_trains_and_is_not_its_absence(name: str, runs: dict[tuple[str, ...], str]) -> None:
+    with_it = cached(*with_recipe(name, runs))
+    sizes = [word for word in SMALL.get(name, []) if word.startswith("rollout.group_size")]
+    without = cached(*of(name, runs, sizes))
+    start = cached(*of(name, runs, ["agent.lr=1e-30", *sizes]))
+    for other in (without, start):
+        assert max(float((with_it.weights[n] - w).abs().max()) for n, w in other.weights.items()) > 1e-5
+
+
+@pytest.mark.parametrize(("name", "number"), LIMITS)
+def test_a_recipe_is_the_other_method_in_its_limit(name: str, number: int, runs: dict[tuple[str, ...], str]) -> None:
+    limit = recipes.recipe(name).limits[number]
+    one = cached(*of(name, runs, [f"recipe={name}", *SMALL.get(name, [])], limit.when))
+    other = cached(*of(name, runs, limit.equals))
+    start = cached(*of(name, runs, ["agent.lr=1e-30"]))
+    for key, weight in other.weights.items():
+        torch.testing.assert_close(one.weights[key], weight, atol=1e-6, rtol=0.0)
+    moved = max(float((w - other.weights[key]).abs().max()) for key, w in start.weights.items())
+    assert moved > 1e-5, "neither run moved, so they would agree whatever the recipe says"
+
+
+def test_hints_are_given_to_the_prompts_that_nobody_solves_alone(runs: dict[tuple[str, ...], str]) -> None:
+    """Else both tests of the recipe would be about a task without such prompts, or with nothing else."""
+    small = cached(*with_recipe("ghpo", runs)).metrics
+    limit = recipes.recipe("ghpo").limits[0]
+    assert small["rollout/hinted"] > 0.0
+    assert cached(*of("ghpo", runs, ["recipe=ghpo"], limit.when)).metrics["rollout/hinted"] == 0.0
+
+
+def test_the_advantages_of_negative_reinforcement_are_those_of_the_paper() -> None:
+    from tensordict import TensorDict
+
+    from unified_rl.returns import record_advantage
+    from unified_rl.returns.maps import MAPS
+
+    record = TensorDict(
+        {
+            "reward": torch.tensor([[1.0], [0.0]]),
+            "step_mask": torch.ones(2, 1, dtype=torch.bool),
+            "mask": torch.ones(2, 1, dtype=torch.bool),
+            "group": torch.zeros(2, dtype=torch.int64),
+        },
+        batch_size=[2],
+    )
+    for name, wanted in {"nsr": [0.0, -1.0], "psr": [1.0, 0.0], "w_reinforce": [0.1, -1.0]}.items():
+        cfg = compose([f"recipe={name}"])
+        advantage = record_advantage(record, cfg["correction"]["advantage"])
+        for node in cfg["agent"]["maps"]:
+            advantage = MAPS[node["name"]](record, advantage, **{k: v for k, v in node.items() if k != "name"})
+        assert advantage.tolist() == pytest.approx(wanted)
+
+
+def test_the_page_of_recipes_is_up_to_date() -> None:
+    path = Path(__file__).parent.parent / "docs" / recipes.PAGE
+    assert path.read_text() == recipes.page(), f"run: {recipes.COMMAND}"
+
+
+def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[: len(recipes.recipe_names())]] == recipes.recipe_names()
+    assert cli.main(["recipes", "show", "chord"]) == 0
+    shown = capsys.readouterr().out
+    assert "2508.11408" in shown and "warmup_cosine" in shown and "mu = 0" in shown and "source:" in shown
+    assert cli.main(["recipes", "show", "chord", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["limit"][0]["when"]
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["show", "chrod"], "did you mean 'chord'"),
+        (["chord"], "recipes show chord"),
+        (["show"], "recipes [show NAME]"),
+        (["--write", "x", "--json"], "takes a folder"),
+    ],
+)
+def test_bad_words_are_answered_with_what_works(
+    words: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["recipes", *words]) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_a_misspelt_field_of_a_recipe_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    path = tmp_path / "recipe" / "mine.yaml"
+    path.write_text("# @package _global_\n# Mine\nrecipe: {sauce: me}\n")
+    with pytest.raises(ConfigError, match="did you mean 'source'"):
+        compose(["recipe=mine"], config_dirs=[str(tmp_path)])
+    with pytest.raises(ConfigError, match="did you mean 'when'"):
+        recipes.Recipe(limit=[{"whn": []}])

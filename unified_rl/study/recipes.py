@@ -1,0 +1,206 @@
+"""Recipes: whole methods as one word, what each is, where it comes from, and the case in which it is another.
+
+Nothing here imports torch, so that the command line can list them at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unified_rl.config import comment_of, config_root, preset_names
+from unified_rl.errors import ConfigError
+from unified_rl.instantiate import nearest
+
+USAGE = "unified-rl recipes [show NAME]"
+PAGE = "recipes.md"
+COMMAND = "unified-rl recipes --write docs"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A case in which two configurations train to the same weights.
+
+    Attributes:
+        when: overrides beside ``recipe=NAME``; ``RUN`` stands for the folder of a run, ``FOLDER`` for recorded rows.
+        equals: overrides of the other configuration.
+        because: in words.
+    """
+
+    when: list[str] = field(default_factory=list)
+    equals: list[str] = field(default_factory=list)
+    because: str = ""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a file of ``configs/recipe`` says about itself, under ``recipe:``.
+
+    Attributes:
+        source: title, arXiv id.
+        confidence: what of it was read in released code or in the paper, and what was not.
+        limit: each a mapping with the fields of :class:`Limit`.
+
+    Raises:
+        ConfigError: a limit with an unknown field.
+    """
+
+    source: str = ""
+    confidence: str = ""
+    limit: list[dict[str, Any]] | dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the limits."""
+        _ = self.limits
+
+    @property
+    def limits(self) -> list[Limit]:
+        """The limits, as objects."""
+        given = [self.limit] if isinstance(self.limit, Mapping) else list(self.limit or [])
+        known = list(Limit.__dataclass_fields__)
+        for key in (key for one in given for key in one):
+            if key not in known:
+                raise ConfigError(f"recipe.limit has no field {key!r}; {nearest(key, known)}")
+        return [Limit(**one) for one in given]
+
+
+def recipe_names() -> list[str]:
+    """The built-in recipes, sorted."""
+    return preset_names("recipe")
+
+
+def recipe(name: str) -> Recipe:
+    """What a recipe says about itself.
+
+    Raises:
+        ConfigError: no such recipe (names the nearest).
+    """
+    if name not in recipe_names():
+        raise ConfigError(f"there is no recipe {name!r}; {nearest(name, recipe_names())}")
+    import yaml
+
+    node = (yaml.safe_load(_file(name).read_text(encoding="utf-8")) or {}).get("recipe") or {}
+    return Recipe(**node)
+
+
+def summary(name: str) -> str:
+    """The one line that says what a recipe is."""
+    return comment_of(_file(name))
+
+
+def _file(name: str) -> Path:
+    return config_root() / "recipe" / f"{name}.yaml"
+
+
+# ---------------------------------------------------------------------------------------------- listing and page
+
+
+def listed() -> list[dict[str, Any]]:
+    """Every recipe as plain values, for machines."""
+    return [_plain(name) for name in recipe_names()]
+
+
+def _plain(name: str) -> dict[str, Any]:
+    known = recipe(name)
+    limits = [asdict(limit) for limit in known.limits]
+    values = {"name": name, "summary": summary(name), "source": known.source, "confidence": known.confidence}
+    return {**values, "limit": limits}
+
+
+def listing() -> str:
+    """One line a recipe."""
+    names = recipe_names()
+    width = max(map(len, names))
+    lines = [f"{name:{width}}  {summary(name)}" for name in names]
+    hint = f"{USAGE} tells where one comes from and when it is another; unified-rl train recipe=NAME uses it."
+    return "\n".join([*lines, "", hint])
+
+
+def shown(name: str) -> str:
+    """A recipe in full: source, confidence, limits, and the file itself."""
+    known = recipe(name)
+    lines = [f"{name}: {summary(name)}", f"source: {known.source}", f"confidence: {known.confidence}"]
+    for limit in known.limits:
+        lines += [f"limit: {limit.because}", *(f"    {line}" for line in commands(name, limit))]
+    return "\n".join([*lines, "", _body(name)])
+
+
+def commands(name: str, limit: Limit) -> tuple[str, str]:
+    """The two runs of a limit, as words of a command line."""
+    return " ".join([f"recipe={name}", *map(_quoted, limit.when)]), "= " + " ".join(map(_quoted, limit.equals))
+
+
+def _quoted(override: str) -> str:
+    return f"'{override}'" if any(c in override for c in " {}[]") else override
+
+
+def _body(name: str) -> str:
+    """The file without its header and what it says about itself."""
+    lines = _file(name).read_text(encoding="utf-8").splitlines()[2:]
+    kept, skipping = [], False
+    for line in lines:
+        skipping = line.startswith("recipe:") or (skipping and (line.startswith(" ") or not line))
+        if not skipping:
+            kept.append(line)
+    return "\n".join(kept).strip()
+
+
+def page() -> str:
+    """The page ``docs/recipes.md``."""
+    rows = [f"| `{n}` | {summary(n)} | {recipe(n).source} | {recipe(n).confidence} |" for n in recipe_names()]
+    return "\n".join([*_HEAD, *rows, "", *_LIMITS, *(line for n in recipe_names() for line in _section(n))]) + "\n"
+
+
+_HEAD = [
+    "# Recipes",
+    "",
+    f"Made by `{COMMAND}`; a test fails where it is out of date.",
+    "",
+    "A recipe is a whole method as one word: it sets correction, replay, rollout, agent and the terms of the loss.",
+    "The command line still overrides all of it. A recipe with a teacher wants `agent.teacher=RUN`, one with recorded",
+    "rows a `FOLDER` that `unified-rl evaluate RUN --record FOLDER` wrote.",
+    "",
+    "    unified-rl train env=chain_mod recipe=chord",
+    "    unified-rl train env=chain_mod recipe=kdrl agent.teacher=runs/EARLIER correction.penalty.0.coefficient=0.01",
+    "    unified-rl recipes show chord",
+    "",
+    "| recipe | what it is | source | confidence |",
+    "|---|---|---|---|",
+]
+_LIMITS = [
+    "## Where each is another method",
+    "",
+    "Each pair of lines is trained by `tests/test_recipes.py`: after two updates both have the same weights.",
+]
+
+
+def _section(name: str) -> list[str]:
+    lines = []
+    for limit in recipe(name).limits:
+        words = f"{limit.because[:1].upper()}{limit.because[1:]}"
+        lines += ["", f"**{name}**. {words}:", "", *(f"    {line}" for line in commands(name, limit))]
+    return lines
+
+
+def run(words: Sequence[str], as_json: bool, write: str | None) -> None:
+    """What ``unified-rl recipes`` does: lists, shows one, or writes the page.
+
+    Raises:
+        ConfigError: words that are no command, or an unknown recipe.
+    """
+    if write is not None:
+        if words or as_json:
+            raise ConfigError("--write takes a folder and nothing else")
+        path = Path(write) / PAGE
+        path.write_text(page(), encoding="utf-8")
+        print(path)
+    elif not words:
+        print(json.dumps(listed(), indent=1) if as_json else listing())
+    elif words[0] != "show" or len(words) != 2:
+        hint = f"unified-rl recipes show {words[0]}" if words[0] in recipe_names() else USAGE
+        raise ConfigError(f"cannot read {' '.join(words)!r}; write {hint}")
+    else:
+        print(json.dumps(_plain(words[1]), indent=1) if as_json else shown(words[1]))
