@@ -12,11 +12,11 @@ from torch import Tensor
 
 from unified_rl.agents.baselines import CREDITS, Baseline, GroupBaseline
 from unified_rl.correction import Correction
+from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
 from unified_rl.objectives.objective import Objective, Parts
 from unified_rl.objectives.rows import Rows
-from unified_rl.objectives.settings import named
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.groups import Groups
 from unified_rl.returns.maps import MAPS
@@ -84,7 +84,7 @@ class Estimate:
         self.policy, self.anchors, self.wrapper, self.objective = parts.policy, parts.anchors, parts.wrapper, objective
         self.groups = advantage
         self.drop_equal_groups = drop_equal_groups and isinstance(advantage, GroupBaseline)
-        self.gates = {name: named(node, GATES, f"agent.gates.{name}")[0] for name, node in (gates or {}).items()}
+        self.gates = {name: bind(node, GATES, f"agent.gates.{name}")[0] for name, node in (gates or {}).items()}
         self.maps = maps
 
     @torch.no_grad()
@@ -154,7 +154,7 @@ def make_maps(nodes: Sequence[Any] | None) -> list[Callable[..., Tensor]]:
     Raises:
         ConfigError: an unknown map or setting, under its full name.
     """
-    return [named(node, MAPS, f"agent.maps[{number}]")[0] for number, node in enumerate(nodes or ())]
+    return [bind(node, MAPS, f"agent.maps[{number}]")[0] for number, node in enumerate(nodes or ())]
 
 
 def _same_shape(mapped: Tensor, advantage: Tensor, number: int) -> Tensor:

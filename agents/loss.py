@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from unified_rl.correction.lookup import as_rule
+from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.divergence import DivergenceTerm
 from unified_rl.objectives.objective import Parts, Term
 from unified_rl.objectives.preference import PreferenceTerm
-from unified_rl.objectives.settings import named
 from unified_rl.objectives.terms import EntropyTerm, NllTerm, PolicyGradientTerm, ValueTerm
 
 Node = Mapping[str, Any]
@@ -65,7 +64,7 @@ def make_terms(
     """
     terms = {}
     for name, node in term_nodes(given, value_coef, value_clip, entropy_coef).items():
-        term = named(node, TERMS, f"agent.objectives.{name}")[0](name)
+        term = bind(node, TERMS, f"agent.objectives.{name}")[0](name)
         if not isinstance(term, Term):
             raise ConfigError(f"agent.objectives.{name}: {type(term).__name__} is no subclass of Term")
         terms[name] = term

@@ -102,7 +102,7 @@ def test_a_metric_that_an_update_without_rows_lacks_is_waited_for() -> None:
 @pytest.mark.parametrize(
     ("node", "words"),
     [
-        ({"name": "liner", "start": 1.0}, "c 'liner' is unknown; did you mean 'linear'"),
+        ({"name": "liner", "start": 1.0}, r"c\.name 'liner' is unknown; did you mean 'linear'"),
         ({"name": "linear"}, "c 'linear' needs start"),
         ({"name": "linear", "strat": 1.0, "start": 0.0}, "c 'linear' has no field 'strat'; did you mean 'start'"),
         ({"name": "linear", "start": "high"}, "c.start is 'high'; it must be of type float"),
@@ -119,7 +119,7 @@ def test_a_metric_that_an_update_without_rows_lacks_is_waited_for() -> None:
         (None, "c is None; it must be a finite number"),
         (True, "c is True; it must be a finite number"),
         (float("inf"), "c is inf; it must be a finite number"),
-        ([1.0], r"c is \[1.0\]; it must be a name"),
+        ([1.0], r"c needs a name, got \[1.0\]"),
     ],
 )
 def test_a_bad_coefficient_is_refused_by_its_full_name(node: Any, words: str) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import FrozenInstanceError
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ from unified_rl.correction.weights.thinning import THINS
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import allowed, allowing, build
 from unified_rl.interventions import WRAPPERS
-from unified_rl.objectives.coefficients import COEFFICIENTS, CONTROLLERS
+from unified_rl.objectives.coefficients import COEFFICIENTS
 from unified_rl.objectives.divergence import KINDS
 from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, TARGETS, VALUES
 from unified_rl.objectives.preference import LINKS, PAIRS
@@ -48,7 +48,7 @@ TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "correction.penalty.0.select": SELECTIONS,
     "correction.wrapper": WRAPPERS,
     "agent.objectives.mine": TERMS,
-    "agent.objectives.mine.coefficient": {**COEFFICIENTS, **CONTROLLERS},
+    "agent.objectives.mine.coefficient": COEFFICIENTS,
     "agent.objectives.mine.link": LINKS,
     "agent.objectives.mine.pairs": PAIRS,
     "agent.objectives.mine.kind": KINDS,
@@ -135,7 +135,7 @@ FLOATS = [
     for where, table in TABLES.items()
     for name, rule in table.items()
     for key, parameter in settings_of(rule).items()
-    if parameter.hint is float or float in get_args(parameter.hint)
+    if parameter.hint is float or (float in get_args(parameter.hint) and get_origin(parameter.hint) is not tuple)
 ]
 
 

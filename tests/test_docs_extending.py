@@ -7,13 +7,12 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from docs_cases import Block, blocks, commands
 
-from unified_rl import cli, instantiate
+from unified_rl import cli
 
 PAGE = Path("docs") / "extending.md"
 SECTIONS = ("A policy", "An agent", "An environment", "A correction", "A term of the loss", "A sampler", "A recipe")
@@ -26,13 +25,6 @@ SMALL = {
     "A term of the loss": CONTROL,
     "A sampler": CONTROL,
 }
-
-
-def missing(section: str) -> bool:
-    """Whether a section shows what this version cannot do yet: rules found by dotted path."""
-    if section == "A correction":
-        return not hasattr(instantiate, "allowing")
-    return section == "A term of the loss" and find_spec("unified_rl.objectives.settings") is None
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +67,6 @@ def test_the_blocks_are_short(page: list[Block]) -> None:
 def test_two_updates_train_with_it(
     section: str, page: list[Block], project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if missing(section):
-        pytest.skip("rules are not yet found by dotted path")
     monkeypatch.chdir(project)
     (command,) = (c for block in page if block.section == section for c in commands(block.text))
     small = [
@@ -98,8 +88,6 @@ def test_without_allow_nothing_of_the_package_is_built(
 ) -> None:
     monkeypatch.chdir(project)
     for section in SECTIONS[:-1]:
-        if missing(section):
-            continue
         (command,) = (c for block in page if block.section == section for c in commands(block.text))
         at = command.index("--allow")
         assert cli.main([*command[:at], *command[at + 2 :], "--cfg"]) == 2

@@ -79,7 +79,7 @@ def test_the_python_of_the_configuration_page_is_accepted(source: Path, folder: 
             re.sub(r"ur\.train\((.*)\)", r"ur.compose(flatten(\1))", "from unified_rl.config import flatten\n" + text),
             held,
         )
-    assert held["run"]["agent"]["lr"] == 1e-3 and held["trainer"].agent.epochs == 4
+    assert held["run"]["agent"]["lr"] == 1e-3 and held["trainer"].agent.batches.epochs == 4
 
 
 def test_the_drawing_and_the_rooms_are_those_of_the_source(source: Path) -> None:

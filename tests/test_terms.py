@@ -127,7 +127,7 @@ def test_a_term_of_the_users_own_adds_up_over_micro_batches(monkeypatch: pytest.
 
 
 REFUSED = [
-    ({"imitate": "nl"}, r"agent\.objectives\.imitate 'nl' is unknown; did you mean 'nll'"),
+    ({"imitate": "nl"}, r"agent\.objectives\.imitate\.name 'nl' is unknown; did you mean 'nll'"),
     (
         {"imitate": {"name": "nll", "wieght": "none"}},
         r"objectives\.imitate 'nll' has no field 'wieght'; did you mean 'weight'",
@@ -148,7 +148,10 @@ REFUSED = [
         {"imitate": {"name": "nll", "rows": {"sorce": "own"}}},
         r"agent\.objectives\.imitate\.rows has no field 'sorce'; did you mean 'source'",
     ),
-    ({"imitate": {"name": "nll", "coefficient": "much"}}, r"agent\.objectives\.imitate\.coefficient 'much' is unknown"),
+    (
+        {"imitate": {"name": "nll", "coefficient": "much"}},
+        r"agent\.objectives\.imitate\.coefficient is 'much'; it must be of type float",
+    ),
     (
         {"imitate": {"name": "nll", "coefficient": float("nan")}},
         r"agent\.objectives\.imitate\.coefficient is nan; it must be a finite",

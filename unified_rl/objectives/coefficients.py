@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
-from unified_rl.objectives.settings import named
 
 Coefficient = Callable[[float, int], float]
 """``(progress in [0, 1], update number) -> value``."""
@@ -311,7 +311,7 @@ def coefficient(node: Any, where: str = "coefficient") -> Any:
         raise ConfigError(f"{where} is {node!r}; it must be a finite number, or a mapping with a name")
     if isinstance(node, int | float):
         return Constant(float(node))
-    make, extra = named(node, COEFFICIENTS, where, ["complement"])
+    make, extra = bind(node, COEFFICIENTS, where, ["complement"])
     try:
         made = make()
     except ConfigError as error:

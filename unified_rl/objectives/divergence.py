@@ -7,21 +7,20 @@ and again in the backward pass, so no second ``[B, N, V]`` tensor is ever held.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from unified_rl.correction.lookup import as_rule
+from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.correction.view import share
 from unified_rl.errors import ConfigError
 from unified_rl.interventions.distribution import FLOOR, categorical_kl, normal_kl, parts_log_prob, support_of
 from unified_rl.objectives.forward import Forward, Reader
 from unified_rl.objectives.metrics import Metrics
 from unified_rl.objectives.objective import Parts, Scored, Term
-from unified_rl.objectives.settings import named
 from unified_rl.objectives.terms import reduction
 
 
@@ -74,15 +73,15 @@ class DivergenceTerm(Term):
         name: str,
         *,
         anchor: str = "teacher",
-        kind: Any = "reverse_kl",
+        kind: str | Mapping[str, Any] = "reverse_kl",
         top_k: int = 0,
         view: str | None = None,
         reduce: str = "token-mean",
         rows: Any = None,
-        coefficient: Any = 1.0,
+        coefficient: float | Mapping[str, Any] = 1.0,
     ) -> None:
         super().__init__(name, rows, coefficient)
-        self.kind, _ = named(kind, KINDS, f"{self.where}.kind")
+        self.kind, _ = bind(kind, KINDS, f"{self.where}.kind")
         self.kind_name = as_rule(kind, self.where)["name"]
         if top_k < 0:
             raise ConfigError(f"{self.where}.top_k counts tokens and must be 0 (all) or more, got {top_k}")

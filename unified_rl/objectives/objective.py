@@ -62,7 +62,7 @@ class Term:
     whole_groups = False
     reports: frozenset[str] = frozenset()
 
-    def __init__(self, name: str, rows: Any = None, coefficient_: Any = 1.0) -> None:
+    def __init__(self, name: str, rows: Any = None, coefficient_: float | Mapping[str, Any] = 1.0) -> None:
         self.name, self.where = name, f"agent.objectives.{name}"
         self.rows = Rows.of(rows, f"{self.where}.rows")
         self.schedule = coefficient(coefficient_, f"{self.where}.coefficient")

@@ -7,7 +7,7 @@ different micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from unified_rl.correction.internal.surrogate import KnownGradient
+from unified_rl.correction.lookup import bind
 from unified_rl.correction.view import share
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.forward import Forward
 from unified_rl.objectives.metrics import Mean, Metrics
 from unified_rl.objectives.objective import Scored, Term
-from unified_rl.objectives.settings import named
 from unified_rl.objectives.terms import nothing, scattered
 from unified_rl.units import row_return
 
@@ -84,17 +84,17 @@ class PreferenceTerm(Term):
         self,
         name: str,
         *,
-        link: Any = "dpo",
-        pairs: Any = "best_worst",
+        link: str | Mapping[str, Any] = "dpo",
+        pairs: str | Mapping[str, Any] = "best_worst",
         anchor: str = "reference",
         low: float | None = None,
         high: float | None = None,
         rows: Any = None,
-        coefficient: Any = 1.0,
+        coefficient: float | Mapping[str, Any] = 1.0,
     ) -> None:
         super().__init__(name, rows, coefficient)
-        self.link, _ = named(link, LINKS, f"{self.where}.link")
-        self.pairs, _ = named(pairs, PAIRS, f"{self.where}.pairs")
+        self.link, _ = bind(link, LINKS, f"{self.where}.link")
+        self.pairs, _ = bind(pairs, PAIRS, f"{self.where}.pairs")
         if low is not None and high is not None and low > high:
             raise ConfigError(f"{self.where}.low must not lie above high={high}, got {low}")
         self.low, self.high, self.anchor = low, high, anchor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class PolicyGradientTerm(Term):
 
     reports = frozenset({"loss/policy", "update/kl", "reject/fraction"})
 
-    def __init__(self, name: str, *, rows: Any = None, coefficient: Any = 1.0) -> None:
+    def __init__(self, name: str, *, rows: Any = None, coefficient: float | Mapping[str, Any] = 1.0) -> None:
         super().__init__(name, rows, coefficient)
         self.first: Metrics = {}
         self.version = 0
@@ -149,7 +149,9 @@ class ValueTerm(_Averaged):
     column = "value_mask"
     reports = frozenset({"loss/value"})
 
-    def __init__(self, name: str, *, clip: float | None = None, rows: Any = None, coefficient: Any = 0.5) -> None:
+    def __init__(
+        self, name: str, *, clip: float | None = None, rows: Any = None, coefficient: float | Mapping[str, Any] = 0.5
+    ) -> None:
         super().__init__(name, rows, coefficient)
         self.clip = clip
 
@@ -181,7 +183,7 @@ class EntropyTerm(_Averaged):
 
     reports = frozenset({"policy/entropy"})
 
-    def __init__(self, name: str, *, rows: Any = None, coefficient: Any = 0.0) -> None:
+    def __init__(self, name: str, *, rows: Any = None, coefficient: float | Mapping[str, Any] = 0.0) -> None:
         super().__init__(name, rows, coefficient)
 
     def attach(self, parts: Parts) -> None:
@@ -241,7 +243,7 @@ class NllTerm(Term):
         weight: str = "none",
         reduce: str = "token-mean",
         rows: Any = "demonstration",
-        coefficient: Any = 1.0,
+        coefficient: float | Mapping[str, Any] = 1.0,
     ) -> None:
         super().__init__(name, rows, coefficient)
         self.weight_name = one_of(weight, NLL_WEIGHTS, f"{self.where}.weight")
