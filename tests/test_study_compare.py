@@ -223,3 +223,39 @@ def test_a_job_whose_process_dies_runs_once_more_and_costs_no_other(tmp_path: Pa
     assert schedule.ready() == [] and "died twice" in schedule.failed["a"]
     schedule.finish(jobs[1], None)
     assert schedule.ended == 2
+
+
+def test_a_real_study_imitates_once_a_seed_and_its_null_control_stays_where_it_began(
+    tmp_path: Path, no_figures: None
+) -> None:
+    """With the real trainer: a warm start of no steps, runs that load it, and a learning rate of 0 that changes nothing."""
+    study = {
+        "name": "tiny",
+        "folder": str(tmp_path / "tiny"),
+        "workers": 0,
+        "domains": {
+            "control": [
+                "env=two_route",
+                "policy=flow",
+                "warm_start=demonstrations",
+                "warm_start.stages=[{updates: 5, lr: 3.0e-3}]",
+                "rollout.num_envs=4",
+                "rollout.horizon=4",
+                "steps=64",
+            ]
+        },
+        "corrections": [{"null": ["correction=ppo", "agent.lr=0.0"]}, "tis"],
+        "staleness": [2],
+        "overrides": [
+            "agent=policy_gradient",
+            "eval_episodes=4",
+            "eval_every=64",
+            "log_every=16",
+            "checkpoint_every=0",
+        ],
+    }
+    folder = compare({"study": study}, progress=False)
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    scores = {(row["correction"], row["update"]): float(row["score"]) for row in rows}
+    assert scores["null", "4"] == scores["null", "0"] == scores["tis", "0"] != scores["tis", "4"]
+    assert max(float(row["kl/k3"]) for row in rows if row["correction"] == "null" and row["kl/k3"]) < 1e-9

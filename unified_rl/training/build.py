@@ -47,6 +47,8 @@ class Job:
         self.cfg, self.allow = cfg, list(allow)
         names = {field.name for field in dataclasses.fields(TrainSettings)}
         self.settings = TrainSettings(**{k: v for k, v in cfg.items() if k in names})
+        if self.settings.steps == 0 and not cfg.get("warm_start"):
+            raise ConfigError("steps=0 must be at least 1, or the run needs a warm_start to make")
         self.device = _device(self.settings.device)
         torch.set_num_threads(self.settings.threads)
         self.seed = self.settings.seed

@@ -12,7 +12,7 @@ class TrainSettings:
     """Top-level keys of ``unified-rl train``.
 
     Attributes:
-        steps: budget of environment steps (control) or sampled conversations (language).
+        steps: budget of environment steps (control) or sampled conversations (language); 0 makes the warm start alone.
         seed: the one seed; every random stream is derived from it.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads of torch.
@@ -53,11 +53,11 @@ class TrainSettings:
         """Fills the intervals that follow from ``steps``.
 
         Raises:
-            ConfigError: no budget, or no episode to evaluate.
+            ConfigError: a negative budget, or no episode to evaluate.
         """
-        for name in ("steps", "eval_episodes", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, least in (("steps", 0), ("eval_episodes", 1), ("threads", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.eval_every is None:
             self.eval_every = max(1, self.steps // 20)
         if self.log_every is None:
