@@ -228,7 +228,7 @@ def test_a_job_whose_process_dies_runs_once_more_and_costs_no_other(tmp_path: Pa
 def test_a_real_study_imitates_once_a_seed_and_its_null_control_stays_where_it_began(
     tmp_path: Path, no_figures: None
 ) -> None:
-    """With the real trainer: a warm start of no steps, runs that load it, and a learning rate of 0 that changes nothing."""
+    """With the real trainer: a warm start of no steps, runs that load it, and no change at learning rate 0."""
     study = {
         "name": "tiny",
         "folder": str(tmp_path / "tiny"),
