@@ -132,6 +132,10 @@ class ActorCritic:
         for name, number in at_least_1.items():
             if number < 1:
                 raise ConfigError(f"agent.{name}={number} must be at least 1")
+        if updates_per_step <= 0.0:
+            raise ConfigError(f"agent.updates_per_step={updates_per_step} must be above 0, or nothing would be learnt")
+        if lr < 0.0:
+            raise ConfigError(f"agent.lr={lr} must be 0 or more")
         if not 0.0 < tau <= 1.0:
             raise ConfigError(f"agent.tau={tau} must lie above 0 and at most at 1")
         self.policy, self.generator, self.gamma, self.tau = policy, generator, gamma, tau

@@ -40,6 +40,9 @@ class Phases:
         actor: Mapping[str, Any],
     ) -> None:
         self.aggregate: Callable[..., Tensor] = bind(aggregate, AGGREGATES, "agent.aggregate")[0]
+        members = getattr(self.aggregate, "keywords", {}).get("members", 1)
+        if members < 1:
+            raise ConfigError(f"agent.aggregate.members={members} must be at least 1")
         self.target: Loss = bind(target, TARGETS, "agent.target")[0]
         self.value: Loss | None = None if value is None else bind(value, VALUES, "agent.value")[0]
         self.sums = {

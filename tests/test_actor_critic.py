@@ -171,6 +171,14 @@ def test_moments_reach_every_network_and_move_once_a_collection() -> None:
         ({"policy_delay": 0}, r"agent\.policy_delay=0"),
         ({"batch_size": 0}, r"agent\.batch_size=0"),
         ({"tau": 0.0}, r"agent\.tau=0\.0"),
+        ({"lr": -1.0}, r"agent\.lr=-1\.0"),
+        ({"updates_per_step": 0.0}, r"agent\.updates_per_step=0\.0 must be above 0"),
+        ({"aggregate": {"name": "least_of", "members": 0}}, r"agent\.aggregate\.members=0 must be at least 1"),
+        ({"actor": {"x": {"name": "pathwise", "coefficient": "high"}}}, r"agent\.actor\.x\.coefficient 'high'"),
+        (
+            {"actor": {"x": {"name": "pathwise", "coefficient": {"name": "linear", "strt": 1}}}},
+            r"agent\.actor\.x\.coefficient 'linear'.*'strt'",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_full_name(options: dict[str, Any], message: str) -> None:

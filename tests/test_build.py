@@ -14,11 +14,12 @@ import torch
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.errors import ConfigError
 from unified_rl.policies.gaussian import GaussianPolicy
-from unified_rl.replay import read_rows
+from unified_rl.replay import Replay, Uniform, read_rows
 from unified_rl.rollout import ControlRollout, DemonstrationRollout
 from unified_rl.training.build import Job
 from unified_rl.training.provenance import read_config, run_folder
 from unified_rl.training.run import evaluate_run, train
+from unified_rl.training.warm_start import WarmStart
 
 COMMON = ["progress=false", "eval_episodes=2", "eval_every=0", "seed=3"]
 SMALL = ["rollout.num_envs=2", "rollout.horizon=8", "agent.minibatch=16", "agent.epochs=1"]
@@ -52,6 +53,31 @@ def test_recorded_rows_carry_the_discount_of_their_run(tmp_path: Path) -> None:
     assert torch.equal(read_rows(tmp_path / "rows")["discount"].unique(), torch.tensor([0.9]))
 
 
+@pytest.mark.parametrize(("recipe", "setting"), [("iql", "rollout.data"), ("rlpd", "replay.data")])
+def test_rows_recorded_under_another_discount_are_refused(recipe: str, setting: str, tmp_path: Path) -> None:
+    recorded = ["env=inverted_pendulum", "env.chunk=4", "agent=sac", "agent.gamma=0.9", "rollout.horizon=8"]
+    replay = Replay(8, sampler=Uniform())
+    replay.extend(job(*recorded).make_rollout().collect(0)[0].flatten())
+    replay.dumps(tmp_path / "rows")
+    assert float(replay.sample(1)["discount"]) < 0.95  # a power of 0.9
+    run = ["env=inverted_pendulum", "env.chunk=4", f"recipe={recipe}", f"{setting}={tmp_path / 'rows'}"]
+    with pytest.raises(ConfigError, match=rf"{setting} were recorded under another discount.*agent.gamma=0.99"):
+        job(*run).make_trainer(tmp_path)
+    job(*run, "agent.gamma=0.9").make_trainer(tmp_path)
+
+
+def test_observations_are_standardised_by_the_whole_data_set(tmp_path: Path) -> None:
+    observation = torch.zeros(100, 4)
+    observation[0] = 1.0
+    replay = Replay(100, sampler=Uniform())
+    replay.extend({"observation": observation, "action": torch.zeros(100, 1)})
+    replay.dumps(tmp_path / "rows")
+    run = ["env=inverted_pendulum", "agent=behavior_cloning", f"rollout.data={tmp_path / 'rows'}", "rollout.rows=2"]
+    built = job(*run, "policy.normalize_observation=true")
+    built.make_trainer(tmp_path).rollout.collect(0)
+    assert built.policy.normalizer.mean.tolist() == pytest.approx([0.01] * 4)
+
+
 @pytest.mark.parametrize("given", [["agent.gamma=0.9"], []])
 def test_a_second_discount_is_refused_by_name(given: list[str]) -> None:
     agent = given[0].removeprefix("agent.gamma=") if given else "0.99"
@@ -59,6 +85,11 @@ def test_a_second_discount_is_refused_by_name(given: list[str]) -> None:
         job("env=two_route", "agent=ppo", "env.gamma=0.8", *given)
     same = job("env=two_route", "agent=ppo", f"env.gamma={agent}", *given)
     assert same.env._gamma == same.gamma == float(agent)
+
+
+def test_a_discount_above_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"agent\.gamma=1\.5 must lie in \[0, 1\]"):
+        job("env=two_route", "agent=sac", "agent.gamma=1.5")
 
 
 def test_an_agent_with_another_discount_than_it_was_configured_with_is_refused(tmp_path: Path) -> None:
@@ -200,3 +231,30 @@ def test_defaults_that_earlier_versions_wrote_out_and_never_read_do_not_stop_a_r
     (tmp_path / "config.yaml").write_text(older)
     cfg = read_config(tmp_path)
     assert cfg["replay"] == {"capacity": 8} and cfg["rollout"] == {"_target_": "unified_rl.rollout.StoredRollout"}
+
+
+# ------------------------------------------------------------------------------------------------ warm start
+
+
+def test_a_warm_start_takes_zero_at_its_word() -> None:
+    steps: list[float] = []
+
+    class Agent:
+        policy = None
+
+        def __init__(self, lr: float) -> None:
+            self.lr = lr
+
+        def step(self, batch: Any) -> dict[str, float]:
+            steps.append(self.lr)
+            if len(steps) > 5:
+                raise AssertionError("more updates than were asked for")
+            return {"loss/nll": 1.0}
+
+    class Task:
+        def demonstrations(self, count: int, stream: Any) -> list[int]:
+            return [0] * count
+
+    stages = [{"updates": 2, "lr": 0.0}, {"updates": 0}, {"updates": 1}]
+    WarmStart(stages, lr=0.5).fit(Task(), Agent, torch.Generator(), lambda *progress: None)
+    assert steps == [0.0, 0.0, 0.5]

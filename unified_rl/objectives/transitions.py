@@ -50,7 +50,7 @@ def needs(*names: str) -> Callable[[Part], Part]:
 def needs_of(part: Callable[..., Any]) -> set[str]:
     """What a part that :func:`~unified_rl.correction.lookup.bind` made declares by :func:`needs`."""
     settings = getattr(part, "keywords", {})
-    return {name for name in getattr(getattr(part, "func", part), "needs", ()) if settings.get(name, True)}
+    return {name for name in getattr(getattr(part, "func", part), "needs", ()) if settings.get(name, True) is not False}
 
 
 @dataclass

@@ -86,7 +86,8 @@ class DemonstrationRollout:
             rows = self.env.demonstrations(count, self.generator, **self.options).select(*KEYS[self.domain])
         rows["source"] = torch.full((count,), int(self.source))
         if self.steps == 0 and hasattr(self.policy, "update_normalizer"):
-            self.policy.update_normalizer(rows["observation"].to(self.policy.device))
+            seen = rows if self.pool is None else self.pool  # one batch misses what is rare in a data set
+            self.policy.update_normalizer(seen["observation"].to(self.policy.device))
         self.steps += count
         return rows, {}
 

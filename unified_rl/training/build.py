@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,9 @@ class Job:
         return node.get(key, None if default is REQUIRED else default)
 
     def _refuse_gammas(self, gamma: float | None) -> None:
-        """Raises ConfigError where a node of another group holds a discount that is not the agent's."""
+        """Raises ConfigError for no discount, and where a node of another group holds one that is not the agent's."""
+        if gamma is not None and not 0.0 <= gamma <= 1.0:
+            raise ConfigError(f"agent.gamma={gamma} must lie in [0, 1]")
         gamma = DISCOUNTS["control"] if gamma is None else gamma  # language tasks and rollouts have no other
         for group in ("env", "rollout"):
             other = (self.cfg.get(group) or {}).get("gamma")
@@ -134,6 +137,9 @@ class Job:
             device=str(self.device),
         )
         replay = self._replay(rollout.rows, rollout.length)
+        if not self.language:
+            check_recorded_discount(getattr(rollout, "pool", None), "rollout.data", self.gamma)
+            check_recorded_discount(getattr(replay, "stored", None), "replay.data", self.gamma)
         return Trainer(self.settings, folder, agent, LocalFeed(rollout), replay, self.evaluate, display)
 
     def _agent(self, **offered: Any) -> Any:
@@ -200,6 +206,29 @@ class Job:
             return build(target, policy=self.policy, generator=stream, rows=stage.batch_size, device=str(self.device))
 
         stage.fit(self.env, make_agent, generator(self.seed, "demonstrations"), report)
+
+
+def check_recorded_discount(rows: Any, setting: str, gamma: float) -> None:
+    """Refuses rows that were recorded under another discount than the agent's: critics read the rows' own.
+
+    Args:
+        rows: with or without ``discount``, the power of the discount that a row's executed commands make; or None.
+        setting: that names their folder.
+        gamma: of the agent.
+
+    Raises:
+        ConfigError: a row's ``discount`` is no power of ``gamma``.
+    """
+    if rows is None or "discount" not in rows.keys():
+        return
+    found = rows["discount"].double().flatten().unique()
+    power = (found.log() / math.log(gamma)).round().clamp(0, 1000) if 0 < gamma < 1 else torch.ones_like(found)
+    wrong = found[(found - gamma**power).abs() > 1e-6]
+    if len(wrong):
+        raise ConfigError(
+            f"the rows of {setting} were recorded under another discount, {float(wrong.max()):g}, and not under "
+            f"agent.gamma={gamma}; set agent.gamma to theirs, or record rows of a run with this one"
+        )
 
 
 def _device(name: str) -> torch.device:

@@ -84,11 +84,13 @@ class WarmStart:
             ConfigError: a stage used up its updates above its threshold.
         """
         for number, stage in enumerate(self.stages):
-            agent = make_agent(stage.get("lr") or self.lr)
+            lr = stage.get("lr")
+            agent = make_agent(self.lr if lr is None else lr)
             self._run_stage(number, stage, env, agent, demonstration_generator, report)
 
     def _run_stage(self, number: int, stage: dict[str, Any], env: Any, agent: Any, stream: Any, report: Any) -> None:
-        style, threshold, budget = stage.get("style"), stage.get("until_loss"), stage.get("updates") or 20_000
+        style, threshold, budget = stage.get("style"), stage.get("until_loss"), stage.get("updates")
+        budget = 20_000 if budget is None else budget
         options = {} if style is None else {"style": style}
         pool = env.demonstrations(self.dataset, stream, **options) if self.dataset else None
         if number == 0 and pool is not None and hasattr(agent.policy, "update_normalizer"):
