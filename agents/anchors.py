@@ -205,6 +205,7 @@ class Anchors(Mapping[str, Provider]):
         self.placeholder = self.provider == "interpolated" and not proximal  # set anew at every optimiser step
         self.scored = [name for name in needs if name not in RECORDED]
         nodes = {**({} if teacher is None else {"teacher": {"folder": teacher}}), **(given or {})}
+        self.teacher_setting = "agent.teacher" if teacher is not None else "agent.anchors.teacher"
         if teacher is not None and "teacher" in (given or {}):
             raise ConfigError("agent.teacher and agent.anchors.teacher name the same anchor: set one of them")
         wanted = {name: setting for name, setting in needs.items() if name not in RECORDED} | dict(distributions or {})
@@ -217,11 +218,15 @@ class Anchors(Mapping[str, Provider]):
             self.average = MovingAverage(policy, float(correction.proximal.get("decay", 0.9)))
             _same_inputs(self.average.module, policy)
 
-    @staticmethod
-    def _check(nodes: Mapping[str, Any], wanted: Mapping[str, str], correction: str) -> None:
+    def _check(self, nodes: Mapping[str, Any], wanted: Mapping[str, str], correction: str) -> None:
         for name, setting in wanted.items():
             if name in nodes or name in BUILT_IN:
                 continue
+            if name in RECORDED:
+                raise ConfigError(
+                    f"{setting} compares whole distributions, and the record holds log-probs of {name!r} alone: use "
+                    "anchor=old, the policy at the start of the update"
+                )
             if name == "teacher":
                 raise ConfigError(
                     f"{setting} learns from a teacher: set agent.teacher to the folder of a run of this library (or of "
@@ -236,11 +241,11 @@ class Anchors(Mapping[str, Provider]):
                 continue
             if name == "teacher":
                 raise ConfigError(
-                    f"agent.teacher is set, but correction {correction} uses no teacher; try correction=erpd"
+                    f"{self.teacher_setting} is set, but correction {correction} uses no teacher; try correction=erpd"
                 )
             raise ConfigError(
                 f"agent.anchors.{name} is set, but nothing compares with it (what is compared with: "
-                f"{', '.join(wanted) or 'nothing'}); {nearest(name, [*wanted, *ANCHORS])}"
+                f"{', '.join(wanted) or 'nothing'}): take it out, or give a term or a penalty anchor={name}"
             )
 
     def __getitem__(self, name: str) -> Provider:

@@ -17,6 +17,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
 from unified_rl.objectives.objective import Objective, Parts
 from unified_rl.objectives.rows import Rows
+from unified_rl.objectives.terms import OWN_ROWS
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.groups import Groups
 from unified_rl.returns.maps import MAPS
@@ -91,7 +92,7 @@ class Estimate:
     def __call__(self, record: TensorDict, version: int, metrics: dict[str, Any]) -> TensorDict:
         """The rows that count, annotated."""
         total = row_return(record)
-        metrics["train/reward"] = total.mean()
+        metrics["train/reward"] = self._own(record, total).mean()
         if self.drop_equal_groups:
             groups = Groups.of(record)
             kept = groups.extreme(total, "amax") > groups.extreme(total, "amin")
@@ -111,6 +112,12 @@ class Estimate:
             record["advantage"] = _same_shape(reshape(record, record["advantage"]), record["advantage"], number)
         metrics["train/zero_advantage"] = (record["advantage"] == 0).float().mean()
         return record
+
+    @staticmethod
+    def _own(record: TensorDict, total: Tensor) -> Tensor:
+        """Returns of the policy's own rows, ``[b]``; of all where there are none: what others did is no progress."""
+        own = OWN_ROWS.of_record(record) if "source" in record.keys() else ()
+        return total[own] if len(own) and bool(own.any()) else total
 
     def _open_gates(self, record: TensorDict) -> None:
         """Writes the gates' columns, and finds every column by which a term chooses rows."""

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from unified_rl.errors import ConfigError
+from unified_rl.errors import ConfigError, UnifiedRLError
 
 PACKAGE = "unified_rl"
 SEALED = ("unified_rl.cli", "unified_rl.config", "unified_rl.instantiate")
@@ -249,12 +249,13 @@ def plain(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- building
 
 
-def build(node: Any, /, *, allow: Sequence[str] = (), **given: Any) -> Any:
+def build(node: Any, /, *, allow: Sequence[str] = (), setting: str = "", **given: Any) -> Any:
     """Builds the object that a node describes; nodes inside it first.
 
     Args:
         node: a mapping with ``_target_`` and keyword arguments.
         allow: prefixes beside ``unified_rl`` that ``_target_`` may name.
+        setting: the node's full name in the configuration; what a node inside it refuses is said under its own.
         given: arguments of the outermost target that the caller knows; they win over defaults in the node.
 
     Raises:
@@ -268,13 +269,15 @@ def build(node: Any, /, *, allow: Sequence[str] = (), **given: Any) -> Any:
         if node[key] != plain(known[key].default) and node[key] is not given[key] and node[key] != given[key]:
             raise ConfigError(f"{node['_target_']} has {key}={node[key]!r}, but the run itself sets {key}; remove it")
     with allowing(allow):
-        return _construct(_check_node(node, "node", allow), allow, given)
+        return _construct(_check_node(node, "node", allow), allow, given, setting)
 
 
-def _construct(node: Mapping[str, Any], allow: Sequence[str], given: Mapping[str, Any]) -> Any:
+def _construct(node: Mapping[str, Any], allow: Sequence[str], given: Mapping[str, Any], where: str) -> Any:
     target = locate(node["_target_"], allow)
     arguments = {
-        key: _construct_inner(value, allow) for key, value in node.items() if key != "_target_" and key not in given
+        key: _construct_inner(value, allow, f"{where}.{key}".lstrip("."))
+        for key, value in node.items()
+        if key != "_target_" and key not in given
     }
     known, is_open = parameters(target, allow)
     missing = [n for n, p in known.items() if p.default is REQUIRED and n not in arguments and n not in given]
@@ -286,13 +289,18 @@ def _construct(node: Mapping[str, Any], allow: Sequence[str], given: Mapping[str
     return target(**arguments, **given)
 
 
-def _construct_inner(value: Any, allow: Sequence[str]) -> Any:
+def _construct_inner(value: Any, allow: Sequence[str], where: str) -> Any:
     if is_node(value):
-        return _construct(value, allow, {})
+        try:
+            return _construct(value, allow, {}, where)
+        except UnifiedRLError as error:
+            if where in str(error):
+                raise
+            raise type(error)(f"{where}: {error}") from error
     if isinstance(value, Mapping):
-        return {key: _construct_inner(item, allow) for key, item in value.items()}
+        return {key: _construct_inner(item, allow, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_construct_inner(item, allow) for item in value)
+        return type(value)(_construct_inner(item, allow, f"{where}.{at}") for at, item in enumerate(value))
     return value
 
 

@@ -275,8 +275,8 @@ class Correction:
         if without is not None and not shown:
             raise ConfigError(
                 f"correction {self.name or self.kernel_name} learns from demonstrations, and the first update holds "
-                "none, so nothing of the method would be left: add rows of rollout.sources (recipe=luffy does), or use "
-                f"correction={without}"
+                "none, so nothing of the method would be left: add rows of rollout.sources (recipe=luffy does; answers "
+                f"longer than env.max_turn_tokens are left out), or use correction={without}"
             )
 
     def require_support(self, *, wrappers: Collection[str] = (), providers: Collection[str] = ("snapshot",)) -> None:

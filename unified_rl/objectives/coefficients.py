@@ -311,12 +311,12 @@ def coefficient(node: Any, where: str = "coefficient") -> Any:
         raise ConfigError(f"{where} is {node!r}; it must be a finite number, or a mapping with a name")
     if isinstance(node, int | float):
         return Constant(float(node))
-    make, extra = bind(node, COEFFICIENTS, where, ["complement"])
+    make, extra = bind(node, COEFFICIENTS, where, {"complement": bool})
     try:
         made = make()
     except ConfigError as error:
         raise ConfigError(f"{where}.{error}") from error
-    complement = bool(extra.get("complement", False))
+    complement = extra.get("complement", False)
     if isinstance(made, Controller):
         return Observed(made, where, complement)
     return Complement(made) if complement else made

@@ -21,6 +21,7 @@ from unified_rl.interventions.distribution import FLOOR, categorical_kl, normal_
 from unified_rl.objectives.forward import Forward, Reader
 from unified_rl.objectives.metrics import Metrics
 from unified_rl.objectives.objective import Parts, Scored, Term
+from unified_rl.objectives.settings import tried
 from unified_rl.objectives.terms import reduction
 
 
@@ -36,6 +37,8 @@ def reverse_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
 
 def jsd(log_s: Tensor, log_t: Tensor, *, beta: float = 0.5) -> Tensor:
     """``beta KL(T || M) + (1 - beta) KL(S || M)``, ``M = (1 - beta) S + beta T``; 0 and 1 are the two KLs. GKD."""
+    if not 0.0 <= beta <= 1.0:
+        raise ConfigError(f"beta must lie in [0, 1], got {beta}")
     if beta in (0.0, 1.0):
         return forward_kl(log_s, log_t) if beta == 0.0 else reverse_kl(log_s, log_t)
     log_m = torch.logaddexp(log_s + math.log(1 - beta), log_t + math.log(beta))
@@ -82,6 +85,7 @@ class DivergenceTerm(Term):
     ) -> None:
         super().__init__(name, rows, coefficient)
         self.kind, _ = bind(kind, KINDS, f"{self.where}.kind")
+        tried(self.kind, f"{self.where}.kind", *torch.full((2, 1, 2), math.log(0.5)))
         self.kind_name = as_rule(kind, self.where)["name"]
         if top_k < 0:
             raise ConfigError(f"{self.where}.top_k counts tokens and must be 0 (all) or more, got {top_k}")

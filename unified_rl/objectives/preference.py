@@ -22,6 +22,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.objectives.forward import Forward
 from unified_rl.objectives.metrics import Mean, Metrics
 from unified_rl.objectives.objective import Scored, Term
+from unified_rl.objectives.settings import tried
 from unified_rl.objectives.terms import nothing, scattered
 from unified_rl.units import row_return
 
@@ -54,13 +55,23 @@ PAIRS: dict[str, Callable[..., Pairs]] = {"best_worst": best_worst, "every_pair"
 
 def dpo(margin: Tensor, *, beta: float = 0.1, smoothing: float = 0.0) -> Tensor:
     """``-log sigmoid(beta margin)``. Direct Preference Optimization, 2305.18290."""
+    _require_positive(beta)
+    if not 0.0 <= smoothing <= 0.5:
+        raise ConfigError(f"smoothing must lie in [0, 0.5], got {smoothing}")
     d = beta * margin
     return -(1 - smoothing) * F.logsigmoid(d) - smoothing * F.logsigmoid(-d)
 
 
 def ipo(margin: Tensor, *, beta: float = 0.1) -> Tensor:
     """``(margin - 1 / (2 beta))^2``. IPO, 2310.12036."""
+    _require_positive(beta)
     return (margin - 1 / (2 * beta)).square()
+
+
+def _require_positive(beta: float) -> None:
+    """A margin counts for the better row: with beta at or below 0 it would be unlearnt."""
+    if beta <= 0.0:
+        raise ConfigError(f"beta must be above 0, got {beta}")
 
 
 LINKS: dict[str, Callable[..., Tensor]] = {"dpo": dpo, "ipo": ipo}
@@ -94,6 +105,7 @@ class PreferenceTerm(Term):
     ) -> None:
         super().__init__(name, rows, coefficient)
         self.link, _ = bind(link, LINKS, f"{self.where}.link")
+        tried(self.link, f"{self.where}.link", torch.zeros(1))
         self.pairs, _ = bind(pairs, PAIRS, f"{self.where}.pairs")
         if low is not None and high is not None and low > high:
             raise ConfigError(f"{self.where}.low must not lie above high={high}, got {low}")

@@ -39,13 +39,12 @@ class Rows:
         unless: str | Sequence[str] = (),
         where: str = "rows",
     ) -> None:
-        names = [source] if isinstance(source, str) else list(source or ())
+        names = _names(source, f"{where}.source")
         for name in names:
             if name not in SOURCES:
                 raise ConfigError(f"{where}.source {name!r} is unknown; {nearest(name, SOURCES)}")
         self.sources = [int(s) for name in names for s in SOURCES[name]]
-        self.when = [when] if isinstance(when, str) else list(when)
-        self.unless = [unless] if isinstance(unless, str) else list(unless)
+        self.when, self.unless = _names(when, f"{where}.when"), _names(unless, f"{where}.unless")
 
     @classmethod
     def of(cls, node: str | Sequence[str] | Mapping[str, Any] | Rows | None, where: str = "rows") -> Rows:
@@ -101,3 +100,15 @@ class Rows:
         out = record.copy()
         out["mask"] = record["mask"] & self.of_record(record).unsqueeze(-1)
         return out
+
+
+def _names(given: Any, where: str) -> list[str]:
+    """A name or a list of them as a list.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    names = [given] if isinstance(given, str) else [] if given is None else given
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{where} is {given!r}; it must be a name, or a list of names")
+    return list(names)

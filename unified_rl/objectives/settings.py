@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from unified_rl.errors import ConfigError
@@ -19,3 +19,15 @@ def one_of(value: Any, table: Iterable[str], where: str) -> str:
     if value not in names:
         raise ConfigError(f"{where} {value!r} is unknown; {nearest(value, names)}")
     return value
+
+
+def tried(function: Callable[..., Any], where: str, *inputs: Any) -> None:
+    """Calls a function once, so that settings which it refuses are refused before the first step.
+
+    Raises:
+        ConfigError: of the function, under the setting's full name.
+    """
+    try:
+        function(*inputs)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error}") from error

@@ -85,9 +85,11 @@ class LanguageRollout:
         self.builder = RowBuilder(env, gamma, columns, privileged)
         self.context: Context | None = context
         if self.context is not None:
+            _require_part(self.context, "rollout.context", "unified_rl.rollout.context.Hints")
             self.context.check(env, "rollout.context")
         self.sources: dict[str, RowSource] = dict(sources or {})
         for name, source in self.sources.items():
+            _require_part(source, f"rollout.sources.{name}", "unified_rl.rollout.sources.Demonstrations")
             source.check(env, policy, f"rollout.sources.{name}")
         self._streams = {name: streams(name) for name in ("context", *(f"sources/{name}" for name in self.sources))}
         self.steps_per_collect = prompts * group_size
@@ -197,3 +199,9 @@ class LanguageRollout:
         self.steps = state["steps"]
         self.builder.load_state_dict(state)
         self.env.load_state_dict(state["env"])  # type: ignore[attr-defined]
+
+
+def _require_part(part: Any, setting: str, example: str) -> None:
+    """Raises ConfigError for plain settings where an object is wanted."""
+    if not hasattr(part, "check"):
+        raise ConfigError(f"{setting} is {part!r}; it must be a mapping with _target_, such as {{_target_: {example}}}")

@@ -20,6 +20,7 @@ from unified_rl.training.evaluation import evaluate_control, evaluate_language
 from unified_rl.training.seeding import derive, generator, scoped
 from unified_rl.training.settings import TrainSettings
 from unified_rl.training.trainer import Trainer
+from unified_rl.units import Source
 
 NODES = ("env", "policy", "agent", "correction", "replay", "rollout", "warm_start")
 DISCOUNTS = {"control": 0.99, "language": 1.0}
@@ -108,11 +109,11 @@ class Job:
         taken, takes_any = self._parameters(node)
         return inputs["space"].sizes() if "space" in inputs and not (takes_any or "space" in taken) else inputs
 
-    def build(self, node: Mapping[str, Any], **offered: Any) -> Any:
-        """The object of a node, given what its signature takes of what is offered."""
+    def build(self, node: Mapping[str, Any], setting: str, **offered: Any) -> Any:
+        """The object of the node ``setting``, given what its signature takes of what is offered."""
         taken, takes_any = self._parameters(node)
         given = {key: value for key, value in offered.items() if takes_any or key in taken}
-        return build(dict(node), allow=self.allow, **given)
+        return build(dict(node), allow=self.allow, setting=setting, **given)
 
     def _environment(self, stream: str, num_envs: int) -> Any:
         node = self.cfg.get("env")
@@ -120,7 +121,7 @@ class Job:
             raise ConfigError("this run has no environment; choose one with env=NAME")
         taken, _ = self._parameters(node)
         sizes = {key: value for key, value in self._env_options.items() if key in taken}
-        return as_environment(self.build(node, seed=self._integer(stream), num_envs=num_envs, **sizes))
+        return as_environment(self.build(node, "env", seed=self._integer(stream), num_envs=num_envs, **sizes))
 
     def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
         """Agent, rollout and replay around the policy as it is now (after any warm start)."""
@@ -140,10 +141,11 @@ class Job:
         if not self.language:
             check_recorded_discount(getattr(rollout, "pool", None), "rollout.data", self.gamma)
             check_recorded_discount(getattr(replay, "stored", None), "replay.data", self.gamma)
+        refuse_idle_terms(agent, rollout, replay)
         return Trainer(self.settings, folder, agent, LocalFeed(rollout), replay, self.evaluate, display)
 
     def _agent(self, **offered: Any) -> Any:
-        agent = self.build(self.cfg["agent"], policy=self.policy, seed=self._integer("agent"), **offered)
+        agent = self.build(self.cfg["agent"], "agent", policy=self.policy, seed=self._integer("agent"), **offered)
         if self.collects and agent.gamma != self.gamma:
             raise ConfigError(
                 f"the agent's discount is {agent.gamma}, environment and rollout were made for {self.gamma}: "
@@ -158,6 +160,7 @@ class Job:
         drawn = {"problem_generator": generator(self.seed, "problems")} if self.language else {}
         return self.build(
             self.cfg["rollout"],
+            "rollout",
             env=self.env,
             policy=self.policy,
             gamma=self.gamma,
@@ -239,3 +242,21 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={name}, but torch {torch.__version__} sees no CUDA device; use device=cpu")
     return device
+
+
+def refuse_idle_terms(agent: Any, rollout: Any, replay: Any) -> None:
+    """Refuses terms of the loss that would read nothing for the whole run: rows that others made, and nobody brings.
+
+    Raises:
+        ConfigError: names the first such term.
+    """
+    terms = getattr(getattr(agent, "objective", None), "terms", {})
+    if getattr(rollout, "sources", None) != {} or hasattr(replay, "stored"):
+        return
+    for term in terms.values():
+        if term.rows.sources and Source.ONLINE not in term.rows.sources:
+            names = ", ".join(Source(number).name.lower() for number in term.rows.sources)
+            raise ConfigError(
+                f"{term.where}.rows={names} reads rows that this run never has: add a source of them to "
+                "rollout.sources (for example unified_rl.rollout.sources.Demonstrations), or choose other rows"
+            )
