@@ -40,7 +40,7 @@ class Summands:
             weight = extra.get("coefficient", 1.0)
             if not isinstance(weight, (int, float)):
                 self.changing.append(name)
-            self.terms[name], self.schedules[name] = term, coefficient(weight)
+            self.terms[name], self.schedules[name] = term, coefficient(weight, f"{where}.{name}.coefficient")
         if not self.terms:
             raise ConfigError(f"{where} leaves no term in the loss")
         if not self.changing and not any(self.scales(0.0, 0)):
