@@ -442,9 +442,9 @@ def term_cases() -> Iterator[Case]:
             "cosine": {"start": 0.5, "end": 0.1},
             "exponential": {"start": 0.5, "decay": 0.5},
             "steps": {"at": [1], "values": [0.5, 0.1]},
-            "dual": {"metric": "loss/nll", "limit": 0.1},
+            "dual": {"metric": "loss/more", "limit": 0.1},
             "warmup_cosine": {"peak": 0.5, "valley": 0.1, "warmup": 0, "decay": 2},
-            "proportional_integral": {"metric": "loss/nll", "target": 3.0, "base": 0.3, "gain": 0.1, "integral": 0.05},
+            "proportional_integral": {"metric": "loss/more", "target": 3.0, "base": 0.3, "gain": 0.1, "integral": 0.05},
         },
         samples={
             "exponential.floor": 0.4,

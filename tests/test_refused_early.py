@@ -46,7 +46,7 @@ def test_composing_refuses_by_the_full_name_and_the_nearest(overrides: list[str]
 
 @pytest.mark.parametrize("recipe", ["gkd", "chord", "kdrl", "luffy"])
 def test_what_a_user_completes_later_may_be_composed(recipe: str) -> None:
-    assert compose([f"recipe={recipe}"])["agent"]["objectives"]
+    assert compose([f"recipe={recipe}"])["choices"]["recipe"] == recipe
 
 
 def refusal(tmp_path: Path, overrides: list[str]) -> str:
@@ -123,4 +123,4 @@ def test_rows_of_a_cloned_policy_are_recorded_with_the_discount_of_its_agent(tmp
 
     job = Job(compose(["progress=false", *SUPERVISED, "agent.gamma=0.5", "policy.hidden=[8]"]))
     record_dataset(job, tmp_path / "rows", batches=1)
-    assert set(read_rows(tmp_path / "rows")["discount"].flatten().tolist()) == {0.5}
+    assert float(read_rows(tmp_path / "rows")["discount"].max()) == 0.5, "of a single step; chunks have powers of it"
