@@ -65,12 +65,13 @@ def check_replay(
             "or replay=priority"
         )
     if isinstance(sampler, Group):
-        _check_group(sampler, agent, groups, draws)
+        _check_group(replay, sampler, agent, groups, draws)
     _check_sources(replay, sampler)
     _check_keys(replay, agent, keys)
 
 
-def _check_group(sampler: Group, agent: str, groups: bool, draws: int | None) -> None:
+def _check_group(replay: Any, sampler: Group, agent: str, groups: bool, draws: int | None) -> None:
+    """Groups that the agent compares, of as many rows as the rollout samples."""
     if not groups:
         raise ConfigError(
             f"replay=group draws rows that share a group, which agent={agent} does not compare; use replay=uniform"
@@ -79,6 +80,11 @@ def _check_group(sampler: Group, agent: str, groups: bool, draws: int | None) ->
         raise ConfigError(
             f"replay.sampler.size={sampler.size} does not divide the {draws} rows of an update; set it to "
             "rollout.group_size"
+        )
+    if len(replay) and not sampler.pending():
+        raise ConfigError(
+            f"replay.sampler.size={sampler.size}, but no {sampler.size} of the {len(replay)} collected rows share a "
+            "group; set it to rollout.group_size"
         )
 
 
