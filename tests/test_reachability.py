@@ -957,7 +957,6 @@ KNOWN: dict[str, str] = {}
 """Cases without effect or proper refusal today: what is missing. One that is reachable must leave the list."""
 
 RANDOM = "supervised rows hold no reward, and random policies never earn one; chain_mod shows it"
-GIVEN = "the run sets it; unified_rl/training/run.py"
 ASIDE: dict[str, str] = {
     "select.top_covariance.seed": "decides between equal covariances only",
     "policy_gradient(gates)": "a column that nothing reads; the gate cases read one",
@@ -989,7 +988,6 @@ ASIDE: dict[str, str] = {
     **{f"{task}(held_out)": RANDOM for task in ("calculator", "countdown", "guess_number")},
     **{f"{replay}(count_uses)": "a counter that Python users read" for replay in ("replay", "with_dataset")},
     "fresh(drop)": "for writers that outrun the reader; a run's queue holds all that waits",
-    **{f"{replay}(cut)": GIVEN for replay in ("replay", "with_dataset")},
 }
 """Cases that change how a run is made and not what comes out, with the reason."""
 
