@@ -986,7 +986,7 @@ ASIDE: dict[str, str] = {
     **{f"{task}(shuffle_rewards)": RANDOM for task in ("calculator", "countdown", "guess_number")},
     "countdown(partial_credit)": RANDOM,
     "guess_number(turn_cost)": RANDOM,
-    **{f"{task}(held_out)": RANDOM for task in ("calculator", "countdown", "guess_number")},
+    **{f"{task}(held_out)": RANDOM for task in ("countdown", "guess_number")},
     **{f"{replay}(count_uses)": "a counter that Python users read" for replay in ("replay", "with_dataset")},
     "fresh(drop)": "for writers that outrun the reader; a run's queue holds all that waits",
 }
