@@ -164,11 +164,20 @@ class ActorCritic:
         self.version = self.gradient_steps = 0
         self._due = 0.0
 
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Refuses parts that no loss can be made of, when a run is composed: before a policy, before a warm start.
+
+        Raises:
+            ConfigError: an unknown part, a wrong setting of one, or a value that is missing or unread.
+        """
+        given = {key: settings.get(key) for key in ("target", "aggregate", "value", "critic", "actor")}
+        make_phases(**{**given, "target": given["target"] or "soft", "aggregate": given["aggregate"] or "least"})
+
     def _parts(
         self, target: Node, aggregate: Node, value: Node | None, critic: Mapping[str, Any] | None, actor: Any
     ) -> Phases:
-        parts = Phases(target, aggregate, value, critic or {"error": "squared_error"}, actor or {"policy": "pathwise"})
-        parts.check_value()
+        parts = make_phases(target, aggregate, value, critic, actor)
         parts.check_policy(self.policy)
         return parts
 
@@ -340,6 +349,19 @@ class ActorCritic:
             summands.load_state_dict(state["coefficients"][name])
         self.generator.set_state(state["generator"])
         self.version, self.gradient_steps, self._due = state["version"], state["gradient_steps"], state["due"]
+
+
+def make_phases(
+    target: Node, aggregate: Node, value: Node | None, critic: Mapping[str, Any] | None, actor: Mapping[str, Any] | None
+) -> Phases:
+    """The losses of the agent's settings, those of critic and actor filled in where they are None.
+
+    Raises:
+        ConfigError: an unknown part, or a state value that is missing or that nothing reads.
+    """
+    parts = Phases(target, aggregate, value, critic or {"error": "squared_error"}, actor or {"policy": "pathwise"})
+    parts.check_value()
+    return parts
 
 
 def make_networks(

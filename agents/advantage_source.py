@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from tensordict import TensorDictBase
 
@@ -46,6 +47,28 @@ def choose_credit(correction: Correction, advantage: str, credit: str | None, *,
             "knows; control records hold it: use correction=ppo"
         )
     return critic, wanted or "unit"
+
+
+def check_unread(
+    use_critic: bool, language: bool, *, critic_config: Mapping[str, Any] | None, drop_equal_groups: bool
+) -> None:
+    """Refuses settings of the agent that the chosen advantages would leave unread.
+
+    Raises:
+        ConfigError: a token critic's model without a token critic, or a filter of groups where a critic is used.
+    """
+    if critic_config is not None and not use_critic:
+        raise ConfigError("agent.critic_config is the model of a critic, and there is none: set agent.advantage=critic")
+    if critic_config is not None and not language:
+        raise ConfigError(
+            "agent.critic_config is the model of a critic of tokens, and this one is of states: leave it out, and set "
+            "agent.critic_hidden to the widths of its layers"
+        )
+    if drop_equal_groups and use_critic:
+        raise ConfigError(
+            "agent.drop_equal_groups leaves out groups without a gradient, and a critic's advantages have one in every "
+            "row: set it to false, or set agent.advantage=group"
+        )
 
 
 def check_rows(record: TensorDictBase, terms: Mapping[str, Term], correction: Correction, use_critic: bool) -> None:

@@ -126,18 +126,11 @@ class Averaged(Copied):
             kept.copy_(other)
 
 
-def make_provider(name: str, node: Any, policy: Any) -> Provider:
-    """The provider that ``agent.anchors.NAME`` describes.
-
-    Args:
-        name: of the anchor; ``self`` is by default the policy as it is, ``old`` as it was at the start of the update.
-        node: ``{folder: RUN}``, ``{sync_every: N}``, ``{ema: DECAY}`` or ``{}`` (as at the start of the run), each with
-            an optional ``view``.
-        policy: the policy that is trained.
+def provider_settings(name: str, node: Any) -> dict[str, Any]:
+    """What ``agent.anchors.NAME`` says, checked without a policy.
 
     Raises:
         ConfigError: a name that is made elsewhere, an unknown or a wrong setting, or two that exclude each other.
-        CheckpointError: the folder holds no policy.
     """
     where = f"agent.anchors.{name}"
     if name in (*RECORDED, "none", "mixture"):
@@ -149,20 +142,64 @@ def make_provider(name: str, node: Any, policy: Any) -> Provider:
     given = {
         key: check_type(value, SETTINGS[key], f"{where}.{key}") for key, value in node.items() if value is not None
     }
-    view = given.pop("view", None)
-    if len(given) > 1:
-        raise ConfigError(f"{where} is made by one of folder, sync_every and ema, got {', '.join(given)}")
-    if "folder" in given:
-        return Provider(load_teacher(given["folder"], policy, f"{where}.folder"), view, foreign=True)
+    makers = [key for key in given if key != "view"]
+    if len(makers) > 1:
+        raise ConfigError(f"{where} is made by one of folder, sync_every and ema, got {', '.join(makers)}")
     if not 0.0 <= given.get("ema", 0.0) < 1.0:
         raise ConfigError(f"{where}.ema is the share of the old weights and must lie in [0, 1), got {given['ema']}")
     if given.get("sync_every", 1) < 1:
         raise ConfigError(f"{where}.sync_every counts updates and must be at least 1, got {given['sync_every']}")
+    return given
+
+
+def make_provider(name: str, node: Any, policy: Any) -> Provider:
+    """The provider that ``agent.anchors.NAME`` describes.
+
+    Args:
+        name: of the anchor; ``self`` is by default the policy as it is, ``old`` as it was at the start of the update.
+        node: ``{folder: RUN}``, ``{sync_every: N}``, ``{ema: DECAY}`` or ``{}`` (as at the start of the run), each with
+            an optional ``view``.
+        policy: the policy that is trained.
+
+    Raises:
+        ConfigError: see :func:`provider_settings`.
+        CheckpointError: the folder holds no policy.
+    """
+    given = provider_settings(name, node)
+    view = given.pop("view", None)
+    if "folder" in given:
+        return Provider(load_teacher(given["folder"], policy, f"agent.anchors.{name}.folder"), view, foreign=True)
     if "ema" in given:
         return Averaged(policy, view, given["ema"])
     if name == "self" and not given:
         return Provider(policy, view)
     return Copied(policy, view, given.get("sync_every", 1 if name == "old" else None))
+
+
+def check_anchors(nodes: Mapping[str, Any], wanted: Mapping[str, str]) -> None:
+    """Refuses anchors before there is a policy: settings that make no provider, and names that nobody provides.
+
+    A missing teacher is refused later: a recipe names one, and the user says which.
+
+    Args:
+        nodes: ``agent.anchors``.
+        wanted: names that something compares with, and the setting that does so.
+
+    Raises:
+        ConfigError: names the setting and the nearest name.
+    """
+    for name, node in nodes.items():
+        provider_settings(name, node)
+    for name, setting in wanted.items():
+        if name not in (*nodes, *BUILT_IN, *RECORDED, "teacher"):
+            raise ConfigError(_nobody_provides(name, setting, nodes))
+
+
+def _nobody_provides(name: str, setting: str, nodes: Mapping[str, Any]) -> str:
+    return (
+        f"{setting} compares with the policy {name!r}, which nobody provides: set "
+        f"agent.anchors.{name}={{folder: RUN}}; {nearest(name, [*nodes, *BUILT_IN, 'teacher'])}"
+    )
 
 
 class Anchors(Mapping[str, Provider]):
@@ -197,9 +234,8 @@ class Anchors(Mapping[str, Provider]):
     ) -> None:
         self.policy, self.wrapper, self.micro_batch = policy, wrapper, micro_batch
         who = f"correction {correction.name}"
-        needs = {name: who for name in (*ANCHORS, *correction.anchors) if correction.needs(name)} | dict(
-            log_probs or {}
-        )
+        asked = [name for name in (*ANCHORS, *correction.anchors) if correction.needs(name) or name in wrapper.anchors]
+        needs = dict.fromkeys(asked, who) | dict(log_probs or {})
         self.provider = correction.proximal.get("provider", "snapshot")
         self.needs_proximal = "proximal" in needs or proximal
         self.placeholder = self.provider == "interpolated" and not proximal  # set anew at every optimiser step
@@ -232,10 +268,7 @@ class Anchors(Mapping[str, Provider]):
                     f"{setting} learns from a teacher: set agent.teacher to the folder of a run of this library (or of "
                     "a language model)"
                 )
-            raise ConfigError(
-                f"{setting} compares with the policy {name!r}, which nobody provides: set "
-                f"agent.anchors.{name}={{folder: RUN}}; {nearest(name, [*nodes, *BUILT_IN, 'teacher'])}"
-            )
+            raise ConfigError(_nobody_provides(name, setting, nodes))
         for name in nodes:
             if name in wanted:
                 continue

@@ -8,8 +8,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from unified_rl.errors import ConfigError
 from unified_rl.optimizer import Optimizer
-from unified_rl.replay import Replay
+from unified_rl.replay import Fresh, Replay
 from unified_rl.replay.fit import check_replay
 from unified_rl.units import trim_units
 
@@ -29,7 +30,8 @@ class BehaviorCloning:
         lr: learning rate.
         batch_size: rows of one optimiser step; by default ``rows``.
         updates: optimiser steps per call of :meth:`update`.
-        gamma: recorded in collected rows only.
+        gamma: discount of what a run records of this policy (``unified-rl evaluate --record``), and of the rewards
+            within a chunk of actions; supervised rows have no return.
         max_grad_norm: bound of the gradient norm.
         weight_decay: decoupled weight decay.
         device: where updates run.
@@ -53,7 +55,10 @@ class BehaviorCloning:
         seed: int = 0,
     ) -> None:
         self.policy, self.generator, self.gamma = policy, generator, gamma
-        self.batch_size, self.updates = batch_size or rows, updates
+        for name, value in (("batch_size", batch_size), ("updates", updates)):
+            if value is not None and value < 1:
+                raise ConfigError(f"agent.{name}={value} must be at least 1")
+        self.rows, self.batch_size, self.updates = rows, batch_size or rows, updates
         self.device = torch.device(device)
         self.optimizer = Optimizer({"policy": policy}, lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
         if hasattr(policy, "generator"):
@@ -90,6 +95,13 @@ class BehaviorCloning:
             ConfigError: by name, with what works instead.
         """
         check_replay(replay, "behavior_cloning")
+        wanted = self.updates * self.batch_size
+        if isinstance(getattr(replay, "sampler", None), Fresh) and wanted > self.rows:
+            raise ConfigError(
+                f"replay=fresh hands out each of the {self.rows} rows of a collection once, and agent.updates="
+                f"{self.updates} steps of agent.batch_size={self.batch_size} rows take {wanted}: use replay=uniform, "
+                "or raise rollout.rows"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Policy, optimiser, stream and version."""

@@ -69,7 +69,7 @@ class Estimate:
         parts, objective: of the agent.
         advantage: ``(record, log_prob, weight) -> [B, T] or [B, N]``.
         drop_equal_groups: leave out rows of groups whose rewards are all equal.
-        gates: bool columns by name.
+        gates: bool columns by name, see :func:`make_gates`.
         maps: of the advantages, in order, see :func:`make_maps`.
     """
 
@@ -79,14 +79,13 @@ class Estimate:
         objective: Objective,
         advantage: GroupBaseline | CriticAdvantage,
         drop_equal_groups: bool = False,
-        gates: Mapping[str, Any] | None = None,
+        gates: Mapping[str, Callable[[TensorDict], Tensor]] | None = None,
         maps: Sequence[Callable[..., Tensor]] = (),
     ) -> None:
         self.policy, self.anchors, self.wrapper, self.objective = parts.policy, parts.anchors, parts.wrapper, objective
         self.groups = advantage
-        self.drop_equal_groups = drop_equal_groups and isinstance(advantage, GroupBaseline)
-        self.gates = {name: bind(node, GATES, f"agent.gates.{name}")[0] for name, node in (gates or {}).items()}
-        self.maps = maps
+        self.drop_equal_groups = drop_equal_groups
+        self.gates, self.maps = dict(gates or {}), maps
 
     @torch.no_grad()
     def __call__(self, record: TensorDict, version: int, metrics: dict[str, Any]) -> TensorDict:
@@ -153,6 +152,15 @@ class Estimate:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.groups.load_state_dict(state)
+
+
+def make_gates(nodes: Mapping[str, Any] | None) -> dict[str, Callable[[TensorDict], Tensor]]:
+    """The gates that ``agent.gates`` describes, by name.
+
+    Raises:
+        ConfigError: an unknown gate or setting, under its full name.
+    """
+    return {name: bind(node, GATES, f"agent.gates.{name}")[0] for name, node in (nodes or {}).items()}
 
 
 def make_maps(nodes: Sequence[Any] | None) -> list[Callable[..., Tensor]]:

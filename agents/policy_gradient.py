@@ -5,6 +5,7 @@ PPO, GRPO, DAPO, V-trace actor-critics and their relatives are this agent with a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -12,11 +13,11 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
 
-from unified_rl.agents.advantage_source import CREDIT_OF, check_rows, choose_credit
-from unified_rl.agents.anchors import PROVIDERS, Anchors
+from unified_rl.agents.advantage_source import CREDIT_OF, check_rows, check_unread, choose_credit
+from unified_rl.agents.anchors import PROVIDERS, Anchors, check_anchors
 from unified_rl.agents.baselines import Baseline, make_baseline, update_moments
 from unified_rl.agents.batches import Batches, Draw, choose_steps
-from unified_rl.agents.estimate import Estimate, make_advantage, make_maps
+from unified_rl.agents.estimate import Estimate, make_advantage, make_gates, make_maps
 from unified_rl.agents.loss import anchors_of, attach, make_terms
 from unified_rl.agents.scoring import identity_check, scoring
 from unified_rl.correction import Correction
@@ -81,6 +82,9 @@ class PolicyGradient:
         ConfigError: settings that do not fit the policy.
     """
 
+    rescores = True
+    """Rows must be the policy's own samples, whose log-probs it computes anew."""
+
     def __init__(
         self,
         policy: Any,
@@ -125,6 +129,7 @@ class PolicyGradient:
         correction.check_domain(discrete=discrete)
         correction.require_support(wrappers=[*WRAPPERS, *CREDIT_OF], providers=PROVIDERS)
         self.use_critic, self.credit = choose_credit(correction, advantage, credit, language=self.language)
+        check_unread(self.use_critic, self.language, critic_config=critic_config, drop_equal_groups=drop_equal_groups)
         self.policy, self.correction, self.generator = policy, correction, generator
         if not self.language:
             policy.end_pretraining()
@@ -152,10 +157,23 @@ class PolicyGradient:
         plain = scoring(policy, compile, cuda_graph, self.device)
         self.objective = Objective(policy, terms, lambda rows: self.wrapper.score(rows, plain), generator)
         source = make_advantage(correction, self.baseline, self.credit, lam, off_policy_targets, normalize_advantage)
-        self.estimate = Estimate(parts, self.objective, source, drop_equal_groups, gates, reshaped)
+        self.estimate = Estimate(parts, self.objective, source, drop_equal_groups, make_gates(gates), reshaped)
         self.draw = Draw(rows, length, self.language, discrete, not self.shuffle_steps, self.device)
         self.batches = Batches(generator, epochs, minibatch, target_kl)
         self.version, self.checked, self.verify_identity = 0, False, True  # identity_check=false sets the last
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Refuses settings that no agent can be made of, when a run is composed: before a policy, before a warm start.
+
+        Raises:
+            ConfigError: an unknown term, gate, map, source or anchor, or a wrong setting of one; by its full name.
+        """
+        taken = {key: settings[key] for key in ("value_clip", "entropy_coef") if key in settings}
+        terms = make_terms(settings.get("objectives"), 1.0, **{"value_clip": None, "entropy_coef": 0.0, **taken})
+        make_gates(settings.get("gates"))
+        needs = anchors_of(terms.values(), make_maps(settings.get("maps")))
+        check_anchors(settings.get("anchors") or {}, {**needs[0], **needs[1]})
 
     def update(self, replay: Replay, progress: float = 0.0) -> dict[str, Any]:
         """Trains on one batch of rows from the replay; returns metrics, scalar tensors or floats.
@@ -187,7 +205,7 @@ class PolicyGradient:
 
     def check_replay(self, replay: Replay) -> None:
         """Refuses a replay that this agent cannot use, by its name."""
-        check_replay(replay, "policy_gradient", length=self.draw.length)
+        check_replay(replay, "policy_gradient", length=self.draw.length, groups=True, draws=self.draw.rows)
 
     def _draw(self, replay: Replay) -> TensorDict:
         return self.draw(replay, self.version)

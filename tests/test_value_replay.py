@@ -254,9 +254,13 @@ REFUSED = {
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_a_run_is_refused_before_its_first_step(name: str, tmp_path: Path) -> None:
     overrides, message = REFUSED[name]
-    trainer = Job(compose([*overrides, "steps=16"])).make_trainer(tmp_path)
-    before = weights(trainer.agent.policy)
-    trainer.replay.extend(trainer.rollout.collect(0)[0])
+    job = Job(compose([*overrides, "steps=16"]))
+    before = weights(job.policy)
     with pytest.raises(ConfigError, match=message):
-        trainer.agent.update(trainer.replay)
-    assert torch.equal(before, weights(trainer.agent.policy))
+        job.make_trainer(tmp_path).update()
+    assert torch.equal(before, weights(job.policy))
+
+
+def test_a_sampler_that_does_not_fit_is_refused_before_rows_are_collected(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="replay=priority"):
+        Job(compose([*REFUSED["control"][0], "steps=16"])).make_trainer(tmp_path)

@@ -204,6 +204,11 @@ class Correction:
         for penalty, value in zip(self._penalties, values, strict=True):
             penalty.coefficient = value
 
+    @property
+    def level_settings(self) -> list[str]:
+        """Names of the level's settings."""
+        return list(settings_of(self._level))
+
     def set_level(self, **settings: Any) -> None:
         """Changes settings of the level in place.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from unified_rl.correction import Correction
-from unified_rl.correction.lookup import bind
+from unified_rl.correction.lookup import bind, check_keys
 from unified_rl.interventions.base import Wrapper
 from unified_rl.interventions.fix_up import FixUp
 from unified_rl.interventions.noise import LayerNoise
@@ -14,8 +14,10 @@ from unified_rl.interventions.projection import ProjectCategorical
 from unified_rl.interventions.proxy import MinPProxy
 from unified_rl.interventions.schedule import AnnealLevel, AnnealPenalty, SyncReference
 from unified_rl.interventions.steps import ClipBiasScale, EssLearningRate, Reposition
+from unified_rl.objectives.rows import Rows
+from unified_rl.returns.record import NAMED, PLAIN
 
-__all__ = ["WRAPPERS", "Wrapper", "check_wrapper", "make_wrapper"]
+__all__ = ["WRAPPERS", "Wrapper", "check_correction", "make_wrapper"]
 
 WRAPPERS: dict[str, type[Wrapper]] = {
     "anneal_level": AnnealLevel,
@@ -42,13 +44,16 @@ def make_wrapper(policy: Any, correction: Correction) -> Wrapper:
     return Wrapper(policy, correction) if made is None else made(policy, correction)
 
 
-def check_wrapper(node: Mapping[str, Any]) -> None:
-    """Refuses settings of a correction's ``wrapper`` that it does not have, when a run is composed.
+def check_correction(node: Mapping[str, Any]) -> None:
+    """Refuses settings of a correction's ``wrapper`` and ``advantage``, which others read, when a run is composed.
 
     Raises:
-        ConfigError: an unknown setting, or one of the wrong type.
+        ConfigError: an unknown setting or source of rows (names the nearest), or one of the wrong type.
     """
     _bound(node.get("wrapper") or {})
+    advantage = node.get("advantage") or {}
+    check_keys(advantage, (*PLAIN, *NAMED, "rows"), "correction.advantage")
+    Rows.of(advantage.get("rows"), "correction.advantage.rows")
 
 
 def _bound(node: Mapping[str, Any]) -> Callable[..., Wrapper] | None:

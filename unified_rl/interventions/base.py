@@ -41,11 +41,13 @@ class Wrapper:
     Attributes:
         whole_rows: minibatches must hold whole rows, never single steps.
         rescores: ``score`` is not the policy's own, so compiling that would be of no use.
+        anchors: names of the policies whose log-probs ``{name}_log_prob [B, N]`` it reads from the rows.
         sync_every: updates after which the reference becomes the present policy; None leaves it as it was at first.
     """
 
     whole_rows = False
     rescores = False
+    anchors: frozenset[str] = frozenset()
     sync_every: int | None = None
 
     def __init__(self, policy: Any, correction: Correction) -> None:

@@ -19,10 +19,19 @@ def linear(start: float, end: float, progress: float) -> float:
 
 
 class AnnealLevel(Wrapper):
-    """The level's ``p`` goes linearly from ``p_start`` to ``p_end`` over the run. HölderPO, 2605.12058."""
+    """The level's ``p`` goes linearly from ``p_start`` to ``p_end`` over the run. HölderPO, 2605.12058.
+
+    Raises:
+        ConfigError: the correction's level has no ``p``.
+    """
 
     def __init__(self, policy: Any, correction: Correction, *, p_start: float = 2.0, p_end: float = -2.0) -> None:
         super().__init__(policy, correction)
+        if "p" not in correction.level_settings:
+            raise ConfigError(
+                f"correction.wrapper anneal_level moves the p of a level, and correction.level={correction.level_name} "
+                "has none: set correction.level=hoelder, or use correction=hoelder"
+            )
         self.p_start, self.p_end = p_start, p_end
 
     def start(self, progress: float) -> None:

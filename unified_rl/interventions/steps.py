@@ -51,6 +51,7 @@ class EssLearningRate(Wrapper):
     """
 
     whole_rows = True
+    anchors = frozenset({"proximal"})
 
     def __init__(
         self,
@@ -79,7 +80,9 @@ class EssLearningRate(Wrapper):
         return {"score_norm": norm.sum(-1)}
 
     def row_weight(self, record: TensorDictBase) -> Tensor | None:
-        """``w^2 * |score|^2`` of each row, up to a factor, ``[B]``."""
+        """``w^2 * |score|^2`` of each row, up to a factor, ``[B]``; None without a group baseline."""
+        if not self.baseline:
+            return None
         log_weight = row_log_weight(record)
         weight = (2 * (log_weight - log_weight.amax())).exp() * record["score_norm"]
         return weight / record["mask"].sum(-1).clamp(min=1).square() if self.length_normalized else weight

@@ -17,6 +17,7 @@ from torch import Tensor
 from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.correction.view import share
 from unified_rl.errors import ConfigError
+from unified_rl.instantiate import nearest
 from unified_rl.interventions.distribution import FLOOR, categorical_kl, normal_kl, parts_log_prob, support_of
 from unified_rl.objectives.forward import Forward, Reader
 from unified_rl.objectives.metrics import Metrics
@@ -116,6 +117,23 @@ class DivergenceTerm(Term):
                 f"{self.where} is of the Normals of {type(parts.policy).__name__}: kind is one of "
                 f"{', '.join(NORMAL_KINDS)} there, top_k 0 and view null"
             )
+
+    def check(self, record: TensorDictBase) -> None:
+        """Refuses rows that lack what the other policy is to see.
+
+        Raises:
+            ConfigError: names the view's setting, and what works.
+        """
+        view = self.view or self.other.view
+        if view is None or f"{view}_tokens" in record.keys():
+            return
+        where = f"{self.where}.view" if self.view else f"agent.anchors.{self.anchor}.view"
+        known = [key.removesuffix("_tokens") for key in record.keys() if key.endswith("_tokens")]
+        if view == "privileged":
+            instead = "set rollout.privileged to the style of the solution that goes into its prompt, or view to null"
+        else:
+            instead = nearest(view, [*known, "privileged"])
+        raise ConfigError(f"{where}={view} reads {view}_tokens, which the rows lack; {instead}")
 
     def _states(self, rows: TensorDictBase) -> tuple[Tensor, ...]:
         return (self.other.states(rows, self.view),)

@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from unified_rl.errors import ConfigError, RecordError
+from unified_rl.instantiate import nearest
 from unified_rl.replay.ingest import from_collector
 from unified_rl.replay.ring import IntArray
 from unified_rl.replay.samplers.base import Sampler
@@ -41,7 +42,7 @@ class Replay(ReplayState):
             loses no committed row; a replay made again with the same ``path`` continues, with the same next draw.
         path: the folder of a memory-mapped replay.
         durable: of a memory-mapped replay: also survive the machine's failure, at the cost of a sync a write or draw.
-        device: where rows are stored and sampled batches live.
+        device: where rows are stored and sampled batches live, as torch names it.
         seed: of the replay's own random stream.
         cut: whether a window's ``step_mask`` ends with its first episode, as :func:`nstep_transitions` needs it; what
             lies behind is then lost to whoever minds the mask.
@@ -70,7 +71,7 @@ class Replay(ReplayState):
         count_uses: bool = True,
         discount: float = 0.99,
     ) -> None:
-        self.device = torch.device(device)
+        self.device = _device(device)
         self.cut, self.trim_key, self.count_uses, self.discount = cut, trim_key, count_uses, discount
         self._remote = self.device.type != "cpu"
         super().__init__(capacity, lanes, sampler, _make_store(storage, path, durable, self.device), seed)
@@ -111,6 +112,13 @@ class Replay(ReplayState):
             self.schema.check(items, lead)
         else:
             self._allocate(Schema.of(items, len(lead)))
+
+    def _allocate(self, schema: Schema) -> Schema:
+        if self.trim_key is not None and self.trim_key not in schema.fields:
+            raise ConfigError(
+                f"replay.trim_key={self.trim_key!r} is no key of the rows; {nearest(self.trim_key, schema.fields)}"
+            )
+        return super()._allocate(schema)
 
     def _normalise(self, rows: Rows) -> tuple[dict[str, Tensor], torch.Size]:
         """The leaves of a write and its batch size: ``[B]``, or ``[T, lanes]``."""
@@ -255,7 +263,6 @@ class Replay(ReplayState):
 
     def _gather_trimmed(self, index: Tensor, leaves: Leaves) -> dict[str, Tensor]:
         assert self.trim_key is not None
-        self._require([self.trim_key])
         mask = self._leaves[self.trim_key].data
         kept = max(1, int(mask.index_select(0, index).any(0).count_nonzero()))
         return {k: _narrow(k, leaf.data, mask.shape[1], kept).index_select(0, index) for k, leaf in leaves.items()}
@@ -300,15 +307,25 @@ class Replay(ReplayState):
         self._commit()
 
 
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"replay.device={name} is not a device; use cpu, cuda or cuda:N") from error
+
+
 def _make_store(storage: str, path: str | None, durable: bool, device: torch.device) -> MemoryStore:
+    if storage not in ("memory", "memmap"):
+        raise ConfigError(f"replay.storage is memory or memmap, not {storage!r}")
     if storage == "memory":
+        if path is not None or durable:
+            unread = "replay.durable=true" if path is None else f"replay.path={path}"
+            raise ConfigError(f"{unread} is about files, and rows are kept in memory: set replay.storage=memmap")
         return MemoryStore(device)
-    if storage != "memmap":
-        raise ConfigError(f"storage is 'memory' or 'memmap', not {storage!r}")
     if path is None:
-        raise ConfigError("storage=memmap needs a path")
+        raise ConfigError("replay.storage=memmap needs a path; set replay.path=FOLDER")
     if device.type != "cpu":
-        raise ConfigError(f"storage=memmap keeps rows in files, so device is cpu, not {device}")
+        raise ConfigError(f"replay.storage=memmap keeps rows in files, so replay.device is cpu, not {device}")
     return MemmapStore(path, durable)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from unified_rl.errors import ConfigError
 from unified_rl.replay.samplers.base import Sampler
+from unified_rl.replay.samplers.grouped import Group
 from unified_rl.replay.samplers.mixture import BySource, Mixture
 from unified_rl.replay.samplers.order import Fresh, Segment
 
@@ -19,6 +20,8 @@ def check_replay(
     length: int | None = None,
     priorities: bool = False,
     reuses: bool = False,
+    groups: bool = False,
+    draws: int | None = None,
 ) -> None:
     """Refuses a replay whose sampler would be of no effect, or could not serve the agent's draws.
 
@@ -29,6 +32,8 @@ def check_replay(
         length: slots of the windows that the agent draws; None draws single rows.
         priorities: whether the agent renews priorities and weighs its loss by ``priority_weight``.
         reuses: whether the agent draws rows again and again.
+        groups: whether the agent compares the rows of a group.
+        draws: rows of one draw, where they are not those of one write.
 
     Raises:
         ConfigError: it does not fit; names the setting and what works.
@@ -59,8 +64,28 @@ def check_replay(
             f"replay=fresh hands every row out once, but agent={agent} draws rows again and again; use replay=uniform "
             "or replay=priority"
         )
+    if isinstance(sampler, Group):
+        _check_group(replay, sampler, agent, groups, draws)
     _check_sources(replay, sampler)
     _check_keys(replay, agent, keys)
+
+
+def _check_group(replay: Any, sampler: Group, agent: str, groups: bool, draws: int | None) -> None:
+    """Groups that the agent compares, of as many rows as the rollout samples."""
+    if not groups:
+        raise ConfigError(
+            f"replay=group draws rows that share a group, which agent={agent} does not compare; use replay=uniform"
+        )
+    if draws is not None and draws % sampler.size:
+        raise ConfigError(
+            f"replay.sampler.size={sampler.size} does not divide the {draws} rows of an update; set it to "
+            "rollout.group_size"
+        )
+    if len(replay) and not sampler.pending():
+        raise ConfigError(
+            f"replay.sampler.size={sampler.size}, but no {sampler.size} of the {len(replay)} collected rows share a "
+            "group; set it to rollout.group_size"
+        )
 
 
 def _check_sources(replay: Any, sampler: Sampler) -> None:

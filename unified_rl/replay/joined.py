@@ -23,13 +23,14 @@ class WithDataset(Replay):
 
     Raises:
         ConfigError: ``share`` outside [0, 1].
+        CheckpointError: ``data`` is missing or damaged, or holds no rows.
     """
 
     def __init__(self, capacity: int, *, data: str, share: float = 0.5, **options: Any) -> None:
         super().__init__(capacity, **options)
         if not 0.0 <= share <= 1.0:
             raise ConfigError(f"replay.share={share} must lie in [0, 1]")
-        rows = read_rows(data)
+        rows = read_rows(data, "replay.data")
         self.stored, self.share = rows.reshape(rows.numel()), share
 
     def sample(self, batch_size: int | None, *, keys: Any = None, **options: Any) -> TensorDict:

@@ -109,8 +109,12 @@ class Saved:
         return self._file.get_slice(name)[first:last]
 
 
-def read_rows(path: str | Path) -> TensorDict:
+def read_rows(path: str | Path, where: str = "") -> TensorDict:
     """The rows of a saved replay, whatever its size was: a data set for another run.
+
+    Args:
+        path: its folder.
+        where: the full name of the setting that holds the path, for errors.
 
     Returns:
         Batch size ``[slots, lanes]``, or ``[rows]`` where there is one lane; oldest first.
@@ -118,6 +122,11 @@ def read_rows(path: str | Path) -> TensorDict:
     Raises:
         CheckpointError: the folder is missing, damaged or of another version, or holds no rows.
     """
+    if where:
+        try:
+            return read_rows(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from error
     saved = Saved(path)
     lanes, written, capacity = (int(saved.meta[name]) for name in ("lanes", "written", "capacity"))
     count = min(written, capacity)

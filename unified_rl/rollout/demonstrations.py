@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,6 +14,25 @@ from unified_rl.replay import read_rows
 from unified_rl.units import Source
 
 KEYS = {"control": ("observation", "action"), "language": ("tokens", "token_mask", "mask")}
+
+
+def style_option(env: Any, style: str | None, where: str) -> dict[str, str]:
+    """The keyword arguments of an environment's ``demonstrations``: its style, if one is asked for.
+
+    Args:
+        env: the environment.
+        style: of the demonstrations; None is the environment's own default.
+        where: the full name of the setting that holds ``style``.
+
+    Raises:
+        ConfigError: the environment's demonstrations have no style.
+    """
+    if style is None:
+        return {}
+    taken = inspect.signature(env.demonstrations).parameters.values()
+    if not any(p.name == "style" or p.kind is p.VAR_KEYWORD for p in taken):
+        raise ConfigError(f"{where}={style}, but demonstrations of {type(env).__name__} have no style; leave it out")
+    return {"style": style}
 
 
 class DemonstrationRollout:
@@ -35,7 +55,7 @@ class DemonstrationRollout:
 
     Raises:
         CheckpointError: ``data`` is missing or damaged.
-        ConfigError: its rows are of another domain or width.
+        ConfigError: its rows are of another domain or width, or ``style`` where there is none.
     """
 
     staleness = 0
@@ -58,13 +78,17 @@ class DemonstrationRollout:
         if rows < 1:
             raise ConfigError(f"rollout.rows={rows} must be at least 1")
         self.rows, self.length, self.steps_per_collect = rows, None, rows
-        self.options = {} if style is None else {"style": style}
+        if style is not None and data is not None:
+            raise ConfigError(
+                f"rollout.style={style} is of an environment's own demonstrations; leave rollout.data out"
+            )
         self.pool = None if data is None else self._read(data)
         if self.pool is None and not isinstance(env, Demonstrates):
             raise ConfigError(f"{type(env).__name__} has no demonstrations; set rollout.data to a folder of rows")
+        self.options = style_option(env, style, "rollout.style")
 
     def _read(self, data: str) -> TensorDict:
-        rows = read_rows(data)
+        rows = read_rows(data, "rollout.data")
         rows = rows.reshape(rows.numel())
         missing = [key for key in KEYS[self.domain] if key not in rows.keys()]
         if missing:

@@ -55,6 +55,7 @@ class Job:
         torch.set_num_threads(self.settings.threads)
         self.seed = self.settings.seed
         self.collects = bool(cfg.get("rollout"))
+        self._refuse_missing()
         given = self._default("agent", "gamma")
         self._refuse_gammas(given)
         self._env_options = {} if given is None else {"gamma": given}
@@ -93,6 +94,22 @@ class Job:
                     f"{group}.gamma={other} and agent.gamma={gamma} differ, but a run has one discount: leave "
                     f"{group}.gamma out and set agent.gamma"
                 )
+
+    def _refuse_missing(self) -> None:
+        """Raises ConfigError where a group is none that another group of this configuration needs."""
+        needed, _ = self._parameters(self.cfg["agent"])
+        correction = needed.get("correction")
+        agent = (self.cfg.get("choices") or {}).get("agent") or self.cfg["agent"]["_target_"]
+        if self.collects and correction and correction.default is REQUIRED and not self.cfg.get("correction"):
+            raise ConfigError(
+                f"correction=none, but agent={agent} needs one; choose it with correction=NAME "
+                "(correction=reinforce corrects nothing)"
+            )
+        if self.collects and not self.cfg.get("replay"):
+            raise ConfigError(
+                f"replay=none, but agent={agent} learns from rows that a rollout collects; choose replay=fresh or "
+                "replay=uniform"
+            )
 
     def _num_envs(self) -> int:
         given = self._default("rollout" if self.collects else "agent", "num_envs")
@@ -137,12 +154,24 @@ class Job:
             length=rollout.length,
             device=str(self.device),
         )
+        self._check_random_steps(rollout, agent)
         replay = self._replay(rollout.rows, rollout.length)
+        if hasattr(agent, "check_replay"):
+            agent.check_replay(replay)
         if not self.language:
             check_recorded_discount(getattr(rollout, "pool", None), "rollout.data", self.gamma)
             check_recorded_discount(getattr(replay, "stored", None), "replay.data", self.gamma)
         refuse_idle_terms(agent, rollout, replay)
         return Trainer(self.settings, folder, agent, LocalFeed(rollout), replay, self.evaluate, display)
+
+    @staticmethod
+    def _check_random_steps(rollout: Any, agent: Any) -> None:
+        """Raises ConfigError where actions drawn at random would be taken for the policy's own samples."""
+        if getattr(rollout, "random_steps", 0) and getattr(agent, "rescores", False):
+            raise ConfigError(
+                f"rollout.random_steps={rollout.random_steps}, but {type(agent).__name__} learns from the policy's own "
+                "samples alone: set it to 0, or use agent=sac"
+            )
 
     def _agent(self, **offered: Any) -> Any:
         agent = self.build(self.cfg["agent"], "agent", policy=self.policy, seed=self._integer("agent"), **offered)
@@ -177,7 +206,9 @@ class Job:
         if sampler.queue:
             node["capacity"] = 2 * rows * (length or 1)
         lanes = 1 if length is None else rows
-        fixed = {"cut": False}  # agents mind themselves where episodes end, and lose nothing
+        fixed: dict[str, Any] = {"cut": False}  # agents mind themselves where episodes end, and lose nothing
+        if "discount" in self._parameters(node)[0]:
+            fixed["discount"] = self.gamma
         return build(node, allow=self.allow, sampler=sampler, lanes=lanes, seed=self._integer("replay"), **fixed)
 
     def evaluate(self) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from unified_rl.errors import ConfigError
+from unified_rl.rollout.demonstrations import style_option
 from unified_rl.training.checkpoint import latest_checkpoint, read_checkpoint
 
 
@@ -91,7 +92,7 @@ class WarmStart:
     def _run_stage(self, number: int, stage: dict[str, Any], env: Any, agent: Any, stream: Any, report: Any) -> None:
         style, threshold, budget = stage.get("style"), stage.get("until_loss"), stage.get("updates")
         budget = 20_000 if budget is None else budget
-        options = {} if style is None else {"style": style}
+        options = style_option(env, style, f"warm_start.stages[{number}].style")
         pool = env.demonstrations(self.dataset, stream, **options) if self.dataset else None
         if number == 0 and pool is not None and hasattr(agent.policy, "update_normalizer"):
             agent.policy.update_normalizer(pool["observation"])

@@ -53,6 +53,13 @@ class Group(Sampler):
         self._end, self._generations = (first + count)[complete], (count // self.size)[complete]
         self._indexed = low, high
 
+    def pending(self) -> int:
+        """Rows of complete groups."""
+        if not self.ring.live:
+            return 0
+        self._index(*self.starts(1))
+        return self.size * int(self._generations.sum())
+
     def draw(self, count: int, rng: np.random.Generator, length: int, version: int | None) -> Draw:
         self._index(*self.starts(length))
         if count % self.size:

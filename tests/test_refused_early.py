@@ -1,0 +1,126 @@
+"""Bad input is refused when a run is composed, or when its parts are made: before a step, before a warm start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_cases import CONTROL, LANGUAGE, merged
+
+from unified_rl.config import compose
+from unified_rl.errors import ConfigError, UnifiedRLError
+from unified_rl.training.run import Job
+
+TERM = "agent.objectives.imitate"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ([f"{TERM}.name=nl"], [TERM, "'nl' is unknown", "did you mean 'nll'"]),
+        ([f"{TERM}={{name: nll, wieght: probability}}"], [TERM, "'wieght'", "did you mean 'weight'"]),
+        ([f"{TERM}={{name: nll, rows: demonstratio}}"], [f"{TERM}.rows.source", "did you mean 'demonstration'"]),
+        ([f"{TERM}={{name: nll, rows: {{sorce: own}}}}"], [f"{TERM}.rows", "did you mean 'source'"]),
+        ([f"{TERM}={{name: nll, coefficient: {{name: linaer, start: 1}}}}"], [f"{TERM}.coefficient", "'linear'"]),
+        ([f"{TERM}={{name: divergence, kind: {{name: jds}}}}"], [f"{TERM}.kind", "did you mean 'jsd'"]),
+        ([f"{TERM}={{name: divergence, anchor: refrence}}"], [TERM, "'refrence'", "did you mean 'reference'"]),
+        (["agent.anchors={slow: {emma: 0.9}}"], ["agent.anchors.slow", "'emma'", "did you mean 'ema'"]),
+        (["agent.anchors={slow: {ema: 2.0}}"], ["agent.anchors.slow.ema", "[0, 1)"]),
+        (["agent.gates={failed: success_at_mots}"], ["agent.gates.failed", "did you mean 'success_at_most'"]),
+        (["agent.maps=[{name: sign, positiv: 1.0}]"], ["agent.maps[0]", "did you mean 'positive'"]),
+        (["correction.advantage={baselin: mean}"], ["correction.advantage", "did you mean 'baseline'"]),
+        (["correction.advantage={rows: demonstratio}"], ["correction.advantage.rows.source", "'demonstration'"]),
+        (["agent=actor_critic", "agent.target=sotf"], ["agent.target", "did you mean 'soft'"]),
+        (["agent=actor_critic", "agent.actor={policy: pathwis}"], ["agent.actor.policy", "did you mean 'pathwise'"]),
+        (["agent=actor_critic", "agent.value=expectile"], ["agent.value", "nothing reads it"]),
+    ],
+)
+def test_composing_refuses_by_the_full_name_and_the_nearest(overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose(overrides)
+    message = str(error.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("recipe", ["gkd", "chord", "kdrl", "luffy"])
+def test_what_a_user_completes_later_may_be_composed(recipe: str) -> None:
+    assert compose([f"recipe={recipe}"])["choices"]["recipe"] == recipe
+
+
+def refusal(tmp_path: Path, overrides: list[str]) -> str:
+    """The line with which the parts of a run are refused; nothing is collected, nothing is trained."""
+    with pytest.raises(UnifiedRLError) as error:
+        Job(compose(["progress=false", *overrides], allow=("run_cases",)), ("run_cases",)).make_trainer(tmp_path)
+    return str(error.value)
+
+
+SUPERVISED = ["env=two_route", "agent=behavior_cloning", "rollout.rows=8"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (merged(LANGUAGE, ["correction=none"]), ["correction=none", "correction=reinforce"]),
+        (merged(LANGUAGE, ["replay=none"]), ["replay=none", "replay=fresh"]),
+        (merged(LANGUAGE, ["replay=segment"]), ["replay=segment", "single rows"]),
+        (merged(LANGUAGE, ["replay=group", "replay.sampler.size=5"]), ["replay.sampler.size=5", "16 rows"]),
+        (merged(LANGUAGE, ["agent.critic_config={model_type: llama}"]), ["agent.critic_config", "agent.advantage"]),
+        (merged(CONTROL, ["agent.critic_config={model_type: llama}"]), ["agent.critic_config", "agent.critic_hidden"]),
+        (merged(CONTROL, ["agent.drop_equal_groups=true"]), ["agent.drop_equal_groups", "agent.advantage=group"]),
+        (merged(CONTROL, ["rollout.random_steps=8"]), ["rollout.random_steps=8", "agent=sac"]),
+        (merged(CONTROL, ["replay.device=nowhere"]), ["replay.device=nowhere", "cuda"]),
+        (merged(CONTROL, ["replay.path=here"]), ["replay.path=here", "replay.storage=memmap"]),
+        (merged(CONTROL, ["replay.durable=true"]), ["replay.durable=true", "replay.storage=memmap"]),
+        (merged(CONTROL, ["replay.discount=0.5"]), ["discount=0.5", "remove it"]),
+        (
+            merged(CONTROL, ["replay._target_=unified_rl.replay.WithDataset", "replay.data=nowhere"]),
+            ["replay.data", "nowhere"],
+        ),
+        (merged(CONTROL, ["correction.wrapper={name: anneal_level}"]), ["anneal_level", "correction.level=hoelder"]),
+        ([*SUPERVISED, "rollout.style=chain"], ["rollout.style=chain", "leave it out"]),
+        ([*SUPERVISED, "rollout.style=chain", "rollout.data=rows"], ["rollout.style=chain", "rollout.data"]),
+        ([*SUPERVISED, "rollout.data=nowhere"], ["rollout.data: ", "nowhere"]),
+        ([*SUPERVISED, "agent.updates=2"], ["agent.updates=2", "replay=fresh", "replay=uniform"]),
+        ([*SUPERVISED, "agent.batch_size=0"], ["agent.batch_size=0", "at least 1"]),
+        ([*SUPERVISED, "replay=group"], ["replay=group", "behavior_cloning"]),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_before_a_step(
+    overrides: list[str], parts: list[str], tmp_path: Path
+) -> None:
+    message = refusal(tmp_path, overrides)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+
+
+def test_a_warm_start_refuses_a_style_where_there_is_none() -> None:
+    stage = "warm_start.stages=[{style: chain, updates: 1}]"
+    job = Job(compose(["progress=false", *CONTROL, "warm_start=demonstrations", stage]))
+    with pytest.raises(ConfigError, match=r"warm_start\.stages\[0\]\.style=chain.*leave it out"):
+        job.warm_start(lambda *unused: None)
+
+
+def test_a_view_that_the_rows_lack_is_refused_by_name(tmp_path: Path) -> None:
+    for node, parts in {
+        "{name: divergence, anchor: self, view: privileged}": ["agent.objectives.imitate.view", "rollout.privileged"],
+        "{name: divergence, anchor: self, view: privilegd}": ["did you mean 'privileged'"],
+    }.items():
+        words = ["progress=false", *LANGUAGE, f"{TERM}={node}"]
+        trainer = Job(compose(words, allow=("run_cases",)), ("run_cases",)).make_trainer(tmp_path)
+        before = {name: w.clone() for name, w in trainer.agent.policy.state_dict().items()}
+        with pytest.raises(ConfigError) as error:
+            trainer.update()
+        assert all(part in str(error.value) for part in parts), error.value
+        after: dict[str, Any] = trainer.agent.policy.state_dict()
+        assert all(bool((after[name] == w).all()) for name, w in before.items()), "no step was taken"
+
+
+def test_rows_of_a_cloned_policy_are_recorded_with_the_discount_of_its_agent(tmp_path: Path) -> None:
+    from unified_rl.replay import read_rows
+    from unified_rl.training.dataset import record_dataset
+
+    job = Job(compose(["progress=false", *SUPERVISED, "agent.gamma=0.5", "policy.hidden=[8]"]))
+    record_dataset(job, tmp_path / "rows", batches=1)
+    assert float(read_rows(tmp_path / "rows")["discount"].max()) == 0.5, "of a single step; chunks have powers of it"
