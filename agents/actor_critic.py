@@ -22,6 +22,7 @@ from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.objectives.summands import Scales
 from unified_rl.objectives.transitions import KEYS, Networks, Transitions, prepare_batch
 from unified_rl.policies.critics import QEnsemble, ValueCritic
+from unified_rl.protocols import BoxPolicy, standardises
 from unified_rl.replay import Replay, nstep_transitions
 from unified_rl.replay.fit import check_replay
 
@@ -99,7 +100,7 @@ class ActorCritic:
 
     def __init__(
         self,
-        policy: Any,
+        policy: BoxPolicy,
         generator: torch.Generator,
         rows: int,
         length: int | None = None,
@@ -150,7 +151,7 @@ class ActorCritic:
         self.slow_parameters: list[Tensor] = list(self.nets.target.parameters())
         self.target_entropy = -float(policy.action_dim) if target_entropy is None else target_entropy
         self.phases, self.alpha_adam = self._optimisers(lr, compile, tune_alpha)
-        self.standardised = getattr(policy, "normalizer", None) is not None
+        self.standardised = standardises(policy)
         self.draws_members = critics if self.phases_of.needing("members") else 0
         self.reads_alpha = bool(self.phases_of.needing("entropy"))
         self.extra: tuple[str, ...] = ()
@@ -161,7 +162,12 @@ class ActorCritic:
         self._due = 0.0
 
     def _parts(
-        self, target: Node, aggregate: Node, value: Node | None, critic: Mapping[str, Any] | None, actor: Any
+        self,
+        target: Node,
+        aggregate: Node,
+        value: Node | None,
+        critic: Mapping[str, Any] | None,
+        actor: Mapping[str, Any] | None,
     ) -> Phases:
         parts = Phases(target, aggregate, value, critic or {"error": "squared_error"}, actor or {"policy": "pathwise"})
         parts.check_value()
@@ -255,9 +261,8 @@ class ActorCritic:
             ConfigError: by name, with what works instead.
         """
         keys = (*KEYS, "truncated") if self.n_step > 1 else KEYS
-        sampler = getattr(replay, "sampler", None)
-        self.prioritised = bool(getattr(sampler, "takes_priority", False))
-        self.extra = ("priority_weight",) if getattr(sampler, "weighs", False) else ()
+        self.prioritised = replay.sampler.takes_priority
+        self.extra = ("priority_weight",) if replay.sampler.weighs else ()
         length = self.n_step if self.n_step > 1 else None
         check_replay(replay, "actor_critic", keys=keys, length=length, priorities=True, reuses=True)
         self.checked = replay.write_count > 0
@@ -339,7 +344,7 @@ class ActorCritic:
 
 
 def make_networks(
-    policy: Any,
+    policy: BoxPolicy,
     log_alpha: Tensor,
     device: torch.device,
     state_value: bool,
@@ -350,7 +355,7 @@ def make_networks(
     seed: int,
 ) -> Networks:
     """The critic, its slow copy and, if asked for, a state value, for a policy's observations and actions."""
-    standardised = getattr(policy, "normalizer", None) is not None
+    standardised = standardises(policy)
     critic = QEnsemble(
         policy.observation_dim,
         policy.action_dim,

@@ -44,14 +44,16 @@ class CriticAdvantage:
         """Writes ``advantage``, ``value``, ``value_target`` and ``value_mask``; returns the first."""
         if self.rows.every:
             self.credit(record, self.baseline, *self.settings)
-            return record["advantage"]
+            out: Tensor = record["advantage"]
+            return out
         at = self.rows.numbers(record)
         some = record[at if len(at) else slice(0, 1)]
         self.credit(some, self.baseline, *self.settings)
         for key in ("advantage", "value", "value_target", "value_mask"):
             found = some[key][: len(at)]
             record[key] = found.new_zeros(len(record), *found.shape[1:]).index_copy(0, at, found)
-        return record["advantage"]
+        out: Tensor = record["advantage"]
+        return out
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the critic is the agent's."""
@@ -148,7 +150,7 @@ class Estimate:
         self.groups.load_state_dict(state)
 
 
-def make_maps(nodes: Sequence[Any] | None) -> list[Callable[..., Tensor]]:
+def make_maps(nodes: Sequence[Any] | None) -> list[partial[Any]]:
     """The maps that ``agent.maps`` describes.
 
     Raises:

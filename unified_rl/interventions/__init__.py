@@ -14,6 +14,7 @@ from unified_rl.interventions.projection import ProjectCategorical
 from unified_rl.interventions.proxy import MinPProxy
 from unified_rl.interventions.schedule import AnnealLevel, AnnealPenalty, SyncReference
 from unified_rl.interventions.steps import ClipBiasScale, EssLearningRate, Reposition
+from unified_rl.protocols import Trainable
 
 __all__ = ["WRAPPERS", "Wrapper", "check_wrapper", "make_wrapper"]
 
@@ -32,7 +33,7 @@ WRAPPERS: dict[str, type[Wrapper]] = {
 """By the name that a preset's ``wrapper`` node gives; its other entries are the constructor's keyword arguments."""
 
 
-def make_wrapper(policy: Any, correction: Correction) -> Wrapper:
+def make_wrapper(policy: Trainable, correction: Correction) -> Wrapper:
     """The wrapper that a correction asks for; one that does nothing where it asks for none of :data:`WRAPPERS`.
 
     Raises:

@@ -18,4 +18,5 @@ def one_of(value: Any, table: Iterable[str], where: str) -> str:
     names = list(table)
     if value not in names:
         raise ConfigError(f"{where} {value!r} is unknown; {nearest(value, names)}")
-    return value
+    chosen: str = value
+    return chosen

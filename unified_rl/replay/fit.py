@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from unified_rl.errors import ConfigError
+from unified_rl.replay.buffer import Replay
+from unified_rl.replay.joined import WithDataset
 from unified_rl.replay.samplers.base import Sampler
 from unified_rl.replay.samplers.mixture import BySource, Mixture
 from unified_rl.replay.samplers.order import Fresh, Segment
 
 
 def check_replay(
-    replay: Any,
+    replay: object,
     agent: str,
     *,
     keys: Sequence[str] = (),
@@ -33,9 +34,9 @@ def check_replay(
     Raises:
         ConfigError: it does not fit; names the setting and what works.
     """
-    sampler = getattr(replay, "sampler", None)
-    if not isinstance(sampler, Sampler):
+    if not isinstance(replay, Replay):  # one of the user's own knows itself what it gives
         return
+    sampler = replay.sampler
     if sampler.takes_priority and not priorities:
         raise ConfigError(
             f"replay=priority draws rows by errors that agent={agent} does not measure: it would stay uniform; use "
@@ -48,7 +49,7 @@ def check_replay(
             f"replay=segment draws windows of {sampler.length} steps, but agent={agent} learns from {draws}; "
             f"use {instead}"
         )
-    if getattr(replay, "stored", None) is not None and (length is not None or sampler.takes_priority):
+    if isinstance(replay, WithDataset) and (length is not None or sampler.takes_priority):
         unfit = "priorities" if sampler.takes_priority else f"windows of {length} steps"
         raise ConfigError(
             f"replay.data adds single rows to every batch, which have no {unfit}; use agent=sac, agent.n_step=1 and "
@@ -63,7 +64,7 @@ def check_replay(
     _check_keys(replay, agent, keys)
 
 
-def _check_sources(replay: Any, sampler: Sampler) -> None:
+def _check_sources(replay: Replay, sampler: Sampler) -> None:
     """Rows of every source that a mixture draws from."""
     if isinstance(sampler, Mixture) and not sampler.share_missing:
         parts = [part for name, part in sampler.parts.items() if sampler.quotas[name] > 0]
@@ -78,11 +79,10 @@ def _check_sources(replay: Any, sampler: Sampler) -> None:
             )
 
 
-def _check_keys(replay: Any, agent: str, keys: Sequence[str]) -> None:
+def _check_keys(replay: Replay, agent: str, keys: Sequence[str]) -> None:
     """Columns of the collected rows, and of a data set beside them."""
-    schema, stored = getattr(replay, "schema", None), getattr(replay, "stored", None)
-    held = [("rows", schema.fields)] if schema is not None else []
-    held += [("rows of replay.data", stored.keys())] if stored is not None else []
+    held = [] if replay.schema is None else [("rows", list(replay.schema.fields))]
+    held += [("rows of replay.data", list(replay.stored.keys()))] if isinstance(replay, WithDataset) else []
     for name, columns in held:
         missing = [key for key in keys if key not in columns]
         if missing:

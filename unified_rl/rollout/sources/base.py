@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unified_rl.errors import ConfigError
 from unified_rl.policies.generation import Generation
+from unified_rl.protocols import Generates, LanguageEnv, LanguagePolicy
 from unified_rl.rollout.conversation import Problems
 from unified_rl.units import Source
 
@@ -45,13 +46,13 @@ class Request(NamedTuple):
         new_groups: ``count -> [count]`` int64.
     """
 
-    env: Any
+    env: LanguageEnv
     problems: Problems
     groups: Tensor
     reward: Tensor
     version: int
     generator: torch.Generator
-    judge: Callable[[Any, Problems, Tensor | None, Source], TensorDict]
+    judge: Callable[[Generates, Problems, Tensor | None, Source], TensorDict]
     new_groups: Callable[[int], Tensor]
 
     def recite(
@@ -71,7 +72,7 @@ class Request(NamedTuple):
 class RowSource(Protocol):
     """Rows to add to a collection, as many as there are."""
 
-    def check(self, env: Any, policy: Any, setting: str) -> None:
+    def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
         """Refuses what it cannot serve, before the first step.
 
         Args:
@@ -135,7 +136,7 @@ class Joining:
         """Restores :meth:`state_dict`."""
 
 
-def require_one_turn(env: Any, setting: str) -> None:
+def require_one_turn(env: LanguageEnv, setting: str) -> None:
     """Raises ConfigError for a task of several turns."""
     if env.max_turns > 1:
         raise ConfigError(
