@@ -44,8 +44,8 @@ class CriticAdvantage:
         """Writes ``advantage``, ``value``, ``value_target`` and ``value_mask``; returns the first."""
         if self.rows.every:
             self.credit(record, self.baseline, *self.settings)
-            out: Tensor = record["advantage"]
-            return out
+            whole: Tensor = record["advantage"]
+            return whole
         at = self.rows.numbers(record)
         some = record[at if len(at) else slice(0, 1)]
         self.credit(some, self.baseline, *self.settings)

@@ -124,9 +124,10 @@ class DivergenceTerm(Term):
             other = self.other.logits(states)
         if self.top_k:
             support = support_of(other, token, self.top_k)
-            out: Tensor = self.kind(parts_log_prob(logits, support), parts_log_prob(other, support))
-            return out
-        out: Tensor = self.kind(logits.log_softmax(-1).clamp(min=FLOOR), other.log_softmax(-1).clamp(min=FLOOR))
+            parts = parts_log_prob(logits, support), parts_log_prob(other, support)
+        else:
+            parts = logits.log_softmax(-1).clamp(min=FLOOR), other.log_softmax(-1).clamp(min=FLOOR)
+        out: Tensor = self.kind(*parts)
         return out
 
     def _of_normals(self, rows: TensorDictBase) -> Tensor:
