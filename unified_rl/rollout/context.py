@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ Draw = Callable[[int], Problems]
 """``count -> problems``: other training problems."""
 
 
+@runtime_checkable
 class Context(Protocol):
     """Replaces conversations of a collection; their number stays."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from tensordict import TensorDict
@@ -69,6 +69,7 @@ class Request(NamedTuple):
         return self.judge(said, [problems[row] for row in kept], None if groups is None else groups[kept], source)
 
 
+@runtime_checkable
 class RowSource(Protocol):
     """Rows to add to a collection, as many as there are."""
 
