@@ -21,7 +21,9 @@ from unified_rl.agents.phases import Node, Phases
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.objectives.summands import Scales
 from unified_rl.objectives.transitions import KEYS, Networks, Transitions, prepare_batch
+from unified_rl.policies.base import Policy
 from unified_rl.policies.critics import QEnsemble, ValueCritic
+from unified_rl.protocols import BoxPolicy, standardises
 from unified_rl.replay import Replay, nstep_transitions
 from unified_rl.replay.fit import check_replay
 
@@ -99,7 +101,7 @@ class ActorCritic:
 
     def __init__(
         self,
-        policy: Any,
+        policy: BoxPolicy,
         generator: torch.Generator,
         rows: int,
         length: int | None = None,
@@ -138,6 +140,8 @@ class ActorCritic:
             raise ConfigError(f"agent.lr={lr} must be 0 or more")
         if not 0.0 < tau <= 1.0:
             raise ConfigError(f"agent.tau={tau} must lie above 0 and at most at 1")
+        if isinstance(policy, Policy):  # later moments would be another policy than the imitated one
+            policy.freeze_moments()
         self.policy, self.generator, self.gamma, self.tau = policy, generator, gamma, tau
         self.rows, self.n_step, self.batch_size = rows * (length or 1), n_step, batch_size
         self.updates_per_step, self.learning_starts = updates_per_step, learning_starts
@@ -154,7 +158,7 @@ class ActorCritic:
         self.slow_parameters: list[Tensor] = list(self.nets.target.parameters())
         self.target_entropy = -float(policy.action_dim) if target_entropy is None else target_entropy
         self.phases, self.alpha_adam = self._optimisers(lr, compile, tune_alpha)
-        self.standardised = getattr(policy, "normalizer", None) is not None
+        self.standardised = standardises(policy)
         self.draws_members = critics if self.phases_of.needing("members") else 0
         self.reads_alpha = bool(self.phases_of.needing("entropy"))
         self.extra: tuple[str, ...] = ()
@@ -171,11 +175,16 @@ class ActorCritic:
         Raises:
             ConfigError: an unknown part, a wrong setting of one, or a value that is missing or unread.
         """
-        given = {key: settings.get(key) for key in ("target", "aggregate", "value", "critic", "actor")}
+        given: dict[str, Any] = {key: settings.get(key) for key in ("target", "aggregate", "value", "critic", "actor")}
         make_phases(**{**given, "target": given["target"] or "soft", "aggregate": given["aggregate"] or "least"})
 
     def _parts(
-        self, target: Node, aggregate: Node, value: Node | None, critic: Mapping[str, Any] | None, actor: Any
+        self,
+        target: Node,
+        aggregate: Node,
+        value: Node | None,
+        critic: Mapping[str, Any] | None,
+        actor: Mapping[str, Any] | None,
     ) -> Phases:
         parts = make_phases(target, aggregate, value, critic, actor)
         parts.check_policy(self.policy)
@@ -268,9 +277,8 @@ class ActorCritic:
             ConfigError: by name, with what works instead.
         """
         keys = (*KEYS, "truncated") if self.n_step > 1 else KEYS
-        sampler = getattr(replay, "sampler", None)
-        self.prioritised = bool(getattr(sampler, "takes_priority", False))
-        self.extra = ("priority_weight",) if getattr(sampler, "weighs", False) else ()
+        self.prioritised = replay.sampler.takes_priority
+        self.extra = ("priority_weight",) if replay.sampler.weighs else ()
         length = self.n_step if self.n_step > 1 else None
         check_replay(replay, "actor_critic", keys=keys, length=length, priorities=True, reuses=True)
         self.checked = replay.write_count > 0
@@ -365,7 +373,7 @@ def make_phases(
 
 
 def make_networks(
-    policy: Any,
+    policy: BoxPolicy,
     log_alpha: Tensor,
     device: torch.device,
     state_value: bool,
@@ -376,7 +384,7 @@ def make_networks(
     seed: int,
 ) -> Networks:
     """The critic, its slow copy and, if asked for, a state value, for a policy's observations and actions."""
-    standardised = getattr(policy, "normalizer", None) is not None
+    standardised = standardises(policy)
     critic = QEnsemble(
         policy.observation_dim,
         policy.action_dim,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from unified_rl.errors import ConfigError, RecordError
 from unified_rl.instantiate import check_type, nearest
 from unified_rl.interventions import Wrapper
 from unified_rl.policies.normalizer import MOMENTS
+from unified_rl.protocols import HasNormalizer, Scores, ShowsLogits, ShowsNormals, Trainable, UnitStates
 
 PROVIDERS = ("snapshot", "average", "interpolated")
 """Where the proximal policy of a decoupled correction comes from."""
@@ -38,8 +39,11 @@ class Provider:
         foreign: it standardises observations by moments of its own.
     """
 
-    def __init__(self, policy: Any, view: str | None = None, foreign: bool = False) -> None:
+    def __init__(self, policy: Trainable, view: str | None = None, foreign: bool = False) -> None:
         self.policy, self.view, self.foreign = policy, view, foreign
+        self._hidden = policy if isinstance(policy, UnitStates) else None
+        self._shown = policy if isinstance(policy, ShowsLogits) else None
+        self._normal = policy if isinstance(policy, ShowsNormals) else None
 
     def log_prob(self, rows: TensorDictBase) -> Tensor:
         """Log-probs ``[B, N]`` of the rows' units, without gradient."""
@@ -54,19 +58,21 @@ class Provider:
         """
         view = view or self.view
         seen = self._seen(rows, view)
-        if hasattr(self.policy, "unit_states"):
-            found = self.policy.unit_states(seen)
+        if self._hidden is not None:
+            found = self._hidden.unit_states(seen)
         else:
-            (found,) = self.policy.read_logits(seen, lambda logits, token: (logits,))
+            assert self._shown is not None  # the term that asks has seen to it
+            (found,) = self._shown.read_logits(seen, lambda logits, token: (logits,))
         return found if view is None else _in_place(found, seen, rows)
 
     def logits(self, states: Tensor) -> Tensor:
         """Transformed logits ``[n, V]`` of states ``[n, d]``."""
-        return self.policy.logits_of(states) if hasattr(self.policy, "unit_states") else states
+        return states if self._hidden is None else self._hidden.logits_of(states)
 
     def normals(self, rows: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation of each unit's Normal, ``[B, N, D]``."""
-        return self.policy.normals(self._seen(rows, None))
+        assert self._normal is not None  # likewise
+        return self._normal.normals(self._seen(rows, None))
 
     def _seen(self, rows: TensorDictBase, view: str | None) -> TensorDictBase:
         if view is None:
@@ -78,7 +84,7 @@ class Provider:
             )
         return TensorDict({"tokens": rows[f"{view}_tokens"], "mask": rows[f"{view}_mask"]}, rows.batch_size)
 
-    def update(self, policy: Any, version: int) -> None:
+    def update(self, policy: Trainable, version: int) -> None:
         """After an update, whose number is ``version``."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,11 +98,14 @@ class Provider:
 class Copied(Provider):
     """The policy as it was at the start of the run, or after every ``every`` updates; 1 is the start of the update."""
 
-    def __init__(self, policy: Any, view: str | None = None, every: int | None = None) -> None:
-        super().__init__(_same_inputs(copy.deepcopy(policy).requires_grad_(False), policy), view)
+    def __init__(self, policy: Trainable, view: str | None = None, every: int | None = None) -> None:
+        older = copy.deepcopy(policy)
+        older.requires_grad_(False)
+        _same_inputs(older, policy)
+        super().__init__(older, view)
         self.every = every
 
-    def update(self, policy: Any, version: int) -> None:
+    def update(self, policy: Trainable, version: int) -> None:
         """Takes over the policy's weights where it is time to."""
         if self.every is not None and version % self.every == 0:
             self.policy.load_state_dict(policy.state_dict())
@@ -113,12 +122,12 @@ class Copied(Provider):
 class Averaged(Copied):
     """An exponential moving average of the policy's weights; buffers are copied."""
 
-    def __init__(self, policy: Any, view: str | None, decay: float) -> None:
+    def __init__(self, policy: Trainable, view: str | None, decay: float) -> None:
         super().__init__(policy, view)
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, policy: Any, version: int) -> None:
+    def update(self, policy: Trainable, version: int) -> None:
         """Takes in the newest weights."""
         for mine, newest in zip(self.policy.parameters(), policy.parameters(), strict=True):
             mine.lerp_(newest, 1.0 - self.decay)
@@ -222,7 +231,7 @@ class Anchors(Mapping[str, Provider]):
 
     def __init__(
         self,
-        policy: Any,
+        policy: Trainable,
         correction: Correction,
         wrapper: Wrapper,
         given: Mapping[str, Any] | None = None,
@@ -249,7 +258,7 @@ class Anchors(Mapping[str, Provider]):
         if wrapper.sync_every is not None:
             nodes.setdefault("reference", {"sync_every": wrapper.sync_every})
         self.providers = {name: make_provider(name, nodes.get(name, {}), policy) for name in wanted}
-        self.average: MovingAverage | None = None
+        self.average: MovingAverage[Trainable] | None = None
         if self.provider == "average":
             self.average = MovingAverage(policy, float(correction.proximal.get("decay", 0.9)))
             _same_inputs(self.average.module, policy)
@@ -285,7 +294,7 @@ class Anchors(Mapping[str, Provider]):
         """The provider of a name that something needs."""
         return self.providers[name]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         """Their names."""
         return iter(self.providers)
 
@@ -294,7 +303,7 @@ class Anchors(Mapping[str, Provider]):
         return len(self.providers)
 
     @property
-    def reference(self) -> Any:
+    def reference(self) -> Trainable | None:
         """The reference policy, if anything needs one."""
         return self.providers["reference"].policy if "reference" in self.providers else None
 
@@ -310,8 +319,9 @@ class Anchors(Mapping[str, Provider]):
             extra[f"{name}_log_prob"] = torch.cat(parts)
         record.update(extra)
 
-    def _parts(self, record: TensorDict) -> Any:
-        return record.split(self.micro_batch or len(record))
+    def _parts(self, record: TensorDict) -> Sequence[TensorDict]:
+        out: Sequence[TensorDict] = record.split(self.micro_batch or len(record))
+        return out
 
     def _wrapper_keys(self, record: TensorDict) -> dict[str, Tensor]:
         parts = [self.wrapper.annotate(part) for part in self._parts(record)]
@@ -322,10 +332,11 @@ class Anchors(Mapping[str, Provider]):
         if self.average is not None:
             return self.chunked(self.average.module, record)
         if self.placeholder or not bool((record["policy_version"] != version).any()):
-            return record["behavior_log_prob"].clone()
+            out: Tensor = record["behavior_log_prob"].clone()
+            return out
         return self.chunked(self.policy, record) if scored is None else scored
 
-    def chunked(self, policy: Any, record: TensorDict) -> Tensor:
+    def chunked(self, policy: Scores, record: TensorDict) -> Tensor:
         """Log-probs ``[B, N]`` of a policy without gradient, a micro-batch at a time."""
         return torch.cat([policy.log_prob(part).log_prob.detach() for part in self._parts(record)])
 
@@ -369,8 +380,8 @@ def _in_place(found: Tensor, seen: TensorDictBase, rows: TensorDictBase) -> Tens
     return found.new_zeros(*mask.shape, *rest).masked_scatter(wide, found[seen["mask"]])
 
 
-def _same_inputs(other: Any, policy: Any) -> Any:
-    """An older version of a policy, made to standardise observations as the policy does: only its weights are older."""
-    if getattr(policy, "normalizer", None) is not None:
-        other.normalizer = policy.normalizer
-    return other
+def _same_inputs(older: Trainable, policy: Trainable) -> None:
+    """Makes an older version of a policy standardise observations as the policy does: only its weights are older."""
+    if isinstance(policy, HasNormalizer) and policy.normalizer is not None:
+        assert isinstance(older, HasNormalizer)
+        older.normalizer = policy.normalizer

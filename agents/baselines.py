@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -12,6 +12,7 @@ from torch import Tensor
 from unified_rl.objectives.rows import Rows
 from unified_rl.policies.critics import ValueCritic
 from unified_rl.policies.token_critic import TokenCritic
+from unified_rl.protocols import ControlPolicy, LanguagePolicy, Normalizes, Trainable, is_language, standardises
 from unified_rl.returns import SuccessTracker, gae, record_advantage, segment_ends, to_segments, vtrace
 from unified_rl.units import Steps, row_return
 
@@ -19,9 +20,9 @@ from unified_rl.units import Steps, row_return
 class StateBaseline:
     """``V(s)`` per environment step; the true successor is bootstrapped at truncations."""
 
-    def __init__(self, policy: Any, hidden: tuple[int, ...], seed: int) -> None:
-        normalize = getattr(policy, "normalizer", None) is not None
-        self.module = ValueCritic(policy.observation_dim, hidden, normalize_observation=normalize, seed=seed)
+    def __init__(self, policy: ControlPolicy, hidden: tuple[int, ...], seed: int) -> None:
+        own = standardises(policy)
+        self.module = ValueCritic(policy.observation_dim, hidden, normalize_observation=own, seed=seed)
 
     def values(self, record: TensorDictBase) -> tuple[Tensor, Tensor]:
         """``[B, T]`` values, with gradient, and the mask of steps that count."""
@@ -50,9 +51,9 @@ class TokenBaseline:
     Optimization", arXiv:2506.15050).
     """
 
-    def __init__(self, policy: Any, config: dict[str, Any] | None, seed: int) -> None:
-        trunk = {"trunk": policy} if config is None else {"config": config}
-        self.module = TokenCritic(policy.tokenizer, policy.max_length, **trunk, seed=seed)
+    def __init__(self, policy: LanguagePolicy, config: dict[str, Any] | None, seed: int) -> None:
+        trunk = policy if config is None else None
+        self.module = TokenCritic(policy.tokenizer, policy.max_length, config=config, trunk=trunk, seed=seed)
 
     def values(self, record: TensorDictBase) -> tuple[Tensor, Tensor]:
         """``[B, N]`` values, with gradient, and the mask of sampled tokens."""
@@ -108,20 +109,19 @@ class TokenBaseline:
 Baseline: TypeAlias = StateBaseline | TokenBaseline
 
 
-def make_baseline(
-    policy: Any, language: bool, hidden: tuple[int, ...], config: dict[str, Any] | None, seed: int
-) -> Baseline:
+def make_baseline(policy: Trainable, hidden: tuple[int, ...], config: dict[str, Any] | None, seed: int) -> Baseline:
     """A baseline for the domain: over tokens with a critic of that ``config``, or over states with these widths."""
-    return TokenBaseline(policy, config, seed) if language else StateBaseline(policy, hidden, seed)
+    if is_language(policy):
+        return TokenBaseline(policy, config, seed)
+    return StateBaseline(cast(ControlPolicy, policy), hidden, seed)
 
 
-def update_moments(record: TensorDictBase, policy: Any, baseline: Baseline | None) -> None:
+def update_moments(record: TensorDictBase, policy: Trainable, baseline: Baseline | None) -> None:
     """Adds the observations of a control record to the moments that policy and critic standardise them by."""
     seen = record["observation"][record["step_mask"]]
     for module in (policy, baseline.module if baseline is not None else None):
-        update: Any = getattr(module, "update_normalizer", None)
-        if update is not None:
-            update(seen)
+        if isinstance(module, Normalizes):
+            module.update_normalizer(seen)
 
 
 def last_units(record: TensorDictBase) -> Tensor:

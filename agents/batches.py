@@ -105,7 +105,8 @@ class Batches:
             order = shuffled_groups(rows["group"], size, self.generator)
         else:
             order = torch.randperm(len(rows), generator=self.generator, device=rows.device)
-        return rows.exclude(*SCANNED_ONLY)[order].split(size)
+        out: Sequence[TensorDict] = rows.exclude(*SCANNED_ONLY)[order].split(size)
+        return out
 
 
 def shuffled_groups(group: Tensor, size: int, generator: torch.Generator) -> Tensor:

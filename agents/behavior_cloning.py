@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unified_rl.errors import ConfigError
 from unified_rl.optimizer import Optimizer
+from unified_rl.protocols import HasGenerator, Trainable, layout_of
 from unified_rl.replay import Fresh, Replay
 from unified_rl.replay.fit import check_replay
 from unified_rl.units import trim_units
@@ -40,7 +41,7 @@ class BehaviorCloning:
 
     def __init__(
         self,
-        policy: Any,
+        policy: Trainable,
         generator: torch.Generator,
         rows: int = 256,
         length: int | None = None,
@@ -61,14 +62,14 @@ class BehaviorCloning:
         self.rows, self.batch_size, self.updates = rows, batch_size or rows, updates
         self.device = torch.device(device)
         self.optimizer = Optimizer({"policy": policy}, lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-        if hasattr(policy, "generator"):
+        if isinstance(policy, HasGenerator):
             policy.generator = generator
         self.version = 0
 
     def step(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """One optimiser step on a batch of demonstrations; returns ``loss/nll`` (mean over supervised units)."""
         batch = batch.to(self.device)
-        if "tokens" in batch.keys():
+        if layout_of(batch) == "language":
             batch = trim_units(batch, int(batch["token_mask"].sum(-1).max()))
         nll = self.policy.nll(batch)
         mask = batch["mask"] if "mask" in batch.keys() and batch["mask"].shape == nll.shape else None

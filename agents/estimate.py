@@ -45,14 +45,16 @@ class CriticAdvantage:
         """Writes ``advantage``, ``value``, ``value_target`` and ``value_mask``; returns the first."""
         if self.rows.every:
             self.credit(record, self.baseline, *self.settings)
-            return record["advantage"]
+            whole: Tensor = record["advantage"]
+            return whole
         at = self.rows.numbers(record)
         some = record[at if len(at) else slice(0, 1)]
         self.credit(some, self.baseline, *self.settings)
         for key in ("advantage", "value", "value_target", "value_mask"):
             found = some[key][: len(at)]
             record[key] = found.new_zeros(len(record), *found.shape[1:]).index_copy(0, at, found)
-        return record["advantage"]
+        out: Tensor = record["advantage"]
+        return out
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the critic is the agent's."""
@@ -115,8 +117,10 @@ class Estimate:
     @staticmethod
     def _own(record: TensorDict, total: Tensor) -> Tensor:
         """Returns of the policy's own rows, ``[b]``; of all where there are none: what others did is no progress."""
-        own = OWN_ROWS.of_record(record) if "source" in record.keys() else ()
-        return total[own] if len(own) and bool(own.any()) else total
+        if "source" not in record.keys():
+            return total
+        own = OWN_ROWS.of_record(record)
+        return total[own] if bool(own.any()) else total
 
     def _open_gates(self, record: TensorDict) -> None:
         """Writes the gates' columns, and finds every column by which a term chooses rows."""
@@ -163,7 +167,7 @@ def make_gates(nodes: Mapping[str, Any] | None) -> dict[str, Callable[[TensorDic
     return {name: bind(node, GATES, f"agent.gates.{name}")[0] for name, node in (nodes or {}).items()}
 
 
-def make_maps(nodes: Sequence[Any] | None) -> list[Callable[..., Tensor]]:
+def make_maps(nodes: Sequence[Any] | None) -> list[partial[Any]]:
     """The maps that ``agent.maps`` describes.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from unified_rl.correction.lookup import as_rule, bind
@@ -71,11 +72,11 @@ def make_terms(
     return terms
 
 
-def anchors_of(terms: Iterable[Term], maps: Iterable[Any]) -> tuple[dict[str, str], dict[str, str]]:
+def anchors_of(terms: Iterable[Term], maps: Iterable[partial[Any]]) -> tuple[dict[str, str], dict[str, str]]:
     """Anchors whose log-probs, and whose whole distributions, are compared with; and the setting that does so."""
     log_probs = {anchor: term.where for term in terms for anchor in sorted(term.anchors)}
     for number, reshape in enumerate(maps):
-        wanted = getattr(getattr(reshape, "func", reshape), "anchors", ())
+        wanted = getattr(reshape.func, "anchors", ())  # what a function declares of itself
         log_probs |= {anchor: f"agent.maps[{number}]" for anchor in wanted if anchor not in log_probs}
     return log_probs, {anchor: term.where for term in terms for anchor in sorted(term.distributions)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, CRITICS, TARGETS, VALUES
 from unified_rl.objectives.summands import Scales, Summands
-from unified_rl.objectives.transitions import Loss, Transitions, needs_of
+from unified_rl.objectives.transitions import Transitions, needs_of
+from unified_rl.protocols import HasSpace, Reparameterised, standardises
 
 Node = str | Mapping[str, Any]
 
@@ -39,17 +41,17 @@ class Phases:
         critic: Mapping[str, Any],
         actor: Mapping[str, Any],
     ) -> None:
-        self.aggregate: Callable[..., Tensor] = bind(aggregate, AGGREGATES, "agent.aggregate")[0]
-        members = getattr(self.aggregate, "keywords", {}).get("members", 1)
+        self.aggregate = bind(aggregate, AGGREGATES, "agent.aggregate")[0]
+        members = self.aggregate.keywords.get("members", 1)
         if members < 1:
             raise ConfigError(f"agent.aggregate.members={members} must be at least 1")
-        self.target: Loss = bind(target, TARGETS, "agent.target")[0]
-        self.value: Loss | None = None if value is None else bind(value, VALUES, "agent.value")[0]
+        self.target = bind(target, TARGETS, "agent.target")[0]
+        self.value = None if value is None else bind(value, VALUES, "agent.value")[0]
         self.sums = {
             "critic": Summands(critic, CRITICS, "agent.critic"),
             "actor": Summands(actor, ACTORS, "agent.actor"),
         }
-        self.parts: dict[str, Callable[..., Tensor]] = {"agent.aggregate": self.aggregate, "agent.target": self.target}
+        self.parts: dict[str, partial[Any]] = {"agent.aggregate": self.aggregate, "agent.target": self.target}
         if self.value is not None:
             self.parts["agent.value"] = self.value
         for phase, summands in self.sums.items():
@@ -76,19 +78,19 @@ class Phases:
 
     # ------------------------------------------------------------------ what does not fit
 
-    def check_policy(self, policy: Any) -> None:
+    def check_policy(self, policy: object) -> None:
         """Refuses a policy that the parts cannot use.
 
         Raises:
             ConfigError: its actions are not continuous, or a part needs an ability that it lacks.
         """
         name = type(policy).__name__
-        if getattr(policy, "num_actions", None) is not None or not hasattr(policy, "action_low"):
+        if not isinstance(policy, HasSpace) or policy.space.action.choices is not None:
             raise ConfigError(
                 f"agent=sac and agent=actor_critic need continuous actions, and {name} has none; use "
                 "policy=tanh_gaussian in a control environment, or agent=policy_gradient"
             )
-        if hasattr(policy, "rsample"):
+        if isinstance(policy, Reparameterised):
             return
         draws = self.needing("rsample") + (self.needing("advantage") if self.value is None else [])
         if draws:
@@ -134,13 +136,13 @@ class Phases:
         if target_entropy is not None and not tune:
             raise ConfigError("agent.target_entropy is what agent.tune_alpha tunes to; set agent.tune_alpha=true")
 
-    def check_graph(self, policy: Any) -> None:
+    def check_graph(self, policy: object) -> None:
         """Refuses what a CUDA graph would freeze.
 
         Raises:
             ConfigError: random numbers within the step, coefficients or moments that change.
         """
-        inside = self.needing("generator") + ([] if hasattr(policy, "rsample") else self.needing("nll"))
+        inside = self.needing("generator") + ([] if isinstance(policy, Reparameterised) else self.needing("nll"))
         if inside:
             raise ConfigError(
                 f"{' and '.join(inside)} draw random numbers within a gradient step, which a CUDA graph would repeat; "
@@ -149,7 +151,7 @@ class Phases:
         changing = [f"agent.{phase}.{name}" for phase, sum_ in self.sums.items() for name in sum_.changing]
         if changing:
             raise ConfigError(f"{changing[0]}.coefficient changes, which a CUDA graph would not see; set a number")
-        if getattr(policy, "normalizer", None) is not None:
+        if standardises(policy):
             raise ConfigError(
                 "policy.normalize_observation moves moments between gradient steps, which a CUDA graph would not see; "
                 "set agent.cuda_graph=false"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import nn
 
 from unified_rl.agents.advantage_source import CREDIT_OF, check_rows, check_unread, choose_credit
 from unified_rl.agents.anchors import PROVIDERS, Anchors, check_anchors
@@ -24,6 +23,7 @@ from unified_rl.correction import Correction
 from unified_rl.interventions import WRAPPERS, make_wrapper
 from unified_rl.objectives.objective import Objective, Parts
 from unified_rl.optimizer import Optimizer
+from unified_rl.protocols import EndsPretraining, HasWeights, Trainable, domain_of, is_discrete
 from unified_rl.replay import Replay
 from unified_rl.replay.fit import check_replay
 from unified_rl.units import split_steps
@@ -87,7 +87,7 @@ class PolicyGradient:
 
     def __init__(
         self,
-        policy: Any,
+        policy: Trainable,
         correction: Correction,
         generator: torch.Generator,
         rows: int,
@@ -124,14 +124,13 @@ class PolicyGradient:
         maps: list[str | dict[str, Any]] | None = None,
         seed: int = 0,
     ) -> None:
-        self.language = hasattr(policy, "generate")
-        discrete = self.language or getattr(policy, "supports_discrete", False)
+        self.language, discrete = domain_of(policy) == "language", is_discrete(policy)
         correction.check_domain(discrete=discrete)
         correction.require_support(wrappers=[*WRAPPERS, *CREDIT_OF], providers=PROVIDERS)
         self.use_critic, self.credit = choose_credit(correction, advantage, credit, language=self.language)
         check_unread(self.use_critic, self.language, critic_config=critic_config, drop_equal_groups=drop_equal_groups)
         self.policy, self.correction, self.generator = policy, correction, generator
-        if not self.language:
+        if isinstance(policy, EndsPretraining):
             policy.end_pretraining()
         self.lr, self.anneal_lr, self.micro_batch, self.device = lr, anneal_lr, micro_batch, torch.device(device)
         self.gamma = gamma if gamma is not None else (1.0 if self.language else 0.99)
@@ -140,9 +139,9 @@ class PolicyGradient:
         by_step = self.use_critic and not self.language
         self.shuffle_steps = choose_steps(shuffle_steps, by_step, correction, self.wrapper, terms.values())
         self.baseline: Baseline | None = None
-        modules: dict[str, nn.Module] = {"policy": policy}
+        modules: dict[str, HasWeights] = {"policy": policy}
         if self.use_critic:
-            self.baseline = make_baseline(policy, self.language, critic_hidden, critic_config, seed)
+            self.baseline = make_baseline(policy, critic_hidden, critic_config, seed)
             modules["critic"] = self.baseline.module.to(self.device)
         extra = self.wrapper.modules()
         self.optimizer = Optimizer(modules, lr, weight_decay, eps=adam_eps, max_grad_norm=max_grad_norm, extra=extra)

@@ -117,8 +117,8 @@ class SB3Agent:
 
     def __init__(
         self,
-        policy: Any,
-        env: Any,
+        policy: object,
+        env: object,
         algorithm: str = "sac",
         num_envs: int = 1,
         slice_steps: int = 2000,
@@ -147,7 +147,7 @@ class SB3Agent:
         self.version = 0
         self._started = False
 
-    def update(self, replay: Any = None, progress: float = 0.0) -> dict[str, Any]:
+    def update(self, replay: None = None, progress: float = 0.0) -> dict[str, Any]:
         """Trains for one slice of environment steps; returns SB3's own logged numbers under ``sb3/``."""
         target = self.steps_per_update * (self.version + 1) - self.model.num_timesteps
         if target > 0:

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.terms import OWN_ROWS
+from unified_rl.protocols import HasTolerance, Scores
 
 
-def scoring(policy: Any, compiled: bool, cuda_graph: bool, device: torch.device) -> Callable[[TensorDictBase], Tensor]:
+def scoring(
+    policy: Scores, compiled: bool, cuda_graph: bool, device: torch.device
+) -> Callable[[TensorDictBase], Tensor]:
     """``rows -> log_prob [B, N]``: as the policy has it, compiled, or replayed from CUDA graphs.
 
     Raises:
@@ -29,7 +32,7 @@ def scoring(policy: Any, compiled: bool, cuda_graph: bool, device: torch.device)
     return lambda rows: score(rows).log_prob
 
 
-def identity_check(policy: Any, record: TensorDictBase, version: int, score: Callable[[], Tensor]) -> dict[str, Any]:
+def identity_check(policy: Scores, record: TensorDictBase, version: int, score: Callable[[], Tensor]) -> dict[str, Any]:
     """Units sampled by the weights of ``version`` must have ratio 1 under them.
 
     The tolerance is 0.01, or the policy's own ``log_ratio_tolerance`` where its arithmetic is coarser.
@@ -49,7 +52,8 @@ def identity_check(policy: Any, record: TensorDictBase, version: int, score: Cal
     with torch.no_grad():
         log_prob = score()
     gap = torch.where(fresh, log_prob - record["behavior_log_prob"], 0.0).abs().max()
-    if not bool(gap <= getattr(policy, "log_ratio_tolerance", 1e-2)):
+    tolerance = policy.log_ratio_tolerance if isinstance(policy, HasTolerance) else 1e-2
+    if not bool(gap <= tolerance):
         raise ConfigError(
             f"fresh data should have log-ratio 0, but the largest is {float(gap):.3g}: the policy's sample() and "
             "log_prob() disagree (temperature, truncation, std floor or dtype)"

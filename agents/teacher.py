@@ -10,10 +10,11 @@ import yaml
 from unified_rl.config import build
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.policies.causal_lm import CausalLM
+from unified_rl.protocols import CountsUnits, HasSpace, Trainable
 from unified_rl.training.checkpoint import latest_checkpoint, read_checkpoint
 
 
-def load_teacher(folder: str, student: Any, setting: str = "agent.teacher") -> Any:
+def load_teacher(folder: str, student: Trainable, setting: str = "agent.teacher") -> Trainable:
     """A frozen policy whose log-probs are of the same units as the student's.
 
     Args:
@@ -27,21 +28,23 @@ def load_teacher(folder: str, student: Any, setting: str = "agent.teacher") -> A
         ConfigError: the teacher does not fit the student.
     """
     path = Path(folder)
+    teacher: Trainable
     if (path / "config.yaml").is_file():
         teacher = _from_run(path, student)
     elif isinstance(student, CausalLM) and (path / "config.json").is_file():
         temperature = student.sampling.temperature
-        made: Any = CausalLM(student.tokenizer, student.max_length, path=folder, temperature=temperature)
-        teacher = made.to(student.device)
+        model = CausalLM(student.tokenizer, student.max_length, path=folder, temperature=temperature)
+        teacher = model.to(student.device)
     else:
         raise CheckpointError(
             f"{setting}={folder} is no folder of a run (it has no config.yaml)"
             + (" and none of a language model (no config.json)" if isinstance(student, CausalLM) else "")
         )
-    return teacher.requires_grad_(False)
+    teacher.requires_grad_(False)
+    return teacher
 
 
-def _from_run(path: Path, student: Any) -> Any:
+def _from_run(path: Path, student: Trainable) -> Any:
     state = read_checkpoint(latest_checkpoint(path))["agent"].get("policy")
     node = (yaml.safe_load((path / "config.yaml").read_text()) or {}).get("policy")
     if not state or not node:
@@ -51,15 +54,16 @@ def _from_run(path: Path, student: Any) -> Any:
         teacher.load_state_dict(state)
     except (RuntimeError, TypeError, ConfigError) as error:
         raise ConfigError(f"the policy of {path} does not fit here: {str(error).splitlines()[0]}") from error
-    if getattr(teacher, "num_units", None) != getattr(student, "num_units", None):
+    if isinstance(student, CountsUnits) and teacher.num_units != student.num_units:
         raise ConfigError(
             f"the policy of {path} puts {teacher.num_units} log-probs on an action and the student {student.num_units}"
         )
     return teacher
 
 
-def _inputs(student: Any) -> dict[str, Any]:
+def _inputs(student: Trainable) -> dict[str, Any]:
     """What the student's constructor was given by its environment."""
     if isinstance(student, CausalLM):
         return {"tokenizer": student.tokenizer, "max_length": student.max_length}
+    assert isinstance(student, HasSpace)
     return {"space": student.space}

@@ -69,6 +69,23 @@ def test_the_null_control_fails_where_rows_forget_their_moments(tmp_path: Path) 
     assert (policy.log_prob(rows.exclude("moments")).log_prob - stored).abs().max() > 0.1
 
 
+def test_value_based_agents_keep_the_moments_of_an_imitated_policy(tmp_path: Path) -> None:
+    small = ["progress=false", "rollout.random_steps=0", "agent.learning_starts=8", "agent.batch_size=8", "steps=64"]
+    case = ["env=two_route", "agent=sac", "policy.normalize_observation=true", *IMITATED]
+    job = Job(resolve_defaults(compose([*case, *small])))
+    job.warm_start(lambda *args: None)
+    seen = float(job.policy.normalizer.count)
+    trainer = job.make_trainer(tmp_path)
+    for _ in range(3):
+        trainer.update()
+    assert float(job.policy.normalizer.count) == seen > 0
+    fresh = Job(resolve_defaults(compose([*case[:3], *small])))
+    trainer = fresh.make_trainer(tmp_path)
+    for _ in range(3):
+        trainer.update()
+    assert int(fresh.policy.normalizer.used) >= 3  # the control: without imitation they move
+
+
 def test_frozen_moments_stay_and_untouched_ones_do_not_freeze() -> None:
     normalizer = RunningNormalizer(2)
     normalizer.freeze()

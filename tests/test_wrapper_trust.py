@@ -302,6 +302,8 @@ def test_inside_the_bound_nothing_is_fixed_up_and_the_penalty_shrinks() -> None:
 
 def test_a_policy_without_a_known_distribution_is_refused() -> None:
     class Bare:
+        domain = "control"
+
         def log_prob(self, batch: Any) -> None: ...
 
     from unified_rl.interventions import make_wrapper
@@ -340,6 +342,8 @@ def test_the_kl_is_the_full_one_over_the_annealed_step_size() -> None:
 
 def test_without_a_distribution_the_sample_estimate_is_annealed_instead() -> None:
     class Bare:
+        domain = "control"
+
         def log_prob(self, batch: Any) -> None: ...
 
     correction = load_correction("mdpo")

@@ -168,8 +168,10 @@ def load_policy(
     Raises:
         CheckpointError: no such run, no such checkpoint, or a run that only a script can build again.
     """
+    from torch import nn
+
     policy = _restored(run, checkpoint, allow, {"device": "cpu"}).policy
-    return policy.eval() if hasattr(policy, "eval") else policy
+    return policy.eval() if isinstance(policy, nn.Module) else policy
 
 
 def compare(

@@ -50,7 +50,7 @@ IMPLIED = {
 DESCRIBED = ("correction",)
 """Groups whose ``name`` and ``summary`` are those of the option's file (its stem and first comment) if not given."""
 
-CHECKS = {"correction": "unified_rl.interventions.check_correction"}
+CHECKS = {"correction": "unified_rl.objectives.correction_settings.check_correction"}
 """Functions that check a node for what its own class, further down, cannot know."""
 
 CHOICES = "choices"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unified_rl.errors import NonFiniteError
+from unified_rl.protocols import HasWeights
 
 
 def first_non_finite(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
@@ -39,14 +40,14 @@ class Optimizer:
 
     def __init__(
         self,
-        modules: dict[str, nn.Module],
+        modules: Mapping[str, HasWeights],
         lr: float,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_grad_norm: float | None = None,
         capturable: bool = False,
-        extra: Mapping[str, tuple[nn.Module, float]] | None = None,
+        extra: Mapping[str, tuple[HasWeights, float]] | None = None,
     ) -> None:
         self.named = [
             (f"{prefix}.{name}", parameter)

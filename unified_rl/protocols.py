@@ -10,12 +10,13 @@ and action, ``V`` choices of a unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from unified_rl.errors import ConfigError
 from unified_rl.spaces import Space
@@ -39,6 +40,34 @@ def domain_of(part: Any) -> Domain:
         if domain == known:
             return known
     raise ConfigError(f"{type(part).__name__}.domain is {domain!r}; set it to 'control' or 'language'")
+
+
+def is_language(policy: object) -> TypeGuard[LanguagePolicy]:
+    """Whether a policy's domain is language, as a narrowing of its type.
+
+    Raises:
+        ConfigError: the policy has no domain.
+    """
+    return domain_of(policy) == "language"
+
+
+def is_discrete(policy: object) -> bool:
+    """Whether the log-probs of a policy's units are those of choices, at most 0, rather than densities.
+
+    Raises:
+        ConfigError: the policy has no domain.
+    """
+    return is_language(policy) or (isinstance(policy, MayChoose) and policy.supports_discrete)
+
+
+def standardises(policy: object) -> bool:
+    """Whether a policy was told to standardise observations by running moments."""
+    return isinstance(policy, HasNormalizer) and policy.normalizer is not None
+
+
+def averages_dims(policy: object) -> bool:
+    """Whether log-probs of a policy's Normals are means over their dimensions, not sums."""
+    return isinstance(policy, MayAverage) and policy.mean_over_dims
 
 
 def layout_of(record: TensorDictBase) -> Domain:
@@ -156,6 +185,14 @@ class LanguageEnv(Protocol):
             finished: ``[B]`` bool, False where the last turn ran out of its budget without a stop token; such a turn
                 is truncated, which the caller records.
         """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bit-exact continuation needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`; recomputes nothing."""
         ...
 
 
@@ -320,6 +357,54 @@ class Normalizes(Protocol):
 
 
 @runtime_checkable
+class HasNormalizer(Protocol):
+    """Says by which running moments it standardises observations."""
+
+    normalizer: nn.Module | None
+
+
+@runtime_checkable
+class MayChoose(Protocol):
+    """A control policy that says whether its actions may be choices."""
+
+    @property
+    def supports_discrete(self) -> bool:
+        """Then log-probs are those of categoricals."""
+        ...
+
+
+@runtime_checkable
+class MayAverage(Protocol):
+    """A policy of Normals that says whether its log-probs are means over their dimensions."""
+
+    mean_over_dims: bool
+
+
+@runtime_checkable
+class HasTolerance(Protocol):
+    """A policy whose sampling and scoring round differently, and that says how far apart they may lie."""
+
+    @property
+    def log_ratio_tolerance(self) -> float:
+        """Largest difference of a fresh sample's log-prob from its sampler's, at equal weights."""
+        ...
+
+
+@runtime_checkable
+class CountsUnits(Protocol):
+    """A control policy, whose actions all have the same number of units."""
+
+    num_units: int
+
+
+@runtime_checkable
+class HasGenerator(Protocol):
+    """Draws from a stream of its own where none is passed."""
+
+    generator: torch.Generator
+
+
+@runtime_checkable
 class EndsPretraining(Protocol):
     """Has something to fix between imitation and reinforcement learning."""
 
@@ -328,7 +413,7 @@ class EndsPretraining(Protocol):
         ...
 
 
-# ------------------------------------------------------------------------------------------------ agents and rollouts
+# ------------------------------------------------------------------------------- policies, agents, replays and rollouts
 
 
 @runtime_checkable
@@ -342,6 +427,97 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> Any:
         """Restores :meth:`state_dict`; recomputes nothing."""
         ...
+
+
+class HasWeights(Stateful, Protocol):
+    """What an optimiser and an average of weights ask of a ``torch.nn.Module``."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Itself and all modules inside."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its weights."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Its weights by name."""
+        ...
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Its tensors that are no weights."""
+        ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freezes or thaws its weights; returns itself."""
+        ...
+
+
+class Trainable(Scores, Imitates, HasWeights, Protocol):
+    """A policy of either domain, as agents train it: a ``torch.nn.Module`` with log-probs and a supervised loss."""
+
+    @property
+    def domain(self) -> str:
+        """``control`` or ``language``."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        ...
+
+
+class ControlPolicy(Trainable, Samples, HasSpace, Normalizes, EndsPretraining, Protocol):
+    """A policy that acts in control environments, with the sizes of its space."""
+
+    observation_dim: int
+    action_dim: int
+
+
+class BoxPolicy(ControlPolicy, Protocol):
+    """A control policy whose action is a vector between bounds."""
+
+    action_low: Tensor
+    action_high: Tensor
+
+
+class LanguagePolicy(Trainable, Generates, Protocol):
+    """A language model of a token task."""
+
+    tokenizer: Any
+    max_length: int
+    model: Any
+    """The transformer."""
+
+
+class Store(Protocol):
+    """A replay as a trainer uses it: filled, saved and restored; agents say themselves how they draw from it."""
+
+    def extend(self, rows: TensorDict) -> Any:
+        """Takes in the rows of a collection."""
+        ...
+
+    def dumps(self, path: Path) -> Any:
+        """Writes everything to a folder."""
+        ...
+
+    def loads(self, path: Path) -> Any:
+        """Reads what :meth:`dumps` wrote."""
+        ...
+
+
+@runtime_checkable
+class HasDiscount(Protocol):
+    """An environment or agent that discounts."""
+
+    gamma: float
+
+
+@runtime_checkable
+class ChecksIdentity(Protocol):
+    """An agent that checks on its first update that fresh samples have ratio 1, unless it is told not to."""
+
+    verify_identity: bool
 
 
 @runtime_checkable
@@ -358,6 +534,13 @@ class Agent(Stateful, Protocol):
 
 
 @runtime_checkable
+class Collects(Protocol):
+    """An agent that collects by itself, without rollout and replay."""
+
+    steps_per_update: int
+
+
+@runtime_checkable
 class Rollout(Stateful, Protocol):
     """Makes rows for a replay."""
 
@@ -366,14 +549,21 @@ class Rollout(Stateful, Protocol):
     steps_per_collect: int
     staleness: int
     """Updates that the policy of a row may be old."""
+    rows: int
+    """Rows of one collection at most."""
+
+    @property
+    def length(self) -> int | None:
+        """Steps of a row; None where a row stands alone."""
+        ...
 
     def collect(self, version: int) -> tuple[TensorDict, dict[str, float]]:
         """Rows of the record, sampled by the policy of that version, and metrics."""
         ...
 
 
-def require_solutions(env: Any, setting: str, style: str | None = None) -> None:
-    """Checks that a task can show correct answers.
+def require_solutions(env: object, setting: str, style: str | None = None) -> Solves:
+    """The task, which can show correct answers.
 
     Args:
         env: the task.
@@ -390,3 +580,4 @@ def require_solutions(env: Any, setting: str, style: str | None = None) -> None:
         env.solve([], style)
     except ConfigError as error:
         raise ConfigError(f"{setting}: {error}") from error
+    return env

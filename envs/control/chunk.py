@@ -88,7 +88,8 @@ class ActionChunk(ControlEnvBase):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The state of the environment inside; a chunk is never half done between calls."""
-        return self.inner.state_dict()
+        out: dict[str, Any] = self.inner.state_dict()
+        return out
 
     def load_state_dict(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Restores :meth:`state_dict`."""

@@ -155,7 +155,8 @@ class GymnasiumEnv(ControlEnvBase):
         observation, _ = copy.reset(seed=int(self._seeds[lane]))
         for action in self._played[lane]:
             observation = copy.step(action)[0]
-        return observation
+        out: np.ndarray[Any, Any] = observation
+        return out
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Closes every copy."""

@@ -55,7 +55,8 @@ def never(count: int) -> NDArray[np.bool_]:
 
 def square_sum(x: Array) -> Array:
     """Sum of squares over the last axis, ``[K, n]`` to ``[K]``."""
-    return np.einsum("kn,kn->k", x, x)
+    out: Array = np.einsum("kn,kn->k", x, x)
+    return out
 
 
 @contextmanager

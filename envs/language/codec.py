@@ -53,7 +53,8 @@ class Codec:
         if self._table is None:
             backend = getattr(self.tokenizer, "backend_tokenizer", None)
             if backend is None:
-                return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+                out: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+                return out
             return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         ids = self._look_up("".join(texts)).tolist()
         ends = np.cumsum([len(text) for text in texts]).tolist()

@@ -87,7 +87,8 @@ class GuardedScorer:
         try:
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
-            return json.loads(process.stdout.readline())
+            out: dict[str, Any] = json.loads(process.stdout.readline())
+            return out
         except (OSError, ValueError):  # the worker died: a broken pipe, or an empty line
             self._end(process)
             self.restarts += 1

@@ -85,7 +85,7 @@ def find(name: str, table: Table, where: str) -> Callable[..., Any]:
 
 def bind(
     node: str | Mapping[str, Any], table: Table, where: str, extra: Iterable[str] | Mapping[str, Any] = ()
-) -> tuple[Callable[..., Any], dict[str, Any]]:
+) -> tuple[partial[Any], dict[str, Any]]:
     """Looks a rule up and fixes its settings.
 
     Args:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from unified_rl.protocols import HasWeights
+
+Module = TypeVar("Module", bound=HasWeights)
 
 
 def interpolated(log_prob: Tensor, behavior_log_prob: Tensor, policy_version: Tensor, version: int) -> Tensor:
@@ -25,7 +30,7 @@ def interpolated(log_prob: Tensor, behavior_log_prob: Tensor, policy_version: Te
     return torch.lerp(behavior_log_prob, log_prob.detach().to(behavior_log_prob.dtype), share)
 
 
-class MovingAverage:
+class MovingAverage(Generic[Module]):
     """A policy whose weights are the debiased exponential average of another's. PPO-EWMA, 2110.00641.
 
     Args:
@@ -33,12 +38,13 @@ class MovingAverage:
         decay: 0 follows at once, towards 1 remembers longer.
     """
 
-    def __init__(self, module: nn.Module, decay: float = 0.9) -> None:
-        self.module = copy.deepcopy(module).requires_grad_(False)
+    def __init__(self, module: Module, decay: float = 0.9) -> None:
+        self.module = copy.deepcopy(module)
+        self.module.requires_grad_(False)
         self.decay, self.weight = decay, 1.0
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
+    def update(self, module: HasWeights) -> None:
         """Takes the newest weights in; buffers are copied."""
         self.weight = self.decay * self.weight + 1.0
         for mine, newest in zip(self.module.parameters(), module.parameters(), strict=True):

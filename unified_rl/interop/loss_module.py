@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
@@ -10,6 +10,7 @@ from torch import nn
 from torchrl.objectives import LossModule
 
 from unified_rl.correction import Correction
+from unified_rl.protocols import Scores
 
 
 class CorrectedPolicyLoss(LossModule):
@@ -32,11 +33,10 @@ class CorrectedPolicyLoss(LossModule):
         self.in_keys = ["behavior_log_prob", "mask", "step_index", "reward", "advantage"]
         self.out_keys = ["loss_objective"]
 
-    @dispatch
+    @dispatch  # type: ignore[untyped-decorator]  # TorchRL's own
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """The loss of one record; ``loss_objective`` carries the gradient."""
-        policy: Any = self.actor_network
-        scored = policy.log_prob(tensordict)
+        scored = cast(Scores, self.actor_network).log_prob(tensordict)  # a module, for TorchRL
         out = self.correction(scored.log_prob, tensordict)
         metrics = {key.replace("/", "_"): value.detach() for key, value in out.metrics.items()}
         return TensorDict({"loss_objective": out.loss, **metrics}, batch_size=[])

@@ -110,7 +110,8 @@ class TorchRLControlEnv:
         self.env.close()
 
     def _observation(self, td: TensorDictBase) -> Tensor:
-        return td["observation"].reshape(self.num_envs, -1).float().clone()
+        out: Tensor = td["observation"].reshape(self.num_envs, -1).float().clone()
+        return out
 
 
 def _action_part(spec: TensorSpec, batch_dims: int) -> Part:
@@ -133,7 +134,7 @@ def _action_part(spec: TensorSpec, batch_dims: int) -> Part:
     raise ConfigError(f"the environment acts in a {type(spec).__name__}; a vector and discrete choices are supported")
 
 
-def as_environment(env: Any) -> Any:
+def as_environment(env: object) -> ControlEnv | LanguageEnv:
     """The environment itself where it speaks our protocol, else an adapter over an ``EnvBase``.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from unified_rl.correction import Correction
-from unified_rl.correction.lookup import bind, check_keys
+from unified_rl.correction.lookup import bind
 from unified_rl.interventions.base import Wrapper
 from unified_rl.interventions.fix_up import FixUp
 from unified_rl.interventions.noise import LayerNoise
@@ -14,10 +14,9 @@ from unified_rl.interventions.projection import ProjectCategorical
 from unified_rl.interventions.proxy import MinPProxy
 from unified_rl.interventions.schedule import AnnealLevel, AnnealPenalty, SyncReference
 from unified_rl.interventions.steps import ClipBiasScale, EssLearningRate, Reposition
-from unified_rl.objectives.rows import Rows
-from unified_rl.returns.record import NAMED, PLAIN
+from unified_rl.protocols import Trainable
 
-__all__ = ["WRAPPERS", "Wrapper", "check_correction", "make_wrapper"]
+__all__ = ["WRAPPERS", "Wrapper", "make_wrapper", "wrapper_class"]
 
 WRAPPERS: dict[str, type[Wrapper]] = {
     "anneal_level": AnnealLevel,
@@ -34,28 +33,21 @@ WRAPPERS: dict[str, type[Wrapper]] = {
 """By the name that a preset's ``wrapper`` node gives; its other entries are the constructor's keyword arguments."""
 
 
-def make_wrapper(policy: Any, correction: Correction) -> Wrapper:
+def make_wrapper(policy: Trainable, correction: Correction) -> Wrapper:
     """The wrapper that a correction asks for; one that does nothing where it asks for none of :data:`WRAPPERS`.
 
     Raises:
         ConfigError: a setting that the wrapper does not have, or a policy that it cannot work on.
     """
-    made = _bound(correction.wrapper)
+    made = wrapper_class(correction.wrapper)
     return Wrapper(policy, correction) if made is None else made(policy, correction)
 
 
-def check_correction(node: Mapping[str, Any]) -> None:
-    """Refuses settings of a correction's ``wrapper`` and ``advantage``, which others read, when a run is composed.
+def wrapper_class(node: Mapping[str, Any]) -> Callable[..., Wrapper] | None:
+    """The class that a correction's ``wrapper`` node names, settings bound; None where nothing here acts on it.
 
     Raises:
-        ConfigError: an unknown setting or source of rows (names the nearest), or one of the wrong type.
+        ConfigError: a setting that the wrapper does not have, or of the wrong type.
     """
-    _bound(node.get("wrapper") or {})
-    advantage = node.get("advantage") or {}
-    check_keys(advantage, (*PLAIN, *NAMED, "rows"), "correction.advantage")
-    Rows.of(advantage.get("rows"), "correction.advantage.rows")
-
-
-def _bound(node: Mapping[str, Any]) -> Callable[..., Wrapper] | None:
     name = str(node.get("name"))  # further names are credits, which the agent acts on
     return bind(node, WRAPPERS, "correction.wrapper")[0] if name in WRAPPERS or "." in name else None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unified_rl.correction import Correction
 from unified_rl.optimizer import Optimizer
+from unified_rl.protocols import Trainable, domain_of
 from unified_rl.units import Source
 
 Metrics = dict[str, Any]
@@ -24,7 +25,10 @@ UNKNOWN = [int(Source.DEMONSTRATION), int(Source.EXPERT)]
 def sampled(batch: TensorDictBase) -> Tensor:
     """Rows ``[B]`` that hold units and whose behavior probability is known: those that no demonstrator wrote."""
     own = batch["mask"].any(-1)
-    return own & ~torch.isin(batch["source"], batch["source"].new_tensor(UNKNOWN)) if "source" in batch.keys() else own
+    out: Tensor = (
+        own & ~torch.isin(batch["source"], batch["source"].new_tensor(UNKNOWN)) if "source" in batch.keys() else own
+    )
+    return out
 
 
 class Wrapper:
@@ -50,9 +54,9 @@ class Wrapper:
     anchors: frozenset[str] = frozenset()
     sync_every: int | None = None
 
-    def __init__(self, policy: Any, correction: Correction) -> None:
+    def __init__(self, policy: Trainable, correction: Correction) -> None:
         self.policy, self.correction = policy, correction
-        self.language = hasattr(policy, "generate")
+        self.language = domain_of(policy) == "language"
 
     def modules(self) -> dict[str, tuple[nn.Module, float]]:
         """Further weights to train, by name, each with its own learning rate."""

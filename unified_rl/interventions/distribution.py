@@ -13,6 +13,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from unified_rl.protocols import ShowsLogits, ShowsNormals, Trainable, averages_dims, layout_of
+
 FLOOR = -100.0
 """The least log-prob of a part of a distribution: tokens outside a truncated support keep finite divergences."""
 
@@ -54,13 +56,13 @@ class OldCategorical:
     """The categoricals of a batch's units at the start of an update, ``top_k`` tokens each.
 
     Args:
-        policy: anything with ``read_logits(batch, reader, *extras)``.
+        policy: whose they are.
         top_k: tokens that are kept one by one, the sampled one among them.
     """
 
     keys = ("old_support", "old_parts_log_prob")
 
-    def __init__(self, policy: Any, top_k: int) -> None:
+    def __init__(self, policy: ShowsLogits, top_k: int) -> None:
         self.policy, self.top_k = policy, top_k
 
     def store(self, part: TensorDictBase) -> dict[str, Tensor]:
@@ -79,7 +81,8 @@ class OldCategorical:
         """What ``combine(new [n, m], old [n, m]) -> tensors [n]`` makes of the parts, sampled token first."""
 
         def reader(logits: Tensor, token: Tensor, support: Tensor, old: Tensor) -> tuple[Tensor, ...]:
-            return combine(parts_log_prob(logits, support.long()), old)
+            out: tuple[Tensor, ...] = combine(parts_log_prob(logits, support.long()), old)
+            return out
 
         return self.policy.read_logits(batch, reader, *(_by_unit(batch[key]) for key in self.keys))
 
@@ -93,13 +96,14 @@ class OldNormal:
     """The Normals of a batch's units at the start of an update.
 
     Args:
-        policy: anything with ``normals(batch) -> mean, log_std [B, N, D]``.
+        policy: whose they are; :meth:`divergence` also scores with it.
     """
 
     keys = ("old_mean", "old_log_std")
 
-    def __init__(self, policy: Any) -> None:
-        self.policy = policy
+    def __init__(self, policy: ShowsNormals) -> None:
+        self.policy: Any = policy  # no type says "Scores and ShowsNormals"
+        self.averaged = averages_dims(policy)
 
     def store(self, part: TensorDictBase) -> dict[str, Tensor]:
         """``old_mean`` and ``old_log_std``, each ``[B, T, U, D]``."""
@@ -108,23 +112,22 @@ class OldNormal:
     def divergence(self, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Log-probs and ``KL(now || old)`` of every unit, ``[B, N]``, with gradient."""
         kl = normal_kl(*self.policy.normals(batch), *(_by_unit(batch[key]) for key in self.keys))
-        averaged = getattr(self.policy, "mean_over_dims", False)
-        return self.policy.log_prob(batch).log_prob, kl.mean(-1) if averaged else kl.sum(-1)
+        return self.policy.log_prob(batch).log_prob, kl.mean(-1) if self.averaged else kl.sum(-1)
 
 
 Old: TypeAlias = OldCategorical | OldNormal
 
 
-def old_distribution(policy: Any, top_k: int) -> Old | None:
+def old_distribution(policy: Trainable, top_k: int) -> Old | None:
     """How to keep this policy's distributions; None where it shows neither logits nor normals."""
-    if hasattr(policy, "read_logits"):
+    if isinstance(policy, ShowsLogits):
         return OldCategorical(policy, top_k)
-    return OldNormal(policy) if hasattr(policy, "normals") else None
+    return OldNormal(policy) if isinstance(policy, ShowsNormals) else None
 
 
 def _by_step(x: Tensor, part: TensorDictBase) -> Tensor:
     """``[B, N, .]`` as ``[B, T, U, .]`` where every step has U units, so that rows can be cut into steps."""
-    return x if "tokens" in part.keys() else x.unflatten(1, (part["reward"].shape[1], -1))
+    return x if layout_of(part) == "language" else x.unflatten(1, (part["reward"].shape[1], -1))
 
 
 def _by_unit(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.interventions.base import Metrics, Plain, Wrapper
 from unified_rl.interventions.distribution import old_distribution
 from unified_rl.optimizer import Optimizer
+from unified_rl.protocols import Trainable
 from unified_rl.units import Steps
 
 
@@ -43,7 +44,7 @@ class FixUp(Wrapper):
 
     def __init__(
         self,
-        policy: Any,
+        policy: Trainable,
         correction: Correction,
         *,
         bound: float = 0.2,

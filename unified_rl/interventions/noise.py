@@ -14,17 +14,17 @@ from unified_rl.correction import Correction
 from unified_rl.errors import ConfigError
 from unified_rl.interventions.base import Metrics, Plain, Wrapper
 from unified_rl.policies.networks import ACTIVATIONS
+from unified_rl.protocols import Trainable, is_language
 
 HIDDEN = tuple(kind for kind in ACTIVATIONS.values() if isinstance(kind, type))
 """Modules whose outputs are the hidden states of a control policy's networks."""
 
 
-def hidden_layers(policy: nn.Module) -> list[nn.Module]:
+def hidden_layers(policy: Trainable) -> list[nn.Module]:
     """The modules that put out hidden states: a transformer's blocks, or the activations of an MLP."""
-    model = getattr(policy, "model", None)
-    if model is None:
+    if not is_language(policy):
         return [module for module in policy.modules() if isinstance(module, HIDDEN)]
-    lists = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in policy.model.base_model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=len, default=[]))
 
 
@@ -61,7 +61,7 @@ class LayerNoise(Wrapper):
 
     def __init__(
         self,
-        policy: Any,
+        policy: Trainable,
         correction: Correction,
         *,
         initial: float = 1e-6,

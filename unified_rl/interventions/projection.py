@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -13,6 +12,7 @@ from unified_rl.correction import Correction
 from unified_rl.errors import ConfigError
 from unified_rl.interventions.base import Metrics, Plain, Wrapper
 from unified_rl.interventions.distribution import OldCategorical, categorical_kl
+from unified_rl.protocols import ShowsLogits, Trainable
 
 ITERATIONS = 60
 
@@ -94,10 +94,16 @@ class ProjectCategorical(Wrapper):
     rescores = True
 
     def __init__(
-        self, policy: Any, correction: Correction, *, bound: float = 0.05, regression: float = 1.0, top_k: int = 64
+        self,
+        policy: Trainable,
+        correction: Correction,
+        *,
+        bound: float = 0.05,
+        regression: float = 1.0,
+        top_k: int = 64,
     ) -> None:
         super().__init__(policy, correction)
-        if not hasattr(policy, "read_logits"):
+        if not isinstance(policy, ShowsLogits):
             raise ConfigError(
                 f"correction {correction.name} projects a categorical distribution, and {type(policy).__name__} shows "
                 "no logits; use correction=fixpo for a trust region on any policy"

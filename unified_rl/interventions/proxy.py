@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tensordict import TensorDictBase
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from unified_rl.correction import Correction
 from unified_rl.errors import ConfigError
 from unified_rl.interventions.base import Wrapper
 from unified_rl.policies.sampling import keep_min_p, token_log_prob
+from unified_rl.protocols import ShowsLogits, Trainable
 
 
 class MinPProxy(Wrapper):
@@ -27,14 +26,16 @@ class MinPProxy(Wrapper):
         ConfigError: the policy has no categorical distribution.
     """
 
-    def __init__(self, policy: Any, correction: Correction, *, p_min: float = 0.02, relative: bool = True) -> None:
+    def __init__(
+        self, policy: Trainable, correction: Correction, *, p_min: float = 0.02, relative: bool = True
+    ) -> None:
         super().__init__(policy, correction)
-        if not hasattr(policy, "read_logits"):
+        if not isinstance(policy, ShowsLogits):
             raise ConfigError(
                 f"correction {correction.name} filters a categorical distribution, and {type(policy).__name__} shows "
                 "no logits; use correction=ppo"
             )
-        self.p_min, self.relative = p_min, relative
+        self.shown, self.p_min, self.relative = policy, p_min, relative
 
     def annotate(self, part: TensorDictBase) -> dict[str, Tensor]:
         """``proxy_log_prob`` and, from the same pass, ``proximal_log_prob``, both ``[B, N]``."""
@@ -43,5 +44,5 @@ class MinPProxy(Wrapper):
             kept = keep_min_p(logits, self.p_min, self.relative)
             return token_log_prob(kept, token), token_log_prob(logits, token)
 
-        proxy, proximal = self.policy.read_logits(part, reader)
+        proxy, proximal = self.shown.read_logits(part, reader)
         return {"proxy_log_prob": proxy, "proximal_log_prob": proximal}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tensordict import TensorDictBase
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from unified_rl.correction import Correction
 from unified_rl.errors import ConfigError
 from unified_rl.interventions.base import Plain, Wrapper
 from unified_rl.interventions.distribution import old_distribution
+from unified_rl.protocols import Trainable
 
 
 def linear(start: float, end: float, progress: float) -> float:
@@ -25,7 +24,7 @@ class AnnealLevel(Wrapper):
         ConfigError: the correction's level has no ``p``.
     """
 
-    def __init__(self, policy: Any, correction: Correction, *, p_start: float = 2.0, p_end: float = -2.0) -> None:
+    def __init__(self, policy: Trainable, correction: Correction, *, p_start: float = 2.0, p_end: float = -2.0) -> None:
         super().__init__(policy, correction)
         if "p" not in correction.level_settings:
             raise ConfigError(
@@ -46,7 +45,7 @@ class SyncReference(Wrapper):
         ConfigError: ``every`` below 1.
     """
 
-    def __init__(self, policy: Any, correction: Correction, *, every: int = 4) -> None:
+    def __init__(self, policy: Trainable, correction: Correction, *, every: int = 4) -> None:
         super().__init__(policy, correction)
         if every < 1:
             raise ConfigError(f"wrapper.every counts updates and must be at least 1, got {every}")
@@ -69,7 +68,7 @@ class AnnealPenalty(Wrapper):
 
     def __init__(
         self,
-        policy: Any,
+        policy: Trainable,
         correction: Correction,
         *,
         start: float = 1.0,

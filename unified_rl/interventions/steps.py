@@ -14,6 +14,7 @@ from unified_rl.correction import Correction
 from unified_rl.errors import ConfigError
 from unified_rl.interventions.base import Metrics, Wrapper, sampled
 from unified_rl.optimizer import Optimizer
+from unified_rl.protocols import ShowsLogits, Trainable
 
 
 def row_log_weight(record: TensorDictBase) -> Tensor:
@@ -55,7 +56,7 @@ class EssLearningRate(Wrapper):
 
     def __init__(
         self,
-        policy: Any,
+        policy: Trainable,
         correction: Correction,
         *,
         power: float = 0.5,
@@ -71,12 +72,18 @@ class EssLearningRate(Wrapper):
                 "control rows do not; use correction=sequence_tis, or set correction.advantage=null to keep the "
                 "learning rate's scale with a critic's advantages"
             )
+        if self.baseline and not isinstance(policy, ShowsLogits):
+            raise ConfigError(
+                f"the baseline of correction {correction.name} reads logits, and {type(policy).__name__} shows none; "
+                "use correction=sequence_tis"
+            )
+        self.shown = policy if isinstance(policy, ShowsLogits) else None
 
     def annotate(self, part: TensorDictBase) -> dict[str, Tensor]:
         """``score_norm [B]``: the summed proxy of each row."""
-        if not self.baseline:
+        if not self.baseline or self.shown is None:
             return {}
-        (norm,) = self.policy.read_logits(part, lambda logits, token: (score_norm_proxy(logits, token),))
+        (norm,) = self.shown.read_logits(part, lambda logits, token: (score_norm_proxy(logits, token),))
         return {"score_norm": norm.sum(-1)}
 
     def row_weight(self, record: TensorDictBase) -> Tensor | None:
@@ -85,7 +92,8 @@ class EssLearningRate(Wrapper):
             return None
         log_weight = row_log_weight(record)
         weight = (2 * (log_weight - log_weight.amax())).exp() * record["score_norm"]
-        return weight / record["mask"].sum(-1).clamp(min=1).square() if self.length_normalized else weight
+        out: Tensor | None = weight / record["mask"].sum(-1).clamp(min=1).square() if self.length_normalized else weight
+        return out
 
     def around(self, step: Callable[[], Metrics], batch: TensorDictBase) -> Metrics:
         """One step at the scaled learning rate, which is restored."""
@@ -107,7 +115,7 @@ class ClipBiasScale(Wrapper):
         decay: of the running norm; 0 takes the present step's.
     """
 
-    def __init__(self, policy: Any, correction: Correction, *, decay: float = 0.99) -> None:
+    def __init__(self, policy: Trainable, correction: Correction, *, decay: float = 0.99) -> None:
         super().__init__(policy, correction)
         self.decay = decay
         self.unclipped = correction.with_kernel("ratio")
@@ -155,7 +163,8 @@ class ClipBiasScale(Wrapper):
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack([x.norm() for x in tensors]).norm()
+    out: Tensor = torch.stack([x.norm() for x in tensors]).norm()
+    return out
 
 
 class Reposition(Wrapper):
@@ -176,7 +185,7 @@ class Reposition(Wrapper):
 
     def __init__(
         self,
-        policy: Any,
+        policy: Trainable,
         correction: Correction,
         *,
         steps: int = 3,

@@ -24,6 +24,7 @@ from unified_rl.objectives.metrics import Metrics
 from unified_rl.objectives.objective import Parts, Scored, Term
 from unified_rl.objectives.settings import tried
 from unified_rl.objectives.terms import reduction
+from unified_rl.protocols import ShowsLogits, ShowsNormals, averages_dims
 
 
 def forward_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
@@ -101,15 +102,15 @@ class DivergenceTerm(Term):
         Raises:
             ConfigError: this policy, or the other, shows neither logits nor normals.
         """
-        self.policy, self.other = parts.policy, parts.anchors[self.anchor]
+        self.other = parts.anchors[self.anchor]
         for who, policy in (("", parts.policy), (f" (agent.anchors.{self.anchor})", self.other.policy)):
-            if not (hasattr(policy, "read_logits") or hasattr(policy, "normals")):
+            if not isinstance(policy, ShowsLogits | ShowsNormals):
                 raise ConfigError(
                     f"{self.where} compares whole distributions, and {type(policy).__name__}{who} shows neither logits "
                     "nor normals: use policy=causal_lm, autoregressive, gaussian or flow, or a penalty of the "
                     "correction, which is estimated from samples"
                 )
-        if hasattr(parts.policy, "read_logits"):
+        if isinstance(parts.policy, ShowsLogits):
             self.readers = (Reader(self.name, self._read, self._states),)
             return
         if self.kind_name not in NORMAL_KINDS or self.top_k or self.view:
@@ -117,6 +118,8 @@ class DivergenceTerm(Term):
                 f"{self.where} is of the Normals of {type(parts.policy).__name__}: kind is one of "
                 f"{', '.join(NORMAL_KINDS)} there, top_k 0 and view null"
             )
+        assert isinstance(parts.policy, ShowsNormals)
+        self.normal, self.averaged = parts.policy, averages_dims(parts.policy)
 
     def check(self, record: TensorDictBase) -> None:
         """Refuses rows that lack what the other policy is to see.
@@ -143,15 +146,18 @@ class DivergenceTerm(Term):
             other = self.other.logits(states)
         if self.top_k:
             support = support_of(other, token, self.top_k)
-            return self.kind(parts_log_prob(logits, support), parts_log_prob(other, support))
-        return self.kind(logits.log_softmax(-1).clamp(min=FLOOR), other.log_softmax(-1).clamp(min=FLOOR))
+            parts = parts_log_prob(logits, support), parts_log_prob(other, support)
+        else:
+            parts = logits.log_softmax(-1).clamp(min=FLOOR), other.log_softmax(-1).clamp(min=FLOOR)
+        out: Tensor = self.kind(*parts)
+        return out
 
     def _of_normals(self, rows: TensorDictBase) -> Tensor:
         """``[B, N]``, from one further pass of this policy's network and one of the other's."""
         with torch.no_grad():
             other = self.other.normals(rows)
-        value = NORMAL_KINDS[self.kind_name](self.policy.normals(rows), other)
-        return value.mean(-1) if getattr(self.policy, "mean_over_dims", False) else value.sum(-1)
+        value = NORMAL_KINDS[self.kind_name](self.normal.normals(rows), other)
+        return value.mean(-1) if self.averaged else value.sum(-1)
 
     def prepare(self, batch: TensorDict, scored: Scored) -> TensorDictBase:
         """``coefficient [B]``."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from unified_rl.policies.sampling import token_log_prob
+from unified_rl.policies.sampling import Sampling, token_log_prob
+from unified_rl.protocols import ShowsLogits, Trainable
+
+Score: TypeAlias = Callable[[TensorDictBase], tuple[Tensor, Tensor | None]]
+"""``rows -> (log_prob [B, N], penalty [B, N] or None)``, with gradient."""
 
 
 class Reader(NamedTuple):
@@ -36,17 +40,20 @@ class Forward:
         score: ``rows -> (log_prob [B, N], penalty [B, N] or None)``, with gradient.
         readers: of all terms; with any, one ``policy.read_logits`` serves them and the log-probs.
         generator: for supervised losses that draw noise.
+        sampling: how a categorical policy samples; None of others, whose supervised loss is their own.
     """
 
     def __init__(
         self,
-        policy: Any,
+        policy: Trainable,
         rows: TensorDictBase,
-        score: Callable[[TensorDictBase], tuple[Tensor, Tensor | None]],
+        score: Score,
         readers: Sequence[Reader] = (),
         generator: torch.Generator | None = None,
+        sampling: Sampling | None = None,
     ) -> None:
         self.policy, self.rows, self.readers, self.generator = policy, rows, readers, generator
+        self.sampling = sampling
         self._score, self._grad = score, torch.is_grad_enabled()
 
     @cached_property
@@ -68,7 +75,8 @@ class Forward:
                 at += count
             return tuple(out)
 
-        log_prob, *read = self.policy.read_logits(self.rows, fused, *(x for extra in extras for x in extra))
+        shown = cast(ShowsLogits, self.policy)  # terms ask for readers where it is one
+        log_prob, *read = shown.read_logits(self.rows, fused, *(x for extra in extras for x in extra))
         return log_prob, None, {r.name: x for r, x in zip(self.readers, read, strict=True)}
 
     @property
@@ -88,7 +96,7 @@ class Forward:
     @cached_property
     def nll(self) -> Tensor:
         """Supervised loss ``[B, N']``: minus the log-probs where the policy is a plain categorical, else its own."""
-        sampling = getattr(self.policy, "sampling", None)
+        sampling = self.sampling
         if sampling is not None and sampling.temperature == 1 and not sampling.truncates:
             return -self.log_prob
         return self.policy.nll(self.rows, self.generator)

@@ -4,16 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from unified_rl.correction import Correction
+from unified_rl.interventions.base import Wrapper
 from unified_rl.objectives.coefficients import Observed, coefficient
-from unified_rl.objectives.forward import Forward, Reader
+from unified_rl.objectives.forward import Forward, Reader, Score
 from unified_rl.objectives.metrics import Metrics, Sums
 from unified_rl.objectives.rows import Rows
+from unified_rl.policies.sampling import HasSampling
+from unified_rl.protocols import Scores, Trainable
+
+
+class Other(Protocol):
+    """Another policy that the rows are compared with."""
+
+    @property
+    def policy(self) -> Scores:
+        """The policy itself."""
+        ...
+
+    @property
+    def view(self) -> str | None:
+        """The rows as it sees them, where that is not as they are."""
+        ...
+
+    def states(self, rows: TensorDictBase, view: str | None = None) -> Tensor:
+        """From which :meth:`logits` makes each unit's distribution, ``[B, N, h]``."""
+        ...
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits ``[n, V]`` of states ``[n, h]``."""
+        ...
+
+    def normals(self, rows: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation of each unit's Normal, ``[B, N, D]``."""
+        ...
+
+
+class Others(Protocol):
+    """The other policies by name, and the proximal one."""
+
+    provider: str
+    """How the proximal policy is made."""
+
+    def __getitem__(self, name: str, /) -> Other:
+        """One of them."""
+        ...
+
+    def annotate(self, record: TensorDict, version: int) -> None:
+        """Writes their log-probs ``[B, N]`` into the record."""
+        ...
+
+    def chunked(self, policy: Scores, record: TensorDict) -> Tensor:
+        """Log-probs ``[B, N]`` of a policy without gradient, a micro-batch at a time."""
+        ...
+
+    def interpolate(self, batch: TensorDictBase, log_prob: Tensor, version: int) -> None:
+        """Sets the proximal policy between behavior and current, where the correction wants that."""
+        ...
+
+
+class Critic(Protocol):
+    """A learnt baseline."""
+
+    def values(self, record: TensorDictBase) -> tuple[Tensor, Tensor]:
+        """Values with gradient and the mask of those that count, ``[B, T]`` or ``[B, N]``."""
+        ...
 
 
 class Parts(NamedTuple):
@@ -23,17 +84,15 @@ class Parts(NamedTuple):
         policy: the policy that is trained.
         correction: its correction.
         wrapper: its intervention.
-        anchors: the other policies by name: ``anchors[name]`` has ``policy``, and ``states(rows, view)``,
-            ``logits(states)``, ``normals(rows)`` for its distributions; ``interpolate`` and ``provider`` are of the
-            proximal policy.
-        baseline: a critic, ``values(rows) -> values with gradient, mask``; None without one.
+        anchors: the other policies by name.
+        baseline: a critic; None without one.
     """
 
-    policy: Any
-    correction: Any = None
-    wrapper: Any = None
-    anchors: Any = None
-    baseline: Any = None
+    policy: Trainable
+    correction: Correction
+    wrapper: Wrapper
+    anchors: Others
+    baseline: Critic | None = None
 
 
 class Term:
@@ -145,9 +204,10 @@ class Objective:
     """
 
     def __init__(
-        self, policy: Any, terms: Mapping[str, Term], score: Any, generator: torch.Generator | None = None
+        self, policy: Trainable, terms: Mapping[str, Term], score: Score, generator: torch.Generator | None = None
     ) -> None:
         self.policy, self.terms, self.score, self.generator = policy, dict(terms), score, generator
+        self.sampling = policy.sampling if isinstance(policy, HasSampling) else None
         self.reported = frozenset().union(*(term.reports for term in self.terms.values()))
         self.start(0.0, 0)
 
@@ -198,7 +258,7 @@ class Objective:
             return {name: term.prepare(batch, scored) for name, term in self.active.items()}
 
     def _forward(self, rows: TensorDict) -> Forward:
-        return Forward(self.policy, rows, self.score, self.readers, self.generator)
+        return Forward(self.policy, rows, self.score, self.readers, self.generator, self.sampling)
 
     @torch.no_grad()
     def _scored(self, batch: TensorDict, size: int) -> Tensor:
@@ -216,7 +276,8 @@ class Objective:
         if loss is None:
             return 0.0
         loss.backward()
-        return loss.detach()
+        out: Tensor | float = loss.detach()
+        return out
 
     def summary(self) -> Metrics:
         """Further metrics of the update that the terms know."""

@@ -87,7 +87,8 @@ def conservative(t: Transitions) -> Tensor:
     """``E Q(s, a~pi) - Q(s, a)``, summed over members: CQL, 2006.04779, equation 2 with the policy as its mu."""
     with torch.no_grad():
         action, _ = t.fresh
-    return (t.nets.critic(t.batch["observation"], action) - t.q).mean(-1).sum()
+    out: Tensor = (t.nets.critic(t.batch["observation"], action) - t.q).mean(-1).sum()
+    return out
 
 
 CRITICS: dict[str, Callable[..., Tensor]] = {"squared_error": squared_error, "conservative": conservative}
@@ -129,7 +130,8 @@ def pathwise(
     value = q.mean(0) if mean else q.amin(0)
     if normalize:
         value = value / value.detach().abs().mean().clamp(min=1e-6)
-    return (t.alpha * log_prob - value).mean() if entropy else -value.mean()
+    out: Tensor = (t.alpha * log_prob - value).mean() if entropy else -value.mean()
+    return out
 
 
 @needs("nll")
@@ -143,7 +145,8 @@ def squared(t: Transitions) -> Tensor:
     """Mean squared distance of the policy's mean from the stored action, in units of the half range. TD3+BC."""
     policy = t.nets.policy
     action, _ = policy.rsample(t.batch["observation"], noise=torch.zeros_like(t.noise[1]))
-    return (policy.from_env(action) - policy.from_env(t.batch["action"])).square().mean()
+    out: Tensor = (policy.from_env(action) - policy.from_env(t.batch["action"])).square().mean()
+    return out
 
 
 @needs("nll", "advantage")

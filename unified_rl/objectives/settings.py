@@ -18,7 +18,8 @@ def one_of(value: Any, table: Iterable[str], where: str) -> str:
     names = list(table)
     if value not in names:
         raise ConfigError(f"{where} {value!r} is unknown; {nearest(value, names)}")
-    return value
+    chosen: str = value
+    return chosen
 
 
 def tried(function: Callable[..., Any], where: str, *inputs: Any) -> None:

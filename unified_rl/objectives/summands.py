@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
-from unified_rl.objectives.coefficients import coefficient
-from unified_rl.objectives.transitions import Loss, Transitions
+from unified_rl.objectives.coefficients import Controller, coefficient
+from unified_rl.objectives.transitions import Transitions
+from unified_rl.protocols import Stateful
 
 Scales = tuple[float, ...]
 
@@ -29,7 +31,7 @@ class Summands:
     """
 
     def __init__(self, nodes: Mapping[str, Any], table: Mapping[str, Callable[..., Tensor]], where: str) -> None:
-        self.terms: dict[str, Loss] = {}
+        self.terms: dict[str, partial[Any]] = {}
         self.schedules: dict[str, Any] = {}
         self.changing: list[str] = []
         """Names of the terms whose coefficient is not a constant."""
@@ -63,12 +65,12 @@ class Summands:
     def observe(self, metrics: Mapping[str, Any]) -> None:
         """Tells controllers what an update measured."""
         for schedule in self.schedules.values():
-            if hasattr(schedule, "observe"):
+            if isinstance(schedule, Controller):
                 schedule.observe(metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """Of the controllers."""
-        return {name: s.state_dict() for name, s in self.schedules.items() if hasattr(s, "state_dict")}
+        return {name: s.state_dict() for name, s in self.schedules.items() if isinstance(s, Stateful)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`."""

@@ -22,6 +22,7 @@ from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.settings import one_of
 from unified_rl.objectives.value import value_loss
 from unified_rl.policies.sampling import entropy_of
+from unified_rl.protocols import HasEntropy, ShowsLogits, is_discrete
 
 OWN_ROWS = Rows("own")
 EXPERT_ROWS = Rows(["demonstration", "expert"])
@@ -135,7 +136,8 @@ class _Averaged(Term):
 
     def _counted(self, rows: TensorDictBase) -> Tensor:
         mask = rows[self.column]
-        return mask if self.rows.every else mask & self.rows.of_record(rows).unsqueeze(-1)
+        out: Tensor = mask if self.rows.every else mask & self.rows.of_record(rows).unsqueeze(-1)
+        return out
 
 
 class ValueTerm(_Averaged):
@@ -193,9 +195,10 @@ class EntropyTerm(_Averaged):
             ConfigError: it does not.
         """
         policy = parts.policy
-        if hasattr(policy, "entropy"):
-            self.entropy: Callable[[Forward, TensorDict], Tensor] = lambda forward, rows: policy.entropy(rows)
-        elif hasattr(policy, "read_logits"):
+        if isinstance(policy, HasEntropy):
+            entropy = policy.entropy
+            self.entropy: Callable[[Forward, TensorDict], Tensor] = lambda forward, rows: entropy(rows)
+        elif isinstance(policy, ShowsLogits):
             self.readers = (Reader(self.name, lambda logits, token: entropy_of(logits)),)
             self.entropy = lambda forward, rows: forward.read(self.name)
         else:
@@ -257,8 +260,7 @@ class NllTerm(Term):
             ConfigError: the weight is of a probability, and the policy has densities.
         """
         policy = parts.policy
-        discrete = hasattr(policy, "generate") or getattr(policy, "supports_discrete", False)
-        if self.weight_name != "none" and not discrete:
+        if self.weight_name != "none" and not is_discrete(policy):
             raise ConfigError(
                 f"{self.where}.weight={self.weight_name} is a function of probabilities, and the log-probs of "
                 f"{type(policy).__name__} are densities: set {self.where}.weight=none"
@@ -284,7 +286,8 @@ class NllTerm(Term):
         return value, {f"loss/{self.name}": (nll.detach() * scale).sum()}
 
     def _steps(self, chosen: TensorDictBase) -> Tensor:
-        return chosen["step_mask"] & chosen["mask"].any(-1, keepdim=True)
+        out: Tensor = chosen["step_mask"] & chosen["mask"].any(-1, keepdim=True)
+        return out
 
 
 def reduction(name: str, where: str) -> Callable[[Tensor], Tensor]:

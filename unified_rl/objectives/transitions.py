@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -47,10 +47,9 @@ def needs(*names: str) -> Callable[[Part], Part]:
     return mark
 
 
-def needs_of(part: Callable[..., Any]) -> set[str]:
+def needs_of(part: partial[Any]) -> set[str]:
     """What a part that :func:`~unified_rl.correction.lookup.bind` made declares by :func:`needs`."""
-    settings = getattr(part, "keywords", {})
-    return {name for name in getattr(getattr(part, "func", part), "needs", ()) if settings.get(name, True) is not False}
+    return {name for name in getattr(part.func, "needs", ()) if part.keywords.get(name, True) is not False}
 
 
 @dataclass
@@ -62,7 +61,7 @@ class Networks:
         log_alpha: of the entropy weight, scalar.
     """
 
-    policy: Any
+    policy: Any  # a BoxPolicy, Reparameterised where a part draws actions: an agent checks that before
     critic: nn.Module
     target: nn.Module
     value: nn.Module | None
@@ -97,22 +96,26 @@ class Transitions:
     @cached_property
     def following(self) -> tuple[Tensor, Tensor]:
         """A fresh next action ``[B, a]`` and its log-prob ``[B]``; targets are computed without gradient."""
-        return self.nets.policy.rsample(self.batch["next_observation"], noise=self.noise[0])
+        out: tuple[Tensor, Tensor] = self.nets.policy.rsample(self.batch["next_observation"], noise=self.noise[0])
+        return out
 
     @cached_property
     def fresh(self) -> tuple[Tensor, Tensor]:
         """A fresh action and its log-prob, with gradient through the sample."""
-        return self.nets.policy.rsample(self.batch["observation"], noise=self.noise[1])
+        out: tuple[Tensor, Tensor] = self.nets.policy.rsample(self.batch["observation"], noise=self.noise[1])
+        return out
 
     @cached_property
     def nll(self) -> Tensor:
         """The policy's supervised loss of the stored actions, ``[B]``."""
-        return self.nets.policy.nll(self.batch, self.generator).sum(-1)
+        out: Tensor = self.nets.policy.nll(self.batch, self.generator).sum(-1)
+        return out
 
     @cached_property
     def q(self) -> Tensor:
         """The critic at the stored actions ``[num, B]``, with gradient."""
-        return self.nets.critic(self.batch["observation"], self.batch["action"])
+        out: Tensor = self.nets.critic(self.batch["observation"], self.batch["action"])
+        return out
 
     @cached_property
     def td_error(self) -> Tensor:
@@ -130,7 +133,8 @@ class Transitions:
     def value(self) -> Tensor:
         """``V(s)``, ``[B]``."""
         assert self.nets.value is not None
-        return self.nets.value(self.batch["observation"])
+        out: Tensor = self.nets.value(self.batch["observation"])
+        return out
 
     @cached_property
     def advantage(self) -> Tensor:

@@ -273,6 +273,10 @@ class Policy(TensorDictModuleBase):
         Moments that pre-trained weights were fitted under stay as they are, as dataset statistics do in "Diffusion
         Policy Policy Optimization" (arXiv:2409.00588): other moments would be another policy, unbounded by any clip.
         """
+        self.freeze_moments()
+
+    def freeze_moments(self) -> None:
+        """Keeps the observation moments as they are from now on, if there are any and they have seen data."""
         if isinstance(self.normalizer, RunningNormalizer):
             self.normalizer.freeze()
 

@@ -7,6 +7,7 @@ Generation and re-scoring share it, so that a log-prob is always the one of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -61,6 +62,13 @@ class Sampling:
 
 NO_TRUNCATION = Sampling()
 """The model's own distribution: temperature 1, every token kept."""
+
+
+@runtime_checkable
+class HasSampling(Protocol):
+    """A categorical policy that says how it turns logits into the distribution that it samples and scores."""
+
+    sampling: Sampling
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from unified_rl.errors import ConfigError
-from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.pretrained import build_model, trunk_states
+from unified_rl.protocols import LanguagePolicy
 
 
 class TokenCritic(TensorDictModuleBase):
@@ -40,7 +40,7 @@ class TokenCritic(TensorDictModuleBase):
         *,
         path: str | None = None,
         config: dict[str, Any] | None = None,
-        trunk: CausalLM | None = None,
+        trunk: LanguagePolicy | None = None,
         detach: bool = True,
         allow_hub: bool = False,
         dtype: str = "float32",

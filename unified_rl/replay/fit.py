@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from unified_rl.errors import ConfigError
+from unified_rl.replay.buffer import Replay
+from unified_rl.replay.joined import WithDataset
 from unified_rl.replay.samplers.base import Sampler
 from unified_rl.replay.samplers.grouped import Group
 from unified_rl.replay.samplers.mixture import BySource, Mixture
@@ -13,7 +14,7 @@ from unified_rl.replay.samplers.order import Fresh, Segment
 
 
 def check_replay(
-    replay: Any,
+    replay: object,
     agent: str,
     *,
     keys: Sequence[str] = (),
@@ -38,22 +39,22 @@ def check_replay(
     Raises:
         ConfigError: it does not fit; names the setting and what works.
     """
-    sampler = getattr(replay, "sampler", None)
-    if not isinstance(sampler, Sampler):
+    if not isinstance(replay, Replay):  # one of the user's own knows itself what it gives
         return
+    sampler = replay.sampler
     if sampler.takes_priority and not priorities:
         raise ConfigError(
             f"replay=priority draws rows by errors that agent={agent} does not measure: it would stay uniform; use "
             "replay=uniform, or agent=sac or agent=actor_critic"
         )
     if isinstance(sampler, Segment) and sampler.length != length:
-        draws = "single rows" if length is None else f"windows of {length} steps"
+        drawn = "single rows" if length is None else f"windows of {length} steps"
         instead = "replay=uniform with agent.n_step" if priorities else "replay=uniform"
         raise ConfigError(
-            f"replay=segment draws windows of {sampler.length} steps, but agent={agent} learns from {draws}; "
+            f"replay=segment draws windows of {sampler.length} steps, but agent={agent} learns from {drawn}; "
             f"use {instead}"
         )
-    if getattr(replay, "stored", None) is not None and (length is not None or sampler.takes_priority):
+    if isinstance(replay, WithDataset) and (length is not None or sampler.takes_priority):
         unfit = "priorities" if sampler.takes_priority else f"windows of {length} steps"
         raise ConfigError(
             f"replay.data adds single rows to every batch, which have no {unfit}; use agent=sac, agent.n_step=1 and "
@@ -70,7 +71,7 @@ def check_replay(
     _check_keys(replay, agent, keys)
 
 
-def _check_group(replay: Any, sampler: Group, agent: str, groups: bool, draws: int | None) -> None:
+def _check_group(replay: Replay, sampler: Group, agent: str, groups: bool, draws: int | None) -> None:
     """Groups that the agent compares, of as many rows as the rollout samples."""
     if not groups:
         raise ConfigError(
@@ -88,7 +89,7 @@ def _check_group(replay: Any, sampler: Group, agent: str, groups: bool, draws: i
         )
 
 
-def _check_sources(replay: Any, sampler: Sampler) -> None:
+def _check_sources(replay: Replay, sampler: Sampler) -> None:
     """Rows of every source that a mixture draws from."""
     if isinstance(sampler, Mixture) and not sampler.share_missing:
         parts = [part for name, part in sampler.parts.items() if sampler.quotas[name] > 0]
@@ -103,11 +104,10 @@ def _check_sources(replay: Any, sampler: Sampler) -> None:
             )
 
 
-def _check_keys(replay: Any, agent: str, keys: Sequence[str]) -> None:
+def _check_keys(replay: Replay, agent: str, keys: Sequence[str]) -> None:
     """Columns of the collected rows, and of a data set beside them."""
-    schema, stored = getattr(replay, "schema", None), getattr(replay, "stored", None)
-    held = [("rows", schema.fields)] if schema is not None else []
-    held += [("rows of replay.data", stored.keys())] if stored is not None else []
+    held = [] if replay.schema is None else [("rows", list(replay.schema.fields))]
+    held += [("rows of replay.data", list(replay.stored.keys()))] if isinstance(replay, WithDataset) else []
     for name, columns in held:
         missing = [key for key in keys if key not in columns]
         if missing:

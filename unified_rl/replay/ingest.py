@@ -72,7 +72,8 @@ def _flags(following: TensorDictBase, lead: torch.Size) -> tuple[Tensor, Tensor]
 
 def _version(batch: TensorDictBase, following: TensorDictBase, zeros: Tensor) -> Tensor:
     if "policy_version" in following.keys():
-        return following["policy_version"].reshape(zeros.shape).to(torch.int64)
+        out: Tensor = following["policy_version"].reshape(zeros.shape).to(torch.int64)
+        return out
     if "policy_version" in batch.keys():
         raise RecordError(
             "policy_version is at the batch's root only, where it lags one step; append torchrl's PolicyVersion to the "

@@ -96,7 +96,7 @@ class Saved:
         try:
             if _checksum(rows) != self.meta["checksum"]:
                 raise CheckpointError(f"{rows} is damaged: its checksum is not the one in replay.json")
-            self._file = safe_open(str(rows), framework="pt")
+            self._file: Any = safe_open(str(rows), framework="pt")  # its methods are not typed
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{rows} cannot be read: {error}") from error
 
@@ -106,7 +106,8 @@ class Saved:
 
     def read(self, name: str, first: int, last: int) -> Tensor:
         """Rows ``[first, last)`` of one tensor."""
-        return self._file.get_slice(name)[first:last]
+        out: Tensor = self._file.get_slice(name)[first:last]
+        return out
 
 
 def read_rows(path: str | Path, where: str = "") -> TensorDict:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from unified_rl.errors import ConfigError
-from unified_rl.protocols import require_solutions
+from unified_rl.protocols import LanguageEnv, require_solutions
 from unified_rl.rollout.conversation import Conversations, Problems, Told, put
 
 Generate = Callable[[Problems, list[list[int]]], Told]
@@ -17,10 +17,11 @@ Draw = Callable[[int], Problems]
 """``count -> problems``: other training problems."""
 
 
+@runtime_checkable
 class Context(Protocol):
     """Replaces conversations of a collection; their number stays."""
 
-    def check(self, env: Any, setting: str) -> None:
+    def check(self, env: LanguageEnv, setting: str) -> None:
         """Refuses a task that it cannot serve, before the first step.
 
         Args:
@@ -33,7 +34,7 @@ class Context(Protocol):
         ...
 
     def __call__(
-        self, env: Any, problems: Problems, group_size: int, told: Told, generate: Generate, draw: Draw
+        self, env: LanguageEnv, problems: Problems, group_size: int, told: Told, generate: Generate, draw: Draw
     ) -> dict[str, float]:
         """Replaces conversations in ``told``.
 
@@ -66,21 +67,22 @@ class Hints:
             raise ConfigError(f"shares={list(shares)} must lie between 0 and 1: parts of a solution")
         self.shares, self.style = shares, style
 
-    def check(self, env: Any, setting: str) -> None:
+    def check(self, env: LanguageEnv, setting: str) -> None:
         """Refuses a task without solutions."""
         require_solutions(env, setting, self.style)
 
     def __call__(
-        self, env: Any, problems: Problems, group_size: int, told: Told, generate: Generate, draw: Draw
+        self, env: LanguageEnv, problems: Problems, group_size: int, told: Told, generate: Generate, draw: Draw
     ) -> dict[str, float]:
         """As of :class:`Context`."""
+        solver = require_solutions(env, "rollout.context", self.style)
         talk = told[0]
         first = failed = self._failed(talk, group_size)
         for share in self.shares:
             if not len(failed):
                 break
             chosen = [problems[row] for row in failed.tolist()]
-            solutions = env.solve(chosen, self.style)
+            solutions = solver.solve(chosen, self.style)
             longest = env.max_turn_tokens - 1  # something is left to say
             prefixes = [ids[: max(0, min(int(share * (len(ids) - 1)), longest))] for ids in solutions]
             put(told, failed, generate(chosen, prefixes))
@@ -105,11 +107,11 @@ class Refill:
             raise ConfigError(f"tries={tries} must be at least 1")
         self.tries = tries
 
-    def check(self, env: Any, setting: str) -> None:
+    def check(self, env: LanguageEnv, setting: str) -> None:
         """Every task can be drawn from."""
 
     def __call__(
-        self, env: Any, problems: Problems, group_size: int, told: Told, generate: Generate, draw: Draw
+        self, env: LanguageEnv, problems: Problems, group_size: int, told: Told, generate: Generate, draw: Draw
     ) -> dict[str, float]:
         """As of :class:`Context`; ``problems`` are replaced in place."""
         sampled = 0

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import ConfigError, NonFiniteError
-from unified_rl.protocols import ControlEnv
+from unified_rl.protocols import ControlEnv, Samples, StepResult
 from unified_rl.spaces import Space
 from unified_rl.units import Source
 
@@ -20,7 +20,7 @@ class ControlRollout:
 
     Args:
         env: a :class:`~unified_rl.protocols.ControlEnv`.
-        policy: anything with ``sample(observation, generator, deterministic)``.
+        policy: samples the actions.
         gamma: discount of one control step; a chunk of h executed steps has discount ``gamma ** h``.
         generator: the stream that actions are drawn from.
         num_envs: simulations stepped together, as many as the environment has; None takes its number. A run makes an
@@ -45,7 +45,7 @@ class ControlRollout:
     def __init__(
         self,
         env: ControlEnv,
-        policy: Any,
+        policy: Samples,
         gamma: float,
         generator: torch.Generator,
         num_envs: int | None = None,
@@ -122,7 +122,7 @@ class ControlRollout:
             sample["behavior_log_prob"] = density.expand_as(sample["behavior_log_prob"]).clone()
         return sample
 
-    def _transition(self, observation: Tensor, sample: TensorDict, result: Any) -> dict[str, Tensor]:
+    def _transition(self, observation: Tensor, sample: TensorDict, result: StepResult) -> dict[str, Tensor]:
         """References to what a step made; environments and policies write to none of it again."""
         return {
             "observation": observation,
@@ -145,7 +145,7 @@ class ControlRollout:
         rows["source"] = torch.full(shape, int(Source.ONLINE), dtype=torch.int64)
         return TensorDict(rows, batch_size=shape)
 
-    def _advance(self, result: Any) -> dict[str, Tensor] | None:
+    def _advance(self, result: StepResult) -> dict[str, Tensor] | None:
         self.steps += self.num_envs
         self._observation = result.observation
         self._return += result.reward

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified_rl.protocols import LanguageEnv
+from unified_rl.protocols import Generates, LanguageEnv
 
 Problems = list[dict[str, Any]]
 
@@ -86,7 +86,7 @@ def put(told: Told, rows: Tensor, others: Told) -> None:
 @torch.no_grad()
 def converse(
     env: LanguageEnv,
-    policy: Any,
+    policy: Generates,
     problems: list[dict[str, Any]],
     generator: torch.Generator | None,
     *,

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from unified_rl.errors import ConfigError
-from unified_rl.protocols import Demonstrates
+from unified_rl.protocols import ControlEnv, Demonstrates, HasSpace, LanguageEnv, Normalizes, Trainable, domain_of
 from unified_rl.replay import read_rows
 from unified_rl.units import Source
 
@@ -65,8 +65,8 @@ class DemonstrationRollout:
 
     def __init__(
         self,
-        env: Any,
-        policy: Any,
+        env: ControlEnv | LanguageEnv,
+        policy: Trainable,
         generator: torch.Generator,
         problem_generator: torch.Generator | None = None,
         rows: int = 256,
@@ -74,7 +74,7 @@ class DemonstrationRollout:
         style: str | None = None,
     ) -> None:
         self.env, self.policy, self.generator = env, policy, problem_generator or generator
-        self.domain, self.steps = env.domain, 0
+        self.domain, self.steps = domain_of(env), 0
         if rows < 1:
             raise ConfigError(f"rollout.rows={rows} must be at least 1")
         self.rows, self.length, self.steps_per_collect = rows, None, rows
@@ -83,7 +83,9 @@ class DemonstrationRollout:
                 f"rollout.style={style} is of an environment's own demonstrations; leave rollout.data out"
             )
         self.pool = None if data is None else self._read(data)
-        if self.pool is None and not isinstance(env, Demonstrates):
+        self.expert = env if isinstance(env, Demonstrates) else None
+        self.normalizes = policy if isinstance(policy, Normalizes) else None
+        if self.pool is None and self.expert is None:
             raise ConfigError(f"{type(env).__name__} has no demonstrations; set rollout.data to a folder of rows")
         self.options = style_option(env, style, "rollout.style")
 
@@ -93,7 +95,7 @@ class DemonstrationRollout:
         missing = [key for key in KEYS[self.domain] if key not in rows.keys()]
         if missing:
             raise ConfigError(f"the rows of rollout.data={data} lack {', '.join(missing)}: they are of another domain")
-        width = getattr(self.policy, "observation_dim", None)
+        width = self.policy.space.observation_dim if isinstance(self.policy, HasSpace) else None
         if width is not None and rows["observation"].shape[-1] != width:
             raise ConfigError(
                 f"observations in rollout.data={data} have {rows['observation'].shape[-1]} entries, but the policy "
@@ -107,11 +109,12 @@ class DemonstrationRollout:
         if self.pool is not None:
             rows = self.pool[torch.randint(len(self.pool), (count,), generator=self.generator)]
         else:
-            rows = self.env.demonstrations(count, self.generator, **self.options).select(*KEYS[self.domain])
+            assert self.expert is not None
+            rows = self.expert.demonstrations(count, self.generator, **self.options).select(*KEYS[self.domain])
         rows["source"] = torch.full((count,), int(self.source))
-        if self.steps == 0 and hasattr(self.policy, "update_normalizer"):
+        if self.steps == 0 and self.normalizes is not None:
             seen = rows if self.pool is None else self.pool  # one batch misses what is rare in a data set
-            self.policy.update_normalizer(seen["observation"].to(self.policy.device))
+            self.normalizes.update_normalizer(seen["observation"].to(self.policy.device))
         self.steps += count
         return rows, {}
 

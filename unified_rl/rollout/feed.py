@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from tensordict import TensorDict
 
 from unified_rl.errors import ConfigError
+from unified_rl.protocols import Rollout
 
 Batch = tuple[TensorDict, dict[str, float]]
 """What one collection brought: its rows and its metrics."""
@@ -54,13 +55,13 @@ class LocalFeed:
     """A rollout in this process: a ticket is collected when it is admitted.
 
     Args:
-        rollout: anything with ``collect(version)``, ``steps_per_collect``, ``staleness`` and its state.
+        rollout: where the rows come from.
 
     Raises:
         ConfigError: a negative staleness.
     """
 
-    def __init__(self, rollout: Any) -> None:
+    def __init__(self, rollout: Rollout) -> None:
         self.rollout = rollout
         self.staleness, self.steps_per_collect = int(rollout.staleness), int(rollout.steps_per_collect)
         self.admitted, self.version = 0, 0

@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import ConfigError, NonFiniteError
-from unified_rl.protocols import LanguageEnv
+from unified_rl.protocols import Generates, LanguageEnv, LanguagePolicy
 from unified_rl.rollout.context import Context
 from unified_rl.rollout.conversation import Problems, Told, converse, summary
 from unified_rl.rollout.rows import RowBuilder
@@ -31,7 +31,7 @@ class LanguageRollout:
 
     Args:
         env: a :class:`~unified_rl.protocols.LanguageEnv`.
-        policy: anything with ``generate(prompts, ...)`` as :class:`unified_rl.policies.causal_lm.CausalLM` has.
+        policy: a language model, such as :class:`unified_rl.policies.causal_lm.CausalLM`.
         gamma: discount of a turn, written to the rows.
         generator: the stream that tokens are drawn from.
         problem_generator: the stream that problems are drawn from.
@@ -61,15 +61,15 @@ class LanguageRollout:
     def __init__(
         self,
         env: LanguageEnv,
-        policy: Any,
+        policy: LanguagePolicy,
         gamma: float,
         generator: torch.Generator,
         problem_generator: torch.Generator,
         prompts: int = 32,
         group_size: int = 8,
         staleness: int = 0,
-        sources: dict[str, Any] | None = None,
-        context: Any = None,
+        sources: dict[str, RowSource] | None = None,
+        context: Context | None = None,
         columns: dict[str, str | list[str]] | None = None,
         privileged: str | None = None,
         device: str = "cpu",
@@ -83,11 +83,11 @@ class LanguageRollout:
             if value < 1:
                 raise ConfigError(f"rollout.{setting}={value} must be at least 1")
         self.builder = RowBuilder(env, gamma, columns, privileged)
-        self.context: Context | None = context
+        self.context = context
         if self.context is not None:
             _require_part(self.context, "rollout.context", "unified_rl.rollout.context.Hints")
             self.context.check(env, "rollout.context")
-        self.sources: dict[str, RowSource] = dict(sources or {})
+        self.sources = dict(sources or {})
         for name, source in self.sources.items():
             _require_part(source, f"rollout.sources.{name}", "unified_rl.rollout.sources.Demonstrations")
             source.check(env, policy, f"rollout.sources.{name}")
@@ -159,7 +159,7 @@ class LanguageRollout:
         return out
 
     def _judged(
-        self, policy: Any, problems: Problems, groups: Tensor | None, source: Source, version: int
+        self, policy: Generates, problems: Problems, groups: Tensor | None, source: Source, version: int
     ) -> TensorDict:
         """What another policy says, judged by the environment."""
         told = converse(self.env, policy, problems, None)
@@ -183,7 +183,7 @@ class LanguageRollout:
             "sources": {name: source.state_dict() for name, source in self.sources.items()},
             "steps": self.steps,
             **self.builder.state_dict(),
-            "env": self.env.state_dict(),  # type: ignore[attr-defined]
+            "env": self.env.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -198,7 +198,7 @@ class LanguageRollout:
                 source.load_state_dict(state["sources"][name])
         self.steps = state["steps"]
         self.builder.load_state_dict(state)
-        self.env.load_state_dict(state["env"])  # type: ignore[attr-defined]
+        self.env.load_state_dict(state["env"])
 
 
 def _require_part(part: Any, setting: str, example: str) -> None:

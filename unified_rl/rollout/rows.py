@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
-from unified_rl.protocols import ReportsColumns, require_solutions
+from unified_rl.protocols import LanguageEnv, ReportsColumns, Solves, require_solutions
 from unified_rl.rollout.conversation import Conversations, Told
 from unified_rl.units import Source
 
@@ -31,15 +31,14 @@ class RowBuilder:
     """
 
     def __init__(
-        self, env: Any, gamma: float, columns: Mapping[str, str | list[str]] | None, privileged: str | None
+        self, env: LanguageEnv, gamma: float, columns: Mapping[str, str | list[str]] | None, privileged: str | None
     ) -> None:
         self.env, self.gamma = env, gamma
         self.columns, self.privileged = dict(columns or {}), privileged
         self._next_group = self._next_episode = 0
         if isinstance(env, ReportsColumns):
             self._check(env.columns)
-        if privileged is not None:
-            require_solutions(env, "rollout.privileged", privileged)
+        self.solver = None if privileged is None else require_solutions(env, "rollout.privileged", privileged)
 
     def _check(self, known: Iterable[str]) -> None:
         for name, wanted in self.columns.items():
@@ -94,11 +93,11 @@ class RowBuilder:
     def _extra(self, talk: Conversations, info: dict[str, Tensor]) -> dict[str, Tensor]:
         self._check(info)
         extra = {name: _column(info, wanted) for name, wanted in self.columns.items()}
-        return extra if self.privileged is None else extra | self._privileged(talk)
+        return extra if self.solver is None else extra | self._privileged(talk, self.solver)
 
-    def _privileged(self, talk: Conversations) -> dict[str, Tensor]:
+    def _privileged(self, talk: Conversations, solver: Solves) -> dict[str, Tensor]:
         """Every row again with a solution between prompt and answer; as many tokens masked in, in the same order."""
-        solutions = self.env.solve(talk.problems, self.privileged)
+        solutions = solver.solve(talk.problems, self.privileged)
         width = talk.tokens.shape[1] + self.env.max_turn_tokens
         tokens = talk.tokens.new_full((len(solutions), width), self.env.tokenizer.pad_token_id)
         mask = torch.zeros(tokens.shape, dtype=torch.bool)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from unified_rl.errors import UnifiedRLError
 from unified_rl.study import figures
+from unified_rl.study.curves import POINTS
 from unified_rl.study.grid import Study
 from unified_rl.study.page import PAGE
 from unified_rl.study.results import SCORE, Cell, RunData, summarise, unique
@@ -65,7 +66,7 @@ def write_report(
     Raises:
         UnifiedRLError: the report cannot be made smaller than 5 MB.
     """
-    for points in (figures.POINTS, 100, 50):
+    for points in (POINTS, 100, 50):
         drawn = draw_figures(runs, points)
         page = render(study, runs, drawn, command, failed or {})
         if len(page.encode()) <= LIMIT:
@@ -86,7 +87,7 @@ Drawn = dict[str, tuple[Figure, str, str]]
 """File stem to (figure, heading, caption)."""
 
 
-def draw_figures(runs: Sequence[RunData], points: int = figures.POINTS) -> Drawn:
+def draw_figures(runs: Sequence[RunData], points: int = POINTS) -> Drawn:
     """The report's figures in order; those without data are left out."""
     found: Drawn = {}
     band = "Lines: interquartile mean over seeds; bands: 95 % bootstrap intervals." if _seeds(runs) > 1 else ONE_SEED

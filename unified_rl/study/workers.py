@@ -171,7 +171,8 @@ class Worker:
 
     def outcome(self) -> str | None:
         """The answer about the job. Raises EOFError or OSError where the process died instead."""
-        return self.connection.recv()
+        out: str | None = self.connection.recv()
+        return out
 
     def interrupt(self) -> None:
         """Asks the run under way to checkpoint and end."""

@@ -14,11 +14,13 @@ from unified_rl import __version__
 from unified_rl.config import build, compose, flatten, resolve_defaults
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.instantiate import check_value, is_node, locate
+from unified_rl.protocols import HasDiscount, Stateful
 from unified_rl.replay import Replay, Sampler
 from unified_rl.rollout import as_environment
 from unified_rl.training.checkpoint import checkpoints, lock_run, read_checkpoint, write_json
 from unified_rl.training.run import Job
 from unified_rl.training.seeding import derive
+from unified_rl.training.trainer import Trainer
 
 Part = Any
 """An option of the group, settings (with ``name`` for another option, or ``_target_``), a class, or an object."""
@@ -249,8 +251,8 @@ def _node(part: Part) -> dict[str, Any] | None:
         return {"_target_": Replay, "capacity": 1_000_000, "sampler": {"_target_": _always(part)}}
     if not _is_object(part):
         return None
-    known = {"sampler": {"_target_": _always(part.sampler)}} if isinstance(part, Replay) else {}
-    known |= {"gamma": part.gamma} if isinstance(getattr(part, "gamma", None), float) else {}
+    known: dict[str, Any] = {"sampler": {"_target_": _always(part.sampler)}} if isinstance(part, Replay) else {}
+    known |= {"gamma": part.gamma} if isinstance(part, HasDiscount) and isinstance(part.gamma, float) else {}
     return {"_target_": _always(part), **known}
 
 
@@ -266,23 +268,22 @@ def _always(value: Any) -> Callable[..., Any]:
     return give
 
 
-def _check_parts(parts: Mapping[str, Part], job: Job, trainer: Any) -> None:
+def _check_parts(parts: Mapping[str, Part], job: Job, trainer: Trainer) -> None:
     """Refuses objects that were made for another run than this one.
 
     Raises:
         ConfigError: another discount, an agent of another policy, or a replay of another layout.
     """
-    discount = getattr(job.env, "gamma", None)
-    if discount is not None and discount != trainer.agent.gamma:
-        raise ConfigError(
-            f"env has gamma={discount}, but the agent discounts by {trainer.agent.gamma}; make them equal"
-        )
-    if _is_object(parts["agent"]) and getattr(trainer.agent, "policy", job.policy) is not job.policy:
+    env, agent = job.env, trainer.agent
+    if isinstance(env, HasDiscount) and isinstance(agent, HasDiscount) and env.gamma != agent.gamma:
+        raise ConfigError(f"env has gamma={env.gamma}, but the agent discounts by {agent.gamma}; make them equal")
+    if _is_object(parts["agent"]) and agent.policy is not job.policy:
         raise ConfigError("the agent trains another policy than the one given; make both from the same object")
     replay = parts["replay"]
     if not isinstance(replay, Replay):
         return
-    lanes = trainer.rollout.num_envs if hasattr(trainer.rollout, "num_envs") else 1
+    rollout = trainer.rollout
+    lanes = 1 if rollout is None or rollout.length is None else rollout.rows
     if replay.ring.lanes != lanes:
         raise ConfigError(f"the replay has lanes={replay.ring.lanes}, but the rollout writes {lanes} lane(s)")
     if replay.cut:
@@ -292,7 +293,7 @@ def _check_parts(parts: Mapping[str, Part], job: Job, trainer: Any) -> None:
         )
 
 
-def _undisturbed(env: Any, evaluate: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
+def _undisturbed(env: Stateful, evaluate: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
     """Evaluation in the training environment, which goes on afterwards from where it was."""
 
     def evaluated() -> dict[str, float]:

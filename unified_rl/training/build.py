@@ -14,6 +14,7 @@ import torch
 from unified_rl.config import build
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
+from unified_rl.protocols import ChecksIdentity
 from unified_rl.rollout import as_environment
 from unified_rl.rollout.feed import LocalFeed
 from unified_rl.training.evaluation import evaluate_control, evaluate_language
@@ -180,7 +181,7 @@ class Job:
                 f"the agent's discount is {agent.gamma}, environment and rollout were made for {self.gamma}: "
                 f"set agent.gamma={agent.gamma}"
             )
-        if not self.settings.identity_check and hasattr(agent, "verify_identity"):
+        if not self.settings.identity_check and isinstance(agent, ChecksIdentity):
             agent.verify_identity = False
         return agent
 

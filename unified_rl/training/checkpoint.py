@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unified_rl.errors import CheckpointError
+from unified_rl.protocols import Store
 from unified_rl.training.state import load_state, save_state
 
 FORMAT = 2
@@ -19,14 +20,16 @@ READABLE = (1, 2)
 """Format 1 has no state of a feed; :meth:`unified_rl.training.trainer.Trainer.load_state_dict` reads what it can."""
 
 
-def write_checkpoint(folder: Path, step: int, state: dict[str, Any], replay: Any = None, keep: int = 2) -> Path:
+def write_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], replay: Store | None = None, keep: int = 2
+) -> Path:
     """Writes one checkpoint atomically and drops the oldest beyond ``keep``.
 
     Args:
         folder: the run's ``checkpoints`` folder.
         step: the step in the checkpoint's name.
         state: nested tensors and plain values.
-        replay: anything with ``dumps(path)``; stored beside the state.
+        replay: stored beside the state.
         keep: how many checkpoints stay.
 
     Raises:

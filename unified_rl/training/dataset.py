@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from unified_rl.replay import Replay, Uniform
 from unified_rl.rollout import ControlRollout, LanguageRollout
@@ -21,7 +20,9 @@ def record_dataset(job: Job, folder: Path, batches: int = 8) -> int:
     stream, device = generator(job.seed, "record", job.device), str(job.device)
     if job.language:
         problems = generator(job.seed, "record_problems")
-        rollout: Any = LanguageRollout(job.env, job.policy, job.gamma, stream, problems, device=device)
+        rollout: LanguageRollout | ControlRollout = LanguageRollout(
+            job.env, job.policy, job.gamma, stream, problems, device=device
+        )
     else:
         rollout = ControlRollout(job.env, job.policy, job.gamma, stream, horizon=HORIZON, device=device)
     lanes = 1 if job.language else job.env.num_envs

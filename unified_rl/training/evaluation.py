@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from unified_rl.rollout.language import converse
+from unified_rl.protocols import ControlEnv, LanguageEnv, LanguagePolicy, Samples
+from unified_rl.rollout.conversation import converse
 
 
 @torch.no_grad()
 def evaluate_control(
-    env: Any, policy: Any, seed: int, generator: torch.Generator, deterministic: bool = True, device: str = "cpu"
+    env: ControlEnv,
+    policy: Samples,
+    seed: int,
+    generator: torch.Generator,
+    deterministic: bool = True,
+    device: str = "cpu",
 ) -> dict[str, float]:
     """One episode in each of ``env.num_envs`` simulations, reset with ``seed``.
 
@@ -42,7 +46,7 @@ def evaluate_control(
     return {"eval/score": float(total.mean()), **{f"eval/{key}": float(value) for key, value in out.items()}}
 
 
-def evaluate_language(env: Any, policy: Any, count: int, seed: int) -> dict[str, float]:
+def evaluate_language(env: LanguageEnv, policy: LanguagePolicy, count: int, seed: int) -> dict[str, float]:
     """Held-out prompts, answered once by sampling and once greedily.
 
     Returns:

@@ -89,6 +89,7 @@ def load_state(folder: Path) -> dict[str, Any]:
         packed = json.loads((folder / "state.json").read_text())
         loaded = load_file(folder / "state.safetensors")
         tensors = {key: value.clone() for key, value in loaded.items()}  # own, aligned memory: results depend on it
-        return unpack(packed, tensors)
+        out: dict[str, Any] = unpack(packed, tensors)
+        return out
     except (json.JSONDecodeError, SafetensorError, KeyError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{folder} is damaged ({error}); use an earlier checkpoint") from error

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unified_rl.errors import CheckpointError, NonFiniteError
-from unified_rl.rollout.feed import Feed
+from unified_rl.errors import CheckpointError, ConfigError, NonFiniteError
+from unified_rl.protocols import Agent, Collects, Rollout, Store
+from unified_rl.rollout.feed import Feed, LocalFeed
 from unified_rl.training.checkpoint import write_checkpoint
 from unified_rl.training.metrics import Means, MetricLog
 from unified_rl.training.settings import TrainSettings
@@ -52,7 +53,7 @@ class Trainer:
     Args:
         settings: intervals and budget.
         folder: the run folder; None keeps metrics in memory and writes no checkpoint.
-        agent: anything with ``update(replay, progress)``, ``version``, ``state_dict`` and ``load_state_dict``.
+        agent: what is trained.
         feed: where rows come from, or None where the agent collects by itself.
         replay: the replay, or None likewise.
         evaluate: ``() -> metrics`` on held-out problems or seeds.
@@ -63,16 +64,16 @@ class Trainer:
         self,
         settings: TrainSettings,
         folder: Path | None,
-        agent: Any,
+        agent: Agent,
         feed: Feed | None,
-        replay: Any,
+        replay: Store | None,
         evaluate: Callable[[], dict[str, float]],
         display: Callable[[int, dict[str, float]], None] | None = None,
     ) -> None:
         self.settings, self.folder, self.agent = settings, folder, agent
         self.feed, self.replay, self.evaluate = feed, replay, evaluate
         self.display = display or (lambda steps, metrics: None)
-        self.per_update = feed.steps_per_collect if feed is not None else agent.steps_per_update
+        self.per_update = _per_update(agent, feed)
         self.planned = math.ceil(settings.steps / self.per_update)
         self.updates = 0
         self.elapsed = 0.0
@@ -87,9 +88,9 @@ class Trainer:
         return self.updates * self.per_update
 
     @property
-    def rollout(self) -> Any:
+    def rollout(self) -> Rollout | None:
         """The rollout of a feed in this process, else None."""
-        return getattr(self.feed, "rollout", None)
+        return self.feed.rollout if isinstance(self.feed, LocalFeed) else None
 
     def run(self) -> None:
         """Trains until the budget is used, from wherever the state is.
@@ -141,12 +142,12 @@ class Trainer:
 
     def collect(self) -> None:
         """Admits the tickets that the next update allows, and puts the oldest batch into the replay."""
-        feed = self.feed
-        assert feed is not None
+        feed, replay = self.feed, self.replay
+        assert feed is not None and replay is not None
         feed.publish(self.agent.version)
         feed.admit(min(self.planned, self.updates + 1 + feed.staleness))
         rows, metrics = feed.take()
-        self.replay.extend(rows)
+        replay.extend(rows)
         self.means.add(metrics)
 
     def _crossed(self, every: int | None) -> bool:
@@ -214,3 +215,12 @@ class Trainer:
                 " a run with rollout.staleness goes on from checkpoints of format 2 only. Train it again"
             )
         return {"rollout": state["rollout"], "admitted": state["collected"], "waiting": []}
+
+
+def _per_update(agent: Agent, feed: Feed | None) -> int:
+    """Environment steps, or conversations, behind one update."""
+    if feed is not None:
+        return feed.steps_per_collect
+    if not isinstance(agent, Collects):
+        raise ConfigError(f"{type(agent).__name__} does not collect by itself; give it a rollout")
+    return agent.steps_per_update

@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
+from tensordict import TensorDictBase
+from torch import Tensor
 
 from unified_rl.errors import ConfigError
+from unified_rl.protocols import Demonstrates, Imitates, Normalizes, Stateful
 from unified_rl.rollout.demonstrations import style_option
 from unified_rl.training.checkpoint import latest_checkpoint, read_checkpoint
+
+
+class Imitator(Protocol):
+    """An agent with a supervised optimiser step."""
+
+    @property
+    def policy(self) -> Imitates:
+        """What is trained."""
+        ...
+
+    def step(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        """One step on demonstrations; metrics with ``loss/nll``."""
+        ...
+
+
+MakeAgent: TypeAlias = Callable[[float], Imitator]
+"""From a learning rate."""
+Report: TypeAlias = Callable[[int, int, int, float, float | None], None]
+"""``(stage, update, budget, loss, threshold)``."""
 
 
 class WarmStart:
@@ -56,7 +79,7 @@ class WarmStart:
             if stage.get("until_loss") is None and stage.get("updates") is None:
                 raise ConfigError(f"warm_start.stages[{number}] needs until_loss or updates")
 
-    def load_policy(self, policy: Any) -> None:
+    def load_policy(self, policy: Stateful) -> None:
         """Loads the policy of :attr:`run`.
 
         Raises:
@@ -72,11 +95,13 @@ class WarmStart:
                 f"the policy of {self.run} does not fit this one: {str(error).splitlines()[0]}"
             ) from error
 
-    def fit(self, env: Any, make_agent: Any, demonstration_generator: torch.Generator, report: Any) -> None:
+    def fit(
+        self, env: Demonstrates, make_agent: MakeAgent, demonstration_generator: torch.Generator, report: Report
+    ) -> None:
         """Runs the stages.
 
         Args:
-            env: anything with ``demonstrations(count, generator, ...)``.
+            env: with demonstrations.
             make_agent: ``lr -> BehaviorCloning`` over the policy to train.
             demonstration_generator: stream of the demonstrations.
             report: called with ``(stage, update, budget, loss, threshold)`` after every step.
@@ -89,12 +114,20 @@ class WarmStart:
             agent = make_agent(self.lr if lr is None else lr)
             self._run_stage(number, stage, env, agent, demonstration_generator, report)
 
-    def _run_stage(self, number: int, stage: dict[str, Any], env: Any, agent: Any, stream: Any, report: Any) -> None:
+    def _run_stage(
+        self,
+        number: int,
+        stage: dict[str, Any],
+        env: Demonstrates,
+        agent: Imitator,
+        stream: torch.Generator,
+        report: Report,
+    ) -> None:
         style, threshold, budget = stage.get("style"), stage.get("until_loss"), stage.get("updates")
         budget = 20_000 if budget is None else budget
         options = style_option(env, style, f"warm_start.stages[{number}].style")
         pool = env.demonstrations(self.dataset, stream, **options) if self.dataset else None
-        if number == 0 and pool is not None and hasattr(agent.policy, "update_normalizer"):
+        if number == 0 and pool is not None and isinstance(agent.policy, Normalizes):
             agent.policy.update_normalizer(pool["observation"])
         smooth = math.nan
         for update in range(1, budget + 1):

@@ -39,7 +39,8 @@ class Weighted(Sampler):
     def _still_there(self, positions: IntArray) -> NDArray[np.bool_]:
         """Whether the row that was last drawn from each position, if any was, still lies there."""
         serials, drawn = self.ring.serial(positions), self.drawn[positions]
-        return (serials < self.ring.written) & ((drawn < 0) | (drawn == serials))
+        out: NDArray[np.bool_] = (serials < self.ring.written) & ((drawn < 0) | (drawn == serials))
+        return out
 
     def _fill(self, low: int, high: int, weights: FloatArray | float) -> None:
         """Assigns the weights of the serials ``[low, high)`` and clears those of the rows that left."""

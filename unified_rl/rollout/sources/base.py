@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from tensordict import TensorDict
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unified_rl.errors import ConfigError
 from unified_rl.policies.generation import Generation
+from unified_rl.protocols import Generates, LanguageEnv, LanguagePolicy
 from unified_rl.rollout.conversation import Problems
 from unified_rl.units import Source
 
@@ -45,13 +46,13 @@ class Request(NamedTuple):
         new_groups: ``count -> [count]`` int64.
     """
 
-    env: Any
+    env: LanguageEnv
     problems: Problems
     groups: Tensor
     reward: Tensor
     version: int
     generator: torch.Generator
-    judge: Callable[[Any, Problems, Tensor | None, Source], TensorDict]
+    judge: Callable[[Generates, Problems, Tensor | None, Source], TensorDict]
     new_groups: Callable[[int], Tensor]
 
     def recite(
@@ -68,10 +69,11 @@ class Request(NamedTuple):
         return self.judge(said, [problems[row] for row in kept], None if groups is None else groups[kept], source)
 
 
+@runtime_checkable
 class RowSource(Protocol):
     """Rows to add to a collection, as many as there are."""
 
-    def check(self, env: Any, policy: Any, setting: str) -> None:
+    def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
         """Refuses what it cannot serve, before the first step.
 
         Args:
@@ -135,7 +137,7 @@ class Joining:
         """Restores :meth:`state_dict`."""
 
 
-def require_one_turn(env: Any, setting: str) -> None:
+def require_one_turn(env: LanguageEnv, setting: str) -> None:
     """Raises ConfigError for a task of several turns."""
     if env.max_turns > 1:
         raise ConfigError(

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from unified_rl.errors import ConfigError
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.generation import Generation
-from unified_rl.protocols import MatchesPrompts, require_solutions
+from unified_rl.protocols import Generates, LanguageEnv, LanguagePolicy, MatchesPrompts, Solves, require_solutions
 from unified_rl.rollout.sources.answers import read_answers
 from unified_rl.rollout.sources.base import Joining, Request, require_one_turn
 from unified_rl.units import Source
@@ -32,18 +32,20 @@ class Demonstrations(Joining):
         super().__init__(per_group, rows)
         self.style = style
 
-    def check(self, env: Any, policy: Any, setting: str) -> None:
+    def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
         """Refuses a task without solutions, or of several turns."""
         require_solutions(env, setting, self.style)
         require_one_turn(env, setting)
 
     def rows(self, request: Request) -> TensorDict | None:
         """Solutions of the collection's problems, or of problems from a stream of their own."""
+        solver = request.env
+        assert isinstance(solver, Solves)  # seen to in check
         if self.joins:
             problems, groups = self.repeated(request)
-            return request.recite(problems, request.env.solve(problems, self.style), groups, Source.DEMONSTRATION)
+            return request.recite(problems, solver.solve(problems, self.style), groups, Source.DEMONSTRATION)
         problems = request.env.problems(self.batch, request.generator, "train")
-        return request.recite(problems, request.env.solve(problems, self.style), None, Source.DEMONSTRATION)
+        return request.recite(problems, solver.solve(problems, self.style), None, Source.DEMONSTRATION)
 
 
 class ExpertFile(Joining):
@@ -67,15 +69,15 @@ class ExpertFile(Joining):
         self.path, self.partial = path, partial
         self.lines = read_answers(path)
 
-    def check(self, env: Any, policy: Any, setting: str) -> None:
+    def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
         """Finds every line's problem in the task.
 
         Raises:
             ConfigError: the task cannot match prompts, a prompt is no training problem, or no answer fits.
         """
-        _require_matching(env, setting)
+        task = _require_matching(env, setting)
         require_one_turn(env, setting)
-        found = env.find_problems([line.prompt for line in self.lines])
+        found = task.find_problems([line.prompt for line in self.lines])
         lost = [line for line, problem in zip(self.lines, found, strict=True) if problem is None]
         if lost and (len(lost) == len(self.lines) or not self.partial):
             fix = "the file is of another task" if len(lost) == len(self.lines) else f"set {setting}.partial=true"
@@ -83,7 +85,7 @@ class ExpertFile(Joining):
                 f"{setting}: {len(lost)} of {len(self.lines)} prompts are no training problems of the task, the first "
                 f"in {lost[0].where}; {fix}"
             )
-        answers = env.encode_answers([line.answer for line in self.lines])
+        answers = task.encode_answers([line.answer for line in self.lines])
         known = [(problem, ids) for problem, ids in zip(found, answers, strict=True) if problem is not None]
         self._known = [pair for pair in known if len(pair[1]) <= env.max_turn_tokens]
         if not self._known:
@@ -128,14 +130,14 @@ class Model(Joining):
         super().__init__(per_group, rows)
         self.folder, self.temperature, self.log_prob = folder, temperature, log_prob
 
-    def check(self, env: Any, policy: Any, setting: str) -> None:
+    def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
         """Loads the model, and asks for one that knows every token of the policy's.
 
         Raises:
             ConfigError: no model of a fitting vocabulary.
         """
-        self.model: Any = CausalLM(env.tokenizer, env.max_length, path=self.folder, temperature=self.temperature)
-        self.model = self.model.to(policy.device).requires_grad_(False)
+        self.model = CausalLM(env.tokenizer, env.max_length, path=self.folder, temperature=self.temperature)
+        self.model.to(policy.device).requires_grad_(False)
         known, needed = self.model.model.get_input_embeddings().weight.shape[0], len(env.tokenizer)
         if known < needed:
             raise ConfigError(f"{setting}.folder={self.folder} knows {known} tokens, the task's tokenizer {needed}")
@@ -150,7 +152,7 @@ class Model(Joining):
             rows = request.judge(self._speaker(request), problems, None, Source.EXPERT)
         return rows if self.log_prob else rows.set("behavior_log_prob", torch.zeros_like(rows["behavior_log_prob"]))
 
-    def _speaker(self, request: Request) -> Any:
+    def _speaker(self, request: Request) -> Generates:
         """The model with a stream on its own device, drawn from the source's."""
         seed = int(torch.randint(2**62, (1,), generator=request.generator))
         return _Speaker(self.model, torch.Generator(device=self.model.device).manual_seed(seed))
@@ -159,17 +161,24 @@ class Model(Joining):
 class _Speaker:
     """A model that samples from its own stream, whatever stream the caller has."""
 
-    def __init__(self, model: Any, generator: torch.Generator) -> None:
+    def __init__(self, model: Generates, generator: torch.Generator) -> None:
         self.model, self.generator = model, generator
 
-    def generate(self, prompts: Any, **options: Any) -> Generation:
+    def generate(self, prompts: Any, *, max_new_tokens: int, **options: Any) -> Generation:
         """As of the model."""
-        return self.model.generate(prompts, **{**options, "generator": self.generator})
+        options["generator"] = self.generator
+        found: Generation = self.model.generate(prompts, max_new_tokens=max_new_tokens, **options)
+        return found
 
 
-def _require_matching(env: Any, setting: str) -> None:
-    """Raises ConfigError for a task that cannot find its problems by their prompts."""
+def _require_matching(env: object, setting: str) -> MatchesPrompts:
+    """The task, which can find its problems by their prompts.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     if not isinstance(env, MatchesPrompts):
         raise ConfigError(
             f"{setting} matches prompts to problems, and {type(env).__name__} has no find_problems(); use env=jsonl"
         )
+    return env

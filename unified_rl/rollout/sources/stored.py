@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDict
 
 from unified_rl.errors import ConfigError
+from unified_rl.protocols import LanguageEnv, LanguagePolicy
 from unified_rl.replay import read_rows
 from unified_rl.rollout.feed import pack_rows, unpack_rows
 from unified_rl.rollout.sources.base import Joining, Request
@@ -51,7 +52,7 @@ class Pool:
         self.keep, self.at_least, self.when = keep, at_least, when
         self._answers: dict[int, list[TensorDict]] = {}
 
-    def check(self, env: Any, policy: Any, setting: str) -> None:
+    def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
         """Every task has prompts."""
 
     def most(self, prompts: int) -> int:
@@ -122,7 +123,7 @@ class Recorded(Joining):
         stored = read_rows(data)
         self.stored = stored.reshape(stored.numel())
 
-    def check(self, env: Any, policy: Any, setting: str) -> None:
+    def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
         """Refuses rows of another width, and groups that are larger than a batch.
 
         Raises:

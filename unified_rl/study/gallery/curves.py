@@ -115,7 +115,8 @@ def _coefficient(correction: Correction, batch: TensorDict, count: int) -> Tenso
     log_prob = batch["current_log_prob"].clone().requires_grad_()
     stats = correction.prepare(log_prob.detach(), batch)
     (gradient,) = torch.autograd.grad(correction.loss(log_prob, batch, stats).loss, log_prob)
-    return -gradient[:count, 0] / stats["coefficient"][:count]
+    out: Tensor = -gradient[:count, 0] / stats["coefficient"][:count]
+    return out
 
 
 def _batch(grid: Tensor, sign: float, moved: str, *, reference: bool) -> TensorDict:

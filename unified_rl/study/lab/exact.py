@@ -130,7 +130,8 @@ def row_advantage(plan: Plan, problem: Problem, critic: Tensor) -> Tensor:
     """The advantage of each unit where it does not look at other rows, ``[B, N]``; ``critic`` holds the true Q - V."""
     if plan.advantage == "reward":
         return problem.reward
-    return critic - plan.correction.advantage.get("shift", 0.0)
+    out: Tensor = critic - plan.correction.advantage.get("shift", 0.0)
+    return out
 
 
 def group_statistics(plan: Plan, group: int) -> TensorDict:

@@ -148,7 +148,8 @@ class Runs:
         truth = true_gradient(self.problem, self.policy, self.reference).norm()
         own = gradient.flatten(1).norm(dim=1).mean().clamp(min=1e-12)
         each = torch.tensor(RATES, dtype=torch.float64).repeat_interleave(2 * self.schedule.seeds)
-        return (each * truth / own).view(-1, 1, 1)
+        out: Tensor = (each * truth / own).view(-1, 1, 1)
+        return out
 
 
 def one_step_error(plan: Plan, problem: Problem, policy: Policy, lag: int, group: int) -> float:

@@ -55,7 +55,8 @@ def scatter(problem: Problem, coefficient: Tensor) -> Tensor:
     index = (problem.state * problem.actions + problem.action).flatten()
     flat = coefficient.masked_fill(~problem.mask, 0.0).flatten(-2)
     out = flat.new_zeros((*flat.shape[:-1], problem.states * problem.actions))
-    return out.index_add(-1, index, flat).unflatten(-1, (problem.states, problem.actions))
+    found: Tensor = out.index_add(-1, index, flat).unflatten(-1, (problem.states, problem.actions))
+    return found
 
 
 def true_gradient(problem: Problem, policy: Policy, table: Tensor) -> Tensor:
