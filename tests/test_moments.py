@@ -76,12 +76,12 @@ def test_value_based_agents_keep_the_moments_of_an_imitated_policy(tmp_path: Pat
     job.warm_start(lambda *args: None)
     seen = float(job.policy.normalizer.count)
     trainer = job.make_trainer(tmp_path)
-    for _ in range(3):
+    for _ in range(16):
         trainer.update()
     assert float(job.policy.normalizer.count) == seen > 0
     fresh = Job(resolve_defaults(compose([*case[:3], *small])))
     trainer = fresh.make_trainer(tmp_path)
-    for _ in range(3):
+    for _ in range(16):
         trainer.update()
     assert int(fresh.policy.normalizer.used) >= 3  # the control: without imitation they move
 
