@@ -19,7 +19,7 @@ from unified_rl.errors import ConfigError, RecordError
 from unified_rl.instantiate import check_type, nearest
 from unified_rl.interventions import Wrapper
 from unified_rl.policies.normalizer import MOMENTS
-from unified_rl.protocols import HasNormalizer, Scores, ShowsLogits, ShowsNormals, Trainable, UnitStates
+from unified_rl.protocols import Scores, ShowsLogits, ShowsNormals, Trainable, UnitStates, standardises
 
 PROVIDERS = ("snapshot", "average", "interpolated")
 """Where the proximal policy of a decoupled correction comes from."""
@@ -380,8 +380,7 @@ def _in_place(found: Tensor, seen: TensorDictBase, rows: TensorDictBase) -> Tens
     return found.new_zeros(*mask.shape, *rest).masked_scatter(wide, found[seen["mask"]])
 
 
-def _same_inputs(older: Trainable, policy: Trainable) -> None:
+def _same_inputs(older: Any, policy: Trainable) -> None:
     """Makes an older version of a policy standardise observations as the policy does: only its weights are older."""
-    if isinstance(policy, HasNormalizer) and policy.normalizer is not None:
-        assert isinstance(older, HasNormalizer)
+    if standardises(policy):
         older.normalizer = policy.normalizer

@@ -61,8 +61,8 @@ def is_discrete(policy: object) -> bool:
 
 
 def standardises(policy: object) -> bool:
-    """Whether a policy was told to standardise observations by running moments."""
-    return isinstance(policy, HasNormalizer) and policy.normalizer is not None
+    """Whether a policy was told to standardise observations by running moments: it has a module ``normalizer``."""
+    return getattr(policy, "normalizer", None) is not None  # no protocol: those do not see a module's submodules
 
 
 def averages_dims(policy: object) -> bool:
@@ -354,13 +354,6 @@ class Normalizes(Protocol):
     def update_normalizer(self, observation: Tensor) -> None:
         """Adds raw ``observation [..., d]`` to the moments."""
         ...
-
-
-@runtime_checkable
-class HasNormalizer(Protocol):
-    """Says by which running moments it standardises observations."""
-
-    normalizer: nn.Module | None
 
 
 @runtime_checkable
