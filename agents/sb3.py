@@ -137,7 +137,7 @@ class SB3Agent:
         self.env = env
         try:
             self.model = cls("MlpPolicy", make_vec_env(env), gamma=gamma, seed=seed, device=device, **(options or {}))
-        except (TypeError, ValueError, AssertionError) as error:
+        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(
                 f"Stable-Baselines3's {algorithm} cannot be made: {' '.join(str(error).split())}"
             ) from error

@@ -627,7 +627,7 @@ SUPERVISED_LM = ("agent=sft", "rollout.rows=8", *(w for w in LANGUAGE if not w.s
 TAUGHT_LM = ("agent=sft", "rollout.rows=8", *(w for w in LANGUAGE if w.startswith("policy")))
 CLONED = (*SUPERVISED, "replay=uniform")
 WINDOWS = ("replay=segment", "replay.sampler.length=2")
-SB3 = ("env=pendulum", "agent=sb3_ppo", "agent.slice_steps=16", "agent.options={n_steps: 16, n_epochs: 1}")
+SB3 = ("env=pendulum", "agent=sb3_ppo", "agent.slice_steps=16", "agent.options={n_steps: 16}")
 CLASSES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     # label: (group, class, run)
     "policy_gradient": ("agent", "unified_rl.agents.policy_gradient.PolicyGradient", STALE_CONTROL),
@@ -783,7 +783,7 @@ VALUES_OF: dict[str, Any] = {
     "jsonl.tokenizer": "nowhere",
     "jsonl.vocabulary_size": 262,
     "sb3.algorithm": "a2c",
-    "sb3.options": {"n_steps": 16, "n_epochs": 2},
+    "sb3.options": {"n_steps": 8},
     "sb3.env": 3,
     "sb3.slice_steps": 32,
     "sb3.num_envs": 2,
@@ -896,8 +896,11 @@ SAMPLER_SETTINGS: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
                 "renew": (True, {"key": "policy_version"})},
     "Buckets": {"key": ("policy_version", {}), "edges": ([-1.0e9], {}), "weights": ([1.0, 0.0], {"edges": [-1.0e9]})},
     "BySource": {"source": ("demonstration", {})},
-    "Mixture": {"quotas": ({"demonstration": 1.0}, {}), "share_missing": (True, {"quotas": {"demonstration": 1.0}}),
-                "samplers": ({"online": {"_target_": "unified_rl.replay.Recency", "half_life": 1.0}}, {})},
+    "Mixture": {
+        "quotas": ({"demonstration": 1.0}, {}),
+        "share_missing": (False, {"quotas": {"online": 0.5, "demonstration": 0.5}, "share_missing": True}),
+        "samplers": ({"online": {"_target_": "unified_rl.replay.Recency", "half_life": 1.0}}, {}),
+    },
 }  # fmt: skip
 """Settings of the samplers that no option of the group names (the others are among :data:`CLASSES`)."""
 
