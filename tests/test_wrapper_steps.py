@@ -74,6 +74,7 @@ def test_repositioning_at_its_ends_is_ordinary_steps_under_adam(alpha: float, st
 def test_a_part_of_the_way_is_kept() -> None:
     """Steps of -1 each: three fast ones, back to 0.8 of the way, one more."""
     module = nn.Linear(1, 1, bias=False)
+    module.domain = "control"  # type: ignore[assignment]
     nn.init.constant_(module.weight, 10.0)
     wrapper = Reposition(module, load_correction("sfpo"), steps=3, alpha=0.8)
     wrapper.attach(Optimizer({"policy": module}, lr=1.0))
@@ -90,6 +91,7 @@ def test_a_part_of_the_way_is_kept() -> None:
 
 def test_the_switch_falls_once_and_for_good_when_the_entropy_leaves_its_range() -> None:
     module = nn.Linear(1, 1)
+    module.domain = "control"  # type: ignore[assignment]
     wrapper = Reposition(module, load_correction("sfpo"), window=4, threshold=3.0)
     wrapper.attach(Optimizer({"policy": module}, lr=1.0))
     alphas = []
