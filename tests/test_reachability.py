@@ -305,7 +305,7 @@ def correction_cases() -> Iterator[Case]:
         absence = "token-sum" if name != "token-sum" else "token-mean"
         base = (*STALE, "correction.horizon=4", f"correction.reduce={absence}")
         yield Case(f"reduce.{name}", base, (f"correction.reduce={name}",))
-    reject = "correction.reject=[{name: band, low: 0.99, high: 1.01}]"
+    reject = "correction.reject=[{name: band, low: 0.5, high: 2.0}]"
     yield Case("denominator.kept", (*STALE, reject), ("correction.denominator=kept",))
     yield Case("correction.horizon", (*STALE, "correction.reduce=token-sum"), ("correction.horizon=4",))
     yield Case("correction.attached", (*STALE, "correction=importance_sampling", "correction.level=geometric"),
@@ -357,7 +357,7 @@ def advantage_cases() -> Iterator[Case]:
         absence = "none" if baseline != "none" else "mean"
         node = {"baseline": baseline, **({"given": "stratum"} if baseline == "given" else {})}
         base = (*STALE, COLUMNS, f"correction.advantage={{baseline: {absence}}}")
-        yield Case(f"advantage.{baseline}", base, (f"correction.advantage={text(node)}",))
+        yield Case(f"advantage.baseline.{baseline}", base, (f"correction.advantage={text(node)}",))
     for scale in ("std", "batch", "whiten"):
         change = (f"correction.advantage={{baseline: mean, scale: {scale}}}",)
         yield Case(f"advantage.scale.{scale}", STALE, change)
@@ -892,9 +892,10 @@ SAMPLERS = {
 SAMPLER_SETTINGS: dict[str, dict[str, tuple[Any, dict[str, Any]]]] = {
     # a changed value, and what it needs beside itself
     "Recency": {"half_life": (1.0, {})},
-    "Softmax": {"key": ("discount", {}), "temperature": (1.0e-3, {"key": "policy_version"}),
+    "Softmax": {"key": ("discount", {}), "temperature": (1.0e3, {"key": "episode"}),
                 "renew": (True, {"key": "policy_version"})},
-    "Buckets": {"key": ("policy_version", {}), "edges": ([-1.0e9], {}), "weights": ([1.0, 0.0], {"edges": [-1.0e9]})},
+    "Buckets": {"key": ("episode", {}),
+                "edges": ([1.5], {"key": "episode"}), "weights": ([1.0, 0.0], {"key": "episode"})},
     "BySource": {"source": ("demonstration", {})},
     "Mixture": {
         "quotas": ({"demonstration": 1.0}, {}),
