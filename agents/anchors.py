@@ -380,7 +380,7 @@ def _in_place(found: Tensor, seen: TensorDictBase, rows: TensorDictBase) -> Tens
     return found.new_zeros(*mask.shape, *rest).masked_scatter(wide, found[seen["mask"]])
 
 
-def _same_inputs(older: Any, policy: Trainable) -> None:
+def _same_inputs(older: Any, policy: Any) -> None:
     """Makes an older version of a policy standardise observations as the policy does: only its weights are older."""
     if standardises(policy):
         older.normalizer = policy.normalizer
