@@ -607,10 +607,9 @@ COVERED = {"recipe": "test_recipes.py trains each", "study": "of compare, not of
 """Groups that are walked elsewhere."""
 
 
-def test_what_no_run_reaches_is_named_on_its_page() -> None:
-    root = Path(__file__).parent.parent
-    page = (root / "docs" / "returns.md").read_text()
-    files = [*(root / "agents").glob("*.py"), *(root / "unified_rl").rglob("*.py")]
+def test_what_no_run_reaches_is_named_on_its_page(source: Path) -> None:
+    page = (source / "docs" / "returns.md").read_text()
+    files = [*(source / "agents").glob("*.py"), *(source / "unified_rl").rglob("*.py")]
     used = "".join(path.read_text() for path in files if path.parent.name != "returns")
     for name in returns.__all__:
         assert re.search(rf"\b{name}\b", used) or re.search(rf"\b{name}\b", page), name

@@ -124,8 +124,8 @@ def test_the_advantages_of_negative_reinforcement_are_those_of_the_paper() -> No
         assert advantage.tolist() == pytest.approx(wanted)
 
 
-def test_the_page_of_recipes_is_up_to_date() -> None:
-    path = Path(__file__).parent.parent / "docs" / recipes.PAGE
+def test_the_page_of_recipes_is_up_to_date(source: Path) -> None:
+    path = source / "docs" / recipes.PAGE
     assert path.read_text() == recipes.page(), f"run: {recipes.COMMAND}"
 
 
