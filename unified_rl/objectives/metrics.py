@@ -46,4 +46,4 @@ def joined(one: Any, other: Any) -> Any:
 def _value(x: Any) -> Any:
     if isinstance(x, Mean):
         x = x.total / (x.count.clamp(min=1) if isinstance(x.count, Tensor) else max(1, x.count))
-    return x.detach() if isinstance(x, Tensor) else x
+    return x.detach() if isinstance(x, Tensor) and x.requires_grad else x

@@ -40,6 +40,7 @@ class PolicyGradientTerm(Term):
     def __init__(self, name: str, *, rows: Any = None, coefficient: float | Mapping[str, Any] = 1.0) -> None:
         super().__init__(name, rows, coefficient)
         self.first: Metrics = {}
+        self.split = False
         self.version = 0
         self.shown = False
 
@@ -71,6 +72,7 @@ class PolicyGradientTerm(Term):
 
     def prepare(self, batch: TensorDict, scored: Scored) -> TensorDictBase | None:
         """The correction's statistics; at the first step of an update also its diagnostics."""
+        self.split = not scored.free
         wanted = scored.free or not self.first or self.needs_full_pass
         log_prob = scored.log_prob if wanted else batch["behavior_log_prob"]
         self.interpolate(batch, log_prob, self.version)
@@ -101,7 +103,7 @@ class PolicyGradientTerm(Term):
         out = self.correction.loss(log_prob, rows, stats)
         self.wrapper.watch(log_prob, rows, stats, out.weight)
         loss, metrics = out.loss, {**out.metrics, "update/kl": behavior_kl(log_prob.detach(), self._own(rows))}
-        if stats.get("keep", None) is not None:
+        if self.split and stats.get("keep", None) is not None:  # the correction's own number is of a micro-batch
             metrics["reject/fraction"] = Mean((stats["original"] - stats["kept"]).sum(), stats["original"].sum())
         if extra is not None:
             penalty = torch.where(rows["mask"], extra, 0.0) * stats["coefficient"].unsqueeze(-1)
