@@ -116,19 +116,16 @@ class Model(Joining):
         folder: with ``config.json`` and safetensors; no code from it is run. It must share the policy's tokenizer.
         per_group: of each prompt of the collection; they join its group.
         rows: instead: of problems drawn for them, as a batch of their own.
-        temperature: of its sampling.
-        log_prob: record the model's own log-probs, for importance weights; else they are written as 0, as those of
-            every expert whose probabilities are unknown.
+        temperature: of its sampling. Log-probs are written as 0, as those of every expert: no correction weighs rows by
+            how probable they were to somebody else's policy.
 
     Raises:
         ConfigError: not exactly one of ``per_group`` and ``rows``, or no model there.
     """
 
-    def __init__(
-        self, folder: str, per_group: int = 0, rows: int = 0, temperature: float = 1.0, log_prob: bool = False
-    ) -> None:
+    def __init__(self, folder: str, per_group: int = 0, rows: int = 0, temperature: float = 1.0) -> None:
         super().__init__(per_group, rows)
-        self.folder, self.temperature, self.log_prob = folder, temperature, log_prob
+        self.folder, self.temperature = folder, temperature
 
     def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
         """Loads the model, and asks for one that knows every token of the policy's.
@@ -150,7 +147,7 @@ class Model(Joining):
         else:
             problems = request.env.problems(self.batch, request.generator, "train")
             rows = request.judge(self._speaker(request), problems, None, Source.EXPERT)
-        return rows if self.log_prob else rows.set("behavior_log_prob", torch.zeros_like(rows["behavior_log_prob"]))
+        return rows.set("behavior_log_prob", torch.zeros_like(rows["behavior_log_prob"]))
 
     def _speaker(self, request: Request) -> Generates:
         """The model with a stream on its own device, drawn from the source's."""
