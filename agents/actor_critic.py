@@ -68,7 +68,6 @@ class ActorCritic:
             (:class:`unified_rl.policies.gaussian.GaussianPolicy`).
         generator: stream of the noise.
         rows, length: of one collection; they set how many gradient steps are due after it.
-        correction: unused (no ratio enters).
         target: of the critic, a name of :data:`~unified_rl.objectives.offline_value.TARGETS` or a mapping with ``name``
             and settings. Names may be dotted paths here and below.
         aggregate: from an ensemble's members to one value, in targets and advantages, of ``AGGREGATES``.
@@ -105,7 +104,6 @@ class ActorCritic:
         generator: torch.Generator,
         rows: int,
         length: int | None = None,
-        correction: Any = None,
         target: str | dict[str, Any] = "soft",
         aggregate: str | dict[str, Any] = "least",
         value: str | dict[str, Any] | None = None,
@@ -386,13 +384,10 @@ def make_networks(
     """The critic, its slow copy and, if asked for, a state value, for a policy's observations and actions."""
     standardised = standardises(policy)
     critic = QEnsemble(
-        policy.observation_dim,
-        policy.action_dim,
+        policy.space,
         num=critics,
         hidden=hidden,
         layer_norm=layer_norm,
-        action_low=policy.action_low.tolist(),
-        action_high=policy.action_high.tolist(),
         stacked=device.type == "cuda",
         normalize_observation=standardised,
         seed=seed,
@@ -400,7 +395,7 @@ def make_networks(
     value = None
     if state_value:
         value = ValueCritic(
-            policy.observation_dim, hidden, activation="relu", normalize_observation=standardised, seed=seed + 1
+            policy.space, hidden, activation="relu", normalize_observation=standardised, seed=seed + 1
         ).to(device)
     return Networks(policy, critic, copy.deepcopy(critic).requires_grad_(False), value, log_alpha)
 

@@ -26,8 +26,6 @@ class BehaviorCloning:
         policy: any policy.
         generator: stream of losses that draw noise (flow and diffusion).
         rows: rows of one collection; the default batch.
-        length: unused.
-        correction: unused.
         lr: learning rate.
         batch_size: rows of one optimiser step; by default ``rows``.
         updates: optimiser steps per call of :meth:`update`.
@@ -36,7 +34,6 @@ class BehaviorCloning:
         max_grad_norm: bound of the gradient norm.
         weight_decay: decoupled weight decay.
         device: where updates run.
-        seed: unused (no network of its own).
     """
 
     def __init__(
@@ -44,8 +41,6 @@ class BehaviorCloning:
         policy: Trainable,
         generator: torch.Generator,
         rows: int = 256,
-        length: int | None = None,
-        correction: Any = None,
         lr: float = 1e-3,
         batch_size: int | None = None,
         updates: int = 1,
@@ -53,7 +48,6 @@ class BehaviorCloning:
         max_grad_norm: float | None = 1.0,
         weight_decay: float = 0.0,
         device: str = "cpu",
-        seed: int = 0,
     ) -> None:
         self.policy, self.generator, self.gamma = policy, generator, gamma
         for name, value in (("batch_size", batch_size), ("updates", updates)):

@@ -238,3 +238,12 @@ def test_rows_without_rewards_are_refused_before_the_first_step() -> None:
     with pytest.raises(ConfigError, match=r"learns from reward, discount.* rows lack.*--record FOLDER"):
         agent.update(filled(transitions().select("observation", "action")))
     assert agent.gradient_steps == 0
+
+
+def test_a_controller_of_a_metric_that_nothing_reports_is_refused() -> None:
+    node = {"name": "proportional_integral", "metric": "policy/entrpy", "target": 5.0}
+    agent = make(actor={"policy": "pathwise", "stay": {"name": "imitate", "coefficient": node}})
+    with pytest.raises(
+        ConfigError, match=r"agent.actor.stay.coefficient.metric 'policy/entrpy' is reported by no part"
+    ):
+        agent.update(filled())

@@ -17,7 +17,7 @@ from unified_rl.policies.gaussian import GaussianPolicy
 from unified_rl.replay import Replay, Uniform, read_rows
 from unified_rl.rollout import ControlRollout, DemonstrationRollout
 from unified_rl.training.build import Job
-from unified_rl.training.provenance import read_config, run_folder
+from unified_rl.training.provenance import run_folder
 from unified_rl.training.run import evaluate_run, train
 from unified_rl.training.warm_start import WarmStart
 
@@ -201,7 +201,9 @@ def test_a_part_is_given_only_what_its_signature_takes(outside: str, tmp_path: P
     overrides = ["env=inverted_pendulum", "agent=ppo", "rollout.num_envs=2", "rollout.horizon=8", "steps=32"]
     cfg = compose([*COMMON, *overrides], allow=[outside])
     cfg["agent"] = {"_target_": "my_parts.Counter"}
-    trainer = Job(cfg, [outside]).make_trainer(tmp_path)
+    with pytest.raises(ConfigError, match=r"correction=ppo would be of no effect: agent=\w+ takes none"):
+        Job(cfg, [outside])
+    trainer = Job({**cfg, "correction": None}, [outside]).make_trainer(tmp_path)
     trainer.run()
     assert trainer.agent.rows == 2 and trainer.agent.drawn == [16, 16]
     assert DemonstrationRollout.__init__.__code__.co_varnames[:8].count("gamma") == 0
@@ -224,13 +226,6 @@ def test_a_runs_name_holds_its_choices_and_two_runs_never_share_a_folder(tmp_pat
 def test_a_named_after_its_choices_run_trains(tmp_path: Path) -> None:
     cfg = compose([*COMMON, "env=inverted_pendulum", "agent=ppo", *SMALL, "steps=16", f"runs={tmp_path}"])
     assert (train(cfg) / "metrics.jsonl").is_file()
-
-
-def test_defaults_that_earlier_versions_wrote_out_and_never_read_do_not_stop_a_resume(tmp_path: Path) -> None:
-    older = "replay: {cut: true, capacity: 8}\nrollout: {_target_: unified_rl.rollout.StoredRollout, device: cpu}\n"
-    (tmp_path / "config.yaml").write_text(older)
-    cfg = read_config(tmp_path)
-    assert cfg["replay"] == {"capacity": 8} and cfg["rollout"] == {"_target_": "unified_rl.rollout.StoredRollout"}
 
 
 # ------------------------------------------------------------------------------------------------ warm start

@@ -27,7 +27,7 @@ from unified_rl.envs.control import (
 )
 from unified_rl.envs.control.tasks import HalfCheetah, quiet_deprecations
 from unified_rl.errors import CheckpointError, ConfigError, NonFiniteError
-from unified_rl.protocols import ControlEnv, StepResult
+from unified_rl.protocols import ControlEnv, Demonstrates, StepResult
 
 
 def actions(env: ControlEnvBase, steps: int, seed: int = 0) -> Tensor:
@@ -128,8 +128,12 @@ def test_bad_names_and_options_name_the_nearest() -> None:
         make_mujoco("Ant-v5", options={"ctrl_cost": 1.0})
     with pytest.raises(ConfigError, match="num_envs is 0"):
         make_mujoco("Ant-v5", 0)
-    with pytest.raises(ConfigError, match="scripted expert"):
-        make_mujoco("Ant-v5").demonstrations(3)
+
+
+def test_only_environments_with_an_expert_demonstrate_chunked_or_not() -> None:
+    route, bare = TwoRouteEnv(2), make_mujoco("InvertedPendulum-v5", 2)
+    assert isinstance(route, Demonstrates) and isinstance(ActionChunk(route, 2), Demonstrates)
+    assert not isinstance(bare, Demonstrates) and not isinstance(ActionChunk(bare, 2), Demonstrates)
 
 
 def test_numbers_that_are_not_finite_stop_the_step_and_name_the_simulation() -> None:

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDict
 
 from unified_rl.config import compose
-from unified_rl.errors import CheckpointError, ConfigError, RecordError
+from unified_rl.errors import ConfigError, RecordError
 from unified_rl.replay import Fresh, Replay, Uniform, WithDataset
 from unified_rl.rollout.feed import Feed, LocalFeed
 from unified_rl.training.run import Job
@@ -105,16 +105,6 @@ def test_batches_that_wait_are_part_of_a_checkpoint(tmp_path: Path) -> None:
     again.load_state_dict(state, first)
     again.run()
     assert again.agent.seen == whole.agent.seen[state["updates"] :]
-
-
-def test_a_checkpoint_of_format_1_is_read_where_nothing_waits_and_refused_where_something_does(tmp_path: Path) -> None:
-    older = {"agent": {"version": 2}, "rollout": {"number": 2}, "updates": 2, "elapsed": 0.0, "has_replay": False}
-    run = trainer(tmp_path / "run", 0, Fresh())
-    run.load_state_dict({**older, "collected": 2, "means": run.means.state_dict()}, tmp_path)
-    run.run()
-    assert run.agent.seen[0] == ([2, 2, 2], [0, 0, 0])
-    with pytest.raises(CheckpointError, match=r"format 1.* 2 batches .*Train it again"):
-        run.load_state_dict({**older, "collected": 4, "means": run.means.state_dict()}, tmp_path)
 
 
 def test_a_negative_staleness_is_refused() -> None:

@@ -12,6 +12,7 @@ from term_cases import agent_of, both_splits, dense, joined, want
 
 from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.errors import ConfigError
+from unified_rl.objectives.preference import best_worst
 from unified_rl.rollout.sources import Demonstrations
 
 
@@ -107,3 +108,13 @@ def test_the_margin_is_a_mean_over_pairs_whatever_the_split() -> None:
     want = [2.0, float(((score[0] - score[1]) + (score[4] - score[6])) / 2)]
     for one in found:
         assert one == pytest.approx(want, abs=1e-4)
+
+
+def test_the_first_best_and_the_first_worst_of_every_group_whose_rewards_differ() -> None:
+    reward = torch.tensor([0.0, 1.0, 1.0, 0.0, 3.0, 3.0, 0.5, 2.0, 0.4])
+    group = torch.tensor([7, 7, 7, 7, 2, 2, 5, 5, 5])
+    better, worse = best_worst(reward, group)
+    assert better.tolist() == [7, 1] and worse.tolist() == [8, 0]  # by group id; group 2 has no pair
+    better, worse = best_worst(reward, group, least_gap=1.0)
+    assert better.tolist() == [7] and worse.tolist() == [8]  # a gap of exactly 1 is none
+    assert [len(x) for x in best_worst(torch.ones(3), torch.zeros(3, dtype=torch.int64))] == [0, 0]

@@ -37,7 +37,7 @@ ABILITIES: dict[str, tuple[Any, set[str]]] = {
     ),
     "flow": (lambda: FlowPolicy(SPACE), CONTROL | {"ShowsNormals", "HasEntropy"}),
     "diffusion": (lambda: DiffusionPolicy(SPACE), CONTROL | {"ShowsNormals"}),
-    "tokens": (lambda: AutoregressivePolicy(SPACE), CONTROL | {"ShowsLogits", "HasEntropy", "UnitStates"}),
+    "tokens": (lambda: AutoregressivePolicy(SPACE), CONTROL | {"ShowsLogits", "HasEntropy"}),
     "language": (
         lambda: CausalLM(**ChainMod().policy_inputs(), config=TINY),
         {"Scores", "Imitates", "Generates", "ShowsLogits", "UnitStates", "Stateful"},

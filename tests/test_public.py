@@ -266,7 +266,7 @@ def test_updates_by_hand_end_with_the_budget() -> None:
         run.update()
 
 
-def test_a_folder_holds_the_run_and_is_continued(tmp_path: Path) -> None:
+def test_a_folder_holds_the_run_and_is_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def assembled(folder: Path | None, **settings: Any) -> ur.Assembled:
         env = ur.make_env("two_route", num_envs=8)
         return ur.assemble(env, correction="tis", rollout={"horizon": 8}, folder=folder, **{**SMALL, **settings})
@@ -283,6 +283,8 @@ def test_a_folder_holds_the_run_and_is_continued(tmp_path: Path) -> None:
     for call in (ur.resume, ur.evaluate, ur.load_policy):
         with pytest.raises(ur.CheckpointError, match=r"objects of a script \(env\)"):
             call(run)
+    for words in (["evaluate", str(run)], ["train", f"resume={run}"]):
+        assert cli.main(words) == 2 and "objects of a script (env)" in capsys.readouterr().err
     rest = assembled(tmp_path / "run", steps=256, resume_existing=True)
     rest.run()
     assert equal(weights(rest.policy), weights(whole.policy))

@@ -124,3 +124,25 @@ def test_rows_of_a_cloned_policy_are_recorded_with_the_discount_of_its_agent(tmp
     job = Job(compose(["progress=false", *SUPERVISED, "agent.gamma=0.5", "policy.hidden=[8]"]))
     record_dataset(job, tmp_path / "rows", batches=1)
     assert float(read_rows(tmp_path / "rows")["discount"].max()) == 0.5, "of a single step; chunks have powers of it"
+
+
+@pytest.mark.parametrize("agent", ["sac", "actor_critic", "behavior_cloning", "sb3_ppo"])
+def test_a_correction_that_the_agent_does_not_take_is_refused(agent: str) -> None:
+    base = ["env=two_route", f"agent={agent}", "progress=false"]
+    Job(compose(base))
+    with pytest.raises(ConfigError, match=f"correction=tis would be of no effect: agent={agent} takes none"):
+        Job(compose([*base, "correction=tis"]))
+
+
+def test_a_warm_start_without_demonstrations_is_refused() -> None:
+    job = Job(compose(["env=inverted_pendulum", "agent=ppo", "warm_start=demonstrations"]))
+    with pytest.raises(ConfigError, match=r"BatchedMujocoEnv has no demonstrations: set warm_start=none, or"):
+        job.warm_start(lambda *args: None)
+
+
+def test_a_term_of_rows_that_no_control_run_has_is_refused(tmp_path: Path) -> None:
+    job = Job(compose(["env=two_route", "agent=ppo", "agent.objectives.imitate=nll"]))
+    with pytest.raises(
+        ConfigError, match=r"agent.objectives.imitate.rows=demonstration reads rows that this run never"
+    ):
+        job.make_trainer(tmp_path)

@@ -16,8 +16,9 @@ from unified_rl.envs.language import ChainMod, GuessNumber, JsonlProblems
 from unified_rl.envs.language.base import LanguageTask, Verdict
 from unified_rl.errors import ConfigError, DataError
 from unified_rl.policies.causal_lm import CausalLM
+from unified_rl.policies.generation import Generation
 from unified_rl.replay import Replay, Uniform
-from unified_rl.rollout import LanguageRollout
+from unified_rl.rollout import LanguageRollout, converse
 from unified_rl.rollout.context import Hints, Refill
 from unified_rl.rollout.sources import Demonstrations, ExpertFile, Model, Pool, Recorded
 from unified_rl.training.checkpoint import checkpoints, read_checkpoint
@@ -381,3 +382,35 @@ def test_a_run_with_every_source_resumes_bit_for_bit(tmp_path: Path) -> None:
         same_files(saves[-1] / "replay", checkpoints(part / "checkpoints")[-1] / "replay")
         assert rows_of(part) == rows_of(whole)
     assert rows_of(whole)[-1]["steps"] == 96  # budgets count own conversations
+
+
+class Endless:
+    """Says 1s without end, and notes how many it was asked for."""
+
+    def generate(self, prompts: Any, *, max_new_tokens: int, **options: Any) -> Generation:
+        self.asked, rows = max_new_tokens, len(prompts)
+        tokens = torch.full((rows, max_new_tokens), 1)
+        length = torch.full((rows,), max_new_tokens)
+        return Generation(tokens, torch.zeros(tokens.shape), length, torch.ones(rows, dtype=torch.bool))
+
+
+def test_what_an_answer_begins_with_counts_towards_its_own_budget_alone() -> None:
+    env, speaker = chain(), Endless()
+    problems = env.problems(3, stream(0), "train")
+    budget = env.max_turn_tokens
+    talk, _ = converse(env, speaker, problems, None, prefixes=[[], [1, 1], [1] * (budget - 1)])
+    assert speaker.asked == budget and talk.mask.sum(-1).tolist() == [budget, budget - 2, 1]
+    assert talk.truncated[:, 0].tolist() == [False, True, True]  # the others' ends lie beyond their budgets
+    alone, _ = converse(env, Endless(), problems[1:2], None, prefixes=[[1, 1]])
+    assert torch.equal(alone.tokens[0], talk.tokens[1])  # whoever stands beside it
+
+
+def test_solutions_that_rows_have_no_room_for_are_refused() -> None:
+    class Verbose(ChainMod):
+        def solve(self, problems: Any, style: str | None = None) -> list[list[int]]:
+            return [[1] * (self.max_turn_tokens + 1) for _ in problems]
+
+    with pytest.raises(
+        ConfigError, match=r"rollout.privileged=chain shows solutions of up to \d+ tokens, more than fit"
+    ):
+        rollout(Verbose(modulus=5, terms=3), privileged="chain").collect(0)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from unified_rl.config import CHOICES, compose, flatten, resolve_defaults
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.instantiate import allowing
-
-if TYPE_CHECKING:
-    from unified_rl.training.run import Job
 
 Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
 """``["env=two_route", "agent.lr=1e-3"]``, a mapping of the same, or a composed configuration."""
@@ -50,9 +47,9 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
-        import yaml
+        from unified_rl.training.run import stored_config
 
-        return dict(yaml.safe_load((self.folder / "config.yaml").read_text()))
+        return stored_config(self.folder)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged rows, in order: ``update``, ``steps``, ``wall_seconds`` and metrics such as ``eval/score``."""
@@ -118,7 +115,7 @@ def resume(run: RunLike, steps: int | None = None, *, allow: Sequence[str] = (),
     """
     from unified_rl.training.run import resume as continued
 
-    return Run(continued(str(_rebuildable(run)), steps, allow, progress=progress), allow)
+    return Run(continued(os.fspath(run), steps, allow, progress=progress), allow)
 
 
 def evaluate(
@@ -142,14 +139,9 @@ def evaluate(
     Raises:
         CheckpointError: no such run, or no checkpoint in it.
     """
-    from unified_rl.training.run import record_dataset
+    from unified_rl.training.run import evaluated
 
-    changed = {} if episodes is None else {"eval_episodes": episodes}
-    job = _restored(run, None, allow, changed)
-    metrics = job.evaluate()
-    if record is not None:
-        record_dataset(job, Path(record))
-    return metrics
+    return evaluated(os.fspath(run), episodes, allow, None if record is None else os.fspath(record))[0]
 
 
 def load_policy(
@@ -170,7 +162,10 @@ def load_policy(
     """
     from torch import nn
 
-    policy = _restored(run, checkpoint, allow, {"device": "cpu"}).policy
+    from unified_rl.training.run import restored
+
+    at = checkpoint if checkpoint is None or isinstance(checkpoint, int) else os.fspath(checkpoint)
+    policy = restored(os.fspath(run), at, allow, {"device": "cpu"}).policy
     return policy.eval() if isinstance(policy, nn.Module) else policy
 
 
@@ -300,39 +295,3 @@ def _composed(overrides: Overrides, primary: str, allow: Sequence[str], config_d
         raise ConfigError(f"{overrides!r} is one text; give a list of key=value texts")
     cfg = compose(overrides, primary=primary, config_dirs=config_dirs, allow=allow)
     return resolve_defaults(cfg, primary=primary, allow=allow)
-
-
-def _restored(
-    run: RunLike, checkpoint: str | int | os.PathLike[str] | None, allow: Sequence[str], changed: Mapping[str, Any]
-) -> Job:
-    """A run built again, with some settings changed, and its policy as a checkpoint left it."""
-    from unified_rl.training.checkpoint import latest_checkpoint, read_checkpoint
-    from unified_rl.training.run import Job, load_policy
-
-    folder = _rebuildable(run)
-    if isinstance(checkpoint, int):
-        path = folder / "checkpoints" / f"step_{checkpoint:012d}"
-    else:
-        path = latest_checkpoint(folder) if checkpoint is None else Path(checkpoint)
-    job = Job({**Run(folder).config, **changed}, allow)
-    job.policy = load_policy(job, read_checkpoint(path))
-    return job
-
-
-def _rebuildable(run: RunLike) -> Path:
-    """The folder of a run whose parts its configuration can build.
-
-    Raises:
-        CheckpointError: there is no run, or it was assembled from objects or classes of a script.
-    """
-    import json
-
-    folder = Run(run).folder
-    meta = folder / "meta.json"
-    parts = json.loads(meta.read_text()).get("assembled", []) if meta.is_file() else []
-    if parts:
-        raise CheckpointError(
-            f"{folder} was assembled from objects of a script ({', '.join(parts)}); assemble it again there, with "
-            f"folder={str(folder)!r} and resume_existing=True"
-        )
-    return folder

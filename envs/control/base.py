@@ -103,12 +103,6 @@ class ControlEnvBase(EnvBase):
         observation[mask] = self.restart(mask)
         return step._replace(observation=observation)
 
-    def demonstrations(self, n: int, generator: torch.Generator | None = None) -> TensorDict:
-        """``[n]`` expert pairs ``observation``, ``action``; only environments with a scripted expert have any."""
-        raise ConfigError(
-            f"{type(self).__name__} has no scripted expert; use env=two_route, or train an agent and record its data"
-        )
-
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDict:
         mask = None if tensordict is None else tensordict.get("_reset", None)
         ended = torch.ones(self.num_envs, dtype=torch.bool) if mask is None else mask.reshape(self.num_envs)

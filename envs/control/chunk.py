@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.errors import ConfigError
-from unified_rl.protocols import StepResult
+from unified_rl.protocols import Demonstrates, StepResult
 from unified_rl.spaces import Box, Space
 
 
@@ -39,6 +38,8 @@ class ActionChunk(ControlEnvBase):
         plan = Box((one.width * horizon,), one.dtype, low, high)
         super().__init__(env.num_envs, Space(env.space.observation, plan), -(-env.max_steps // horizon))
         self.inner, self.horizon, self._action_dim = env, horizon, one.width
+        if isinstance(env, Demonstrates):
+            self.demonstrations = env.demonstrations
         self._gamma = 0.99 if gamma is None else gamma
 
     def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
@@ -81,10 +82,6 @@ class ActionChunk(ControlEnvBase):
     def seed_streams(self, seed: int) -> None:
         """Restarts the random streams of the environment inside."""
         self.inner.seed_streams(seed)
-
-    def demonstrations(self, n: int, generator: torch.Generator | None = None) -> TensorDict:
-        """The demonstrations of the environment inside, if it records chunks of this length."""
-        return self.inner.demonstrations(n, generator)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The state of the environment inside; a chunk is never half done between calls."""

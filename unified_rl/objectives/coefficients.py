@@ -273,7 +273,7 @@ class Observed:
         if self.metric in metrics:
             self.seen = True
             self.controller.observe(metrics)
-        elif not self.seen and self.metric not in reported and "loss/total" in metrics:
+        elif not self.seen and self.metric not in reported and any(name.startswith("loss/") for name in metrics):
             near = nearest(self.metric, [*metrics, *reported])
             raise ConfigError(f"{self.where}.metric {self.metric!r} is reported by no part of this run; {near}")
 

@@ -24,6 +24,7 @@ from unified_rl.objectives.metrics import Mean, Metrics
 from unified_rl.objectives.objective import Scored, Term
 from unified_rl.objectives.settings import tried
 from unified_rl.objectives.terms import nothing, scattered
+from unified_rl.returns.groups import Groups
 from unified_rl.units import row_return
 
 Pairs = tuple[Tensor, Tensor]
@@ -31,16 +32,19 @@ Pairs = tuple[Tensor, Tensor]
 
 
 def best_worst(reward: Tensor, group: Tensor, *, least_gap: float = 0.0) -> Pairs:
-    """In every group whose rewards differ: the first best row and the first worst."""
-    better, worse = [], []
-    for g in torch.unique(group).tolist():
-        rows = (group == g).nonzero().squeeze(-1)
-        high, low = rows[reward[rows].argmax()], rows[reward[rows].argmin()]
-        if float(reward[high] - reward[low]) > least_gap:
-            better.append(high)
-            worse.append(low)
-    empty = torch.zeros(0, dtype=torch.int64, device=group.device)
-    return (torch.stack(better), torch.stack(worse)) if better else (empty, empty)
+    """In every group whose rewards differ by more than ``least_gap``: the first best row and the first worst."""
+    groups = Groups(group)
+    high, low = groups.extreme(reward, "amax"), groups.extreme(reward, "amin")
+    better, worse = (_first(groups, reward == extreme) for extreme in (high, low))
+    chosen = (high - low)[better] > least_gap
+    return better[chosen], worse[chosen]
+
+
+def _first(groups: Groups, holds: Tensor) -> Tensor:
+    """The first row of every group where ``holds [B]``, which it does somewhere in each, ``[groups]``."""
+    rows = holds.nonzero().squeeze(-1)
+    first = torch.full((groups.number,), len(holds), device=holds.device)
+    return first.scatter_reduce(0, groups.index[rows], rows, "amin")
 
 
 def every_pair(reward: Tensor, group: Tensor) -> Pairs:

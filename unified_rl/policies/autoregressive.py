@@ -185,16 +185,6 @@ class AutoregressivePolicy(Policy):
         rows = batch["observation"].shape[0]
         return tuple(x.reshape(rows, -1, *x.shape[1:]) for x in found)
 
-    def unit_states(self, batch: TensorDictBase) -> Tensor:
-        """From which :meth:`logits_of` makes each unit's distribution: untransformed logits ``[B, N, bins]``."""
-        observation, stored = self._flatten(batch)
-        logits = self._logits(observation, self._stored_bins(stored))
-        return logits.reshape(batch["observation"].shape[0], -1, self.bins)
-
-    def logits_of(self, states: Tensor) -> Tensor:
-        """Transformed logits ``[n, bins]`` of states ``[n, bins]``."""
-        return self.sampling.logits(states)
-
     def entropy(self, batch: TensorDictBase) -> Tensor:
         """Entropy ``[B, N]`` in nats of each dimension's sampling distribution given the stored earlier ones."""
         observation, stored = self._flatten(batch)

@@ -111,14 +111,18 @@ def converse(
     talk = Conversations(problems, env.max_length, env.max_turns, env.tokenizer.pad_token_id)
     active = torch.arange(len(problems))
     info: dict[str, Tensor] = {}
-    longest = max(map(len, prefixes or [[]]))
+    begun = (
+        torch.tensor([len(prefix) for prefix in prefixes])
+        if prefixes
+        else torch.zeros(len(problems), dtype=torch.int64)
+    )
     if prefixes is not None:
         talk.begin_answers(prefixes)
     for turn in range(env.max_turns):
         shared = group_size if turn == 0 else 1
         out = policy.generate(
             talk.contexts(active[::shared]),
-            max_new_tokens=env.max_turn_tokens - (longest if turn == 0 else 0),
+            max_new_tokens=env.max_turn_tokens - (int(begun.min()) if turn == 0 else 0),
             stop_ids=env.stop_ids,
             generator=generator,
             greedy=greedy,
@@ -126,6 +130,9 @@ def converse(
         )
         tokens, log_prob = out.tokens.to("cpu"), out.log_prob.to("cpu")
         length, finished = out.length.to("cpu"), out.finished.to("cpu")
+        if turn == 0:  # what an answer begins with counts towards its own budget alone
+            left = env.max_turn_tokens - begun
+            length, finished = torch.minimum(length, left), finished & (length <= left)
         talk.add_turn(active, turn, tokens, log_prob, length)
         if prefixes is not None and turn == 0:
             talk.said = [[prefix + said[0]] for prefix, said in zip(prefixes, talk.said, strict=True)]

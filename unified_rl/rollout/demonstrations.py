@@ -38,7 +38,8 @@ def style_option(env: Any, style: str | None, where: str) -> dict[str, str]:
 class DemonstrationRollout:
     """Hands supervised rows to the replay, for behaviour cloning and supervised fine-tuning.
 
-    A policy that standardises observations takes its first moments from the first rows.
+    A policy that standardises observations takes its moments from the whole of ``data``, or from the first rows of an
+    environment's own.
 
     Args:
         env: the environment, with ``demonstrations(count, generator)`` unless ``data`` is given.

@@ -191,11 +191,9 @@ class LanguageRollout:
         self.generator.set_state(state["generator"])
         self.problem_generator.set_state(state["problem_generator"])
         for name, stream in self._streams.items():
-            if name in state.get("streams", {}):  # older checkpoints have none
-                stream.set_state(state["streams"][name])
+            stream.set_state(state["streams"][name])
         for name, source in self.sources.items():
-            if name in state.get("sources", {}):
-                source.load_state_dict(state["sources"][name])
+            source.load_state_dict(state["sources"][name])
         self.steps = state["steps"]
         self.builder.load_state_dict(state)
         self.env.load_state_dict(state["env"])

@@ -98,6 +98,12 @@ class RowBuilder:
     def _privileged(self, talk: Conversations, solver: Solves) -> dict[str, Tensor]:
         """Every row again with a solution between prompt and answer; as many tokens masked in, in the same order."""
         solutions = solver.solve(talk.problems, self.privileged)
+        longest = max(map(len, solutions))
+        if longest > self.env.max_turn_tokens:
+            raise ConfigError(
+                f"rollout.privileged={self.privileged} shows solutions of up to {longest} tokens, more than fit into "
+                f"env.max_turn_tokens={self.env.max_turn_tokens}; raise it"
+            )
         width = talk.tokens.shape[1] + self.env.max_turn_tokens
         tokens = talk.tokens.new_full((len(solutions), width), self.env.tokenizer.pad_token_id)
         mask = torch.zeros(tokens.shape, dtype=torch.bool)

@@ -162,7 +162,7 @@ def assemble(
         CheckpointError: the folder holds a run already.
     """
     parts = dict(zip(GROUPS, (env, policy, agent, correction, replay, rollout, warm_start, recipe), strict=True))
-    if isinstance(rollout, Mapping | str | type | None) is False:
+    if _is_object(rollout):
         raise ConfigError(
             "rollout takes a name, settings or a class, since the run gives it its policy and its streams"
         )

@@ -14,8 +14,9 @@ import torch
 from unified_rl.config import build
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
-from unified_rl.protocols import ChecksIdentity
-from unified_rl.rollout import as_environment
+from unified_rl.protocols import ChecksIdentity, Demonstrates
+from unified_rl.replay import WithDataset
+from unified_rl.rollout import ControlRollout, LanguageRollout, as_environment
 from unified_rl.rollout.feed import LocalFeed
 from unified_rl.training.evaluation import evaluate_control, evaluate_language
 from unified_rl.training.seeding import derive, generator, scoped
@@ -97,14 +98,19 @@ class Job:
                 )
 
     def _refuse_missing(self) -> None:
-        """Raises ConfigError where a group is none that another group of this configuration needs."""
-        needed, _ = self._parameters(self.cfg["agent"])
+        """Raises ConfigError where a group is none that the agent needs, or one that it does not take."""
+        needed, takes_any = self._parameters(self.cfg["agent"])
         correction = needed.get("correction")
         agent = (self.cfg.get("choices") or {}).get("agent") or self.cfg["agent"]["_target_"]
         if self.collects and correction and correction.default is REQUIRED and not self.cfg.get("correction"):
             raise ConfigError(
                 f"correction=none, but agent={agent} needs one; choose it with correction=NAME "
                 "(correction=reinforce corrects nothing)"
+            )
+        if correction is None and not takes_any and self.cfg.get("correction"):
+            raise ConfigError(
+                f"correction={self.cfg['correction'].get('name')} would be of no effect: agent={agent} takes none; use "
+                "correction=none, or agent=policy_gradient"
             )
         if self.collects and not self.cfg.get("replay"):
             raise ConfigError(
@@ -235,6 +241,12 @@ class Job:
             stage.load_policy(self.policy)
             return
 
+        if not isinstance(self.env, Demonstrates):
+            raise ConfigError(
+                f"the warm start imitates, and {type(self.env).__name__} has no demonstrations: set warm_start=none, "
+                "or warm_start=from_run with the folder of a trained run"
+            )
+
         def make_agent(lr: float) -> Any:
             target = {"_target_": "unified_rl.agents.behavior_cloning.BehaviorCloning", "lr": lr}
             stream = generator(self.seed, "warm_start_loss", self.device)
@@ -283,7 +295,8 @@ def refuse_idle_terms(agent: Any, rollout: Any, replay: Any) -> None:
         ConfigError: names the first such term.
     """
     terms = getattr(getattr(agent, "objective", None), "terms", {})
-    if getattr(rollout, "sources", None) != {} or hasattr(replay, "stored"):
+    ours = isinstance(rollout, ControlRollout | LanguageRollout)  # a rollout of the user's own may mark its rows
+    if not ours or getattr(rollout, "sources", {}) or isinstance(replay, WithDataset):
         return
     for term in terms.values():
         if term.rows.sources and Source.ONLINE not in term.rows.sources:

@@ -16,8 +16,6 @@ from unified_rl.protocols import Store
 from unified_rl.training.state import load_state, save_state
 
 FORMAT = 2
-READABLE = (1, 2)
-"""Format 1 has no state of a feed; :meth:`unified_rl.training.trainer.Trainer.load_state_dict` reads what it can."""
 
 
 def write_checkpoint(
@@ -72,9 +70,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint at {path}")
     state = load_state(path)
-    if state.get("format") not in READABLE:
-        known = ", ".join(map(str, READABLE))
-        raise CheckpointError(f"{path} has format {state.get('format')}, this version reads formats {known}")
+    if state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has format {state.get('format')}, this version reads format {FORMAT}")
     return state
 
 

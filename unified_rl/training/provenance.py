@@ -60,8 +60,8 @@ def _new_folder(runs: Path, name: str) -> Path:
     raise AssertionError
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The resolved configuration of a run folder, as this version reads it.
+def stored_config(folder: Path) -> dict[str, Any]:
+    """The resolved configuration that a run folder holds.
 
     Raises:
         CheckpointError: the folder is missing or is not a run.
@@ -70,17 +70,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a run folder: it holds no config.yaml")
     cfg: dict[str, Any] = yaml.safe_load(path.read_text())
-    _drop_unread(cfg)
     return cfg
 
 
-def _drop_unread(cfg: dict[str, Any]) -> None:
-    """Removes defaults that earlier versions wrote out and that no run ever read."""
-    if (cfg.get("replay") or {}).get("cut") is True:  # a run always set it to false
-        del cfg["replay"]["cut"]
-    rollout = cfg.get("rollout") or {}
-    if str(rollout.get("_target_")).endswith((".DemonstrationRollout", ".StoredRollout")):
-        rollout.pop("device", None)
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a run that can be built again from it.
+
+    Raises:
+        CheckpointError: there is no run, or it was assembled from objects or classes of a script.
+    """
+    cfg, meta = stored_config(folder), folder / "meta.json"
+    parts = json.loads(meta.read_text()).get("assembled", []) if meta.is_file() else []
+    if parts:
+        raise CheckpointError(
+            f"{folder} was assembled from objects of a script ({', '.join(parts)}); assemble it again there, with "
+            f"folder={str(folder)!r} and resume_existing=True"
+        )
+    return cfg
 
 
 @contextmanager

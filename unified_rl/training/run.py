@@ -2,18 +2,21 @@
 
 from unified_rl.training.build import NODES, Job
 from unified_rl.training.dataset import record_dataset
-from unified_rl.training.provenance import PACKAGES, read_config, run_folder
-from unified_rl.training.verbs import evaluate_run, load_policy, resume, train
+from unified_rl.training.provenance import PACKAGES, read_config, run_folder, stored_config
+from unified_rl.training.verbs import evaluate_run, evaluated, load_policy, restored, resume, train
 
 __all__ = [
     "NODES",
     "PACKAGES",
     "Job",
     "evaluate_run",
+    "evaluated",
     "load_policy",
     "read_config",
     "record_dataset",
+    "restored",
     "resume",
     "run_folder",
+    "stored_config",
     "train",
 ]

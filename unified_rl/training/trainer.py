@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from unified_rl.errors import CheckpointError, ConfigError, NonFiniteError
+from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.protocols import Agent, Collects, Rollout, Store
 from unified_rl.rollout.feed import Feed, LocalFeed
 from unified_rl.training.checkpoint import write_checkpoint
@@ -191,30 +191,15 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
-        """Restores :meth:`state_dict`; the replay is read from ``folder/replay``.
-
-        Raises:
-            CheckpointError: it was written by a version whose waiting batches lay in the replay, and some wait.
-        """
-        fed = state["feed"] if "feed" in state else self._older_feed(state, folder)
+        """Restores :meth:`state_dict`; the replay is read from ``folder/replay``."""
         self.agent.load_state_dict(state["agent"])
         if self.feed is not None:
-            self.feed.load_state_dict(fed)
+            self.feed.load_state_dict(state["feed"])
         if self.replay is not None and state["has_replay"]:
             self.replay.loads(folder / "replay")
         self.updates, self.elapsed = state["updates"], state["elapsed"]
         self.means.load_state_dict(state["means"])
         self._saved = self.updates
-
-    def _older_feed(self, state: dict[str, Any], folder: Path) -> dict[str, Any]:
-        """The feed's state of a checkpoint of format 1, which has none."""
-        waiting = state["collected"] - state["updates"]
-        if waiting > 0:
-            raise CheckpointError(
-                f"{folder} is of format 1, in which the {waiting} batches that wait for their update lie in the replay;"
-                " a run with rollout.staleness goes on from checkpoints of format 2 only. Train it again"
-            )
-        return {"rollout": state["rollout"], "admitted": state["collected"], "waiting": []}
 
 
 def _per_update(agent: Agent, feed: Feed | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -81,30 +81,58 @@ def _train_in(folder: Path, cfg: dict[str, Any], allow: Sequence[str], progress:
         trainer.run()
 
 
-def evaluate_run(
+def restored(
+    run: str, checkpoint: str | int | None = None, allow: Sequence[str] = (), changed: Mapping[str, Any] | None = None
+) -> Job:
+    """A run built again, with its policy as a checkpoint left it.
+
+    Args:
+        run: the run folder.
+        checkpoint: the number of updates behind it, or its folder; by default the newest.
+        allow: prefixes that configuration may build.
+        changed: settings that replace the run's own.
+
+    Raises:
+        CheckpointError: no such run or checkpoint, or a run that only a script can build again.
+    """
+    folder = Path(run)
+    job = Job({**read_config(folder), **(changed or {})}, allow)
+    if isinstance(checkpoint, int):
+        path = folder / "checkpoints" / f"step_{checkpoint:012d}"
+    else:
+        path = latest_checkpoint(folder) if checkpoint is None else Path(checkpoint)
+    job.policy = load_policy(job, read_checkpoint(path))
+    return job
+
+
+def evaluated(
     run: str, episodes: int | None = None, allow: Sequence[str] = (), record: str | None = None
-) -> dict[str, float]:
-    """Evaluates the newest checkpoint of a run on held-out problems or seeds, and prints the result.
+) -> tuple[dict[str, float], int | None]:
+    """Evaluates the newest checkpoint of a run on held-out problems or seeds.
 
     Args:
         run: the run folder.
         episodes: episodes or prompts, by default as the run's evaluation.
         allow: prefixes that configuration may build.
         record: folder to write the evaluated policy's rows to, as a replay that other runs can train on.
+
+    Returns:
+        The metrics, and how many rows were recorded, if any.
     """
-    folder = Path(run)
-    cfg = read_config(folder)
-    if episodes is not None:
-        cfg["eval_episodes"] = episodes
-    job = Job(cfg, allow)
-    state = read_checkpoint(latest_checkpoint(folder))
-    job.policy = load_policy(job, state)
+    job = restored(run, None, allow, {} if episodes is None else {"eval_episodes": episodes})
     metrics = job.evaluate()
+    return metrics, None if record is None else record_dataset(job, Path(record))
+
+
+def evaluate_run(
+    run: str, episodes: int | None = None, allow: Sequence[str] = (), record: str | None = None
+) -> dict[str, float]:
+    """As :func:`evaluated`, and prints the result; returns the metrics."""
+    metrics, recorded = evaluated(run, episodes, allow, record)
     for key, value in metrics.items():
         print(f"{key:28s} {value:.4f}")
-    if record is not None:
-        count = record_dataset(job, Path(record))
-        print(f"{'recorded rows':28s} {count}")
+    if recorded is not None:
+        print(f"{'recorded rows':28s} {recorded}")
     return metrics
 
 

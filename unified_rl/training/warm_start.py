@@ -49,7 +49,7 @@ class WarmStart:
         batch_size: demonstrations of one optimiser step.
         lr: learning rate of stages that name none.
         dataset: demonstrations drawn once and reused (None draws fresh ones every step). A policy that standardises
-            observations takes its first moments from them.
+            observations takes its moments from them, or from the first batch of fresh ones.
         smoothing: share of the old value in the smoothed loss.
         run: a run folder whose policy is loaded instead; ``stages`` are then skipped.
 
@@ -127,14 +127,14 @@ class WarmStart:
         budget = 20_000 if budget is None else budget
         options = style_option(env, style, f"warm_start.stages[{number}].style")
         pool = env.demonstrations(self.dataset, stream, **options) if self.dataset else None
-        if number == 0 and pool is not None and isinstance(agent.policy, Normalizes):
-            agent.policy.update_normalizer(pool["observation"])
         smooth = math.nan
         for update in range(1, budget + 1):
             if pool is None:
                 batch = env.demonstrations(self.batch_size, stream, **options)
             else:
                 batch = pool[torch.randint(len(pool), (self.batch_size,), generator=stream)]
+            if (number, update) == (0, 1) and isinstance(agent.policy, Normalizes):
+                agent.policy.update_normalizer((batch if pool is None else pool)["observation"])
             loss = float(agent.step(batch)["loss/nll"])
             smooth = loss if math.isnan(smooth) else self.smoothing * smooth + (1 - self.smoothing) * loss
             report(number, update, budget, smooth, threshold)
