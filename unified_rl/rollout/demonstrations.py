@@ -87,7 +87,9 @@ class DemonstrationRollout:
         self.expert = env if isinstance(env, Demonstrates) else None
         self.normalizes = policy if isinstance(policy, Normalizes) else None
         if self.pool is None and self.expert is None:
-            raise ConfigError(f"{type(env).__name__} has no demonstrations; set rollout.data to a folder of rows")
+            raise ConfigError(
+                f"{type(env).__name__} has no scripted expert to imitate; set rollout.data to a folder of rows"
+            )
         self.options = style_option(env, style, "rollout.style")
 
     def _read(self, data: str) -> TensorDict:
