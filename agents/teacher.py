@@ -11,7 +11,7 @@ from unified_rl.config import build
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.protocols import CountsUnits, HasSpace, Trainable
-from unified_rl.training.checkpoint import latest_checkpoint, read_checkpoint
+from unified_rl.training.checkpoint import intact_checkpoint
 
 
 def load_teacher(folder: str, student: Trainable, setting: str = "agent.teacher") -> Trainable:
@@ -45,7 +45,7 @@ def load_teacher(folder: str, student: Trainable, setting: str = "agent.teacher"
 
 
 def _from_run(path: Path, student: Trainable) -> Any:
-    state = read_checkpoint(latest_checkpoint(path))["agent"].get("policy")
+    state = intact_checkpoint(path, replay=False)[1]["agent"].get("policy")
     node = (yaml.safe_load((path / "config.yaml").read_text()) or {}).get("policy")
     if not state or not node:
         raise ConfigError(f"the run {path} holds no policy that could teach")

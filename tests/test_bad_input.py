@@ -18,6 +18,7 @@ import torch
 from unified_rl import cli
 from unified_rl.config import compose
 from unified_rl.errors import CheckpointError, NonFiniteError
+from unified_rl.files import Manifest
 from unified_rl.policies.gaussian import GaussianPolicy
 from unified_rl.training import checkpoint as checkpoint_module
 from unified_rl.training.checkpoint import checkpoints, latest_checkpoint, lock_run, read_checkpoint
@@ -146,21 +147,32 @@ def test_a_damaged_checkpoint_is_named(
     name: str, how: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = copy_of(finished, tmp_path / "run")
-    file = latest_checkpoint(run) / name
+    newest = latest_checkpoint(run)
+    damage(newest / name, how)
+    assert cli.main(["train", f"resume={run}", "steps=128"]) == 0
+    said = capsys.readouterr().err
+    assert newest.name in said and name in said and "going back to" in said and f"set_aside_{newest.name}" in said
+    for path in checkpoints(run / "checkpoints"):
+        damage(path / name, how)
+    error = refused(["train", f"resume={run}", "steps=256"], capsys)
+    assert "no checkpoint" in error and "intact" in error and name in error
+
+
+def damage(file: Path, how: str) -> None:
     if how == "missing":
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:40])
-    error = refused(["train", f"resume={run}", "steps=128"], capsys)
-    assert latest_checkpoint(run).name in error
 
 
 def test_a_checkpoint_of_another_version_is_named(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = copy_of(finished, tmp_path / "run")
-    file = latest_checkpoint(run) / "state.json"
-    file.write_text(file.read_text().replace('"format": 2', '"format": 99'))
+    newest = latest_checkpoint(run)
+    file = newest / "state.json"
+    file.write_text(file.read_text().replace('"format": 3', '"format": 99'))
+    Manifest.of(newest, Manifest.read(newest).files).write()
     for verb in (["train", f"resume={run}"], ["evaluate", str(run)]):
         assert "format 99" in refused(verb, capsys)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from unified_rl.errors import CheckpointError
+from unified_rl.files import MANIFEST, Manifest
 from unified_rl.training import checkpoint as module
 from unified_rl.training.checkpoint import checkpoints, latest_checkpoint, lock_run, read_checkpoint, write_checkpoint
 
@@ -101,8 +102,15 @@ def test_damaged_missing_and_foreign_checkpoints_are_named(tmp_path: Path) -> No
     packed = json.loads((path / "state.json").read_text())
     for other in (1, 99):  # 1: before batches that wait belonged to the feed
         (path / "state.json").write_text(json.dumps({**packed, "format": other}))
-        with pytest.raises(CheckpointError, match=f"format {other}, this version reads format 2"):
+        Manifest.of(path, ["state.json", "state.safetensors"]).write()
+        with pytest.raises(CheckpointError, match=f"format {other}, this version reads format 3"):
             read_checkpoint(path)
+    (path / MANIFEST).unlink()  # as format 2 was
+    with pytest.raises(CheckpointError, match="format 99, this version reads format 3"):
+        read_checkpoint(path)
+    (path / "state.json").write_text(json.dumps(packed))
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json cannot be read: it is missing"):
+        read_checkpoint(path)
     with pytest.raises(CheckpointError, match="no run folder"):
         latest_checkpoint(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

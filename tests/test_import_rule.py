@@ -29,6 +29,7 @@ ORDER = (
     "protocols",
     "spaces",
     "units",
+    "files",
     "errors",
     "lazy",
 )

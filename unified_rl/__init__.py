@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         recipes,
         resume,
         train,
+        verify,
     )
     from unified_rl.config import compose
     from unified_rl.correction import Correction, correction_names, effective_sample_size, load_correction
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from unified_rl.errors import (
         CheckpointError,
         ConfigError,
+        DamageError,
         DataError,
         NonFiniteError,
         RecordError,
@@ -83,6 +85,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "lab",
         "corrections",
         "recipes",
+        "verify",
         "doctor",
         "load_policy",
         "Run",
@@ -137,6 +140,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "ConfigError",
         "RecordError",
         "CheckpointError",
+        "DamageError",
         "NonFiniteError",
         "DataError",
     ),
@@ -156,6 +160,7 @@ __all__ = [
     "ControlEnvBase",
     "ControlRollout",
     "Correction",
+    "DamageError",
     "DataError",
     "DiffusionPolicy",
     "FlowPolicy",
@@ -214,6 +219,7 @@ __all__ = [
     "td_lambda",
     "train",
     "validate_record",
+    "verify",
     "vtrace",
 ]
 

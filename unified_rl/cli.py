@@ -24,8 +24,11 @@ def train(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--cfg shows a new run's configuration; that of this run is {resumed[0]}/config.yaml")
         from unified_rl.training.run import resume
 
-        print(f"run folder: {resume(resumed[0], resumed[1], arguments.allow)}")
+        chosen = {} if arguments.checkpoint is None else {"checkpoint": arguments.checkpoint}
+        print(f"run folder: {resume(resumed[0], resumed[1], arguments.allow, **chosen)}")
         return 0
+    if arguments.checkpoint is not None:
+        raise ConfigError("--checkpoint chooses where a run goes on: unified-rl train resume=RUN --checkpoint STEP")
     config = compose(arguments.overrides, config_dirs=arguments.config_dir, allow=arguments.allow)
     config = resolve_defaults(config, allow=arguments.allow)
     if arguments.cfg:
@@ -51,10 +54,10 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Evaluates the newest checkpoint of a run on held-out problems or seeds."""
+    """Evaluates a run on held-out problems or seeds: its newest intact checkpoint, or a chosen one."""
     from unified_rl.training.run import evaluate_run
 
-    evaluate_run(arguments.run, arguments.episodes, arguments.allow, arguments.record)
+    evaluate_run(arguments.run, arguments.episodes, arguments.allow, arguments.record, arguments.checkpoint)
     return 0
 
 
@@ -87,6 +90,15 @@ def lab(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def verify(arguments: argparse.Namespace) -> int:
+    """Checks every file of a run, a study, a saved replay or a dataset against what was written."""
+    from unified_rl.training.verify import verify_folder
+
+    for line in verify_folder(arguments.folder, accept=arguments.accept):
+        print(line)
+    return 0
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     """Prints versions, devices and threads, and checks that fresh data have ratio 1."""
     from unified_rl.training.doctor import doctor as run
@@ -101,6 +113,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "lab": lab,
     "corrections": corrections,
     "recipes": recipes,
+    "verify": verify,
     "doctor": doctor,
 }
 COMPOSED = ("train", "compare")
@@ -109,12 +122,14 @@ EXAMPLES = {
   unified-rl train env=chain_mod policy=causal_lm agent=policy_gradient correction=dapo seed=1
   unified-rl train env=half_cheetah agent=sac steps=1e5 agent.lr=1e-3
   unified-rl train env=two_route policy=flow agent=policy_gradient correction=tis rollout.staleness=8
-  unified-rl train resume=RUN [steps=N]        continues a run; takes no other key""",
+  unified-rl train resume=RUN [steps=N]        continues a run; takes no other key
+  unified-rl train resume=RUN --checkpoint 400 goes back to the checkpoint after 400 updates""",
     "compare": """examples:
   unified-rl compare study=quickstart
   unified-rl compare study=quickstart study.seeds=[1,2,3]""",
-    "evaluate": """example:
-  unified-rl evaluate runs/NAME --episodes 256""",
+    "evaluate": """examples:
+  unified-rl evaluate runs/NAME --episodes 256
+  unified-rl evaluate runs/NAME --checkpoint 400""",
     "lab": """examples:
   unified-rl lab
   unified-rl lab --corrections ppo,tis,sequence_is --out my_lab
@@ -127,6 +142,9 @@ EXAMPLES = {
   unified-rl recipes
   unified-rl recipes show chord
   unified-rl train env=chain_mod recipe=chord""",
+    "verify": """examples:
+  unified-rl verify runs/NAME
+  unified-rl verify runs/NAME --accept         after a file was changed on purpose""",
     "doctor": "",
 }
 
@@ -187,6 +205,13 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
         parser.add_argument("--episodes", type=int, help="episodes or prompts; by default as in the run")
         parser.add_argument("--record", metavar="DIR", help="also write the policy's rows there, as a replay")
+    if verb in ("train", "evaluate"):
+        parser.add_argument(
+            "--checkpoint", metavar="STEP", help="number of updates, or folder; by default the newest intact one"
+        )
+    if verb == "verify":
+        parser.add_argument("folder", metavar="FOLDER", nargs="?", help="a run, a study, a saved replay or a dataset")
+        parser.add_argument("--accept", action="store_true", help="take a run's files as they are from now on")
     if verb == "lab":
         parser.add_argument("--corrections", metavar="A,B,...", help="presets to compare; by default all")
         parser.add_argument("--out", metavar="FOLDER", default="lab", help="where CSVs and pictures go; by default lab")
@@ -201,7 +226,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("words", nargs="*", metavar="show NAME", help="show one; without it, list all")
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument("--write", metavar="DIR", help="write the page of recipes there")
-    if verb not in ("lab", "recipes", "doctor"):
+    if verb not in ("lab", "recipes", "verify", "doctor"):
         parser.add_argument(
             "--allow",
             action="append",
@@ -257,6 +282,8 @@ def _dispatch(argv: Sequence[str]) -> int:
         return _show_help(verb, arguments)
     if verb == "evaluate" and arguments.run is None:
         raise ConfigError("evaluate needs a run folder: unified-rl evaluate RUN")
+    if verb == "verify" and arguments.folder is None:
+        raise ConfigError("verify needs a folder: unified-rl verify RUN")
     if getattr(arguments, "allow", None):
         sys.path.append(os.getcwd())
     return VERBS[verb](arguments)

@@ -14,6 +14,8 @@ from unified_rl.instantiate import allowing
 Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
 """``["env=two_route", "agent.lr=1e-3"]``, a mapping of the same, or a composed configuration."""
 RunLike: TypeAlias = "Run | str | os.PathLike[str]"
+Checkpoint: TypeAlias = "str | int | os.PathLike[str]"
+"""The number of updates behind a checkpoint, or its folder."""
 
 
 class Run:
@@ -57,19 +59,25 @@ class Run:
 
         return read_metrics(self.folder / "metrics.jsonl")
 
-    def policy(self, checkpoint: str | int | os.PathLike[str] | None = None) -> Any:
+    def policy(self, checkpoint: Checkpoint | None = None) -> Any:
         """The trained policy, see :func:`load_policy`."""
         return load_policy(self, checkpoint, allow=self.allow)
 
     def evaluate(
-        self, *, episodes: int | None = None, record: str | os.PathLike[str] | None = None
+        self,
+        *,
+        checkpoint: Checkpoint | None = None,
+        episodes: int | None = None,
+        record: str | os.PathLike[str] | None = None,
     ) -> dict[str, float]:
         """Held-out evaluation, see :func:`evaluate`."""
-        return evaluate(self, episodes=episodes, record=record, allow=self.allow)
+        return evaluate(self, checkpoint=checkpoint, episodes=episodes, record=record, allow=self.allow)
 
-    def resume(self, steps: int | None = None, *, progress: bool | None = None) -> Run:
-        """Goes on from the last checkpoint, see :func:`resume`."""
-        return resume(self, steps, allow=self.allow, progress=progress)
+    def resume(
+        self, steps: int | None = None, *, checkpoint: Checkpoint | None = None, progress: bool | None = None
+    ) -> Run:
+        """Goes on from the newest intact checkpoint or the chosen one, see :func:`resume`."""
+        return resume(self, steps, checkpoint=checkpoint, allow=self.allow, progress=progress)
 
 
 def train(
@@ -101,34 +109,47 @@ def train(
     return Run(run(_composed(overrides, "train", allow, config_dirs), allow, progress=progress), allow)
 
 
-def resume(run: RunLike, steps: int | None = None, *, allow: Sequence[str] = (), progress: bool | None = None) -> Run:
-    """Continues a run from its last checkpoint, bit for bit as if it had never stopped.
+def resume(
+    run: RunLike,
+    steps: int | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
+    allow: Sequence[str] = (),
+    progress: bool | None = None,
+) -> Run:
+    """Continues a run from its newest intact checkpoint, bit for bit as if it had never stopped.
 
     Args:
         run: its folder.
         steps: a new budget; by default the run's own.
+        checkpoint: go back to this one: the number of updates behind it. Later ones are renamed, and their rows of
+            metrics are made again.
         allow: packages beside this one that its configuration names.
         progress: show a progress display; by default as the configuration says.
 
     Raises:
-        CheckpointError: no such run, one that only a script can build again, or one in use.
+        CheckpointError: no such run, one that only a script can build again, or one in use; or a damaged file, which
+            the message names.
     """
     from unified_rl.training.run import resume as continued
 
-    return Run(continued(os.fspath(run), steps, allow, progress=progress), allow)
+    at = _chosen(checkpoint)
+    return Run(continued(os.fspath(run), steps, allow, checkpoint=at, progress=progress), allow)
 
 
 def evaluate(
     run: RunLike,
     *,
+    checkpoint: Checkpoint | None = None,
     episodes: int | None = None,
     record: str | os.PathLike[str] | None = None,
     allow: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Evaluates the newest checkpoint of a run on held-out prompts or seeds; prints nothing.
+    """Evaluates a checkpoint of a run on held-out prompts or seeds; prints no metrics.
 
     Args:
         run: its folder.
+        checkpoint: the number of updates behind it, or its folder; by default the newest intact one.
         episodes: episodes or prompts; by default as in the run.
         record: also write the policy's rows to this folder, as a replay that other runs train on.
         allow: packages beside this one that its configuration names.
@@ -137,21 +158,20 @@ def evaluate(
         ``eval/score`` and what else the domain measures, see :mod:`unified_rl.training.evaluation`.
 
     Raises:
-        CheckpointError: no such run, or no checkpoint in it.
+        CheckpointError: no such run, no such checkpoint, or none that is intact.
     """
     from unified_rl.training.run import evaluated
 
-    return evaluated(os.fspath(run), episodes, allow, None if record is None else os.fspath(record))[0]
+    to = None if record is None else os.fspath(record)
+    return evaluated(os.fspath(run), episodes, allow, to, _chosen(checkpoint))[0]
 
 
-def load_policy(
-    run: RunLike, checkpoint: str | int | os.PathLike[str] | None = None, *, allow: Sequence[str] = ()
-) -> Any:
+def load_policy(run: RunLike, checkpoint: Checkpoint | None = None, *, allow: Sequence[str] = ()) -> Any:
     """The policy of a run of either domain, in evaluation mode on the CPU.
 
     Args:
         run: its folder.
-        checkpoint: the number of updates behind it, or its folder; by default the newest.
+        checkpoint: the number of updates behind it, or its folder; by default the newest intact one.
         allow: packages beside this one that its configuration names.
 
     Returns:
@@ -164,9 +184,12 @@ def load_policy(
 
     from unified_rl.training.run import restored
 
-    at = checkpoint if checkpoint is None or isinstance(checkpoint, int) else os.fspath(checkpoint)
-    policy = restored(os.fspath(run), at, allow, {"device": "cpu"}).policy
+    policy = restored(os.fspath(run), _chosen(checkpoint), allow, {"device": "cpu"}).policy
     return policy.eval() if isinstance(policy, nn.Module) else policy
+
+
+def _chosen(checkpoint: Checkpoint | None) -> str | int | None:
+    return checkpoint if checkpoint is None or isinstance(checkpoint, int) else os.fspath(checkpoint)
 
 
 def compare(
@@ -271,6 +294,27 @@ def recipes(name: str | None = None) -> Any:
         return listed()
     recipe(name)
     return next(entry for entry in listed() if entry["name"] == name)
+
+
+def verify(folder: RunLike, *, accept: bool = False) -> list[str]:
+    """Checks every file of a run, a study, a saved replay or a dataset against the digests written with it.
+
+    Args:
+        folder: a run's, a study's, a checkpoint's, a replay's or a dataset's.
+        accept: first take a run's configuration, ``meta.json`` and metrics as they are, after a change on purpose;
+            checkpoints and replays are never accepted.
+
+    Returns:
+        A line for each thing that was checked.
+
+    Raises:
+        DamageError: files are missing or altered; a line of the message names each.
+        CheckpointError: something is in use, or of another version.
+        ConfigError: the folder holds nothing to verify.
+    """
+    from unified_rl.training.verify import verify_folder
+
+    return verify_folder(os.fspath(folder), accept)
 
 
 def doctor() -> dict[str, Any]:

@@ -17,6 +17,10 @@ class CheckpointError(UnifiedRLError, RuntimeError):
     """A run folder or checkpoint that is missing, damaged, in use or of another version."""
 
 
+class DamageError(CheckpointError):
+    """A file that is missing, or is not as it was written; the message names it."""
+
+
 class NonFiniteError(UnifiedRLError, FloatingPointError):
     """A NaN or infinity in an observation, reward, loss or gradient."""
 

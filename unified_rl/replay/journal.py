@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from unified_rl.errors import CheckpointError
-from unified_rl.replay.files import write_atomically
+from unified_rl.files import write_atomically
 
 _SIZE = 4096
 _HEADER = struct.Struct("<QII")  # sequence number, payload length, checksum of both and of the payload

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import secrets
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.errors import CheckpointError
-from unified_rl.replay.files import FORMAT, read_meta, write_atomically
+from unified_rl.errors import CheckpointError, DamageError
+from unified_rl.files import Entry, Manifest
+from unified_rl.replay.files import read_meta, write_meta
 
 _DTYPES = {
     torch.float64: "F64",
@@ -30,6 +32,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_ROWS = re.compile(r"rows-[0-9a-f]+\.safetensors")
 Pieces = Mapping[str, list[Tensor]]
 """For each name the parts of one tensor, in order along its first dimension."""
 
@@ -48,9 +51,8 @@ def save(path: str | Path, meta: dict[str, Any], pieces: Pieces) -> None:
     rows = folder / f"rows-{secrets.token_hex(4)}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        checksum = _stream(rows, pieces)
-        meta = {**meta, "format": FORMAT, "rows": rows.name, "checksum": checksum}
-        write_atomically(folder / "replay.json", json.dumps(meta, indent=1).encode())
+        written = _stream(rows, pieces)
+        write_meta(folder / "replay.json", {**meta, "rows": rows.name, "rows_file": written})
     except (OSError, CheckpointError) as error:
         rows.unlink(missing_ok=True)
         raise CheckpointError(f"the replay could not be saved to {folder}: {error}") from error
@@ -59,8 +61,8 @@ def save(path: str | Path, meta: dict[str, Any], pieces: Pieces) -> None:
             other.unlink()
 
 
-def _stream(path: Path, pieces: Pieces) -> int:
-    """Writes a safetensors file piece by piece; returns the checksum of its data."""
+def _stream(path: Path, pieces: Pieces) -> Entry:
+    """Writes a safetensors file piece by piece; returns its size and digest."""
     header, offset = {}, 0
     for name, parts in pieces.items():
         rows = sum(len(part) for part in parts)
@@ -70,35 +72,38 @@ def _stream(path: Path, pieces: Pieces) -> int:
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    checksum = 0
+    head = len(text).to_bytes(8, "little") + text
+    found = hashlib.sha256(head)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(head)
         for part in (part for parts in pieces.values() for part in parts):
             data = part.cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-            checksum = zlib.crc32(data, checksum)
+            found.update(data)
             file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return checksum
+    return {"size": len(head) + offset, "sha256": found.hexdigest()}
 
 
 class Saved:
-    """An opened folder of :func:`save`, checked against its checksum.
+    """An opened folder of :func:`save`, checked against its digests.
 
     Raises:
-        CheckpointError: the folder is missing, truncated, altered or of another version.
+        CheckpointError: the folder is of another version.
+        DamageError: a file is missing or altered; the message names it.
     """
 
     def __init__(self, path: str | Path) -> None:
         folder = Path(path)
         self.meta = read_meta(folder / "replay.json")
-        rows = folder / self.meta["rows"]
+        name = str(self.meta["rows"])
+        if not _ROWS.fullmatch(name):
+            raise CheckpointError(f"{folder / 'replay.json'} names rows={name!r}, which is no file of a replay")
+        Manifest(folder, {name: [self.meta["rows_file"]]}).check()
         try:
-            if _checksum(rows) != self.meta["checksum"]:
-                raise CheckpointError(f"{rows} is damaged: its checksum is not the one in replay.json")
-            self._file: Any = safe_open(str(rows), framework="pt")  # its methods are not typed
+            self._file: Any = safe_open(str(folder / name), framework="pt")  # its methods are not typed
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{rows} cannot be read: {error}") from error
+            raise DamageError(f"{folder / name} cannot be read: {error}") from error
 
     def names(self) -> set[str]:
         """Names of the saved tensors."""
@@ -137,17 +142,3 @@ def read_rows(path: str | Path, where: str = "") -> TensorDict:
     names = [name for name in saved.names() if name.startswith("row.")]
     rows = {name.removeprefix("row."): saved.read(name, 0, count).unflatten(0, lead) for name in sorted(names)}
     return TensorDict(rows, batch_size=lead)
-
-
-def _checksum(path: Path) -> int:
-    with open(path, "rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        checksum = 0
-        for block in _blocks(file):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
-
-
-def _blocks(file: Any) -> Iterator[bytes]:
-    while block := file.read(1 << 22):
-        yield block

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from torch import Tensor
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage
 
 from unified_rl.errors import CheckpointError, ConfigError
-from unified_rl.replay.files import FORMAT, lock, read_meta, write_atomically
+from unified_rl.replay.files import lock, read_meta, write_meta
 from unified_rl.replay.journal import Journal
 from unified_rl.replay.schema import Schema
 
@@ -122,7 +121,10 @@ class MemmapStore(MemoryStore):
         super().__init__(torch.device("cpu"))
         self.path, self.durable = Path(path), durable
         self.journal = None
-        (self.path / "columns").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.path / "columns").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"replay.path={self.path} cannot hold a replay: {error}") from error
         self._lock = lock(self.path / "lock")
         self._files: list[Path] = []
 
@@ -153,8 +155,8 @@ class MemmapStore(MemoryStore):
         if self.schema is None:
             self._create(schema, physical, folder)
             self.journal = Journal.create(self.path / "journal.bin")
-            meta = {"format": FORMAT, "capacity": capacity, "physical": physical, "lanes": lanes}
-            write_atomically(self.path / "replay.json", json.dumps({**meta, "schema": schema.to_plain()}).encode())
+            meta = {"capacity": capacity, "physical": physical, "lanes": lanes, "schema": schema.to_plain()}
+            write_meta(self.path / "replay.json", meta)
             self.schema = schema
         for key, (shape, dtype) in schema.fields.items():
             file = folder / f"{key}.memmap"

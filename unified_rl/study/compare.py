@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unified_rl.errors import UnifiedRLError
+from unified_rl.files import write_atomically
 from unified_rl.study.display import StudyDisplay
 from unified_rl.study.grid import Compose, Job, Study, make_jobs
 from unified_rl.study.report import write_report
@@ -62,7 +63,7 @@ def compare(
     warm, runs = make_jobs(study, compose or partial(_compose, allow=allow, config_dirs=config_dirs))
     study.path.mkdir(parents=True, exist_ok=True)
     with lock_run(study.path):
-        (study.path / "study.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
+        write_atomically(study.path / "study.yaml", yaml.safe_dump(cfg, sort_keys=False))
         with StudyDisplay(study.name, [*warm, *runs], shown=progress) as display:
             failed = run_jobs(
                 [*warm, *runs],

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from unified_rl.errors import ConfigError, UnifiedRLError
+from unified_rl.files import check_listed, replacing
 from unified_rl.study import figures
 from unified_rl.study.curves import join
 from unified_rl.study.report import save_png
@@ -77,6 +78,7 @@ def load_run(folder: Path, group_by: str) -> RunData:
     path = folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it holds no config.yaml")
+    check_listed(path)
     return RunData(
         {group_by: config_value(yaml.safe_load(path.read_text()), group_by, folder)}, read_rows(folder), folder
     )
@@ -110,8 +112,8 @@ def _save(figure: Any, out: Path) -> Path:
     if out.suffix == ".png":
         save_png(figure, out)
     else:
-        with figures.drawing():
-            figure.savefig(out, format="svg", metadata={"Date": None})
+        with figures.drawing(), replacing(out) as aside:
+            figure.savefig(aside, format="svg", metadata={"Date": None})
     return out
 
 

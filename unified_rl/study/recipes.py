@@ -13,6 +13,7 @@ from typing import Any
 
 from unified_rl.config import comment_of, config_root, preset_names
 from unified_rl.errors import ConfigError
+from unified_rl.files import write_atomically
 from unified_rl.instantiate import nearest
 
 USAGE = "unified-rl recipes [show NAME]"
@@ -195,7 +196,7 @@ def run(words: Sequence[str], as_json: bool, write: str | None) -> None:
         if words or as_json:
             raise ConfigError("--write takes a folder and nothing else")
         path = Path(write) / PAGE
-        path.write_text(page(), encoding="utf-8")
+        write_atomically(path, page())
         print(path)
     elif not words:
         print(json.dumps(listed(), indent=1) if as_json else listing())

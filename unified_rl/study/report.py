@@ -15,6 +15,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from unified_rl.errors import UnifiedRLError
+from unified_rl.files import check_listed, replacing, write_atomically
 from unified_rl.study import figures
 from unified_rl.study.curves import POINTS
 from unified_rl.study.grid import Study
@@ -79,7 +80,7 @@ def write_report(
         overview = figures.overview_figure(runs)
     save_png(overview, study.path / "overview.png")
     path = study.path / "report.html"
-    path.write_text(page)
+    write_atomically(path, page)
     return path
 
 
@@ -119,8 +120,8 @@ def _seeds(runs: Sequence[RunData]) -> int:
 
 def save_png(figure: Figure, path: Path, dpi: int = 150) -> None:
     """Writes a figure as PNG, in the project's look."""
-    with figures.drawing():
-        figure.savefig(path, format="png", dpi=dpi)
+    with figures.drawing(), replacing(path) as aside:
+        figure.savefig(aside, format="png", dpi=dpi)
 
 
 def svg_uri(figure: Figure) -> str:
@@ -237,9 +238,12 @@ def _run_table(runs: Sequence[RunData]) -> str:
 
 
 def _meta(run: RunData) -> dict[str, Any]:
+    if run.folder is None:
+        return {}
+    check_listed(run.folder / "meta.json")
     try:
-        return dict(json.loads((run.folder / "meta.json").read_text())) if run.folder else {}
-    except (OSError, json.JSONDecodeError):
+        return dict(json.loads((run.folder / "meta.json").read_text()))
+    except (OSError, ValueError):
         return {}
 
 

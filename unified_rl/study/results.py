@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from unified_rl.files import check_listed, replacing
 from unified_rl.study.grid import Job
 from unified_rl.study.statistics import Array, Interval, stratified_bootstrap
 
@@ -65,8 +66,13 @@ class Cell:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``; a last line cut by a crash is dropped, a missing file has none."""
+    """The rows of ``metrics.jsonl``; a last line cut by a crash is dropped, a missing file has none.
+
+    Raises:
+        DamageError: the run's manifest lists the file, and it is missing or altered.
+    """
     path = folder / "metrics.jsonl"
+    check_listed(path)
     rows: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
@@ -90,7 +96,7 @@ def write_results(path: Path, runs: Sequence[RunData]) -> None:
     """
     metrics = sorted({key for run in runs for row in run.rows for key in row} - set(PLACE) - {SCORE})
     columns = [*LABELS, "update", "steps", "score", *metrics]
-    with open(path, "w", newline="") as handle:
+    with replacing(path) as aside, open(aside, "w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(columns)
         for run in runs:
@@ -145,7 +151,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def write_summary(path: Path, cells: Sequence[Cell]) -> None:
     """Writes ``summary.csv``: one line a cell."""
-    with open(path, "w", newline="") as handle:
+    with replacing(path) as aside, open(aside, "w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(["domain", "correction", "staleness", "seeds", "start", "final_iqm", "low", "high", *SUMMARY])
         for c in cells:

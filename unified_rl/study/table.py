@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from unified_rl.errors import ConfigError, UnifiedRLError
+from unified_rl.files import check_listed, replacing
 from unified_rl.study.plot import load_run
 from unified_rl.study.results import SCORE, RunData, group_runs
 from unified_rl.study.statistics import stratified_bootstrap
@@ -56,11 +57,12 @@ def export(folders: Sequence[str | Path], out: Path) -> None:
     """Writes each run's evaluations (and its training return) to ``out/RUN.csv``."""
     out.mkdir(parents=True, exist_ok=True)
     for folder in map(Path, folders):
+        check_listed(folder / "metrics.csv")
         with (folder / "metrics.csv").open(newline="") as handle:
             reader = csv.DictReader(handle)
             kept = [k for k in reader.fieldnames or [] if k in COLUMNS or k.startswith(("eval/", "rollout/"))]
             rows = [{k: row[k] for k in kept} for row in reader if row.get(SCORE)]
-        with (out / f"{folder.name}.csv").open("w", newline="") as handle:
+        with replacing(out / f"{folder.name}.csv") as aside, aside.open("w", newline="") as handle:
             writer = csv.DictWriter(handle, kept)
             writer.writeheader()
             writer.writerows(rows)

@@ -17,6 +17,7 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
+from unified_rl.files import write_atomically
 from unified_rl.study.grid import Job
 
 Train = Callable[..., Any]
@@ -32,7 +33,7 @@ def status_of(folder: Path) -> str:
     """The status in a run folder's ``meta.json``; ``missing`` without one."""
     try:
         return str(json.loads((folder / "meta.json").read_text()).get("status", "missing"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError, AttributeError):
         return "missing"
 
 
@@ -123,7 +124,7 @@ def execute(job: Job, allow: Sequence[str], train: Train | None) -> str | None:
         return None if status == "finished" else f"ended with status {status}"
     except Exception as error:
         job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / "error.txt").write_text(traceback.format_exc())
+        write_atomically(job.folder / "error.txt", traceback.format_exc())
         return f"{type(error).__name__}: {error}"
 
 

@@ -17,7 +17,8 @@ from unified_rl.instantiate import check_value, is_node, locate
 from unified_rl.protocols import HasDiscount, Stateful
 from unified_rl.replay import Replay, Sampler
 from unified_rl.rollout import as_environment
-from unified_rl.training.checkpoint import checkpoints, lock_run, read_checkpoint, write_json
+from unified_rl.training.checkpoint import FOLDER, checkpoints, intact_checkpoint, lock_run
+from unified_rl.training.provenance import CONFIG, META, check_run, meta_text, write_run
 from unified_rl.training.run import Job
 from unified_rl.training.seeding import derive
 from unified_rl.training.trainer import Trainer
@@ -104,9 +105,9 @@ class Assembled:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(_named(self.config), sort_keys=False))
         meta = {"unified_rl": __version__, "seed": self.config["seed"], "assembled": self.objects, "status": status}
-        write_json(self.folder / "meta.json", meta)
+        config = yaml.safe_dump(_named(self.config), sort_keys=False)
+        write_run(self.folder, {CONFIG: config, META: meta_text(meta)}, ended=status != "running")
 
 
 def assemble(
@@ -169,11 +170,15 @@ def assemble(
     parts["env"] = _environment(env, seed)
     cfg, objects = _configuration(parts, {**settings, "steps": steps, "seed": seed}, allow, config_dirs)
     target = None if folder is None else Path(folder)
-    found = [] if target is None else checkpoints(target / "checkpoints")
-    if found and not cfg["resume_existing"]:
+    holds = target is not None and bool(checkpoints(target / FOLDER))
+    if holds and not cfg["resume_existing"]:
         raise CheckpointError(f"{target} holds a run already; choose another folder, or set resume_existing=True")
+    found = None
+    if holds and target is not None:
+        check_run(target)
+        found = intact_checkpoint(target)
     job = Job(cfg, allow)
-    if not found:
+    if found is None:
         job.warm_start(lambda *progress: None)
     trainer = job.make_trainer(target)  # type: ignore[arg-type]
     _check_parts(parts, job, trainer)
@@ -181,8 +186,8 @@ def assemble(
         job.eval_env = as_environment(eval_env)
     elif _is_object(env) and job.env.domain == "control":
         trainer.evaluate = _undisturbed(job.env, job.evaluate)
-    if found:
-        trainer.load_state_dict(read_checkpoint(found[-1]), found[-1])
+    if found is not None:
+        trainer.load_state_dict(found[1], found[0])
     return Assembled(job, trainer, objects)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import json
 import math
 from pathlib import Path
@@ -11,6 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unified_rl.errors import CheckpointError
+from unified_rl.files import Entry, Manifest, check_listed, entry, flush, write_atomically
+from unified_rl.training.checkpoint import FOLDER, NEWEST, checkpoint_name, checkpoints
+
+RECORD, TABLE, BOARD = "metrics.jsonl", "metrics.csv", "tensorboard"
 FIRST = ("update", "steps", "wall_seconds")
 
 
@@ -63,9 +70,16 @@ class Means:
 class MetricLog:
     """Appends rows to ``metrics.jsonl``, ``metrics.csv`` and TensorBoard.
 
+    ``metrics.jsonl`` is the record. The run's manifest lists the part of it that belongs to a checkpoint (see
+    :meth:`record`); what lies behind that part is made again by a resumed run. The CSV is written anew from the record.
+
     Args:
         folder: the run folder; None keeps the rows in memory alone.
-        keep_until: on resume, drop rows with a larger ``update`` (they will be made again).
+        keep_until: on resume, drop rows with a larger ``update``, and those that the manifest does not list (both will
+            be made again).
+
+    Raises:
+        CheckpointError: the folder is not writable.
     """
 
     def __init__(self, folder: Path | None, keep_until: int | None = None) -> None:
@@ -75,60 +89,146 @@ class MetricLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.jsonl, self.csv = folder / "metrics.jsonl", folder / "metrics.csv"
-        self.rows = read_metrics(self.jsonl)
-        if keep_until is not None:
-            self.rows = [row for row in self.rows if row["update"] <= keep_until]
+        self.folder, self.jsonl, self.csv = folder, folder / RECORD, folder / TABLE
+        kept = self._take_over(keep_until)
+        self._digest, self._size = hashlib.sha256(kept), len(kept)
         self.columns = list(FIRST)
         for row in self.rows:
             self.columns += [key for key in row if key not in self.columns]
-        self._rewrite()
-        self.board = SummaryWriter(str(folder / "tensorboard"))
+        self._write_csv()
+        self.board = SummaryWriter(str(folder / BOARD))
 
     def write(self, update: int, steps: int, wall_seconds: float, metrics: dict[str, float]) -> None:
-        """Appends one row; new columns extend the CSV's header."""
+        """Appends one row; new columns extend the CSV's header.
+
+        Raises:
+            CheckpointError: the disk is full or the folder is gone.
+        """
         row: dict[str, Any] = {"update": update, "steps": steps, "wall_seconds": round(wall_seconds, 3), **metrics}
         self.rows.append(row)
         if self.in_memory:
             return
-        with open(self.jsonl, "a") as handle:
-            handle.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n")
-        fresh = [key for key in row if key not in self.columns]
-        if fresh:
-            self.columns += fresh
-            self._write_csv()
-        else:
-            with open(self.csv, "a", newline="") as handle:
-                csv.DictWriter(handle, self.columns).writerow(row)
-        for key, value in metrics.items():
-            self.board.add_scalar(key, value, steps)
+        line = _line(row)
+        try:
+            with open(self.jsonl, "ab") as handle:
+                handle.write(line)
+            self._digest.update(line)
+            self._size += len(line)
+            self._extend_csv(row)
+            for key, value in metrics.items():
+                self.board.add_scalar(key, value, steps)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder} cannot take a row of metrics: {error}") from error
+
+    def record(self, checkpoint: str) -> None:
+        """Lists the rows so far in the run's manifest; called before the checkpoint of that name is written.
+
+        Raises:
+            CheckpointError: the disk is full or the folder is gone.
+        """
+        if self.in_memory:
+            return
+        try:
+            flush(self.jsonl)
+        except OSError as error:
+            raise CheckpointError(f"{self.jsonl} cannot be written: {error}") from error
+        manifest = Manifest.find(self.folder) or Manifest(self.folder)
+        manifest.files[RECORD] = [self._entry()]
+        # either name may be the newest when a process is killed before the new checkpoint is complete
+        manifest.notes[NEWEST] = [*manifest.notes.get(NEWEST, [])[-1:], checkpoint]
+        manifest.write()
 
     def close(self) -> None:
         """Flushes TensorBoard."""
         if not self.in_memory:
             self.board.close()
 
-    def _rewrite(self) -> None:
-        self.jsonl.write_text("".join(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n" for row in self.rows))
-        self._write_csv()
+    def _entry(self) -> Entry:
+        return {"size": self._size, "sha256": self._digest.hexdigest(), "grows": True}
+
+    def _take_over(self, keep_until: int | None) -> bytes:
+        """Takes over the rows of the record that stay, and cuts the others off; returns the record."""
+        data = self.jsonl.read_bytes() if self.jsonl.is_file() else b""
+        manifest = Manifest.find(self.folder)
+        listed = data if manifest is None else data[: manifest.files.get(RECORD, [{"size": 0}])[-1]["size"]]
+        self.rows, kept = _parse(listed, keep_until)
+        if manifest is not None:
+            self._reopen(manifest, kept, keep_until)
+        if kept != data or not self.jsonl.is_file():
+            write_atomically(self.jsonl, kept)
+        return kept
+
+    def _reopen(self, manifest: Manifest, kept: bytes, keep_until: int | None) -> None:
+        """Lists the kept rows alone, before the others are cut off: a longer file agrees with that too."""
+        files = {name: entries for name, entries in manifest.files.items() if not _is_derived(name)}
+        files[RECORD] = [{"size": len(kept), "sha256": hashlib.sha256(kept).hexdigest(), "grows": True}]
+        newest = None if keep_until is None else self.folder / FOLDER / checkpoint_name(keep_until)
+        notes = {**manifest.notes, NEWEST: [newest.name] if newest is not None and newest.exists() else []}
+        if (files, notes) != (manifest.files, manifest.notes):
+            Manifest(self.folder, files, notes).write()
+
+    def _extend_csv(self, row: dict[str, Any]) -> None:
+        fresh = [key for key in row if key not in self.columns]
+        if fresh:
+            self.columns += fresh
+            self._write_csv()
+            return
+        with open(self.csv, "a", newline="") as handle:
+            csv.DictWriter(handle, self.columns).writerow(row)
 
     def _write_csv(self) -> None:
-        with open(self.csv, "w", newline="") as handle:
-            writer = csv.DictWriter(handle, self.columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.csv, text.getvalue())
+
+
+def _is_derived(name: str) -> bool:
+    """Whether a file of a run is made from its record, and so changes from the first row of a resumed run on."""
+    return name == TABLE or name.startswith(f"{BOARD}/")
+
+
+def list_finished(manifest: Manifest) -> None:
+    """Lists every metrics file of a run that has ended as it is now."""
+    folder = manifest.folder
+    boards = [path.relative_to(folder).as_posix() for path in (folder / BOARD).rglob("*") if path.is_file()]
+    for name in (RECORD, TABLE, *sorted(boards)):
+        if (folder / name).is_file():
+            flush(folder / name)
+            manifest.files[name] = [entry(folder / name)]
+    manifest.notes[NEWEST] = [path.name for path in checkpoints(folder / FOLDER)[-1:]]
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps({k: _plain(v) for k, v in row.items()}).encode() + b"\n"
 
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Logged rows of a JSONL file; a last line cut by a crash is dropped."""
+def _parse(data: bytes, keep_until: int | None = None) -> tuple[list[dict[str, Any]], bytes]:
+    """The rows up to an update and their bytes; a last line cut by a crash ends them."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    size = 0
+    for line in data.splitlines(keepends=True):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+            if not line.endswith(b"\n") or (keep_until is not None and row["update"] > keep_until):
+                break
+        except (ValueError, TypeError, KeyError):
             break
-    return rows
+        rows.append(row)
+        size += len(line)
+    return rows, data[:size]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Logged rows of a JSONL file; a last line cut by a crash is dropped.
+
+    Raises:
+        DamageError: the run's manifest lists the file, and it is missing or altered.
+    """
+    check_listed(path)
+    return _parse(path.read_bytes() if path.is_file() else b"")[0]

@@ -8,8 +8,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from itertools import chain, count
 from pathlib import Path
@@ -18,8 +18,11 @@ from typing import Any
 import yaml
 
 from unified_rl import __version__
-from unified_rl.errors import CheckpointError
-from unified_rl.training.checkpoint import write_json
+from unified_rl.errors import CheckpointError, DamageError
+from unified_rl.files import MANIFEST, Manifest
+from unified_rl.training.metrics import list_finished
+
+CONFIG, META = "config.yaml", "meta.json"
 
 PACKAGES = ("torch", "tensordict", "torchrl", "transformers", "gymnasium", "mujoco", "stable-baselines3", "numpy")
 NAMED = ("env", "agent", "correction")
@@ -49,15 +52,58 @@ def _target(cfg: dict[str, Any], group: str) -> str:
 
 
 def _new_folder(runs: Path, name: str) -> Path:
-    runs.mkdir(parents=True, exist_ok=True)
     for suffix in chain([""], (f"-{number}" for number in count(2))):
         folder = runs / (name + suffix)
         try:
+            runs.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
         except FileExistsError:
+            if not runs.is_dir():
+                raise CheckpointError(f"runs={runs} is not a folder") from None
             continue
+        except OSError as error:
+            raise CheckpointError(f"runs={runs} cannot take a run folder: {error}") from error
         return folder
     raise AssertionError
+
+
+def check_run(folder: Path, names: Sequence[str] | None = None) -> None:
+    """Compares the files of a run folder with its manifest: all that it lists, or those of ``names``.
+
+    Raises:
+        DamageError: a file is missing or altered; the message names it and says what to do.
+    """
+    try:
+        _check(folder, names)
+    except DamageError:
+        try:
+            _check(folder, names)  # once more: the run may be going on, and have replaced a file in between
+        except DamageError as error:
+            raise DamageError(
+                f"{error}; put the file back, or if it was changed on purpose: unified-rl verify {folder} --accept"
+            ) from error
+
+
+def _check(folder: Path, names: Sequence[str] | None) -> None:
+    manifest = Manifest.find(folder)
+    if manifest is not None:
+        manifest.check(names)
+    elif (folder / META).exists():  # a configuration alone needs none
+        raise DamageError(f"{folder / MANIFEST} is missing")
+
+
+def write_run(folder: Path, contents: Mapping[str, str], ended: bool = False) -> None:
+    """Writes ``config.yaml`` or ``meta.json``, or both, and lists them in the run's manifest.
+
+    Args:
+        folder: the run folder.
+        contents: name to text.
+        ended: also list the metrics as they are now.
+    """
+    manifest = Manifest.find(folder) or Manifest(folder)
+    if ended:
+        list_finished(manifest)
+    manifest.replace(contents)
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
@@ -65,12 +111,33 @@ def stored_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: the folder is missing or is not a run.
+        DamageError: the file was altered since the run wrote it.
     """
-    path = folder / "config.yaml"
+    path = folder / CONFIG
+    check_run(folder, [CONFIG])
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a run folder: it holds no config.yaml")
-    cfg: dict[str, Any] = yaml.safe_load(path.read_text())
+    try:
+        cfg = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(cfg, dict):
+        raise CheckpointError(f"{path} holds no settings")
     return cfg
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What ``meta.json`` says; nothing where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        DamageError: it was altered since the run wrote it.
+    """
+    check_run(folder, [META])
+    try:
+        return dict(json.loads((folder / META).read_text())) if (folder / META).is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / META} cannot be read: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -78,9 +145,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: there is no run, or it was assembled from objects or classes of a script.
+        DamageError: a file was altered since the run wrote it.
     """
-    cfg, meta = stored_config(folder), folder / "meta.json"
-    parts = json.loads(meta.read_text()).get("assembled", []) if meta.is_file() else []
+    cfg = stored_config(folder)
+    parts = read_meta(folder).get("assembled", [])
     if parts:
         raise CheckpointError(
             f"{folder} was assembled from objects of a script ({', '.join(parts)}); assemble it again there, with "
@@ -92,15 +160,23 @@ def read_config(folder: Path) -> dict[str, Any]:
 @contextmanager
 def status(folder: Path) -> Iterator[None]:
     """Keeps ``status`` in meta.json: running, finished, interrupted or failed (with the error)."""
-    meta = json.loads((folder / "meta.json").read_text())
-    write_json(folder / "meta.json", {**meta, "status": "running"})
+    meta = read_meta(folder)
+    write_run(folder, {META: meta_text({**meta, "status": "running"})})
     try:
         yield
     except BaseException as error:
         ended = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-        write_json(folder / "meta.json", {**meta, "status": ended, "error": f"{type(error).__name__}: {error}"})
+        text = meta_text({**meta, "status": ended, "error": f"{type(error).__name__}: {error}"})
+        with suppress(CheckpointError, OSError):  # a full disk, or a folder that is gone, is not what went wrong first
+            write_run(folder, {META: text}, ended=True)
         raise
-    write_json(folder / "meta.json", {**{k: v for k, v in meta.items() if k != "error"}, "status": "finished"})
+    finished = {**{k: v for k, v in meta.items() if k != "error"}, "status": "finished"}
+    write_run(folder, {META: meta_text(finished)}, ended=True)
+
+
+def meta_text(meta: Mapping[str, Any]) -> str:
+    """``meta.json`` as text."""
+    return json.dumps(meta, indent=1)
 
 
 def provenance(cfg: dict[str, Any]) -> dict[str, Any]:

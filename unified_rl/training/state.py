@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unified_rl.errors import CheckpointError
+from unified_rl.errors import DamageError
 
 _TENSOR, _ARRAY, _TUPLE, _INT_KEYS = "__tensor__", "__array__", "__tuple__", "__int_keys__"
 
@@ -62,34 +61,28 @@ def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Writes ``state.json`` and ``state.safetensors`` into ``folder`` and flushes them to disk.
+    """Writes ``state.json`` and ``state.safetensors`` into ``folder``.
 
     Raises:
-        OSError: when the disk is full or the folder cannot be written.
+        OSError, SafetensorError: when the disk is full or the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     packed = pack(state, tensors)
     save_file(tensors, folder / "state.safetensors")
     (folder / "state.json").write_text(json.dumps(packed))
-    for name in ("state.safetensors", "state.json"):
-        with open(folder / name, "rb") as handle:
-            os.fsync(handle.fileno())
 
 
 def load_state(folder: Path) -> dict[str, Any]:
     """Reads what :func:`save_state` wrote.
 
     Raises:
-        CheckpointError: a missing or damaged file; the message names it.
+        DamageError: a missing or damaged file; the message names it.
     """
-    for name in ("state.json", "state.safetensors"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} holds no {name}: it is not a complete checkpoint; use an earlier one")
     try:
         packed = json.loads((folder / "state.json").read_text())
         loaded = load_file(folder / "state.safetensors")
         tensors = {key: value.clone() for key, value in loaded.items()}  # own, aligned memory: results depend on it
         out: dict[str, Any] = unpack(packed, tensors)
         return out
-    except (json.JSONDecodeError, SafetensorError, KeyError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder} is damaged ({error}); use an earlier checkpoint") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise DamageError(f"{folder} is damaged ({error})") from error

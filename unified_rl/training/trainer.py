@@ -13,7 +13,7 @@ from typing import Any
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.protocols import Agent, Collects, Rollout, Store
 from unified_rl.rollout.feed import Feed, LocalFeed
-from unified_rl.training.checkpoint import write_checkpoint
+from unified_rl.training.checkpoint import FOLDER, checkpoint_name, set_aside_newer, write_checkpoint
 from unified_rl.training.metrics import Means, MetricLog
 from unified_rl.training.settings import TrainSettings
 
@@ -99,11 +99,13 @@ class Trainer:
             NonFiniteError: a NaN; a checkpoint from before it exists.
             KeyboardInterrupt: after a checkpoint was written.
         """
+        if self.folder is not None:
+            set_aside_newer(self.folder / FOLDER, self.updates)
         self.log = MetricLog(self.folder, keep_until=self.updates)
         self._clock = time.monotonic() - self.elapsed
         try:
             with StopSignal() as stop:
-                if self.updates == 0:
+                if self.updates == 0 and not self.log.rows:
                     self._log(self.evaluate())
                 while self.updates < self.planned:
                     self._iterate()
@@ -173,8 +175,10 @@ class Trainer:
         if self.folder is None:
             return None
         replay = self.replay if self.settings.checkpoint_replay else None
+        if self.log is not None:
+            self.log.record(checkpoint_name(self.updates))
         path = write_checkpoint(
-            self.folder / "checkpoints", self.updates, self.state_dict(), replay, self.settings.keep_checkpoints
+            self.folder / FOLDER, self.updates, self.state_dict(), replay, self.settings.keep_checkpoints
         )
         self._saved = self.updates
         return path

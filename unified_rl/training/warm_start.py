@@ -14,7 +14,7 @@ from torch import Tensor
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import Demonstrates, Imitates, Normalizes, Stateful
 from unified_rl.rollout.demonstrations import style_option
-from unified_rl.training.checkpoint import latest_checkpoint, read_checkpoint
+from unified_rl.training.checkpoint import intact_checkpoint
 
 
 class Imitator(Protocol):
@@ -80,14 +80,14 @@ class WarmStart:
                 raise ConfigError(f"warm_start.stages[{number}] needs until_loss or updates")
 
     def load_policy(self, policy: Stateful) -> None:
-        """Loads the policy of :attr:`run`.
+        """Loads the policy of :attr:`run`, of its newest intact checkpoint.
 
         Raises:
-            CheckpointError: no such run or no checkpoint in it.
+            CheckpointError: no such run, or no intact checkpoint in it.
             ConfigError: the run's policy has another shape.
         """
         assert self.run is not None
-        state = read_checkpoint(latest_checkpoint(Path(self.run)))
+        _, state = intact_checkpoint(Path(self.run), replay=False)
         try:
             policy.load_state_dict(state["agent"]["policy"])
         except (RuntimeError, KeyError) as error:

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from unified_rl.errors import ConfigError
+from unified_rl.files import replacing
 from unified_rl.study.figures import drawing
 from unified_rl.study.gallery.curves import Curves
 
@@ -47,7 +48,8 @@ def draw_one(name: str, curves: Curves, path: Path) -> Path:
         ax.set_ylabel("weight of A grad log pi")
         _legend(figure, curves.lines())
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", dpi=150)
+        with replacing(path) as aside:
+            figure.savefig(aside, format="png", dpi=150)
     return path
 
 
@@ -64,7 +66,8 @@ def draw_family(members: Mapping[str, Curves], digest: str, path: Path) -> None:
             ax.tick_params(labelsize=7.5)
         _legend(figure, {line for curves in members.values() for line in curves.lines()})
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", dpi=100, metadata={"Description": digest, "Software": ""})
+        with replacing(path) as aside:
+            figure.savefig(aside, format="png", dpi=100, metadata={"Description": digest, "Software": ""})
     _shrink(path, digest)
 
 
@@ -105,4 +108,5 @@ def _shrink(path: Path, digest: str) -> None:
     info.add_text("Description", digest)
     with Image.open(path) as image:
         small = image.convert("RGB").quantize(96, dither=Image.Dither.NONE)
-    small.save(path, optimize=True, pnginfo=info)
+    with replacing(path) as aside:
+        small.save(aside, optimize=True, pnginfo=info)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unified_rl.files import write_atomically
 from unified_rl.study.gallery import catalogue
 from unified_rl.study.gallery.catalogue import Family
 from unified_rl.study.gallery.described import Described, described
@@ -26,7 +27,7 @@ def write_page(folder: Path) -> Path:
         if digest_of(path) != digest:
             draw_family(members, digest, path)
     page = folder / PAGE
-    page.write_text(render(shown), encoding="utf-8")
+    write_atomically(page, render(shown))
     return page
 
 

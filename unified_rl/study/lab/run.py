@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from unified_rl.correction import correction_names, preset_config
 from unified_rl.errors import ConfigError
+from unified_rl.files import replacing
 from unified_rl.study.figures import drawing
 from unified_rl.study.lab.figures import (
     error_figure,
@@ -72,7 +73,8 @@ def lab(
             write_csv(folder / f"{name}.csv", table)
     for name, figure in _figures(rows, found, returns):
         if figure is not None:
-            figure.savefig(folder / f"{name}.png", dpi=100)
+            with replacing(folder / f"{name}.png") as aside:
+                figure.savefig(aside, dpi=100)
     Console().print(f"{folder}: {len(rows)} rows in {time.perf_counter() - started:.0f} s")
     return folder
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unified_rl.errors import UnifiedRLError
+from unified_rl.files import replacing
 from unified_rl.study.lab.drift import ascent, situations
 from unified_rl.study.lab.exact import exact_moments
 from unified_rl.study.lab.measure import BATCHES, measure
@@ -132,7 +133,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes rows of numbers and words; numbers with six digits."""
     fields = list(dict.fromkeys(key for row in rows for key in row if key != "note"))
     fields += ["note"] if any("note" in row for row in rows) else []
-    with path.open("w", newline="") as handle:
+    with replacing(path) as aside, aside.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, fields, lineterminator="\n")
         writer.writeheader()
         for row in rows:
