@@ -24,8 +24,7 @@ def train(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--cfg shows a new run's configuration; that of this run is {resumed[0]}/config.yaml")
         from unified_rl.training.run import resume
 
-        chosen = {} if arguments.checkpoint is None else {"checkpoint": arguments.checkpoint}
-        print(f"run folder: {resume(resumed[0], resumed[1], arguments.allow, **chosen)}")
+        print(f"run folder: {resume(resumed[0], resumed[1], arguments.allow, **_chosen(arguments))}")
         return 0
     if arguments.checkpoint is not None:
         raise ConfigError("--checkpoint chooses where a run goes on: unified-rl train resume=RUN --checkpoint STEP")
@@ -57,7 +56,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Evaluates a run on held-out problems or seeds: its newest intact checkpoint, or a chosen one."""
     from unified_rl.training.run import evaluate_run
 
-    evaluate_run(arguments.run, arguments.episodes, arguments.allow, arguments.record, arguments.checkpoint)
+    evaluate_run(arguments.run, arguments.episodes, arguments.allow, arguments.record, **_chosen(arguments))
     return 0
 
 
@@ -163,6 +162,11 @@ def _resumed(overrides: Sequence[str]) -> tuple[str, int | None] | None:
     if not values["resume"]:
         raise ConfigError("resume= needs a run folder, for example resume=runs/NAME")
     return values["resume"], _count(values["steps"]) if "steps" in values else None
+
+
+def _chosen(arguments: argparse.Namespace) -> dict[str, str]:
+    """The argument that ``--checkpoint`` stands for, where it was given."""
+    return {} if arguments.checkpoint is None else {"checkpoint": arguments.checkpoint}
 
 
 def _count(text: str) -> int:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import re
-import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_ASIDE = ".writing-rows.safetensors"
 _ROWS = re.compile(r"rows-[0-9a-f]+\.safetensors")
 Pieces = Mapping[str, list[Tensor]]
 """For each name the parts of one tensor, in order along its first dimension."""
@@ -48,13 +49,19 @@ def save(path: str | Path, meta: dict[str, Any], pieces: Pieces) -> None:
         CheckpointError: the folder cannot be written (a full disk, for example); the previous content is intact.
     """
     folder = Path(path)
-    rows = folder / f"rows-{secrets.token_hex(4)}.safetensors"
+    aside, rows, kept = folder / _ASIDE, folder, True
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        written = _stream(rows, pieces)
+        written = _stream(aside, pieces)
+        rows = folder / f"rows-{written['sha256'][:16]}.safetensors"  # named by content: equal replays, equal files
+        kept = rows.exists()
+        os.replace(aside, rows)
         write_meta(folder / "replay.json", {**meta, "rows": rows.name, "rows_file": written})
     except (OSError, CheckpointError) as error:
-        rows.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+            if not kept:
+                rows.unlink(missing_ok=True)
         raise CheckpointError(f"the replay could not be saved to {folder}: {error}") from error
     for other in folder.glob("rows-*.safetensors"):
         if other != rows:
