@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDict
 
 from unified_rl import replay as room
-from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.errors import CheckpointError, ConfigError, DamageError
 from unified_rl.replay import Fresh, Replay, Sampler, Uniform, WithoutReplacement, persist
 
 LANES = 2
@@ -229,17 +229,26 @@ def test_damage_of_a_memory_mapped_replay_is_one_clear_error(tmp_path: Path) -> 
     assert len(make(path=str(tmp_path))) == 24
 
 
-def test_one_torn_journal_record_falls_back_to_the_commit_before(tmp_path: Path) -> None:
+def test_a_journal_record_torn_by_a_kill_does_not_count_and_a_damaged_commit_is_an_error(tmp_path: Path) -> None:
     replay = Replay(24, lanes=LANES, sampler=Uniform(), storage="memmap", path=str(tmp_path))
     replay.extend(rows(0, 2))
     replay.extend(rows(2, 2))
     replay.close()
-    data = bytearray((tmp_path / "journal.bin").read_bytes())
+    journal = tmp_path / "journal.bin"
+    data = journal.read_bytes()
     newest = max((0, 4096), key=lambda at: int.from_bytes(data[at : at + 8], "little"))
-    data[newest + 20] ^= 255
-    (tmp_path / "journal.bin").write_bytes(bytes(data))
+    torn = bytearray(data)
+    torn[4096 - newest + 20] ^= 255  # where the next commit is written; the word behind still names this one
+    journal.write_bytes(torn)
     reopened = Replay(24, lanes=LANES, sampler=Uniform(), storage="memmap", path=str(tmp_path))
-    assert reopened.write_count == 4 and sorted(set(reopened.sample(60)["x"].tolist())) == [0, 1, 2, 3]
+    assert reopened.write_count == 8 and sorted(set(reopened.sample(60)["x"].tolist())) == list(range(8))
+    reopened.close()
+    for at in (newest + 20, 8192, 8199):  # the commit, and the word that names it
+        damaged = bytearray(data)
+        damaged[at] ^= 1
+        journal.write_bytes(damaged)
+        with pytest.raises(DamageError, match=r"journal\.bin is damaged"):
+            Replay(24, lanes=LANES, sampler=Uniform(), storage="memmap", path=str(tmp_path))
 
 
 def test_saved_rows_can_be_read_as_a_data_set_of_any_size(tmp_path: Path) -> None:

@@ -193,7 +193,8 @@ class Replay(ReplayState):
             self._columns["use_count"][first:last] = 0
         self.ring.written = high
         self.sampler.wrote(low, high, self._values(items))
-        if self._journaled:
+        if isinstance(self._store, MemmapStore):
+            self._store.wrote(low, high)
             self._commit()
 
     def add(self, row: Rows) -> Tensor:
@@ -233,14 +234,18 @@ class Replay(ReplayState):
         if batch_size is None:
             batch_size = self.sampler.oldest_write(length or 1)
         draw = self.sampler.draw(batch_size, self._rng, length or 1, version)
-        if self._journaled:
-            self._commit()
         serials = draw.serials
         if length is not None:
             serials = (serials[:, None] + np.arange(0, length * self.lanes, self.lanes)).reshape(-1)
         position = self.ring.position(serials)
         if self.count_uses:
             np.add.at(self._columns["use_count"], position, _ONE)
+        if isinstance(self._store, MemmapStore):
+            self._rng_text = ""
+            if self.count_uses:
+                self._store.change("use_count", position, len(position), self._small_text())
+            else:
+                self._commit()
         index = torch.from_numpy(position)
         if self._remote:
             index = index.to(self.device)
@@ -303,8 +308,10 @@ class Replay(ReplayState):
         """
         if index.shape != priority.shape:
             raise RecordError(f"index {tuple(index.shape)} and priority {tuple(priority.shape)} differ in shape")
-        self.sampler.update(to_numpy(index).reshape(-1), to_numpy(priority).reshape(-1).astype(np.float64))
-        self._commit()
+        positions = to_numpy(index).reshape(-1)
+        self.sampler.update(positions, to_numpy(priority).reshape(-1).astype(np.float64))
+        if isinstance(self._store, MemmapStore):
+            self._store.changed(positions, self._small_text())
 
 
 def _device(name: str) -> torch.device:

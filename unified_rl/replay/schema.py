@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified_rl.errors import RecordError
+from unified_rl.errors import CheckpointError, RecordError
 
 
 class Schema:
@@ -71,5 +71,15 @@ class Schema:
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Schema:
-        """The inverse of :meth:`to_plain`."""
-        return cls({key: (torch.Size(shape), getattr(torch, dtype)) for key, (shape, dtype) in plain.items()})
+        """The inverse of :meth:`to_plain`.
+
+        Raises:
+            CheckpointError: ``plain`` is not what that returned.
+        """
+        try:
+            fields = {key: (torch.Size(shape), getattr(torch, dtype)) for key, (shape, dtype) in plain.items()}
+            if not all(isinstance(dtype, torch.dtype) for _, dtype in fields.values()):
+                raise ValueError("not a dtype")
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"a saved replay's schema cannot be read: {error}") from error
+        return cls(fields)

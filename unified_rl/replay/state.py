@@ -17,7 +17,7 @@ from unified_rl.replay.persist import Saved, save
 from unified_rl.replay.ring import Ring
 from unified_rl.replay.samplers.base import Sampler
 from unified_rl.replay.schema import Schema
-from unified_rl.replay.store import Leaves, MemoryStore, write_rows
+from unified_rl.replay.store import Leaves, MemmapStore, MemoryStore, write_rows
 
 _CHUNK = 65_536
 
@@ -32,21 +32,31 @@ class ReplayState:
         self.schema: Schema | None = None
         self._rng = np.random.Generator(np.random.PCG64(seed))
         size = capacity // lanes * lanes
-        spare = -(-size // lanes // store.spare_share) * lanes if store.spare_share else 0
-        self.ring = Ring(capacity=size, physical=size + spare, lanes=lanes)
-        self._room = spare or size  # a memory-mapped write must touch no live row
-        self._journaled = bool(spare)
+        physical, self._room = store.layout(size, lanes)  # a memory-mapped write must touch no live row
+        self.ring = Ring(capacity=size, physical=physical, lanes=lanes)
+        self._journaled = store.journaled
         self._leaves: Leaves = {}
         self._watched: list[str] = []
-        committed = store.open(size, self.ring.physical, lanes)
-        types = {"use_count": np.int32, **sampler.column_types()}
-        self._columns: dict[str, NDArray[Any]] = {
-            name: store.column(name, dtype, self.ring.physical) for name, dtype in types.items()
-        }
+        self._rng_text = self._sampler_text = ""
+        self._sampler_state: dict[str, Any] | None = None
+        committed = store.open(self.ring)
+        self._columns: dict[str, NDArray[Any]] = store.columns({"use_count": np.int32, **sampler.column_types()})
         sampler.bind(self.ring, self._columns)
         if committed is not None and store.schema is not None:
             self._allocate(store.schema)
-            self._restore(committed)
+            self._reopen(store, committed)
+
+    def _reopen(self, store: MemoryStore, committed: Mapping[str, Any]) -> None:
+        """Goes on from the commit of a memory-mapped replay, after all of it was compared with its checksums."""
+        assert isinstance(store, MemmapStore)
+        self.ring.written = int(committed["written"])
+        store.restore(committed)
+        if not self._restore(
+            committed
+        ):  # another sampler set the columns of live rows anew, which nothing may cut short
+            store.commit(self._small_text(), columns=False)
+            store.rewrite()
+            self._commit()
 
     def __len__(self) -> int:
         return self.ring.live
@@ -66,14 +76,23 @@ class ReplayState:
         if absent:
             name = type(self.sampler).__name__
             raise RecordError(f"the sampler {name} needs {', '.join(absent)}; rows hold {', '.join(schema.fields)}")
-        self._leaves = self._store.allocate(schema, self.ring.capacity, self.ring.physical, self.lanes)
+        self._leaves = self._store.allocate(schema, self.ring)
         self._watched = [key for key in (*self.sampler.keys, *self.sampler.optional_keys) if key in schema.fields]
         self.schema = schema
         return schema
 
     def _commit(self) -> None:
-        if self._journaled:
-            self._store.commit(self._small_state())
+        if isinstance(self._store, MemmapStore):
+            self._store.commit(self._small_text())
+
+    def _small_text(self) -> str:
+        """The members of :meth:`_small_state` as JSON; parts that have not changed are not written out again."""
+        state = self.sampler.state_dict()
+        if state != self._sampler_state or not self._sampler_text:
+            self._sampler_state, self._sampler_text = state, json.dumps([type(self.sampler).__name__, state])
+        if not self._rng_text:
+            self._rng_text = json.dumps(self._rng.bit_generator.state)
+        return f'"written": {self.ring.written}, "rng": {self._rng_text}, "sampler": {self._sampler_text}'
 
     def _small_state(self) -> dict[str, Any]:
         """Everything but rows and columns, JSON-able."""
@@ -111,6 +130,9 @@ class ReplayState:
         self.empty()
         written = int(meta["written"])
         low = max(0, written - self.capacity)
+        mapped = self._store if isinstance(self._store, MemmapStore) else None
+        if mapped is not None:
+            mapped.start(low)
         for first in range(low, written, _CHUNK):
             last = min(first + _CHUNK, written)
             at, end = first - low, last - low
@@ -119,15 +141,24 @@ class ReplayState:
             for key, values in self._columns.items():
                 saved = f"column.{key}" in names
                 self.ring.write(values, first, last, read(f"column.{key}", at, end).numpy() if saved else 0)
+            if mapped is not None:
+                mapped.sums.add(last)
         self._restore(meta)
+        if mapped is not None:
+            mapped.rewrite()
         self._commit()
 
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        """Takes over the small state and rebuilds what the sampler derives from rows and columns."""
+    def _restore(self, state: Mapping[str, Any]) -> bool:
+        """Takes over the small state and rebuilds what the sampler derives from rows and columns.
+
+        Returns:
+            Whether the columns stay as they were, since the sampler is the one that made them.
+        """
         self.ring.written = int(state["written"])
         if "rng" not in state:
-            return  # a store that was made and never written to
+            return True  # a store that was made and never written to
         self._rng.bit_generator.state = state["rng"]
+        self._rng_text = ""
         name, sampler_state = state["sampler"]
         same = name == type(self.sampler).__name__
         self.sampler.reset()
@@ -142,12 +173,25 @@ class ReplayState:
             )
         if same:
             self.sampler.load_state_dict(sampler_state)
+        return same
 
     def empty(self) -> None:
         """Forgets every row; the schema and the random stream stay."""
         self.ring.written = 0
         self.sampler.reset()
+        if isinstance(self._store, MemmapStore):
+            self._store.start(0)
         self._commit()
+
+    def verify(self) -> None:
+        """Compares every live row of a memory-mapped replay, and its columns, with the checksums written with them.
+
+        The same happens when the replay is opened. A replay in memory has nothing to compare.
+
+        Raises:
+            DamageError: a file is not as it was written; the message names it.
+        """
+        self._store.verify()
 
     def dumps(self, path: str | Path) -> None:
         """Saves the replay to the folder ``path``; only live rows are written, and an old save is replaced in one step.

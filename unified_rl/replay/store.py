@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +12,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tensordict import TensorDict
+from tensordict.memmap import MemoryMappedTensor
 from torch import Tensor
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage
 
-from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.errors import CheckpointError, ConfigError, DamageError, RecordError
+from unified_rl.files import flush
+from unified_rl.replay.checksums import Changes, RowSums, Words
 from unified_rl.replay.files import lock, read_meta, write_meta
 from unified_rl.replay.journal import Journal
+from unified_rl.replay.ring import IntArray, Ring
 from unified_rl.replay.schema import Schema
 
+SPARE_SHARE = 8
+"""One position more in so many, for rows of a write that is not committed yet."""
+BLOCK, BLOCK_SHARE = 1024, 16
+"""Slots under one checksum, at most and as a share of the capacity."""
+UNSET_WHEN_NEW = "use_count"
+"""The column that is zero in a new row."""
 NUMPY_LACKS = (torch.bfloat16,)
 
 
@@ -40,6 +50,7 @@ class Leaf:
 
 
 Leaves = dict[str, Leaf]
+Columns = dict[str, NDArray[Any]]
 Runs = list[tuple[int, int, int]]
 """Stretches of positions: ``(offset in the values, first, last + 1)``."""
 
@@ -65,46 +76,58 @@ def write_rows(leaves: Leaves, items: Mapping[str, Tensor], runs: Runs) -> None:
 class MemoryStore:
     """Rows in RAM or on a GPU, in a :class:`LazyTensorStorage`."""
 
-    spare_share = 0
-    journal: Journal | None = None
+    journaled = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.storage: Any = None
         self.schema: Schema | None = None
 
-    def open(self, capacity: int, physical: int, lanes: int) -> dict[str, Any] | None:
+    def layout(self, capacity: int, lanes: int) -> tuple[int, int]:
+        """Positions for a capacity, and rows that one write may bring."""
+        return capacity, capacity
+
+    def open(self, ring: Ring) -> dict[str, Any] | None:
         """What was committed earlier, if this store exists already."""
+        self.ring = ring
         return None
 
-    def column(self, name: str, dtype: Any, positions: int) -> NDArray[Any]:
-        """A per-row column outside the schema, zeroed."""
-        return np.zeros(positions, dtype=dtype)
+    def columns(self, types: Mapping[str, Any]) -> Columns:
+        """The per-row columns outside the schema, as last committed or zeroed."""
+        return {name: np.zeros(self.ring.physical, dtype=dtype) for name, dtype in types.items()}
 
-    def allocate(self, schema: Schema, capacity: int, physical: int, lanes: int) -> Leaves:
+    def allocate(self, schema: Schema, ring: Ring) -> Leaves:
         """Creates the leaves, zeroed."""
-        self.storage = LazyTensorStorage(physical, device=self.device)
+        self.storage = LazyTensorStorage(ring.physical, device=self.device)
         fields = schema.fields.items()
-        zeros = {key: torch.zeros(physical, *shape, dtype=dtype, device=self.device) for key, (shape, dtype) in fields}
-        return self._attach(TensorDict(zeros, batch_size=[physical], device=self.device), schema)
+        zeros = {
+            key: torch.zeros(ring.physical, *shape, dtype=dtype, device=self.device) for key, (shape, dtype) in fields
+        }
+        return self._attach(TensorDict(zeros, batch_size=[ring.physical], device=self.device), schema)
 
     def _attach(self, rows: TensorDict, schema: Schema) -> Leaves:
         self.storage._storage, self.storage.initialized = rows, True
         return {key: Leaf(rows.get(key).as_subclass(Tensor)) for key in schema.fields}
 
-    def commit(self, payload: dict[str, Any]) -> None:
-        """Makes everything written so far part of what a reopened store holds."""
+    def verify(self) -> None:
+        """Checks what lies in files; nothing does here."""
 
     def close(self) -> None:
         """Gives the files back."""
 
 
 class MemmapStore(MemoryStore):
-    """Rows in memory-mapped files (a :class:`LazyMemmapStorage`), with a commit journal.
+    """Rows in memory-mapped files (a :class:`LazyMemmapStorage`), with a commit journal and checksums.
 
     The process may be killed at any instruction: a reopened store holds what the last commit named. ``replay.json``
     holds what never changes and is written last when the store is made; ``journal.bin`` holds what every commit
-    changes. Writes go to positions that hold no live row, hence the spare ones.
+    changes. Rows go to positions that hold no live row, hence the spare ones. Columns, which change in place, live in
+    memory and are copied to their files: first into ``changes.bin``, then the commit, then the file, so a change that a
+    kill cut short is made again.
+
+    Checksums: of rows a sum for each leaf and block of rows (``checksums.bin``, and of the last block in the journal),
+    of columns a sum over the live rows in the journal, of the rest in each file itself. All are compared when the store
+    is opened and by :meth:`verify`. Bytes that no live row owns are not covered.
 
     Args:
         path: folder of the store.
@@ -114,13 +137,12 @@ class MemmapStore(MemoryStore):
         CheckpointError: the folder is in use, damaged, or of another version or size.
     """
 
-    spare_share = 8
-    journal: Journal | None
+    journaled = True
 
     def __init__(self, path: str | Path, durable: bool = False) -> None:
         super().__init__(torch.device("cpu"))
         self.path, self.durable = Path(path), durable
-        self.journal = None
+        self.journal: Journal | None = None
         try:
             (self.path / "columns").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -128,72 +150,237 @@ class MemmapStore(MemoryStore):
         self._lock = lock(self.path / "lock")
         self._files: list[Path] = []
 
-    def open(self, capacity: int, physical: int, lanes: int) -> dict[str, Any] | None:
+    def layout(self, capacity: int, lanes: int) -> tuple[int, int]:
+        slots = capacity // lanes
+        spare = -(-slots // SPARE_SHARE)
+        self.block = max(1, min(BLOCK, slots // BLOCK_SHARE)) * lanes
+        # a block's checksum needs all its rows: those of the oldest live row's block are kept beside the spare ones
+        return capacity + spare * lanes + self.block, spare * lanes
+
+    def open(self, ring: Ring) -> dict[str, Any] | None:
+        self.ring = ring
         if not (self.path / "replay.json").exists():
             if Journal.committed_rows(self.path / "journal.bin"):
-                raise CheckpointError(f"{self.path} has a journal of committed rows, but replay.json is missing")
+                raise DamageError(f"{self.path} has a journal of committed rows, but replay.json is missing")
             return None
         meta = read_meta(self.path / "replay.json")
-        expected = {"capacity": capacity, "physical": physical, "lanes": lanes}
+        expected = {"capacity": ring.capacity, "physical": ring.physical, "lanes": ring.lanes, "block": self.block}
         for name, value in expected.items():
-            if meta[name] != value:
-                raise CheckpointError(f"the replay at {self.path} was made with {name}={meta[name]}, not {value}")
+            if meta.get(name) != value:
+                raise CheckpointError(f"the replay at {self.path} was made with {name}={meta.get(name)}, not {value}")
         self.schema = Schema.from_plain(meta["schema"])
         self.journal = Journal.open(self.path / "journal.bin")
         return self.journal.payload
 
-    def column(self, name: str, dtype: Any, positions: int) -> NDArray[Any]:
-        file = self.path / "columns" / f"{name}.bin"
-        size = positions * np.dtype(dtype).itemsize
-        mode = "r+" if file.exists() and file.stat().st_size == size else "w+"
+    # -- columns ---------------------------------------------------------------------------------------------------
+
+    def columns(self, types: Mapping[str, Any]) -> Columns:
+        """The columns in memory; those of a sampler that the last commit did not know begin at zero."""
+        self._columns = {name: np.zeros(self.ring.physical, dtype=dtype) for name, dtype in types.items()}
+        self._column_words = {name: Words(values) for name, values in self._columns.items()}
+        payload = {} if self.journal is None else self.journal.payload
+        self._column_sums = {name: int(payload.get("columns", {}).get(name, 0)) for name in types}
+        self._column_files: Columns = {}
+        for name, dtype in types.items():
+            held = name in payload.get("columns", {})
+            self._column_files[name] = self._map_column(name, dtype, held)
+            if held:
+                self._columns[name][:] = self._column_files[name]
+        self.changes = Changes(self.path / "changes.bin", made=self.journal is not None)
+        self._files.append(self.changes.path)
+        if self.journal is not None:
+            self._catch_up(self.journal, list(payload.get("columns", {})))
+        return self._columns
+
+    def _map_column(self, name: str, dtype: Any, held: bool) -> NDArray[Any]:
+        file = self.path / "columns" / f"{_file_name(name)}.bin"
+        size = self.ring.physical * np.dtype(dtype).itemsize
+        found = file.stat().st_size if file.exists() else None
+        if held and found != size:
+            raise DamageError(f"{file} is damaged: it holds {found or 0} bytes of {size}")
         self._files.append(file)
-        return np.asarray(np.memmap(file, dtype=dtype, mode=mode, shape=(positions,)))  # type: ignore[call-overload]
+        mapped = np.memmap(file, dtype=dtype, mode="r+" if found == size else "w+", shape=(self.ring.physical,))
+        return np.asarray(mapped)
 
-    def allocate(self, schema: Schema, capacity: int, physical: int, lanes: int) -> Leaves:
-        folder = self.path / "rows"
-        self.storage = LazyMemmapStorage(physical, scratch_dir=folder)
-        if self.schema is None:
-            self._create(schema, physical, folder)
-            self.journal = Journal.create(self.path / "journal.bin")
-            meta = {"capacity": capacity, "physical": physical, "lanes": lanes, "schema": schema.to_plain()}
-            write_meta(self.path / "replay.json", meta)
-            self.schema = schema
-        for key, (shape, dtype) in schema.fields.items():
-            file = folder / f"{key}.memmap"
-            self._files.append(file)
-            size = physical * shape.numel() * dtype.itemsize
-            if not file.exists() or file.stat().st_size < size:
-                held = file.stat().st_size if file.exists() else 0
-                raise CheckpointError(f"{file} holds {held} bytes of {size}: the replay is damaged")
+    def _catch_up(self, journal: Journal, names: list[str]) -> None:
+        """Makes the change of the last commit again, which a kill may have cut short."""
+        types = [self._columns[name].dtype if name in self._columns else np.dtype(np.uint64) for name in names]
+        change = self.changes.read(journal.sequence, types)
+        if change is not None and names[change[0]] in self._columns:
+            for columns in (self._columns, self._column_files):
+                columns[names[change[0]]][change[1]] = change[2]
+
+    # -- rows ------------------------------------------------------------------------------------------------------
+
+    def allocate(self, schema: Schema, ring: Ring) -> Leaves:
+        self.storage = LazyMemmapStorage(ring.physical, scratch_dir=self.path / "rows")
+        sizes = {key: ring.physical * shape.numel() * dtype.itemsize for key, (shape, dtype) in schema.fields.items()}
+        files = {key: self.path / "rows" / f"{_file_name(key)}.memmap" for key in sizes}
+        self._files += files.values()
+        fresh = self.schema is None
+        if fresh:
+            self._create(files, sizes)
+        for key, file in files.items():
+            held = file.stat().st_size if file.is_file() else 0
+            if held != sizes[key]:
+                raise DamageError(f"{file} holds {held} bytes of {sizes[key]}: the replay is damaged")
         try:
-            rows = TensorDict.load_memmap(folder)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            leaves = self._attach(_mapped(files, schema, ring.physical), schema)
+            self.sums = RowSums(self.path / "checksums.bin", _bytes(leaves), ring, self.block, made=not fresh)
+        except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"the rows of the replay at {self.path} cannot be mapped: {error}") from error
-        return self._attach(rows, schema)
+        self._files.append(self.sums.path)
+        if fresh:
+            self.journal = Journal.create(self.path / "journal.bin")
+            meta = {"capacity": ring.capacity, "physical": ring.physical, "lanes": ring.lanes, "block": self.block}
+            write_meta(self.path / "replay.json", {**meta, "schema": schema.to_plain()})
+            self.schema = schema
+        return leaves
 
-    def _create(self, schema: Schema, physical: int, folder: Path) -> None:
-        size = sum(physical * shape.numel() * dtype.itemsize for shape, dtype in schema.fields.values())
-        free = shutil.disk_usage(self.path).free
+    def _create(self, files: Mapping[str, Path], sizes: Mapping[str, int]) -> None:
+        """Makes the files, all zeros; what a process left that ended before it committed anything goes."""
+        size, free = sum(sizes.values()), shutil.disk_usage(self.path).free
         if size > free:
             raise ConfigError(f"the replay needs {size >> 20} MiB under {self.path}, but {free >> 20} MiB are free")
-        shutil.rmtree(folder, ignore_errors=True)  # left by a process that ended before it committed anything
-        row = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in schema.fields.items()}
-        TensorDict(row, batch_size=[]).expand(physical).memmap_like(prefix=str(folder))
+        shutil.rmtree(self.path / "rows", ignore_errors=True)
+        (self.path / "rows").mkdir()
+        (self.path / "checksums.bin").unlink(missing_ok=True)
+        for key, file in files.items():
+            with open(file, "wb") as handle:
+                handle.truncate(sizes[key])
 
-    def commit(self, payload: dict[str, Any]) -> None:
+    # -- commits ---------------------------------------------------------------------------------------------------
+
+    def restore(self, payload: Mapping[str, Any]) -> None:
+        """Takes over the checksums of a commit, and compares everything with them.
+
+        Raises:
+            DamageError: a file is not as it was written; the message names it.
+        """
+        if "rows" in payload:
+            self.sums.load(payload["rows"], self.ring.written)
+            self.verify()
+
+    def wrote(self, low: int, high: int) -> None:
+        """The rows ``[low, high)`` lie in the leaves and columns; the ring does not count them yet."""
+        ring = self.ring
+        self.sums.add(high)
+        left = max(0, low - ring.capacity), max(0, high - ring.capacity)
+        for name, words in self._column_words.items():
+            new = words.over(ring, low, high) if name != UNSET_WHEN_NEW else 0
+            gone = words.over(ring, *left) if left[1] else 0
+            self._column_sums[name] = (self._column_sums[name] + new - gone) & words.mask
+            for _, first, last in ring.pieces(low, high):
+                self._column_files[name][first:last] = self._columns[name][first:last]
+
+    def start(self, serial: int) -> None:
+        """Forgets every row; the next one is ``serial``."""
+        if self.journal is not None:
+            self.sums.start(serial)
+            self._column_sums = dict.fromkeys(self._column_sums, 0)
+
+    def rewrite(self) -> None:
+        """Adds up and writes out the columns of every live row, after they were set anew; no commit counts them."""
+        ring = self.ring
+        for name, words in self._column_words.items():
+            self._column_sums[name] = words.over(ring, ring.oldest, ring.written)
+            self._column_files[name][:] = self._columns[name]
+
+    def commit(self, small: str, columns: bool = True) -> None:
+        """Makes everything written so far part of what a reopened store holds.
+
+        Args:
+            small: the members of a JSON object, without its braces.
+            columns: whether the columns belong to it.
+        """
         if self.journal is None:
             return
         if self.durable:
             self._synchronise()
-        self.journal.commit(payload, durable=self.durable)
+        sums = json.dumps(self._column_sums if columns else {})
+        payload = f'{{{small}, "rows": {self.sums.state()}, "columns": {sums}}}'
+        self.journal.commit(payload.encode(), durable=self.durable)
+
+    def change(self, name: str, positions: IntArray, added: int, small: str) -> None:
+        """Commits a change in place of a column in memory, which adds ``added`` to the column's sum."""
+        if self.journal is None:
+            return
+        if self.durable:
+            self._synchronise()  # the change before, whose notes are about to be overwritten
+        values, words = self._columns[name].take(positions), self._column_words[name]
+        self.changes.write(self.journal.sequence + 1, list(self._columns).index(name), positions, values)
+        self._column_sums[name] = (self._column_sums[name] + added) & words.mask
+        self.commit(small)
+        self._column_files[name][positions] = values
+
+    def changed(self, positions: IntArray, small: str) -> None:
+        """Commits whatever has changed in the columns at these positions."""
+        positions = np.unique(positions)
+        committed = False
+        for name, values in self._columns.items():
+            new, old = values.take(positions), self._column_files[name].take(positions)
+            after, before = new.view(_unsigned(new)), old.view(_unsigned(old))
+            moved = after != before
+            if moved.any():
+                added = sum(after[moved].tolist()) - sum(before[moved].tolist())
+                self.change(name, positions[moved], added, small)
+                committed = True
+        if not committed:
+            self.commit(small)
 
     def _synchronise(self) -> None:
         for file in self._files:
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            flush(file)
+
+    def verify(self) -> None:
+        """Compares every live row, and the columns, with their checksums, and reads the small files again.
+
+        Raises:
+            DamageError: a file is not as it was written; the message names it.
+        """
+        if self.journal is None:
+            return
+        read_meta(self.path / "replay.json")
+        Journal.open(self.path / "journal.bin")
+        self.sums.check(self.path / "rows")
+        ring = self.ring
+        for name, values in self._column_files.items():
+            if Words(values).over(ring, ring.oldest, ring.written) != self._column_sums[name]:
+                file = self.path / "columns" / f"{name}.bin"
+                raise DamageError(f"{file} is damaged: it does not add up to the checksum that was written with it")
 
     def close(self) -> None:
         self._lock.close()
+
+
+def _mapped(files: Mapping[str, Path], schema: Schema, physical: int) -> TensorDict:
+    """The files as tensors of the schema's own shapes and dtypes; nothing in the folder says what they are."""
+    rows = {
+        key: MemoryMappedTensor.from_filename(files[key], dtype=dtype, shape=torch.Size((physical, *shape)))
+        for key, (shape, dtype) in schema.fields.items()
+    }
+    return TensorDict(rows, batch_size=[physical])
+
+
+def _bytes(leaves: Leaves) -> dict[str, NDArray[Any]]:
+    """The leaves as arrays of whole words."""
+    out = {}
+    for key, leaf in leaves.items():
+        flat = leaf.data.reshape(len(leaf.data), -1)
+        out[key] = flat.view(torch.uint8).numpy() if flat.numel() else np.zeros((len(flat), 0), np.uint8)
+    return out
+
+
+def _unsigned(values: NDArray[Any]) -> str:
+    return f"u{values.dtype.itemsize}"
+
+
+def _file_name(name: str) -> str:
+    """The name itself, which must stay within its folder.
+
+    Raises:
+        RecordError: it would not.
+    """
+    if not name or name != Path(name).name or name.startswith(".") or "\0" in name:
+        raise RecordError(f"{name!r} cannot be the name of a file, which a memory-mapped replay keeps for each key")
+    return name
