@@ -19,6 +19,7 @@ from unified_rl.agents.batches import Batches, Draw, choose_steps
 from unified_rl.agents.estimate import Estimate, make_advantage, make_gates, make_maps
 from unified_rl.agents.loss import anchors_of, attach, make_terms
 from unified_rl.agents.scoring import identity_check, scoring
+from unified_rl.configurable import configurable
 from unified_rl.correction import Correction
 from unified_rl.interventions import WRAPPERS, make_wrapper
 from unified_rl.objectives.objective import Objective, Parts
@@ -29,6 +30,7 @@ from unified_rl.replay.fit import check_replay
 from unified_rl.units import split_steps
 
 
+@configurable
 class PolicyGradient:
     """One update: draw rows, compute advantages, then epochs of minibatches through the correction.
 

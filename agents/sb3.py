@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.protocols import ControlEnv, Domain
 from unified_rl.spaces import Space
@@ -97,6 +98,7 @@ class SB3Policy(nn.Module):
         return TensorDict(columns, batch_size=[rows])
 
 
+@configurable
 class SB3Agent:
     """One Stable-Baselines3 algorithm at its own defaults, trained in slices between our evaluations.
 

@@ -21,7 +21,6 @@ from unified_rl.instantiate import (
     check_type,
     check_value,
     is_plain,
-    locate,
     nearest,
     parameters,
     plain,
@@ -370,7 +369,13 @@ def _child(node: Any, part: str, key: str, path: Sequence[str]) -> Any:
 
 
 def _settings(primary: str) -> dict[str, Parameter]:
-    return parameters(locate(SETTINGS[primary]))[0] if primary in SETTINGS else {}
+    return parameters(_imported(SETTINGS[primary]))[0] if primary in SETTINGS else {}
+
+
+def _imported(path: str) -> Any:
+    """What a dotted path in this file names; what others write is looked up by :func:`locate`."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _check_config(
@@ -385,7 +390,7 @@ def _check_config(
         checked[key] = plain(check_value(value, key, allow))
         if key in CHECKS and checked[key] is not None:
             with allowing(allow):
-                locate(CHECKS[key])(checked[key])
+                _imported(CHECKS[key])(checked[key])
     return checked
 
 

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import Demonstrates, StepResult
 from unified_rl.spaces import Box, Space
 
 
+@configurable
 class ActionChunk(ControlEnvBase):
     """Executes ``h`` actions of ``a`` dimensions a decision: an action is ``[K, h * a]``, first action first.
 

@@ -12,12 +12,14 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase, check_count, raise_non_finite
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.protocols import StepResult
 from unified_rl.spaces import Box, Discrete, Space
 
 
+@configurable
 class GymnasiumEnv(ControlEnvBase):
     """K copies of a registered Gymnasium environment in one vector adapter.
 

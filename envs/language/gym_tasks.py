@@ -8,6 +8,7 @@ import importlib.util
 import re
 from typing import Any
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.language.base import Verdict
 from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.scoring import FAILED, GuardedScorer, Score
@@ -28,6 +29,7 @@ _FUNCTIONS = frozenset(
 )
 
 
+@configurable
 class ReasoningGym(PooledTask):
     """A data set of reasoning-gym (arXiv 2505.24760), scored by its own scorer in a process of its own.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.language.base import Verdict
 from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.records import field, read_records
@@ -25,6 +26,7 @@ BPE_SAMPLE = 2000
 VERIFIERS = ("numeric", "last", "math")
 
 
+@configurable
 class JsonlProblems(PooledTask):
     """Problems of a JSON-lines file (or one JSON array), such as GSM8K (arXiv 2110.14168), SVAMP or MATH.
 

@@ -17,6 +17,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.correction.diagnostics import diagnose
 from unified_rl.correction.internal.distributed import Total, identity
 from unified_rl.correction.internal.surrogate import KnownGradient, unit_advantage
@@ -61,6 +62,7 @@ class CorrectionOutput:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
+@configurable
 class Correction:
     """A published (or new) off-policy correction, put together from parts.
 

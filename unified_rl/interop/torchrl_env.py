@@ -12,11 +12,13 @@ from torchrl.data import Categorical, MultiCategorical, MultiOneHot, OneHot, Ten
 from torchrl.data.tensor_specs import ContinuousBox
 from torchrl.envs import EnvBase
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import ControlEnv, LanguageEnv, StepResult
 from unified_rl.spaces import Box, Discrete, MultiDiscrete, Part, PolicyInputs, Space
 
 
+@configurable
 class TorchRLControlEnv:
     """Steps a TorchRL environment through its own API, with auto-reset and true final observations.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.policies.generation import Generation, generate, has_plain_cache
 from unified_rl.policies.pretrained import build_model, has_plain_head, special_ids, trunk_states
@@ -25,6 +26,7 @@ LOGITS_AT_ONCE = 2**25
 """Logits held at a time where ``logit_chunk`` is 0 (128 MiB in float32)."""
 
 
+@configurable
 class CausalLM(TensorDictModuleBase):
     """Any Hugging Face causal language model, from a configuration or a local folder.
 

@@ -9,12 +9,14 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.protocols import ControlEnv, Samples, StepResult
 from unified_rl.spaces import Space
 from unified_rl.units import Source
 
 
+@configurable
 class ControlRollout:
     """Collects transitions ``[horizon, num_envs]`` with the current policy.
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import ControlEnv, Demonstrates, HasSpace, LanguageEnv, Normalizes, Trainable, domain_of
 from unified_rl.replay import read_rows
@@ -35,6 +36,7 @@ def style_option(env: Any, style: str | None, where: str) -> dict[str, str]:
     return {"style": style}
 
 
+@configurable
 class DemonstrationRollout:
     """Hands supervised rows to the replay, for behaviour cloning and supervised fine-tuning.
 
@@ -131,6 +133,7 @@ class DemonstrationRollout:
         self.steps = state["steps"]
 
 
+@configurable
 class StoredRollout(DemonstrationRollout):
     """Recorded transitions with their rewards, ``rows`` a collection, for offline reinforcement learning."""
 

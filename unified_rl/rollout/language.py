@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.protocols import Generates, LanguageEnv, LanguagePolicy
 from unified_rl.rollout.context import Context
@@ -26,6 +27,7 @@ def fixed_stream(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+@configurable
 class LanguageRollout:
     """Samples ``prompts * group_size`` conversations with the current policy, and joins the rows of its sources.
 

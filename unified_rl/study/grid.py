@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 
 Compose = Callable[[list[str]], dict[str, Any]]
@@ -21,6 +22,7 @@ PLACE_KEYS = ("run_dir", "runs", "name", "resume_existing", "progress")
 """Keys that say where a run lives or how it is shown, and so are no part of its identity."""
 
 
+@configurable
 @dataclass(frozen=True)
 class Study:
     """What ``configs/study/NAME.yaml`` says under ``study:``.

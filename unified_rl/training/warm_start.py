@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import Demonstrates, Imitates, Normalizes, Stateful
 from unified_rl.rollout.demonstrations import style_option
@@ -36,6 +37,7 @@ Report: TypeAlias = Callable[[int, int, int, float, float | None], None]
 """``(stage, update, budget, loss, threshold)``."""
 
 
+@configurable
 class WarmStart:
     """Stages of imitation on the environment's own demonstrations, or the policy of an earlier run.
 
