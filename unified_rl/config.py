@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +27,8 @@ from unified_rl.instantiate import (
     plain,
     with_defaults,
 )
+from unified_rl.interpolation import resolved
+from unified_rl.untrusted import LARGE, MAX_DEPTH, check_size, read_yaml
 
 __all__ = [
     "build",
@@ -53,6 +56,9 @@ CHECKS = {"correction": "unified_rl.objectives.correction_settings.check_correct
 """Functions that check a node for what its own class, further down, cannot know."""
 
 CHOICES = "choices"
+GROUP = re.compile(r"((override|optional) +)*/?[\w-]+")
+OPTION = re.compile(r"[\w-][\w.-]*")
+"""What a file's ``defaults`` may name: options of groups, and no path."""
 HEADER = "# @package _global_"
 
 
@@ -91,6 +97,30 @@ def _check_headers(folders: Iterable[str | Path], groups: Iterable[str]) -> None
         with path.open() as file:
             if file.readline().strip() != HEADER:
                 raise ConfigError(f"{path}: its first line must be '{HEADER}'; comments follow it")
+
+
+def _check_files(folders: Iterable[str | Path]) -> None:
+    """Refuses files of options that are no configuration, however they are reached: by name or from another's defaults.
+
+    Raises:
+        ConfigError: too large, unreadable, settings of Hydra itself, or a default that is no option of a group.
+    """
+    for path in (path for folder in folders for at in ("*.yaml", "*/*.yaml") for path in sorted(Path(folder).glob(at))):
+        content = read_yaml(path)
+        if not isinstance(content, dict | None):
+            raise ConfigError(f"{path} holds a {type(content).__name__}; it must hold groups and their settings")
+        if content and "hydra" in content:
+            raise ConfigError(f"{path} has the key 'hydra', which is none of a file of options; take it out")
+        _check_defaults(path, (content or {}).get("defaults") or [])
+
+
+def _check_defaults(path: Path, entries: Any) -> None:
+    for entry in entries if isinstance(entries, list) else [entries]:
+        pairs = entry.items() if isinstance(entry, dict) else [("/group", entry)]
+        for key, option in pairs:
+            options = option if isinstance(option, list) else [option]
+            if not GROUP.fullmatch(str(key)) or not all(o is None or OPTION.fullmatch(str(o)) for o in options):
+                raise ConfigError(f"{path}: {entry!r} in its defaults must be an option or 'override /group: option'")
 
 
 def group_options(primary: str = "train", config_dirs: Sequence[str] = ()) -> dict[str, dict[str, str]]:
@@ -194,6 +224,8 @@ def parse_overrides(texts: Iterable[str] | Mapping[str, Any]) -> list[Override]:
         ConfigError: a text without ``=``, with a sweep, with an unquoted ``=`` in its value, or a key given twice.
     """
     if isinstance(texts, Mapping):
+        for key, value in texts.items():
+            check_size(value, str(key))
         return [Override(f"{key}={value}", _key(key), plain(value)) for key, value in texts.items()]
     overrides: list[Override] = []
     for text in texts:
@@ -218,16 +250,22 @@ def _parse(text: str) -> Override:
         quote = f"quote it: {key}=\"'{value}'\"" + (" (a list: quote each item)" if value.startswith("[") else "")
         why = "the value holds an unquoted '='" if "=" in value else f"the value cannot be parsed ({_line(error)})"
         raise ConfigError(f"{text!r}: {why}; {quote}") from error
+    except RecursionError:
+        raise ConfigError(f"{key} holds {LARGE}") from None
     if parsed.is_sweep_override():
         raise ConfigError(
             f"{text!r} asks for several values in one run; use 'unified-rl compare' for a grid, or quote the value"
         )
-    return Override(text, key, parsed.value())
+    value = parsed.value()
+    check_size(value, key)
+    return Override(text, key, value)
 
 
 def _key(key: str) -> str:
-    if not all(part.replace("-", "_").isidentifier() or part.isdigit() for part in key.split(".")):
-        raise ConfigError(f"{key!r} is not a key; write group=option or group.key=value (group=null drops a group)")
+    parts = key.split(".")
+    if len(parts) > MAX_DEPTH or not all(part.replace("-", "_").isidentifier() or part.isdigit() for part in parts):
+        shown = key if len(key) <= 80 else f"{key[:80]}..."
+        raise ConfigError(f"{shown!r} is not a key; write group=option or group.key=value (group=null drops a group)")
     return key
 
 
@@ -257,25 +295,17 @@ def compose(
     Raises:
         ConfigError: a misspelt key, group or option (names the nearest), a wrong type, a target that is not allowed.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
     parsed = parse_overrides(overrides)
     groups = group_options(primary, config_dirs)
     _check_top(parsed, groups, primary)
     _check_headers([config_root(), *config_dirs], groups)
+    _check_files(config_dirs)
     config = _compose_groups([o for o in parsed if o.key in groups], primary, config_dirs, groups)
     for override in parsed:
         if override.key not in groups:
             _set(config, override)
-    try:
-        resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key} has no default; set it: {error.full_key}=...") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(_line(error)) from error
-    assert isinstance(resolved, dict)
-    return _check_config(cast(dict[str, Any], resolved), groups, primary, allow)
+    check_size(config, "the configuration")
+    return _check_config(resolved(config), groups, primary, allow)
 
 
 def _compose_groups(
