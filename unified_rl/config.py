@@ -424,6 +424,26 @@ def _check_config(
     return checked
 
 
+def check_run(config: Mapping[str, Any], allow: Sequence[str] = ()) -> dict[str, Any]:
+    """A run's configuration, checked once more as it comes from a run's folder or from a script.
+
+    Keys that are neither a setting nor a group of a run are left alone: nothing is built from them.
+
+    Raises:
+        ConfigError: what stands in the place of a setting or of a part is none, or a target that is not allowed.
+    """
+    check_size(config, "the configuration")
+    settings, checked = _settings("train"), dict(config)
+    for key in settings.keys() & config.keys():
+        checked[key] = check_type(config[key], settings[key].hint, key)
+    for group in {*primary_groups("train"), CHOICES} & config.keys():
+        value = config[group]
+        if value is not None and not isinstance(value, Mapping):
+            raise ConfigError(f"{group} is {value!r}; it must describe a part, with _target_ and its settings")
+        checked[group] = check_value(value, group, allow)
+    return checked
+
+
 def resolve_defaults(config: Mapping[str, Any], primary: str = "train", allow: Sequence[str] = ()) -> dict[str, Any]:
     """A composed configuration with the default of every signature written out, for the run's ``config.yaml``.
 

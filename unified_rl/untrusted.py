@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,7 +169,5 @@ def refuse_links(folder: Path) -> None:
                     f"{entry.path} is a link out of its folder, and nothing is written through it; put the file itself "
                     "there, or link the whole folder"
                 )
-            if not stat.S_ISREG(mode := entry.stat(follow_symlinks=False).st_mode) and not (
-                stat.S_ISDIR(mode) or stat.S_ISLNK(mode)
-            ):
+            if not (entry.is_symlink() or entry.is_dir() or entry.is_file()) and os.path.lexists(entry.path):
                 raise CheckpointError(f"{entry.path} is neither a file nor a folder; remove it")

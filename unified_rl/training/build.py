@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from unified_rl.config import build
+from unified_rl.config import build, check_run
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
 from unified_rl.protocols import ChecksIdentity, Demonstrates
@@ -48,6 +48,7 @@ class Job:
     """
 
     def __init__(self, cfg: dict[str, Any], allow: Sequence[str] = ()) -> None:
+        cfg = check_run(cfg, allow)
         self.cfg, self.allow = cfg, list(allow)
         names = {field.name for field in dataclasses.fields(TrainSettings)}
         self.settings = TrainSettings(**{k: v for k, v in cfg.items() if k in names})

@@ -15,6 +15,7 @@ from unified_rl.protocols import Agent, Collects, Rollout, Store
 from unified_rl.rollout.feed import Feed, LocalFeed
 from unified_rl.training.checkpoint import FOLDER, checkpoint_name, set_aside_newer, write_checkpoint
 from unified_rl.training.metrics import Means, MetricLog
+from unified_rl.training.restoring import policy_state, restoring
 from unified_rl.training.settings import TrainSettings
 
 
@@ -196,13 +197,16 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
         """Restores :meth:`state_dict`; the replay is read from ``folder/replay``."""
-        self.agent.load_state_dict(state["agent"])
-        if self.feed is not None:
-            self.feed.load_state_dict(state["feed"])
-        if self.replay is not None and state["has_replay"]:
-            self.replay.loads(folder / "replay")
-        self.updates, self.elapsed = state["updates"], state["elapsed"]
-        self.means.load_state_dict(state["means"])
+        with restoring(folder):
+            if "policy" in state["agent"]:
+                policy_state(state, folder)
+            self.agent.load_state_dict(state["agent"])
+            if self.feed is not None:
+                self.feed.load_state_dict(state["feed"])
+            if self.replay is not None and state["has_replay"]:
+                self.replay.loads(folder / "replay")
+            self.updates, self.elapsed = int(state["updates"]), float(state["elapsed"])
+            self.means.load_state_dict(state["means"])
         self._saved = self.updates
 
 

@@ -28,6 +28,7 @@ from unified_rl.training.provenance import (
     status,
     write_run,
 )
+from unified_rl.training.restoring import policy_state, restoring
 
 Found: TypeAlias = tuple[Path, dict[str, Any]]
 """A checkpoint's folder and state."""
@@ -203,5 +204,7 @@ def load_policy(job: Job, state: dict[str, Any]) -> Any:
     """The policy of a checkpoint, in the job's device."""
     if not job.collects:
         job.make_trainer(Path(job.cfg.get("run_dir") or "."))  # such agents bring their own policy
-    job.policy.load_state_dict(state["agent"]["policy"])
+    where = job.cfg.get("run_dir") or "the checkpoint"
+    with restoring(where):
+        job.policy.load_state_dict(policy_state(state, where))
     return job.policy

@@ -16,6 +16,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.protocols import Demonstrates, Imitates, Normalizes, Stateful
 from unified_rl.rollout.demonstrations import style_option
 from unified_rl.training.checkpoint import intact_checkpoint
+from unified_rl.training.restoring import policy_state
 
 
 class Imitator(Protocol):
@@ -89,10 +90,10 @@ class WarmStart:
             ConfigError: the run's policy has another shape.
         """
         assert self.run is not None
-        _, state = intact_checkpoint(Path(self.run), replay=False)
+        weights = policy_state(intact_checkpoint(Path(self.run), replay=False)[1], self.run)
         try:
-            policy.load_state_dict(state["agent"]["policy"])
-        except (RuntimeError, KeyError) as error:
+            policy.load_state_dict(weights)
+        except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ConfigError(
                 f"the policy of {self.run} does not fit this one: {str(error).splitlines()[0]}"
             ) from error
