@@ -99,13 +99,13 @@ def _check_headers(folders: Iterable[str | Path], groups: Iterable[str]) -> None
                 raise ConfigError(f"{path}: its first line must be '{HEADER}'; comments follow it")
 
 
-def _check_files(folders: Iterable[str | Path]) -> None:
+def _check_files(folder: Path) -> None:
     """Refuses files of options that are no configuration, however they are reached: by name or from another's defaults.
 
     Raises:
         ConfigError: too large, unreadable, settings of Hydra itself, or a default that is no option of a group.
     """
-    for path in (path for folder in folders for at in ("*.yaml", "*/*.yaml") for path in sorted(Path(folder).glob(at))):
+    for path in sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]):
         content = read_yaml(path)
         if not isinstance(content, dict | None):
             raise ConfigError(f"{path} holds a {type(content).__name__}; it must hold groups and their settings")
@@ -138,6 +138,8 @@ def group_options(primary: str = "train", config_dirs: Sequence[str] = ()) -> di
     for folder in (config_root(), *map(Path, config_dirs)):
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {folder}: there is no such folder")
+        if folder != config_root():
+            _check_files(folder)
         for path in sorted(folder.glob("*/*.yaml")):
             if path.parent.name in others:
                 continue
@@ -299,7 +301,6 @@ def compose(
     groups = group_options(primary, config_dirs)
     _check_top(parsed, groups, primary)
     _check_headers([config_root(), *config_dirs], groups)
-    _check_files(config_dirs)
     config = _compose_groups([o for o in parsed if o.key in groups], primary, config_dirs, groups)
     for override in parsed:
         if override.key not in groups:

@@ -41,8 +41,8 @@ def read_yaml(path: Path, error: type[Exception] = ConfigError) -> Any:
     import yaml
 
     text = _read_text(path, MAX_BYTES, error)
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -54,9 +54,7 @@ def read_yaml(path: Path, error: type[Exception] = ConfigError) -> Any:
     except (yaml.YAMLError, ValueError, TypeError) as problem:
         if isinstance(problem, error):
             raise
-        raise error(f"{path} is no YAML that can be read: {' '.join(str(problem).split())}") from problem
-    finally:
-        loader.dispose()
+        raise error(f"{path} is no YAML that can be read: {' '.join(str(problem).split())[:200]}") from problem
 
 
 def _unfolded(root: yaml.Node) -> int:

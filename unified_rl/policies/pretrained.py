@@ -5,7 +5,6 @@ No code from a model folder is ever run, and only safetensors weights are read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.untrusted import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -86,7 +86,7 @@ def make_config(settings: Mapping[str, Any], tokenizer: Any, max_length: int) ->
         known = AutoConfig.for_model(model_type)
     except ValueError as error:
         raise ConfigError(f"model_type '{model_type}' is unknown to transformers") from error
-    unknown = [key for key in given if not hasattr(known, key)]
+    unknown = [key for key in given if key.startswith("_") or not hasattr(known, key)]
     if unknown:
         raise ConfigError(f"{model_type} has no setting {', '.join(unknown)}")
     pad, eos = special_ids(tokenizer)
@@ -136,6 +136,9 @@ def load_folder(auto_class: Any, path: str, allow_hub: bool, dtype: str) -> PreT
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"the model folder {path} lacks {len(missing)} weights, the first {missing[0]}")
+    bad = next((name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())), None)
+    if bad is not None:
+        raise CheckpointError(f"the model folder {path} holds a NaN or infinity in {bad}; it is damaged")
     loaded: PreTrainedModel = model
     return loaded
 
@@ -147,6 +150,10 @@ def _check_folder(path: str, allow_hub: bool) -> None:
             raise CheckpointError(f"the model folder {path} has no config.json")
         if not any(folder.glob("*.safetensors")):
             raise CheckpointError(f"the model folder {path} has no *.safetensors weights (other formats are not read)")
+        for file in (*folder.glob("*.safetensors"), *folder.glob("*.json")):
+            if not file.is_file():
+                raise CheckpointError(f"{file} is no regular file, so the model folder is not read")
+        _refuse_hub_code(read_json(folder / "config.json"), folder / "config.json")
         _check_shards(folder)
         return
     looks_like_name = not folder.is_absolute() and not path.startswith((".", "~")) and path.count("/") <= 1
@@ -158,14 +165,27 @@ def _check_folder(path: str, allow_hub: bool) -> None:
         )
 
 
+def _refuse_hub_code(config: Any, file: Path, where: str = "") -> None:
+    """Refuses a model whose attention, or another part, is a kernel that transformers would fetch from a hub."""
+    inner = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in inner:
+        place = str(key) if isinstance(config, dict) and not where.endswith("_implementation") else where
+        if isinstance(value, str) and place.endswith(("_implementation", "_internal")) and "/" in value:
+            raise CheckpointError(f"{file}: {place} is {value[:80]!r}, code of a hub, which is not run; take it out")
+        _refuse_hub_code(value, file, place)
+
+
 def _check_shards(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError) as error:
+        names = set(map(str, read_json(index)["weight_map"].values()))
+    except (KeyError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged ({error})") from error
+    for name in sorted(names):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} names {name[:80]!r}, which is no file of this folder")
     lacking = sorted(name for name in names if not (folder / name).is_file())
     if lacking:
         raise CheckpointError(f"the model folder {folder} lacks {', '.join(lacking)}")

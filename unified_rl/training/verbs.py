@@ -154,9 +154,9 @@ def restored(
     """
     folder = Path(run)
     cfg = read_config(folder)
-    _, state = intact_checkpoint(folder, checkpoint, replay=False)
+    path, state = intact_checkpoint(folder, checkpoint, replay=False)
     job = Job({**cfg, **(changed or {})}, allow)
-    job.policy = load_policy(job, state)
+    job.policy = load_policy(job, state, path)
     return job
 
 
@@ -200,11 +200,10 @@ def evaluate_run(
     return metrics
 
 
-def load_policy(job: Job, state: dict[str, Any]) -> Any:
-    """The policy of a checkpoint, in the job's device."""
+def load_policy(job: Job, state: dict[str, Any], where: str | Path = "the checkpoint") -> Any:
+    """The policy of a checkpoint, in the job's device; ``where`` names it in errors."""
     if not job.collects:
         job.make_trainer(Path(job.cfg.get("run_dir") or "."))  # such agents bring their own policy
-    where = job.cfg.get("run_dir") or "the checkpoint"
     with restoring(where):
         job.policy.load_state_dict(policy_state(state, where))
     return job.policy
