@@ -293,13 +293,19 @@ def test_the_command_line_resolves_no_secret_into_files(text: str, capsys: pytes
 
 
 def test_references_between_keys_still_work(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["agent.lam=${.gamma}", "agent.gamma=0.75", "policy.hidden=[4,${rollout.horizon}]", "name=s${seed}-\\${x}"]
+    given = [
+        "agent.lam=${.gamma}",
+        "agent.gamma=0.75",
+        "policy.hidden=[4,${rollout.horizon}]",
+        "seed=3",
+        "name=s${seed}-\\${x}",
+    ]
     assert (
         cli.main(["train", "--cfg", *[o for o in SMALL if "hidden=[4]" not in o], *given, "agent.critic_hidden=[4]"])
         == 0
     )
     found = yaml.safe_load(capsys.readouterr().out)
-    assert found["agent"]["lam"] == 0.75 and found["policy"]["hidden"] == [4, 4] and found["name"] == "s0-${x}"
+    assert found["agent"]["lam"] == 0.75 and found["policy"]["hidden"] == [4, 4] and found["name"] == "s3-${x}"
 
 
 # ------------------------------------------------------------------------------------------- names
@@ -483,7 +489,7 @@ def test_a_run_folder_runs_nothing(name: str, trained: Path, capsys: pytest.Capt
 
 
 def accept(run: str) -> None:
-    """Whoever changes files also changes the digests that list them: those say that files are as written, not by whom."""
+    """Whoever changes files also changes the digests that list them: those do not say who wrote a file."""
     for path in sorted(Path(run).rglob(MANIFEST), reverse=True):
         found = Manifest.read(path.parent)
         there = [name for name in found.files if os.path.isfile(path.parent / name) and no_device(path.parent / name)]
@@ -688,13 +694,14 @@ def test_a_memory_mapped_replay_unpickles_nothing() -> None:
     replay.extend({"a": torch.zeros(10, 2)})
     replay.close()
     del replay
-    meta = json.loads(Path("mapped/rows/meta.json").read_text())
-    Path("mapped/rows/meta.json").write_text(json.dumps({**meta, "e": {"type": "NonTensorData"}}))
+    shape = {"device": "cpu", "shape": [2], "_type": "<class 'tensordict._td.TensorDict'>"}  # as tensordict writes it
+    Path("mapped/rows/meta.json").write_text(json.dumps({**shape, "e": {"type": "NonTensorData"}}))
     Path("mapped/rows/e").mkdir()
     Path("mapped/rows/e/meta.json").write_text(json.dumps({"_type": str(NonTensorData), "data": 1}))
     Path("mapped/rows/e/other.pickle").write_bytes(pickle.dumps(Attack()))
-    with pytest.raises(CheckpointError):
-        Replay(100, sampler=Uniform(), storage="memmap", path="mapped")
+    assert (
+        len(Replay(100, sampler=Uniform(), storage="memmap", path="mapped")) == 10
+    )  # and looks at its own files alone
 
 
 # ------------------------------------------------------------------------------------------- model folders
@@ -805,7 +812,7 @@ def test_code_and_pickles_beside_sound_weights_are_not_looked_at(model_type: str
     model.pickled(keep=True)
     CausalLM(tokenizer, 8, path="model")
     shutil.move("model", "far")
-    model.linked(str(Path("..") / "model"), "far")  # a linked folder is an ordinary one
+    Path("model").symlink_to("far")  # a linked folder is an ordinary one
     CausalLM(tokenizer, 8, path="model")
 
 

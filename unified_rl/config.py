@@ -21,6 +21,7 @@ from unified_rl.instantiate import (
     build,
     check_type,
     check_value,
+    is_node,
     is_plain,
     nearest,
     parameters,
@@ -56,6 +57,8 @@ CHECKS = {"correction": "unified_rl.objectives.correction_settings.check_correct
 """Functions that check a node for what its own class, further down, cannot know."""
 
 CHOICES = "choices"
+REQUIRED_GROUPS = ("policy", "agent")
+"""Groups without which there is no run; an environment may be given in other ways."""
 GROUP = re.compile(r"((override|optional) +)*/?[\w-]+")
 OPTION = re.compile(r"[\w-][\w.-]*")
 """What a file's ``defaults`` may name: options of groups, and no path."""
@@ -437,11 +440,18 @@ def check_run(config: Mapping[str, Any], allow: Sequence[str] = ()) -> dict[str,
     settings, checked = _settings("train"), dict(config)
     for key in settings.keys() & config.keys():
         checked[key] = check_type(config[key], settings[key].hint, key)
-    for group in {*primary_groups("train"), CHOICES} & config.keys():
-        value = config[group]
-        if value is not None and not isinstance(value, Mapping):
-            raise ConfigError(f"{group} is {value!r}; it must describe a part, with _target_ and its settings")
-        checked[group] = check_value(value, group, allow)
+    groups = primary_groups("train")
+    for group in [*groups, CHOICES]:
+        value = config.get(group)
+        described = group not in groups or group in IMPLIED or is_node(value)
+        if value is not None and not (isinstance(value, Mapping) and described):
+            shown = str(value)[:80]
+            raise ConfigError(f"{group} is {shown}; it must describe a part, with _target_ and its settings")
+        if group in config:
+            checked[group] = check_value(value, group, allow)
+    for group in REQUIRED_GROUPS:
+        if not config.get(group):
+            raise ConfigError(f"this run has no {group}; choose one with {group}=NAME")
     return checked
 
 
