@@ -12,6 +12,7 @@ from torch import Tensor
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.protocols import ControlEnv, Samples, StepResult
+from unified_rl.rollout.guard import reset_env, step_env
 from unified_rl.spaces import Space
 from unified_rl.units import Source
 
@@ -89,25 +90,23 @@ class ControlRollout:
 
         Returns:
             Transitions of batch size ``[horizon, num_envs]`` and means over
-            the episodes that ended: ``rollout/return``, ``rollout/length``, and the environment's own such as
-            ``rollout/success``.
+            the episodes that ended: ``rollout/return`` (undiscounted), ``rollout/length`` (environment steps), and
+            the environment's own such as ``rollout/success``; ``rollout/episodes`` counts them.
 
         Raises:
+            EnvError: the environment raised, or returned what is no step.
             NonFiniteError: a NaN or infinity in an action, observation or reward; names the simulation and the step.
         """
         if self._observation is None:
-            self._observation = self.env.reset_batch()
+            self._observation = reset_env(self.env)
         ended: list[dict[str, Tensor]] = []
         steps: list[dict[str, Tensor]] = []
         for _ in range(self.horizon):
             observation = self._observation
             sample = self._act(observation)
             action = sample["action"].to("cpu")
-            self._check_finite({"the policy's action": action})
-            result = self.env.step_batch(action)
-            self._check_finite(
-                {"the environment's observation": result.next_observation, "the environment's reward": result.reward}
-            )
+            self._check_action(action)
+            result = step_env(self.env, action, self.steps // self.num_envs + 1)
             steps.append(self._transition(observation, sample, result))
             finished = self._advance(result)
             if finished is not None:
@@ -150,14 +149,14 @@ class ControlRollout:
     def _advance(self, result: StepResult) -> dict[str, Tensor] | None:
         self.steps += self.num_envs
         self._observation = result.observation
-        self._return += result.reward
+        self._return += result.plain_reward
         self._steps += result.executed
         done = result.terminated | result.truncated
         if not bool(done.any()):
             return None
         count = int(done.sum())
-        finished = {"return": self._return[done].clone(), "length": self._steps[done].double()}
-        finished |= {key: value[done].double() for key, value in result.info.items()}
+        finished = {key: value[done].double() for key, value in result.info.items()}
+        finished |= {"return": self._return[done].clone(), "length": self._steps[done].double()}
         self._episode = self._episode.clone()
         self._episode[done] = torch.arange(self._next_episode, self._next_episode + count)
         self._next_episode += count
@@ -165,19 +164,14 @@ class ControlRollout:
         self._steps[done] = 0
         return finished
 
-    def _check_finite(self, values: dict[str, Tensor]) -> None:
-        """One look at the sum of everything; only a sum that is not finite is looked into."""
-        if math.isfinite(sum(float(value.sum()) for value in values.values())):
+    def _check_action(self, action: Tensor) -> None:
+        if math.isfinite(float(action.sum())):
             return
-        for name, value in values.items():
-            finite = torch.isfinite(value)
-            if bool(finite.all()):
-                continue
-            lane = int((~finite.reshape(self.num_envs, -1).all(-1)).nonzero()[0])
-            raise NonFiniteError(
-                f"{name} is not finite (simulation {lane}, environment step {self.steps}); "
-                "check the environment, or lower the learning rate or the action bounds"
-            )
+        lane = int((~torch.isfinite(action).reshape(self.num_envs, -1).all(-1)).nonzero()[0])
+        raise NonFiniteError(
+            f"the policy's action is not finite (simulation {lane}, environment step {self.steps}); lower the "
+            "learning rate or the action bounds"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Environment, episode bookkeeping and the action stream."""
@@ -203,6 +197,9 @@ class ControlRollout:
 
 
 def _episode_means(ended: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means over the episodes that ended, of every name over those that told it."""
     if not ended:
         return {}
-    return {f"rollout/{key}": float(torch.cat([e[key] for e in ended]).mean()) for key in ended[0]}
+    told = {key: torch.cat([e[key] for e in ended if key in e]) for key in dict.fromkeys(k for e in ended for k in e)}
+    means = {f"rollout/{key}": float(value.nanmean()) for key, value in told.items() if not bool(value.isnan().all())}
+    return {**means, "rollout/episodes": float(len(told["return"]))}
