@@ -11,8 +11,8 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
+from unified_rl.interop.guard import reset_env, step_env
 from unified_rl.protocols import ControlEnv, Samples, StepResult
-from unified_rl.rollout.guard import reset_env, step_env
 from unified_rl.spaces import Space
 from unified_rl.units import Source
 

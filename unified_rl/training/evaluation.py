@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from unified_rl.interop.guard import reset_env, step_env
 from unified_rl.protocols import ControlEnv, LanguageEnv, LanguagePolicy, Samples
 from unified_rl.rollout.conversation import converse
-from unified_rl.rollout.guard import reset_env, step_env
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Calls into an environment, which is somebody else's code: what it raises or returns wrongly becomes one clear error."""
+"""Calls into an environment, which is somebody else's code: what it raises or returns wrongly becomes one error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def reset_env(env: ControlEnv, seed: int | None = None) -> Tensor:
         observation = env.reset_batch(seed)
     except UnifiedRLError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise EnvError(f"{name_of(env)} raised in reset: {one_line(error)}") from error
     _check_tensor(env, "reset", "observation", observation, torch.float32, 2)
     check_finite(env, "reset", {"observation": observation})
@@ -58,7 +58,7 @@ def step_env(env: ControlEnv, action: Tensor, number: int) -> StepResult:
         result = env.step_batch(action)
     except UnifiedRLError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise EnvError(f"{name_of(env)} raised in step {number}: {one_line(error)}") from error
     if not isinstance(result, StepResult):
         raise EnvError(f"{name_of(env)} returned {describe(result)} from step {number}; a StepResult is expected")
