@@ -539,6 +539,8 @@ class Collects(Protocol):
     """An agent that collects by itself, without rollout and replay."""
 
     steps_per_update: int
+    steps: int
+    """Environment steps that it has made so far."""
 
 
 @runtime_checkable

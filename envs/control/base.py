@@ -31,6 +31,8 @@ class ControlEnvBase(EnvBase):
     """
 
     domain = "control"
+    steps_per_action = 1
+    """Environment steps of one action of the policy, at most."""
 
     def __init__(
         self,

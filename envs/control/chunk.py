@@ -42,6 +42,7 @@ class ActionChunk(ControlEnvBase):
         plan = Box((one.width * horizon,), one.dtype, low, high)
         super().__init__(env.num_envs, Space(env.space.observation, plan), -(-env.max_steps // horizon))
         self.inner, self.horizon, self._action_dim = env, horizon, one.width
+        self.steps_per_action = horizon * env.steps_per_action
         if isinstance(env, Demonstrates):
             self.demonstrations = env.demonstrations
         self._gamma = 0.99 if gamma is None else gamma

@@ -17,6 +17,10 @@ from unified_rl.spaces import Space
 from unified_rl.units import Source
 
 
+STEPS = "rollout/steps"
+"""Environment steps that a collection made: ``steps_per_collect``, or fewer where episodes' ends cut chunks short."""
+
+
 @configurable
 class ControlRollout:
     """Collects transitions ``[horizon, num_envs]`` with the current policy.
@@ -69,8 +73,8 @@ class ControlRollout:
         self.num_envs = env.num_envs
         self.rows, self.length = env.num_envs, horizon
         self.device = torch.device(device)
-        self.steps_per_collect = horizon * env.num_envs
-        self.steps = 0
+        self.steps_per_collect = horizon * env.num_envs * int(getattr(env, "steps_per_action", 1))
+        self.steps, self._calls = 0, 0
         self._observation: Tensor | None = None
         self._episode = torch.arange(self.num_envs)
         self._next_episode = self.num_envs
@@ -91,7 +95,8 @@ class ControlRollout:
         Returns:
             Transitions of batch size ``[horizon, num_envs]`` and means over
             the episodes that ended: ``rollout/return`` (undiscounted), ``rollout/length`` (environment steps), and
-            the environment's own such as ``rollout/success``; ``rollout/episodes`` counts them.
+            the environment's own such as ``rollout/success``; ``rollout/episodes`` counts them, and
+            ``rollout/steps`` the environment steps that were made.
 
         Raises:
             EnvError: the environment raised, or returned what is no step.
@@ -99,19 +104,20 @@ class ControlRollout:
         """
         if self._observation is None:
             self._observation = reset_env(self.env)
-        ended: list[dict[str, Tensor]] = []
+        before, ended = self.steps, list[dict[str, Tensor]]()
         steps: list[dict[str, Tensor]] = []
         for _ in range(self.horizon):
+            self._calls += 1
             observation = self._observation
             sample = self._act(observation)
             action = sample["action"].to("cpu")
             self._check_action(action)
-            result = step_env(self.env, action, self.steps // self.num_envs + 1)
+            result = step_env(self.env, action, self._calls)
             steps.append(self._transition(observation, sample, result))
             finished = self._advance(result)
             if finished is not None:
                 ended.append(finished)
-        return self._gather(steps, version), _episode_means(ended)
+        return self._gather(steps, version), {**_episode_means(ended), STEPS: float(self.steps - before)}
 
     def _act(self, observation: Tensor) -> TensorDict:
         sample = self.policy.sample(observation.to(self.device), generator=self.generator)
@@ -147,7 +153,7 @@ class ControlRollout:
         return TensorDict(rows, batch_size=shape)
 
     def _advance(self, result: StepResult) -> dict[str, Tensor] | None:
-        self.steps += self.num_envs
+        self.steps += int(result.executed.sum())
         self._observation = result.observation
         self._return += result.plain_reward
         self._steps += result.executed
@@ -183,6 +189,7 @@ class ControlRollout:
             "return": self._return,
             "length": self._steps,
             "steps": self.steps,
+            "calls": self._calls,
             "generator": self.generator.get_state(),
         }
 
@@ -192,7 +199,7 @@ class ControlRollout:
         self._observation = state["observation"]
         self._episode, self._next_episode = state["episode"], state["next_episode"]
         self._return, self._steps = state["return"], state["length"]
-        self.steps = state["steps"]
+        self.steps, self._calls = state["steps"], state.get("calls", 0)
         self.generator.set_state(state["generator"])
 
 

@@ -166,7 +166,7 @@ class Job:
     def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
         """Agent, rollout and replay around the policy as it is now (after any warm start)."""
         if not self.collects:
-            agent = self._agent(env=self.env)
+            agent = self._agent(env=self.env, budget=self.settings.steps)
             self.policy = agent.policy
             return Trainer(self.settings, folder, agent, None, None, self.evaluate, display)
         rollout = self.make_rollout()
