@@ -16,7 +16,6 @@ from unified_rl.protocols import ControlEnv, Samples, StepResult
 from unified_rl.spaces import Space
 from unified_rl.units import Source
 
-
 STEPS = "rollout/steps"
 """Environment steps that a collection made: ``steps_per_collect``, or fewer where episodes' ends cut chunks short."""
 
