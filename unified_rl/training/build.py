@@ -19,6 +19,8 @@ from unified_rl.protocols import ChecksIdentity, Demonstrates
 from unified_rl.replay import WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
 from unified_rl.rollout.feed import LocalFeed
+from unified_rl.rollout.recorded import fitted
+from unified_rl.spaces import Space
 from unified_rl.training.evaluation import evaluate_control, evaluate_language
 from unified_rl.training.seeding import derive, generator, scoped
 from unified_rl.training.settings import TrainSettings
@@ -184,6 +186,9 @@ class Job:
         if not self.language:
             check_recorded_discount(getattr(rollout, "pool", None), "rollout.data", self.gamma)
             check_recorded_discount(getattr(replay, "stored", None), "replay.data", self.gamma)
+            if isinstance(replay, WithDataset):
+                space = Space.of(self.env.policy_inputs())
+                replay.stored = fitted(replay.stored, space, f"replay.data={self.cfg['replay']['data']}")
         refuse_idle_terms(agent, rollout, replay)
         return Trainer(self.settings, folder, agent, LocalFeed(rollout), replay, self.evaluate, display)
 
