@@ -258,9 +258,9 @@ class Job:
         if self.language:
             return evaluate_language(self.eval_env, self.policy, count, seed)
         stream = generator(self.seed, "evaluation", self.device)
-        return evaluate_control(
-            self.eval_env, self.policy, seed, stream, self.settings.eval_deterministic, str(self.device), count
-        )
+        greedy, device = self.settings.eval_deterministic, str(self.device)
+        with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds the global stream, which training may use
+            return evaluate_control(self.eval_env, self.policy, seed, stream, greedy, device, count)
 
     def _copies(self, episodes: int) -> int:
         """Simulations for evaluation: one an episode in batches of our own, else no more than a run trains in."""
