@@ -348,11 +348,12 @@ def _first_episodes(copies: int, count: int) -> list[int]:
     """Lengths of the first episode of each copy and round, played by hand."""
     env = GymnasiumEnv("Told-v0", num_envs=copies)
     found: list[int] = []
-    for number in range(-(-count // copies)):
-        lengths = env.reset_batch(7 if number == 0 else None)[:, 0].int()
-        found += lengths.tolist()
-        for _ in range(int(lengths.max())):
-            env.step_batch(torch.zeros(copies, 1))
+    observation = env.reset_batch(7)
+    while len(found) < count:
+        found += observation[:, 0].int().tolist()
+        for _ in range(int(observation.max())):
+            step = env.step_batch(torch.zeros(copies, 1))
+        observation = step.observation if copies == 1 else env.reset_batch()  # which has begun already
     return found[:count]
 
 

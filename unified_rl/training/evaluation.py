@@ -44,8 +44,10 @@ def evaluate_control(
     """
     episodes = env.num_envs if episodes is None else episodes
     rounds: list[dict[str, Tensor]] = []
+    fresh: Tensor | None = None
     for done in range(0, episodes, env.num_envs):
-        played = _play_round(env, policy, seed if done == 0 else None, generator, deterministic, device)
+        observation = reset_env(env, seed if done == 0 else None) if fresh is None else fresh
+        played, fresh = _play_round(env, policy, observation, generator, deterministic, device)
         rounds.append({key: value[: episodes - done] for key, value in played.items()})
     told = {key: torch.cat([r[key] for r in rounds if key in r]) for key in dict.fromkeys(k for r in rounds for k in r)}
     total = told["return"]
@@ -55,14 +57,24 @@ def evaluate_control(
 
 
 def _play_round(
-    env: ControlEnv, policy: Samples, seed: int | None, generator: torch.Generator, deterministic: bool, device: str
-) -> dict[str, Tensor]:
-    """One episode in every simulation, at most ``env.max_steps`` decisions long; its numbers ``[K]``."""
-    observation = reset_env(env, seed)
+    env: ControlEnv,
+    policy: Samples,
+    observation: Tensor,
+    generator: torch.Generator,
+    deterministic: bool,
+    device: str,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """One episode in every simulation, at most ``env.max_steps`` decisions long.
+
+    Returns:
+        Its numbers ``[K]``; and the first observations of the next episodes where all of them begin just now, so that
+        nobody's environment is reset twice.
+    """
     alive = torch.ones(env.num_envs, dtype=torch.bool)
     total = torch.zeros(env.num_envs, dtype=torch.float64)
     length = torch.zeros(env.num_envs, dtype=torch.float64)
     told: dict[str, Tensor] = {}
+    fresh = None
     for number in range(1, env.max_steps + 1):
         sample = policy.sample(observation.to(device), generator=generator, deterministic=deterministic)
         result = step_env(env, sample["action"].to("cpu"), number)
@@ -75,8 +87,9 @@ def _play_round(
         alive &= ~ended
         observation = result.observation
         if not bool(alive.any()):
+            fresh = observation if bool((result.terminated | result.truncated).all()) else None
             break
-    return {**told, "return": total, "length": length}
+    return {**told, "return": total, "length": length}, fresh
 
 
 def evaluate_language(env: LanguageEnv, policy: LanguagePolicy, count: int, seed: int) -> dict[str, float]:
