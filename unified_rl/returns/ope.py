@@ -113,7 +113,8 @@ def _discounts(record: TensorDictBase, valid: Tensor, gamma: float) -> Tensor:
             f"the record's discount holds {float(found[wrong][0]):g}, which is no power of gamma={gamma}; evaluate "
             "with the discount that the rows were recorded under"
         )
-    return gamma**power
+    out: Tensor = gamma**power
+    return out
 
 
 class Episodes:

@@ -93,7 +93,7 @@ def _episodes(rollout: ControlRollout, count: int) -> TensorDict:
     found: list[TensorDict] = []
     for batch in _batches(rollout, most):
         found.append(batch)
-        rows = torch.cat(found)
+        rows: TensorDict = torch.cat(found)  # type: ignore[assignment]
         ends = (rows["terminated"] | rows["truncated"]).long().cumsum(0)
         if bool((ends[-1] >= quota).all()):
             before = torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
