@@ -143,6 +143,8 @@ class Copy:
 
     def _array(self, value: Any, where: str, shape: tuple[int, ...] | None) -> Array:
         """An observation as float32; where ``shape`` is None, its own wrappers will make an array of it."""
+        if type(value) is np.ndarray and value.dtype == np.float32 and value.shape == shape:
+            return value
         if shape is None:
             if value is None:
                 raise self._wrong("observation=", value, where, "an observation of its space is expected")
@@ -160,6 +162,8 @@ class Copy:
         return found.astype(np.float32, copy=False)
 
     def _number(self, what: str, value: Any, where: str, expected: str) -> float:
+        if type(value) is float or type(value) is np.float64:
+            return float(value)
         try:
             found = np.asarray(value)
         except (ValueError, TypeError, RuntimeError):

@@ -104,9 +104,11 @@ class GymnasiumEnv(ControlEnvBase):
         reward = np.zeros(self.num_envs, dtype=np.float32)
         ends = np.zeros((2, self.num_envs), dtype=np.bool_)
         infos: dict[str, np.ndarray[Any, Any]] = {}
+        kept = values.copy()  # an environment may write to its action
         for lane in lanes.tolist():
-            self._played[lane].append(np.copy(values[lane]))
-            step = self._copies[lane].step(values[lane], len(self._played[lane]))
+            played = self._played[lane]
+            played.append(kept[lane])
+            step = self._copies[lane].step(values[lane], len(played))
             observation[lane], reward[lane], ends[0, lane], ends[1, lane] = step.values
             for key, value in step.told.items():
                 infos.setdefault(key, np.full(self.num_envs, np.nan, np.float32))[lane] = value
