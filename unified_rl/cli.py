@@ -57,7 +57,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from unified_rl.training.run import evaluate_run
 
     given = (arguments.episodes, arguments.allow, arguments.record)
-    evaluate_run(arguments.run, *given, rows=arguments.rows, **_chosen(arguments))
+    evaluate_run(arguments.run, *given, checkpoint=arguments.checkpoint, rows=arguments.rows)
     return 0
 
 
