@@ -784,6 +784,7 @@ VALUES_OF: dict[str, Any] = {
     "sb3.algorithm": "a2c",
     "sb3.options": {"n_steps": 8},
     "sb3.env": 3,
+    "sb3.budget": 8,
     "sb3.slice_steps": 32,
     "sb3.num_envs": 2,
     "sb3.gamma": 0.5,

@@ -200,6 +200,8 @@ def _check_node(node: Mapping[str, Any], path: str, allow: Sequence[str]) -> dic
             checked[key] = value
         elif key not in known:
             raise ConfigError(f"{path} ({_name(target)}) has no key {key!r}; {nearest(key, known)}")
+        elif value is None and known[key].default is None:  # written out; other people's annotations leave it out
+            checked[key] = None
         else:
             checked[key] = check_type(value, known[key].hint, f"{path}.{key}")
     check_settings = getattr(target, "check_settings", None)
@@ -280,6 +282,9 @@ def _construct(node: Mapping[str, Any], allow: Sequence[str], given: Mapping[str
         if key != "_target_" and key not in given
     }
     known, is_open = parameters(target, allow)
+    if not _allowed(getattr(target, "__module__", None) or "", ()):
+        own = inspect.signature(target).parameters  # what it hands on may go elsewhere: say no defaults of others
+        arguments = {k: v for k, v in arguments.items() if k in own or k not in known or v != plain(known[k].default)}
     missing = [n for n, p in known.items() if p.default is REQUIRED and n not in arguments and n not in given]
     if missing:
         raise ConfigError(f"{_name(target)} needs {', '.join(missing)}: set GROUP.{missing[0]}=... for its group")

@@ -12,6 +12,8 @@ from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import ControlEnv, Demonstrates, HasSpace, LanguageEnv, Normalizes, Trainable, domain_of
 from unified_rl.replay import read_rows
+from unified_rl.rollout.recorded import fitted
+from unified_rl.spaces import Space
 from unified_rl.units import Source
 
 KEYS = {"control": ("observation", "action"), "language": ("tokens", "token_mask", "mask")}
@@ -58,7 +60,8 @@ class DemonstrationRollout:
 
     Raises:
         CheckpointError: ``data`` is missing or damaged.
-        ConfigError: its rows are of another domain or width, or ``style`` where there is none.
+        ConfigError: its rows are of another domain, or do not fit the environment
+            (:func:`~unified_rl.rollout.recorded.fitted`), or ``style`` where there is none.
     """
 
     staleness = 0
@@ -100,13 +103,15 @@ class DemonstrationRollout:
         missing = [key for key in KEYS[self.domain] if key not in rows.keys()]
         if missing:
             raise ConfigError(f"the rows of rollout.data={data} lack {', '.join(missing)}: they are of another domain")
-        width = self.policy.space.observation_dim if isinstance(self.policy, HasSpace) else None
-        if width is not None and rows["observation"].shape[-1] != width:
-            raise ConfigError(
-                f"observations in rollout.data={data} have {rows['observation'].shape[-1]} entries, but the policy "
-                f"takes {width}: they are of another environment"
-            )
+        if self.domain == "control":
+            rows = fitted(rows, self._space(), f"rollout.data={data}")
         return rows if self.whole else rows.select(*KEYS[self.domain])
+
+    def _space(self) -> Space:
+        if isinstance(self.env, ControlEnv):
+            return Space.of(self.env.policy_inputs())
+        assert isinstance(self.policy, HasSpace)
+        return self.policy.space
 
     def collect(self, version: int) -> tuple[TensorDict, dict[str, float]]:
         """``[rows]`` demonstrations, source :attr:`~unified_rl.units.Source.DEMONSTRATION`, and no metrics."""

@@ -12,12 +12,15 @@ from typing import Any, Literal
 import torch
 
 from unified_rl.config import build, check_run
-from unified_rl.errors import ConfigError
+from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
+from unified_rl.interop.guard import one_line
 from unified_rl.protocols import ChecksIdentity, Demonstrates
 from unified_rl.replay import WithDataset
-from unified_rl.rollout import ControlRollout, LanguageRollout, as_environment
+from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
 from unified_rl.rollout.feed import LocalFeed
+from unified_rl.rollout.recorded import fitted
+from unified_rl.spaces import Space
 from unified_rl.training.evaluation import evaluate_control, evaluate_language
 from unified_rl.training.seeding import derive, generator, scoped
 from unified_rl.training.settings import TrainSettings
@@ -151,12 +154,21 @@ class Job:
             raise ConfigError("this run has no environment; choose one with env=NAME")
         taken, _ = self._parameters(node)
         sizes = {key: value for key, value in self._env_options.items() if key in taken}
-        return as_environment(self.build(node, "env", seed=self._integer(stream), num_envs=num_envs, **sizes))
+        seed = self._integer(stream)
+        try:
+            env = as_environment(self.build(node, "env", seed=seed, num_envs=num_envs, **sizes))
+        except UnifiedRLError:
+            raise
+        except (Exception, SystemExit) as error:  # somebody else's constructor
+            raise ConfigError(f"env: {node['_target_']} could not be made: {one_line(error)}") from error
+        if isinstance(env, TorchRLControlEnv):
+            env.seed(seed)
+        return env
 
     def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
         """Agent, rollout and replay around the policy as it is now (after any warm start)."""
         if not self.collects:
-            agent = self._agent(env=self.env)
+            agent = self._agent(env=self.env, budget=self.settings.steps)
             self.policy = agent.policy
             return Trainer(self.settings, folder, agent, None, None, self.evaluate, display)
         rollout = self.make_rollout()
@@ -174,6 +186,9 @@ class Job:
         if not self.language:
             check_recorded_discount(getattr(rollout, "pool", None), "rollout.data", self.gamma)
             check_recorded_discount(getattr(replay, "stored", None), "replay.data", self.gamma)
+            if isinstance(replay, WithDataset):
+                space = Space.of(self.env.policy_inputs())
+                replay.stored = fitted(replay.stored, space, f"replay.data={self.cfg['replay']['data']}")
         refuse_idle_terms(agent, rollout, replay)
         return Trainer(self.settings, folder, agent, LocalFeed(rollout), replay, self.evaluate, display)
 
@@ -239,13 +254,19 @@ class Job:
         seed = self._integer("evaluation")
         count = self.settings.eval_episodes
         if self.eval_env is None:
-            self.eval_env = self._environment("evaluation", count)
+            self.eval_env = self._environment("evaluation", count if self.language else self._copies(count))
         if self.language:
             return evaluate_language(self.eval_env, self.policy, count, seed)
         stream = generator(self.seed, "evaluation", self.device)
-        return evaluate_control(
-            self.eval_env, self.policy, seed, stream, self.settings.eval_deterministic, str(self.device)
-        )
+        greedy, device = self.settings.eval_deterministic, str(self.device)
+        with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds the global stream, which training may use
+            return evaluate_control(self.eval_env, self.policy, seed, stream, greedy, device, count)
+
+    def _copies(self, episodes: int) -> int:
+        """Simulations for evaluation: one an episode in batches of our own, else no more than a run trains in."""
+        target = locate(self.cfg["env"]["_target_"], self.allow)
+        ours = (target.__module__ or "").startswith("unified_rl.") and not getattr(target, "costly_copies", False)
+        return episodes if ours else min(episodes, max(SIMULATIONS, self._num_envs()))
 
     def warm_start(self, report: Callable[..., None]) -> None:
         """Runs the warm start that the configuration names, if any."""

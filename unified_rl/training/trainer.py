@@ -12,6 +12,7 @@ from typing import Any
 
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.protocols import Agent, Collects, Rollout, Store
+from unified_rl.rollout.control import STEPS
 from unified_rl.rollout.feed import Feed, LocalFeed
 from unified_rl.training.checkpoint import FOLDER, checkpoint_name, set_aside_newer, write_checkpoint
 from unified_rl.training.metrics import Means, MetricLog
@@ -77,6 +78,7 @@ class Trainer:
         self.per_update = _per_update(agent, feed)
         self.planned = math.ceil(settings.steps / self.per_update)
         self.updates = 0
+        self._steps = 0
         self.elapsed = 0.0
         self.means = Means()
         self.log: MetricLog | None = None
@@ -85,8 +87,8 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """Environment steps (or conversations) behind the updates so far."""
-        return self.updates * self.per_update
+        """Environment steps that were really made (or conversations) behind the updates so far."""
+        return self._steps if self.feed is not None else int(self.agent.steps)  # type: ignore[attr-defined]
 
     @property
     def rollout(self) -> Rollout | None:
@@ -151,13 +153,15 @@ class Trainer:
         feed.admit(min(self.planned, self.updates + 1 + feed.staleness))
         rows, metrics = feed.take()
         replay.extend(rows)
-        self.means.add(metrics)
+        self._steps += int(metrics.get(STEPS, self.per_update))
+        self.means.add({key: value for key, value in metrics.items() if key != STEPS})
 
     def _crossed(self, every: int | None) -> bool:
-        """Whether the last update passed a multiple of ``every`` steps."""
+        """Whether the last update passed a multiple of ``every`` steps of the budget."""
         if not every:
             return False
-        return self.steps // every > (self.steps - self.per_update) // every
+        planned = self.updates * self.per_update  # chunks that an episode's end cut short made fewer
+        return planned // every > (planned - self.per_update) // every
 
     def _log(self, metrics: dict[str, float]) -> None:
         assert self.log is not None
@@ -190,6 +194,7 @@ class Trainer:
             "agent": self.agent.state_dict(),
             "feed": self.feed.state_dict() if self.feed is not None else None,
             "updates": self.updates,
+            "steps": self._steps,
             "elapsed": self.elapsed,
             "means": self.means.state_dict(),
             "has_replay": self.replay is not None and self.settings.checkpoint_replay,
@@ -206,6 +211,7 @@ class Trainer:
             if self.replay is not None and state["has_replay"]:
                 self.replay.loads(folder / "replay")
             self.updates, self.elapsed = int(state["updates"]), float(state["elapsed"])
+            self._steps = int(state.get("steps", self.updates * self.per_update))
             self.means.load_state_dict(state["means"])
         self._saved = self.updates
 

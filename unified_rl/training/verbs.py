@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from unified_rl.errors import CheckpointError
+from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.files import Manifest
 from unified_rl.training.build import Job
 from unified_rl.training.checkpoint import FOLDER, checkpoints, intact_checkpoint, lock_run, wrote_checkpoint
-from unified_rl.training.dataset import record_dataset
+from unified_rl.training.dataset import check_rows, record_dataset
 from unified_rl.training.display import Display
 from unified_rl.training.metrics import RECORD
 from unified_rl.training.provenance import (
@@ -173,6 +173,7 @@ def evaluated(
     allow: Sequence[str] = (),
     record: str | None = None,
     checkpoint: str | int | None = None,
+    rows: int | None = None,
 ) -> tuple[dict[str, float], int | None]:
     """Evaluates a checkpoint of a run on held-out problems or seeds.
 
@@ -180,15 +181,20 @@ def evaluated(
         run: the run folder.
         episodes: episodes or prompts, by default as the run's evaluation.
         allow: prefixes that configuration may build.
-        record: folder to write the evaluated policy's rows to, as a replay that other runs can train on.
+        record: folder to write the evaluated policy's rows to, as a replay that other runs can train on: whole
+            ``episodes`` where they are given.
         checkpoint: the number of updates behind it, its name, or its folder; by default the newest intact one.
+        rows: how many rows, instead.
 
     Returns:
         The metrics, and how many rows were recorded, if any.
     """
     job = restored(run, checkpoint, allow, {} if episodes is None else {"eval_episodes": episodes})
+    if rows is not None and record is None:
+        raise ConfigError(f"--rows {rows} says how much to record; add --record FOLDER")
+    check_rows(job, rows)
     metrics = job.evaluate()
-    return metrics, None if record is None else record_dataset(job, Path(record))
+    return metrics, None if record is None else record_dataset(job, Path(record), rows=rows, episodes=episodes)
 
 
 def evaluate_run(
@@ -197,9 +203,10 @@ def evaluate_run(
     allow: Sequence[str] = (),
     record: str | None = None,
     checkpoint: str | int | None = None,
+    rows: int | None = None,
 ) -> dict[str, float]:
     """As :func:`evaluated`, and prints the result; returns the metrics."""
-    metrics, recorded = evaluated(run, episodes, allow, record, checkpoint)
+    metrics, recorded = evaluated(run, episodes, allow, record, checkpoint, rows)
     for key, value in metrics.items():
         print(f"{key:28s} {value:.4f}")
     if recorded is not None:
