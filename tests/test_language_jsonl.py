@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from unified_rl.envs.language import JsonlProblems, character_tokenizer
-from unified_rl.envs.language.verifiers import last_number, marked_number, parse_number, strip_calculations
+from unified_rl.envs.language.verifiers import strip_calculations
 from unified_rl.errors import ConfigError, DataError
 
 GSM = {"question": "Ann has 48 clips and sells half. How many are left?", "answer": "48/2 = <<48/2=24>>24.\n#### 24"}
@@ -46,40 +46,6 @@ def reward(env: JsonlProblems, reference: str, text: str) -> float:
     return float(env.respond([problem], [[turn]], torch.tensor([True])).reward)
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("72", "72"),
-        (" 72. ", "72"),
-        ("$1,234.50", "1234.5"),
-        ("-.5", "-0.5"),
-        ("12%", "12"),
-        ("007", "7"),
-        ("0.10", "0.1"),
-    ],
-)
-def test_numbers_are_read_exactly(text: str, value: str) -> None:
-    from fractions import Fraction
-
-    assert parse_number(text) == Fraction(value)
-
-
-@pytest.mark.parametrize(
-    "text", ["", "x", "1e9", "nan", "inf", "1 2", "1,23", "--1", "1.2.3", "٣", "9" * 40, "24 clips"]
-)
-def test_what_is_no_number_reads_as_none(text: str) -> None:
-    assert parse_number(text) is None
-
-
-def test_marked_and_last_numbers() -> None:
-    assert marked_number("#### 3\nso #### 4\nmore") == 4
-    assert marked_number("4") is None and marked_number("####") is None and marked_number("#### four") is None
-    assert last_number("10-5=5 and then 1,200.") == 1200
-    assert last_number("1, 2 or 3,4") == 4
-    assert last_number("it is -7") == -7
-    assert last_number("none") is None
-
-
 def test_calculation_marks_are_taken_out() -> None:
     assert strip_calculations("48/2 = <<48/2=24>>24, a<<b") == "48/2 = 24, a<<b"
 
@@ -97,10 +63,10 @@ def test_the_numeric_verifier_wants_its_mark(tmp_path: Path, folder: Path) -> No
 def test_demonstrations_are_the_worked_answers_without_marks(tmp_path: Path, folder: Path) -> None:
     env = make(write(tmp_path / "a.jsonl", GSM), folder)
     row = env.demonstrations(1, torch.Generator().manual_seed(0))[0]
-    assert env.codec.decode(row["tokens"][row["mask"]].tolist()) == "48/2 = 24.\n#### 24"
+    assert env.codec.decode(row["tokens"][row["mask"]].tolist()) == " 48/2 = 24.\n#### 24"
     assert (
         env.codec.decode(row["tokens"][row["token_mask"] & ~row["mask"]].tolist())
-        == f"Question: {GSM['question']}\nAnswer: "
+        == f"Question: {GSM['question']}\nAnswer:"
     )
     problem = env.problems(1, torch.Generator())[0]
     turn = row["tokens"][row["mask"]].tolist()
@@ -150,8 +116,8 @@ def test_an_array_with_a_body_a_question_and_a_float(tmp_path: Path, folder: Pat
     file.write_text(json.dumps([{"Body": "Dan had $ 4.", "Question": "How many?", "Answer": 51.0}]))
     env = make(str(file), folder, question_key="Body,Question", answer_key="Answer")
     problem = env.problems(1, torch.Generator())[0]
-    assert (problem["text"], problem["reference"]) == ("Question: Dan had $ 4. How many?\nAnswer: ", "51")
-    assert problem["solution"] == "#### 51"
+    assert (problem["text"], problem["reference"]) == ("Question: Dan had $ 4. How many?\nAnswer:", "51")
+    assert problem["solution"] == " #### 51"
 
 
 def test_a_held_out_file_keeps_its_questions_out_of_training(tmp_path: Path, folder: Path) -> None:
@@ -181,7 +147,7 @@ def test_long_prompts_are_left_out_and_counted(tmp_path: Path, folder: Path, cap
 
 
 def test_solutions_over_the_budget_are_not_demonstrated(tmp_path: Path, folder: Path) -> None:
-    env = make(write(tmp_path / "a.jsonl", *many(12)), folder, max_turn_tokens=len("It is 7.\n#### 7") + 1)
+    env = make(write(tmp_path / "a.jsonl", *many(12)), folder, max_turn_tokens=len(" It is 7.\n#### 7") + 1)
     assert env.pool_sizes() == {"train": 12, "eval": 0, "demonstration": 9}  # 9+1 and on take two digits twice
     tiny = make(write(tmp_path / "a.jsonl", *many(12)), folder, max_turn_tokens=4)
     with pytest.raises(ConfigError, match="max_turn_tokens"):

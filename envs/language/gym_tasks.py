@@ -150,7 +150,7 @@ def _items(scorer: GuardedScorer, settings: dict[str, Any], prompt_key: str | No
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ConfigError("env=reasoning_gym needs reasoning-gym: pip install 'unified-rl[tasks]'")
     name = settings["dataset"]
-    made = scorer.ask(GENERATION_LIMIT, **{**settings, "kind": "gym_items"}, prompt_key=prompt_key)
+    made = scorer.ask(GENERATION_LIMIT, **{**settings, "kind": "gym_items"}, prompt_key=prompt_key, keep=True)
     if "items" in made:
         return made["items"], made["evaluates"]
     if "names" in made:

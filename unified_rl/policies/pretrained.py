@@ -225,3 +225,17 @@ def trunk_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     trunk = model.base_model
     states: Tensor = trunk(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
     return states
+
+
+def end_ids_of_folder(folder: str) -> set[int]:
+    """The end-of-text ids that a model folder's generation and model configuration name; empty without a folder."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        file = Path(folder) / name
+        if folder and file.is_file():
+            try:
+                ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            except (ValueError, AttributeError) as error:
+                raise ConfigError(f"{file} is not a JSON object ({error})") from error
+            found.update(i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0)
+    return found
