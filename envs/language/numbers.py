@@ -141,7 +141,7 @@ def find_numbers(text: str) -> list[Number]:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The exact value of ``text`` where it is one number and nothing else (``-$1,234.50``, ``2 1/3``, ``12%``, ``1e5``)."""
+    """The exact value of ``text`` where it is one number and no more (``-$1,234.50``, ``2 1/3``, ``12%``, ``1e5``)."""
     plain = _unwrapped(plain_text(text).strip())
     plain = plain[1:-1] if re.fullmatch(r"\([^()]*\)", plain) else plain
     numbers = find_numbers(plain)

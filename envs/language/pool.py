@@ -14,7 +14,7 @@ from unified_rl.errors import ConfigError
 
 
 class PooledTask(LanguageTask):
-    """Draws without replacement within a call; where a call wants more, every problem as often as any other, or once more.
+    """Draws without replacement within a call; one that wants more than there is gets all equally often, or once more.
 
     A subclass calls :meth:`_fill` at the end of its constructor. Problems hold ``text`` and, where there is a correct
     answer to imitate, ``solution``.

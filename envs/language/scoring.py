@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import signal
+import subprocess
 import sys
 import threading
 from collections import OrderedDict

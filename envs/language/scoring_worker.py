@@ -16,6 +16,7 @@ import resource
 import signal
 import sys
 import time
+from contextlib import suppress
 from functools import lru_cache
 from typing import IO, Any
 
@@ -146,10 +147,8 @@ class Fork:
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         self.answers.close()
-        try:
+        with suppress(OSError):  # unsent bytes
             self.requests.close()
-        except OSError:  # unsent bytes
-            pass
 
 
 def _serve(requests: IO[str], answers: IO[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified_rl.protocols import Generates, LanguageEnv
+from unified_rl.protocols import Generates, KnowsItsEnds, LanguageEnv
 
 Problems = list[dict[str, Any]]
 
@@ -118,12 +118,14 @@ def converse(
     )
     if prefixes is not None:
         talk.begin_answers(prefixes)
+    ends = policy.end_ids if isinstance(policy, KnowsItsEnds) else ()
+    stop_ids = sorted({*env.stop_ids, *ends})
     for turn in range(env.max_turns):
         shared = group_size if turn == 0 else 1
         out = policy.generate(
             talk.contexts(active[::shared]),
             max_new_tokens=env.max_turn_tokens - (int(begun.min()) if turn == 0 else 0),
-            stop_ids=env.stop_ids,
+            stop_ids=stop_ids,
             generator=generator,
             greedy=greedy,
             samples_per_prompt=shared,

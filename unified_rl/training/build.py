@@ -14,6 +14,7 @@ import torch
 from unified_rl.config import build, check_run
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
+from unified_rl.policies.pretrained import has_tokenizer
 from unified_rl.protocols import ChecksIdentity, Demonstrates
 from unified_rl.replay import WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout, as_environment
@@ -61,7 +62,8 @@ class Job:
         self._refuse_missing()
         given = self._default("agent", "gamma")
         self._refuse_gammas(given)
-        self._env_options = {} if given is None else {"gamma": given}
+        self._env_options: dict[str, Any] = {} if given is None else {"gamma": given}
+        self._env_options |= self._tokenizer_of_model()
         self.env = self._environment("env", self._num_envs())
         self.language = self.env.domain == "language"
         self.gamma: float = DISCOUNTS[self.env.domain] if given is None else given
@@ -84,6 +86,13 @@ class Job:
         known, _ = self._parameters(node)
         default = known[key].default if key in known else None
         return node.get(key, None if default is REQUIRED else default)
+
+    def _tokenizer_of_model(self) -> dict[str, str]:
+        """The model folder as the task's ``tokenizer``, where the folder holds one and the task names none."""
+        folder, named = (self.cfg.get("policy") or {}).get("path"), (self.cfg.get("env") or {}).get("tokenizer")
+        if isinstance(folder, str) and named is None and has_tokenizer(Path(folder)):
+            return {"tokenizer": folder}
+        return {}
 
     def _refuse_gammas(self, gamma: float | None) -> None:
         """Raises ConfigError for no discount, and where a node of another group holds one that is not the agent's."""
@@ -146,6 +155,8 @@ class Job:
             raise ConfigError("this run has no environment; choose one with env=NAME")
         taken, _ = self._parameters(node)
         sizes = {key: value for key, value in self._env_options.items() if key in taken}
+        if "tokenizer" in sizes:
+            node = {key: value for key, value in node.items() if key != "tokenizer"}
         return as_environment(self.build(node, "env", seed=self._integer(stream), num_envs=num_envs, **sizes))
 
     def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
