@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+import re
 from typing import Any
 
 from unified_rl.configurable import configurable
@@ -28,6 +28,7 @@ BPE_SAMPLE = 2000
 VERIFIERS = ("numeric", "last", "math")
 TEMPLATE = "Question: {question}\nAnswer:"
 """The default prompt without a chat template. It ends without a blank: the blank belongs to an answer's first token."""
+_CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 MARKED = {"math": "\\boxed{{{}}}", "numeric": "#### {}", "last": "#### {}"}
 """How a reference is written so that each verifier reads it."""
 
@@ -159,7 +160,7 @@ class JsonlProblems(PooledTask):
         return f"{text}\n{ending}"
 
     def _wrap(self, problems: list[dict[str, Any]]) -> None:
-        if not getattr(self.tokenizer, "chat_template", None):
+        if not isinstance(getattr(self.tokenizer, "chat_template", None), str):
             raise ConfigError(
                 "env.chat=true, but the tokenizer has no chat template; give a chat model's tokenizer folder"
             )
@@ -172,7 +173,8 @@ class JsonlProblems(PooledTask):
 
     def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
         """The chat template's text on the task's own day, whatever day it is."""
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=self._date, **options))
+        template = dated(str(self.tokenizer.chat_template), self._date)
+        return str(self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options))
 
     def _end_of_turn(self) -> int:
         """The id that the chat template puts behind what the assistant said; the end of text where it is no end id."""
@@ -195,9 +197,23 @@ def _texts(problems: list[dict[str, Any]]) -> list[str]:
     return [problem["text"] + problem["solution"] for problem in problems]
 
 
-def _day(date: str) -> Callable[[str], str]:
-    """``strftime`` of one day, in place of the clock that chat templates read."""
+def dated(template: str, day: datetime.datetime) -> str:
+    """A chat template with ``day`` in place of the clock.
+
+    Raises:
+        ConfigError: it reads the clock in another way than ``strftime_now("FORMAT")``.
+    """
+    text = _CLOCK.sub(lambda found: repr(day.strftime(found[2])), template)
+    if "strftime_now(" in text:
+        raise ConfigError(
+            "env.chat=true, but the chat template prints the day in a way that cannot be fixed, so prompts change "
+            "from day to day; write the day into the template of the tokenizer's folder"
+        )
+    return text
+
+
+def _day(date: str) -> datetime.datetime:
     try:
-        return datetime.datetime.strptime(date, "%Y-%m-%d").strftime
+        return datetime.datetime.strptime(date, "%Y-%m-%d")
     except ValueError as error:
         raise ConfigError(f"env.date={date!r} is no day; write it as YYYY-MM-DD") from error

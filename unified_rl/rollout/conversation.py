@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unified_rl.protocols import Generates, KnowsItsEnds, LanguageEnv
+from unified_rl.errors import NonFiniteError, RolloutError, UnifiedRLError
+from unified_rl.protocols import Generates, KnowsItsEnds, LanguageEnv, TurnResult
 
 Problems = list[dict[str, Any]]
 
@@ -139,7 +140,7 @@ def converse(
         if prefixes is not None and turn == 0:
             talk.said = [[prefix + said[0]] for prefix, said in zip(prefixes, talk.said, strict=True)]
         rows = active.tolist()
-        result = env.respond([problems[r] for r in rows], [talk.said[r] for r in rows], finished)
+        result = answered(env, [problems[r] for r in rows], [talk.said[r] for r in rows], finished)
         talk.reward[active, turn] = result.reward
         talk.step_mask[active, turn] = True
         last = turn + 1 == env.max_turns
@@ -155,6 +156,52 @@ def converse(
         if last or not len(active):
             break
     return talk, info
+
+
+def answered(env: LanguageEnv, problems: Problems, turns: list[list[list[int]]], finished: Tensor) -> TurnResult:
+    """The environment's answer to the latest turns, checked.
+
+    Raises:
+        RolloutError: it raised, or is no :class:`~unified_rl.protocols.TurnResult` of these conversations.
+        NonFiniteError: a reward that is not finite.
+    """
+    name = f"{type(env).__name__}.respond"
+    try:
+        result: Any = env.respond(problems, turns, finished)
+    except UnifiedRLError:
+        raise
+    except Exception as error:
+        raise RolloutError(f"{name} raised {type(error).__name__}: {error}") from error
+    fault = _fault(result, len(problems))
+    if fault:
+        raise RolloutError(f"{name}: {fault}")
+    bad = ~torch.isfinite(result.reward)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        value, prompt = float(result.reward[row]), problems[row].get("prompt_id")
+        raise NonFiniteError(f"{name}: reward {value} in conversation {row} of this turn (prompt {prompt})")
+    out: TurnResult = result
+    return out
+
+
+def _fault(result: Any, rows: int) -> str:
+    """What is wrong with an environment's answer to ``rows`` conversations; empty where nothing is."""
+    if not isinstance(result, TurnResult):
+        return f"returned {result!r:.60}, not a TurnResult"
+    info = {f"info[{key!r}]": value for key, value in result.info.items()}
+    for name, value in {"reward": result.reward, "done": result.done, **info}.items():
+        if not isinstance(value, Tensor):
+            return f"{name} is {type(value).__name__}, expected a tensor"
+        if value.shape != (rows,):
+            return f"{name} has shape {list(value.shape)}, expected {[rows]}"
+    if result.done.dtype != torch.bool:
+        return f"done is {str(result.done.dtype).removeprefix('torch.')}, expected bool"
+    if len(result.reply) != rows:
+        return f"reply has {len(result.reply)} entries, expected {rows}"
+    for row, reply in enumerate(result.reply):
+        if not isinstance(reply, list):
+            return f"reply {row} is {type(reply).__name__}, expected a list of token ids"
+    return ""
 
 
 def summary(talk: Conversations, info: dict[str, Tensor]) -> dict[str, float]:
