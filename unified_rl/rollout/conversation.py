@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from unified_rl.errors import NonFiniteError, RolloutError, UnifiedRLError
 from unified_rl.protocols import Generates, KnowsItsEnds, LanguageEnv, TurnResult
 
 Problems = list[dict[str, Any]]
+COLUMNS = ("tokens", "mask", "log_prob", "step_index", "reward", "step_mask", "terminated", "truncated")
 
 
 class Conversations:
@@ -60,7 +63,7 @@ class Conversations:
 
     def replace(self, rows: Tensor, others: Conversations) -> None:
         """Puts other conversations in the place of ``rows``."""
-        for name in ("tokens", "mask", "log_prob", "step_index", "reward", "step_mask", "terminated", "truncated"):
+        for name in COLUMNS:
             getattr(self, name)[rows] = getattr(others, name)
         self.length[rows] = others.length
         for row, said in zip(rows.tolist(), others.said, strict=True):
@@ -84,7 +87,6 @@ def put(told: Told, rows: Tensor, others: Told) -> None:
         told[1][key][rows] = value
 
 
-@torch.no_grad()
 def converse(
     env: LanguageEnv,
     policy: Generates,
@@ -94,6 +96,7 @@ def converse(
     greedy: bool = False,
     group_size: int = 1,
     prefixes: list[list[int]] | None = None,
+    at_once: int | None = None,
 ) -> Told:
     """Runs every conversation to its end.
 
@@ -105,10 +108,52 @@ def converse(
         greedy: take the most likely token.
         group_size: equal consecutive problems.
         prefixes: what each first answer begins with; it is judged with the rest, and its tokens are masked out.
+        at_once: conversations that are sampled together, so many whole groups as fit and at least one; all by default.
 
     Returns:
         The conversations and the environment's last ``info`` of each, every entry ``[B]``.
     """
+    size = len(problems) if at_once is None else max(1, at_once // group_size) * group_size
+    told = [
+        _converse(
+            env,
+            policy,
+            problems[start : start + size],
+            generator,
+            greedy=greedy,
+            group_size=group_size,
+            prefixes=None if prefixes is None else prefixes[start : start + size],
+        )
+        for start in range(0, len(problems), max(1, size))
+    ]
+    return told[0] if len(told) == 1 else joined(told)
+
+
+def joined(told: Sequence[Told]) -> Told:
+    """Conversations of several calls as one."""
+    talks = [talk for talk, _ in told]
+    out = copy(talks[0])
+    for name in (*COLUMNS, "length"):
+        setattr(out, name, torch.cat([getattr(talk, name) for talk in talks]))
+    out.problems = [problem for talk in talks for problem in talk.problems]
+    out.said = [said for talk in talks for said in talk.said]
+    keys = dict.fromkeys(key for _, info in told for key in info)
+    missing = [torch.zeros(len(talk.problems)) for talk in talks]
+    return out, {k: torch.cat([i.get(k, z) for (_, i), z in zip(told, missing, strict=True)]) for k in keys}
+
+
+@torch.no_grad()
+def _converse(
+    env: LanguageEnv,
+    policy: Generates,
+    problems: list[dict[str, Any]],
+    generator: torch.Generator | None,
+    *,
+    greedy: bool,
+    group_size: int,
+    prefixes: list[list[int]] | None,
+) -> Told:
+    """One call of :func:`converse` for conversations that are sampled together."""
     talk = Conversations(problems, env.max_length, env.max_turns, env.tokenizer.pad_token_id)
     active = torch.arange(len(problems))
     info: dict[str, Tensor] = {}

@@ -237,7 +237,8 @@ class Job:
         if self.eval_env is None:
             self.eval_env = self._environment("evaluation", count)
         if self.language:
-            return evaluate_language(self.eval_env, self.policy, count, seed)
+            at_once = (self.cfg.get("rollout") or {}).get("generation_batch")
+            return evaluate_language(self.eval_env, self.policy, count, seed, at_once)
         stream = generator(self.seed, "evaluation", self.device)
         return evaluate_control(
             self.eval_env, self.policy, seed, stream, self.settings.eval_deterministic, str(self.device)
