@@ -307,6 +307,9 @@ def correction_cases() -> Iterator[Case]:
         yield Case(f"reduce.{name}", base, (f"correction.reduce={name}",))
     reject = "correction.reject=[{name: band, low: 0.5, high: 2.0}]"
     yield Case("denominator.kept", (*STALE, reject), ("correction.denominator=kept",))
+    penalty = "correction.penalty=[{name: k2, anchor: behavior}]"
+    yield Case("rejected.keep", (*STALE, reject, penalty), ("correction.rejected=keep",))
+    yield Case("rejected.drop", (*STALE, "correction=nat_uniform", penalty), ("correction.rejected=drop",))
     yield Case("correction.horizon", (*STALE, "correction.reduce=token-sum"), ("correction.horizon=4",))
     yield Case("correction.attached", (*STALE, "correction=importance_sampling", "correction.level=geometric"),
                ("correction.attached=true",))  # fmt: skip
