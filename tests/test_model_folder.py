@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from docs_cases import blocks, commands
 from tensordict import TensorDict
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -18,7 +19,7 @@ from unified_rl.envs.language.tokenizer import train_bpe
 from unified_rl.errors import ConfigError
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.rollout import LanguageRollout
-from unified_rl.training.run import Job
+from unified_rl.training.run import Job, train
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY = {"model_type": "llama", **SHAPE, "intermediate_size": 64}
@@ -204,3 +205,17 @@ def test_half_precision_weights_are_not_trained() -> None:
     policy = CausalLM(**ChainMod().policy_inputs(), config=TINY, dtype="bfloat16")
     with pytest.raises(ConfigError, match=r"policy\.dtype=float32.*policy\.autocast=true"):
         BehaviorCloning(policy=policy, generator=torch.Generator(), rows=4, lr=1e-5)
+
+
+def test_the_command_of_the_readme_for_a_model_of_your_own_trains(tmp_path: Path) -> None:
+    page = Path(__file__).parents[1] / "README.md"
+    found = [words for block in blocks(page) if block.language == "bash" for words in commands(block.text)]
+    (command,) = [words for words in found if any("policy.path=" in word for word in words)]
+    tokenizer = train_bpe(["What is 1+1? 2"], 270)
+    folder = model_folder(tmp_path / "m", tokenizer, [tokenizer.eos_token_id])
+    given = {"env.path": problems(tmp_path / "a.jsonl"), "policy.path": folder, "device": "cpu"}
+    given |= {"rollout.prompts": "2", "rollout.group_size": "2"}
+    words = [f"{key}={given.get(key, value)}" for key, value in (word.split("=", 1) for word in command[1:])]
+    small = ["env.max_turn_tokens=4", "steps=4", "eval_episodes=2", "progress=false", f"run_dir={tmp_path / 'run'}"]
+    train(resolve_defaults(compose([*words, *small])))
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"] >= 4
