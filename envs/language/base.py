@@ -325,10 +325,11 @@ def _fault(verdict: Any) -> str:
     if not isinstance(verdict, Verdict):
         return f"{verdict!r:.60} ({type(verdict).__name__})"
     for name in ("reward", "done", "correct"):
-        value = getattr(verdict, name)
+        value: Any = getattr(verdict, name)
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
-        if isinstance(value, str | bytes) or not hasattr(value, "__float__") or getattr(value, "ndim", 0):
+        shape = getattr(value, "shape", ())
+        if isinstance(value, str | bytes) or not hasattr(value, "__float__") or len(shape):
             return f"{name}={value!r:.60} ({type(value).__name__})"
         if not math.isfinite(value):
             return f"{name}={value!r:.60}"

@@ -211,8 +211,8 @@ def same_number(reference: Number, answer: Number) -> bool:
         return False
     if reference.value == answer.value:
         return True
-    a, b = (n.value / 100 if n.unit == "%" else n.value for n in (reference, answer))
-    return a == b
+    one, other = (Fraction(1, 100) if n.unit == "%" else Fraction(1) for n in (reference, answer))
+    return reference.value * one == answer.value * other
 
 
 def _read(text: str, match: re.Match[str], broken: bool) -> Number | None:

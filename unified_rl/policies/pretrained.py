@@ -70,9 +70,11 @@ def build_model(
         model.generation_config = GenerationConfig(
             eos_token_id=eos, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id
         )
-    model.saved_generation = model.generation_config.to_json_string()
+    made_with: Any = model
+    made_with.saved_generation = (model.generation_config or GenerationConfig()).to_json_string()
     model.generation_config = GenerationConfig()  # a folder's sampling defaults must not leak into generation
-    return model.eval()  # dropout, layerdrop and router noise off, in a fresh model as in one from a folder
+    model.eval()  # dropout, layerdrop and router noise off, in a fresh model as in one from a folder
+    return model
 
 
 PROBES = ("12 + 345 = 357.\n", " two  blanks, ein Wort: \u00fc\u4e2d <b>", "def f(x):\n\treturn x['y']\n\n")
