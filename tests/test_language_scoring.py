@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from unified_rl.envs.language import JsonlProblems
 from unified_rl.envs.language.scoring import GuardedScorer, Score
 from unified_rl.envs.language.verifiers import MathVerifier
 from unified_rl.errors import ConfigError
@@ -139,3 +141,19 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_zero() -> None:
     starved = GuardedScorer({"kind": "math", "reference": "1", "text": "1"}, memory=0.001)
     with pytest.raises(ConfigError, match="did not start"):
         starved.score(kind="math", reference="1", text="1")
+
+
+def test_a_task_renews_the_budget_with_every_batch(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "q", "answer": "x+1"}\n')
+    env = JsonlProblems(str(tmp_path / "a.jsonl"), verifier="math", held_out=0.0, score_seconds=0.3, batch_seconds=0.3)
+    try:
+        problem = env.problems(1, torch.Generator())[0]
+        hostile, right = (env.codec.encode([text])[0] for text in ("\\boxed{9^{9^{9^{9}}}}", "\\boxed{1+x}"))
+        done = torch.ones(2, dtype=torch.bool)
+        first = env.respond([problem, problem], [[hostile], [right]], done)
+        assert first.reward.tolist() == [0.0, 1.0] and first.info["scorer_error"].tolist() == [1.0, 0.0]
+        assert env._math is not None and env._math.scorer.left == 0.0
+        assert env.respond([problem, problem], [[hostile], [right]], done).reward.tolist() == [0.0, 1.0]
+        assert env._math.scorer.left == 0.3
+    finally:
+        env.close()

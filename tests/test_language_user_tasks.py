@@ -40,10 +40,15 @@ def fail() -> Verdict:
     raise KeyError("answer")
 
 
+def fail_at_length() -> Verdict:
+    raise ValueError("first\n  second" + "!" * 1000)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         (fail, "raised KeyError: 'answer'"),
+        (fail_at_length, "raised ValueError: first second!!"),
         (None, "returned None (NoneType)"),
         ("1", "returned '1' (str)"),
         (1.0, "returned 1.0 (float)"),

@@ -174,7 +174,8 @@ class LanguageTask:
         except UnifiedRLError:
             raise
         except Exception as error:
-            raise RolloutError(f"{self._place(problem, row)} raised {type(error).__name__}: {error}") from error
+            said = " ".join(str(error).split())[:300]
+            raise RolloutError(f"{self._place(problem, row)} raised {type(error).__name__}: {said}") from error
         fault = _fault(verdict)
         if fault:
             raise RolloutError(f"{self._place(problem, row)} returned {fault}; it must return a Verdict")

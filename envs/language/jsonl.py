@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from unified_rl.configurable import configurable
@@ -140,10 +141,18 @@ class JsonlProblems(PooledTask):
             given = None if self._keys[2] is None else field(record, self._keys[2], where, strip=False)
             solution = self._solution(answer, reference) if given is None else given
             text = template.replace("{question}", question)
-            if given is None and not self._chat and not text[-1:].isspace():
-                solution = " " + solution
+            if given is None:
+                solution = self._led(solution)
             out.append({"text": text, "record": question, "reference": reference, "solution": solution})
         return out
+
+    def _led(self, answer: str) -> str:
+        """An answer with the blank that parts it from a prompt which ends without one."""
+        return answer if self._chat or self._template[-1:].isspace() else f" {answer.lstrip(' ')}"
+
+    def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
+        """As of every task, led by a blank where the prompt ends without one."""
+        return super().encode_answers([self._led(answer) for answer in answers])
 
     def _texts_of(self, prompt: str) -> tuple[str, ...]:
         return (prompt, self._template.replace("{question}", prompt))

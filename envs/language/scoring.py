@@ -63,7 +63,7 @@ class GuardedScorer:
         limit: float = 5.0,
         first_limit: float = 60.0,
         memory: float = 4.0,
-        budget: float = 10.0,
+        budget: float = math.inf,
     ) -> None:
         self.warm_up, self.limit, self.first_limit, self.memory = warm_up, limit, first_limit, memory
         self.budget = self.left = budget

@@ -6,6 +6,7 @@ nothing is marked as the answer: ``numeric`` nothing, ``last`` the last number, 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -60,7 +61,7 @@ class MathVerifier:
             :class:`~unified_rl.envs.language.scoring.GuardedScorer`.
     """
 
-    def __init__(self, limit: float = 5.0, budget: float = 10.0) -> None:
+    def __init__(self, limit: float = 5.0, budget: float = math.inf) -> None:
         self.scorer = GuardedScorer({"kind": "math_load"}, limit, budget=budget)
 
     def __call__(self, reference: str, text: str) -> Score:

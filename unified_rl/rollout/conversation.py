@@ -216,7 +216,8 @@ def answered(env: LanguageEnv, problems: Problems, turns: list[list[list[int]]],
     except UnifiedRLError:
         raise
     except Exception as error:
-        raise RolloutError(f"{name} raised {type(error).__name__}: {error}") from error
+        said = " ".join(str(error).split())[:300]
+        raise RolloutError(f"{name} raised {type(error).__name__}: {said}") from error
     fault = _fault(result, len(problems))
     if fault:
         raise RolloutError(f"{name}: {fault}")
