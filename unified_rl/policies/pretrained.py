@@ -100,14 +100,25 @@ def check_tokenizer(path: str, tokenizer: Any) -> None:
         )
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds the files of a tokenizer."""
+def tokenizer_folder(path: str) -> str | None:
+    """The model folder ``path`` where it holds a tokenizer too, else None.
+
+    Raises:
+        CheckpointError: a folder whose model is refused.
+    """
+    if not _has_tokenizer(Path(path)):
+        return None
+    _check_folder(path, False)
+    return path
+
+
+def _has_tokenizer(folder: Path) -> bool:
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
     return any((folder / name).is_file() for name in names)
 
 
 def _tokenizer_of(folder: Path) -> Any:
-    if not has_tokenizer(folder):
+    if not _has_tokenizer(folder):
         return None
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
@@ -301,9 +312,6 @@ def end_ids_of_folder(folder: str) -> set[int]:
     for name in ("generation_config.json", "config.json"):
         file = Path(folder) / name
         if folder and file.is_file():
-            try:
-                ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            except (ValueError, AttributeError) as error:
-                raise ConfigError(f"{file} is not a JSON object ({error})") from error
+            ids = read_json(file).get("eos_token_id")
             found.update(i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0)
     return found

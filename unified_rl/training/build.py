@@ -14,7 +14,7 @@ import torch
 from unified_rl.config import build, check_run
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
-from unified_rl.policies.pretrained import has_tokenizer
+from unified_rl.policies.pretrained import tokenizer_folder
 from unified_rl.protocols import ChecksIdentity, Demonstrates
 from unified_rl.replay import WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout, as_environment
@@ -90,9 +90,8 @@ class Job:
     def _tokenizer_of_model(self) -> dict[str, str]:
         """The model folder as the task's ``tokenizer``, where the folder holds one and the task names none."""
         folder, named = (self.cfg.get("policy") or {}).get("path"), (self.cfg.get("env") or {}).get("tokenizer")
-        if isinstance(folder, str) and named is None and has_tokenizer(Path(folder)):
-            return {"tokenizer": folder}
-        return {}
+        found = tokenizer_folder(folder) if isinstance(folder, str) and named is None else None
+        return {} if found is None else {"tokenizer": found}
 
     def _refuse_gammas(self, gamma: float | None) -> None:
         """Raises ConfigError for no discount, and where a node of another group holds one that is not the agent's."""
