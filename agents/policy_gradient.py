@@ -55,13 +55,13 @@ class PolicyGradient:
         gamma: discount of a step; None is 0.99 for control and 1 for language.
         lam: trace parameter of GAE and V-trace.
         off_policy_targets: value targets and advantages by V-trace from the current policy's ratios.
-        value_coef: weight of the value loss.
+        value_coef: weight of the value loss, which is half the mean squared error.
         value_clip: bound of the value's move, see :func:`unified_rl.objectives.value_loss`.
         critic_hidden: widths of the value network (control).
         critic_config: model configuration of the token critic's own transformer (language); None puts a linear head
             on the policy's own features.
         entropy_coef: weight of the policy's entropy; needs a policy with ``entropy`` or ``read_logits``.
-        normalize_advantage: standardise advantages over the rows of an update.
+        normalize_advantage: standardise advantages once an update, over all of its rows (not over each minibatch).
         drop_equal_groups: leave out rows of groups whose rewards are all equal (DAPO's filter; they have no
             gradient, but they count in the denominators unless dropped).
         max_grad_norm: bound of the gradient norm.

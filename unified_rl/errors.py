@@ -25,6 +25,10 @@ class NonFiniteError(UnifiedRLError, FloatingPointError):
     """A NaN or infinity in an observation, reward, loss or gradient."""
 
 
+class RolloutError(UnifiedRLError, RuntimeError):
+    """An environment, a reward or a row source raised; the message says what, where, and what is saved."""
+
+
 class DataError(UnifiedRLError, ValueError):
     """A data file that cannot be read; the message names the file and the line."""
 

@@ -287,6 +287,13 @@ class Generates(Protocol):
 
 
 @runtime_checkable
+class KnowsItsEnds(Protocol):
+    """A language model whose folder says which ids end an answer, beside those that the task knows."""
+
+    end_ids: tuple[int, ...]
+
+
+@runtime_checkable
 class Scores(Protocol):
     """Gives stored samples their log-probs under the present weights."""
 

@@ -47,6 +47,8 @@ class ReasoningGym(PooledTask):
         max_prompt_length: tokens; longer prompts are left out, with a warning that counts them.
         max_turn_tokens: budget of an answer.
         score_seconds: CPU time of one scoring, after which it is given up (counted as ``scorer_error``).
+        batch_seconds: CPU time that the slow scorings of one batch of answers may take together.
+        truncated_reward: of a truncated answer; null lets the scorer judge what there is of it.
         tokenizer: a local folder; by default the characters of the items.
         held_out: share of prompts kept for evaluation.
         shuffle_rewards: the negative control of :class:`~unified_rl.envs.language.base.LanguageTask`.
@@ -71,6 +73,8 @@ class ReasoningGym(PooledTask):
         max_prompt_length: int = 256,
         max_turn_tokens: int = 32,
         score_seconds: float = 5.0,
+        batch_seconds: float = 10.0,
+        truncated_reward: float | None = 0.0,
         tokenizer: str | None = None,
         held_out: float = 0.1,
         shuffle_rewards: bool = False,
@@ -79,7 +83,7 @@ class ReasoningGym(PooledTask):
         self.threshold = threshold
         settings = {**(options or {}), "size": size, "seed": data_seed}
         self._request: dict[str, Any] = {"kind": "gym", "dataset": dataset, "options": settings}
-        self._scorer = GuardedScorer({"kind": "gym_load"}, score_seconds)
+        self._scorer = GuardedScorer({"kind": "gym_load"}, score_seconds, budget=batch_seconds)
         try:
             items, self.evaluates = _items(self._scorer, self._request, prompt_key)
         except ConfigError:
@@ -97,6 +101,7 @@ class ReasoningGym(PooledTask):
             max_prompt_length=max_prompt_length,
             max_turn_tokens=max_turn_tokens,
             held_out=held_out,
+            truncated_reward=truncated_reward,
             shuffle_rewards=shuffle_rewards,
             seed=seed,
         )
@@ -106,6 +111,9 @@ class ReasoningGym(PooledTask):
     def close(self) -> None:
         """Ends the scorer's process."""
         self._scorer.close()
+
+    def _begin_batch(self) -> None:
+        self._scorer.renew()
 
     def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:
         value, failed = self._score(problem["index"], text)
@@ -150,7 +158,7 @@ def _items(scorer: GuardedScorer, settings: dict[str, Any], prompt_key: str | No
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ConfigError("env=reasoning_gym needs reasoning-gym: pip install 'unified-rl[tasks]'")
     name = settings["dataset"]
-    made = scorer.ask(GENERATION_LIMIT, **{**settings, "kind": "gym_items"}, prompt_key=prompt_key)
+    made = scorer.ask(GENERATION_LIMIT, **{**settings, "kind": "gym_items"}, prompt_key=prompt_key, keep=True)
     if "items" in made:
         return made["items"], made["evaluates"]
     if "names" in made:

@@ -15,6 +15,7 @@ from unified_rl.config import build, check_run
 from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
 from unified_rl.interop.guard import one_line
+from unified_rl.policies.pretrained import tokenizer_folder
 from unified_rl.protocols import ChecksIdentity, Demonstrates
 from unified_rl.replay import WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
@@ -69,7 +70,8 @@ class Job:
         self._refuse_missing()
         given = self._default("agent", "gamma")
         self._refuse_gammas(given)
-        self._env_options = {} if given is None else {"gamma": given}
+        self._env_options: dict[str, Any] = {} if given is None else {"gamma": given}
+        self._env_options |= self._tokenizer_of_model()
         self.env = self._environment("env", self._num_envs())
         self.language = self.env.domain == "language"
         self.gamma: float = DISCOUNTS[self.env.domain] if given is None else given
@@ -92,6 +94,12 @@ class Job:
         known, _ = self._parameters(node)
         default = known[key].default if key in known else None
         return node.get(key, None if default is REQUIRED else default)
+
+    def _tokenizer_of_model(self) -> dict[str, str]:
+        """The model folder as the task's ``tokenizer``, where the folder holds one and the task names none."""
+        folder, named = (self.cfg.get("policy") or {}).get("path"), (self.cfg.get("env") or {}).get("tokenizer")
+        found = tokenizer_folder(folder) if isinstance(folder, str) and named is None else None
+        return {} if found is None else {"tokenizer": found}
 
     def _refuse_gammas(self, gamma: float | None) -> None:
         """Raises ConfigError for no discount, and where a node of another group holds one that is not the agent's."""
@@ -154,6 +162,8 @@ class Job:
             raise ConfigError("this run has no environment; choose one with env=NAME")
         taken, _ = self._parameters(node)
         sizes = {key: value for key, value in self._env_options.items() if key in taken}
+        if "tokenizer" in sizes:
+            node = {key: value for key, value in node.items() if key != "tokenizer"}
         seed = self._integer(stream)
         try:
             env = as_environment(self.build(node, "env", seed=seed, num_envs=num_envs, **sizes))
@@ -256,7 +266,8 @@ class Job:
         if self.eval_env is None:
             self.eval_env = self._environment("evaluation", count if self.language else self._copies(count))
         if self.language:
-            return evaluate_language(self.eval_env, self.policy, count, seed)
+            at_once = (self.cfg.get("rollout") or {}).get("generation_batch")
+            return evaluate_language(self.eval_env, self.policy, count, seed, at_once)
         stream = generator(self.seed, "evaluation", self.device)
         greedy, device = self.settings.eval_deterministic, str(self.device)
         with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds the global stream, which training may use

@@ -9,6 +9,9 @@ from unified_rl.interop.guard import reset_env, step_env
 from unified_rl.protocols import ControlEnv, LanguageEnv, LanguagePolicy, Samples
 from unified_rl.rollout.conversation import converse
 
+AT_ONCE = 256
+"""Conversations of an evaluation that are sampled together where nobody says how many fit."""
+
 
 @torch.no_grad()
 def evaluate_control(
@@ -92,23 +95,33 @@ def _play_round(
     return {**told, "return": total, "length": length}, fresh
 
 
-def evaluate_language(env: LanguageEnv, policy: LanguagePolicy, count: int, seed: int) -> dict[str, float]:
+def evaluate_language(
+    env: LanguageEnv, policy: LanguagePolicy, count: int, seed: int, at_once: int | None = None
+) -> dict[str, float]:
     """Held-out prompts, answered once by sampling and once greedily.
 
+    Args:
+        env: the task.
+        policy: the language model.
+        count: prompts; of a finite pool every problem is asked equally often, or once more.
+        seed: of prompts and tokens.
+        at_once: conversations that are sampled together; :data:`AT_ONCE` by default.
+
     Returns:
-        ``eval/score`` and ``eval/accuracy`` (mean reward of sampled answers), ``eval/accuracy_greedy``,
-        ``eval/length`` (sampled tokens a conversation), ``eval/truncated``.
+        ``eval/score`` and ``eval/reward`` (mean reward of sampled answers), ``eval/accuracy`` (share of them that the
+        task calls correct, whatever their reward), both also of the most likely answers as ``_greedy``,
+        ``eval/length`` (sampled tokens a conversation), ``eval/truncated``, and the task's further numbers. A task that
+        does not say what is correct has no accuracy.
     """
     problems = env.problems(count, torch.Generator().manual_seed(seed), "eval")
     generator = torch.Generator(device=policy.device).manual_seed(seed)
-    talk, _ = converse(env, policy, problems, generator)
-    best, _ = converse(env, policy, problems, None, greedy=True)
-    accuracy = talk.reward.sum(-1).mean()
-    out = {
-        "score": accuracy,
-        "accuracy": accuracy,
-        "accuracy_greedy": best.reward.sum(-1).mean(),
-        "length": talk.mask.sum(-1).float().mean(),
-        "truncated": talk.truncated.any(-1).float().mean(),
-    }
+    size = AT_ONCE if at_once is None else at_once
+    talk, info = converse(env, policy, problems, generator, at_once=size)
+    best, best_info = converse(env, policy, problems, None, greedy=True, at_once=size)
+    reward = talk.reward.sum(-1).mean()
+    out = {"score": reward, "reward": reward, "reward_greedy": best.reward.sum(-1).mean()}
+    if "correct" in info:
+        out |= {"accuracy": info["correct"].mean(), "accuracy_greedy": best_info["correct"].mean()}
+    out |= {key: value.mean() for key, value in info.items() if key not in ("correct", "truncated")}
+    out |= {"length": talk.mask.sum(-1).float().mean(), "truncated": talk.truncated.any(-1).float().mean()}
     return {f"eval/{key}": float(value) for key, value in out.items()}
