@@ -174,8 +174,8 @@ class LanguageTask:
         except UnifiedRLError:
             raise
         except Exception as error:
-            said = " ".join(str(error).split())[:300]
-            raise RolloutError(f"{self._place(problem, row)} raised {type(error).__name__}: {said}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise RolloutError(f"{self._place(problem, row)} raised {type(error).__name__}: {reason}") from error
         fault = _fault(verdict)
         if fault:
             raise RolloutError(f"{self._place(problem, row)} returned {fault}; it must return a Verdict")

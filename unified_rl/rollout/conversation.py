@@ -126,7 +126,9 @@ def converse(
         )
         for start in range(0, len(problems), max(1, size))
     ]
-    return told[0] if len(told) == 1 else joined(told)
+    out = told[0] if len(told) == 1 else joined(told)
+    out[0].problems = problems  # the caller's list: whoever replaces conversations replaces their problems in it
+    return out
 
 
 def joined(told: Sequence[Told]) -> Told:
