@@ -146,7 +146,7 @@ RUNS = [
     "unified_rl.load_policy",
     "unified_rl.training.run.resume",
     "unified_rl.training.run.record_dataset",
-    "unified_rl.training.checkpoint.write_json",
+    "unified_rl.training.provenance.write_run",
     "unified_rl.study.compare.compare",
     "unified_rl.study.workers.run_jobs",
     "unified_rl.study.lab.run.lab",
