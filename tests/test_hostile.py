@@ -27,7 +27,7 @@ from tensordict import NonTensorData
 
 from unified_rl import cli
 from unified_rl import config as configuration
-from unified_rl.errors import CheckpointError, UnifiedRLError
+from unified_rl.errors import CheckpointError, ConfigError, UnifiedRLError
 from unified_rl.files import MANIFEST, Manifest
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.replay import Replay, Uniform, read_rows
@@ -718,6 +718,21 @@ def test_a_memory_mapped_replay_unpickles_nothing() -> None:
     Path("mapped/rows/e/other.pickle").write_bytes(pickle.dumps(Attack()))
     with pytest.raises(CheckpointError, match=r"rows/meta\.json is damaged"):  # nothing reads it, but it was altered
         Replay(100, sampler=Uniform(), storage="memmap", path="mapped")
+
+
+def test_a_replay_removes_nothing_of_somebody_elses() -> None:
+    Path("project/rows/of").mkdir(parents=True)
+    Path("project/rows/thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no file of a replay"):
+        Replay(8, sampler=Uniform(), storage="memmap", path="project")
+    assert Path("project/rows/thesis.txt").read_text() == "mine"
+
+
+def test_a_baseline_writes_no_log_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "agent.options={tensorboard_log: ../elsewhere}"
+    given = [*SMALL[:3], "agent=sb3_ppo", options, "steps=16", "progress=false", "run_dir=baseline"]
+    assert "tensorboard_log" in refused(capsys, "train", *given)
+    assert not Path("../elsewhere").exists()
 
 
 # ------------------------------------------------------------------------------------------- model folders
