@@ -294,7 +294,8 @@ def test_a_file_of_options_runs_nothing_and_reads_nothing(name: str, capsys: pyt
         Path(folder).mkdir(parents=True)
     Path("secret.yaml").write_text("# @package _global_\nenv: {_target_: unified_rl.envs.TwoRouteEnv}\n")
     Path("mine/env/own.yaml").write_text(f"# @package _global_\n# Mine\n{FILES[name]}\n")
-    refused(capsys, "train", "--config-dir", "mine", "env=own", *SMALL[1:])
+    line = refused(capsys, "train", "--config-dir", "mine", "env=own", *SMALL[1:])
+    assert "of Hydra" not in name or "default" in name or "has the key 'hydra'" in line
 
 
 def test_a_file_of_options_that_is_no_file(capsys: pytest.CaptureFixture[str]) -> None:
@@ -826,6 +827,7 @@ def test_a_model_folder_runs_nothing(name: str, tiny: Path) -> None:
     with pytest.raises(UnifiedRLError) as caught:
         CausalLM(tokenizer, 8, path="model")
     assert "model" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert "kernel" not in name or "code of a hub" in str(caught.value)
 
 
 def load(folder: Path) -> Any:
