@@ -161,6 +161,8 @@ class SB3Agent:
             raise ConfigError(f"agent.algorithm={algorithm} is not one of {', '.join(ALGORITHMS)}")
         if not isinstance(env, ControlEnv) or env.domain != "control":
             raise ConfigError("Stable-Baselines3 agents need a control environment")
+        if "tensorboard_log" in (options or {}):
+            raise ConfigError("agent.options.tensorboard_log would write beside the run's folder; the run logs sb3/*")
         cls = getattr(stable_baselines3, algorithm.upper())
         self.env = env
         try:

@@ -14,6 +14,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from tensordict import NonTensorData
 
 from unified_rl import cli
-from unified_rl.errors import CheckpointError, UnifiedRLError
+from unified_rl import config as configuration
+from unified_rl.errors import CheckpointError, ConfigError, UnifiedRLError
 from unified_rl.files import MANIFEST, Manifest
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.replay import Replay, Uniform, read_rows
@@ -70,6 +72,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+_compose_groups = configuration._compose_groups
+_composed: dict[str, Any] = {}
+
+
+def composed_once(chosen: Any, primary: str, config_dirs: Any, groups: Any) -> dict[str, Any]:
+    """Hydra's part of composing, done once for the same options of the library: it takes most of a case's time."""
+    if config_dirs:
+        return _compose_groups(chosen, primary, config_dirs, groups)
+    key = repr((chosen, primary))
+    if key not in _composed:
+        _composed[key] = _compose_groups(chosen, primary, config_dirs, groups)
+    return deepcopy(_composed[key])
+
+
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An empty folder with a module that makes the canary when it is imported, and a secret in the environment."""
@@ -77,6 +93,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "modules" / "canary_module.py").write_text("import os\nos.mkdir('canary')\n\nclass Env: ...\n")
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     monkeypatch.setenv("HOSTILE_SECRET", SECRET)
+    monkeypatch.setattr(configuration, "_compose_groups", composed_once)
     monkeypatch.delenv(cli.DEBUG, raising=False)
     work = tmp_path / "work"
     work.mkdir()
@@ -146,7 +163,7 @@ RUNS = [
     "unified_rl.load_policy",
     "unified_rl.training.run.resume",
     "unified_rl.training.run.record_dataset",
-    "unified_rl.training.checkpoint.write_json",
+    "unified_rl.training.provenance.write_run",
     "unified_rl.study.compare.compare",
     "unified_rl.study.workers.run_jobs",
     "unified_rl.study.lab.run.lab",
@@ -261,7 +278,7 @@ FILES = {
     "an alias of itself": "env: &a {_target_: unified_rl.envs.TwoRouteEnv, x: *a}",
     "references in a circle": "env: {_target_: unified_rl.envs.TwoRouteEnv, a: '${env.b}', b: '${env.a}'}",
     "references through each other": "env: {_target_: unified_rl.envs.TwoRouteEnv, a: '${env.b.x}', b: '${env.a.x}'}",
-    "depth": "env: " + "[" * 2000,
+    "depth": "env: " + "[" * 1000,
     "even depth": "env: " + "{x: " * 300 + "1" + "}" * 300,
     "size": "env: [" + "1, " * 200_000 + "1]",
     "a long number": "seed: " + "9" * 5000,
@@ -277,7 +294,8 @@ def test_a_file_of_options_runs_nothing_and_reads_nothing(name: str, capsys: pyt
         Path(folder).mkdir(parents=True)
     Path("secret.yaml").write_text("# @package _global_\nenv: {_target_: unified_rl.envs.TwoRouteEnv}\n")
     Path("mine/env/own.yaml").write_text(f"# @package _global_\n# Mine\n{FILES[name]}\n")
-    refused(capsys, "train", "--config-dir", "mine", "env=own", *SMALL[1:])
+    line = refused(capsys, "train", "--config-dir", "mine", "env=own", *SMALL[1:])
+    assert not FILES[name].startswith("hydra:") or "has the key 'hydra'" in line
 
 
 def test_a_file_of_options_that_is_no_file(capsys: pytest.CaptureFixture[str]) -> None:
@@ -463,7 +481,7 @@ TEXTS: dict[str, Callable[[Path], Any]] = {
     "laughs": raw(LAUGHS),
     "laughs of merges": raw(MERGES),
     "a circle": raw("&a {env: *a}"),
-    "depth": raw("[" * 2000),
+    "depth": raw("[" * 1000),
     "size": raw("x: " + "a" * 1_000_000),
     "a python tag": raw("env: !!python/object/apply:os.mkdir [canary]"),
     "no text": raw(b"\xff\xfe\0\0"),
@@ -703,6 +721,21 @@ def test_a_memory_mapped_replay_unpickles_nothing() -> None:
         Replay(100, sampler=Uniform(), storage="memmap", path="mapped")
 
 
+def test_a_replay_removes_nothing_of_somebody_elses() -> None:
+    Path("project/rows/of").mkdir(parents=True)
+    Path("project/rows/thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="no file of a replay"):
+        Replay(8, sampler=Uniform(), storage="memmap", path="project")
+    assert Path("project/rows/thesis.txt").read_text() == "mine"
+
+
+def test_a_baseline_writes_no_log_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "agent.options={tensorboard_log: ../elsewhere}"
+    given = [*SMALL[:3], "agent=sb3_ppo", options, "steps=16", "progress=false", "run_dir=baseline"]
+    assert "tensorboard_log" in refused(capsys, "train", *given)
+    assert not Path("../elsewhere").exists()
+
+
 # ------------------------------------------------------------------------------------------- model folders
 
 
@@ -794,6 +827,7 @@ def test_a_model_folder_runs_nothing(name: str, tiny: Path) -> None:
     with pytest.raises(UnifiedRLError) as caught:
         CausalLM(tokenizer, 8, path="model")
     assert "model" in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert "kernel" not in name or "code of a hub" in str(caught.value)
 
 
 def load(folder: Path) -> Any:

@@ -58,7 +58,7 @@ CHECKS = {"correction": "unified_rl.objectives.correction_settings.check_correct
 
 CHOICES = "choices"
 REQUIRED_GROUPS = ("policy", "agent")
-"""Groups without which there is no run; an environment may be given in other ways."""
+"""Groups without which nothing can be made of a run."""
 GROUP = re.compile(r"((override|optional) +)*/?[\w-]+")
 OPTION = re.compile(r"[\w-][\w.-]*")
 """What a file's ``defaults`` may name: options of groups, and no path."""

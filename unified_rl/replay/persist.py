@@ -33,6 +33,8 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _ASIDE = ".writing-rows.safetensors"
+BROKEN = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
+"""What reading a file of another shape than ours raises, here and in the libraries."""
 _ROWS = re.compile(r"rows-[0-9a-f]+\.safetensors")
 Pieces = Mapping[str, list[Tensor]]
 """For each name the parts of one tensor, in order along its first dimension."""
@@ -137,15 +139,7 @@ def readable(path: str | Path) -> Iterator[None]:
         yield
     except UnifiedRLError:
         raise
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-        ArithmeticError,
-        SafetensorError,
-    ) as error:
+    except BROKEN as error:
         first = (str(error).strip() or "no message").splitlines()[0]
         raise CheckpointError(f"the rows at {path} cannot be read ({type(error).__name__}: {first})") from error
 
