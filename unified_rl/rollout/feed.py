@@ -66,7 +66,7 @@ class LocalFeed:
         self.staleness, self.steps_per_collect = int(rollout.staleness), int(rollout.steps_per_collect)
         self.admitted, self.version = 0, 0
         self._waiting: deque[Batch] = deque()
-        if self.staleness < 0:
+        if self.staleness < 0:  # of a rollout of the user's own, which need not say its range
             raise ConfigError(f"rollout.staleness={self.staleness} must be at least 0: updates that rows may wait")
 
     def publish(self, version: int) -> None:
