@@ -20,7 +20,7 @@ from unified_rl.instantiate import check_type, nearest
 from unified_rl.interventions import Wrapper
 from unified_rl.policies.normalizer import MOMENTS
 from unified_rl.protocols import Scores, ShowsLogits, ShowsNormals, Trainable, UnitStates, standardises
-from unified_rl.ranges import Count, Name, Share
+from unified_rl.ranges import Count, Name, Share, shown
 
 PROVIDERS = ("snapshot", "average", "interpolated")
 """Where the proximal policy of a decoupled correction comes from."""
@@ -203,7 +203,7 @@ def check_anchors(nodes: Mapping[str, Any], wanted: Mapping[str, str]) -> None:
 
 def _nobody_provides(name: str, setting: str, nodes: Mapping[str, Any]) -> str:
     return (
-        f"{setting} compares with the policy {name!r}, which nobody provides: set "
+        f"{setting} compares with the policy {shown(name)}, which nobody provides: set "
         f"agent.anchors.{name}={{folder: RUN}}; {nearest(name, [*nodes, *BUILT_IN, 'teacher'])}"
     )
 
