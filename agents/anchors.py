@@ -204,7 +204,7 @@ def check_anchors(nodes: Mapping[str, Any], wanted: Mapping[str, str]) -> None:
 def _nobody_provides(name: str, setting: str, nodes: Mapping[str, Any]) -> str:
     return (
         f"{setting} compares with the policy {shown(name)}, which nobody provides: set "
-        f"agent.anchors.{name}={{folder: RUN}}; {nearest(name, [*nodes, *BUILT_IN, 'teacher'])}"
+        f"agent.anchors.{name[:60]}={{folder: RUN}}; {nearest(name, [*nodes, *BUILT_IN, 'teacher'])}"
     )
 
 
