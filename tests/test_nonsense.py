@@ -35,7 +35,7 @@ MEANT: list[tuple[str, str, str]] = [
     # values, why they are meant, and the settings (those that YAML leaves at null stand for what sets them)
     ("-1 0", "a logarithm or a count below which no group falls; sizes of the environment are overwritten by the run",
      "agent.gates.failed.count policy.initial_log_std policy.log_std_high policy.log_std_low policy.action_dim "
-     "policy.num_actions policy.observation_dim policy.space"),
+     "policy.num_actions policy.observation_dim policy.space agent.budget"),
     ("-1 0 1e30 inf -inf 2**63", "a bound of a log-ratio may be off", "correction.pre.low"),
     ("-1 0 1e30 inf 2**63", "a bound of a log-ratio may be off, and lies above the other", "correction.pre.high"),
     ("-1 0 -inf", "a bound of a covariance may be off", "correction.kernel.cov_low"),
@@ -43,7 +43,8 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.actor.improve.coefficient agent.entropy_coef agent.objectives.imitate.coefficient.peak "
      "agent.objectives.imitate.coefficient.valley agent.objectives.policy.coefficient.peak "
      "agent.objectives.policy.coefficient.valley agent.target_entropy correction.advantage.shift correction.level.p "
-     "correction.wrapper.p_end correction.wrapper.p_start env.left_bonus env.threshold"),
+     "correction.wrapper.p_end correction.wrapper.p_start env.left_bonus env.threshold "
+     "env.truncated_reward"),
     ("0", "0 turns it off, is the first seed, or is one end of the range",
      "agent.gamma agent.lam agent.learning_starts agent.objectives.distill.kind.beta "
      "agent.objectives.imitate.coefficient.warmup agent.objectives.policy.coefficient.warmup agent.seed "
@@ -71,13 +72,13 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.high_positive correction.kernel.importance_cap correction.kernel.low_max "
      "correction.kernel.outer_high policy.clip_prediction"),
     ("1e30 2**63", "a positive number of any size",
-     "agent.objectives.prefer.link.beta agent.updates_per_step correction.horizon correction.kernel.floor "
+     "agent.objectives.prefer.link.beta agent.updates_per_step correction.horizon correction.kernel.floor env.batch_seconds "
      "correction.kernel.gamma correction.kernel.scale correction.kernel.step correction.kernel.temperature "
      "correction.wrapper.bound correction.wrapper.target env.score_seconds policy.std_max policy.std_min "
      "policy.temperature"),
     ("true", "null decides by itself", "agent.normalize_advantage agent.shuffle_steps"),
     ("abc long", "a file, a name or a style: looked up when the run is built, before its first step",
-     "agent.credit agent.teacher env.eval_path env.prompt_key env.solution_key env.tokenizer policy.path replay.path "
+     "agent.credit agent.teacher env.template env.eval_path env.prompt_key env.solution_key env.tokenizer policy.path replay.path "
      "replay.trim_key rollout.context.style rollout.data rollout.privileged rollout.sources.demonstrations.style "
      "rollout.style warm_start.run"),
     ("[]", "a list may be empty",
