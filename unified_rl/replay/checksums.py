@@ -1,8 +1,8 @@
 """Checksums of memory-mapped rows and columns, kept current write by write, and the log of changes in place.
 
-A checksum is the sum of the words of a stretch of memory, modulo 2**64 (2**32 for words of four bytes): rows can be
-added one write after another, the sum of a single flipped bit is never the same, nor is that of a page of zeros unless
-its words happened to add up to nothing. Adding up costs a fraction of the copy that a write is.
+Rows are added to a checksum one write after another, whatever the writes were. Narrow rows go through CRC-32; the words
+of wide ones are added up modulo 2**64 (2**32 for words of four bytes), which costs a fraction of copying them: a
+flipped bit always changes that sum, and a page of zeros does unless its words happened to add up to nothing.
 """
 
 from __future__ import annotations
@@ -22,8 +22,24 @@ _FEW = 48
 """Words up to which Python adds faster than numpy."""
 
 
+class Narrow:
+    """CRC-32 over ranges of rows of at most 8 bytes.
+
+    Args:
+        data: ``[positions, bytes]`` uint8, C-contiguous; checksums follow what it holds.
+    """
+
+    def __init__(self, data: NDArray[Any]) -> None:
+        self.width = data.shape[1]
+        self._bytes = memoryview(data.reshape(-1))
+
+    def extend(self, checksum: int, first: int, last: int) -> int:
+        """The checksum of earlier rows and then of the rows ``[first, last)``."""
+        return zlib.crc32(self._bytes[first * self.width : last * self.width], checksum)
+
+
 class Words:
-    """The words of an array ``[positions, *]`` of which row ranges are added up.
+    """The words of an array ``[positions, *]``, added up over ranges of rows.
 
     Args:
         data: C-contiguous; sums follow what it holds.
@@ -31,8 +47,8 @@ class Words:
 
     def __init__(self, data: NDArray[Any]) -> None:
         size = data.nbytes // len(data)
-        unit = next((unit for unit in (8, 4, 2, 1) if size % unit == 0), 1)
-        self.words = data.reshape(-1).view(f"u{unit}") if size else np.zeros(0, np.uint8)
+        unit = next(unit for unit in (8, 4, 2, 1) if size % unit == 0)
+        self.words = data.reshape(-1).view(f"u{unit}")
         self.width = size // unit
         self.kind = np.uint32 if unit == 4 else np.uint64  # four-byte words add twice as fast among themselves
         self.mask = (1 << 32) - 1 if unit == 4 else (1 << 64) - 1
@@ -45,9 +61,17 @@ class Words:
             return sum(self._few[first:last].tolist())
         return int(np.add.reduce(self.words[first:last], dtype=self.kind))
 
+    def extend(self, checksum: int, first: int, last: int) -> int:
+        """The checksum of earlier rows and then of the rows ``[first, last)``."""
+        return (checksum + self.sum(first, last)) & self.mask
+
     def over(self, ring: Ring, low: int, high: int) -> int:
         """The sum over the serials ``[low, high)``."""
         return sum(self.sum(first, last) for _, first, last in ring.pieces(low, high)) & self.mask if high > low else 0
+
+
+def _checksum(data: NDArray[Any]) -> Narrow | Words:
+    return Words(data) if data.shape[1] > 8 else Narrow(data)
 
 
 class RowSums:
@@ -58,7 +82,7 @@ class RowSums:
 
     Args:
         path: file of the table.
-        leaves: the arrays ``[physical, *]`` by name.
+        leaves: the arrays ``[physical, bytes]`` uint8 by name.
         ring: whose serials the blocks count; it keeps ``block`` rows behind the oldest live one.
         block: rows of a block.
         made: whether the file is there already.
@@ -69,8 +93,8 @@ class RowSums:
 
     def __init__(self, path: Path, leaves: dict[str, NDArray[Any]], ring: Ring, block: int, made: bool) -> None:
         self.path, self.ring, self.block = path, ring, block
-        self.words = {key: Words(array) for key, array in leaves.items()}
-        self._list = list(self.words.values())
+        self.leaves = {key: _checksum(array) for key, array in leaves.items()}
+        self._list = list(self.leaves.values())
         shape = (ring.physical // block + 4, len(leaves))
         size = shape[0] * shape[1] * 8
         held = path.stat().st_size if path.is_file() else 0
@@ -97,14 +121,17 @@ class RowSums:
         low, self.at = self.at, high
         while low < high:
             end = min(high, (low // self.block + 1) * self.block)
-            for _, first, last in self.ring.pieces(low, end):
-                self.running = [
-                    (x + w.sum(first, last)) & w.mask for x, w in zip(self.running, self._list, strict=True)
-                ]
+            self.running = self._extended(self.running, low, end)
             if end % self.block == 0:
                 self.table[(end // self.block - 1) % len(self.table)] = self.running
                 self.running = [0] * len(self._list)
             low = end
+
+    def _extended(self, sums: list[int], low: int, high: int) -> list[int]:
+        """Checksums and then the serials ``[low, high)``, a leaf each."""
+        for _, first, last in self.ring.pieces(low, high):
+            sums = [leaf.extend(x, first, last) for leaf, x in zip(self._list, sums, strict=True)]
+        return sums
 
     def check(self, folder: Path) -> None:
         """Adds every live row up again.
@@ -117,11 +144,12 @@ class RowSums:
             low, high = max(number * self.block, self.first), min((number + 1) * self.block, ring.written)
             whole = high == (number + 1) * self.block
             expected = self.table[number % len(self.table)].tolist() if whole else self.running
-            for (key, words), want in zip(self.words.items(), expected, strict=True):
-                if words.over(ring, low, high) != want:
+            sums = self._extended([0] * len(expected), low, high)
+            for key, want, found in zip(self.leaves, expected, sums, strict=True):
+                if found != want:
                     raise DamageError(
                         f"{folder / key}.memmap is damaged (or {self.path.name} is): rows {low} to {high - 1} do not "
-                        "add up to the checksum that was written with them"
+                        "have the checksum that was written with them"
                     )
 
 

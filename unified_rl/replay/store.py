@@ -26,7 +26,7 @@ from unified_rl.replay.schema import Schema
 
 SPARE_SHARE = 8
 """One position more in so many, for rows of a write that is not committed yet."""
-BLOCK, BLOCK_SHARE = 1024, 16
+BLOCK, BLOCK_SHARE = 4096, 16
 """Slots under one checksum, at most and as a share of the capacity."""
 UNSET_WHEN_NEW = "use_count"
 """The column that is zero in a new row."""
@@ -180,6 +180,8 @@ class MemmapStore(MemoryStore):
         self._column_words = {name: Words(values) for name, values in self._columns.items()}
         payload = {} if self.journal is None else self.journal.payload
         self._column_sums = {name: int(payload.get("columns", {}).get(name, 0)) for name in types}
+        self._quoted = {name: json.dumps(name) for name in types}
+        self._order = {name: number for number, name in enumerate(types)}
         self._column_files: Columns = {}
         for name, dtype in types.items():
             held = name in payload.get("columns", {})
@@ -265,13 +267,15 @@ class MemmapStore(MemoryStore):
         """The rows ``[low, high)`` lie in the leaves and columns; the ring does not count them yet."""
         ring = self.ring
         self.sums.add(high)
+        pieces = ring.pieces(low, high)
         left = max(0, low - ring.capacity), max(0, high - ring.capacity)
         for name, words in self._column_words.items():
             new = words.over(ring, low, high) if name != UNSET_WHEN_NEW else 0
             gone = words.over(ring, *left) if left[1] else 0
             self._column_sums[name] = (self._column_sums[name] + new - gone) & words.mask
-            for _, first, last in ring.pieces(low, high):
-                self._column_files[name][first:last] = self._columns[name][first:last]
+            file, values = self._column_files[name], self._columns[name]
+            for _, first, last in pieces:
+                file[first:last] = values[first:last]
 
     def start(self, serial: int) -> None:
         """Forgets every row; the next one is ``serial``."""
@@ -297,8 +301,10 @@ class MemmapStore(MemoryStore):
             return
         if self.durable:
             self._synchronise()
-        sums = json.dumps(self._column_sums if columns else {})
-        payload = f'{{{small}, "rows": {self.sums.state()}, "columns": {sums}}}'
+        sums = (
+            ", ".join(f"{self._quoted[name]}: {value}" for name, value in self._column_sums.items()) if columns else ""
+        )
+        payload = f'{{{small}, "rows": {self.sums.state()}, "columns": {{{sums}}}}}'
         self.journal.commit(payload.encode(), durable=self.durable)
 
     def change(self, name: str, positions: IntArray, added: int, small: str) -> None:
@@ -308,14 +314,15 @@ class MemmapStore(MemoryStore):
         if self.durable:
             self._synchronise()  # the change before, whose notes are about to be overwritten
         values, words = self._columns[name].take(positions), self._column_words[name]
-        self.changes.write(self.journal.sequence + 1, list(self._columns).index(name), positions, values)
+        self.changes.write(self.journal.sequence + 1, self._order[name], positions, values)
         self._column_sums[name] = (self._column_sums[name] + added) & words.mask
         self.commit(small)
         self._column_files[name][positions] = values
 
     def changed(self, positions: IntArray, small: str) -> None:
         """Commits whatever has changed in the columns at these positions."""
-        positions = np.unique(positions)
+        positions = np.sort(positions)
+        positions = positions[np.diff(positions, prepend=-1) != 0]  # a third of the time of np.unique
         committed = False
         for name, values in self._columns.items():
             new, old = values.take(positions), self._column_files[name].take(positions)
