@@ -175,9 +175,11 @@ class ReplayState:
             self.sampler.load_state_dict(sampler_state)
         return same
 
-    def empty(self) -> None:
-        """Forgets every row; the schema and the random stream stay."""
+    def empty(self, seed: int | None = None) -> None:
+        """Forgets every row; the schema stays, and the random stream goes on, or begins again from ``seed``."""
         self.ring.written = 0
+        if seed is not None:
+            self._rng, self._rng_text = np.random.Generator(np.random.PCG64(seed)), ""
         self.sampler.reset()
         if isinstance(self._store, MemmapStore):
             self._store.start(0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage
 
 from unified_rl.errors import CheckpointError, ConfigError, DamageError, RecordError
-from unified_rl.files import flush
+from unified_rl.files import Manifest, entry, flush
 from unified_rl.replay.checksums import Changes, RowSums, Words
 from unified_rl.replay.files import lock, read_meta, write_meta
 from unified_rl.replay.journal import Journal
@@ -28,6 +28,7 @@ SPARE_SHARE = 8
 """One position more in so many, for rows of a write that is not committed yet."""
 BLOCK, BLOCK_SHARE = 4096, 16
 """Slots under one checksum, at most and as a share of the capacity."""
+ROWS_INDEX = "rows/meta.json"
 UNSET_WHEN_NEW = "use_count"
 """The column that is zero in a new row."""
 NUMPY_LACKS = (torch.bfloat16,)
@@ -169,6 +170,7 @@ class MemmapStore(MemoryStore):
             if meta.get(name) != value:
                 raise CheckpointError(f"the replay at {self.path} was made with {name}={meta.get(name)}, not {value}")
         self.schema = Schema.from_plain(meta["schema"])
+        Manifest(self.path, {ROWS_INDEX: [meta["rows_index"]]}).check()
         self.journal = Journal.open(self.path / "journal.bin")
         return self.journal.payload
 
@@ -193,6 +195,12 @@ class MemmapStore(MemoryStore):
         if self.journal is not None:
             self._catch_up(self.journal, list(payload.get("columns", {})))
         return self._columns
+
+    def unsigned(self, name: str) -> str:
+        """An unsigned type of the width that the file of a column has; four bytes where it has none."""
+        file = self.path / "columns" / f"{_file_name(name)}.bin"
+        width = file.stat().st_size // self.ring.physical if file.is_file() else 0
+        return f"u{width}" if width in (1, 2, 4, 8) else "u4"
 
     def _map_column(self, name: str, dtype: Any, held: bool) -> NDArray[Any]:
         file = self.path / "columns" / f"{_file_name(name)}.bin"
@@ -221,7 +229,7 @@ class MemmapStore(MemoryStore):
         self._files += files.values()
         fresh = self.schema is None
         if fresh:
-            self._create(files, sizes)
+            self._create(schema, ring.physical, sum(sizes.values()))
         for key, file in files.items():
             held = file.stat().st_size if file.is_file() else 0
             if held != sizes[key]:
@@ -235,21 +243,23 @@ class MemmapStore(MemoryStore):
         if fresh:
             self.journal = Journal.create(self.path / "journal.bin")
             meta = {"capacity": ring.capacity, "physical": ring.physical, "lanes": ring.lanes, "block": self.block}
-            write_meta(self.path / "replay.json", {**meta, "schema": schema.to_plain()})
+            index = entry(self.path / ROWS_INDEX)
+            write_meta(self.path / "replay.json", {**meta, "schema": schema.to_plain(), "rows_index": index})
             self.schema = schema
         return leaves
 
-    def _create(self, files: Mapping[str, Path], sizes: Mapping[str, int]) -> None:
-        """Makes the files, all zeros; what a process left that ended before it committed anything goes."""
-        size, free = sum(sizes.values()), shutil.disk_usage(self.path).free
+    def _create(self, schema: Schema, physical: int, size: int) -> None:
+        """Makes the files, all zeros; what a process left that ended before it committed anything goes.
+
+        Beside them lies the index by which tensordict finds them; nothing here reads it.
+        """
+        free = shutil.disk_usage(self.path).free
         if size > free:
             raise ConfigError(f"the replay needs {size >> 20} MiB under {self.path}, but {free >> 20} MiB are free")
         shutil.rmtree(self.path / "rows", ignore_errors=True)
-        (self.path / "rows").mkdir()
         (self.path / "checksums.bin").unlink(missing_ok=True)
-        for key, file in files.items():
-            with open(file, "wb") as handle:
-                handle.truncate(sizes[key])
+        row = {key: torch.zeros(shape, dtype=dtype) for key, (shape, dtype) in schema.fields.items()}
+        TensorDict(row, batch_size=[]).expand(physical).memmap_like(prefix=str(self.path / "rows"))
 
     # -- commits ---------------------------------------------------------------------------------------------------
 
@@ -347,7 +357,8 @@ class MemmapStore(MemoryStore):
         """
         if self.journal is None:
             return
-        read_meta(self.path / "replay.json")
+        meta = read_meta(self.path / "replay.json")
+        Manifest(self.path, {ROWS_INDEX: [meta["rows_index"]]}).check()
         Journal.open(self.path / "journal.bin")
         self.sums.check(self.path / "rows")
         ring = self.ring
@@ -391,3 +402,25 @@ def _file_name(name: str) -> str:
     if not name or name != Path(name).name or name.startswith(".") or "\0" in name:
         raise RecordError(f"{name!r} cannot be the name of a file, which a memory-mapped replay keeps for each key")
     return name
+
+
+def verify_memmap(path: str | Path) -> None:
+    """Checks the folder of a memory-mapped replay that nothing has open.
+
+    Raises:
+        CheckpointError: it is in use, or of another version.
+        DamageError: a file is not as it was written; the message names it.
+    """
+    store = MemmapStore(path)
+    try:
+        meta = read_meta(store.path / "replay.json")
+        ring = Ring(meta["capacity"], meta["physical"], meta["lanes"])
+        store.layout(ring.capacity, ring.lanes)
+        payload = store.open(ring) or {}
+        store.columns({name: store.unsigned(name) for name in payload.get("columns", {})})
+        assert store.schema is not None
+        store.allocate(store.schema, ring)
+        ring.written = int(payload["written"])
+        store.restore(payload)
+    finally:
+        store.close()

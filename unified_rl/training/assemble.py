@@ -178,6 +178,7 @@ def assemble(
         check_run(target)
         found = intact_checkpoint(target)
     job = Job(cfg, allow)
+    job.found_rows = "refuse" if found is None else "keep"
     if found is None:
         job.warm_start(lambda *progress: None)
     trainer = job.make_trainer(target)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -43,12 +43,17 @@ class Job:
             :class:`~unified_rl.training.settings.TrainSettings`.
         allow: prefixes beside ``unified_rl.`` that configuration may build.
 
+    Attributes:
+        found_rows: what becomes of rows that ``replay.path`` holds already: ``refuse`` (a new run), ``drop`` (a run that
+            begins once more) or ``keep`` (one that goes on from a checkpoint, which brings its rows).
+
     Raises:
         ConfigError: parts that do not fit together.
     """
 
     def __init__(self, cfg: dict[str, Any], allow: Sequence[str] = ()) -> None:
         self.cfg, self.allow = cfg, list(allow)
+        self.found_rows: Literal["refuse", "drop", "keep"] = "refuse"
         names = {field.name for field in dataclasses.fields(TrainSettings)}
         self.settings = TrainSettings(**{k: v for k, v in cfg.items() if k in names})
         if self.settings.steps == 0 and not cfg.get("warm_start"):
@@ -216,7 +221,17 @@ class Job:
         fixed: dict[str, Any] = {"cut": False}  # agents mind themselves where episodes end, and lose nothing
         if "discount" in self._parameters(node)[0]:
             fixed["discount"] = self.gamma
-        return build(node, allow=self.allow, sampler=sampler, lanes=lanes, seed=self._integer("replay"), **fixed)
+        seed = self._integer("replay")
+        replay = build(node, allow=self.allow, sampler=sampler, lanes=lanes, seed=seed, **fixed)
+        if getattr(replay, "write_count", 0) and self.found_rows != "keep":
+            if self.found_rows == "refuse":
+                replay.close()
+                raise ConfigError(
+                    f"replay.path={node.get('path')} holds {replay.write_count} rows of an earlier run, and this run "
+                    "would begin with them: choose another folder, or remove this one"
+                )
+            replay.empty(seed)
+        return replay
 
     def evaluate(self) -> dict[str, float]:
         """Held-out evaluation with streams of its own, the same at every call."""

@@ -63,7 +63,7 @@ def train(cfg: dict[str, Any], allow: Sequence[str] = (), *, progress: bool | No
             return folder
         else:
             check_run(folder)
-        _train_in(folder, cfg, allow, progress, _start(folder))
+        _train_in(folder, cfg, allow, progress, _start(folder), fresh=not begun)
     return folder
 
 
@@ -121,12 +121,19 @@ def _start(folder: Path, choice: str | int | None = None) -> Found | None:
 
 
 def _train_in(
-    folder: Path, cfg: dict[str, Any], allow: Sequence[str], progress: bool | None, found: Found | None
+    folder: Path,
+    cfg: dict[str, Any],
+    allow: Sequence[str],
+    progress: bool | None,
+    found: Found | None,
+    fresh: bool = False,
 ) -> None:
     shown = cfg.get("progress", True) if progress is None else progress
     display = Display(folder.name, int(cfg.get("steps", 100_000))) if shown else None
     with display or nullcontext(), status(folder):
         job = Job(cfg, allow)
+        if not fresh:
+            job.found_rows = "drop" if found is None else "keep"
         if found is not None:
             trainer = job.make_trainer(folder, display.update if display else None)
             trainer.load_state_dict(found[1], found[0])

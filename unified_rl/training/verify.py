@@ -8,6 +8,7 @@ from pathlib import Path
 from unified_rl.errors import ConfigError, DamageError
 from unified_rl.files import Manifest
 from unified_rl.replay.persist import Saved
+from unified_rl.replay.store import verify_memmap
 from unified_rl.training.checkpoint import FOLDER, checkpoints, latest_checkpoint, lock_run, read_checkpoint
 from unified_rl.training.metrics import RECORD, list_finished
 from unified_rl.training.provenance import CONFIG, META, check_run
@@ -57,6 +58,8 @@ def _parts(path: Path) -> Iterator[tuple[Path, Check]]:
         yield from ((checkpoint, read_checkpoint) for checkpoint in checkpoints(path / FOLDER))
     elif (path / "state.json").exists():
         yield path, read_checkpoint
+    elif (path / "journal.bin").exists():
+        yield path, verify_memmap
     elif (path / "replay.json").exists() or any(path.glob("rows-*.safetensors")):
         yield path, Saved
     elif (path / "study.yaml").exists():
