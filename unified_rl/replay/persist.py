@@ -103,6 +103,8 @@ class Saved:
     def __init__(self, path: str | Path) -> None:
         folder = Path(path)
         self.meta = read_meta(folder / "replay.json")
+        if "rows_file" not in self.meta:
+            raise CheckpointError(f"{folder} is the folder of a memory-mapped replay, not of a saved one")
         name = str(self.meta["rows"])
         if not _ROWS.fullmatch(name):
             raise CheckpointError(f"{folder / 'replay.json'} names rows={name!r}, which is no file of a replay")

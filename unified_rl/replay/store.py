@@ -236,9 +236,9 @@ class MemmapStore(MemoryStore):
                 raise DamageError(f"{file} holds {held} bytes of {sizes[key]}: the replay is damaged")
         try:
             leaves = self._attach(_mapped(files, schema, ring.physical), schema)
-            self.sums = RowSums(self.path / "checksums.bin", _bytes(leaves), ring, self.block, made=not fresh)
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"the rows of the replay at {self.path} cannot be mapped: {error}") from error
+        self.sums = RowSums(self.path / "checksums.bin", _bytes(leaves), ring, self.block, made=not fresh)
         self._files.append(self.sums.path)
         if fresh:
             self.journal = Journal.create(self.path / "journal.bin")

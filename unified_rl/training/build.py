@@ -44,8 +44,8 @@ class Job:
         allow: prefixes beside ``unified_rl.`` that configuration may build.
 
     Attributes:
-        found_rows: what becomes of rows that ``replay.path`` holds already: ``refuse`` (a new run), ``drop`` (a run that
-            begins once more) or ``keep`` (one that goes on from a checkpoint, which brings its rows).
+        found_rows: what becomes of rows that ``replay.path`` holds already: ``refuse`` (a new run), ``drop`` (a run
+            that begins once more) or ``keep`` (one that goes on from a checkpoint).
 
     Raises:
         ConfigError: parts that do not fit together.

@@ -58,7 +58,7 @@ def _parts(path: Path) -> Iterator[tuple[Path, Check]]:
         yield from ((checkpoint, read_checkpoint) for checkpoint in checkpoints(path / FOLDER))
     elif (path / "state.json").exists():
         yield path, read_checkpoint
-    elif (path / "journal.bin").exists():
+    elif (path / "journal.bin").exists() or (path / "rows").is_dir():
         yield path, verify_memmap
     elif (path / "replay.json").exists() or any(path.glob("rows-*.safetensors")):
         yield path, Saved
