@@ -164,7 +164,7 @@ def _resumed(overrides: Sequence[str]) -> tuple[str, int | None] | None:
     return values["resume"], _count(values["steps"]) if "steps" in values else None
 
 
-def _chosen(arguments: argparse.Namespace) -> dict[str, str]:
+def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
     """The argument that ``--checkpoint`` stands for, where it was given."""
     return {} if arguments.checkpoint is None else {"checkpoint": arguments.checkpoint}
 

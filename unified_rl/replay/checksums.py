@@ -31,7 +31,7 @@ class Narrow:
 
     def __init__(self, data: NDArray[Any]) -> None:
         self.width = data.shape[1]
-        self._bytes = memoryview(data.reshape(-1))
+        self._bytes = data.reshape(-1).data
 
     def extend(self, checksum: int, first: int, last: int) -> int:
         """The checksum of earlier rows and then of the rows ``[first, last)``."""
@@ -52,7 +52,7 @@ class Words:
         self.width = size // unit
         self.kind = np.uint32 if unit == 4 else np.uint64  # four-byte words add twice as fast among themselves
         self.mask = (1 << 32) - 1 if unit == 4 else (1 << 64) - 1
-        self._few = memoryview(self.words)
+        self._few = self.words.data
 
     def sum(self, first: int, last: int) -> int:
         """The sum over rows ``[first, last)``, not yet reduced."""
@@ -198,7 +198,7 @@ class Changes:
         head[0] = 0  # void until it is whole
         self._positions[:count] = positions
         held[:] = values
-        head[1], head[2], head[3] = count, column, zlib.crc32(held, zlib.crc32(self._positions[:count]))
+        head[1], head[2], head[3] = count, column, zlib.crc32(held.data, zlib.crc32(self._positions[:count].data))
         head[0] = sequence
 
     def read(self, sequence: int, types: list[Any]) -> tuple[int, IntArray, NDArray[Any]] | None:
@@ -212,6 +212,6 @@ class Changes:
         _, count, column, checksum = (int(x) for x in self._head)
         if count <= self.room and column < len(types):
             positions, values = self._positions[:count], self._values.view(types[column])[:count]
-            if zlib.crc32(values, zlib.crc32(positions)) == checksum:
+            if zlib.crc32(values.data, zlib.crc32(positions.data)) == checksum:
                 return column, positions.copy(), values.copy()
         raise DamageError(f"{self.path} is damaged: the last change in it is not what was written")

@@ -160,7 +160,7 @@ class ReplayState:
         self._rng.bit_generator.state = state["rng"]
         self._rng_text = ""
         name, sampler_state = state["sampler"]
-        same = name == type(self.sampler).__name__
+        same = bool(name == type(self.sampler).__name__)
         self.sampler.reset()
         tell = self.sampler.restore if same else self.sampler.wrote
         for low in range(self.ring.oldest, self.ring.written, _CHUNK):
