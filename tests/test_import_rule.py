@@ -31,6 +31,7 @@ ORDER = (
     "units",
     "files",
     "errors",
+    "stopping",
     "lazy",
 )
 """Rooms of the core from the top floor to the ground; a room imports itself and those after it."""

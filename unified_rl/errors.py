@@ -25,5 +25,13 @@ class NonFiniteError(UnifiedRLError, FloatingPointError):
     """A NaN or infinity in an observation, reward, loss or gradient."""
 
 
+class RolloutError(UnifiedRLError, RuntimeError):
+    """An environment, a reward or a row source raised; the message says what, where, and what is saved."""
+
+
+class RestoreError(CheckpointError):
+    """An environment that cannot be put back to where it was; a run goes on with new episodes."""
+
+
 class DataError(UnifiedRLError, ValueError):
     """A data file that cannot be read; the message names the file and the line."""

@@ -13,9 +13,14 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 from unified_rl.envs.control.base import ControlEnvBase, check_count, raise_non_finite
-from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.errors import CheckpointError, ConfigError, RestoreError
 from unified_rl.protocols import StepResult
 from unified_rl.spaces import Box, Discrete, Space
+
+UNLIKE = (
+    "replaying the running episodes gave other observations: this environment is not deterministic given its seed "
+    "(a simulator with its own clock, a wrapper that keeps statistics)"
+)
 
 
 class GymnasiumEnv(ControlEnvBase):
@@ -26,7 +31,7 @@ class GymnasiumEnv(ControlEnvBase):
     explicit seed from one stream.
 
     A checkpoint holds each running episode's seed and actions, and restoring replays them: exact for every environment
-    that is deterministic given its seed, refused with :class:`~unified_rl.errors.CheckpointError` for any other.
+    that is deterministic given its seed, refused with :class:`~unified_rl.errors.RestoreError` for any other.
 
     Actions are cast to the dtype of the action space and then clipped to its bounds, so a float32 action at a bound
     that float32 rounds outward is still inside. Observations and rewards are handed out as float32.
@@ -54,7 +59,9 @@ class GymnasiumEnv(ControlEnvBase):
         make_kwargs: dict[str, Any] | None = None,
     ) -> None:
         check_count(num_envs)
-        vector = _make_vector(id, num_envs, flatten, {**(make_kwargs or {}), "max_episode_steps": max_episode_steps})
+        options = {**(make_kwargs or {}), "max_episode_steps": max_episode_steps}
+        vector = _make_vector(id, num_envs, flatten, options)
+        self._make_copy = lambda: _make_vector(id, 1, flatten, options).envs[0]
         limit = vector.envs[0].spec.max_episode_steps if vector.envs[0].spec else None
         if not limit:
             raise ConfigError(f"{id} has no time limit; set env.max_episode_steps")
@@ -131,7 +138,8 @@ class GymnasiumEnv(ControlEnvBase):
         """Replays each running episode of :meth:`state_dict`.
 
         Raises:
-            CheckpointError: another number of copies, or an environment that its seed does not determine.
+            CheckpointError: another number of copies.
+            RestoreError: an environment that its seed does not determine.
         """
         if state["observation"].shape != self._observation.shape:
             saved, mine = tuple(state["observation"].shape), tuple(self._observation.shape)
@@ -144,14 +152,21 @@ class GymnasiumEnv(ControlEnvBase):
         rows = [self._replay(lane) for lane in range(self.num_envs)]
         self._observation = torch.from_numpy(np.stack(rows).astype(np.float32))
         if not torch.equal(self._observation, state["observation"]):
-            raise CheckpointError(
-                "replaying the running episodes gave other observations: this environment is not deterministic given "
-                "its seed, so the run cannot be resumed exactly; start a new run from the saved policy"
-            )
+            raise RestoreError(UNLIKE)
         self._rng.bit_generator.state = json.loads(state["rng"])
 
-    def _replay(self, lane: int) -> np.ndarray[Any, Any]:
-        copy = self._vector.envs[lane]
+    def resumable(self) -> str | None:
+        """Why the run cannot be resumed bit for bit, or None: tries it on one lane, in a new copy."""
+        lane = int(np.argmin([len(played) for played in self._played]))
+        copy = self._make_copy()
+        try:
+            same = np.array_equal(self._replay(lane, copy).astype(np.float32), self._observation[lane].numpy())
+        finally:
+            copy.close()
+        return None if same else UNLIKE
+
+    def _replay(self, lane: int, copy: gymnasium.Env[Any, Any] | None = None) -> np.ndarray[Any, Any]:
+        copy = self._vector.envs[lane] if copy is None else copy
         observation, _ = copy.reset(seed=int(self._seeds[lane]))
         for action in self._played[lane]:
             observation = copy.step(action)[0]

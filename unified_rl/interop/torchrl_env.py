@@ -12,7 +12,7 @@ from torchrl.data import Categorical, MultiCategorical, MultiOneHot, OneHot, Ten
 from torchrl.data.tensor_specs import ContinuousBox
 from torchrl.envs import EnvBase
 
-from unified_rl.errors import ConfigError
+from unified_rl.errors import ConfigError, RestoreError
 from unified_rl.protocols import ControlEnv, LanguageEnv, StepResult
 from unified_rl.spaces import Box, Discrete, MultiDiscrete, Part, PolicyInputs, Space
 
@@ -98,12 +98,16 @@ class TorchRLControlEnv:
         return chosen.reshape(spec.shape).to(spec.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """TorchRL environments carry no state that could be stored: see :meth:`load_state_dict`."""
-        return {"resumable": False}
+        """Nothing: an ``EnvBase`` offers no exact restore, see :meth:`load_state_dict`."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Starts new episodes: an ``EnvBase`` offers no exact restore."""
-        self._current = self.env.reset()
+        """Raises RestoreError: transitions from the stored observation on would never have happened."""
+        raise RestoreError("a TorchRL environment offers no way to put it back to where it was")
+
+    def resumable(self) -> str | None:
+        """Why a run in it cannot be resumed exactly."""
+        return "a TorchRL environment offers no way to put it back to where it was"
 
     def close(self) -> None:
         """Closes the environment."""
