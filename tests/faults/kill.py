@@ -1,0 +1,292 @@
+"""Kills short programs with SIGKILL, lets them go on, and compares what is left with an undisturbed one.
+
+    python -m tests.faults.kill --kills 1000 --out kills.csv
+    python -m tests.faults.kill --kills 200 --scenarios language,replay --minutes 5 --processes 2
+
+Half of the kills come at a moment spread evenly over the program's time, half at a fault point of
+:mod:`tests.faults.points`, taken in turn from all of them. What goes on after a kill is killed again, in the same way,
+up to three times. Exit code 0 where no result differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from multiprocessing import Process, SimpleQueue
+from pathlib import Path
+from typing import Any
+
+from .points import Points, Shared
+from .scenarios import Scenario, differences, forget, scenarios
+
+AGAIN = 0.5
+"""Share of continuations that are killed too."""
+MOST = 4
+LIMIT = 300.0
+"""Seconds after which a child that was not meant to be killed counts as hanging."""
+
+
+@dataclass
+class Trial:
+    """One program, killed at least once and brought to its end."""
+
+    scenario: str
+    number: int
+    kills: int = 0
+    by_time: int = 0
+    by_point: int = 0
+    places: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    problem: str = ""
+
+
+@dataclass
+class Reference:
+    """The undisturbed program: its result, how long it takes, and how many fault points it meets."""
+
+    result: Any
+    seconds: float
+    points: int
+
+
+def preload() -> None:
+    """Imports everything once, so that a fork can begin at once."""
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
+    import gymnasium
+    import mujoco
+    import torch
+    import transformers
+    from torch.utils import tensorboard
+
+    torch.set_num_threads(1)
+    del gymnasium, mujoco, tensorboard, transformers
+    import logging
+
+    logging.disable(logging.WARNING)
+
+
+def child(go: Callable[[], None], log: Path, points: Points | None = None) -> int:
+    """Forks a process that does something and ends; its output goes to a file."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+        if points is None:
+            go()
+        else:
+            with points:
+                go()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait(pid: int, seconds: float) -> int | None:
+    """The exit code of a child (negative: the signal that ended it), or None when the time is over."""
+    end = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.002)
+
+
+def undisturbed(scenario: Scenario, place: Path) -> Reference:
+    """Runs a program to its end in a child, and reads what it left.
+
+    Raises:
+        RuntimeError: it failed; the message has its output.
+    """
+    folder, shared, start = place / "reference", Shared(), time.monotonic()
+    folder.mkdir(parents=True)
+    code = wait(child(lambda: scenario.go(folder), place / "log", Points(place, shared=shared)), LIMIT)
+    if code != 0:
+        raise RuntimeError(f"{scenario.name} ended with {code}: {(place / 'log').read_text()[-2000:]}")
+    return Reference(scenario.result(folder), time.monotonic() - start, shared.count)
+
+
+class Plan:
+    """When the next kill comes: moments and points of a program in turn, evenly spread whatever their number."""
+
+    def __init__(self, reference: Reference, seed: int) -> None:
+        self.reference, self.random = reference, random.Random(seed)
+        self._points: Iterator[int] = iter(())
+        self._times = 0
+
+    def moment(self) -> float:
+        """Seconds: the golden ratio's multiples fill the program's time evenly."""
+        self._times += 1
+        return (self._times * 0.6180339887498949 + 0.31) % 1.0 * self.reference.seconds * 1.05
+
+    def point(self) -> int:
+        """Every point once before any comes twice."""
+        for number in self._points:
+            return number
+        order = list(range(self.reference.points))
+        self.random.shuffle(order)
+        self._points = iter(order)
+        return next(self._points)
+
+
+def trial(scenario: Scenario, reference: Reference, plan: Plan, place: Path, number: int) -> Trial:
+    """Kills a program, brings it to its end, and compares."""
+    out, folder, log = Trial(scenario.name, number), place / f"trial{number}", place / f"log{number}"
+    folder.mkdir(parents=True)
+    start = time.monotonic()
+    share = 1.0  # of a continuation's time that is left to be killed in
+    while not out.problem:
+        to_kill = out.kills == 0 or (out.kills < MOST and plan.random.random() < AGAIN)
+        code = _attempt(scenario, folder, log, plan, out, share, to_kill)
+        if code == 0:
+            break
+        share = plan.random.random()
+    if not out.problem:
+        try:
+            out.problem = "; ".join(differences(reference.result, scenario.result(folder))[:5])
+        except Exception as error:
+            out.problem = f"the result cannot be read: {type(error).__name__}: {error}"
+    out.seconds = round(time.monotonic() - start, 2)
+    if out.problem:
+        out.problem += f" [kept in {folder}]"
+    else:
+        forget(folder)
+        log.unlink(missing_ok=True)
+    return out
+
+
+def _attempt(
+    scenario: Scenario, folder: Path, log: Path, plan: Plan, out: Trial, share: float, to_kill: bool
+) -> int | None:
+    """One process; counts its kill in ``out``, or says there what went wrong without one."""
+    shared, by_point = Shared(), to_kill and plan.random.random() < 0.5
+    at = int(plan.point() * share) if by_point else None
+    pid = child(lambda: scenario.go(folder), log, Points(folder, at, shared=shared))
+    code = wait(pid, plan.moment() * share if to_kill and not by_point else LIMIT)
+    if code is None:
+        os.kill(pid, signal.SIGKILL)
+        code = wait(pid, LIMIT)
+        if not to_kill or by_point:
+            out.problem = f"did not end within {LIMIT:.0f} s after {shared.label}"
+            return code
+    if code == -signal.SIGKILL:
+        out.kills += 1
+        out.by_point += by_point
+        out.by_time += not by_point
+        out.places.append(shared.label if by_point else f"time, behind {shared.label or 'nothing'}")
+    elif code != 0:
+        out.problem = f"ended with {code} after {out.places}: {log.read_text()[-600:]}"
+    return code
+
+
+def kill_scenario(scenario: Scenario, kills: int, place: Path, seed: int, until: float) -> Iterator[Trial]:
+    """Trials of one scenario until enough kills or the time are over."""
+    reference = undisturbed(scenario, place)
+    plan, done, number = Plan(reference, seed), 0, 0
+    while done < kills and time.monotonic() < until:
+        one = trial(scenario, reference, plan, place, number)
+        done, number = done + one.kills, number + 1
+        yield one
+
+
+def _work(
+    names: SimpleQueue[str | None], out: SimpleQueue[Any], each: int, place: Path, seed: int, until: float
+) -> None:
+    """A process that takes scenarios from a queue and puts trials into another."""
+    preload()
+    known = scenarios()
+    while (name := names.get()) is not None:
+        try:
+            for one in kill_scenario(known[name], each, place / name, seed, until):
+                out.put(one)
+        except Exception as error:
+            out.put(Trial(name, -1, problem=f"{type(error).__name__}: {error}"))
+    out.put(None)
+
+
+def run(names: list[str], kills: int, processes: int, minutes: float, seed: int, place: Path) -> Iterator[Trial]:
+    """All trials, as they end."""
+    queue: SimpleQueue[Any] = SimpleQueue()
+    found: SimpleQueue[Any] = SimpleQueue()
+    for name in [*names, *[None] * processes]:
+        queue.put(name)
+    until = time.monotonic() + 60.0 * minutes
+    each = -(-kills // len(names))
+    workers = [Process(target=_work, args=(queue, found, each, place, seed, until)) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    ended = 0
+    while ended < processes:
+        one = found.get()
+        ended += one is None
+        if one is not None:
+            yield one
+    for worker in workers:
+        worker.join()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=1000, help="in all, spread over the scenarios")
+    parser.add_argument("--scenarios", help=f"some of {', '.join(scenarios())}; by default all")
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop then, whatever was reached")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--out", type=Path, help="a CSV with a line for each scenario and kind of place")
+    parser.add_argument("--place", type=Path, help="where the runs are made; failed ones stay there")
+    arguments = parser.parse_args(argv)
+    names = arguments.scenarios.split(",") if arguments.scenarios else list(scenarios())
+    place = arguments.place or Path(tempfile.mkdtemp(prefix="kills"))
+    trials: list[Trial] = []
+    print(f"seed {arguments.seed}, in {place}", flush=True)
+    for one in run(names, arguments.kills, arguments.processes, arguments.minutes, arguments.seed, place):
+        trials.append(one)
+        if one.problem:
+            print(f"\nDIFFERENT {asdict(one)}", flush=True)
+        kills, bad = sum(t.kills for t in trials), sum(bool(t.problem) for t in trials)
+        print(f"\r{kills} kills, {len(trials)} programs, {bad} different", end="", flush=True)
+    print()
+    if arguments.out:
+        write(arguments.out, trials)
+    return int(any(t.problem for t in trials) or not trials)
+
+
+def write(path: Path, trials: list[Trial]) -> None:
+    """A line a scenario: programs, kills, how many at which kind of place, how many results differ."""
+    kinds = sorted({_kind(place) for t in trials for place in t.places})
+    with open(path, "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(["scenario", "programs", "kills", "by_time", "by_point", "different", *kinds])
+        for name in dict.fromkeys(t.scenario for t in trials):
+            mine = [t for t in trials if t.scenario == name]
+            where = Counter(_kind(place) for t in mine for place in t.places)
+            sums = [sum(getattr(t, key) for t in mine) for key in ("kills", "by_time", "by_point")]
+            writer.writerow([name, len(mine), *sums, sum(bool(t.problem) for t in mine), *(where[k] for k in kinds)])
+
+
+def _kind(place: str) -> str:
+    return "time" if place.startswith("time") else f"{place.split()[0]} {place.split()[-1]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
