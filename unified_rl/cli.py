@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from unified_rl import __version__
@@ -318,7 +319,10 @@ def _main(argv: Sequence[str]) -> int:
         say(str(error))
         return 2
     except KeyboardInterrupt as error:
-        say(str(error) or "interrupted")
+        if getattr(error, "saved", ""):
+            with suppress(OSError):
+                print(error.saved, flush=True)  # type: ignore[attr-defined]
+        say("interrupted")
         return 128 + getattr(error, "number", 2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

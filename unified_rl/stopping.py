@@ -16,11 +16,16 @@ SHIELDED = 2
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended the command; ``number`` is the signal's."""
+    """A signal ended the command.
 
-    def __init__(self, number: int, message: str = "interrupted") -> None:
-        super().__init__(message)
-        self.number = number
+    Attributes:
+        number: the signal's.
+        saved: what is saved and how to go on, if a run was under way.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__("interrupted")
+        self.number, self.saved = number, ""
 
 
 class StopSignal:

@@ -117,12 +117,27 @@ def undisturbed(scenario: Scenario, place: Path) -> Reference:
     Raises:
         RuntimeError: it failed; the message has its output.
     """
-    folder, shared, start = place / "reference", Shared(), time.monotonic()
+    folder, shared = place / "reference", Shared()
     folder.mkdir(parents=True)
-    code = wait(child(lambda: scenario.go(folder), place / "log", Points(place, shared=shared)), LIMIT)
+    _finish(lambda: scenario.prepare(place), place)
+    start = time.monotonic()
+    _finish(lambda: scenario.go(folder), place, Points(folder, shared=shared))
+    seconds, result = time.monotonic() - start, scenario.result(folder)
+    if scenario.whole is not None:
+        other = place / "whole"
+        other.mkdir()
+        whole = scenario.whole
+        _finish(lambda: whole(other), place)
+        found = differences(scenario.result(other), result)
+        if found:
+            raise RuntimeError(f"{scenario.name} differs from the whole program before any kill: {found[:5]}")
+    return Reference(result, seconds, shared.count)
+
+
+def _finish(go: Callable[[], None], place: Path, points: Points | None = None) -> None:
+    code = wait(child(go, place / "log", points), LIMIT)
     if code != 0:
-        raise RuntimeError(f"{scenario.name} ended with {code}: {(place / 'log').read_text()[-2000:]}")
-    return Reference(scenario.result(folder), time.monotonic() - start, shared.count)
+        raise RuntimeError(f"{place.name} ended with {code}: {(place / 'log').read_text()[-2000:]}")
 
 
 class Plan:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,8 @@ PPO = (
 )  # fmt: skip
 FLOW = (
     "env=two_route", "policy=flow", "policy.hidden=[16]", "agent=policy_gradient", "agent.critic_hidden=[16]",
-    "correction=ppo", "warm_start=demonstrations", "warm_start.stages=[{updates: 5}]", "rollout.num_envs=4",
+    "correction=ppo", "warm_start=demonstrations", "warm_start.stages=[{{updates: 5}}]",
+    "warm_start.batch_size=32", "rollout.num_envs=4",
     "rollout.horizon=4", "agent.minibatch=8", "agent.epochs=1", "steps=96", "log_every=16", "eval_every=48",
     "checkpoint_every=32",
 )  # fmt: skip
@@ -43,6 +43,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "pendulum_sac": ("env=pendulum", *SAC),
     "gymnasium_sac": ("env=gymnasium", "env.id=Pendulum-v1", *SAC),
     "half_cheetah_ppo": ("env=half_cheetah", *PPO, "rollout.staleness=1"),
+    "half_cheetah_sac": ("env=half_cheetah", *SAC),
     "flow_warm_start": FLOW,
     "cloning": (
         "env=two_route", "policy=flow", "policy.hidden=[16]", "agent=behavior_cloning", "rollout.rows=16",
@@ -51,6 +52,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "fine_tuning": (*LANGUAGE[:9], "agent=sft", "rollout.rows=8", *LANGUAGE[-4:]),
     "memory_mapped_sac": ("env=pendulum", *SAC, "replay.storage=memmap", "replay.path={folder}/rows"),
 }  # fmt: skip
+EXTENDED = RUNS["language_stale3"]
 STUDY = (
     "env=two_route", "policy=gaussian", "policy.hidden=[8]", "agent=policy_gradient", "agent.critic_hidden=[8]",
     "rollout.num_envs=2", "rollout.horizon=4", "agent.minibatch=4", "agent.epochs=1", "steps=32", "log_every=8",
@@ -66,20 +68,24 @@ class Scenario:
         name: of the scenario.
         go: begins or goes on in a folder, whatever is in it; ends when the work is done.
         result: what the work left behind, for comparison.
+        prepare: made once, beside the folders, before anything is killed.
+        whole: another program with the same result, to compare with.
     """
 
     name: str
     go: Callable[[Path], None]
     result: Callable[[Path], Any]
+    prepare: Callable[[Path], None] = lambda place: None
+    whole: Callable[[Path], None] | None = None
 
 
 def scenarios() -> dict[str, Scenario]:
     """All of them, by name."""
     found = [Scenario(name, _run(overrides), run_result) for name, overrides in RUNS.items()]
     found += [
-        Scenario("extended", _extended, run_result),
+        Scenario("extended", _extended, run_result, whole=_run(EXTENDED)),
         Scenario("study", _study, study_result),
-        Scenario("recording", _recording, lambda folder: rows_result(folder / "recorded")),
+        Scenario("recording", _recording, lambda folder: rows_result(folder / "recorded"), _train_source),
         Scenario("replay", _replay, lambda folder: rows_result(folder / "saved")),
     ]
     return {scenario.name: scenario for scenario in found}
@@ -108,10 +114,9 @@ def train_or_resume(overrides: Sequence[str], run: Path, steps: int | None = Non
 
 def _extended(folder: Path) -> None:
     """A finished run of half the budget, extended: what is left behind is that of a whole one."""
-    overrides = [*COMMON, *RUNS["language_stale3"], "eval_every=0"]
     run = folder / "run"
     if not (folder / "half_done").exists():
-        train_or_resume([*overrides, "steps=40"], run)
+        train_or_resume([*COMMON, *(text for text in EXTENDED if text != "steps=72"), "steps=40"], run)
         (folder / "half_done").touch()
     train_or_resume([], run, steps=72)
 
@@ -128,16 +133,12 @@ def _recording(folder: Path) -> None:
     """Rows of a trained policy, as ``unified-rl evaluate RUN --record FOLDER`` writes them."""
     from unified_rl.training.run import evaluated
 
-    evaluated(str(trained_once(folder)), record=str(folder / "recorded"))
+    if not (folder / "recorded" / "replay.json").exists():
+        evaluated(str(folder.parent / "source" / "run"), record=str(folder / "recorded"))
 
 
-def trained_once(folder: Path) -> Path:
-    """A finished run beside ``folder``, made by the first who asks for it."""
-    run, part = folder.parent / "trained", folder / "run"
-    if not run.exists():
-        train_or_resume([*COMMON, "env=pendulum", *SAC], part)
-        os.replace(part, run)
-    return run
+def _train_source(place: Path) -> None:
+    _run(("env=pendulum", *SAC))(place / "source")
 
 
 def _replay(folder: Path) -> None:
@@ -161,6 +162,8 @@ def run_result(folder: Path) -> dict[str, Any]:
     from unified_rl.training.checkpoint import checkpoints, read_checkpoint
 
     run = folder / "run"
+    if (run / "extension").is_dir():
+        assert checkpoints(run / "extension"), "an extension that holds nothing"
     last = checkpoints(run / "checkpoints")[-1]
     state = read_checkpoint(last)
     state.pop("elapsed")

@@ -210,8 +210,12 @@ class Trainer:
             except (CheckpointError, OSError) as failed:
                 if not isinstance(error, UnifiedRLError):
                     error.add_note(str(failed))
-        if error.args and isinstance(error, UnifiedRLError | Interrupted) and self.folder.is_dir():
-            error.args = (f"{error.args[0]}; {self._whereabouts()}",)
+        if not self.folder.is_dir():
+            return
+        if isinstance(error, Interrupted):
+            error.saved = self._whereabouts()
+        elif isinstance(error, UnifiedRLError):
+            error.args = (f"{error}; {self._whereabouts()}",)
 
     def _whereabouts(self) -> str:
         if self._saved < 0:
