@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unified_rl.errors import CheckpointError
 from unified_rl.files import Entry, Manifest, check_listed, entry, flush, write_atomically
-from unified_rl.training.checkpoint import FOLDER, NEWEST, checkpoint_name, checkpoints, step_of
+from unified_rl.training.checkpoint import FOLDER, NEWEST, NONE, checkpoint_name, checkpoints, step_of
 
 RECORD, TABLE, BOARD = "metrics.jsonl", "metrics.csv", "tensorboard"
 FIRST = ("update", "steps", "wall_seconds")
@@ -135,8 +135,19 @@ class MetricLog:
         manifest = Manifest.find(self.folder) or Manifest(self.folder)
         manifest.files[RECORD] = [self._entry()]
         # either name may be the newest when a process is killed before the new checkpoint is complete
-        manifest.notes[NEWEST] = [*manifest.notes.get(NEWEST, [])[-1:], checkpoint]
+        manifest.notes[NEWEST] = [*(manifest.notes.get(NEWEST, [])[-1:] or [NONE]), checkpoint]
         manifest.write()
+
+    def complete(self, checkpoint: str) -> None:
+        """Notes in the run's manifest that this checkpoint is there now.
+
+        Raises:
+            CheckpointError: the disk is full or the folder is gone.
+        """
+        manifest = None if self.in_memory else Manifest.find(self.folder)
+        if manifest is not None:
+            manifest.notes[NEWEST] = [checkpoint]
+            manifest.write()
 
     def close(self) -> None:
         """Flushes TensorBoard."""

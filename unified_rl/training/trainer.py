@@ -16,13 +16,10 @@ from unified_rl.errors import CheckpointError, ConfigError, NonFiniteError, Unif
 from unified_rl.protocols import Agent, Collects, Rollout, Store, TellsResumable
 from unified_rl.rollout.feed import Feed, LocalFeed
 from unified_rl.stopping import Interrupted, StopSignal, say, stopping
-from unified_rl.training.checkpoint import FOLDER, checkpoint_name, set_aside_newer, write_checkpoint
+from unified_rl.training.checkpoint import EXTENSION, FOLDER, checkpoint_name, set_aside_newer, write_checkpoint
 from unified_rl.training.failures import RunFolder, foreign
 from unified_rl.training.metrics import Means, MetricLog
 from unified_rl.training.settings import TrainSettings
-
-EXTENSION = "extension"
-"""Folder of the checkpoint that a run with stale rows is extended from."""
 
 
 class Trainer:
@@ -242,6 +239,8 @@ class Trainer:
         if self.log is not None:
             self.log.record(checkpoint_name(self.updates))
         path = self._write(FOLDER, self.settings.keep_checkpoints)
+        if self.log is not None:
+            self.log.complete(path.name)
         self._saved = self.updates
         self._tell_inexact()
         return path

@@ -23,6 +23,7 @@ from unified_rl.files import Manifest
 from unified_rl.stopping import StopSignal, raising, say
 from unified_rl.training.build import Job
 from unified_rl.training.checkpoint import (
+    EXTENSION,
     FOLDER,
     checkpoints,
     intact_checkpoint,
@@ -47,7 +48,7 @@ from unified_rl.training.provenance import (
     write_run,
 )
 from unified_rl.training.seeding import derive
-from unified_rl.training.trainer import EXTENSION, Trainer
+from unified_rl.training.trainer import Trainer
 
 RESUME_ENV = ("exact", "restart")
 Found: TypeAlias = tuple[Path, dict[str, Any]]
