@@ -559,8 +559,8 @@ class Rollout(Stateful, Protocol):
 class TellsResumable(Protocol):
     """An environment that may be unable to continue its episodes bit for bit."""
 
-    def resumable(self) -> str | None:
-        """Why it cannot, or None."""
+    def resumable(self) -> str | bool:
+        """True, or why it cannot; False where it cannot tell yet."""
         ...
 
 

@@ -155,15 +155,20 @@ class GymnasiumEnv(ControlEnvBase):
             raise RestoreError(UNLIKE)
         self._rng.bit_generator.state = json.loads(state["rng"])
 
-    def resumable(self) -> str | None:
-        """Why the run cannot be resumed bit for bit, or None: tries it on one lane, in a new copy."""
-        lane = int(np.argmin([len(played) for played in self._played]))
-        copy = self._make_copy()
+    def resumable(self) -> str | bool:
+        """Whether the run can be resumed bit for bit, or why not: tries it on one lane, in a new copy.
+
+        False where no episode has a step yet, which tells nothing.
+        """
+        begun = [(len(played), lane) for lane, played in enumerate(self._played) if played]
+        if not begun:
+            return False
+        lane, copy = min(begun)[1], self._make_copy()
         try:
             same = np.array_equal(self._replay(lane, copy).astype(np.float32), self._observation[lane].numpy())
         finally:
             copy.close()
-        return None if same else UNLIKE
+        return same or UNLIKE
 
     def _replay(self, lane: int, copy: gymnasium.Env[Any, Any] | None = None) -> np.ndarray[Any, Any]:
         copy = self._vector.envs[lane] if copy is None else copy

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import os
 import random
 import signal
@@ -117,6 +118,8 @@ def undisturbed(scenario: Scenario, place: Path) -> Reference:
     Raises:
         RuntimeError: it failed; the message has its output.
     """
+    getattr(scenario.go, "warm", lambda: None)()
+    gc.freeze()  # so that children share these pages
     folder, shared = place / "reference", Shared()
     folder.mkdir(parents=True)
     _finish(lambda: scenario.prepare(place), place)

@@ -7,13 +7,14 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-COMMON = ("progress=false", "eval_episodes=2", "seed=3", "keep_checkpoints=2", "threads=1")
+COMMON = ("progress=false", "eval_episodes=1", "seed=3", "keep_checkpoints=2", "threads=1")
 LANGUAGE = (
     "env=chain_mod", "env.modulus=5", "env.terms=2", "env.max_turn_tokens=6", "policy=causal_lm_tiny",
     "policy.config.hidden_size=16", "policy.config.num_attention_heads=2", "policy.config.num_hidden_layers=1",
@@ -27,7 +28,7 @@ SAC = (
 )  # fmt: skip
 PPO = (
     "agent=ppo", "correction=tis", "policy.hidden=[16]", "agent.critic_hidden=[16]", "rollout.num_envs=2",
-    "rollout.horizon=8", "agent.minibatch=8", "agent.epochs=2", "steps=112", "log_every=16", "eval_every=48",
+    "rollout.horizon=8", "agent.minibatch=8", "agent.epochs=2", "steps=112", "log_every=16", "eval_every=0",
     "checkpoint_every=32",
 )  # fmt: skip
 FLOW = (
@@ -43,7 +44,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "pendulum_sac": ("env=pendulum", *SAC),
     "gymnasium_sac": ("env=gymnasium", "env.id=Pendulum-v1", *SAC),
     "half_cheetah_ppo": ("env=half_cheetah", *PPO, "rollout.staleness=1"),
-    "half_cheetah_sac": ("env=half_cheetah", *SAC),
+    "half_cheetah_sac": ("env=half_cheetah", *(text for text in SAC if text != "eval_every=20"), "eval_every=0"),
     "flow_warm_start": FLOW,
     "cloning": (
         "env=two_route", "policy=flow", "policy.hidden=[16]", "agent=behavior_cloning", "rollout.rows=16",
@@ -98,18 +99,28 @@ def _run(overrides: Sequence[str]) -> Callable[[Path], None]:
     def go(folder: Path) -> None:
         train_or_resume([text.format(folder=folder) for text in (*COMMON, *overrides)], folder / "run")
 
+    if "{folder}/rows" not in "".join(overrides):
+        go.warm = lambda: composed(tuple(text.format() for text in (*COMMON, *overrides)))  # type: ignore[attr-defined]
     return go
 
 
 def train_or_resume(overrides: Sequence[str], run: Path, steps: int | None = None) -> None:
     """What a user does: the command, and when it was cut off, ``resume=`` where there is a run, else it again."""
-    from unified_rl.config import compose, resolve_defaults
     from unified_rl.training.run import resume, train
 
     if (run / "config.yaml").exists() and (run / "metrics.jsonl").exists():
         resume(str(run), steps)
     else:
-        train(resolve_defaults(compose([*overrides, f"run_dir={run}"])))
+        cfg = composed(tuple(overrides))
+        train({**cfg, "run_dir": str(run)})
+
+
+@cache
+def composed(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """A resolved configuration; the process that forks the others makes it once."""
+    from unified_rl.config import compose, resolve_defaults
+
+    return resolve_defaults(compose(list(overrides)))
 
 
 def _extended(folder: Path) -> None:

@@ -105,8 +105,8 @@ class TorchRLControlEnv:
         """Raises RestoreError: transitions from the stored observation on would never have happened."""
         raise RestoreError("a TorchRL environment offers no way to put it back to where it was")
 
-    def resumable(self) -> str | None:
-        """Why a run in it cannot be resumed exactly."""
+    def resumable(self) -> str | bool:
+        """Why a run in it cannot be resumed bit for bit."""
         return "a TorchRL environment offers no way to put it back to where it was"
 
     def close(self) -> None:

@@ -57,8 +57,8 @@ class Feed(Protocol):
         ...
 
 
-SHARE = 0.01
-"""Of the run's time that keeping the rollout's state before each collection may take."""
+SHARE, GRACE = 0.01, 0.1
+"""Of the run's time that keeping the rollout's state before each collection may take, beside some seconds."""
 
 
 class LocalFeed:
@@ -114,7 +114,7 @@ class LocalFeed:
 
     def _keep_state(self) -> None:
         now = time.monotonic()
-        if self.keeps_state and (self._before is None or self._spent <= SHARE * (now - self._born)):
+        if self.keeps_state and (self._before is None or self._spent <= GRACE + SHARE * (now - self._born)):
             self._before = {**copied(self.rollout.state_dict()), "admitted": self.admitted}
             self._spent += time.monotonic() - now
 

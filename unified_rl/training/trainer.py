@@ -196,8 +196,8 @@ class Trainer:
 
     def _rescue(self, error: BaseException) -> None:
         """Saves the last whole update, and lets the error say which checkpoint there is."""
-        if isinstance(error, NonFiniteError) and not self._clean and _finite(self.agent):
-            self._clean = True
+        if isinstance(error, NonFiniteError):
+            self._clean = _finite(self.agent)  # the update is spent, and weights that are lost are not kept
         untouched = self.updates == 0 and not self._logged  # a new start loses nothing, and may have half collected
         if self.folder is None or self.log is None:
             return
@@ -250,10 +250,10 @@ class Trainer:
         env = getattr(self.rollout, "env", None)
         if self._told or not isinstance(env, TellsResumable):
             return
-        self._told = True
         with foreign("putting the environment back"):
             why = env.resumable()
-        if why is not None:
+        self._told = bool(why)
+        if isinstance(why, str):
             say(f"{self.folder} can be resumed with new episodes only, not bit for bit: {why}")
 
     def _write(self, place: str, keep: int) -> Path:

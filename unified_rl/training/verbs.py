@@ -148,6 +148,8 @@ def _start(folder: Path, choice: str | int | None = None) -> Found | None:
     path, state = intact_checkpoint(folder, choice)
     if path.resolve() not in [own.resolve() for own in checkpoints(folder / FOLDER)]:
         raise CheckpointError(f"{path} is not a checkpoint of the run {folder}; a run goes on from one of its own")
+    if read_meta(folder).get("status") == "running":
+        say(f"{folder} was cut off, its process ended without a word; it goes on from update {state['updates']}")
     return path, state
 
 
