@@ -2,16 +2,19 @@
 
     python -m tests.faults.kill --kills 1000 --out kills.csv
     python -m tests.faults.kill --kills 200 --scenarios language,replay --minutes 5 --processes 2
+    python -m tests.faults.kill --kills 200 --errors 1          # disks that fail, in place of kills
 
 Half of the kills come at a moment spread evenly over the program's time, half at a fault point of
 :mod:`tests.faults.points`, taken in turn from all of them. What goes on after a kill is killed again, in the same way,
-up to three times. Exit code 0 where no result differs.
+up to three times. With ``--errors`` a share of the fault points raise what a full, a read-only or a broken disk raises,
+once or from then on; the program must then end with an error of the library's own. Exit code 0 where no result differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import errno
 import gc
 import os
 import random
@@ -27,12 +30,15 @@ from multiprocessing import Process, SimpleQueue
 from pathlib import Path
 from typing import Any
 
-from .points import Points, Shared
+from .points import Points, Shared, failing
 from .scenarios import Scenario, differences, forget, scenarios
 
 AGAIN = 0.5
 """Share of continuations that are killed too."""
 MOST = 4
+REFUSED = 2
+"""Exit code of a child that ended with an error of the library."""
+DISKS = (errno.ENOSPC, errno.EROFS, errno.EIO)
 LIMIT = 300.0
 """Seconds after which a child that was not meant to be killed counts as hanging."""
 
@@ -46,6 +52,7 @@ class Trial:
     kills: int = 0
     by_time: int = 0
     by_point: int = 0
+    errors: int = 0
     places: list[str] = field(default_factory=list)
     seconds: float = 0.0
     problem: str = ""
@@ -94,8 +101,9 @@ def child(go: Callable[[], None], log: Path, points: Points | None = None) -> in
             with points:
                 go()
         code = 0
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
+        code = REFUSED if any(base.__name__ == "UnifiedRLError" for base in type(error).__mro__) else 1
     finally:
         os._exit(code)
 
@@ -148,6 +156,7 @@ class Plan:
 
     def __init__(self, reference: Reference, seed: int) -> None:
         self.reference, self.random = reference, random.Random(seed)
+        self.again, self.timed = AGAIN, 0.5
         self._points: Iterator[int] = iter(())
         self._times = 0
 
@@ -166,16 +175,16 @@ class Plan:
         return next(self._points)
 
 
-def trial(scenario: Scenario, reference: Reference, plan: Plan, place: Path, number: int) -> Trial:
-    """Kills a program, brings it to its end, and compares."""
+def trial(scenario: Scenario, reference: Reference, plan: Plan, place: Path, number: int, errors: float = 0.0) -> Trial:
+    """Disturbs a program, brings it to its end, and compares."""
     out, folder, log = Trial(scenario.name, number), place / f"trial{number}", place / f"log{number}"
     folder.mkdir(parents=True)
     start = time.monotonic()
-    share = 1.0  # of a continuation's time that is left to be killed in
+    share = 1.0  # of a continuation's time and points in which it is disturbed
     while not out.problem:
-        to_kill = out.kills == 0 or (out.kills < MOST and plan.random.random() < AGAIN)
-        code = _attempt(scenario, folder, log, plan, out, share, to_kill)
-        if code == 0:
+        done = out.kills + out.errors
+        disturb = done == 0 or (done < MOST and plan.random.random() < plan.again)
+        if _attempt(scenario, folder, log, plan, out, share, disturb, errors) == 0:
             break
         share = plan.random.random()
     if not out.problem:
@@ -185,7 +194,7 @@ def trial(scenario: Scenario, reference: Reference, plan: Plan, place: Path, num
             out.problem = f"the result cannot be read: {type(error).__name__}: {error}"
     out.seconds = round(time.monotonic() - start, 2)
     if out.problem:
-        out.problem += f" [kept in {folder}]"
+        out.problem += f" [after {out.places}, kept in {folder}]"
     else:
         forget(folder)
         log.unlink(missing_ok=True)
@@ -193,17 +202,22 @@ def trial(scenario: Scenario, reference: Reference, plan: Plan, place: Path, num
 
 
 def _attempt(
-    scenario: Scenario, folder: Path, log: Path, plan: Plan, out: Trial, share: float, to_kill: bool
+    scenario: Scenario, folder: Path, log: Path, plan: Plan, out: Trial, share: float, disturb: bool, errors: float
 ) -> int | None:
-    """One process; counts its kill in ``out``, or says there what went wrong without one."""
-    shared, by_point = Shared(), to_kill and plan.random.random() < 0.5
-    at = int(plan.point() * share) if by_point else None
-    pid = child(lambda: scenario.go(folder), log, Points(folder, at, shared=shared))
-    code = wait(pid, plan.moment() * share if to_kill and not by_point else LIMIT)
+    """One process; counts in ``out`` what was done to it, or says there what went wrong."""
+    draw, shared = plan.random.random, Shared()
+    fails = disturb and draw() < errors
+    by_point = fails or (disturb and draw() >= plan.timed)
+    points = Points(folder, int(plan.point() * share) if by_point else None, shared=shared)
+    if fails:
+        points.act, points.stays = failing(plan.random.choice(DISKS)), draw() < 0.5
+    pid = child(lambda: scenario.go(folder), log, points)
+    timed = disturb and not by_point
+    code = wait(pid, plan.moment() * share if timed else LIMIT)
     if code is None:
         os.kill(pid, signal.SIGKILL)
         code = wait(pid, LIMIT)
-        if not to_kill or by_point:
+        if not timed:
             out.problem = f"did not end within {LIMIT:.0f} s after {shared.label}"
             return code
     if code == -signal.SIGKILL:
@@ -211,37 +225,42 @@ def _attempt(
         out.by_point += by_point
         out.by_time += not by_point
         out.places.append(shared.label if by_point else f"time, behind {shared.label or 'nothing'}")
+    elif fails and code in (0, REFUSED):
+        out.errors += 1
+        out.places.append(f"error {shared.label}")
     elif code != 0:
-        out.problem = f"ended with {code} after {out.places}: {log.read_text()[-600:]}"
+        out.problem = f"ended with {code}: {log.read_text()[-900:]}"
     return code
 
 
-def kill_scenario(scenario: Scenario, kills: int, place: Path, seed: int, until: float) -> Iterator[Trial]:
-    """Trials of one scenario until enough kills or the time are over."""
+def kill_scenario(
+    scenario: Scenario, kills: int, place: Path, seed: int, until: float, errors: float = 0.0
+) -> Iterator[Trial]:
+    """Trials of one scenario until there were enough kills and errors, or the time is over."""
     reference = undisturbed(scenario, place)
     plan, done, number = Plan(reference, seed), 0, 0
     while done < kills and time.monotonic() < until:
-        one = trial(scenario, reference, plan, place, number)
-        done, number = done + one.kills, number + 1
+        one = trial(scenario, reference, plan, place, number, errors)
+        done, number = done + one.kills + one.errors, number + 1
         yield one
 
 
-def _work(
-    names: SimpleQueue[str | None], out: SimpleQueue[Any], each: int, place: Path, seed: int, until: float
-) -> None:
+def _work(names: Any, out: Any, each: int, place: Path, seed: int, until: float, errors: float) -> None:
     """A process that takes scenarios from a queue and puts trials into another."""
     preload()
     known = scenarios()
     while (name := names.get()) is not None:
         try:
-            for one in kill_scenario(known[name], each, place / name, seed, until):
+            for one in kill_scenario(known[name], each, place / name, seed, until, errors):
                 out.put(one)
         except Exception as error:
             out.put(Trial(name, -1, problem=f"{type(error).__name__}: {error}"))
     out.put(None)
 
 
-def run(names: list[str], kills: int, processes: int, minutes: float, seed: int, place: Path) -> Iterator[Trial]:
+def run(
+    names: list[str], kills: int, processes: int, minutes: float, seed: int, place: Path, errors: float = 0.0
+) -> Iterator[Trial]:
     """All trials, as they end."""
     queue: SimpleQueue[Any] = SimpleQueue()
     found: SimpleQueue[Any] = SimpleQueue()
@@ -249,7 +268,7 @@ def run(names: list[str], kills: int, processes: int, minutes: float, seed: int,
         queue.put(name)
     until = time.monotonic() + 60.0 * minutes
     each = -(-kills // len(names))
-    workers = [Process(target=_work, args=(queue, found, each, place, seed, until)) for _ in range(processes)]
+    workers = [Process(target=_work, args=(queue, found, each, place, seed, until, errors)) for _ in range(processes)]
     for worker in workers:
         worker.start()
     ended = 0
@@ -269,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scenarios", help=f"some of {', '.join(scenarios())}; by default all")
     parser.add_argument("--minutes", type=float, default=600.0, help="stop then, whatever was reached")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--errors", type=float, default=0.0, help="share of the faults that are errors of the disk")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--out", type=Path, help="a CSV with a line for each scenario and kind of place")
     parser.add_argument("--place", type=Path, help="where the runs are made; failed ones stay there")
@@ -277,16 +297,21 @@ def main(argv: list[str] | None = None) -> int:
     place = arguments.place or Path(tempfile.mkdtemp(prefix="kills"))
     trials: list[Trial] = []
     print(f"seed {arguments.seed}, in {place}", flush=True)
-    for one in run(names, arguments.kills, arguments.processes, arguments.minutes, arguments.seed, place):
+    a = arguments
+    for one in run(names, a.kills, a.processes, a.minutes, a.seed, place, a.errors):
         trials.append(one)
         if one.problem:
             print(f"\nDIFFERENT {asdict(one)}", flush=True)
-        kills, bad = sum(t.kills for t in trials), sum(bool(t.problem) for t in trials)
-        print(f"\r{kills} kills, {len(trials)} programs, {bad} different", end="", flush=True)
+        kills, errors, bad = (sum(map(f, trials)) for f in (lambda t: t.kills, lambda t: t.errors, _is_bad))
+        print(f"\r{kills} kills, {errors} errors, {len(trials)} programs, {bad} different", end="", flush=True)
+        if a.out:
+            write(a.out, trials)  # each time, so that a stop in the middle keeps the figures
     print()
-    if arguments.out:
-        write(arguments.out, trials)
     return int(any(t.problem for t in trials) or not trials)
+
+
+def _is_bad(trial: Trial) -> bool:
+    return bool(trial.problem)
 
 
 def write(path: Path, trials: list[Trial]) -> None:
@@ -294,11 +319,11 @@ def write(path: Path, trials: list[Trial]) -> None:
     kinds = sorted({_kind(place) for t in trials for place in t.places})
     with open(path, "w", newline="") as handle:
         writer = csv.writer(handle)
-        writer.writerow(["scenario", "programs", "kills", "by_time", "by_point", "different", *kinds])
+        writer.writerow(["scenario", "programs", "kills", "by_time", "by_point", "errors", "different", *kinds])
         for name in dict.fromkeys(t.scenario for t in trials):
             mine = [t for t in trials if t.scenario == name]
             where = Counter(_kind(place) for t in mine for place in t.places)
-            sums = [sum(getattr(t, key) for t in mine) for key in ("kills", "by_time", "by_point")]
+            sums = [sum(getattr(t, key) for t in mine) for key in ("kills", "by_time", "by_point", "errors")]
             writer.writerow([name, len(mine), *sums, sum(bool(t.problem) for t in mine), *(where[k] for k in kinds)])
 
 

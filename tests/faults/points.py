@@ -44,6 +44,15 @@ class Shared:
         return self.memory[16 : 16 + int.from_bytes(self.memory[8:16], "little")].decode(errors="replace")
 
 
+def failing(code: int) -> Callable[[], None]:
+    """A disk's refusal, such as ``errno.ENOSPC``."""
+
+    def act() -> None:
+        raise OSError(code, os.strerror(code))
+
+    return act
+
+
 def kill() -> None:
     """Ends this process as ``kill -9`` does."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -57,6 +66,7 @@ class Points:
         at: number of the point, or a test of its label (``write metrics.jsonl torn``); None only counts.
         act: what is done there: :func:`kill`, or a function that raises OSError.
         shared: where points are noted.
+        stays: act at every point from then on, as a disk that stays full does.
     """
 
     def __init__(
@@ -65,9 +75,10 @@ class Points:
         at: int | Callable[[str], bool] | None = None,
         act: Callable[[], None] = kill,
         shared: Shared | None = None,
+        stays: bool = False,
     ) -> None:
         self.root, self.at, self.act, self.shared = str(root.resolve()), at, act, shared
-        self.count = 0
+        self.count, self.stays = 0, stays
         self._undo: list[tuple[Any, str, Any]] = []
 
     def met(self, label: str) -> bool:
@@ -75,7 +86,9 @@ class Points:
         self.count += 1
         if self.shared is not None:
             self.shared.note(self.count, label)
-        return self.at(label) if callable(self.at) else self.count - 1 == self.at
+        if callable(self.at) or self.at is None:
+            return self.at is not None and self.at(label)
+        return self.count - 1 >= self.at if self.stays else self.count - 1 == self.at
 
     def point(self, label: str) -> None:
         if self.met(label):
@@ -129,13 +142,20 @@ class Points:
         class File(io.FileIO):
             """Its writes are points."""
 
+            full = False
+
             def write(self, data: Any) -> int:
                 label = f"write {os.path.basename(str(self.name))}"
                 points.point(f"{label} before")
                 view = memoryview(data).cast("B")
-                if len(view) > 1 and points.met(f"{label} torn"):
-                    super().write(view[: len(view) // 2])
+                if self.full:
                     points.act()
+                if len(view) > 1 and points.met(f"{label} torn"):
+                    half = super().write(view[: len(view) // 2])
+                    if points.act is kill:
+                        kill()
+                    self.full = True  # as a disk does: a short write first, then the error
+                    return half
                 written = super().write(view)
                 points.point(f"{label} after")
                 return written
