@@ -16,13 +16,13 @@ from faults.kill import Plan, Reference, Trial, trial, undisturbed, write
 from faults.points import Points, failing
 from faults.scenarios import Scenario, differences
 
-SHORT = ("language_stale3", "gymnasium_sac", "flow_warm_start", "replay")
+SHORT = ("language_stale3", "gymnasium_sac", "replay")
 
 
 def test_runs_and_replays_that_are_killed_again_and_again_end_as_undisturbed_ones(tmp_path: Path) -> None:
     """At most a minute; the long form with its figures is in docs/results/faults.md."""
     table = tmp_path / "kills.csv"
-    options = ["--kills", "40", "--minutes", "0.6", "--processes", "2", "--errors", "0.2", "--out", str(table)]
+    options = ["--kills", "40", "--minutes", "0.5", "--processes", "2", "--errors", "0.2", "--out", str(table)]
     command = [sys.executable, "-m", "tests.faults.kill", *options, "--scenarios", ",".join(SHORT), "--seed", "11"]
     root = Path(__file__).parents[1]
     done = subprocess.run(
@@ -31,7 +31,7 @@ def test_runs_and_replays_that_are_killed_again_and_again_end_as_undisturbed_one
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     with open(table, newline="") as handle:
         rows = list(csv.DictReader(handle))
-    assert sum(int(row["kills"]) for row in rows) >= 4 and all(row["different"] == "0" for row in rows)
+    assert sum(int(row["kills"]) for row in rows) >= 3 and all(row["different"] == "0" for row in rows)
 
 
 def counting(write_number: str) -> Scenario:

@@ -234,9 +234,10 @@ def _attempt(
 
 
 def kill_scenario(
-    scenario: Scenario, kills: int, place: Path, seed: int, until: float, errors: float = 0.0
+    scenario: Scenario, kills: int, place: Path, seed: int, seconds: float, errors: float = 0.0
 ) -> Iterator[Trial]:
     """Trials of one scenario until there were enough kills and errors, or the time is over."""
+    until = time.monotonic() + seconds
     reference = undisturbed(scenario, place)
     plan, done, number = Plan(reference, seed), 0, 0
     while done < kills and time.monotonic() < until:
@@ -245,13 +246,13 @@ def kill_scenario(
         yield one
 
 
-def _work(names: Any, out: Any, each: int, place: Path, seed: int, until: float, errors: float) -> None:
+def _work(names: Any, out: Any, each: int, place: Path, seed: int, seconds: float, errors: float) -> None:
     """A process that takes scenarios from a queue and puts trials into another."""
     preload()
     known = scenarios()
     while (name := names.get()) is not None:
         try:
-            for one in kill_scenario(known[name], each, place / name, seed, until, errors):
+            for one in kill_scenario(known[name], each, place / name, seed, seconds, errors):
                 out.put(one)
         except Exception as error:
             out.put(Trial(name, -1, problem=f"{type(error).__name__}: {error}"))
@@ -266,9 +267,9 @@ def run(
     found: SimpleQueue[Any] = SimpleQueue()
     for name in [*names, *[None] * processes]:
         queue.put(name)
-    until = time.monotonic() + 60.0 * minutes
+    seconds = 60.0 * minutes * processes / len(names)  # each scenario has its share
     each = -(-kills // len(names))
-    workers = [Process(target=_work, args=(queue, found, each, place, seed, until, errors)) for _ in range(processes)]
+    workers = [Process(target=_work, args=(queue, found, each, place, seed, seconds, errors)) for _ in range(processes)]
     for worker in workers:
         worker.start()
     ended = 0
@@ -286,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000, help="in all, spread over the scenarios")
     parser.add_argument("--scenarios", help=f"some of {', '.join(scenarios())}; by default all")
-    parser.add_argument("--minutes", type=float, default=600.0, help="stop then, whatever was reached")
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop about then, whatever was reached")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--errors", type=float, default=0.0, help="share of the faults that are errors of the disk")
     parser.add_argument("--seed", type=int, default=int(time.time()))

@@ -197,7 +197,8 @@ class Trainer:
     def _rescue(self, error: BaseException) -> None:
         """Saves the last whole update, and lets the error say which checkpoint there is."""
         if isinstance(error, NonFiniteError):
-            self._clean = _finite(self.agent)  # the update is spent, and weights that are lost are not kept
+            # the update is spent; weights that are lost are kept only where there is nothing else to look at
+            self._clean = self._saved < 0 or _finite(self.agent)
         untouched = self.updates == 0 and not self._logged  # a new start loses nothing, and may have half collected
         if self.folder is None or self.log is None:
             return
