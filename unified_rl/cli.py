@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.stopping import raising, say, stopping
 
 DEBUG = "UNIFIED_RL_DEBUG"
+DISK = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT)
+"""What a full, read-only or broken disk raises, whoever meets it: one line is enough."""
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -327,6 +330,11 @@ def _main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if os.environ.get(DEBUG) or error.errno not in DISK:
+            raise
+        say(f"{error.strerror}: {error.filename or 'a file could not be written'}")
+        return 2
 
 
 if __name__ == "__main__":

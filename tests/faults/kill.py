@@ -83,8 +83,11 @@ def preload() -> None:
     logging.disable(logging.WARNING)
 
 
-def child(go: Callable[[], None], log: Path, points: Points | None = None) -> int:
-    """Forks a process that does something and ends; its output goes to a file."""
+def child(go: Callable[[], None], log: Path, points: Points | None = None, bare: bool = False) -> int:
+    """Forks a process that does something and ends; its output goes to a file.
+
+    Its code is :data:`REFUSED` for an error of the library, with ``bare`` for one of the system too.
+    """
     pid = os.fork()
     if pid:
         return pid
@@ -103,7 +106,8 @@ def child(go: Callable[[], None], log: Path, points: Points | None = None) -> in
         code = 0
     except BaseException as error:
         traceback.print_exc()
-        code = REFUSED if any(base.__name__ == "UnifiedRLError" for base in type(error).__mro__) else 1
+        ours = any(base.__name__ == "UnifiedRLError" for base in type(error).__mro__)
+        code = REFUSED if ours or (bare and isinstance(error, OSError)) else 1
     finally:
         os._exit(code)
 
@@ -211,7 +215,7 @@ def _attempt(
     points = Points(folder, int(plan.point() * share) if by_point else None, shared=shared)
     if fails:
         points.act, points.stays = failing(plan.random.choice(DISKS)), draw() < 0.5
-    pid = child(lambda: scenario.go(folder), log, points)
+    pid = child(lambda: scenario.go(folder), log, points, scenario.bare)
     timed = disturb and not by_point
     code = wait(pid, plan.moment() * share if timed else LIMIT)
     if code is None:

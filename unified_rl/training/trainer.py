@@ -176,7 +176,8 @@ class Trainer:
             return
         assert self.replay is not None
         rows, metrics = self.feed.take()
-        self.replay.extend(rows)
+        with self.present.writes():  # a memory-mapped replay may meet a full disk
+            self.replay.extend(rows)
         self.means.add(metrics)
 
     def _crossed(self, every: int | None) -> bool:
