@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -61,7 +62,7 @@ class GymnasiumEnv(ControlEnvBase):
         check_count(num_envs)
         options = {**(make_kwargs or {}), "max_episode_steps": max_episode_steps}
         vector = _make_vector(id, num_envs, flatten, options)
-        self._make_copy = lambda: _make_vector(id, 1, flatten, options).envs[0]
+        self._make_copy: Callable[[], gymnasium.Env[Any, Any]] = lambda: _make_vector(id, 1, flatten, options).envs[0]
         limit = vector.envs[0].spec.max_episode_steps if vector.envs[0].spec else None
         if not limit:
             raise ConfigError(f"{id} has no time limit; set env.max_episode_steps")
@@ -167,7 +168,7 @@ class GymnasiumEnv(ControlEnvBase):
         try:
             same = np.array_equal(self._replay(lane, copy).astype(np.float32), self._observation[lane].numpy())
         finally:
-            copy.close()
+            copy.close()  # type: ignore[no-untyped-call]
         return same or UNLIKE
 
     def _replay(self, lane: int, copy: gymnasium.Env[Any, Any] | None = None) -> np.ndarray[Any, Any]:

@@ -187,7 +187,7 @@ class Trainer:
         return self.steps // every > (self.steps - self.per_update) // every
 
     def _log(self, metrics: dict[str, float]) -> None:
-        assert self.log is not None
+        assert self.log is not None and self._clock is not None
         self.elapsed = time.monotonic() - self._clock
         with self.present.writes():
             self.log.write(self.updates, self.steps, self.elapsed, metrics)
