@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unified_rl.agents.graphed import GraphedStep
 from unified_rl.agents.phases import Node, Phases
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.objectives.summands import Scales
 from unified_rl.objectives.transitions import KEYS, Networks, Transitions, prepare_batch
@@ -53,6 +54,7 @@ class Phase:
         return loss.detach(), metrics
 
 
+@configurable
 class ActorCritic:
     """One gradient step: value, critic, actor and entropy weight, each with its own optimiser, then the slow copy.
 

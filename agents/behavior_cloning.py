@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.optimizer import Optimizer
 from unified_rl.protocols import HasGenerator, Trainable, layout_of
@@ -16,6 +17,7 @@ from unified_rl.replay.fit import check_replay
 from unified_rl.units import trim_units
 
 
+@configurable
 class BehaviorCloning:
     """Minimises ``policy.nll`` over rows of demonstrations.
 

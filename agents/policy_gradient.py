@@ -19,6 +19,7 @@ from unified_rl.agents.batches import Batches, Draw, choose_steps
 from unified_rl.agents.estimate import Estimate, make_advantage, make_gates, make_maps
 from unified_rl.agents.loss import anchors_of, attach, make_terms
 from unified_rl.agents.scoring import identity_check, scoring
+from unified_rl.configurable import configurable
 from unified_rl.correction import Correction
 from unified_rl.interventions import WRAPPERS, make_wrapper
 from unified_rl.objectives.objective import Objective, Parts
@@ -29,6 +30,7 @@ from unified_rl.replay.fit import check_replay
 from unified_rl.units import split_steps
 
 
+@configurable
 class PolicyGradient:
     """One update: draw rows, compute advantages, then epochs of minibatches through the correction.
 
@@ -53,13 +55,13 @@ class PolicyGradient:
         gamma: discount of a step; None is 0.99 for control and 1 for language.
         lam: trace parameter of GAE and V-trace.
         off_policy_targets: value targets and advantages by V-trace from the current policy's ratios.
-        value_coef: weight of the value loss.
+        value_coef: weight of the value loss, which is half the mean squared error.
         value_clip: bound of the value's move, see :func:`unified_rl.objectives.value_loss`.
         critic_hidden: widths of the value network (control).
         critic_config: model configuration of the token critic's own transformer (language); None puts a linear head
             on the policy's own features.
         entropy_coef: weight of the policy's entropy; needs a policy with ``entropy`` or ``read_logits``.
-        normalize_advantage: standardise advantages over the rows of an update.
+        normalize_advantage: standardise advantages once an update, over all of its rows (not over each minibatch).
         drop_equal_groups: leave out rows of groups whose rewards are all equal (DAPO's filter; they have no
             gradient, but they count in the denominators unless dropped).
         max_grad_norm: bound of the gradient norm.

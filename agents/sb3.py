@@ -9,8 +9,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import CheckpointError, ConfigError
-from unified_rl.protocols import ControlEnv, Domain
+from unified_rl.interop.guard import reset_env, step_env
+from unified_rl.protocols import ControlEnv, Domain, StepResult
 from unified_rl.spaces import Space
 
 ALGORITHMS = ("sac", "ppo", "td3", "a2c", "ddpg")
@@ -31,10 +33,15 @@ def make_vec_env(env: ControlEnv) -> Any:
             observation, action = Space.of(env.policy_inputs()).as_policies_see_it().to_gymnasium()
             super().__init__(env.num_envs, observation, action)
             self._action: Tensor | None = None
+            self.steps = 0
+            self.ended: list[dict[str, float]] = []
+            self._return = torch.zeros(env.num_envs, dtype=torch.float64)
+            self._length = torch.zeros(env.num_envs, dtype=torch.int64)
+            self._calls = 0
 
         def reset(self) -> Any:
             """First observations."""
-            return env.reset_batch().numpy()
+            return reset_env(env).numpy()
 
         def step_async(self, actions: np.ndarray) -> None:
             """Keeps the action for :meth:`step_wait`."""
@@ -43,13 +50,26 @@ def make_vec_env(env: ControlEnv) -> Any:
         def step_wait(self) -> Any:
             """Observations, rewards, dones and infos of one step."""
             assert self._action is not None
-            result = env.step_batch(self._action)
+            self._calls += 1
+            result = step_env(env, self._action, self._calls)
+            self.steps += int(result.executed.sum())
+            self._return += result.plain_reward
+            self._length += result.executed
             done = result.terminated | result.truncated
             infos: list[dict[str, Any]] = [{} for _ in range(env.num_envs)]
             for lane in done.nonzero().flatten().tolist():
                 infos[lane]["terminal_observation"] = result.next_observation[lane].numpy()
                 infos[lane]["TimeLimit.truncated"] = bool(result.truncated[lane] & ~result.terminated[lane])
+                infos[lane]["episode"] = self._end(lane, result)
             return result.observation.numpy().copy(), result.reward.numpy().copy(), done.numpy(), infos
+
+        def _end(self, lane: int, result: StepResult) -> dict[str, float]:
+            """Notes an episode that ended; its undiscounted return and its length as SB3 wants them."""
+            told = {key: float(value[lane]) for key, value in result.info.items()}
+            told |= {"return": float(self._return[lane]), "length": float(self._length[lane])}
+            self.ended.append(told)
+            self._return[lane], self._length[lane] = 0.0, 0
+            return {"r": told["return"], "l": told["length"], "t": 0.0}
 
         def close(self) -> None:
             """The trainer owns the environment."""
@@ -97,6 +117,7 @@ class SB3Policy(nn.Module):
         return TensorDict(columns, batch_size=[rows])
 
 
+@configurable
 class SB3Agent:
     """One Stable-Baselines3 algorithm at its own defaults, trained in slices between our evaluations.
 
@@ -105,11 +126,17 @@ class SB3Agent:
         env: our control environment with one simulation (SB3's default) or several.
         algorithm: one of :data:`ALGORITHMS`.
         num_envs: simulations (read by the trainer, which makes the environment).
-        slice_steps: environment steps between two looks of our trainer.
+        slice_steps: environment steps between two looks of our trainer; rounded up to whole rollouts (``n_steps`` in
+            every simulation) of algorithms that collect those.
         gamma: discount.
         options: further keyword arguments of the SB3 constructor.
         seed: SB3's seed.
         device: where SB3 trains.
+        budget: the run's ``steps``: the last slice, and its last rollout, are cut so that no more are made. None: no
+            limit.
+
+    Attributes:
+        steps_per_update: environment steps of a slice.
 
     Raises:
         ConfigError: an unknown algorithm, or an environment that is not a control environment.
@@ -126,6 +153,7 @@ class SB3Agent:
         options: dict[str, Any] | None = None,
         seed: int = 0,
         device: str = "cpu",
+        budget: int | None = None,
     ) -> None:
         import stable_baselines3
 
@@ -133,32 +161,67 @@ class SB3Agent:
             raise ConfigError(f"agent.algorithm={algorithm} is not one of {', '.join(ALGORITHMS)}")
         if not isinstance(env, ControlEnv) or env.domain != "control":
             raise ConfigError("Stable-Baselines3 agents need a control environment")
+        if "tensorboard_log" in (options or {}):
+            raise ConfigError("agent.options.tensorboard_log would write beside the run's folder; the run logs sb3/*")
         cls = getattr(stable_baselines3, algorithm.upper())
         self.env = env
         try:
-            self.model = cls("MlpPolicy", make_vec_env(env), gamma=gamma, seed=seed, device=device, **(options or {}))
+            self._vec = make_vec_env(env)
+            self.model = cls("MlpPolicy", self._vec, gamma=gamma, seed=seed, device=device, **(options or {}))
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(
                 f"Stable-Baselines3's {algorithm} cannot be made: {' '.join(str(error).split())}"
             ) from error
         self.policy = SB3Policy(self.model)
         self.gamma = gamma
-        self.steps_per_update = slice_steps
+        self._per_call = env.num_envs * int(getattr(env, "steps_per_action", 1))
+        unit = self._per_call * int(getattr(self.model, "n_steps", 1))
+        self.steps_per_update = -(-slice_steps // unit) * unit
+        self.budget = budget
         self.version = 0
         self._started = False
 
+    @property
+    def steps(self) -> int:
+        """Environment steps made so far: SB3's ``num_timesteps``, or all steps of chunks of actions."""
+        return int(self._vec.steps)
+
     def update(self, replay: None = None, progress: float = 0.0) -> dict[str, Any]:
-        """Trains for one slice of environment steps; returns SB3's own logged numbers under ``sb3/``."""
-        target = self.steps_per_update * (self.version + 1) - self.model.num_timesteps
-        if target > 0:
-            self.model.learn(target, reset_num_timesteps=not self._started, progress_bar=False)
-            self._started = True
+        """Trains for one slice of environment steps.
+
+        Returns:
+            SB3's own logged numbers under ``sb3/``, and ``rollout/return`` (undiscounted), ``rollout/length`` and the
+            environment's own, over the episodes that ended in the slice, which ``rollout/episodes`` counts.
+        """
+        target = self.steps_per_update * (self.version + 1)
+        target = target if self.budget is None else min(target, self.budget)
+        calls = -(-target // self._per_call) - self.model.num_timesteps // self.env.num_envs
+        for length in self._rollouts(calls):
+            self._learn(length)
         self.version += 1
-        logged = dict(self.model.logger.name_to_value)
-        episodes = [info["r"] for info in self.model.ep_info_buffer or []]
-        return {f"sb3/{k}": float(v) for k, v in logged.items() if isinstance(v, int | float)} | (
-            {"rollout/return": float(np.mean(episodes))} if episodes else {}
-        )
+        logged = {
+            f"sb3/{k}": float(v) for k, v in self.model.logger.name_to_value.items() if isinstance(v, int | float)
+        }
+        return logged | self._episode_means()
+
+    def _rollouts(self, calls: int) -> list[int]:
+        """Steps in every simulation, by call of SB3's ``learn``: whole rollouts, and then what is left."""
+        n_steps = int(getattr(self.model, "n_steps", 0))
+        rest = calls % n_steps if n_steps else 0
+        return [part for part in (calls - rest, rest) if part > 0]
+
+    def _learn(self, calls: int) -> None:
+        n_steps = int(getattr(self.model, "n_steps", 0))
+        if calls < n_steps:  # the last rollout of the budget; SB3 has no other way to make a shorter one
+            self.model.n_steps = self.model.rollout_buffer.buffer_size = calls
+        self.model.learn(calls * self.env.num_envs, reset_num_timesteps=not self._started, progress_bar=False)
+        self._started = True
+
+    def _episode_means(self) -> dict[str, float]:
+        ended, self._vec.ended = self._vec.ended, []
+        told = {key: [e[key] for e in ended if key in e] for key in dict.fromkeys(k for e in ended for k in e)}
+        means = {f"rollout/{key}": float(np.nanmean(value)) for key, value in told.items() if not np.isnan(value).all()}
+        return {**means, "rollout/episodes": float(len(ended))} if ended else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Policy weights and counters; SB3's replay and random streams are not part of it."""

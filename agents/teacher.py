@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from unified_rl.config import build
 from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.instantiate import allowed
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.protocols import CountsUnits, HasSpace, Trainable
 from unified_rl.training.checkpoint import intact_checkpoint
+from unified_rl.training.provenance import stored_config
+from unified_rl.training.restoring import policy_state
 
 
 def load_teacher(folder: str, student: Trainable, setting: str = "agent.teacher") -> Trainable:
@@ -45,14 +46,14 @@ def load_teacher(folder: str, student: Trainable, setting: str = "agent.teacher"
 
 
 def _from_run(path: Path, student: Trainable) -> Any:
-    state = intact_checkpoint(path, replay=False)[1]["agent"].get("policy")
-    node = (yaml.safe_load((path / "config.yaml").read_text()) or {}).get("policy")
+    node = stored_config(path).get("policy")
+    state = policy_state(*reversed(intact_checkpoint(path, replay=False)))
     if not state or not node:
         raise ConfigError(f"the run {path} holds no policy that could teach")
     try:
-        teacher = build(node, seed=0, **_inputs(student)).to(student.device)
+        teacher = build(node, allow=allowed(), seed=0, **_inputs(student)).to(student.device)
         teacher.load_state_dict(state)
-    except (RuntimeError, TypeError, ConfigError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise ConfigError(f"the policy of {path} does not fit here: {str(error).splitlines()[0]}") from error
     if isinstance(student, CountsUnits) and teacher.num_units != student.num_units:
         raise ConfigError(

@@ -3,7 +3,8 @@
 Prepare, loss and backward of each preset, in turn with the PPO loss in plain torch (ratio, clip, mask, mean,
 backward; no guards) on the same tensors. A ratio is the median of the rounds' ratios of CPU time. ``--language-model``
 also times a training step of a causal language model of about 5M parameters at the first shape, and gives each preset's
-share of it.
+share of it. ``peak`` and ``largest`` are all temporaries that live at once, and the largest of them, in float32 tensors
+of the batch's shape.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -22,7 +24,11 @@ from torch import Tensor
 
 from unified_rl.correction import correction_names, load_correction
 
-SHAPES = ((64, 512), (256, 2048))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from memory_meter import Meter
+
+SHAPES = ((64, 512), (256, 2048), (32, 16_384))
 LABEL = str(list(SHAPES[0]))
 
 
@@ -84,8 +90,15 @@ def measure(rows: int, width: int, rounds: int, names: list[str]) -> list[dict[s
         ratio = statistics.median(a / b for a, b in both)
         took = statistics.median(a for a, _ in both)
         line = {"preset": name, "shape": f"[{rows}, {width}]", "ms": round(1e3 * took, 2), "ratio": round(ratio, 2)}
-        out.append(line)
+        out.append({**line, **memory(ours, 4 * rows * width)})
     return out
+
+
+def memory(f: Callable[[], object], one: int) -> dict[str, float]:
+    """What a call allocates, in units of ``one`` bytes."""
+    with Meter() as meter:
+        f()
+    return {"peak": round(meter.peak / one, 2), "largest": round(meter.largest / one, 2)}
 
 
 def language_model_step(rows: int, width: int, sample: int = 4) -> tuple[float, int]:
@@ -145,7 +158,8 @@ def main() -> None:
             print("  ".join(f"{key}={value}" for key, value in line.items()))
         median = statistics.median(r for r, _ in ratios)
         worst = ", ".join(f"{name} {ratio}" for ratio, name in ratios[-5:])
-        print(f"[{rows}, {width}]: median {median:.2f} (target 1.5), largest: {worst} (target 3)")
+        peak = max(float(str(line["peak"])) for line in lines)
+        print(f"[{rows}, {width}]: median {median:.2f} (target 1.5), largest: {worst} (target 3); memory {peak} (16)")
     if args.language_model:
         add_shares(table)
     if args.csv:

@@ -156,13 +156,13 @@ def test_train_hands_over_the_resolved_configuration(monkeypatch: pytest.MonkeyP
     seen: dict[str, Any] = {}
     monkeypatch.setattr(run, "train", lambda cfg, allow: seen.update(cfg=cfg, allow=allow))
     monkeypatch.setattr(run, "resume", lambda *given: seen.update(resumed=given))
-    monkeypatch.setattr(run, "evaluate_run", lambda *given: seen.update(evaluated=given))
+    monkeypatch.setattr(run, "evaluate_run", lambda *given, **named: seen.update(evaluated=(given, named)))
     assert cli.main(["train", *CONTROL, "--allow", "mine", "seed=3"]) == 0
     assert seen["cfg"]["seed"] == 3 and seen["cfg"]["choices"]["env"] == "pendulum" and seen["allow"] == ["mine"]
     assert cli.main(["train", "resume=runs/a=b", "steps=2e4"]) == 0
     assert seen["resumed"] == ("runs/a=b", 20_000, [])
-    assert cli.main(["evaluate", "runs/x", "--episodes", "7"]) == 0
-    assert seen["evaluated"] == ("runs/x", 7, [], None)
+    assert cli.main(["evaluate", "runs/x", "--episodes", "7", "--checkpoint", "400", "--rows", "64"]) == 0
+    assert seen["evaluated"] == (("runs/x", 7, [], None), {"checkpoint": "400", "rows": 64})
 
 
 def test_the_installed_command_runs() -> None:

@@ -281,7 +281,7 @@ def test_no_configuration_can_allow_a_package(user: str) -> None:
     for key in ("correction.allow", "agent.allow", "correction.kernel.allow"):
         assert message(lambda k=key: compose([*run[:-1], f"{k}=[{user}]"]))
     sealed = {"_target_": "unified_rl.instantiate.allowing", "allow": [user]}
-    assert "not a class or function defined in an allowed package" in message(lambda: build(sealed))
+    assert "is no part that a configuration may build" in message(lambda: build(sealed))
 
 
 def test_a_users_kernel_trains_from_the_command_line(

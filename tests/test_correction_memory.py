@@ -3,69 +3,35 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from typing import Any
 
 import pytest
 import torch
+from memory_meter import Meter
 from tensordict import TensorDict
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from unified_rl.correction import correction_names, load_correction
 
-ROWS, WIDTH = 32, 64
-UNIT = 4 * ROWS * WIDTH
-"""Bytes of one float32 tensor of the batch's shape."""
+SHAPES = ((32, 64), (4, 16_384))
+"""Rows and tokens: whatever grows faster than their product shows in one of the two."""
 
 
-class Meter(TorchDispatchMode):
-    """Counts the bytes of the storages that operations create: the largest, and the most alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = self.alive = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in inputs:
-                self._count(x.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:
-            return
-        self.known.add(key)
-        self.alive += size
-        self.largest, self.peak = max(self.largest, size), max(self.peak, self.alive)
-
-        def freed() -> None:
-            self.known.discard(key)
-            self.alive -= size
-
-        weakref.finalize(storage, freed)
-
-
-def make() -> tuple[Tensor, TensorDict]:
+def make(rows: int, width: int) -> tuple[Tensor, TensorDict]:
     g = torch.Generator().manual_seed(0)
-    current = -0.1 - 3 * torch.rand(ROWS, WIDTH, generator=g)
+    current = -0.1 - 3 * torch.rand(rows, width, generator=g)
     items = {
-        f"{name}_log_prob": current + 0.3 * torch.randn(ROWS, WIDTH, generator=g)
+        f"{name}_log_prob": current + 0.3 * torch.randn(rows, width, generator=g)
         for name in ("behavior", "proximal", "reference", "proxy", "teacher")
     }
-    items["mask"] = torch.rand(ROWS, WIDTH, generator=g) > 0.3
-    items["step_index"] = (torch.arange(WIDTH) * 4 // WIDTH).expand(ROWS, WIDTH).contiguous()
-    items["reward"] = torch.zeros(ROWS, 4)
-    items["reward"][:, -1] = (torch.rand(ROWS, generator=g) > 0.5).float()
-    items["advantage"] = torch.randn(ROWS, generator=g)
-    items["group"] = torch.arange(ROWS) // 4
-    items["source"] = torch.arange(ROWS) % 3
-    items["policy_version"] = torch.zeros(ROWS, WIDTH, dtype=torch.int64)
-    return current.requires_grad_(), TensorDict(items, batch_size=[ROWS])
+    items["mask"] = torch.rand(rows, width, generator=g) > 0.3
+    items["step_index"] = (torch.arange(width) * 4 // width).expand(rows, width).contiguous()
+    items["reward"] = torch.zeros(rows, 4)
+    items["reward"][:, -1] = (torch.rand(rows, generator=g) > 0.5).float()
+    items["advantage"] = torch.randn(rows, generator=g)
+    items["group"] = torch.arange(rows) // 4
+    items["source"] = torch.arange(rows) % 3
+    items["policy_version"] = torch.zeros(rows, width, dtype=torch.int64)
+    return current.requires_grad_(), TensorDict(items, batch_size=[rows])
 
 
 def test_the_meter_sees_a_large_temporary_and_its_release() -> None:
@@ -79,14 +45,16 @@ def test_the_meter_sees_a_large_temporary_and_its_release() -> None:
     assert meter.peak == 80_800
 
 
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
 @pytest.mark.parametrize("name", correction_names())
-def test_temporaries_are_a_small_constant_times_the_batch(name: str) -> None:
-    log_prob, batch = make()
+def test_temporaries_are_a_small_constant_times_the_batch(name: str, rows: int, width: int) -> None:
+    log_prob, batch = make(rows, width)
     correction = load_correction(name)
     meter = Meter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with meter:
             correction(log_prob, batch).loss.backward()
-    assert meter.largest <= 2 * UNIT  # an int64 a unit
-    assert meter.peak <= 16 * UNIT
+    one = 4 * rows * width  # bytes of one float32 tensor of the batch's shape
+    assert meter.largest <= 2 * one  # an int64 a unit
+    assert meter.peak <= 16 * one

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from correction_cases import drifted, ratios, record
+from torch import Tensor
 
 from unified_rl.correction import Correction, load_correction
 from unified_rl.correction.proximal import MovingAverage, interpolated
@@ -59,6 +61,65 @@ def test_kept_denominator_shrinks_by_rejection_alone() -> None:
     assert kept.flatten().tolist() == pytest.approx([0.5, 0.5, 0, 0])
     zeroed = Correction(kernel={"name": "band", "low": 0.5, "high": 2.0}, denominator="kept")(current, batch).weight
     assert zeroed.flatten().tolist() == pytest.approx([0.25, 0.25, 0, 0])
+
+
+def test_rejected_units_lose_or_keep_their_penalties_by_hand() -> None:
+    log_ratio = torch.tensor([[0.0, 0.1], [2.0, 0.3]], dtype=torch.float64)
+    current, batch = record(log_ratio, torch.ones(2, dtype=torch.float64))
+    parts = {
+        "kernel": "constant",
+        "reject": [{"name": "band", "level": "unit", "low": 0.5, "high": 2.0}],
+        "penalty": [{"name": "k2", "anchor": "behavior", "coefficient": 3.0}],
+    }
+    policy = torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+
+    def gradient(**more: Any) -> Tensor:
+        x = current.clone().requires_grad_(True)
+        Correction(**{**parts, **more})(x, batch).loss.backward()
+        assert x.grad is not None
+        return x.grad
+
+    drop, keep = (-policy + 3.0 * log_ratio * policy) / 4, (-policy + 3.0 * log_ratio) / 4
+    assert torch.equal(gradient(), gradient(rejected="drop"))
+    torch.testing.assert_close(gradient(), drop)
+    torch.testing.assert_close(gradient(rejected="keep"), keep)
+    kept = gradient(rejected="keep", denominator="kept")
+    torch.testing.assert_close(kept, keep * 4 / 3)
+    batch["behavior_log_prob"][0, 0] = float("nan")  # bad data is not rejection: nothing of it is left
+    assert float(gradient(rejected="keep")[0, 0]) == 0.0
+
+
+def test_units_that_are_thinned_out_lose_or_keep_their_penalties_by_hand() -> None:
+    log_ratio = torch.full((8, 6), 0.25, dtype=torch.float64)
+    current, batch = record(log_ratio, torch.ones(8, dtype=torch.float64))
+    penalty = [{"name": "k2", "anchor": "behavior", "coefficient": 3.0}]
+
+    def gradient(**more: Any) -> Tensor:
+        x = current.clone().requires_grad_(True)
+        thin = {"name": "uniform", "keep": 0.5}
+        Correction(kernel="constant", thin=thin, penalty=penalty, reduce="token-sum", **more)(x, batch).loss.backward()
+        assert x.grad is not None
+        return x.grad
+
+    drop, keep = gradient(rejected="drop"), gradient()
+    assert torch.equal(keep, gradient(rejected="keep"))
+    assert set(keep.flatten().tolist()) == {-2.0 + 0.75, 0.75}  # weight 1 / 0.5 where kept, and the penalty everywhere
+    assert set(drop.flatten().tolist()) == {-2.0 + 0.75, 0.0}
+    assert torch.equal(drop == 0.0, keep == 0.75)
+
+
+def test_micro_batches_of_rejected_rows_that_keep_their_penalties_add_up() -> None:
+    drift = torch.randn(6, 4, generator=torch.Generator().manual_seed(3)).double()
+    current, batch = record(drift, torch.ones(6).double())
+    reject = [{"name": "band", "level": "geometric", "low": 0.7, "high": 1.3}]
+    correction = Correction(reject=reject, penalty=[{"name": "k3", "anchor": "behavior"}], rejected="keep")
+    x, y = (current.clone().requires_grad_(True) for _ in range(2))
+    correction(x, batch).loss.backward()
+    stats = correction.prepare(current, batch)
+    for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
+        correction.loss(y[rows], batch[rows], stats[rows]).loss.backward()
+    assert x.grad is not None and y.grad is not None and bool((x.grad != 0).all())
+    torch.testing.assert_close(x.grad, y.grad)
 
 
 def test_reductions_by_hand_and_a_constant_horizon_forgets_the_padding() -> None:

@@ -23,7 +23,7 @@ RUNS = {
         "rollout.num_envs=4",
         "rollout.horizon=4",
         "rollout.staleness=1",
-        "steps=32",
+        "steps=128",
     ],
     "language model after imitation, in bfloat16": [
         "env=chain_mod",

@@ -16,10 +16,10 @@ from unified_rl import cli
 
 PAGE = Path("docs") / "extending.md"
 SECTIONS = ("A policy", "An agent", "An environment", "A correction", "A term of the loss", "A sampler", "A recipe")
-CONTROL = ["rollout.num_envs=4", "rollout.horizon=8", "steps=64"]
+CONTROL = ["rollout.num_envs=4", "rollout.horizon=8", "steps=256"]  # chunks of four commands
 LANGUAGE = ["rollout.prompts=4", "rollout.group_size=4", "steps=32"]
 SMALL = {
-    "A policy": [*CONTROL, "agent.minibatch=16", "agent.epochs=2"],
+    "A policy": [*CONTROL[:2], "steps=64", "agent.minibatch=16", "agent.epochs=2"],
     "An environment": [*LANGUAGE, "warm_start.stages=[{updates: 30, lr: 3e-3}]"],
     "A correction": CONTROL,
     "A term of the loss": CONTROL,

@@ -55,8 +55,8 @@ def test_the_script_of_the_readme_trains(readme: list[Block], folder: Path) -> N
     text = next(text for text in python_blocks(readme) if "ur.assemble(" in text)
     statements = [line for line in text.splitlines() if line.strip()]
     assert len(statements) <= 18
-    small = text.replace("20_000", "1024").replace('"updates": 200', '"updates": 2')
-    assert small.count("1024") == 1 and '"updates": 2,' in small
+    small = text.replace("20_000", "4096").replace('"updates": 200', '"updates": 2')
+    assert small.count("4096") == 1 and '"updates": 2,' in small
     held: dict[str, Any] = {}
     exec(small, held)
     trainer = held["trainer"]

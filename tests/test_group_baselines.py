@@ -49,6 +49,27 @@ def test_a_row_alone_in_its_group_follows_the_singleton_rule() -> None:
         assert float(group_advantage(reward, group, scale=scale, singleton=None)[0]) == 5.0
 
 
+def test_a_lone_row_is_whitened_with_the_batch_by_hand() -> None:
+    reward, group = torch.tensor([5.0, 1.0, 0.0], dtype=torch.float64), torch.tensor([0, 1, 1])
+    centred = torch.tensor([5.0, 0.5, -0.5], dtype=torch.float64)  # verl: the mean of a group of one is taken to be 0
+    expected = (centred - 5 / 3) / centred.std()
+    for options in ({}, {"singleton": None}):
+        got = group_advantage(reward, group, scale="whiten", eps=0.0, **options)
+        torch.testing.assert_close(got, expected)
+    units = torch.tensor([1, 3, 2])
+    each = centred.repeat_interleave(units)
+    got = group_advantage(reward, group, scale="whiten", eps=0.0, units=units)
+    torch.testing.assert_close(got.repeat_interleave(units), (each - each.mean()) / each.std())
+    batch = group_advantage(reward, group, scale="batch", singleton=None, eps=0.0)
+    torch.testing.assert_close(batch, centred / reward.std())
+    zero = group_advantage(reward, group, scale="whiten", singleton=0.0)
+    assert float(zero[0]) == 0.0 and float(group_advantage(reward, group, scale="batch")[0]) == 0.0
+    for scale in ("std", "batch", "whiten", "none"):
+        assert group_advantage(reward[:1], group[:1], scale=scale).tolist() == [0.0]  # a batch of one
+    three = group_advantage(reward, torch.arange(3), scale="whiten", eps=0.0)  # nobody has company
+    torch.testing.assert_close(three, (reward - 2.0) / reward.std())
+
+
 def test_minimum_spread_keeps_a_trace_of_reward_small() -> None:
     reward = torch.tensor([0.01, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
     group = torch.arange(8) // 4

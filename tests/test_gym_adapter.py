@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gymnasium
 import numpy as np
 import pytest
 import torch
 
-from unified_rl.envs.control import ActionChunk, GymnasiumEnv
+from unified_rl.config import build
+from unified_rl.envs.control import GymnasiumEnv
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.policies.autoregressive import AutoregressivePolicy
 from unified_rl.policies.gaussian import GaussianPolicy
@@ -100,9 +103,46 @@ def test_bad_ids_and_spaces_name_the_fix(coin: str) -> None:
         GymnasiumEnv("FrozenLake-v1")
     with pytest.raises(ConfigError, match="max_episode_steps"):
         GymnasiumEnv(coin)
-    with pytest.raises(ConfigError, match="chunks of length 1"):
-        ActionChunk(GymnasiumEnv("Pendulum-v1"), 2).inner.advance(torch.zeros(1, 1), torch.tensor([False]))
+    with pytest.raises(ConfigError, match=r"'Hall-v0'.*env\.id=PACKAGE:Hall-v0 and --allow PACKAGE"):
+        GymnasiumEnv("Hall-v0")
+    with pytest.raises(ConfigError, match="GymV26Environment-v0 imports whatever"):
+        GymnasiumEnv("GymV26Environment-v0", make_kwargs={"env_id": "os:Evil-v0"})
     assert GymnasiumEnv("FrozenLake-v1", flatten=True).reset_batch().tolist() == [[1.0] + [0.0] * 15]
+
+
+PACKAGE = """
+import gymnasium, pathlib
+pathlib.Path(__file__).with_name("ran").touch()
+gymnasium.register("Corridor-v0", entry_point="gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=9)
+"""
+
+
+def test_a_package_is_imported_for_its_ids_only_where_it_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corridor_package.py").write_text(PACKAGE)
+    (tmp_path / "broken_package.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def made(id: str, *allow: str) -> GymnasiumEnv:
+        node = {"_target_": "unified_rl.envs.control.GymnasiumEnv", "id": id}
+        out: GymnasiumEnv = build(node, allow=allow)
+        return out
+
+    for allow in ((), ("corridor",), ("corridor_package.inner",)):
+        with pytest.raises(ConfigError, match=r"would import the package 'corridor_package'.*--allow corridor_package"):
+            made("corridor_package:Corridor-v0", *allow)
+    with pytest.raises(ConfigError, match="would import"):
+        GymnasiumEnv("corridor_package:Corridor-v0")
+    assert not (tmp_path / "ran").exists()
+    assert made("corridor_package:Corridor-v0", "corridor_package").max_steps == 9
+    assert made("corridor_package:Corridor-v0").max_steps == 9, "imported already"
+    with pytest.raises(ConfigError, match=r"registers no environment 'Corridr-v0'.*did you mean 'Corridor-v0'"):
+        made("corridor_package:Corridr-v0", "corridor_package")
+    with pytest.raises(ConfigError, match=r"'broken_package' cannot be imported: ZeroDivisionError"):
+        made("broken_package:Corridor-v0", "broken_package")
+    with pytest.raises(ConfigError, match=r"'no_such_package' cannot be imported: ModuleNotFoundError"):
+        made("no_such_package:Corridor-v0", "no_such_package")
 
 
 class Strict(gymnasium.Env):
@@ -129,7 +169,7 @@ def strict(action: gymnasium.Space) -> GymnasiumEnv:  # type: ignore[type-arg]
 
 
 def arrived(env: GymnasiumEnv) -> np.ndarray:  # type: ignore[type-arg]
-    return np.array(env._vector.envs[0].unwrapped.got)
+    return np.array(env._copies[0].env.unwrapped.got)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -25,13 +25,16 @@ ORDER = (
     "returns",
     "policies",
     "config",
+    "interpolation",
     "instantiate",
     "protocols",
     "spaces",
     "units",
     "files",
+    "untrusted",
     "errors",
     "stopping",
+    "configurable",
     "lazy",
 )
 """Rooms of the core from the top floor to the ground; a room imports itself and those after it."""

@@ -71,7 +71,7 @@ def test_a_cloned_flow_policy_improves_by_policy_gradient(tmp_path: Path) -> Non
     clone = ["policy=flow", "warm_start=demonstrations", "warm_start.stages=[{updates: 300, lr: 3.0e-3}]"]
     sizes = ["rollout.num_envs=64", "rollout.horizon=8", "agent.epochs=2", "agent.minibatch=256"]
     tuned = ["agent.lr=3e-4", "agent.lam=0.9", "agent.value_coef=0.25", "agent.max_grad_norm=0.5", "correction=ppo"]
-    fair = ["steps=15360", "eval_episodes=128", "eval_deterministic=false"]
+    fair = ["steps=61440", "eval_episodes=128", "eval_deterministic=false"]
     rows = rows_of(tmp_path / "run", ["env=two_route", "agent=policy_gradient", *clone, *sizes, *tuned, *fair])
     assert rows[-1]["eval/return"] > rows[0]["eval/return"] + 0.15
     assert rows[-1]["eval/success"] > rows[0]["eval/success"] + 0.1

@@ -268,3 +268,26 @@ def test_policies_score_as_stored_on_a_gpu(name: str) -> None:
         scored = policy.log_prob(sample)
         torch.testing.assert_close(scored.log_prob, sample["behavior_log_prob"], atol=1e-4, rtol=1e-4)
         assert torch.isfinite(policy.nll(sample, torch.Generator(device).manual_seed(3))).all()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_numbers_of_another_precision_are_cast(name: str) -> None:
+    """NumPy hands out float64, and a data set may hold integers."""
+    policy = MAKERS[name](seed=1)
+    single = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    for other in (single.double(), single.round().int()):
+        found = policy.sample(other, torch.Generator().manual_seed(2))
+        want = policy.sample(other.float(), torch.Generator().manual_seed(2))
+        assert all(torch.equal(found[key], want[key]) for key in want.keys())
+        rows, wide = want.clone(), want.clone()
+        rows["observation"], wide["observation"] = other.float(), other
+        if want["action"].is_floating_point():
+            wide["action"] = want["action"].double()
+        assert torch.equal(policy.log_prob(wide).log_prob, policy.log_prob(rows).log_prob)
+        losses = [policy.nll(batch, torch.Generator().manual_seed(3)) for batch in (wide, rows)]
+        assert torch.equal(*losses)
+
+
+def test_a_locked_joint_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"action entry 1 of 3 lies between 2 and 2.*action_low must lie below"):
+        GaussianPolicy(4, 3, [-1.0, 2.0, 0.0], [1.0, 2.0, 1.0])

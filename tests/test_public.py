@@ -16,7 +16,7 @@ from torch import Tensor
 import unified_rl as ur
 from unified_rl import cli
 
-SMALL = {"steps": 128, "seed": 3, "eval_episodes": 4}
+SMALL = {"steps": 512, "seed": 3, "eval_episodes": 4}
 SIZES = {"num_envs": 8, "horizon": 8}
 TWO_ROUTE = ["env=two_route", "policy=gaussian", "correction=tis", "rollout.num_envs=8", "rollout.horizon=8"]
 CHAIN: dict[str, Any] = {
@@ -100,7 +100,7 @@ def test_every_command_has_its_twin_with_the_same_options() -> None:
 
 def test_a_run_is_a_folder_with_metrics_and_a_policy(robot: ur.Run) -> None:
     rows = robot.metrics()
-    assert [row["update"] for row in rows] == [0, 1, 2] and rows[-1]["steps"] == 128
+    assert [row["update"] for row in rows] == [0, 1, 2] and rows[-1]["steps"] == 512
     assert rows[-1]["eval/score"] == ur.evaluate(robot)["eval/score"] == robot.evaluate()["eval/score"]
     policy = robot.policy()
     assert not policy.training and policy.device.type == "cpu"
@@ -120,9 +120,9 @@ def test_evaluating_prints_nothing_and_records(
 
 def test_a_resumed_run_is_the_longer_run(robot: ur.Run, tmp_path: Path) -> None:
     common = [*TWO_ROUTE, "seed=3", "eval_episodes=4", "keep_checkpoints=9"]
-    long = ur.train([*common, "steps=256", f"run_dir={tmp_path / 'long'}"], progress=False)
-    part = ur.train([*common, "steps=128", f"run_dir={tmp_path / 'part'}"], progress=False)
-    assert ur.resume(part, 256, progress=False).metrics()[-1]["steps"] == 256
+    long = ur.train([*common, "steps=1024", f"run_dir={tmp_path / 'long'}"], progress=False)
+    part = ur.train([*common, "steps=512", f"run_dir={tmp_path / 'part'}"], progress=False)
+    assert ur.resume(part, 1024, progress=False).metrics()[-1]["steps"] == 1024
     assert equal(weights(part.policy()), weights(long.policy()))
     assert not equal(weights(part.policy(2)), weights(part.policy()))
     with pytest.raises(ur.CheckpointError, match="no checkpoint"):
@@ -262,8 +262,8 @@ def test_an_agent_without_a_correction_and_a_sampler_object() -> None:
 
 def test_updates_by_hand_end_with_the_budget() -> None:
     run = ur.assemble("two_route", correction="tis", rollout=SIZES, **SMALL)
-    assert run.update()["loss/total"] != run.update()["loss/total"] and run.steps == 128
-    with pytest.raises(ur.ConfigError, match="steps=128 is used up"):
+    assert run.update()["loss/total"] != run.update()["loss/total"] and run.steps == 512
+    with pytest.raises(ur.ConfigError, match="steps=512 is used up"):
         run.update()
 
 
@@ -272,7 +272,7 @@ def test_a_folder_holds_the_run_and_is_continued(tmp_path: Path, capsys: pytest.
         env = ur.make_env("two_route", num_envs=8)
         return ur.assemble(env, correction="tis", rollout={"horizon": 8}, folder=folder, **{**SMALL, **settings})
 
-    whole = assembled(None, steps=256)
+    whole = assembled(None, steps=1024)
     whole.run()
     half = assembled(tmp_path / "run")
     half.run()
@@ -286,7 +286,7 @@ def test_a_folder_holds_the_run_and_is_continued(tmp_path: Path, capsys: pytest.
             call(run)
     for words in (["evaluate", str(run)], ["train", f"resume={run}"]):
         assert cli.main(words) == 2 and "objects of a script (env)" in capsys.readouterr().err
-    rest = assembled(tmp_path / "run", steps=256, resume_existing=True)
+    rest = assembled(tmp_path / "run", steps=1024, resume_existing=True)
     rest.run()
     assert equal(weights(rest.policy), weights(whole.policy))
 

@@ -307,6 +307,9 @@ def correction_cases() -> Iterator[Case]:
         yield Case(f"reduce.{name}", base, (f"correction.reduce={name}",))
     reject = "correction.reject=[{name: band, low: 0.5, high: 2.0}]"
     yield Case("denominator.kept", (*STALE, reject), ("correction.denominator=kept",))
+    penalty = "correction.penalty=[{name: k2, anchor: behavior}]"
+    yield Case("rejected.keep", (*STALE, reject, penalty), ("correction.rejected=keep",))
+    yield Case("rejected.drop", (*STALE, "correction=nat_uniform", penalty), ("correction.rejected=drop",))
     yield Case("correction.horizon", (*STALE, "correction.reduce=token-sum"), ("correction.horizon=4",))
     yield Case("correction.attached", (*STALE, "correction=importance_sampling", "correction.level=geometric"),
                ("correction.attached=true",))  # fmt: skip
@@ -723,6 +726,7 @@ VALUES_OF: dict[str, Any] = {
     "language.guide": {"_target_": "unified_rl.rollout.sources.Hints"},
     "language.context": {"_target_": "unified_rl.rollout.context.Hints"},
     "language.staleness": 0,
+    "language.generation_batch": 4,
     "language.columns": {"scores": ["correct"]},
     "language.privileged": "chain",
     "language.streams": "nowhere",
@@ -777,6 +781,7 @@ VALUES_OF: dict[str, Any] = {
     "jsonl.answer_key": "worked",
     "jsonl.solution_key": "worked",
     "jsonl.verifier": "math",
+    "jsonl.date": "2025-01-01",
     "jsonl.template": "'Q {question} A '",
     "jsonl.max_prompt_length": 8,
     "jsonl.tokenizer": "nowhere",
@@ -784,6 +789,7 @@ VALUES_OF: dict[str, Any] = {
     "sb3.algorithm": "a2c",
     "sb3.options": {"n_steps": 8},
     "sb3.env": 3,
+    "sb3.budget": 8,
     "sb3.slice_steps": 32,
     "sb3.num_envs": 2,
     "sb3.gamma": 0.5,
@@ -974,8 +980,12 @@ ASIDE: dict[str, str] = {
     "behavior_cloning(gamma)": "the discount of rows that are recorded; test_refused_early.py",
     "jsonl(eval_path)": "held-out problems; test_language_jsonl.py",
     "jsonl(score_seconds)": "of verifier=math; test_language_jsonl.py",
+    "jsonl(batch_seconds)": "of verifier=math; test_language_scoring.py",
+    "jsonl(truncated_reward)": "of sampled answers; test_language_jsonl.py",
+    "jsonl(date)": "of a chat template that prints the day; test_language_jsonl.py",
     "jsonl(max_turn_tokens)": "a budget of sampled answers; chain_mod shows it",
     "jsonl(shuffle_rewards)": RANDOM,
+    "jsonl(verifier)": RANDOM,
     "warm_start(run)": "warm_start=from_run is a case",
     "policy_gradient(compile)": "how fast; test_compile.py",
     "actor_critic(compile)": "how fast; test_compile.py",

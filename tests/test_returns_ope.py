@@ -126,3 +126,54 @@ def test_episodes_of_a_record_sum_units_to_steps_and_refuse_inexact_ratios() -> 
     assert float(value) == pytest.approx(expected)
     with pytest.raises(RecordError, match="exact importance ratios"):
         Episodes.of(record, UnitLogProb(log_prob, record["mask"], exact=False), 0.5)
+
+
+def rows_of(reward: Tensor, **columns: Tensor) -> tuple[TensorDict, UnitLogProb]:
+    """Rows of steps of one unit each, and a target policy that is log 2 more likely to do each."""
+    unit = {
+        "behavior_log_prob": torch.zeros_like(reward),
+        "mask": torch.ones_like(reward, dtype=torch.bool),
+        "step_index": torch.arange(reward.shape[1]).expand_as(reward).clone(),
+    }
+    record = TensorDict({"reward": reward, **unit, **columns}, batch_size=[len(reward)])
+    return record, UnitLogProb(torch.full_like(reward, math.log(2.0)), record["mask"], True)
+
+
+def test_rows_that_hold_several_episodes_are_taken_apart() -> None:
+    """Rewards 1 2 | 3 4 5 and 6 | 7 8 9 10 at gamma 1/2: returns 2, 6.25, 6 and 14.5; ratios 4, 8, 2 and 16."""
+    reward = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [6.0, 7.0, 8.0, 9.0, 10.0]])
+    ends = torch.tensor([[0, 1, 0, 0, 1], [1, 0, 0, 0, 1]]).bool()
+    episode = torch.tensor([[0, 0, 2, 2, 2], [1, 3, 3, 3, 3]])
+    returns = [1 + 1, 3 + 2 + 1.25, 6, 7 + 4 + 2.25 + 1.25]
+    want = sum(ratio * value for ratio, value in zip([4, 8, 2, 16], returns, strict=True)) / 4
+    for columns in ({"terminated": ends}, {"truncated": ends, "episode": episode}, {"episode": episode}):
+        episodes = Episodes.of(*rows_of(reward, **columns), gamma=0.5)
+        assert float(importance_sampling(episodes).value) == pytest.approx(want)
+        zero = torch.zeros_like(reward)
+        assert float(doubly_robust(episodes, zero, zero).value) == pytest.approx(float(per_decision(episodes).value))
+        assert doubly_robust(episodes, reward, reward).value.isfinite()
+    bonus = doubly_robust(episodes, reward, zero).value  # every error is 0, and so is every expected value
+    assert float(bonus) == pytest.approx(0.0)
+
+
+def test_a_piece_of_an_episode_is_refused() -> None:
+    reward = torch.ones(2, 4)
+    ends = torch.tensor([[0, 1, 0, 1], [0, 1, 0, 0]]).bool()
+    with pytest.raises(RecordError, match=r"row 1 leaves an episode at step 3 .*\(1 such pieces\).*step_mask"):
+        Episodes.of(*rows_of(reward, terminated=ends), gamma=1.0)
+    valid = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    episodes = Episodes.of(*rows_of(reward, terminated=ends, step_mask=valid), gamma=1.0)
+    assert float(importance_sampling(episodes).value) == pytest.approx(4 * 2.0), "three episodes of two steps"
+    changed = torch.tensor([[0, 0, 1, 1], [2, 2, 2, 3]])
+    with pytest.raises(RecordError, match="row 1 leaves an episode at step 2"):
+        Episodes.of(*rows_of(reward, terminated=ends | (changed == 3), episode=changed), gamma=1.0)
+
+
+def test_chunks_are_discounted_by_what_they_executed() -> None:
+    """Chunks of 2, 1 and 2 commands at gamma 1/2: the second is discounted by 1/4, the third by 1/8."""
+    reward, ends = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[False, False, True]])
+    discount = torch.tensor([[0.25, 0.5, 0.25]])
+    record, scored = rows_of(reward, terminated=ends, discount=discount)
+    assert float(importance_sampling(Episodes.of(record, scored, 0.5)).value) == pytest.approx(8 * 1.375)
+    with pytest.raises(RecordError, match=r"discount holds 0\.25, which is no power of gamma=0\.9"):
+        Episodes.of(record, scored, 0.9)

@@ -214,7 +214,7 @@ def test_an_environment_that_raises_is_one_line_with_its_place_and_the_last_upda
     at(84, fail(ZeroDivisionError("the arm\nis gone")))
     code, error = command(run, capsys)
     assert code == 2 and error.count("\n") == 1
-    assert "collecting rows failed: ZeroDivisionError: the arm is gone (" in error
+    assert "raised in step 6: ZeroDivisionError: the arm is gone (" in error
     assert "test_run_ends.py:" in error and ", in raised)" in error
     assert f"update 5 is saved, go on with 'unified-rl train resume={run}'" in error
     assert "Traceback" in (run / "error.txt").read_text() and status(run) == "failed"
@@ -256,7 +256,7 @@ def test_a_reward_function_that_raises_is_told_likewise(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(EasyChain, "_judge", judge)
     task = [*LANGUAGE, "agent=policy_gradient", "steps=128", "eval_every=0", "eval_episodes=4", "progress=false"]
-    with pytest.raises(RolloutError, match=r"collecting rows failed: KeyError: 'answer' \(.*test_run_ends.py:"):
+    with pytest.raises(RolloutError, match=r"raised KeyError: 'answer' \(.*test_run_ends.py:"):
         train(compose([*task, f"run_dir={run}"], allow=["run_cases"]), ["run_cases"])
     assert saved(run) > 0 and status(run) == "failed"
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 
 from unified_rl import cli
+from unified_rl.agents.sb3 import SB3Agent
 from unified_rl.config import compose
+from unified_rl.envs.control import ActionChunk, GymnasiumEnv
 from unified_rl.replay import read_rows
 from unified_rl.training.run import evaluate_run, train
+from unified_rl.training.settings import TrainSettings
+from unified_rl.training.trainer import Trainer
 
 OPTIONS = {
     "sac": ["agent.options={learning_starts: 50, batch_size: 16, policy_kwargs: {net_arch: [16]}}"],
@@ -50,6 +56,51 @@ def test_resume_is_refused_in_one_line(run: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["train", f"resume={run}", "steps=400"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "cannot be resumed exactly" in error
+
+
+class Paid(gymnasium.Env):
+    """Pays 2 a step for nine steps."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):  # type: ignore[no-untyped-def]
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):  # type: ignore[no-untyped-def]
+        return np.zeros(1, np.float32), 2.0, False, False, {"is_success": True}
+
+
+if "Paid-v0" not in gymnasium.registry:
+    gymnasium.register("Paid-v0", entry_point=Paid, max_episode_steps=9)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "reported"),
+    [
+        ("ppo", {"n_steps": 32, "batch_size": 32, "n_epochs": 1}, [0, 128, 200]),  # slices of two rollouts of 2 x 32
+        ("sac", {"learning_starts": 500}, [0, 100, 200]),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_baselines_make_the_steps_that_they_report_and_no_more(
+    algorithm: str, options: dict[str, int], reported: list[int], chunk: int
+) -> None:
+    env = GymnasiumEnv("Paid-v0", num_envs=2)
+    chunked = env if chunk == 1 else ActionChunk(env, chunk, gamma=0.5)
+    agent = SB3Agent(None, chunked, algorithm, 2, 100 * chunk, options=options, budget=200 * chunk)
+    trainer = Trainer(TrainSettings(steps=200 * chunk, eval_every=1), None, agent, None, None, dict)
+    trainer.run()
+    rows = trainer.log.rows  # type: ignore[union-attr]
+    assert agent.model.num_timesteps == 200 and agent.steps == agent._vec.steps == rows[-1]["steps"]
+    if chunk == 1:
+        assert [row["steps"] for row in rows] == reported
+    else:  # nine steps are chunks of 4, 4 and 1: 200 decisions in two copies are 33 episodes each, and a chunk
+        assert agent.steps == 2 * (33 * 9 + 4)
+    ended = sum(row.get("rollout/episodes", 0) for row in rows)
+    assert ended == 2 * (100 // 9 if chunk == 1 else 33)
+    assert all(row["rollout/return"] == 18.0 and row["rollout/length"] == 9.0 for row in rows[1:]), "undiscounted"
+    assert rows[-1]["rollout/success"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -241,7 +241,7 @@ def test_a_real_study_imitates_once_a_seed_and_its_null_control_stays_where_it_b
                 "warm_start.stages=[{updates: 5, lr: 3.0e-3}]",
                 "rollout.num_envs=4",
                 "rollout.horizon=4",
-                "steps=64",
+                "steps=256",
             ]
         },
         "corrections": [{"null": ["correction=ppo", "agent.lr=0.0"]}, "tis"],
@@ -249,8 +249,8 @@ def test_a_real_study_imitates_once_a_seed_and_its_null_control_stays_where_it_b
         "overrides": [
             "agent=policy_gradient",
             "eval_episodes=4",
-            "eval_every=64",
-            "log_every=16",
+            "eval_every=256",
+            "log_every=64",
             "checkpoint_every=0",
         ],
     }

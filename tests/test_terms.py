@@ -14,6 +14,7 @@ from term_cases import DISTILL, agent_of, both_splits, dense, joined, want
 from unified_rl.agents.loss import TERMS
 from unified_rl.correction import load_correction
 from unified_rl.errors import ConfigError
+from unified_rl.objectives import value_loss
 from unified_rl.objectives.forward import Forward
 from unified_rl.objectives.objective import Scored, Term
 from unified_rl.policies.diffusion import DiffusionPolicy
@@ -249,3 +250,14 @@ def test_a_pass_that_is_first_read_without_gradient_still_has_one() -> None:
     with torch.no_grad():
         inside = Forward(policy, rows, lambda part: (policy.log_prob(part).log_prob, None))
     assert not inside.log_prob.requires_grad
+
+
+def test_the_clipped_value_loss_takes_the_larger_error_and_is_half_the_square() -> None:
+    value = torch.tensor([1.0, 1.0, 0.2, 5.0], requires_grad=True)
+    old, target = torch.tensor([0.0, 0.0, 0.0, float("nan")]), torch.tensor([2.0, 0.0, 3.0, float("nan")])
+    mask = torch.tensor([True, True, True, False])
+    loss = value_loss(value, target, mask, old, 0.5)
+    loss.backward()
+    # clipped to 0.5: 1.5^2 > 1^2 counts and has no gradient; 1^2 > 0.5^2 counts as it is; within the bound both agree
+    assert float(loss.detach()) == pytest.approx(0.5 * (1.5**2 + 1.0**2 + 2.8**2) / 3)
+    assert value.grad is not None and value.grad.tolist() == pytest.approx([0.0, 1 / 3, -2.8 / 3, 0.0])

@@ -191,7 +191,7 @@ def test_imitation_resumes_bit_for_bit(tmp_path: Path) -> None:
     [
         (["env=half_cheetah"], "no scripted expert"),
         (["env=half_cheetah", "rollout.data={missing}"], "missing"),
-        (["env=half_cheetah", "rollout.data={rows}"], "have 4 entries, but the policy takes 17"),
+        (["env=half_cheetah", "rollout.data={rows}"], "holds observations of 4 entries, but the environment's have 17"),
         (["env=chain_mod", "rollout.data={rows}"], "lack tokens"),
     ],
 )

@@ -207,7 +207,7 @@ TINY = {
         "policy.normalize_observation=false",
         "rollout.num_envs=4",
         "rollout.horizon=8",
-        "steps=64",
+        "steps=256",
     ],
 }
 QUIET = ["progress=false", "eval_every=0", "eval_episodes=2", "agent=policy_gradient"]
@@ -280,7 +280,7 @@ STATEFUL = {
 def test_a_wrapper_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     domain, extra = STATEFUL[name]
     given = [*TINY[domain][:-1], *QUIET, f"correction={name}", *extra, "rollout.staleness=1"]
-    batch = 8 if domain == "language" else 32
+    batch = 8 if domain == "language" else 4 * 32  # environment steps: chunks of four commands
     lengths = [f"checkpoint_every={batch}", "keep_checkpoints=9"]
     whole = train(compose([*given, *lengths, f"steps={4 * batch}", f"run_dir={tmp_path / 'whole'}"]))
     part = train(compose([*given, *lengths, f"steps={4 * batch}", f"run_dir={tmp_path / 'part'}"]))

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         ConfigError,
         DamageError,
         DataError,
+        EnvError,
         NonFiniteError,
         RecordError,
         UnifiedRLError,
@@ -143,6 +144,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "DamageError",
         "NonFiniteError",
         "DataError",
+        "EnvError",
     ),
 }
 """Public names by the module that holds them, in the order of ``docs/api.md``."""
@@ -163,6 +165,7 @@ __all__ = [
     "DamageError",
     "DataError",
     "DiffusionPolicy",
+    "EnvError",
     "FlowPolicy",
     "Fresh",
     "GaussianPolicy",

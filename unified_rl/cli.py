@@ -64,7 +64,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     """Evaluates a run on held-out problems or seeds: its newest intact checkpoint, or a chosen one."""
     from unified_rl.training.run import evaluate_run
 
-    evaluate_run(arguments.run, arguments.episodes, arguments.allow, arguments.record, **_chosen(arguments))
+    given = (arguments.episodes, arguments.allow, arguments.record)
+    evaluate_run(arguments.run, *given, checkpoint=arguments.checkpoint, rows=arguments.rows)
     return 0
 
 
@@ -217,6 +218,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
         parser.add_argument("--episodes", type=int, help="episodes or prompts; by default as in the run")
         parser.add_argument("--record", metavar="DIR", help="also write the policy's rows there, as a replay")
+        parser.add_argument("--rows", type=int, metavar="N", help="how many to record; else whole --episodes, if given")
     if verb in ("train", "evaluate"):
         parser.add_argument(
             "--checkpoint", metavar="STEP", help="number of updates, or folder; by default the newest intact one"

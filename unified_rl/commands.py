@@ -69,9 +69,10 @@ class Run:
         checkpoint: Checkpoint | None = None,
         episodes: int | None = None,
         record: str | os.PathLike[str] | None = None,
+        rows: int | None = None,
     ) -> dict[str, float]:
         """Held-out evaluation, see :func:`evaluate`."""
-        return evaluate(self, checkpoint=checkpoint, episodes=episodes, record=record, allow=self.allow)
+        return evaluate(self, checkpoint=checkpoint, episodes=episodes, record=record, rows=rows, allow=self.allow)
 
     def resume(
         self,
@@ -153,6 +154,7 @@ def evaluate(
     checkpoint: Checkpoint | None = None,
     episodes: int | None = None,
     record: str | os.PathLike[str] | None = None,
+    rows: int | None = None,
     allow: Sequence[str] = (),
 ) -> dict[str, float]:
     """Evaluates a checkpoint of a run on held-out prompts or seeds; prints no metrics.
@@ -161,7 +163,9 @@ def evaluate(
         run: its folder.
         checkpoint: the number of updates behind it, or its folder; by default the newest intact one.
         episodes: episodes or prompts; by default as in the run.
-        record: also write the policy's rows to this folder, as a replay that other runs train on.
+        record: also write the policy's rows to this folder, as a replay that other runs train on: whole ``episodes``
+            where they are given, else 2,048 steps of every simulation.
+        rows: how many rows, instead.
         allow: packages beside this one that its configuration names.
 
     Returns:
@@ -173,7 +177,7 @@ def evaluate(
     from unified_rl.training.run import evaluated
 
     to = None if record is None else os.fspath(record)
-    return evaluated(os.fspath(run), episodes, allow, to, _chosen(checkpoint))[0]
+    return evaluated(os.fspath(run), episodes, allow, to, _chosen(checkpoint), rows)[0]
 
 
 def load_policy(run: RunLike, checkpoint: Checkpoint | None = None, *, allow: Sequence[str] = ()) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +21,15 @@ from unified_rl.instantiate import (
     build,
     check_type,
     check_value,
+    is_node,
     is_plain,
-    locate,
     nearest,
     parameters,
     plain,
     with_defaults,
 )
+from unified_rl.interpolation import resolved
+from unified_rl.untrusted import LARGE, MAX_DEPTH, check_size, read_yaml
 
 __all__ = [
     "build",
@@ -54,6 +57,11 @@ CHECKS = {"correction": "unified_rl.objectives.correction_settings.check_correct
 """Functions that check a node for what its own class, further down, cannot know."""
 
 CHOICES = "choices"
+REQUIRED_GROUPS = ("policy", "agent")
+"""Groups without which nothing can be made of a run."""
+GROUP = re.compile(r"((override|optional) +)*/?[\w-]+")
+OPTION = re.compile(r"[\w-][\w.-]*")
+"""What a file's ``defaults`` may name: options of groups, and no path."""
 HEADER = "# @package _global_"
 
 
@@ -94,6 +102,30 @@ def _check_headers(folders: Iterable[str | Path], groups: Iterable[str]) -> None
                 raise ConfigError(f"{path}: its first line must be '{HEADER}'; comments follow it")
 
 
+def _check_files(folder: Path) -> None:
+    """Refuses files of options that are no configuration, however they are reached: by name or from another's defaults.
+
+    Raises:
+        ConfigError: too large, unreadable, settings of Hydra itself, or a default that is no option of a group.
+    """
+    for path in sorted([*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]):
+        content = read_yaml(path)
+        if not isinstance(content, dict | None):
+            raise ConfigError(f"{path} holds a {type(content).__name__}; it must hold groups and their settings")
+        if content and "hydra" in content:
+            raise ConfigError(f"{path} has the key 'hydra', which is none of a file of options; take it out")
+        _check_defaults(path, (content or {}).get("defaults") or [])
+
+
+def _check_defaults(path: Path, entries: Any) -> None:
+    for entry in entries if isinstance(entries, list) else [entries]:
+        pairs = entry.items() if isinstance(entry, dict) else [("/group", entry)]
+        for key, option in pairs:
+            options = option if isinstance(option, list) else [option]
+            if not GROUP.fullmatch(str(key)) or not all(o is None or OPTION.fullmatch(str(o)) for o in options):
+                raise ConfigError(f"{path}: {entry!r} in its defaults must be an option or 'override /group: option'")
+
+
 def group_options(primary: str = "train", config_dirs: Sequence[str] = ()) -> dict[str, dict[str, str]]:
     """Every group of a primary config with its options and their first comments.
 
@@ -109,6 +141,8 @@ def group_options(primary: str = "train", config_dirs: Sequence[str] = ()) -> di
     for folder in (config_root(), *map(Path, config_dirs)):
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {folder}: there is no such folder")
+        if folder != config_root():
+            _check_files(folder)
         for path in sorted(folder.glob("*/*.yaml")):
             if path.parent.name in others:
                 continue
@@ -195,6 +229,8 @@ def parse_overrides(texts: Iterable[str] | Mapping[str, Any]) -> list[Override]:
         ConfigError: a text without ``=``, with a sweep, with an unquoted ``=`` in its value, or a key given twice.
     """
     if isinstance(texts, Mapping):
+        for key, value in texts.items():
+            check_size(value, str(key))
         return [Override(f"{key}={value}", _key(key), plain(value)) for key, value in texts.items()]
     overrides: list[Override] = []
     for text in texts:
@@ -219,16 +255,22 @@ def _parse(text: str) -> Override:
         quote = f"quote it: {key}=\"'{value}'\"" + (" (a list: quote each item)" if value.startswith("[") else "")
         why = "the value holds an unquoted '='" if "=" in value else f"the value cannot be parsed ({_line(error)})"
         raise ConfigError(f"{text!r}: {why}; {quote}") from error
+    except RecursionError:
+        raise ConfigError(f"{key} holds {LARGE}") from None
     if parsed.is_sweep_override():
         raise ConfigError(
             f"{text!r} asks for several values in one run; use 'unified-rl compare' for a grid, or quote the value"
         )
-    return Override(text, key, parsed.value())
+    value = parsed.value()
+    check_size(value, key)
+    return Override(text, key, value)
 
 
 def _key(key: str) -> str:
-    if not all(part.replace("-", "_").isidentifier() or part.isdigit() for part in key.split(".")):
-        raise ConfigError(f"{key!r} is not a key; write group=option or group.key=value (group=null drops a group)")
+    parts = key.split(".")
+    if len(parts) > MAX_DEPTH or not all(part.replace("-", "_").isidentifier() or part.isdigit() for part in parts):
+        shown = key if len(key) <= 80 else f"{key[:80]}..."
+        raise ConfigError(f"{shown!r} is not a key; write group=option or group.key=value (group=null drops a group)")
     return key
 
 
@@ -258,9 +300,6 @@ def compose(
     Raises:
         ConfigError: a misspelt key, group or option (names the nearest), a wrong type, a target that is not allowed.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
     parsed = parse_overrides(overrides)
     groups = group_options(primary, config_dirs)
     _check_top(parsed, groups, primary)
@@ -269,14 +308,8 @@ def compose(
     for override in parsed:
         if override.key not in groups:
             _set(config, override)
-    try:
-        resolved = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise ConfigError(f"{error.full_key} has no default; set it: {error.full_key}=...") from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(_line(error)) from error
-    assert isinstance(resolved, dict)
-    return _check_config(cast(dict[str, Any], resolved), groups, primary, allow)
+    check_size(config, "the configuration")
+    return _check_config(resolved(config), groups, primary, allow)
 
 
 def _compose_groups(
@@ -370,7 +403,13 @@ def _child(node: Any, part: str, key: str, path: Sequence[str]) -> Any:
 
 
 def _settings(primary: str) -> dict[str, Parameter]:
-    return parameters(locate(SETTINGS[primary]))[0] if primary in SETTINGS else {}
+    return parameters(_imported(SETTINGS[primary]))[0] if primary in SETTINGS else {}
+
+
+def _imported(path: str) -> Any:
+    """What a dotted path in this file names; what others write is looked up by :func:`locate`."""
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _check_config(
@@ -385,7 +424,34 @@ def _check_config(
         checked[key] = plain(check_value(value, key, allow))
         if key in CHECKS and checked[key] is not None:
             with allowing(allow):
-                locate(CHECKS[key])(checked[key])
+                _imported(CHECKS[key])(checked[key])
+    return checked
+
+
+def check_run(config: Mapping[str, Any], allow: Sequence[str] = ()) -> dict[str, Any]:
+    """A run's configuration, checked once more as it comes from a run's folder or from a script.
+
+    Keys that are neither a setting nor a group of a run are left alone: nothing is built from them.
+
+    Raises:
+        ConfigError: what stands in the place of a setting or of a part is none, or a target that is not allowed.
+    """
+    check_size(config, "the configuration")
+    settings, checked = _settings("train"), dict(config)
+    for key in settings.keys() & config.keys():
+        checked[key] = check_type(config[key], settings[key].hint, key)
+    groups = primary_groups("train")
+    for group in [*groups, CHOICES]:
+        value = config.get(group)
+        described = group not in groups or group in IMPLIED or is_node(value)
+        if value is not None and not (isinstance(value, Mapping) and described):
+            shown = str(value)[:80]
+            raise ConfigError(f"{group} is {shown}; it must describe a part, with _target_ and its settings")
+        if group in config:
+            checked[group] = check_value(value, group, allow)
+    for group in REQUIRED_GROUPS:
+        if not config.get(group):
+            raise ConfigError(f"this run has no {group}; choose one with {group}=NAME")
     return checked
 
 

@@ -35,3 +35,7 @@ class RestoreError(CheckpointError):
 
 class DataError(UnifiedRLError, ValueError):
     """A data file that cannot be read; the message names the file and the line."""
+
+
+class EnvError(UnifiedRLError, RuntimeError):
+    """An environment that raised, or returned what it cannot have meant; the message names it and the step."""

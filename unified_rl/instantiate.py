@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from unified_rl.configurable import is_configurable, marked
 from unified_rl.errors import ConfigError, UnifiedRLError
 
 PACKAGE = "unified_rl"
-SEALED = ("unified_rl.cli", "unified_rl.config", "unified_rl.instantiate")
 SCALARS = (bool, int, float, str)
 PLAIN = (*SCALARS, list, tuple, dict, type(None))
 REQUIRED = inspect.Parameter.empty
@@ -200,6 +200,8 @@ def _check_node(node: Mapping[str, Any], path: str, allow: Sequence[str]) -> dic
             checked[key] = value
         elif key not in known:
             raise ConfigError(f"{path} ({_name(target)}) has no key {key!r}; {nearest(key, known)}")
+        elif value is None and known[key].default is None:  # written out; other people's annotations leave it out
+            checked[key] = None
         else:
             checked[key] = check_type(value, known[key].hint, f"{path}.{key}")
     check_settings = getattr(target, "check_settings", None)
@@ -280,6 +282,9 @@ def _construct(node: Mapping[str, Any], allow: Sequence[str], given: Mapping[str
         if key != "_target_" and key not in given
     }
     known, is_open = parameters(target, allow)
+    if not _allowed(getattr(target, "__module__", None) or "", ()):
+        own = inspect.signature(target).parameters  # what it hands on may go elsewhere: say no defaults of others
+        arguments = {k: v for k, v in arguments.items() if k in own or k not in known or v != plain(known[k].default)}
     missing = [n for n, p in known.items() if p.default is REQUIRED and n not in arguments and n not in given]
     if missing:
         raise ConfigError(f"{_name(target)} needs {', '.join(missing)}: set GROUP.{missing[0]}=... for its group")
@@ -309,13 +314,26 @@ def _allowed(module: str, allow: Sequence[str]) -> bool:
     return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def locate(path: str, allow: Sequence[str] = (), where: str = "", key: str = "_target_") -> Callable[..., Any]:
-    """Imports the class or function that a dotted path names; ``where`` and ``key`` name the setting in errors.
+def locate(
+    path: str,
+    allow: Sequence[str] = (),
+    where: str = "",
+    key: str = "_target_",
+    rules: Mapping[str, Callable[..., Any]] | None = None,
+) -> Callable[..., Any]:
+    """Imports the class or function that a dotted path names.
 
-    A class or function itself, which only Python code can put into a node, is returned as it is.
+    Of this package it must be marked as :func:`~unified_rl.configurable.configurable`. Elsewhere, both the path and the
+    module that defines the object must lie within an allowed package, so that a path through an allowed module does not
+    reach what that module imported. A class or function itself, which only Python code can put into a node, is returned
+    as it is.
 
-    Both the path and the module that defines the object must lie within an allowed package, so that a path through
-    an allowed module does not reach what that module imported.
+    Args:
+        path: for example ``unified_rl.replay.Uniform``.
+        allow: packages beside this one, as the command line names them.
+        where: the node's full name, for errors.
+        key: the setting in the node that holds the path, for errors.
+        rules: a table of what may be named of this package instead of marked parts.
 
     Raises:
         ConfigError: not allowed, not found (names the nearest), or not a class or function.
@@ -336,11 +354,21 @@ def locate(path: str, allow: Sequence[str] = (), where: str = "", key: str = "_t
             public = [n for n in dir(holder) if not n.startswith("_")]
             raise ConfigError(f"{at} {path!r}: {holder.__name__} has no {name!r}; {nearest(name, public)}")
         holder = getattr(holder, name)
-    module = getattr(holder, "__module__", None) or ""
-    if not callable(holder) or module in SEALED or not _allowed(module, allow):
+    module = getattr(holder, "__module__", None)
+    if not callable(holder) or not isinstance(module, str) or not _allowed(module, allow):
         raise ConfigError(f"{at} {path!r} is not a class or function defined in an allowed package; see --allow")
     found: Callable[..., Any] = holder
+    if rules is not None and _allowed(module, ()) and found not in rules.values():
+        raise ConfigError(f"{at} {path!r} is none of what can stand there; {nearest(parts[-1], rules)}")
+    if rules is None and _allowed(module, ()) and not is_configurable(found):
+        raise ConfigError(f"{at} {path!r} is no part that a configuration may build{_nearest_part(parts[-1])}")
     return found
+
+
+def _nearest_part(name: str) -> str:
+    known = {part.__name__: _name(part) for part in marked()}
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {known[close[0]]!r}?" if close else ""
 
 
 def _import_longest(parts: Sequence[str], at: str) -> tuple[Any, Sequence[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unified_rl.errors import NonFiniteError
+from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.protocols import HasWeights
 
 
@@ -36,6 +36,9 @@ class Optimizer:
 
     Attributes:
         after_clip: called between the bound on the gradient's norm and the step, with the factor that it applied.
+
+    Raises:
+        ConfigError: half-precision parameters: a step of the usual size is below their last digit.
     """
 
     def __init__(
@@ -66,8 +69,18 @@ class Optimizer:
             group = [parameter for _, parameter in added]
             self.parameters = [*self.parameters, *group]
             self.adam.add_param_group({"params": group, "lr": own_lr, "weight_decay": 0.0, "fixed_lr": True})
+        self._refuse_half()
         self.after_clip: Callable[[float], None] | None = None
         self.steps = 0
+
+    def _refuse_half(self) -> None:
+        for name, parameter in self.named:
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                short = str(parameter.dtype).removeprefix("torch.")
+                raise ConfigError(
+                    f"the weights that are trained are {short} ({name}), which rounds small steps away: set "
+                    f"policy.dtype=float32, and policy.autocast=true for matrix products in bfloat16"
+                )
 
     def zero_grad(self) -> None:
         """Drops the gradients."""

@@ -88,7 +88,9 @@ class StepResult(NamedTuple):
         truncated: ``[K]`` bool, the episode was cut by a time limit.
         next_observation: ``[K, d]`` float32, the true successor, also where the episode ended.
         executed: ``[K]`` int64, inner control steps executed (1, or at most h for a chunk of h).
-        info: named ``[K]`` tensors, for example ``success``.
+        info: named ``[K]`` tensors, for example ``success``; read where an episode ended, NaN where it has none.
+        undiscounted: ``[K]`` float32, for a chunk of actions the plain sum of its rewards; None where that is
+            ``reward``. Returns that a run reports are sums of it.
     """
 
     observation: Tensor
@@ -98,6 +100,12 @@ class StepResult(NamedTuple):
     next_observation: Tensor
     executed: Tensor
     info: dict[str, Tensor]
+    undiscounted: Tensor | None = None
+
+    @property
+    def plain_reward(self) -> Tensor:
+        """Rewards of the executed environment steps without a discount between them, ``[K]`` float32."""
+        return self.reward if self.undiscounted is None else self.undiscounted
 
 
 @runtime_checkable
@@ -276,6 +284,13 @@ class Generates(Protocol):
     def generate(self, prompts: Any, *, max_new_tokens: int, **options: Any) -> Any:
         """A :class:`~unified_rl.policies.generation.Generation`: tokens, log-probs and lengths of every answer."""
         ...
+
+
+@runtime_checkable
+class KnowsItsEnds(Protocol):
+    """A language model whose folder says which ids end an answer, beside those that the task knows."""
+
+    end_ids: tuple[int, ...]
 
 
 @runtime_checkable
@@ -531,6 +546,8 @@ class Collects(Protocol):
     """An agent that collects by itself, without rollout and replay."""
 
     steps_per_update: int
+    steps: int
+    """Environment steps that it has made so far."""
 
 
 @runtime_checkable

@@ -31,6 +31,8 @@ class ControlEnvBase(EnvBase):
     """
 
     domain = "control"
+    steps_per_action = 1
+    """Environment steps of one action of the policy, at most."""
 
     def __init__(
         self,
@@ -131,8 +133,14 @@ def check_count(num_envs: int) -> None:
         raise ConfigError(f"num_envs is {num_envs}; set it to 1 or more")
 
 
-def raise_non_finite(name: str, value: Tensor, elapsed: Tensor) -> None:
+def raise_non_finite(name: str, value: Tensor, elapsed: Tensor, env: str | None = None) -> None:
     """Names the first simulation whose ``value [K, ...]`` is not finite, and its step ``elapsed [K]``.
+
+    Args:
+        name: of what is not finite.
+        value: that is looked at.
+        elapsed: steps of the running episodes.
+        env: the name of an environment whose code is not ours.
 
     Raises:
         NonFiniteError: where there is such a simulation; nothing happens otherwise.
@@ -140,7 +148,9 @@ def raise_non_finite(name: str, value: Tensor, elapsed: Tensor) -> None:
     bad = ~torch.isfinite(value.reshape(len(value), -1)).all(dim=1)
     if bool(bad.any()):
         index = int(bad.nonzero()[0])
+        whose = f"{env}: the" if env else "the"
+        fix = "mend the environment" if env else "lower the action scale or look at the policy's output"
         raise NonFiniteError(
-            f"the {name} of simulation {index} is not finite at step {int(elapsed[index])} of its episode "
-            f"({int(bad.sum())} of {len(bad)} simulations): lower the action scale or look at the policy's output"
+            f"{whose} {name} of simulation {index} is not finite at step {int(elapsed[index])} of its episode "
+            f"({int(bad.sum())} of {len(bad)} simulations): {fix}"
         )

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import Demonstrates, StepResult
 from unified_rl.spaces import Box, Space
 
 
+@configurable
 class ActionChunk(ControlEnvBase):
     """Executes ``h`` actions of ``a`` dimensions a decision: an action is ``[K, h * a]``, first action first.
 
-    The reward of a decision is ``sum_i gamma^i r_i`` over the executed actions. A simulation whose episode ends inside
+    The reward of a decision is ``sum_i gamma^i r_i`` over the executed actions; their plain sum is ``undiscounted``. A
+    simulation whose episode ends inside
     a chunk executes no more of it (``executed`` counts what it did) and keeps its true final observation.
 
     Args:
@@ -38,6 +42,7 @@ class ActionChunk(ControlEnvBase):
         plan = Box((one.width * horizon,), one.dtype, low, high)
         super().__init__(env.num_envs, Space(env.space.observation, plan), -(-env.max_steps // horizon))
         self.inner, self.horizon, self._action_dim = env, horizon, one.width
+        self.steps_per_action = horizon * env.steps_per_action
         if isinstance(env, Demonstrates):
             self.demonstrations = env.demonstrations
         self._gamma = 0.99 if gamma is None else gamma
@@ -47,6 +52,7 @@ class ActionChunk(ControlEnvBase):
         plan = action.reshape(self.num_envs, self.horizon, self._action_dim)
         active = torch.ones(self.num_envs, dtype=torch.bool) if running is None else running.clone()
         total = self.inner.advance(plan[:, 0], active)
+        total = total._replace(undiscounted=total.plain_reward)
         active = active & ~(total.terminated | total.truncated)
         discount = 1.0
         for index in range(1, self.horizon):
@@ -59,14 +65,16 @@ class ActionChunk(ControlEnvBase):
     @staticmethod
     def _merge(total: StepResult, step: StepResult, active: Tensor, discount: float) -> tuple[StepResult, Tensor]:
         successor = torch.where(active.unsqueeze(-1), step.next_observation, total.next_observation)
+        none = torch.zeros_like(step.reward)
         merged = StepResult(
             successor,
-            total.reward + torch.where(active, discount * step.reward, torch.zeros_like(step.reward)),
+            total.reward + torch.where(active, discount * step.reward, none),
             torch.where(active, step.terminated, total.terminated),
             torch.where(active, step.truncated, total.truncated),
             successor,
             total.executed + torch.where(active, step.executed, torch.zeros_like(step.executed)),
-            {key: torch.where(active, value, total.info[key]) for key, value in step.info.items()},
+            _merged_infos(total.info, step.info, active),
+            total.plain_reward + torch.where(active, step.plain_reward, none),
         )
         return merged, active & ~(step.terminated | step.truncated)
 
@@ -100,3 +108,14 @@ class ActionChunk(ControlEnvBase):
         """Closes the environment inside."""
         self.inner.close(raise_if_closed=False)
         super().close(raise_if_closed=False)
+
+
+def _merged_infos(old: dict[str, Tensor], new: dict[str, Tensor], active: Tensor) -> dict[str, Tensor]:
+    """Infos of the last executed step of each simulation; NaN where that step told none of the name."""
+    none = torch.full(active.shape, math.nan)
+    if old.keys() == new.keys():  # keeps the dtype
+        return {key: torch.where(active, value, old[key]) for key, value in new.items()}
+    return {
+        key: torch.where(active, new.get(key, none).float(), old.get(key, none).float())
+        for key in dict.fromkeys([*old, *new])
+    }

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable
 from typing import Any
 
-import gymnasium
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase, check_count, raise_non_finite
+from unified_rl.envs.control.gymnasium_copy import Copy, make_copies
 from unified_rl.errors import CheckpointError, ConfigError, RestoreError
 from unified_rl.protocols import StepResult
 from unified_rl.spaces import Box, Discrete, Space
@@ -24,12 +23,17 @@ UNLIKE = (
 )
 
 
+@configurable
 class GymnasiumEnv(ControlEnvBase):
-    """K copies of a registered Gymnasium environment in one vector adapter.
+    """K copies of a registered Gymnasium environment, stepped one by one.
 
-    The adapter resets ended copies itself in the step that ended them (Gymnasium's default would spend the next step
-    on it), so every transition is a real one and the true final observation is kept. Every episode is reset with an
-    explicit seed from one stream.
+    Ended copies are reset in the step that ended them (Gymnasium's vector environments spend the next step on it), so
+    every transition is a real one and the true final observation is kept. Every episode is reset with an explicit seed
+    from one stream. Only some of the copies can be stepped, so chunks of actions of any length work.
+
+    Numbers in the infos of a step that ends an episode (``is_success``, ``distance`` ...) are handed on under their
+    own names, and ``is_success`` as ``success`` too. What a copy raises or returns wrongly is one
+    :class:`~unified_rl.errors.EnvError` that names the copy and the step.
 
     A checkpoint holds each running episode's seed and actions, and restoring replays them: exact for every environment
     that is deterministic given its seed, refused with :class:`~unified_rl.errors.RestoreError` for any other.
@@ -38,7 +42,8 @@ class GymnasiumEnv(ControlEnvBase):
     that float32 rounds outward is still inside. Observations and rewards are handed out as float32.
 
     Args:
-        id: a registered id, for example ``Pendulum-v1``.
+        id: a registered id, for example ``Pendulum-v1``; or ``package:Id-v0`` with the package that registers it,
+            which is imported only where ``--allow package`` is given.
         num_envs: K.
         seed: of the stream of episode seeds.
         flatten: flatten dict, image or discrete observations to one vector.
@@ -46,9 +51,16 @@ class GymnasiumEnv(ControlEnvBase):
         make_kwargs: further arguments of ``gymnasium.make``.
 
     Raises:
-        ConfigError: an unknown id (names the nearest), a missing package, no time limit, observations that are not a
-            vector, or actions that are neither an array of numbers nor one discrete choice.
+        ConfigError: an unknown id (names the nearest), a package that is missing or not allowed, an environment that
+            cannot be made, no time limit, observations that are not a vector, or actions that are neither an array of
+            numbers nor one discrete choice.
+        EnvError: its first reset raised, or returned what its space does not hold.
     """
+
+    name: str
+    """What errors call it: its id."""
+    costly_copies = True
+    """A copy is an environment of its own, so evaluation uses few of them again and again."""
 
     def __init__(
         self,
@@ -61,14 +73,14 @@ class GymnasiumEnv(ControlEnvBase):
     ) -> None:
         check_count(num_envs)
         options = {**(make_kwargs or {}), "max_episode_steps": max_episode_steps}
-        vector = _make_vector(id, num_envs, flatten, options)
-        self._make_copy: Callable[[], gymnasium.Env[Any, Any]] = lambda: _make_vector(id, 1, flatten, options).envs[0]
-        limit = vector.envs[0].spec.max_episode_steps if vector.envs[0].spec else None
+        self._make_copy: Callable[[], Copy] = lambda: make_copies(id, 1, flatten, options)[0]
+        copies = make_copies(id, num_envs, flatten, options)
+        limit = copies[0].time_limit
         if not limit:
             raise ConfigError(f"{id} has no time limit; set env.max_episode_steps")
-        space = _space(id, vector.single_observation_space, vector.single_action_space)
+        space = _space(id, copies[0])
         super().__init__(num_envs, space, limit)
-        self._vector = vector
+        self.name, self._copies = id, copies
         self._seeds = np.zeros(num_envs, dtype=np.int64)
         self._played: list[list[np.ndarray[Any, Any]]] = [[] for _ in range(num_envs)]
         self._observation = torch.zeros(num_envs, space.observation_dim)
@@ -84,27 +96,44 @@ class GymnasiumEnv(ControlEnvBase):
         return self._observation.clone()
 
     def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
-        """Steps every copy with ``action [K, a]`` (discrete: ``[K]`` or ``[K, 1]``) and resets none."""
-        if running is not None and not bool(running.all()):
-            raise ConfigError("a Gymnasium environment cannot step only some of its copies; use chunks of length 1")
+        """Steps the copies ``running [K]`` bool (default: all) with ``action [K, a]`` and resets none.
+
+        Discrete actions may be ``[K]`` or ``[K, 1]``. Copies that stand still keep their observation, with reward 0
+        and no end.
+
+        Raises:
+            EnvError: a copy raised, or returned what is no step or lies in another space.
+            NonFiniteError: a NaN or infinity in the action, an observation or a reward.
+        """
         values = self._to_numpy(action)
-        observation, reward, terminated, truncated, _ = self._vector.step(values)
-        for played, value in zip(self._played, values, strict=True):
-            played.append(np.copy(value))
-        self._observation = torch.from_numpy(observation.astype(np.float32))
-        rewards = torch.from_numpy(reward.astype(np.float32))
-        if not bool(torch.isfinite(self._observation.sum() + rewards.sum())):
+        lanes = np.arange(self.num_envs) if running is None else np.flatnonzero(running.numpy())
+        observation = self._observation.numpy().copy()
+        reward = np.zeros(self.num_envs, dtype=np.float32)
+        ends = np.zeros((2, self.num_envs), dtype=np.bool_)
+        infos: dict[str, np.ndarray[Any, Any]] = {}
+        kept = values.copy()  # an environment may write to its action
+        for lane in lanes.tolist():
+            played = self._played[lane]
+            played.append(kept[lane])
+            step = self._copies[lane].step(values[lane], len(played))
+            observation[lane], reward[lane], ends[0, lane], ends[1, lane] = step.values
+            for key, value in step.told.items():
+                infos.setdefault(key, np.full(self.num_envs, np.nan, np.float32))[lane] = value
+        self._observation = torch.from_numpy(observation)
+        rewards = torch.from_numpy(reward)
+        if not np.isfinite(np.add.reduce(observation, axis=None) + np.add.reduce(reward)):
             elapsed = torch.tensor([len(played) for played in self._played])
-            raise_non_finite("observation", self._observation, elapsed)
-            raise_non_finite("reward", rewards, elapsed)
+            raise_non_finite("observation", self._observation, elapsed, self.name)
+            raise_non_finite("reward", rewards, elapsed, self.name)
+        executed = torch.ones(self.num_envs, dtype=torch.int64) if running is None else running.long()
         return StepResult(
             self._observation,
             rewards,
-            torch.from_numpy(terminated),
-            torch.from_numpy(truncated),
+            torch.from_numpy(ends[0]),
+            torch.from_numpy(ends[1]),
             self._observation,
-            torch.ones(self.num_envs, dtype=torch.int64),
-            {},
+            executed,
+            {key: torch.from_numpy(value) for key, value in infos.items()},
         )
 
     def _to_numpy(self, action: Tensor) -> np.ndarray[Any, Any]:
@@ -114,16 +143,21 @@ class GymnasiumEnv(ControlEnvBase):
         return self.space.action.cast(action.detach().reshape(self.num_envs, -1).numpy())
 
     def restart(self, ended: Tensor) -> Tensor:
-        """Starts new episodes where ``ended [K]`` bool; their observations ``[n, d]`` float32."""
+        """Starts new episodes where ``ended [K]`` bool; their observations ``[n, d]`` float32.
+
+        Raises:
+            EnvError: a copy raised in reset, or returned what its space does not hold.
+            NonFiniteError: a NaN or infinity in an observation.
+        """
         mask = ended.numpy().copy()
         self._seeds[mask] = self._rng.integers(2**31, size=int(mask.sum()))
-        seeds: list[int | None] = [int(seed) for seed in self._seeds]
-        observation, _ = self._vector.reset(seed=seeds, options={"reset_mask": mask})
-        for lane in np.flatnonzero(mask):
-            self._played[lane] = []
-        fresh = torch.from_numpy(observation[mask].astype(np.float32))
         self._observation = self._observation.clone()
-        self._observation[ended] = fresh
+        for lane in np.flatnonzero(mask).tolist():
+            self._observation[lane] = torch.from_numpy(self._copies[lane].reset(int(self._seeds[lane])))
+            self._played[lane] = []
+        fresh = self._observation[ended]
+        if not bool(torch.isfinite(fresh.sum())):
+            raise_non_finite("observation", self._observation, torch.zeros(self.num_envs), self.name)
         return fresh
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -147,7 +181,6 @@ class GymnasiumEnv(ControlEnvBase):
             raise CheckpointError(
                 f"saved observations are {saved}, this environment's are {mine}: same env and num_envs?"
             )
-        self.restart(torch.ones(self.num_envs, dtype=torch.bool))  # clears the adapter's flags of ended episodes
         self._seeds[:] = state["seeds"].numpy()
         self._played = [list(played.numpy()) for played in state["played"]]
         rows = [self._replay(lane) for lane in range(self.num_envs)]
@@ -168,48 +201,27 @@ class GymnasiumEnv(ControlEnvBase):
         try:
             same = np.array_equal(self._replay(lane, copy).astype(np.float32), self._observation[lane].numpy())
         finally:
-            copy.close()  # type: ignore[no-untyped-call]
+            copy.close()
         return same or UNLIKE
 
-    def _replay(self, lane: int, copy: gymnasium.Env[Any, Any] | None = None) -> np.ndarray[Any, Any]:
-        copy = self._vector.envs[lane] if copy is None else copy
-        observation, _ = copy.reset(seed=int(self._seeds[lane]))
-        for action in self._played[lane]:
-            observation = copy.step(action)[0]
-        out: np.ndarray[Any, Any] = observation
-        return out
+    def _replay(self, lane: int, copy: Copy | None = None) -> np.ndarray[Any, Any]:
+        copy = self._copies[lane] if copy is None else copy
+        observation = copy.reset(int(self._seeds[lane]))
+        for number, action in enumerate(self._played[lane], 1):
+            observation = copy.step(action, number).values[0]
+        return observation
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Closes every copy."""
-        self._vector.close()
+        for copy in self._copies:
+            copy.close()
         super().close(raise_if_closed=False)
 
 
-def _make_vector(id: str, num_envs: int, flatten: bool, make_kwargs: dict[str, Any]) -> SyncVectorEnv:
-    if id not in gymnasium.registry:
-        near = difflib.get_close_matches(id, list(gymnasium.registry), 1, 0.3)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"Gymnasium has no environment {id!r}{hint} (your own must be registered before it is named)")
-    wrappers = [gymnasium.wrappers.FlattenObservation] if flatten else []
+def _space(id: str, copy: Copy) -> Space:
     try:
-        vector = gymnasium.make_vec(
-            id,
-            num_envs,
-            vectorization_mode="sync",
-            vector_kwargs={"autoreset_mode": AutoresetMode.DISABLED},
-            wrappers=wrappers,
-            **make_kwargs,
-        )
-    except (gymnasium.error.Error, ImportError, TypeError) as error:
-        raise ConfigError(f"{id} could not be made: {error}") from error
-    assert isinstance(vector, SyncVectorEnv)
-    return vector
-
-
-def _space(id: str, observation: gymnasium.Space[Any], action: gymnasium.Space[Any]) -> Space:
-    try:
-        space = Space.from_gymnasium(observation, action)
-    except ConfigError as error:
+        space = Space.from_gymnasium(copy.env.observation_space, copy.env.action_space)
+    except (ConfigError, AttributeError) as error:
         raise ConfigError(f"{id} cannot be used: {error}") from error
     if not isinstance(space.observation, Box) or len(space.observation.shape) != 1:
         raise ConfigError(

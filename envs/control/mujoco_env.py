@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase, check_count, raise_non_finite
 from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.locomotion import Ant, Humanoid
@@ -152,6 +153,7 @@ class BatchedMujocoEnv(ControlEnvBase):
         super().close(raise_if_closed=False)
 
 
+@configurable
 def make_mujoco(
     name: str,
     num_envs: int = 1,

@@ -14,6 +14,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.mujoco_env import BatchedMujocoEnv
 from unified_rl.envs.control.simulation import Array, Frame
@@ -109,6 +110,7 @@ def expert(place: Array, side: Array, speed: float = 0.8) -> Array:
     return np.clip(np.stack((forward, forward * slope + 4.0 * (height - y)), axis=1), -1.0, 1.0)
 
 
+@configurable
 class TwoRouteEnv(ActionChunk):
     """K two-route tasks with open-loop chunks of ``chunk`` velocity commands, action ``[K, chunk * 2]``.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import threading
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unified_rl.envs.language.codec import Codec, Segment
-from unified_rl.errors import ConfigError
+from unified_rl.errors import ConfigError, RolloutError, UnifiedRLError
 from unified_rl.protocols import TurnResult
 
 SPLITS = ("train", "eval")
@@ -51,6 +53,8 @@ class LanguageTask:
         max_reply_length: tokens of the longest reply.
         stop_text: also ends a turn, beside the end-of-text token.
         held_out: share of prompts kept for evaluation.
+        truncated_reward: of a turn that ran out of its budget; null lets the task judge what there is of it, as it
+            would judge a finished turn.
         shuffle_rewards: negative control: rewards of finished training conversations are permuted over the batch, so
             nothing can be learned from them; ``info["correct"]`` and evaluation stay true.
         seed: of the permutation.
@@ -64,6 +68,8 @@ class LanguageTask:
     """Demonstration styles, the default first; empty where there is only one."""
     info_names: tuple[str, ...] = ()
     """Names beyond ``correct`` and ``truncated`` in ``TurnResult.info``."""
+    judge_seconds = 600.0
+    """Wall time after which :meth:`_judge` of a task from outside the package is given up, in one call for a batch."""
 
     def __init__(
         self,
@@ -75,6 +81,7 @@ class LanguageTask:
         max_reply_length: int = 0,
         stop_text: str = "",
         held_out: float = 0.1,
+        truncated_reward: float | None = 0.0,
         shuffle_rewards: bool = False,
         seed: int = 0,
     ) -> None:
@@ -91,6 +98,7 @@ class LanguageTask:
         self.max_length = self.max_prompt_length + max_turns * max_turn_tokens + (max_turns - 1) * max_reply_length
         self.stop_text, self.stop_ids = stop_text, self.codec.stop_ids(stop_text)
         self.held_out, self.shuffle_rewards = held_out, shuffle_rewards
+        self.truncated_reward = truncated_reward
         self._shuffler = torch.Generator().manual_seed(seed)
 
     def policy_inputs(self) -> dict[str, Any]:
@@ -115,16 +123,17 @@ class LanguageTask:
                 raise ConfigError(
                     f"a prompt has {len(prompt)} tokens, more than {self.max_prompt_length}; raise the limit"
                 )
-            key = problem["text"] + "\0" + str(problem.get("key", ""))
+            key = problem.get("record", problem["text"]) + "\0" + str(problem.get("key", ""))
             out.append({"prompt": prompt, "prompt_id": _hash(key) >> 1, "split": split, **problem})
         return out
 
     def respond(self, problems: list[dict[str, Any]], turns: list[list[list[int]]], finished: Tensor) -> TurnResult:
-        """Answers the latest turn of each conversation; an unfinished turn is truncated, with reward 0."""
-        verdicts = [
-            self._judge(problem, self._turn_text(said[-1]), len(said)) if complete else Verdict(done=False)
-            for problem, said, complete in zip(problems, turns, finished.tolist(), strict=True)
-        ]
+        """Answers the latest turn of each conversation; an unfinished turn is truncated.
+
+        Raises:
+            RolloutError: the task's own judgement raised, took too long or is not a :class:`Verdict`; names the row.
+        """
+        verdicts = self._verdicts(problems, turns, finished.tolist())
         done = torch.tensor([verdict.done for verdict in verdicts], dtype=torch.bool)
         reward = torch.tensor([verdict.reward for verdict in verdicts], dtype=torch.float32)
         last = torch.tensor([len(said) >= self.max_turns for said in turns], dtype=torch.bool)
@@ -139,6 +148,45 @@ class LanguageTask:
             info[name] = torch.tensor([(verdict.info or {}).get(name, 0.0) for verdict in verdicts])
         replies = iter(self.codec.encode([v.reply for v in verdicts if v.reply]))
         return TurnResult([next(replies) if v.reply else [] for v in verdicts], reward, done, info)
+
+    def _verdicts(
+        self, problems: list[dict[str, Any]], turns: list[list[list[int]]], finished: list[bool]
+    ) -> list[Verdict]:
+        """The verdict on the latest turn of each conversation."""
+        self._begin_batch()
+        out: list[Verdict] = []
+
+        def judge() -> None:
+            for problem, said, complete in zip(problems, turns, finished, strict=True):
+                out.append(self._verdict(problem, said, complete, len(out)))
+
+        if type(self).__module__.startswith("unified_rl."):
+            judge()
+        else:
+            within(self.judge_seconds, judge, lambda: f"{self._place(problems[len(out)], len(out))} has not returned")
+        return out
+
+    def _verdict(self, problem: dict[str, Any], said: list[list[int]], complete: bool, row: int) -> Verdict:
+        if not complete and self.truncated_reward is not None:
+            return Verdict(self.truncated_reward, done=False)
+        try:
+            verdict = self._judge(problem, self._turn_text(said[-1]), len(said))
+        except UnifiedRLError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise RolloutError(f"{self._place(problem, row)} raised {type(error).__name__}: {reason}") from error
+        fault = _fault(verdict)
+        if fault:
+            raise RolloutError(f"{self._place(problem, row)} returned {fault}; it must return a Verdict")
+        reward = float(verdict.reward)
+        return verdict._replace(reward=reward) if complete else verdict._replace(reward=reward, done=False, reply="")
+
+    def _place(self, problem: dict[str, Any], row: int) -> str:
+        return f"{type(self).__name__}'s judgement of row {row} (prompt {problem.get('text', '')!r:.80})"
+
+    def _begin_batch(self) -> None:
+        """Called before the verdicts of a batch."""
 
     def demonstrations(self, count: int, generator: torch.Generator, style: str | None = None) -> TensorDict:
         """``[count]`` supervised rows of correct conversations on training prompts.
@@ -180,11 +228,11 @@ class LanguageTask:
         style = style or (self.styles[0] if self.styles else None)
         said = [next(s for s in self._demonstrate(problem, style) if s.trained) for problem in problems]
         ids = self.codec.encode([segment.text for segment in said])
-        return [[*own, self.codec.eos_id] if s.end else own for own, s in zip(ids, said, strict=True)]
+        return [[*own, self.codec.end_id] if s.end else own for own, s in zip(ids, said, strict=True)]
 
     def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
         """Token ids of each answer, the end of text included."""
-        return [[*ids, self.codec.eos_id] for ids in self.codec.encode(answers)]
+        return [[*ids, self.codec.end_id] for ids in self.codec.encode(answers)]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -232,13 +280,17 @@ class LanguageTask:
         kept: list[dict[str, Any]] = []
         for _ in range(MAX_ROUNDS if share > 0 else 0):
             drawn = self._candidates(int((count - len(kept)) / share * 1.1) + 8, generator)
-            kept += [problem for problem in drawn if self.is_held_out(problem["text"]) == (split == "eval")]
+            kept += [problem for problem in drawn if self._belongs(problem) == (split == "eval")]
             if len(kept) >= count:
                 return kept[:count]
         raise ConfigError(
             f"found {len(kept)} of {count} {split} problems with env.held_out={self.held_out}; change it, or make the "
             "task larger so that both splits hold prompts"
         )
+
+    def _belongs(self, problem: dict[str, Any]) -> bool:
+        """Whether a problem is held out: by its record where it has one, so that no template changes the split."""
+        return self.is_held_out(problem.get("record", problem["text"]))
 
     def _draw_demonstrated(self, count: int, generator: torch.Generator) -> list[dict[str, Any]]:
         return self._draw(count, generator, "train")
@@ -249,6 +301,8 @@ class LanguageTask:
             raise ConfigError(f"split {split!r} is neither of {', '.join(SPLITS)}")
 
     def _turn_text(self, ids: Sequence[int]) -> str:
+        if len(ids) and ids[-1] in self.codec.end_ids:
+            ids = ids[:-1]
         text = self.codec.decode(ids).strip()
         return text.removesuffix(self.stop_text) if self.stop_text else text
 
@@ -265,3 +319,42 @@ class LanguageTask:
 def _hash(text: str) -> int:
     """An unsigned 64-bit hash of ``text``, the same on every machine and in every process."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _fault(verdict: Any) -> str:
+    """What is wrong with what a task returned; empty where nothing is."""
+    if not isinstance(verdict, Verdict):
+        return f"{verdict!r:.60} ({type(verdict).__name__})"
+    for name in ("reward", "done", "correct"):
+        value: Any = getattr(verdict, name)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        shape = getattr(value, "shape", ())
+        if isinstance(value, str | bytes) or not hasattr(value, "__float__") or len(shape):
+            return f"{name}={value!r:.60} ({type(value).__name__})"
+        if not math.isfinite(value):
+            return f"{name}={value!r:.60}"
+    return "" if isinstance(verdict.reply, str) else f"reply={verdict.reply!r:.60} ({type(verdict.reply).__name__})"
+
+
+def within(seconds: float, act: Callable[[], None], where: Callable[[], str]) -> None:
+    """Runs ``act`` in a thread of its own and passes on what it raises.
+
+    Raises:
+        RolloutError: it has not returned after ``seconds``; ``where()`` begins the message. The thread is left behind.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            act()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise RolloutError(f"{where()} after {seconds:g} s; raise judge_seconds of the task if it may take so long")
+    if raised:
+        raise raised[0]

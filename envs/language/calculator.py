@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.language.arithmetic import evaluate
 from unified_rl.envs.language.base import LanguageTask, Verdict
 from unified_rl.envs.language.codec import Segment
@@ -20,6 +21,7 @@ _APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _INTEGER = re.compile(r"-?[0-9]{1,12}")
 
 
+@configurable
 class Calculator(LanguageTask):
     """Prompt ``Q:37+8-5;``, turns ``C:37+8;`` (answered by ``R:45;``) and finally ``A:40;``, which ends it.
 

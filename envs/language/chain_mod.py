@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.language.base import LanguageTask, Verdict
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.tokenizer import choose_tokenizer
@@ -22,6 +23,7 @@ ALPHABET = "0123456789+-=,>"
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
+@configurable
 class ChainMod(LanguageTask):
     """Sums and differences modulo ``modulus``, numbers written with as many digits as ``modulus - 1`` has.
 

@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from transformers import PreTrainedTokenizerBase
 
 from unified_rl.errors import ConfigError
+from unified_rl.policies.pretrained import end_ids_of_folder
 
 
 class Segment(NamedTuple):
@@ -33,11 +34,19 @@ class Codec:
 
     Args:
         tokenizer: with end-of-text and pad tokens.
+
+    Attributes:
+        eos_id: the tokenizer's end-of-text id.
+        end_ids: every id that ends an answer: the tokenizer's, and those of ``generation_config.json`` and
+            ``config.json`` in the folder that it was read from.
+        end_id: what a supervised answer ends with.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.eos_id = int(tokenizer.eos_token_id)
+        self.eos_id = self.end_id = int(tokenizer.eos_token_id)
+        folder = end_ids_of_folder(getattr(tokenizer, "name_or_path", "") or "")
+        self.end_ids = {self.eos_id, *(i for i in folder if i < len(tokenizer))}
         self.pad_id = int(tokenizer.pad_token_id)
         self.prefix: list[int] = list(tokenizer("", add_special_tokens=True)["input_ids"])
         """What the tokenizer puts before every text (a begin-of-text token, or nothing)."""
@@ -67,12 +76,12 @@ class Codec:
         return "".join([self._characters[i] for i in ids])
 
     def stop_ids(self, stop_text: str = "") -> list[int]:
-        """The end-of-text id, and every token that ends with ``stop_text`` where that is given."""
-        stops = {self.eos_id}
+        """The ids that end an answer, and every token that ends with ``stop_text`` where that is given."""
+        stops = set(self.end_ids)
         if stop_text:
             every = range(len(self.tokenizer))
             stops |= {i for i in every if self.decode([i]).rstrip().endswith(stop_text)}
-            if len(stops) == 1:
+            if stops == self.end_ids:
                 raise ConfigError(f"no token of the tokenizer ends with {stop_text!r}, which ends a turn of this task")
         return sorted(stops)
 
@@ -94,7 +103,7 @@ class Codec:
         ids = self.encode([segment.text for segment in segments])
         for segment, own in zip(segments, ids, strict=True):
             if segment.end:
-                own.append(self.eos_id)
+                own.append(self.end_id)
         counts = np.array([len(own) for own in ids])
         trained = np.repeat([segment.trained for segment in segments], counts)
         owner = np.repeat(np.arange(len(parts)), [len(part) for part in parts])

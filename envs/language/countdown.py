@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.language.arithmetic import evaluate
 from unified_rl.envs.language.base import LanguageTask, Verdict
 from unified_rl.envs.language.codec import Segment
@@ -18,6 +19,7 @@ ALPHABET = "0123456789+-*/(),="
 OPERATORS = "+-*/"
 
 
+@configurable
 class Countdown(LanguageTask):
     """A prompt ``3,5,8=37=`` asks for an expression of 3, 5 and 8, each used once, with the value 37: ``5*8-3``.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.language.base import LanguageTask, Verdict
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.tokenizer import choose_tokenizer
@@ -16,6 +17,7 @@ ALPHABET = "0123456789-;HL?"
 _GUESS = re.compile(r"[0-9]{1,9}")
 
 
+@configurable
 class GuessNumber(LanguageTask):
     """Prompt ``17-32;``, guesses ``24;`` answered by ``H;`` (secret is higher), ``L;`` (lower) or ``?;`` (no guess).
 

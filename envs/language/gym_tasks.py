@@ -8,6 +8,7 @@ import importlib.util
 import re
 from typing import Any
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.language.base import Verdict
 from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.scoring import FAILED, GuardedScorer, Score
@@ -28,6 +29,7 @@ _FUNCTIONS = frozenset(
 )
 
 
+@configurable
 class ReasoningGym(PooledTask):
     """A data set of reasoning-gym (arXiv 2505.24760), scored by its own scorer in a process of its own.
 
@@ -45,6 +47,8 @@ class ReasoningGym(PooledTask):
         max_prompt_length: tokens; longer prompts are left out, with a warning that counts them.
         max_turn_tokens: budget of an answer.
         score_seconds: CPU time of one scoring, after which it is given up (counted as ``scorer_error``).
+        batch_seconds: CPU time that the slow scorings of one batch of answers may take together.
+        truncated_reward: of a truncated answer; null lets the scorer judge what there is of it.
         tokenizer: a local folder; by default the characters of the items.
         held_out: share of prompts kept for evaluation.
         shuffle_rewards: the negative control of :class:`~unified_rl.envs.language.base.LanguageTask`.
@@ -69,6 +73,8 @@ class ReasoningGym(PooledTask):
         max_prompt_length: int = 256,
         max_turn_tokens: int = 32,
         score_seconds: float = 5.0,
+        batch_seconds: float = 10.0,
+        truncated_reward: float | None = 0.0,
         tokenizer: str | None = None,
         held_out: float = 0.1,
         shuffle_rewards: bool = False,
@@ -77,7 +83,7 @@ class ReasoningGym(PooledTask):
         self.threshold = threshold
         settings = {**(options or {}), "size": size, "seed": data_seed}
         self._request: dict[str, Any] = {"kind": "gym", "dataset": dataset, "options": settings}
-        self._scorer = GuardedScorer({"kind": "gym_load"}, score_seconds)
+        self._scorer = GuardedScorer({"kind": "gym_load"}, score_seconds, budget=batch_seconds)
         try:
             items, self.evaluates = _items(self._scorer, self._request, prompt_key)
         except ConfigError:
@@ -95,6 +101,7 @@ class ReasoningGym(PooledTask):
             max_prompt_length=max_prompt_length,
             max_turn_tokens=max_turn_tokens,
             held_out=held_out,
+            truncated_reward=truncated_reward,
             shuffle_rewards=shuffle_rewards,
             seed=seed,
         )
@@ -104,6 +111,9 @@ class ReasoningGym(PooledTask):
     def close(self) -> None:
         """Ends the scorer's process."""
         self._scorer.close()
+
+    def _begin_batch(self) -> None:
+        self._scorer.renew()
 
     def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:
         value, failed = self._score(problem["index"], text)
@@ -148,7 +158,7 @@ def _items(scorer: GuardedScorer, settings: dict[str, Any], prompt_key: str | No
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ConfigError("env=reasoning_gym needs reasoning-gym: pip install 'unified-rl[tasks]'")
     name = settings["dataset"]
-    made = scorer.ask(GENERATION_LIMIT, **{**settings, "kind": "gym_items"}, prompt_key=prompt_key)
+    made = scorer.ask(GENERATION_LIMIT, **{**settings, "kind": "gym_items"}, prompt_key=prompt_key, keep=True)
     if "items" in made:
         return made["items"], made["evaluates"]
     if "names" in made:

@@ -14,7 +14,7 @@ from unified_rl.errors import ConfigError
 
 
 class PooledTask(LanguageTask):
-    """Draws without replacement within a call, as long as the pool lasts.
+    """Draws without replacement within a call; one that wants more than there is gets all equally often, or once more.
 
     A subclass calls :meth:`_fill` at the end of its constructor. Problems hold ``text`` and, where there is a correct
     answer to imitate, ``solution``.
@@ -31,13 +31,13 @@ class PooledTask(LanguageTask):
         """
         kept = self._fitting(problems)
         if held_out is None:
-            chosen = [self.is_held_out(problem["text"]) for problem in kept]
+            chosen = [self._belongs(problem) for problem in kept]
             train = [problem for problem, out in zip(kept, chosen, strict=True) if not out]
             evaluation = [problem for problem, out in zip(kept, chosen, strict=True) if out]
         else:
             evaluation = self._fitting(held_out)
-            texts = {problem["text"] for problem in held_out}
-            train = [problem for problem in kept if problem["text"] not in texts]
+            records = {problem.get("record", problem["text"]) for problem in held_out}
+            train = [problem for problem in kept if problem.get("record", problem["text"]) not in records]
         solved = [problem for problem in train if problem.get("solution")]
         lengths = map(len, self.codec.encode([problem["solution"] for problem in solved]))
         short = [p for p, length in zip(solved, lengths, strict=True) if length < self.max_turn_tokens]
@@ -95,10 +95,8 @@ class PooledTask(LanguageTask):
         pool = self._pools[name]
         if not pool:
             raise ConfigError(f"the pool of {name} problems is empty; {fix}")
-        if count <= len(pool):
-            order = torch.randperm(len(pool), generator=generator)[:count]
-        else:
-            order = torch.randint(len(pool), (count,), generator=generator)
+        rounds = -(-count // len(pool))
+        order = torch.cat([torch.randperm(len(pool), generator=generator) for _ in range(rounds)])[:count]
         return [pool[index] for index in order.tolist()]
 
     def _demonstrate(self, problem: dict[str, Any], style: str | None) -> list[Segment]:

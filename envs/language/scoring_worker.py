@@ -1,7 +1,9 @@
 """Scores answers in a process of its own: run by path, JSON lines in, JSON lines out. Imports nothing of the package.
 
-A request that takes more CPU time than its limit ends the process (the timer's default action, which also interrupts
-one long computation in C); memory is limited and files cannot be written. See :mod:`unified_rl.envs.language.scoring`.
+The first process imports the verifiers and never sees an answer. It forks one that does: a request that takes more CPU
+time than its limit ends that process (the timer's default action, which also interrupts one long computation in C),
+and the next request gets a new fork. Memory is limited and files cannot be written. See
+:mod:`unified_rl.envs.language.scoring`.
 """
 
 from __future__ import annotations
@@ -13,9 +15,15 @@ import re
 import resource
 import signal
 import sys
+import time
+from contextlib import suppress
 from functools import lru_cache
-from typing import Any
+from typing import IO, Any
 
+COMMON = (
+    *("x^2+2x-1", "\\frac{\\sqrt{2}}{3}", "\\{1,2\\}", "\\left(3,\\frac{\\pi}{2}\\right)", "(-\\infty,2]\\cup[3,4)"),
+    *("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\text{word}", "x=3", "2^{10}", "3\\cdot 4", "5!", "1,2", "28\\%"),
+)
 EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
 
 
@@ -25,6 +33,13 @@ def score_math(request: dict[str, Any]) -> dict[str, Any]:
 
     answer = parse(request["text"], parsing_timeout=None)
     return {"score": float(verify(_reference(request["reference"]), answer, timeout_seconds=None))}
+
+
+def load_math(request: dict[str, Any]) -> dict[str, Any]:
+    """Imports math-verify and parses a little of everything, so that no answer pays for its grammar."""
+    for text in COMMON:
+        score_math({"reference": text, "text": f"${text}$"})
+    return {}
 
 
 @lru_cache(maxsize=4096)
@@ -88,8 +103,62 @@ def _limit(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
 
 
+KINDS = {"math": score_math, "math_load": load_math, "gym": score_gym, "gym_load": load_gym, "gym_items": make_gym}
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one request, with the CPU seconds that it took."""
+    began = time.process_time()
+    _limit(request["limit"])
+    try:
+        found = KINDS[request["kind"]](request)
+    except BaseException as error:
+        found = {"error": type(error).__name__}
+    _limit(0)
+    return {**found, "cpu": time.process_time() - began}
+
+
+class Fork:
+    """A copy of this process that answers requests until one of them ends it."""
+
+    def __init__(self) -> None:
+        (ask, self._ask), (self._hear, tell) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._ask)
+            os.close(self._hear)
+            _serve(os.fdopen(ask), os.fdopen(tell, "w"))
+            os._exit(0)
+        os.close(ask)
+        os.close(tell)
+        self.requests, self.answers = os.fdopen(self._ask, "w"), os.fdopen(self._hear)
+
+    def __call__(self, line: str) -> str:
+        """The answer to one request; empty where the request ended the process."""
+        try:
+            self.requests.write(line)
+            self.requests.flush()
+            return self.answers.readline()
+        except OSError:
+            return ""
+
+    def close(self) -> None:
+        """Ends the copy."""
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        self.answers.close()
+        with suppress(OSError):  # unsent bytes
+            self.requests.close()
+
+
+def _serve(requests: IO[str], answers: IO[str]) -> None:
+    for line in requests:
+        answers.write(json.dumps(answer(json.loads(line))) + "\n")
+        answers.flush()
+
+
 def main() -> None:
-    """Answers requests until the input ends."""
+    """Answers requests until the input ends: those marked ``keep`` here, all others in a fork."""
     gigabytes = float(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -97,17 +166,22 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    kinds = {"math": score_math, "gym": score_gym, "gym_load": load_gym, "gym_items": make_gym}
+    fork: Fork | None = None
     for line in sys.stdin:
         request = json.loads(line)
-        _limit(request["limit"])
-        try:
-            answer = kinds[request["kind"]](request)
-        except BaseException as error:
-            answer = {"error": type(error).__name__}
-        _limit(0)
-        answers.write(json.dumps(answer) + "\n")
+        if request.pop("keep", False):
+            reply = json.dumps(answer(request)) + "\n"
+        else:
+            fork = fork or Fork()
+            reply = fork(line)
+        if fork is not None and not reply:
+            fork.close()
+            fork, reply = None, '{"error": "the process ended", "died": true}\n'
+        answers.write(reply)
         answers.flush()
+    if fork is not None:
+        fork.close()
+    os._exit(0)  # at once: nothing here is worth tidying up
 
 
 if __name__ == "__main__":

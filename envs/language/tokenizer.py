@@ -64,8 +64,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"tokenizer={path} is not a folder here; give a local folder (hub names are not looked up)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder} holds no readable tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # transformers and tokenizers each raise their own kinds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{folder} holds no readable tokenizer: {first}") from error
     return with_padding(tokenizer)
 
 

@@ -1,21 +1,25 @@
-"""Verifiers of word problems: is the answer in a text equal to the reference?"""
+"""Verifiers of word problems: is the answer in a text equal to the reference?
+
+All three pick the answer from the whole text and read numbers with one reader; they differ in what they accept where
+nothing is marked as the answer: ``numeric`` nothing, ``last`` the last number, ``math`` free form.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
-from decimal import Decimal
-from fractions import Fraction
 
+from unified_rl.envs.language.answers import marked_answer, marked_number, spoken_formula, spoken_number
+from unified_rl.envs.language.numbers import Number, name_unit, parse_number, plain_text, read_number, same_number
 from unified_rl.envs.language.scoring import GuardedScorer, Score
 
 MAX_TAIL = 1000
-"""Characters at the end of an answer that math-verify gets to see; its patterns are quadratic in the worst case."""
+"""Characters that math-verify gets to see; its patterns are quadratic in the worst case."""
 
-_NUMBER = r"-?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,30})(?:\.[0-9]{1,30})?|-?\$?\.[0-9]{1,30}"
-_WHOLE = re.compile(rf"\s*({_NUMBER})\s*[%.]?\s*")
-_ANYWHERE = re.compile(rf"(?<![0-9.])(?:{_NUMBER})(?![0-9])")
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")
+_ARITHMETIC = re.compile(r"[0-9)]\s*[-+*/^×÷]{1,2}\s*[0-9(]|\\")
+_TRAILING_UNIT = re.compile(r"(?<=\S)\s*\\(?:text|textrm|mbox|mathrm) ?\{([^{}]*)\}\s*(\^ ?\{?[0-9]\}?)?[\s.$]*$")
 
 Verifier = Callable[[str, str], Score]
 """``(reference, text) -> Score``."""
@@ -26,54 +30,102 @@ def strip_calculations(text: str) -> str:
     return _CALCULATION.sub("", text)
 
 
-def parse_number(text: str) -> Fraction | None:
-    """The exact value of ``text`` where it is one number (``1,234.50``, ``$7``, ``12%``), else None."""
-    match = _WHOLE.fullmatch(text)
-    return Fraction(Decimal(match[1].replace(",", "").replace("$", ""))) if match else None
-
-
-def marked_number(text: str) -> Fraction | None:
-    """The number after the last ``####``, to the end of that line; None without one."""
-    _, mark, rest = text.rpartition("####")
-    return parse_number(rest.strip().split("\n", 1)[0]) if mark else None
-
-
-def last_number(text: str) -> Fraction | None:
-    """The last number anywhere in ``text``; None without one."""
-    found = _ANYWHERE.findall(text)
-    return parse_number(found[-1]) if found else None
-
-
 def numeric(reference: str, text: str) -> Score:
-    """1 where the number after the last ``####`` of ``text`` equals the reference number."""
-    return Score(float(marked_number(text) == parse_number(reference)), False)
+    """1 where the marked answer of ``text`` (``#### 72``, a box, an answer tag) is the reference number."""
+    return _compare(reference, marked_number(text))
 
 
 def last(reference: str, text: str) -> Score:
-    """1 where the last number of ``text`` equals the reference number. Lenient: any closing number counts."""
-    return Score(float(last_number(text) == parse_number(reference)), False)
+    """As :func:`numeric`; without a mark, the number after *answer is*, else the last one. Lenient."""
+    if marked_answer(text) is not None:
+        return numeric(reference, text)
+    return _compare(reference, spoken_number(text))
+
+
+def _compare(reference: str, answer: Number | None) -> Score:
+    wanted = read_number(reference)
+    return Score(float(wanted is not None and answer is not None and same_number(wanted, answer)), False)
 
 
 class MathVerifier:
-    """Free-form mathematics by math-verify, whose parser is kept in a process of its own.
+    """Free-form mathematics: numbers are compared here, everything else by math-verify in a process of its own.
 
     math-verify's own time limits use signals and so fail outside the main thread, and cannot interrupt one long
     computation (``9**9**9**9``). What it hands to SymPy's evaluating parser is digits, operators and parentheses only;
-    names reach nothing but a LaTeX grammar. The worker adds time and memory limits.
+    names reach nothing but a LaTeX grammar. The worker adds time and memory limits, and leaves out what it would throw
+    away: two different units are not equal.
 
     Args:
         limit: CPU seconds of one comparison.
+        budget: CPU seconds of the slow comparisons of one batch, see
+            :class:`~unified_rl.envs.language.scoring.GuardedScorer`.
     """
 
-    def __init__(self, limit: float = 5.0) -> None:
-        self.scorer = GuardedScorer({"kind": "math", "reference": "1", "text": "$1$"}, limit)
+    def __init__(self, limit: float = 5.0, budget: float = math.inf) -> None:
+        self.scorer = GuardedScorer({"kind": "math_load"}, limit, budget=budget)
 
     def __call__(self, reference: str, text: str) -> Score:
-        """1 where math-verify finds ``text`` equal to ``reference``; ``failed`` where it gave up."""
-        if not text.strip():
-            return Score(0.0, False)
-        return self.scorer.score(kind="math", reference=reference, text=text[-MAX_TAIL:])
+        """1 where the answer of ``text`` equals ``reference``; ``failed`` where the comparison was given up."""
+        said = marked_answer(text)
+        if said is None:
+            return self._unmarked(reference, text)
+        return self._equal(reference, said)
+
+    def renew(self) -> None:
+        """Begins a batch: its budget is whole again."""
+        self.scorer.renew()
 
     def close(self) -> None:
         """Ends the worker process."""
         self.scorer.close()
+
+    def _unmarked(self, reference: str, text: str) -> Score:
+        if not text.strip():
+            return Score(0.0, False)
+        formula = spoken_formula(text)
+        if formula is not None:
+            return self._equal(reference, formula)
+        said = spoken_number(text) if read_number(reference) is not None else None
+        if said is not None and (said.value is not None or not _ARITHMETIC.search(end_of(text))):
+            return _compare(reference, said)
+        return self.scorer.score(kind="math", reference=reference, text=end_of(text))
+
+    def _equal(self, reference: str, answer: str) -> Score:
+        """Compares two contents of a box."""
+        one, other = _bare(reference), _bare(answer)
+        if not one or not other:
+            return Score(0.0, False)
+        if one == other:
+            return Score(1.0, False)
+        a, b = read_number(one), read_number(other)
+        if a is not None and b is not None:
+            return Score(float(same_number(a, b)), False)
+        if _units_differ(one, other) or (one.isalpha() and other.isalpha() and one.isupper() and len(one) > 1):
+            return Score(0.0, False)
+        if len(other) > MAX_TAIL:
+            return Score(0.0, False)
+        return self.scorer.score(kind="math", reference=one, text=f"${other}$")
+
+
+def end_of(text: str, size: int = MAX_TAIL) -> str:
+    """The end of ``text``, cut between words."""
+    if len(text) <= size:
+        return text
+    tail = text[-size - 1 :]
+    _, gap, rest = tail.partition(tail[m.start()] if (m := re.search(r"\s", tail)) else "\0")
+    return rest if gap else ""
+
+
+def _bare(text: str) -> str:
+    text = re.sub(r"\s+", " ", plain_text(text)).strip().rstrip(".").strip()
+    return text[1:-1].strip() if re.fullmatch(r"\$[^$]*\$", text) else text
+
+
+def _units_differ(one: str, other: str) -> bool:
+    """Whether both end in units, and in different ones, or one of them in a number word."""
+    units = [name_unit(m[1] + (m[2] or "")) if (m := _TRAILING_UNIT.search(text)) else "" for text in (one, other)]
+    scaled = any(re.search(r"\b(?:hundred|thousand|[mbtr]+illion|dozen)s?\b", unit) for unit in units)
+    return units[0] != units[1] and (all(units) or scaled)
+
+
+__all__ = ["MathVerifier", "Verifier", "last", "marked_number", "numeric", "parse_number", "strip_calculations"]

@@ -11,12 +11,13 @@ import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.correction.diagnostics import diagnose
 from unified_rl.correction.internal.distributed import Total, identity
 from unified_rl.correction.internal.surrogate import KnownGradient, unit_advantage
@@ -61,6 +62,7 @@ class CorrectionOutput:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
+@configurable
 class Correction:
     """A published (or new) off-policy correction, put together from parts.
 
@@ -73,6 +75,10 @@ class Correction:
         thin: optional random choice of units or rows to train on, weighted to stay unbiased.
         mismatch: outer weights proximal/behavior (current/behavior where the kernel itself holds no ratio).
         reject: rules that take units or rows out.
+        rejected: whether units that ``reject`` or ``thin`` takes out of the policy term lose their penalties
+            (``drop``) or keep them (``keep``); None leaves each as it is published: ``drop`` for ``reject``, as verl
+            has it, and ``keep`` for ``thin``. TRL, slime and NeMo-RL mask the policy term alone (``keep``). What a
+            row's terms are divided by does not depend on it.
         penalty: regularisers beside the policy term.
         reduce: what the sum over units is divided by.
         denominator: ``original`` counts every masked-in unit, ``kept`` those that ``reject`` left.
@@ -98,6 +104,7 @@ class Correction:
         thin: Node | None = None,
         mismatch: Sequence[Node] | None = None,
         reject: Sequence[Node] | None = None,
+        rejected: Literal["drop", "keep"] | None = None,
         penalty: Sequence[Node] | None = None,
         reduce: str = "token-mean",
         denominator: str = "original",
@@ -119,13 +126,15 @@ class Correction:
             raise ConfigError(f"correction.reduce {reduce!r} is unknown; {nearest(reduce, REDUCTIONS)}")
         if denominator not in ("original", "kept"):
             raise ConfigError(f"correction.denominator must be original or kept, got {denominator!r}")
+        if rejected is not None and rejected not in ("drop", "keep"):
+            raise ConfigError(f"correction.rejected must be drop or keep, got {rejected!r}")
         if reduce == "sequence-mean-token-sum-norm" and not horizon:
             raise ConfigError(
                 "reduce=sequence-mean-token-sum-norm needs horizon: a constant, such as the longest answer"
             )
         self.anchors = tuple(anchors or ())
         self.anchor, self.reduce, self.denominator = anchor, reduce, denominator
-        self.horizon, self.attached = horizon, attached
+        self.horizon, self.attached, self.rejected = horizon, attached, rejected
         self.name, self.summary, self.source = name, summary, source
         self.confidence, self.experimental = confidence, experimental
         self.advantage = dict(advantage or {})
@@ -332,7 +341,7 @@ class Correction:
         dtype = torch.float32 if log_prob is None or log_prob.dtype != torch.float64 else torch.float64
         count = share(mask, dtype).sum(-1)
         stats = {"advantage": unit_advantage(batch, mask, count, dtype, optional=self._kernel.traits.own_advantage)}
-        keep = self._rules.apply(log_prob, batch, stats, self.total)
+        keep = self._rules.apply(log_prob, batch, stats, self.total, spare=self.rejected == "keep")
         if self.denominator == "kept" and log_prob is not None:
             valid = safe(self._unit_log_ratio(log_prob, batch), mask)[1]
             keep = valid if keep is None else keep & valid
@@ -341,6 +350,8 @@ class Correction:
             thinned = self._thin(batch, Layout(mask, batch), stats["advantage"], self.total)
             if isinstance(thinned, tuple):
                 thinned, stats["advantage"] = thinned
+            if self.rejected == "drop":
+                stats["penalised"] = (mask if keep is None else keep) & (thinned != 0)
             stats["weight"] = thinned * stats["weight"] if "weight" in stats else thinned
         stats["original"] = count
         stats["kept"] = count if keep is None else share(keep, dtype).sum(-1)
@@ -378,7 +389,9 @@ class Correction:
             slope = -weight if x is None else torch.zeros_like(weight)
             metrics = {"loss/policy": policy, "reject/fraction": _rejected(stats)}
             if self._penalties:
-                parts = [p(view, ok, f"select_{i}") for i, p in enumerate(self._penalties)]
+                spared = stats.get("penalised", None)
+                part_of = ok if spared is None else view.mask & spared
+                parts = [p(view, part_of, f"select_{i}") for i, p in enumerate(self._penalties)]
                 metrics["loss/penalty"] = torch.stack([part for part, _ in parts]).sum()
                 slope = sum((part for _, part in parts), slope)
                 value = metrics["loss/penalty"] + (policy if x is None else 0)

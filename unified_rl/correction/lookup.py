@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from unified_rl.errors import ConfigError
-from unified_rl.instantiate import PACKAGE, REQUIRED, Parameter, allowed, check_type, locate, nearest
+from unified_rl.instantiate import REQUIRED, Parameter, allowed, check_type, locate, nearest
 
 Table = Mapping[str, Callable[..., Any]]
 
@@ -68,9 +68,7 @@ def find(name: str, table: Table, where: str) -> Callable[..., Any]:
     if "." not in name:
         now = [key for key, rule in table.items() if getattr(rule, "formerly", "") == name]
         raise ConfigError(f"{where} {name!r} is unknown; {nearest(now[0], now) if now else nearest(name, table)}")
-    found = locate(name, allowed(), where, key="")
-    if name.split(".")[0] == PACKAGE and found not in table.values():
-        raise ConfigError(f"{where} {name!r} is none of what can stand there; {nearest(name.split('.')[-1], table)}")
+    found = locate(name, allowed(), where, key="", rules=table)
     base = _shared_base(table)
     if base is not None and not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{where} {name!r} is no {base.__name__}; derive it from {_path(base)}")

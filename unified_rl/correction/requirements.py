@@ -37,7 +37,8 @@ def advantage_needs_group(correction: Correction) -> bool:
     """Whether the group advantage that the correction wants is 0 for a row that is alone in its group."""
     settings = correction.advantage
     alone = settings.get("baseline", "mean") in ("none", "tracker", "given") and settings.get("scale") != "std"
-    kept = alone or settings.get("singleton", 0.0) is None
+    singleton = settings.get("singleton", "auto")
+    kept = alone or singleton is None or (singleton == "auto" and settings.get("scale") == "whiten")
     return not kept and not settings.get("shift", 0.0)
 
 

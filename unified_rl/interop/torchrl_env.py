@@ -12,11 +12,14 @@ from torchrl.data import Categorical, MultiCategorical, MultiOneHot, OneHot, Ten
 from torchrl.data.tensor_specs import ContinuousBox
 from torchrl.envs import EnvBase
 
-from unified_rl.errors import ConfigError, RestoreError
+from unified_rl.configurable import configurable
+from unified_rl.errors import ConfigError, EnvError, RestoreError
+from unified_rl.interop.guard import describe, one_line
 from unified_rl.protocols import ControlEnv, LanguageEnv, StepResult
 from unified_rl.spaces import Box, Discrete, MultiDiscrete, Part, PolicyInputs, Space
 
 
+@configurable
 class TorchRLControlEnv:
     """Steps a TorchRL environment through its own API, with auto-reset and true final observations.
 
@@ -41,7 +44,7 @@ class TorchRLControlEnv:
             raise ConfigError(
                 f"the environment has no 'observation' ({keys}); append a CatTensors transform that makes it"
             )
-        self.env, self.max_steps = env, max_steps
+        self.env, self.max_steps, self.name = env, max_steps, type(env).__name__
         if "action" not in env.full_action_spec.keys():
             keys = ", ".join(map(str, env.full_action_spec.keys()))
             raise ConfigError(f"the environment has no 'action' ({keys}); append a RenameTransform that makes it")
@@ -51,39 +54,92 @@ class TorchRLControlEnv:
         )
         self.num_envs = env.batch_size[0] if len(env.batch_size) else 1
         self._current: TensorDictBase | None = None
+        self._count = 0
 
     def policy_inputs(self) -> dict[str, Any]:
         """What a policy's constructor takes: ``space``."""
         return PolicyInputs(self.space)
 
-    def reset_batch(self, seed: int | None = None) -> Tensor:
-        """Resets; ``[K, d]`` float32."""
-        if seed is not None:
+    def seed(self, seed: int) -> None:
+        """Restarts the environment's random streams by its own ``set_seed``."""
+        try:
             self.env.set_seed(seed)
-        self._current = self.env.reset()
-        return self._observation(self._current)
+        except (Exception, SystemExit) as error:
+            raise EnvError(f"{self.name} raised in set_seed: {one_line(error)}") from error
+
+    def reset_batch(self, seed: int | None = None) -> Tensor:
+        """Resets; ``[K, d]`` float32.
+
+        Raises:
+            EnvError: it raised, or its observation is missing or of another size.
+        """
+        if seed is not None:
+            self.seed(seed)
+        self._current, self._count = self._reset(), 0
+        return self._observation(self._current, "reset")
+
+    def _reset(self) -> TensorDictBase:
+        try:
+            return self.env.reset()
+        except (Exception, SystemExit) as error:
+            raise EnvError(f"{self.name} raised in reset: {one_line(error)}") from error
 
     def step_batch(self, action: Tensor) -> StepResult:
-        """Steps and resets the simulations that ended."""
+        """Steps and resets the simulations that ended.
+
+        Scalars of ``info`` entries and of single numbers a simulation beside the observation (``success``) are told
+        where episodes end.
+
+        Raises:
+            EnvError: it raised, or an entry of its answer is missing, of another size or no number.
+        """
         if self._current is None:
             self.reset_batch()
         assert self._current is not None
+        self._count += 1
+        where = f"step {self._count}"
         self._current["action"] = self._encode(action)
-        stepped, following = self.env.step_and_maybe_reset(self._current)
+        try:
+            stepped, following = self.env.step_and_maybe_reset(self._current)
+        except (Exception, SystemExit) as error:
+            raise EnvError(f"{self.name} raised in {where}: {one_line(error)}") from error
         self._current = following
         after = stepped["next"]
         ones = torch.ones(self.num_envs, dtype=torch.int64)
-        terminated = after["terminated"].reshape(self.num_envs).clone()
-        truncated = after["truncated"].reshape(self.num_envs).clone() if "truncated" in after.keys() else ~ones.bool()
+        terminated = self._column(after, "terminated", where).bool()
+        truncated = self._column(after, "truncated", where).bool() if "truncated" in after.keys() else ~ones.bool()
+        terminated |= self._column(after, "done", where).bool() & ~truncated  # it was reset, whatever the others say
         return StepResult(
-            observation=self._observation(following),
-            reward=after["reward"].reshape(self.num_envs).float(),
+            observation=self._observation(following, where),
+            reward=self._column(after, "reward", where).float(),
             terminated=terminated,
             truncated=truncated,
-            next_observation=self._observation(after),
+            next_observation=self._observation(after, where),
             executed=ones,
-            info={},
+            info=self._told(after),
         )
+
+    def _column(self, after: TensorDictBase, key: str, where: str) -> Tensor:
+        """One number a simulation, ``[K]``."""
+        value = after.get(key, None)
+        if not isinstance(value, Tensor) or value.numel() != self.num_envs or value.is_complex():
+            raise EnvError(
+                f"{self.name} returned {key}={describe(value)} from {where}; one number a simulation is expected "
+                f"({self.num_envs})"
+            )
+        return value.reshape(self.num_envs).clone()
+
+    def _told(self, after: TensorDictBase) -> dict[str, Tensor]:
+        """Every single number a simulation that is neither reward nor flag, ``is_success`` as ``success`` too."""
+        told: dict[str, Tensor] = {}
+        for key, value in after.items(include_nested=True, leaves_only=True):
+            name = key if isinstance(key, str) else key[-1]
+            single = isinstance(value, Tensor) and value.numel() == self.num_envs and not value.is_complex()
+            if single and name not in OWN_KEYS and not name.startswith("_"):
+                told[name] = value.reshape(self.num_envs).float()
+        if "is_success" in told:
+            told.setdefault("success", told["is_success"])
+        return told
 
     def _encode(self, action: Tensor) -> Tensor:
         """Actions ``[K, a]`` as the environment's spec has them: numbers inside the bounds, choices, or one-hot."""
@@ -113,9 +169,22 @@ class TorchRLControlEnv:
         """Closes the environment."""
         self.env.close()
 
-    def _observation(self, td: TensorDictBase) -> Tensor:
-        out: Tensor = td["observation"].reshape(self.num_envs, -1).float().clone()
+    def _observation(self, td: TensorDictBase, where: str) -> Tensor:
+        value, width = td.get("observation", None), self.space.observation_dim
+        if not isinstance(value, Tensor) or value.numel() != self.num_envs * width or value.is_complex():
+            raise EnvError(
+                f"{self.name} returned observation={describe(value)} from {where}; {self.num_envs} x {width} numbers "
+                "are expected"
+            )
+        out: Tensor = value.reshape(self.num_envs, width).float().clone()
         return out
+
+
+OWN_KEYS = frozenset(
+    {"observation", "action", "reward", "done", "terminated", "truncated", "step_count", "is_init", "pixels"}
+    | {"return", "length", "score", "return_std", "episodes"}
+)
+"""Entries that are no infos, and metrics that an info must not replace."""
 
 
 def _action_part(spec: TensorSpec, batch_dims: int) -> Part:
@@ -148,4 +217,10 @@ def as_environment(env: object) -> ControlEnv | LanguageEnv:
         return env
     if isinstance(env, EnvBase):
         return TorchRLControlEnv(env)
-    raise ConfigError(f"{type(env).__name__} is neither a ControlEnv, a LanguageEnv nor a TorchRL EnvBase")
+    kind = type(env)
+    if any(cls.__module__.partition(".")[0] in ("gymnasium", "gym") for cls in kind.__mro__):
+        raise ConfigError(
+            f"{kind.__name__} is a Gymnasium environment: register it and set env=gymnasium env.id=PACKAGE:ID with "
+            "--allow PACKAGE, or return unified_rl.envs.control.GymnasiumEnv(ID, num_envs, seed)"
+        )
+    raise ConfigError(f"{kind.__name__} is neither a ControlEnv, a LanguageEnv nor a TorchRL EnvBase")

@@ -40,8 +40,9 @@ AGGREGATES: dict[str, Callable[..., Tensor]] = {"least": least, "mean": mean, "l
 
 
 def bootstrapped(t: Transitions, following: Tensor) -> Tensor:
-    """``r + gamma (1 - terminated) following``."""
-    return torch.addcmul(t.batch["reward"], t.batch["bootstrap"], following)
+    """``r + gamma (1 - terminated) following``; what follows a terminal state is never read, be it NaN or infinite."""
+    scale = t.batch["bootstrap"]
+    return torch.addcmul(t.batch["reward"], scale, torch.where(scale == 0, torch.zeros_like(scale), following))
 
 
 @needs("rsample", "entropy")

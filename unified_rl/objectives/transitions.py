@@ -25,7 +25,7 @@ def prepare_batch(sample: TensorDictBase, device: torch.device, *extra: str) -> 
         extra: further columns to keep.
     """
     batch = {key: sample[key].to(device, non_blocking=True) for key in KEYS}
-    batch["bootstrap"] = batch.pop("discount") * (~batch.pop("terminated")).to(torch.float32)
+    batch["bootstrap"] = batch.pop("discount").masked_fill(batch.pop("terminated"), 0.0)
     for key in extra:
         batch[key] = sample[key].to(device)
     return batch

@@ -19,9 +19,11 @@ def value_loss(
         clip: with ``old_value``, the larger of the clipped and unclipped errors counts ("Proximal Policy Optimization
             Algorithms", arXiv:1707.06347, as commonly implemented).
     """
-    error = (value - torch.where(mask, target.detach(), value.detach())).square()
+    target = torch.where(mask, target.detach(), value.detach())
+    error = (value - target).square()
     if clip is not None and old_value is not None:
+        old_value = torch.where(mask, old_value, value.detach())
         bounded = old_value + (value - old_value).clamp(-clip, clip)
-        error = torch.maximum(error, (bounded - target.detach()).square())
+        error = torch.maximum(error, (bounded - target).square())
     kept = torch.where(mask, error, torch.zeros_like(error))
     return 0.5 * kept.sum() / mask.sum().clamp(min=1)

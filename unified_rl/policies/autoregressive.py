@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import Policy
 from unified_rl.policies.networks import activation_named, mlp, seeded, trunk_width
@@ -30,6 +31,7 @@ def from_bins(index: Tensor, bins: int) -> Tensor:
     return (2.0 * index.to(torch.float32) + 1.0) / bins - 1.0
 
 
+@configurable
 class AutoregressivePolicy(Policy):
     """Discretised actions, sampled one dimension after another; one unit a dimension.
 

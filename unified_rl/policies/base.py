@@ -163,8 +163,12 @@ class Policy(TensorDictModuleBase):
     def _register_bounds(self) -> None:
         bounds = action_bounds(self.space)
         if not bool((bounds["high"] > bounds["low"]).all()):
-            low, high = bounds["low"].tolist(), bounds["high"].tolist()
-            raise ConfigError(f"action_low must lie below action_high, got {low} and {high}")
+            entry = int((bounds["high"] <= bounds["low"]).nonzero()[0])
+            low, high = (float(bounds[name][entry]) for name in ("low", "high"))
+            raise ConfigError(
+                f"action entry {entry} of {len(bounds['low'])} lies between {low:g} and {high:g}, which leaves no "
+                "choice (action_low must lie below action_high): leave a locked joint out of the action space"
+            )
         for name, value in bounds.items():
             self.register_buffer(f"action_{name}", value, persistent=False)
         self.bounded = bool(finite_ranges(bounds["low"], bounds["high"]).all())
@@ -223,7 +227,7 @@ class Policy(TensorDictModuleBase):
             standardised.
         """
         lead = observation.shape[:-1]
-        flat = self.normalize(observation.reshape(-1, observation.shape[-1]))
+        flat = self.normalize(self._real(observation.reshape(-1, observation.shape[-1])))
         out = self._sample(flat, self.generator if generator is None else generator, deterministic)
         if isinstance(self.normalizer, RunningNormalizer):
             out[MOMENTS] = self.normalizer.used.expand(len(flat)).clone()
@@ -252,9 +256,15 @@ class Policy(TensorDictModuleBase):
         """
         observation, action = batch["observation"], batch["action"]
         rows, steps = observation.shape[0], observation.ndim - 1
-        flat = self.normalize(observation.reshape(-1, observation.shape[-1]))
+        flat = self.normalize(self._real(observation.reshape(-1, observation.shape[-1])))
+        action = action if self.space.action.choices else self._real(action)
         loss = self._nll(flat, action.flatten(0, steps - 1), self.generator if generator is None else generator)
         return loss.reshape(rows, -1)
+
+    def _real(self, values: Tensor) -> Tensor:
+        """NumPy's float64, and integers, in the dtype of the weights."""
+        usual = values.is_floating_point() and values.dtype != torch.float64
+        return values if usual else values.to(next(self.parameters()).dtype)
 
     @property
     def device(self) -> torch.device:
@@ -305,8 +315,8 @@ class Policy(TensorDictModuleBase):
     def _observed(self, batch: TensorDictBase | Tensor) -> Tensor:
         """Observations ``[M, d]`` as the network saw them when it acted; those of a bare tensor as it sees them now."""
         if isinstance(batch, Tensor):
-            return self.normalize(batch.reshape(-1, batch.shape[-1]))
-        observation, moments = batch["observation"], batch.get(MOMENTS, None)
+            return self.normalize(self._real(batch.reshape(-1, batch.shape[-1])))
+        observation, moments = self._real(batch["observation"]), batch.get(MOMENTS, None)
         return self.normalize(
             observation.reshape(-1, observation.shape[-1]), None if moments is None else moments.reshape(-1)
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,10 +14,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.policies.generation import Generation, generate, has_plain_cache
-from unified_rl.policies.pretrained import build_model, has_plain_head, special_ids, trunk_states
-from unified_rl.policies.sampling import NO_TRUNCATION, Sampling, entropy_of, token_log_prob
+from unified_rl.policies.pretrained import (
+    build_model,
+    end_ids_of_folder,
+    has_plain_head,
+    special_ids,
+    trunk_states,
+)
+from unified_rl.policies.sampling import Sampling, entropy_of, token_log_prob
 from unified_rl.policies.shared_prompt import find_shared, shared_states
 from unified_rl.protocols import Domain, Reader
 from unified_rl.units import UnitLogProb
@@ -25,6 +33,7 @@ LOGITS_AT_ONCE = 2**25
 """Logits held at a time where ``logit_chunk`` is 0 (128 MiB in float32)."""
 
 
+@configurable
 class CausalLM(TensorDictModuleBase):
     """Any Hugging Face causal language model, from a configuration or a local folder.
 
@@ -42,7 +51,7 @@ class CausalLM(TensorDictModuleBase):
         top_k: keep the most likely tokens only; 0 keeps all.
         top_p: keep the nucleus of this probability only; 1 keeps all. A stored token that has left the support of the
             present weights scores ``-inf``; the correction rejects and counts it.
-        dtype: of the weights.
+        dtype: of the weights. Only float32 weights are trained: half precision rounds small steps away.
         autocast: run matrix products in bfloat16.
         logit_chunk: positions whose logits are held at a time; the rest is recomputed in the backward pass. 0 chooses
             so that about 128 MiB are held.
@@ -53,6 +62,9 @@ class CausalLM(TensorDictModuleBase):
         cuda_graph: replay decoding steps from a CUDA graph, for few rows, where the device waits for the launch of
             kernels. Finished rows then stay in the batch until all are.
         seed: of fresh weights, and of the policy's own :attr:`generator`.
+
+    Attributes:
+        end_ids: ids that end an answer by the folder's generation and model configuration.
 
     Raises:
         ConfigError, CheckpointError: as :func:`~unified_rl.policies.pretrained.build_model`, and for a bad transform.
@@ -85,7 +97,7 @@ class CausalLM(TensorDictModuleBase):
         super().__init__()
         self.in_keys = ["tokens", "token_mask"]
         self.out_keys = ["action", "action_mask", "behavior_log_prob"]
-        self.sampling = Sampling(temperature, top_k, top_p)
+        self.sampling = Sampling(temperature, top_k, top_p, len(tokenizer))
         self.tokenizer, self.max_length, self.max_new_tokens = tokenizer, max_length, max_new_tokens
         self.pad_id, self.eos_id = special_ids(tokenizer)
         self.autocast, self.logit_chunk, self.cuda_graph, self.seed = autocast, logit_chunk, cuda_graph, seed
@@ -100,13 +112,19 @@ class CausalLM(TensorDictModuleBase):
             seed=seed,
         )
         model.plain_head = has_plain_head(model)
-        if gradient_checkpointing:
-            _recompute_layers(model)
+        self.end_ids = tuple(sorted(i for i in end_ids_of_folder(path or "") if i < len(tokenizer)))
+        self._recomputed = _recompute_layers(model) if gradient_checkpointing else []
         self.share_prompts = (
             share_prompts and not gradient_checkpointing and model.plain_head and has_plain_cache(model)
         )
         self.model: Any = model
         self._generator: torch.Generator | None = None
+
+    def train(self, mode: bool = True) -> CausalLM:
+        """Notes the mode; the model itself stays in evaluation mode, so that nothing random enters its scores."""
+        super().train(mode)
+        self.model.eval()
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -135,9 +153,10 @@ class CausalLM(TensorDictModuleBase):
         self._generator = value
 
     def save(self, folder: str) -> None:
-        """Writes a checkpoint folder that ``path`` takes (model and tokenizer)."""
+        """Writes a checkpoint folder that ``path`` takes: model, tokenizer and the generation configuration it had."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        (Path(folder) / "generation_config.json").write_text(self.model.saved_generation, encoding="utf-8")
 
     # --- sampling ------------------------------------------------------------------------------------------------
 
@@ -153,9 +172,12 @@ class CausalLM(TensorDictModuleBase):
         backend: str = "own",
         lengths: Tensor | None = None,
     ) -> Generation:
-        """Samples continuations; see :func:`unified_rl.policies.generation.generate`. ``stop_ids`` defaults to eos."""
+        """Samples continuations; see :func:`unified_rl.policies.generation.generate`.
+
+        ``stop_ids`` defaults to the tokenizer's end-of-text id and :attr:`end_ids`.
+        """
         if stop_ids is None:
-            stop_ids = [] if self.eos_id is None else [self.eos_id]
+            stop_ids = sorted({*self.end_ids, *([] if self.eos_id is None else [self.eos_id])})
         if generator is None and not greedy:
             generator = self.generator
         if self.cuda_graph and self.device.type != "cuda":
@@ -209,7 +231,7 @@ class CausalLM(TensorDictModuleBase):
 
     def nll(self, batch: TensorDictBase, generator: torch.Generator | None = None) -> Tensor:
         """Supervised loss ``[B, N]`` in nats at temperature 1 without truncation, 0 outside the mask."""
-        return -self._score(batch, NO_TRUNCATION)[0]
+        return -self._score(batch, Sampling(vocabulary=self.sampling.vocabulary))[0]
 
     def read_logits(self, batch: TensorDictBase, reader: Reader, *extras: Tensor) -> tuple[Tensor, ...]:
         """What ``reader`` makes of every unit's distribution; logits are never held for a whole batch.
@@ -236,7 +258,7 @@ class CausalLM(TensorDictModuleBase):
         def read(logits: Tensor, target: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
             return reader(sampling.logits(logits), target, *more)
 
-        with self._precision():
+        with self._precision(), self._recomputing():
             found = self._read_at(tokens, mask, row, column, read, picked)
         unit = row * width + column
         return tuple(
@@ -281,7 +303,7 @@ class CausalLM(TensorDictModuleBase):
         """Last hidden states ``[B, N, d]`` from which :meth:`logits_of` makes each unit's distribution."""
         tokens, mask = _tokens_and_mask(batch)
         row, column = mask.nonzero(as_tuple=True)
-        with self._precision():
+        with self._precision(), self._recomputing():
             hidden = self._hidden(tokens, mask, row, column)
         return hidden.new_zeros(*tokens.shape, hidden.shape[-1]).index_put((row, column), hidden)
 
@@ -290,13 +312,29 @@ class CausalLM(TensorDictModuleBase):
         with self._precision():
             return self.sampling.logits(self.model.get_output_embeddings()(states))
 
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Layers recompute in the backward pass only where they believe that they train."""
+        for layer in self._recomputed:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in self._recomputed:
+                layer.training = False
+
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
 
-def _recompute_layers(model: Any) -> None:
-    """Switches on gradient checkpointing, under the name that this version of transformers gives it."""
+def _recompute_layers(model: Any) -> list[Any]:
+    """Switches on gradient checkpointing, under the name that this version of transformers gives it.
+
+    Returns:
+        The modules that recompute while ``training`` is set.
+    """
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
 
 
 def _log_prob(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import draw_normal
 from unified_rl.policies.chain import ChainPolicy
@@ -39,6 +40,7 @@ def posterior_constants(alpha_bar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return c1, c2, beta * (1 - before) / (1 - now)
 
 
+@configurable
 class DiffusionPolicy(ChainPolicy):
     """A DDPM policy with noise prediction and a cosine schedule.
 

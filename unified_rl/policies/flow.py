@@ -9,12 +9,14 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import HALF_LOG_TWO_PI, draw_normal, draw_uniform
 from unified_rl.policies.chain import ChainPolicy
 from unified_rl.spaces import Space
 
 
+@configurable
 class FlowPolicy(ChainPolicy):
     """Flow matching with stochastic Euler steps.
 

@@ -11,6 +11,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import HALF_LOG_TWO_PI, Policy, draw_normal, normal_log_prob
 from unified_rl.policies.networks import linear, mlp, seeded, trunk_width
@@ -20,6 +21,7 @@ SQUASH_LIMIT = 0.999
 """Demonstrated actions are clipped to this share of the range before atanh, which is infinite at the bounds."""
 
 
+@configurable
 class GaussianPolicy(Policy):
     """A diagonal Gaussian over a raw action, which the environment sees clipped or tanh-squashed, and scaled.
 

@@ -295,6 +295,9 @@ def _generate_hf(
         output_logits=True,
         **({} if job.greedy else _warpers(job.sampling)),
     )
+    padded = model.config.get_text_config(decoder=True).vocab_size
+    if 0 < job.sampling.vocabulary < padded:
+        config.suppress_tokens = list(range(job.sampling.vocabulary, padded))
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))

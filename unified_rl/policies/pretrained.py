@@ -5,16 +5,16 @@ No code from a model folder is ever run, and only safetensors weights are read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.untrusted import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,7 +49,10 @@ def build_model(
         CheckpointError: a folder that is missing, incomplete or damaged.
     """
     if (path is None) == (config is None):
-        raise ConfigError("give exactly one of path (a model folder) and config (model_type and sizes)")
+        raise ConfigError(
+            "give exactly one of path (a model folder) and config (model_type and sizes): policy=causal_lm_path takes "
+            "policy.path=FOLDER, policy=causal_lm takes policy.config"
+        )
     if dtype not in DTYPES:
         raise ConfigError(f"dtype '{dtype}' is unknown; use one of {', '.join(DTYPES)}")
     with torch.random.fork_rng(devices=[]):
@@ -59,9 +62,85 @@ def build_model(
         else:
             made = make_config(config or {}, tokenizer, max_length)
             model = auto_class.from_config(made, dtype=DTYPES[dtype])
+    if path is not None and Path(path).is_dir():
+        check_tokenizer(path, tokenizer)
     _check_fit(model.config, tokenizer, max_length)
+    if path is None:
+        pad, eos = special_ids(tokenizer)
+        model.generation_config = GenerationConfig(
+            eos_token_id=eos, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id
+        )
+    made_with: Any = model
+    made_with.saved_generation = (model.generation_config or GenerationConfig()).to_json_string()
     model.generation_config = GenerationConfig()  # a folder's sampling defaults must not leak into generation
+    model.eval()  # dropout, layerdrop and router noise off, in a fresh model as in one from a folder
     return model
+
+
+PROBES = ("12 + 345 = 357.\n", " two  blanks, ein Wort: \u00fc\u4e2d <b>", "def f(x):\n\treturn x['y']\n\n")
+"""Texts that two tokenizers of one vocabulary would cut or begin differently."""
+
+
+def check_tokenizer(path: str, tokenizer: Any) -> None:
+    """Raises ConfigError where a model folder holds a tokenizer that is not ``tokenizer``.
+
+    A folder without a tokenizer passes. Vocabulary, the end-of-text token and the encoding of some texts are compared.
+    """
+    folder = Path(path).resolve()
+    given = getattr(tokenizer, "name_or_path", "") or ""
+    if given and Path(given).is_dir() and Path(given).resolve() == folder:
+        return
+    own = _tokenizer_of(folder)
+    if own is None:
+        return
+    reason = _difference(own, tokenizer)
+    if reason:
+        raise ConfigError(
+            f"the tokenizer of the task is not that of the model folder {path}: {reason}; set env.tokenizer={path}"
+        )
+
+
+def tokenizer_folder(path: str) -> str | None:
+    """The model folder ``path`` where it holds a tokenizer too, else None.
+
+    Raises:
+        CheckpointError: a folder whose model is refused.
+    """
+    if not _has_tokenizer(Path(path)):
+        return None
+    _check_folder(path, False)
+    return path
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    return any((folder / name).is_file() for name in names)
+
+
+def _tokenizer_of(folder: Path) -> Any:
+    if not _has_tokenizer(folder):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers, tokenizers and json each raise their own kinds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"the tokenizer of the model folder {folder} cannot be read ({first})") from error
+
+
+def _difference(own: Any, given: Any) -> str:
+    if len(own) != len(given):
+        return f"it has {len(given)} tokens, the model's {len(own)}"
+    if own.eos_token_id != given.eos_token_id:
+        return f"its end-of-text id is {given.eos_token_id}, the model's {own.eos_token_id}"
+    mine, theirs = own.get_vocab(), given.get_vocab()
+    if mine != theirs:
+        token = next(t for t in mine if theirs.get(t) != mine[t])
+        return f"its id of {token!r} is {theirs.get(token)}, the model's {mine[token]}"
+    for text in PROBES:
+        if own(text)["input_ids"] != given(text)["input_ids"]:
+            ids, right = given(text)["input_ids"][:4], own(text)["input_ids"][:4]
+            return f"it encodes {text!r} as {ids}..., the model's as {right}..."
+    return ""
 
 
 def special_ids(tokenizer: Any) -> tuple[int, int | None]:
@@ -86,7 +165,7 @@ def make_config(settings: Mapping[str, Any], tokenizer: Any, max_length: int) ->
         known = AutoConfig.for_model(model_type)
     except ValueError as error:
         raise ConfigError(f"model_type '{model_type}' is unknown to transformers") from error
-    unknown = [key for key in given if not hasattr(known, key)]
+    unknown = [key for key in given if key.startswith("_") or not hasattr(known, key)]
     if unknown:
         raise ConfigError(f"{model_type} has no setting {', '.join(unknown)}")
     pad, eos = special_ids(tokenizer)
@@ -109,9 +188,9 @@ def make_config(settings: Mapping[str, Any], tokenizer: Any, max_length: int) ->
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """Sets every dropout rate to 0: on fresh data the ratio of a policy to itself must be 1."""
+    """Sets every rate of dropout, layerdrop and router noise to 0: the ratio of a policy to itself must be 1."""
     for name, value in vars(config).items():
-        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float):
+        if any(part in name for part in ("dropout", "layerdrop", "jitter", "_pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
@@ -136,6 +215,9 @@ def load_folder(auto_class: Any, path: str, allow_hub: bool, dtype: str) -> PreT
     missing = sorted(report["missing_keys"])
     if missing:
         raise CheckpointError(f"the model folder {path} lacks {len(missing)} weights, the first {missing[0]}")
+    bad = next((name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())), None)
+    if bad is not None:
+        raise CheckpointError(f"the model folder {path} holds a NaN or infinity in {bad}; it is damaged")
     loaded: PreTrainedModel = model
     return loaded
 
@@ -147,6 +229,10 @@ def _check_folder(path: str, allow_hub: bool) -> None:
             raise CheckpointError(f"the model folder {path} has no config.json")
         if not any(folder.glob("*.safetensors")):
             raise CheckpointError(f"the model folder {path} has no *.safetensors weights (other formats are not read)")
+        for file in (*folder.glob("*.safetensors"), *folder.glob("*.json")):
+            if not file.is_file():
+                raise CheckpointError(f"{file} is no regular file, so the model folder is not read")
+        _refuse_hub_code(read_json(folder / "config.json"), folder / "config.json")
         _check_shards(folder)
         return
     looks_like_name = not folder.is_absolute() and not path.startswith((".", "~")) and path.count("/") <= 1
@@ -158,14 +244,27 @@ def _check_folder(path: str, allow_hub: bool) -> None:
         )
 
 
+def _refuse_hub_code(config: Any, file: Path, where: str = "") -> None:
+    """Refuses a model whose attention, or another part, is a kernel that transformers would fetch from a hub."""
+    inner = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in inner:
+        place = str(key) if isinstance(config, dict) and not where.endswith("_implementation") else where
+        if isinstance(value, str) and place.endswith(("_implementation", "_internal")) and "/" in value:
+            raise CheckpointError(f"{file}: {place} is {value[:80]!r}, code of a hub, which is not run; take it out")
+        _refuse_hub_code(value, file, place)
+
+
 def _check_shards(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError) as error:
+        names = set(map(str, read_json(index)["weight_map"].values()))
+    except (KeyError, AttributeError) as error:
         raise CheckpointError(f"{index} is damaged ({error})") from error
+    for name in sorted(names):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} names {name[:80]!r}, which is no file of this folder")
     lacking = sorted(name for name in names if not (folder / name).is_file())
     if lacking:
         raise CheckpointError(f"the model folder {folder} lacks {', '.join(lacking)}")
@@ -205,3 +304,14 @@ def trunk_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     trunk = model.base_model
     states: Tensor = trunk(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
     return states
+
+
+def end_ids_of_folder(folder: str) -> set[int]:
+    """The end-of-text ids that a model folder's generation and model configuration name; empty without a folder."""
+    found: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        file = Path(folder) / name
+        if folder and file.is_file():
+            ids = read_json(file).get("eos_token_id")
+            found.update(i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0)
+    return found

@@ -24,6 +24,7 @@ class Sampling:
         top_k: keeps the ``top_k`` largest logits (ties with the last one stay too); 0 keeps all.
         top_p: keeps the smallest set of tokens whose probability reaches ``top_p``; 1 keeps all. "The Curious Case of
             Neural Text Degeneration", arXiv:1904.09751.
+        vocabulary: ids below this one exist; an output layer padded beyond it loses the rest. 0 keeps all.
 
     Raises:
         ConfigError: a value out of range.
@@ -32,6 +33,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    vocabulary: int = 0
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -49,7 +51,9 @@ class Sampling:
         return self.top_k > 0 or self.top_p < 1
 
     def logits(self, logits: Tensor) -> Tensor:
-        """Transformed float32 logits of the same shape ``[..., V]``; ``-inf`` outside the kept support."""
+        """Transformed float32 logits ``[..., V]``, ids beyond the vocabulary cut off; ``-inf`` outside the support."""
+        if 0 < self.vocabulary < logits.shape[-1]:
+            logits = logits[..., : self.vocabulary]
         logits = logits.float()
         if self.temperature != 1:
             logits = logits / self.temperature

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.instantiate import nearest
 from unified_rl.replay.ingest import from_collector
@@ -25,6 +26,7 @@ Rows: TypeAlias = TensorDictBase | Mapping[str, Tensor]
 _ONE = np.int32(1)
 
 
+@configurable
 class Replay(ReplayState):
     """Experience of either domain: transitions in lanes, or responses as rows.
 

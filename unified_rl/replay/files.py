@@ -45,7 +45,7 @@ def _format(path: Path) -> Any:
     """The format in a file that is not as this version writes it; this version's where it cannot be read."""
     try:
         return json.loads(path.read_bytes())["format"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return FORMAT
 
 

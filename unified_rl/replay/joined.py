@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.replay.buffer import Replay
 from unified_rl.replay.persist import read_rows
 
 
+@configurable
 class WithDataset(Replay):
     """A replay each of whose batches holds a share of rows from a recorded data set, behind its own. RLPD, 2302.02948.
 

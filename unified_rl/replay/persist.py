@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.errors import CheckpointError, DamageError
+from unified_rl.errors import CheckpointError, DamageError, UnifiedRLError
 from unified_rl.files import Entry, Manifest
 from unified_rl.replay.files import read_meta, write_meta
 
@@ -33,6 +33,8 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _ASIDE = ".writing-rows.safetensors"
+BROKEN = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
+"""What reading a file of another shape than ours raises, here and in the libraries."""
 _ROWS = re.compile(r"rows-[0-9a-f]+\.safetensors")
 Pieces = Mapping[str, list[Tensor]]
 """For each name the parts of one tensor, in order along its first dimension."""
@@ -124,6 +126,36 @@ class Saved:
         return out
 
 
+@contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Within it, saved rows that are not what :func:`save` writes are an error about their folder.
+
+    A digest says that a file is as it was written, not who wrote it.
+
+    Raises:
+        CheckpointError: names ``path`` and what was wrong.
+    """
+    try:
+        yield
+    except UnifiedRLError:
+        raise
+    except BROKEN as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise CheckpointError(f"the rows at {path} cannot be read ({type(error).__name__}: {first})") from error
+
+
+def lanes_and_rows(meta: Mapping[str, Any], path: str | Path) -> tuple[int, int]:
+    """The lanes and the number of rows that a saved replay says it has.
+
+    Raises:
+        CheckpointError: they are no counts.
+    """
+    counts = [meta.get(name) for name in ("lanes", "written", "capacity")]
+    if not all(type(count) is int for count in counts) or counts[0] < 1 or min(counts) < 0:
+        raise CheckpointError(f"{path}: lanes, written and capacity are {counts}, which are no counts of rows")
+    return counts[0], min(counts[1:])
+
+
 def read_rows(path: str | Path, where: str = "") -> TensorDict:
     """The rows of a saved replay, whatever its size was: a data set for another run.
 
@@ -138,13 +170,23 @@ def read_rows(path: str | Path, where: str = "") -> TensorDict:
         CheckpointError: the folder is missing, damaged or of another version, or holds no rows.
     """
     if where:
+        if Path(path).is_file():
+            raise CheckpointError(
+                f"{where}={path} is a file, but rows are read from a folder that 'unified-rl evaluate RUN --record "
+                "FOLDER' wrote; from arrays of N rows: Replay(N, sampler=Uniform()).extend(TensorDict({'observation': "
+                "..., 'action': ...}, [N])), then .dumps('FOLDER') on that replay"
+            )
         try:
             return read_rows(path)
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from error
+    with readable(path):
+        return _read_rows(path)
+
+
+def _read_rows(path: str | Path) -> TensorDict:
     saved = Saved(path)
-    lanes, written, capacity = (int(saved.meta[name]) for name in ("lanes", "written", "capacity"))
-    count = min(written, capacity)
+    lanes, count = lanes_and_rows(saved.meta, path)
     if not count:
         raise CheckpointError(f"the replay saved at {path} holds no rows")
     lead = [count] if lanes == 1 else [count // lanes, lanes]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unified_rl.errors import CheckpointError, ConfigError, RecordError
-from unified_rl.replay.persist import Saved, save
+from unified_rl.replay.persist import Saved, lanes_and_rows, readable, save
 from unified_rl.replay.ring import Ring
 from unified_rl.replay.samplers.base import Sampler
 from unified_rl.replay.schema import Schema
@@ -212,8 +212,10 @@ class ReplayState:
             CheckpointError: the folder is missing, damaged or of another version, or its capacity, lanes or schema
                 differ from this replay's; nothing has changed then.
         """
-        saved = Saved(path)
-        self._load(saved.meta, saved.names(), saved.read)
+        with readable(path):
+            saved = Saved(path)
+            lanes_and_rows(saved.meta, path)
+            self._load(saved.meta, saved.names(), saved.read)
 
     def state_dict(self) -> dict[str, Any]:
         """The replay as tensors and one string (``meta``, JSON); live rows are copied."""

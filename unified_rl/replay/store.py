@@ -143,6 +143,7 @@ class MemmapStore(MemoryStore):
     def __init__(self, path: str | Path, durable: bool = False) -> None:
         super().__init__(torch.device("cpu"))
         self.path, self.durable = Path(path), durable
+        _refuse_others_rows(self.path)
         self.journal: Journal | None = None
         try:
             (self.path / "columns").mkdir(parents=True, exist_ok=True)
@@ -424,3 +425,18 @@ def verify_memmap(path: str | Path) -> None:
         store.restore(payload)
     finally:
         store.close()
+
+
+def _refuse_others_rows(path: Path) -> None:
+    """Refuses a folder whose ``rows`` are none of a replay: those that an unfinished replay left are removed.
+
+    Raises:
+        ConfigError: names what is in the way.
+    """
+    if (path / "replay.json").exists() or not (path / "rows").is_dir():
+        return
+    others = [file for file in (path / "rows").iterdir() if file.suffix != ".memmap" and file.name != "meta.json"]
+    if others:
+        raise ConfigError(
+            f"replay.path={path} holds {min(others)}, which is no file of a replay; choose another folder"
+        )

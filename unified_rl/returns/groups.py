@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -100,7 +101,7 @@ def group_advantage(
     scale: str = "none",
     ddof: int = 1,
     eps: float = 1e-6,
-    singleton: float | None = 0.0,
+    singleton: float | Literal["auto"] | None = "auto",
     min_spread: float = 0.0,
     shift: float = 0.0,
     temperature: float = 1.0,
@@ -122,8 +123,10 @@ def group_advantage(
             spread of the centred values over the batch).
         ddof: subtracted from the count in a standard deviation.
         eps: added to a standard deviation.
-        singleton: advantage of a row that is alone in its group; None keeps its reward. Does not apply where the group
-            has no say (baselines ``none`` and ``given`` with a scale other than ``std``).
+        singleton: advantage of a row that is alone in its group; None keeps its reward, which ``batch`` and ``whiten``
+            then scale with all others. ``auto`` is 0, and None where ``scale`` is ``whiten``: the batch is what such a
+            row is compared with (verl's REINFORCE++ with a group baseline). Does not apply where the group has no say
+            (baselines ``none`` and ``given`` with a scale other than ``std``).
         min_spread: a group's standard deviation is taken to be at least this, so that a group mixing 0.01 and 0 is
             not blown up to the size of one mixing 1 and 0.
         shift: added to the baseline (AsymRE uses -0.1).
@@ -154,14 +157,17 @@ def group_advantage(
 
     counts = torch.ones_like(columns[:, 0]) if units is None else units.to(columns.dtype)
     spread = _Spread(ddof, eps, min_spread, counts)
+    lone = (None if scale == "whiten" else 0.0) if singleton == "auto" else singleton
     each = "std" if combine == "normalize_first" and scale == "whiten" else scale
 
     def one(r: Tensor) -> Tensor:
         centred = _centred(r, groups, baseline, shift, temperature, weight, given)
-        scaled = _scaled(centred, r, groups, each, spread)
         if baseline in ("none", "given") and each != "std":
-            return scaled
-        return torch.where(groups.count == 1, r if singleton is None else torch.full_like(r, singleton), scaled)
+            return _scaled(centred, r, groups, each, spread)
+        alone = groups.count == 1
+        if lone is None:
+            return _scaled(torch.where(alone, r, centred), r, groups, each, spread)
+        return torch.where(alone, torch.full_like(r, lone), _scaled(centred, r, groups, each, spread))
 
     total = torch.stack([one(r) for r in columns.unbind(-1)], -1) @ weights
     return spread.whitened(total) if each != scale else total
@@ -179,7 +185,7 @@ def stratified_advantage(
     """
     whole = group_advantage(reward, group, scale=scale, ddof=ddof)
     _, key = torch.unique(torch.stack([group, stratum], -1), dim=0, return_inverse=True)
-    within = group_advantage(reward, key, scale=scale, ddof=ddof)
+    within = group_advantage(reward, key, scale=scale, ddof=ddof, singleton=0.0)
     within = torch.where(Groups(key).count == 1, whole, within)
     return blend * within + (1 - blend) * whole
 

@@ -1,8 +1,9 @@
 """One backward scan for every value target.
 
 Shapes are ``[B, T]``. A step's successor is bootstrapped unless it ``terminated`` and its trace runs on unless it is
-``done``. Steps masked out are transparent: nothing in them reaches anything (NaN included), traces pass over them, and
-the step before a gap bootstraps from the value of the next step inside the mask. Everything is detached.
+``done``; the value behind a terminated step is never read, be it NaN or infinite. Steps masked out are transparent:
+nothing in them reaches anything (NaN included), traces pass over them, and the step before a gap bootstraps from the
+value of the next step inside the mask. Everything is detached.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Trajectory:
                 raise RecordError(f"{name} has shape {tuple(x.shape)}, but reward has {tuple(reward.shape)}")
         self.mask = mask
         self.reward = self.clean(reward)
-        self.done = terminated | done
+        self.terminated, self.done = terminated, terminated | done
         discount = self.clean(gamma) if isinstance(gamma, Tensor) and gamma.ndim else gamma
         self.bootstrap = (
             discount * ~terminated if isinstance(discount, Tensor) else (~terminated).to(self.reward.dtype) * discount
@@ -114,6 +115,10 @@ class Trajectory:
         """Detached, floating, and 0 in masked steps."""
         x = x.detach() if x.is_floating_point() and x.dtype.itemsize >= 4 else x.detach().float()
         return x if self.mask is None else x.masked_fill(~self.mask, 0.0)
+
+    def after(self, next_value: Tensor) -> Tensor:
+        """Successors' values, cleaned; 0 behind a terminated step, whatever stands there."""
+        return self.clean(next_value).masked_fill(self.terminated, 0.0)
 
     def ratio(self, log_ratio: Tensor) -> Tensor:
         """``exp`` of the clamped log-ratio; 1 in masked steps."""
@@ -138,7 +143,7 @@ class Trajectory:
 
     def successor(self, value: Tensor, next_value: Tensor) -> Tensor:
         """Value of each step's successor: ``next_value``, but across a gap that of the next step inside the mask."""
-        next_value = self.clean(next_value)
+        next_value = self.after(next_value)
         if self.mask is None:
             return next_value
         width = self.mask.shape[-1]
@@ -245,7 +250,7 @@ def vtrace(
 def action_value_scan(path: Trajectory, q: Tensor, next_expected_q: Tensor, c: Tensor | float) -> Tensor:
     """``G_t = r + gamma (1-term) EQ' + gamma (1-done) c_{t+1} (G_{t+1} - q_{t+1})``, ``[B, T]``."""
     q = path.clean(q)
-    delta = path.reward + path.bootstrap * path.clean(next_expected_q) - q
+    delta = path.reward + path.bootstrap * path.after(next_expected_q) - q
     carried = path.scan(c * delta, c)
     (target,) = path.masked(q + delta + path.trace * shifted(carried))
     return target

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import LanguageEnv, require_solutions
 from unified_rl.rollout.conversation import Conversations, Problems, Told, put
@@ -52,6 +53,7 @@ class Context(Protocol):
         ...
 
 
+@configurable
 class Hints:
     """Where every answer to a prompt failed, samples again after a growing share of the solution. GHPO.
 
@@ -96,6 +98,7 @@ class Hints:
         return (~won).repeat_interleave(group_size).nonzero().squeeze(-1)
 
 
+@configurable
 class Refill:
     """Groups whose rewards are all equal make room for other prompts', as often as ``tries``. DAPO's dynamic sampling.
 

@@ -9,12 +9,18 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
+from unified_rl.interop.guard import reset_env, step_env
 from unified_rl.protocols import ControlEnv, Samples, StepResult
 from unified_rl.spaces import Space
 from unified_rl.units import Source
 
+STEPS = "rollout/steps"
+"""Environment steps that a collection made: ``steps_per_collect``, or fewer where episodes' ends cut chunks short."""
 
+
+@configurable
 class ControlRollout:
     """Collects transitions ``[horizon, num_envs]`` with the current policy.
 
@@ -66,8 +72,8 @@ class ControlRollout:
         self.num_envs = env.num_envs
         self.rows, self.length = env.num_envs, horizon
         self.device = torch.device(device)
-        self.steps_per_collect = horizon * env.num_envs
-        self.steps = 0
+        self.steps_per_collect = horizon * env.num_envs * int(getattr(env, "steps_per_action", 1))
+        self.steps, self._calls = 0, 0
         self._observation: Tensor | None = None
         self._episode = torch.arange(self.num_envs)
         self._next_episode = self.num_envs
@@ -87,30 +93,30 @@ class ControlRollout:
 
         Returns:
             Transitions of batch size ``[horizon, num_envs]`` and means over
-            the episodes that ended: ``rollout/return``, ``rollout/length``, and the environment's own such as
-            ``rollout/success``.
+            the episodes that ended: ``rollout/return`` (undiscounted), ``rollout/length`` (environment steps), and
+            the environment's own such as ``rollout/success``; ``rollout/episodes`` counts them, and
+            ``rollout/steps`` the environment steps that were made.
 
         Raises:
+            EnvError: the environment raised, or returned what is no step.
             NonFiniteError: a NaN or infinity in an action, observation or reward; names the simulation and the step.
         """
         if self._observation is None:
-            self._observation = self.env.reset_batch()
-        ended: list[dict[str, Tensor]] = []
+            self._observation = reset_env(self.env)
+        before, ended = self.steps, list[dict[str, Tensor]]()
         steps: list[dict[str, Tensor]] = []
         for _ in range(self.horizon):
+            self._calls += 1
             observation = self._observation
             sample = self._act(observation)
             action = sample["action"].to("cpu")
-            self._check_finite({"the policy's action": action})
-            result = self.env.step_batch(action)
-            self._check_finite(
-                {"the environment's observation": result.next_observation, "the environment's reward": result.reward}
-            )
+            self._check_action(action)
+            result = step_env(self.env, action, self._calls)
             steps.append(self._transition(observation, sample, result))
             finished = self._advance(result)
             if finished is not None:
                 ended.append(finished)
-        return self._gather(steps, version), _episode_means(ended)
+        return self._gather(steps, version), {**_episode_means(ended), STEPS: float(self.steps - before)}
 
     def _act(self, observation: Tensor) -> TensorDict:
         sample = self.policy.sample(observation.to(self.device), generator=self.generator)
@@ -146,16 +152,16 @@ class ControlRollout:
         return TensorDict(rows, batch_size=shape)
 
     def _advance(self, result: StepResult) -> dict[str, Tensor] | None:
-        self.steps += self.num_envs
+        self.steps += int(result.executed.sum())
         self._observation = result.observation
-        self._return += result.reward
+        self._return += result.plain_reward
         self._steps += result.executed
         done = result.terminated | result.truncated
         if not bool(done.any()):
             return None
         count = int(done.sum())
-        finished = {"return": self._return[done].clone(), "length": self._steps[done].double()}
-        finished |= {key: value[done].double() for key, value in result.info.items()}
+        finished = {key: value[done].double() for key, value in result.info.items()}
+        finished |= {"return": self._return[done].clone(), "length": self._steps[done].double()}
         self._episode = self._episode.clone()
         self._episode[done] = torch.arange(self._next_episode, self._next_episode + count)
         self._next_episode += count
@@ -163,19 +169,14 @@ class ControlRollout:
         self._steps[done] = 0
         return finished
 
-    def _check_finite(self, values: dict[str, Tensor]) -> None:
-        """One look at the sum of everything; only a sum that is not finite is looked into."""
-        if math.isfinite(sum(float(value.sum()) for value in values.values())):
+    def _check_action(self, action: Tensor) -> None:
+        if math.isfinite(float(action.sum())):
             return
-        for name, value in values.items():
-            finite = torch.isfinite(value)
-            if bool(finite.all()):
-                continue
-            lane = int((~finite.reshape(self.num_envs, -1).all(-1)).nonzero()[0])
-            raise NonFiniteError(
-                f"{name} is not finite (simulation {lane}, environment step {self.steps}); "
-                "check the environment, or lower the learning rate or the action bounds"
-            )
+        lane = int((~torch.isfinite(action).reshape(self.num_envs, -1).all(-1)).nonzero()[0])
+        raise NonFiniteError(
+            f"the policy's action is not finite (simulation {lane}, environment step {self.steps}); lower the "
+            "learning rate or the action bounds"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Environment, episode bookkeeping and the action stream."""
@@ -187,6 +188,7 @@ class ControlRollout:
             "return": self._return,
             "length": self._steps,
             "steps": self.steps,
+            "calls": self._calls,
             "generator": self.generator.get_state(),
         }
 
@@ -196,7 +198,7 @@ class ControlRollout:
         self._observation = state["observation"]
         self._episode, self._next_episode = state["episode"], state["next_episode"]
         self._return, self._steps = state["return"], state["length"]
-        self.steps = state["steps"]
+        self.steps, self._calls = state["steps"], state.get("calls", 0)
         self.generator.set_state(state["generator"])
 
     def restart(self, state: dict[str, Any], seed: int) -> None:
@@ -211,6 +213,9 @@ class ControlRollout:
 
 
 def _episode_means(ended: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means over the episodes that ended, of every name over those that told it."""
     if not ended:
         return {}
-    return {f"rollout/{key}": float(torch.cat([e[key] for e in ended]).mean()) for key in ended[0]}
+    told = {key: torch.cat([e[key] for e in ended if key in e]) for key in dict.fromkeys(k for e in ended for k in e)}
+    means = {f"rollout/{key}": float(value.nanmean()) for key, value in told.items() if not bool(value.isnan().all())}
+    return {**means, "rollout/episodes": float(len(told["return"]))}

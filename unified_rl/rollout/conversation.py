@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unified_rl.protocols import Generates, LanguageEnv
+from unified_rl.errors import NonFiniteError, RolloutError, UnifiedRLError
+from unified_rl.protocols import Generates, KnowsItsEnds, LanguageEnv, TurnResult
 
 Problems = list[dict[str, Any]]
+COLUMNS = ("tokens", "mask", "log_prob", "step_index", "reward", "step_mask", "terminated", "truncated")
 
 
 class Conversations:
@@ -59,7 +63,7 @@ class Conversations:
 
     def replace(self, rows: Tensor, others: Conversations) -> None:
         """Puts other conversations in the place of ``rows``."""
-        for name in ("tokens", "mask", "log_prob", "step_index", "reward", "step_mask", "terminated", "truncated"):
+        for name in COLUMNS:
             getattr(self, name)[rows] = getattr(others, name)
         self.length[rows] = others.length
         for row, said in zip(rows.tolist(), others.said, strict=True):
@@ -83,7 +87,6 @@ def put(told: Told, rows: Tensor, others: Told) -> None:
         told[1][key][rows] = value
 
 
-@torch.no_grad()
 def converse(
     env: LanguageEnv,
     policy: Generates,
@@ -93,6 +96,7 @@ def converse(
     greedy: bool = False,
     group_size: int = 1,
     prefixes: list[list[int]] | None = None,
+    at_once: int | None = None,
 ) -> Told:
     """Runs every conversation to its end.
 
@@ -104,10 +108,54 @@ def converse(
         greedy: take the most likely token.
         group_size: equal consecutive problems.
         prefixes: what each first answer begins with; it is judged with the rest, and its tokens are masked out.
+        at_once: conversations that are sampled together, so many whole groups as fit and at least one; all by default.
 
     Returns:
         The conversations and the environment's last ``info`` of each, every entry ``[B]``.
     """
+    size = len(problems) if at_once is None else max(1, at_once // group_size) * group_size
+    told = [
+        _converse(
+            env,
+            policy,
+            problems[start : start + size],
+            generator,
+            greedy=greedy,
+            group_size=group_size,
+            prefixes=None if prefixes is None else prefixes[start : start + size],
+        )
+        for start in range(0, len(problems), max(1, size))
+    ]
+    out = told[0] if len(told) == 1 else joined(told)
+    out[0].problems = problems  # the caller's list: whoever replaces conversations replaces their problems in it
+    return out
+
+
+def joined(told: Sequence[Told]) -> Told:
+    """Conversations of several calls as one."""
+    talks = [talk for talk, _ in told]
+    out = copy(talks[0])
+    for name in (*COLUMNS, "length"):
+        setattr(out, name, torch.cat([getattr(talk, name) for talk in talks]))
+    out.problems = [problem for talk in talks for problem in talk.problems]
+    out.said = [said for talk in talks for said in talk.said]
+    keys = dict.fromkeys(key for _, info in told for key in info)
+    missing = [torch.zeros(len(talk.problems)) for talk in talks]
+    return out, {k: torch.cat([i.get(k, z) for (_, i), z in zip(told, missing, strict=True)]) for k in keys}
+
+
+@torch.no_grad()
+def _converse(
+    env: LanguageEnv,
+    policy: Generates,
+    problems: list[dict[str, Any]],
+    generator: torch.Generator | None,
+    *,
+    greedy: bool,
+    group_size: int,
+    prefixes: list[list[int]] | None,
+) -> Told:
+    """One call of :func:`converse` for conversations that are sampled together."""
     talk = Conversations(problems, env.max_length, env.max_turns, env.tokenizer.pad_token_id)
     active = torch.arange(len(problems))
     info: dict[str, Tensor] = {}
@@ -118,12 +166,14 @@ def converse(
     )
     if prefixes is not None:
         talk.begin_answers(prefixes)
+    ends = policy.end_ids if isinstance(policy, KnowsItsEnds) else ()
+    stop_ids = sorted({*env.stop_ids, *ends})
     for turn in range(env.max_turns):
         shared = group_size if turn == 0 else 1
         out = policy.generate(
             talk.contexts(active[::shared]),
             max_new_tokens=env.max_turn_tokens - (int(begun.min()) if turn == 0 else 0),
-            stop_ids=env.stop_ids,
+            stop_ids=stop_ids,
             generator=generator,
             greedy=greedy,
             samples_per_prompt=shared,
@@ -137,7 +187,7 @@ def converse(
         if prefixes is not None and turn == 0:
             talk.said = [[prefix + said[0]] for prefix, said in zip(prefixes, talk.said, strict=True)]
         rows = active.tolist()
-        result = env.respond([problems[r] for r in rows], [talk.said[r] for r in rows], finished)
+        result = answered(env, [problems[r] for r in rows], [talk.said[r] for r in rows], finished)
         talk.reward[active, turn] = result.reward
         talk.step_mask[active, turn] = True
         last = turn + 1 == env.max_turns
@@ -153,6 +203,53 @@ def converse(
         if last or not len(active):
             break
     return talk, info
+
+
+def answered(env: LanguageEnv, problems: Problems, turns: list[list[list[int]]], finished: Tensor) -> TurnResult:
+    """The environment's answer to the latest turns, checked.
+
+    Raises:
+        RolloutError: it raised, or is no :class:`~unified_rl.protocols.TurnResult` of these conversations.
+        NonFiniteError: a reward that is not finite.
+    """
+    name = f"{type(env).__name__}.respond"
+    try:
+        result: Any = env.respond(problems, turns, finished)
+    except UnifiedRLError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise RolloutError(f"{name} raised {type(error).__name__}: {said}") from error
+    fault = _fault(result, len(problems))
+    if fault:
+        raise RolloutError(f"{name}: {fault}")
+    bad = ~torch.isfinite(result.reward)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        value, prompt = float(result.reward[row]), problems[row].get("prompt_id")
+        raise NonFiniteError(f"{name}: reward {value} in conversation {row} of this turn (prompt {prompt})")
+    out: TurnResult = result
+    return out
+
+
+def _fault(result: Any, rows: int) -> str:
+    """What is wrong with an environment's answer to ``rows`` conversations; empty where nothing is."""
+    if not isinstance(result, TurnResult):
+        return f"returned {result!r:.60}, not a TurnResult"
+    info = {f"info[{key!r}]": value for key, value in result.info.items()}
+    for name, value in {"reward": result.reward, "done": result.done, **info}.items():
+        if not isinstance(value, Tensor):
+            return f"{name} is {type(value).__name__}, expected a tensor"
+        if value.shape != (rows,):
+            return f"{name} has shape {list(value.shape)}, expected {[rows]}"
+    if result.done.dtype != torch.bool:
+        return f"done is {str(result.done.dtype).removeprefix('torch.')}, expected bool"
+    if len(result.reply) != rows:
+        return f"reply has {len(result.reply)} entries, expected {rows}"
+    for row, reply in enumerate(result.reply):
+        if not isinstance(reply, list):
+            return f"reply {row} is {type(reply).__name__}, expected a list of token ids"
+    return ""
 
 
 def summary(talk: Conversations, info: dict[str, Tensor]) -> dict[str, float]:

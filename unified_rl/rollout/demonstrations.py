@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import ControlEnv, Demonstrates, HasSpace, LanguageEnv, Normalizes, Trainable, domain_of
 from unified_rl.replay import read_rows
+from unified_rl.rollout.recorded import fitted
+from unified_rl.spaces import Space
 from unified_rl.units import Source
 
 KEYS = {"control": ("observation", "action"), "language": ("tokens", "token_mask", "mask")}
@@ -35,6 +38,7 @@ def style_option(env: Any, style: str | None, where: str) -> dict[str, str]:
     return {"style": style}
 
 
+@configurable
 class DemonstrationRollout:
     """Hands supervised rows to the replay, for behaviour cloning and supervised fine-tuning.
 
@@ -56,7 +60,8 @@ class DemonstrationRollout:
 
     Raises:
         CheckpointError: ``data`` is missing or damaged.
-        ConfigError: its rows are of another domain or width, or ``style`` where there is none.
+        ConfigError: its rows are of another domain, or do not fit the environment
+            (:func:`~unified_rl.rollout.recorded.fitted`), or ``style`` where there is none.
     """
 
     staleness = 0
@@ -98,13 +103,15 @@ class DemonstrationRollout:
         missing = [key for key in KEYS[self.domain] if key not in rows.keys()]
         if missing:
             raise ConfigError(f"the rows of rollout.data={data} lack {', '.join(missing)}: they are of another domain")
-        width = self.policy.space.observation_dim if isinstance(self.policy, HasSpace) else None
-        if width is not None and rows["observation"].shape[-1] != width:
-            raise ConfigError(
-                f"observations in rollout.data={data} have {rows['observation'].shape[-1]} entries, but the policy "
-                f"takes {width}: they are of another environment"
-            )
+        if self.domain == "control":
+            rows = fitted(rows, self._space(), f"rollout.data={data}")
         return rows if self.whole else rows.select(*KEYS[self.domain])
+
+    def _space(self) -> Space:
+        if isinstance(self.env, ControlEnv):
+            return Space.of(self.env.policy_inputs())
+        assert isinstance(self.policy, HasSpace)
+        return self.policy.space
 
     def collect(self, version: int) -> tuple[TensorDict, dict[str, float]]:
         """``[rows]`` demonstrations, source :attr:`~unified_rl.units.Source.DEMONSTRATION`, and no metrics."""
@@ -136,6 +143,7 @@ class DemonstrationRollout:
         self.steps = state["steps"]
 
 
+@configurable
 class StoredRollout(DemonstrationRollout):
     """Recorded transitions with their rewards, ``rows`` a collection, for offline reinforcement learning."""
 

@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.protocols import Generates, LanguageEnv, LanguagePolicy
 from unified_rl.rollout.context import Context
@@ -26,6 +27,7 @@ def fixed_stream(name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+@configurable
 class LanguageRollout:
     """Samples ``prompts * group_size`` conversations with the current policy, and joins the rows of its sources.
 
@@ -44,6 +46,8 @@ class LanguageRollout:
         columns: further entries of the record, made of the environment's own numbers: a name gives ``[B]`` int64, a
             list of names ``[B, K]`` float32 (several rewards, strata).
         privileged: style of the solution that a teacher sees behind the prompt (``privileged_tokens``, ``_mask``).
+        generation_batch: conversations that are sampled together, in whole groups; null samples all of a collection at
+            once. It bounds the memory of the key-value cache, in evaluation too.
         device: where the policy samples.
         streams: ``name -> stream``, one for each source (``sources/NAME``) and one for the context.
 
@@ -72,6 +76,7 @@ class LanguageRollout:
         context: Context | None = None,
         columns: dict[str, str | list[str]] | None = None,
         privileged: str | None = None,
+        generation_batch: int | None = None,
         device: str = "cpu",
         streams: Callable[[str], torch.Generator] = fixed_stream,
     ) -> None:
@@ -79,8 +84,13 @@ class LanguageRollout:
         self.generator, self.problem_generator = generator, problem_generator
         self.prompts, self.group_size, self.staleness = prompts, group_size, staleness
         self.device = torch.device(device)
-        for setting, value in (("prompts", prompts), ("group_size", group_size)):
-            if value < 1:
+        self.generation_batch = generation_batch
+        for setting, value in (
+            ("prompts", prompts),
+            ("group_size", group_size),
+            ("generation_batch", generation_batch),
+        ):
+            if value is not None and value < 1:
                 raise ConfigError(f"rollout.{setting}={value} must be at least 1")
         self.builder = RowBuilder(env, gamma, columns, privileged)
         self.context = context
@@ -112,7 +122,7 @@ class LanguageRollout:
         """
         problems = self.env.problems(self.prompts, self.problem_generator, "train")
         repeated = [problem for problem in problems for _ in range(self.group_size)]
-        told = converse(self.env, self.policy, repeated, self.generator, group_size=self.group_size)
+        told = self._converse(self.policy, repeated, self.generator, group_size=self.group_size)
         metrics = summary(*told)
         if self.context is not None:
             metrics |= self._again(self.context, repeated, told)
@@ -132,7 +142,7 @@ class LanguageRollout:
         def generate(problems: Problems, prefixes: list[list[int]]) -> Told:
             nonlocal sampled
             sampled += len(problems)
-            return converse(self.env, self.policy, problems, self.generator, prefixes=prefixes)
+            return self._converse(self.policy, problems, self.generator, prefixes=prefixes)
 
         draw = partial(self.env.problems, generator=self._streams["context"])
         metrics = context(self.env, repeated, self.group_size, told, generate, draw)
@@ -162,9 +172,12 @@ class LanguageRollout:
         self, policy: Generates, problems: Problems, groups: Tensor | None, source: Source, version: int
     ) -> TensorDict:
         """What another policy says, judged by the environment."""
-        told = converse(self.env, policy, problems, None)
+        told = self._converse(policy, problems, None)
         groups = self.builder.groups(len(problems)) if groups is None else groups
         return self.builder.rows(told, version, groups, source)
+
+    def _converse(self, policy: Generates, problems: Problems, stream: torch.Generator | None, **options: Any) -> Told:
+        return converse(self.env, policy, problems, stream, at_once=self.generation_batch, **options)
 
     def _check_finite(self, name: str, value: Tensor, problems: Problems) -> None:
         bad = ~torch.isfinite(value).all(-1)

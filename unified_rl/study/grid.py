@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
+from unified_rl.untrusted import check_name
 
 Compose = Callable[[list[str]], dict[str, Any]]
 """Turns the overrides of ``unified-rl train`` into a resolved configuration."""
@@ -21,6 +23,7 @@ PLACE_KEYS = ("run_dir", "runs", "name", "resume_existing", "progress")
 """Keys that say where a run lives or how it is shown, and so are no part of its identity."""
 
 
+@configurable
 @dataclass(frozen=True)
 class Study:
     """What ``configs/study/NAME.yaml`` says under ``study:``.
@@ -66,9 +69,13 @@ class Study:
         for key in ("name", "domains", "corrections"):
             if not node.get(key):
                 raise ConfigError(f"study.{key} is missing or empty")
-        if not re.fullmatch(r"[\w.-]+", str(node["name"])):
+        if not re.fullmatch(r"[\w.-]+", check_name(str(node["name"]), "study.name")):
             raise ConfigError(f"study.name is {node['name']!r}; use letters, digits, '.', '_' and '-'")
         study = cls(**node)
+        if not isinstance(study.domains, Mapping):
+            raise ConfigError("study.domains must map each label to the overrides of its runs")
+        if "\0" in str(study.folder):
+            raise ConfigError(f"study.folder is {study.folder!r}; a path has no NUL character")
         for domain in study.domains:
             for key in ("corrections", "staleness", "seeds"):
                 study.choices(key, domain)
@@ -91,7 +98,7 @@ class Study:
         value = value.get(domain) if isinstance(value, Mapping) else value
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
             raise ConfigError(f"study.{key} must be a non-empty list (for domain {domain}), got {value!r}")
-        labels = [_correction(v)[0] for v in value] if key == "corrections" else list(value)
+        labels = [_correction(v)[0] for v in value] if key == "corrections" else [str(v) for v in value]
         if len(set(labels)) < len(labels):
             raise ConfigError(f"study.{key} names something twice: {labels}")
         return list(value)
@@ -169,6 +176,8 @@ def _correction(choice: Any) -> tuple[str, list[str]]:
         if len(choice) != 1:
             raise ConfigError(f"an entry of study.corrections is a name or {{label: [overrides]}}, got {dict(choice)}")
         label, overrides = next(iter(choice.items()))
+        if not isinstance(overrides, Sequence) or isinstance(overrides, str):
+            raise ConfigError(f"study.corrections: {label} is {overrides!r}; it must be a list of overrides")
         return str(label), [str(o) for o in overrides]
     return str(choice), [f"correction={choice}"]
 
@@ -210,7 +219,7 @@ def _compose(compose: Compose, overrides: list[str], cell: str) -> dict[str, Any
 
 
 def _job(study: Study, cfg: dict[str, Any], cell: str, labels: dict[str, Any], needs: str | None = None) -> Job:
-    slug = re.sub(r"[^\w.-]+", "_", f"{cell}-{identity(cfg)}")
+    slug = check_name(re.sub(r"[^\w.-]+", "_", f"{cell}-{identity(cfg)}"), f"the folder of the study's run {cell[:60]}")
     folder = study.path / "runs" / slug
     cfg = {**cfg, "run_dir": str(folder), "resume_existing": True, "progress": False}
     return Job(slug, folder, cfg, labels, needs)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -18,6 +17,7 @@ from unified_rl.study import figures
 from unified_rl.study.curves import join
 from unified_rl.study.report import save_png
 from unified_rl.study.results import SCORE, RunData, group_runs, read_rows
+from unified_rl.untrusted import read_yaml
 
 
 def plot_runs(
@@ -79,9 +79,7 @@ def load_run(folder: Path, group_by: str) -> RunData:
     if not path.is_file():
         raise ConfigError(f"{folder} is not a run folder: it holds no config.yaml")
     check_listed(path)
-    return RunData(
-        {group_by: config_value(yaml.safe_load(path.read_text()), group_by, folder)}, read_rows(folder), folder
-    )
+    return RunData({group_by: config_value(read_yaml(path) or {}, group_by, folder)}, read_rows(folder), folder)
 
 
 def config_value(cfg: Mapping[str, Any], key: str, folder: Path) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unified_rl.config import comment_of, config_root, preset_names
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.files import write_atomically
 from unified_rl.instantiate import nearest
@@ -36,6 +37,7 @@ class Limit:
     because: str = ""
 
 
+@configurable
 @dataclass(frozen=True)
 class Recipe:
     """What a file of ``configs/recipe`` says about itself, under ``recipe:``.

@@ -11,13 +11,17 @@ from typing import Any, Literal
 
 import torch
 
-from unified_rl.config import build
-from unified_rl.errors import ConfigError
+from unified_rl.config import build, check_run
+from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
+from unified_rl.interop.guard import one_line
+from unified_rl.policies.pretrained import tokenizer_folder
 from unified_rl.protocols import ChecksIdentity, Demonstrates, EndsPretraining
 from unified_rl.replay import WithDataset
-from unified_rl.rollout import ControlRollout, LanguageRollout, as_environment
+from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
 from unified_rl.rollout.feed import LocalFeed
+from unified_rl.rollout.recorded import fitted
+from unified_rl.spaces import Space
 from unified_rl.training.evaluation import evaluate_control, evaluate_language
 from unified_rl.training.seeding import derive, generator, scoped
 from unified_rl.training.settings import TrainSettings
@@ -52,6 +56,7 @@ class Job:
     """
 
     def __init__(self, cfg: dict[str, Any], allow: Sequence[str] = ()) -> None:
+        cfg = check_run(cfg, allow)
         self.cfg, self.allow = cfg, list(allow)
         self.found_rows: Literal["refuse", "drop", "keep"] = "refuse"
         names = {field.name for field in dataclasses.fields(TrainSettings)}
@@ -65,7 +70,8 @@ class Job:
         self._refuse_missing()
         given = self._default("agent", "gamma")
         self._refuse_gammas(given)
-        self._env_options = {} if given is None else {"gamma": given}
+        self._env_options: dict[str, Any] = {} if given is None else {"gamma": given}
+        self._env_options |= self._tokenizer_of_model()
         self.env = self._environment("env", self._num_envs())
         self.language = self.env.domain == "language"
         self.gamma: float = DISCOUNTS[self.env.domain] if given is None else given
@@ -88,6 +94,12 @@ class Job:
         known, _ = self._parameters(node)
         default = known[key].default if key in known else None
         return node.get(key, None if default is REQUIRED else default)
+
+    def _tokenizer_of_model(self) -> dict[str, str]:
+        """The model folder as the task's ``tokenizer``, where the folder holds one and the task names none."""
+        folder, named = (self.cfg.get("policy") or {}).get("path"), (self.cfg.get("env") or {}).get("tokenizer")
+        found = tokenizer_folder(folder) if isinstance(folder, str) and named is None else None
+        return {} if found is None else {"tokenizer": found}
 
     def _refuse_gammas(self, gamma: float | None) -> None:
         """Raises ConfigError for no discount, and where a node of another group holds one that is not the agent's."""
@@ -150,12 +162,23 @@ class Job:
             raise ConfigError("this run has no environment; choose one with env=NAME")
         taken, _ = self._parameters(node)
         sizes = {key: value for key, value in self._env_options.items() if key in taken}
-        return as_environment(self.build(node, "env", seed=self._integer(stream), num_envs=num_envs, **sizes))
+        if "tokenizer" in sizes:
+            node = {key: value for key, value in node.items() if key != "tokenizer"}
+        seed = self._integer(stream)
+        try:
+            env = as_environment(self.build(node, "env", seed=seed, num_envs=num_envs, **sizes))
+        except UnifiedRLError:
+            raise
+        except (Exception, SystemExit) as error:  # somebody else's constructor
+            raise ConfigError(f"env: {node['_target_']} could not be made: {one_line(error)}") from error
+        if isinstance(env, TorchRLControlEnv):
+            env.seed(seed)
+        return env
 
     def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
         """Agent, rollout and replay around the policy as it is now (after any warm start)."""
         if not self.collects:
-            agent = self._agent(env=self.env)
+            agent = self._agent(env=self.env, budget=self.settings.steps)
             self.policy = agent.policy
             return Trainer(self.settings, folder, agent, None, None, self.evaluate, display)
         rollout = self.make_rollout()
@@ -173,6 +196,9 @@ class Job:
         if not self.language:
             check_recorded_discount(getattr(rollout, "pool", None), "rollout.data", self.gamma)
             check_recorded_discount(getattr(replay, "stored", None), "replay.data", self.gamma)
+            if isinstance(replay, WithDataset):
+                space = Space.of(self.env.policy_inputs())
+                replay.stored = fitted(replay.stored, space, f"replay.data={self.cfg['replay']['data']}")
         refuse_idle_terms(agent, rollout, replay)
         return Trainer(self.settings, folder, agent, LocalFeed(rollout), replay, self.evaluate, display)
 
@@ -238,13 +264,20 @@ class Job:
         seed = self._integer("evaluation")
         count = self.settings.eval_episodes
         if self.eval_env is None:
-            self.eval_env = self._environment("evaluation", count)
+            self.eval_env = self._environment("evaluation", count if self.language else self._copies(count))
         if self.language:
-            return evaluate_language(self.eval_env, self.policy, count, seed)
+            at_once = (self.cfg.get("rollout") or {}).get("generation_batch")
+            return evaluate_language(self.eval_env, self.policy, count, seed, at_once)
         stream = generator(self.seed, "evaluation", self.device)
-        return evaluate_control(
-            self.eval_env, self.policy, seed, stream, self.settings.eval_deterministic, str(self.device)
-        )
+        greedy, device = self.settings.eval_deterministic, str(self.device)
+        with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds the global stream, which training may use
+            return evaluate_control(self.eval_env, self.policy, seed, stream, greedy, device, count)
+
+    def _copies(self, episodes: int) -> int:
+        """Simulations for evaluation: one an episode in batches of our own, else no more than a run trains in."""
+        target = locate(self.cfg["env"]["_target_"], self.allow)
+        ours = (target.__module__ or "").startswith("unified_rl.") and not getattr(target, "costly_copies", False)
+        return episodes if ours else min(episodes, max(SIMULATIONS, self._num_envs()))
 
     def warm_start(self, report: Callable[..., None]) -> None:
         """Runs the warm start that the configuration names, if any."""

@@ -19,6 +19,7 @@ from unified_rl.errors import CheckpointError, DamageError
 from unified_rl.files import MANIFEST, Manifest, flush, tell
 from unified_rl.protocols import Store
 from unified_rl.training.state import load_state, save_state
+from unified_rl.untrusted import refuse_links
 
 FORMAT = 3
 STATE_FILES = ("state.json", "state.safetensors")
@@ -281,10 +282,11 @@ def lock_run(run: Path) -> Iterator[None]:
     """Holds the run folder for this process.
 
     Raises:
-        CheckpointError: another process holds it, or it cannot be written.
+        CheckpointError: another process holds it, it cannot be written, or it holds a link to somewhere else.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
+        refuse_links(run)
         handle = open(run / ".lock", "w")  # noqa: SIM115 (held until the end of the block)
     except OSError as error:
         raise CheckpointError(f"{run} cannot be a run folder: {error}") from error

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from unified_rl.errors import CheckpointError, RolloutError, UnifiedRLError
+from unified_rl.errors import CheckpointError, EnvError, RolloutError, UnifiedRLError
 
 OURS = str(Path(__file__).parents[1])
 LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -74,6 +74,11 @@ def foreign(doing: str) -> Iterator[None]:
     """
     try:
         yield
+    except (EnvError, RolloutError) as error:  # told well already, but for the place
+        raised = error.__cause__ or error.__context__
+        if raised is not None and raised.__traceback__ is not None:
+            error.args = (f"{error} ({place(raised)})",)
+        raise
     except (UnifiedRLError, MemoryError):
         raise
     except Exception as error:

@@ -19,6 +19,8 @@ from unified_rl.training.checkpoint import FOLDER, NEWEST, NONE, checkpoint_name
 
 RECORD, TABLE, BOARD = "metrics.jsonl", "metrics.csv", "tensorboard"
 FIRST = ("update", "steps", "wall_seconds")
+EPISODES = "rollout/episodes"
+"""Episodes that ended in a collection, or between two logged rows."""
 
 
 def to_floats(metrics: dict[str, Any]) -> dict[str, float]:
@@ -32,18 +34,28 @@ def to_floats(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 class Means:
-    """Running means of metrics between two logged rows; no device synchronisation until :meth:`pop`."""
+    """Running means of metrics between two logged rows; no device synchronisation until :meth:`pop`.
+
+    A collection that says how many episodes ended in it (:data:`EPISODES`) brings means over those, so its ``rollout/``
+    metrics count by that number; the number itself is summed.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Any] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
 
     def add(self, metrics: dict[str, Any]) -> None:
         """Adds one observation of every metric."""
+        episodes = metrics.get(EPISODES)
         for key, value in metrics.items():
+            weight = 1 if episodes is None or not key.startswith("rollout/") else episodes
+            if key == EPISODES:
+                self._sums[key], self._counts[key] = self._sums.get(key, 0.0) + value, 1
+                continue
             value = value.detach() if isinstance(value, Tensor) else value
+            value = value if weight == 1 else value * weight
             self._sums[key] = self._sums[key] + value if key in self._sums else value
-            self._counts[key] = self._counts.get(key, 0) + 1
+            self._counts[key] = self._counts.get(key, 0) + weight
 
     def pop(self) -> dict[str, float]:
         """The means since the last call."""
@@ -96,7 +108,10 @@ class MetricLog:
         for row in self.rows:
             self.columns += [key for key in row if key not in self.columns]
         self._write_csv()
-        self.board = SummaryWriter(str(folder / BOARD))
+        # readers of TensorBoard drop what an interrupted run wrote behind the rows that are kept: it is made again
+        first = self.rows[-1]["steps"] + 1 if self.rows else 0
+        board = folder / BOARD
+        self.board = SummaryWriter(str(board), purge_step=first if board.exists() else None)
 
     def write(self, update: int, steps: int, wall_seconds: float, metrics: dict[str, float]) -> None:
         """Appends one row; new columns extend the CSV's header.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -15,12 +16,11 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from unified_rl import __version__
-from unified_rl.errors import CheckpointError, DamageError
+from unified_rl.errors import CheckpointError, ConfigError, DamageError
 from unified_rl.files import MANIFEST, Manifest
 from unified_rl.training.metrics import list_finished
+from unified_rl.untrusted import MAX_NAME, check_name, read_yaml
 
 CONFIG, META = "config.yaml", "meta.json"
 
@@ -33,17 +33,24 @@ def run_folder(cfg: dict[str, Any]) -> Path:
     """The folder of a run: ``run_dir``, or ``runs/name``, or a new one named after its choices, its seed and the time.
 
     A name that the library makes is made once: the folder is created here, so two runs never share it.
+
+    Raises:
+        ConfigError: a name that would lead out of ``runs``.
     """
+    for key in ("run_dir", "runs"):
+        if "\0" in str(cfg.get(key)):
+            raise ConfigError(f"{key} is {cfg[key]!r}; a path has no NUL character")
     if cfg.get("run_dir"):
         return Path(cfg["run_dir"])
     runs = Path(cfg.get("runs") or "runs")
-    return runs / cfg["name"] if cfg.get("name") else _new_folder(runs, _name(cfg))
+    return runs / check_name(cfg["name"], "name") if cfg.get("name") else _new_folder(runs, _name(cfg))
 
 
 def _name(cfg: dict[str, Any]) -> str:
     choices = [str((cfg.get("choices") or {}).get(group) or _target(cfg, group)) for group in NAMED]
     parts = [choice for choice in choices if choice != "none"]
-    return "-".join([*parts, f"seed{cfg.get('seed', 0)}", time.strftime("%Y%m%d-%H%M%S")]).lower()
+    name = "-".join([*parts, f"seed{cfg.get('seed', 0)}", time.strftime("%Y%m%d-%H%M%S")]).lower()
+    return re.sub(r"[^\w-]", "_", name)[-MAX_NAME // 2 :]
 
 
 def _target(cfg: dict[str, Any], group: str) -> str:
@@ -117,10 +124,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
     check_run(folder, [CONFIG])
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a run folder: it holds no config.yaml")
-    try:
-        cfg = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    cfg = read_yaml(path, CheckpointError)
     if not isinstance(cfg, dict):
         raise CheckpointError(f"{path} holds no settings")
     return cfg

@@ -12,7 +12,8 @@ class TrainSettings:
     """Top-level keys of ``unified-rl train``.
 
     Attributes:
-        steps: budget of environment steps (control) or sampled conversations (language); 0 makes the warm start alone.
+        steps: budget of environment steps (control; a chunk of actions counts as those it has) or sampled
+            conversations (language); 0 makes the warm start alone.
         seed: the one seed; every random stream is derived from it.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads of torch.

@@ -83,6 +83,8 @@ def load_state(folder: Path) -> dict[str, Any]:
         loaded = load_file(folder / "state.safetensors")
         tensors = {key: value.clone() for key, value in loaded.items()}  # own, aligned memory: results depend on it
         out: dict[str, Any] = unpack(packed, tensors)
+        if not isinstance(out, dict):
+            raise TypeError("no object of names and values")
         return out
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, SafetensorError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise DamageError(f"{folder} is damaged ({error})") from error

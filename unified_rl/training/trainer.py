@@ -14,11 +14,13 @@ from torch import Tensor
 
 from unified_rl.errors import CheckpointError, ConfigError, NonFiniteError, UnifiedRLError
 from unified_rl.protocols import Agent, Collects, Rollout, Store, TellsResumable
+from unified_rl.rollout.control import STEPS
 from unified_rl.rollout.feed import Feed, LocalFeed
 from unified_rl.stopping import Interrupted, StopSignal, say, stopping
 from unified_rl.training.checkpoint import EXTENSION, FOLDER, checkpoint_name, set_aside_newer, write_checkpoint
 from unified_rl.training.failures import RunFolder, foreign
 from unified_rl.training.metrics import Means, MetricLog
+from unified_rl.training.restoring import policy_state, restoring
 from unified_rl.training.settings import TrainSettings
 
 
@@ -55,6 +57,7 @@ class Trainer:
         self.per_update = _per_update(agent, feed)
         self.planned = math.ceil(settings.steps / self.per_update)
         self.updates = 0
+        self._steps = 0
         self.elapsed = 0.0
         self.means = Means()
         self.log: MetricLog | None = None
@@ -70,8 +73,8 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """Environment steps (or conversations) behind the updates so far."""
-        return self.updates * self.per_update
+        """Environment steps that were really made (or conversations) behind the updates so far."""
+        return self._steps if self.feed is not None else int(self.agent.steps)  # type: ignore[attr-defined]
 
     @property
     def rollout(self) -> Rollout | None:
@@ -119,6 +122,7 @@ class Trainer:
                 raise stop.error()
         if self._saved != self.updates:
             self.save()
+            self._tell_inexact()
 
     def _iterate(self) -> None:
         self._keep_for_extension()
@@ -152,6 +156,7 @@ class Trainer:
         self._logged = True
         if not first and not last and self._crossed(settings.checkpoint_every):
             self.save()
+            self._tell_inexact()
 
     def _evaluated(self) -> dict[str, float]:
         """Evaluation reads the policy and streams of its own, so the first signal ends it."""
@@ -178,13 +183,15 @@ class Trainer:
         rows, metrics = self.feed.take()
         with self.present.writes():  # a memory-mapped replay may meet a full disk
             self.replay.extend(rows)
-        self.means.add(metrics)
+        self._steps += int(metrics.get(STEPS, self.per_update))
+        self.means.add({key: value for key, value in metrics.items() if key != STEPS})
 
     def _crossed(self, every: int | None) -> bool:
-        """Whether the last update passed a multiple of ``every`` steps."""
+        """Whether the last update passed a multiple of ``every`` steps of the budget."""
         if not every:
             return False
-        return self.steps // every > (self.steps - self.per_update) // every
+        planned = self.updates * self.per_update  # chunks that an episode's end cut short made fewer
+        return planned // every > (planned - self.per_update) // every
 
     def _log(self, metrics: dict[str, float]) -> None:
         assert self.log is not None and self._clock is not None
@@ -244,7 +251,6 @@ class Trainer:
         if self.log is not None:
             self.log.complete(path.name)
         self._saved = self.updates
-        self._tell_inexact()
         return path
 
     def _tell_inexact(self) -> None:
@@ -292,6 +298,7 @@ class Trainer:
             "agent": self.agent.state_dict(),
             "feed": self.feed.state_dict() if self.feed is not None else None,
             "updates": self.updates,
+            "steps": self._steps,
             "elapsed": self.elapsed,
             "means": self.means.state_dict(),
             "logged": self._logged,
@@ -308,19 +315,24 @@ class Trainer:
             restart: seed of new episodes in place of those under way.
 
         Raises:
+            CheckpointError: the state is another run's.
             RestoreError: the environment cannot be put back, and ``restart`` is None.
         """
-        if self.feed is not None:
-            self.feed.load_state_dict(state["feed"], restart)
-        self.agent.load_state_dict(state["agent"])
-        if self.replay is not None and state["has_replay"]:
-            self.replay.loads(folder / "replay")
-        self.updates, self.elapsed = state["updates"], state["elapsed"]
-        self.means.load_state_dict(state["means"])
-        self._logged, self._saved = state.get("logged", True), self.updates
-        if state.get("open") is not None and self.updates < self.planned:  # the row of an end that is none any more
-            self.means.load_state_dict(state["open"])
-            self._logged = False
+        with restoring(folder):
+            if "policy" in state["agent"]:
+                policy_state(state, folder)
+            if self.feed is not None:
+                self.feed.load_state_dict(state["feed"], restart)
+            self.agent.load_state_dict(state["agent"])
+            if self.replay is not None and state["has_replay"]:
+                self.replay.loads(folder / "replay")
+            self.updates, self.elapsed = int(state["updates"]), float(state["elapsed"])
+            self._steps = int(state.get("steps", self.updates * self.per_update))
+            self.means.load_state_dict(state["means"])
+            self._logged, self._saved = bool(state.get("logged", True)), self.updates
+            if state.get("open") is not None and self.updates < self.planned:  # the row of an end that is none any more
+                self.means.load_state_dict(state["open"])
+                self._logged = False
 
 
 def _finite(agent: Agent) -> bool:

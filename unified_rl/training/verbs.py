@@ -15,6 +15,7 @@ from unified_rl.errors import (
     CheckpointError,
     ConfigError,
     DamageError,
+    EnvError,
     RestoreError,
     RolloutError,
     UnifiedRLError,
@@ -31,7 +32,7 @@ from unified_rl.training.checkpoint import (
     read_checkpoint,
     wrote_checkpoint,
 )
-from unified_rl.training.dataset import record_dataset
+from unified_rl.training.dataset import check_rows, record_dataset
 from unified_rl.training.display import Display
 from unified_rl.training.failures import foreign, forget_report, write_report
 from unified_rl.training.metrics import RECORD, read_metrics
@@ -47,6 +48,7 @@ from unified_rl.training.provenance import (
     status,
     write_run,
 )
+from unified_rl.training.restoring import policy_state, restoring
 from unified_rl.training.seeding import derive
 from unified_rl.training.trainer import Trainer
 
@@ -179,7 +181,7 @@ def _train_in(
             if found is not None:
                 restore(trainer, folder, found, resume_env)
             trainer.run()
-    except RolloutError as error:
+    except (RolloutError, EnvError) as error:
         write_report(folder, error)
         raise
     except Exception as error:
@@ -262,9 +264,9 @@ def restored(
     """
     folder = Path(run)
     cfg = read_config(folder)
-    _, state = intact_checkpoint(folder, checkpoint, replay=False)
+    path, state = intact_checkpoint(folder, checkpoint, replay=False)
     job = Job({**cfg, **(changed or {})}, allow)
-    job.policy = load_policy(job, state)
+    job.policy = load_policy(job, state, path)
     return job
 
 
@@ -274,6 +276,7 @@ def evaluated(
     allow: Sequence[str] = (),
     record: str | None = None,
     checkpoint: str | int | None = None,
+    rows: int | None = None,
 ) -> tuple[dict[str, float], int | None]:
     """Evaluates a checkpoint of a run on held-out problems or seeds.
 
@@ -281,15 +284,20 @@ def evaluated(
         run: the run folder.
         episodes: episodes or prompts, by default as the run's evaluation.
         allow: prefixes that configuration may build.
-        record: folder to write the evaluated policy's rows to, as a replay that other runs can train on.
+        record: folder to write the evaluated policy's rows to, as a replay that other runs can train on: whole
+            ``episodes`` where they are given.
         checkpoint: the number of updates behind it, its name, or its folder; by default the newest intact one.
+        rows: how many rows, instead.
 
     Returns:
         The metrics, and how many rows were recorded, if any.
     """
     job = restored(run, checkpoint, allow, {} if episodes is None else {"eval_episodes": episodes})
+    if rows is not None and record is None:
+        raise ConfigError(f"--rows {rows} says how much to record; add --record FOLDER")
+    check_rows(job, rows)
     metrics = job.evaluate()
-    return metrics, None if record is None else record_dataset(job, Path(record))
+    return metrics, None if record is None else record_dataset(job, Path(record), rows=rows, episodes=episodes)
 
 
 def evaluate_run(
@@ -298,9 +306,10 @@ def evaluate_run(
     allow: Sequence[str] = (),
     record: str | None = None,
     checkpoint: str | int | None = None,
+    rows: int | None = None,
 ) -> dict[str, float]:
     """As :func:`evaluated`, and prints the result; returns the metrics."""
-    metrics, recorded = evaluated(run, episodes, allow, record, checkpoint)
+    metrics, recorded = evaluated(run, episodes, allow, record, checkpoint, rows)
     for key, value in metrics.items():
         print(f"{key:28s} {value:.4f}")
     if recorded is not None:
@@ -308,9 +317,10 @@ def evaluate_run(
     return metrics
 
 
-def load_policy(job: Job, state: dict[str, Any]) -> Any:
-    """The policy of a checkpoint, in the job's device."""
+def load_policy(job: Job, state: dict[str, Any], where: str | Path = "the checkpoint") -> Any:
+    """The policy of a checkpoint, in the job's device; ``where`` names it in errors."""
     if not job.collects:
         job.make_trainer(Path(job.cfg.get("run_dir") or "."))  # such agents bring their own policy
-    job.policy.load_state_dict(state["agent"]["policy"])
+    with restoring(where):
+        job.policy.load_state_dict(policy_state(state, where))
     return job.policy

@@ -11,10 +11,12 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import Demonstrates, Imitates, Normalizes, Stateful
 from unified_rl.rollout.demonstrations import style_option
 from unified_rl.training.checkpoint import intact_checkpoint
+from unified_rl.training.restoring import policy_state
 
 
 class Imitator(Protocol):
@@ -36,6 +38,7 @@ Report: TypeAlias = Callable[[int, int, int, float, float | None], None]
 """``(stage, update, budget, loss, threshold)``."""
 
 
+@configurable
 class WarmStart:
     """Stages of imitation on the environment's own demonstrations, or the policy of an earlier run.
 
@@ -87,10 +90,10 @@ class WarmStart:
             ConfigError: the run's policy has another shape.
         """
         assert self.run is not None
-        _, state = intact_checkpoint(Path(self.run), replay=False)
+        weights = policy_state(intact_checkpoint(Path(self.run), replay=False)[1], self.run)
         try:
-            policy.load_state_dict(state["agent"]["policy"])
-        except (RuntimeError, KeyError) as error:
+            policy.load_state_dict(weights)
+        except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise ConfigError(
                 f"the policy of {self.run} does not fit this one: {str(error).splitlines()[0]}"
             ) from error

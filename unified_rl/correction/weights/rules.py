@@ -105,12 +105,19 @@ class Rules:
         return used | ({"behavior"} if self._all else set())
 
     def apply(
-        self, log_prob: Tensor | None, batch: TensorDictBase, stats: dict[str, Tensor], total: Total = identity
+        self,
+        log_prob: Tensor | None,
+        batch: TensorDictBase,
+        stats: dict[str, Tensor],
+        total: Total = identity,
+        *,
+        spare: bool = False,
     ) -> Tensor | None:
         """Writes ``weight [B, N]`` and ``keep [B, N]`` into ``stats`` where there are rules; returns ``keep``.
 
         Units whose log-ratio is not finite are not kept. Warns where nothing is left (on this process). ``total`` sums
-        over the processes that share the batch.
+        over the processes that share the batch. ``spare`` also writes ``penalised [B, N]``: the units of finite
+        log-ratio, whose penalties stay whatever is rejected.
         """
         if not self._all:
             return None
@@ -122,6 +129,8 @@ class Rules:
             keep = keep & rule.function(d, layout, stats["advantage"])
             _warn_if_nothing(rule.settings, keep, valid)
         stats["keep"] = keep
+        if spare:
+            stats["penalised"] = valid
         for rule in self.mismatch:
             d, layout = drift[rule.numerator]
             weight = rule.function(rule.level(d, layout).exp())

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.replay.ring import IntArray, Ring
 from unified_rl.replay.samplers.base import Draw, Sampler
 
 
+@configurable
 class Group(Sampler):
     """Complete groups: rows that share ``group``, ``size`` of them at a time and adjacent in the batch.
 
@@ -102,6 +104,7 @@ class SerialLists:
         return held[first:last]
 
 
+@configurable
 class Buckets(Sampler):
     """First a bucket by its weight, then a row of it uniformly, with replacement.
 

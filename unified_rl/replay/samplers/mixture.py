@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.replay.ring import IntArray, Ring
 from unified_rl.replay.samplers.base import Draw, Sampler, uniform
@@ -17,6 +18,7 @@ from unified_rl.units import Source
 _FILL: dict[str, float] = {"priority_weight": 1.0}
 
 
+@configurable
 class BySource(Sampler):
     """Uniform over the rows of one source, with replacement.
 
@@ -51,6 +53,7 @@ class BySource(Sampler):
         return Draw(serials[uniform(rng, 0, len(serials), count)], {})
 
 
+@configurable
 class Mixture(Sampler):
     """Fixed shares of a batch from several samplers; by default one for each named source.
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.replay.samplers.base import Draw, Sampler, uniform
 
 
+@configurable
 class Uniform(Sampler):
     """Every row (every window) with the same probability, with replacement."""
 
@@ -21,6 +23,7 @@ class Uniform(Sampler):
         return Draw(uniform(rng, low, high, count), {})
 
 
+@configurable
 class Segment(Uniform):
     """Uniform windows of ``length`` consecutive slots of one lane.
 
@@ -34,6 +37,7 @@ class Segment(Uniform):
         self.length = length
 
 
+@configurable
 class Fresh(Sampler):
     """Each committed row exactly once, oldest first: on-policy training, and first-in first-out queues.
 
@@ -122,6 +126,7 @@ class Fresh(Sampler):
         self.writes, self._opened = deque(map(int, state.get("writes", waiting))), False
 
 
+@configurable
 class WithoutReplacement(Sampler):
     """Epochs: every row that is live when an epoch starts, once, in random order.
 
@@ -158,6 +163,7 @@ class WithoutReplacement(Sampler):
         self.taken = int(state["taken"])
 
 
+@configurable
 class Recency(Sampler):
     """Newer rows more often: the probability halves with every ``half_life`` slots of age, with replacement.
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.replay.ring import IntArray, Ring
 from unified_rl.replay.samplers.base import Draw, Sampler, uniform
@@ -78,6 +79,7 @@ class VersionRuns:
         return first[fit], (last - first)[fit], mixed
 
 
+@configurable
 class StalenessBounded(Sampler):
     """Uniform over the rows whose policy version is at most ``max_lag`` behind the consumer's, with replacement.
 

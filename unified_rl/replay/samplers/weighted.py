@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.replay.ring import IntArray, Ring
 from unified_rl.replay.samplers.base import Draw, Sampler
@@ -69,6 +70,7 @@ class Weighted(Sampler):
                 self.tree.fill(first, last, weights)
 
 
+@configurable
 class Priority(Weighted):
     """Prioritised replay: P(row) proportional to ``(priority + eps) ** alpha``.
 
@@ -138,6 +140,7 @@ class Priority(Weighted):
         self.largest, self.draws = float(state["largest"]), int(state["draws"])
 
 
+@configurable
 class Softmax(Weighted):
     """P(row) proportional to ``exp(score / temperature)``, with replacement.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.generation import Generation
@@ -16,6 +17,7 @@ from unified_rl.rollout.sources.base import Joining, Request, require_one_turn
 from unified_rl.units import Source
 
 
+@configurable
 class Demonstrations(Joining):
     """The environment's own solutions, source :attr:`~unified_rl.units.Source.DEMONSTRATION`.
 
@@ -48,6 +50,7 @@ class Demonstrations(Joining):
         return request.recite(problems, solver.solve(problems, self.style), None, Source.DEMONSTRATION)
 
 
+@configurable
 class ExpertFile(Joining):
     """Answers by prompt from a JSON-lines file, source :attr:`~unified_rl.units.Source.EXPERT`.
 
@@ -109,6 +112,7 @@ class ExpertFile(Joining):
         return request.recite(problems, answers, torch.tensor(groups, dtype=torch.int64), Source.EXPERT)
 
 
+@configurable
 class Model(Joining):
     """Answers of another language model to the same prompts, source :attr:`~unified_rl.units.Source.EXPERT`.
 

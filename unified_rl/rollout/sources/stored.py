@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
+from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import LanguageEnv, LanguagePolicy
 from unified_rl.replay import read_rows
@@ -15,6 +16,7 @@ from unified_rl.rollout.sources.base import Joining, Request
 from unified_rl.units import Source
 
 
+@configurable
 class Pool:
     """Own earlier answers, which join the groups of the same prompts again; source OFFLINE.
 
@@ -103,6 +105,7 @@ class Pool:
             self._answers.setdefault(int(row["prompt_id"]), []).append(row.clone())
 
 
+@configurable
 class Recorded(Joining):
     """Rows that another run recorded, with their rewards and log-probs; source OFFLINE.
 

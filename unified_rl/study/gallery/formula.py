@@ -103,8 +103,17 @@ def formula(full: Mapping[str, Any]) -> list[str]:
     lines += [_penalty(p) for p in full["penalty"]]
     if full["thin"] is not None:
         lines.append(f"train on {_words(THINS, full['thin'])}")
+    lines += _penalties_of_rejected(full)
     lines.append(_reduction(full))
     return lines
+
+
+def _penalties_of_rejected(full: Settings) -> list[str]:
+    """What happens to the penalties of the units that rejection or thinning takes out."""
+    lost = [("what is rejected", "drop")] if full["reject"] else []
+    lost += [("what is not trained on", "keep")] if full["thin"] is not None else []
+    words = {"drop": "has no penalties either", "keep": "keeps its penalties"}
+    return [f"{what} {words[full['rejected'] or default]}" for what, default in lost]
 
 
 def _words(table: Mapping[str, Callable[[Settings], str]], rule: Settings) -> str:

@@ -1,0 +1,125 @@
+"""Calls into an environment, which is somebody else's code: what it raises or returns wrongly becomes one error."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unified_rl.errors import EnvError, NonFiniteError, UnifiedRLError
+from unified_rl.protocols import ControlEnv, StepResult
+
+
+def name_of(env: object) -> str:
+    """What error messages call an environment: its ``name``, where it has one, else its class."""
+    name = getattr(env, "name", None)
+    return name if isinstance(name, str) and name else type(env).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """Type and text of an exception, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def reset_env(env: ControlEnv, seed: int | None = None) -> Tensor:
+    """``env.reset_batch(seed)``, checked; ``[K, d]`` float32.
+
+    Raises:
+        EnvError: it raised, or returned something else than such a tensor.
+        NonFiniteError: an observation with a NaN or infinity.
+    """
+    try:
+        observation = env.reset_batch(seed)
+    except UnifiedRLError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise EnvError(f"{name_of(env)} raised in reset: {one_line(error)}") from error
+    _check_tensor(env, "reset", "observation", observation, torch.float32, 2)
+    check_finite(env, "reset", {"observation": observation})
+    return observation
+
+
+def step_env(env: ControlEnv, action: Tensor, number: int) -> StepResult:
+    """``env.step_batch(action)``, checked.
+
+    Args:
+        env: the environment.
+        action: ``[K, a]``.
+        number: of the call since the environment was made or reset, for errors.
+
+    Raises:
+        EnvError: it raised, or returned something else than a :class:`~unified_rl.protocols.StepResult`.
+        NonFiniteError: a NaN or infinity in observation or reward.
+    """
+    try:
+        result = env.step_batch(action)
+    except UnifiedRLError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise EnvError(f"{name_of(env)} raised in step {number}: {one_line(error)}") from error
+    if not isinstance(result, StepResult):
+        raise EnvError(f"{name_of(env)} returned {describe(result)} from step {number}; a StepResult is expected")
+    where = f"step {number}"
+    for field, dtype, dims in FIELDS:
+        _check_tensor(env, where, field, getattr(result, field), dtype, dims)
+    if not isinstance(result.info, dict):
+        raise EnvError(f"{name_of(env)} returned info={describe(result.info)} from {where}; a dict is expected")
+    check_finite(env, where, {"observation": result.next_observation, "reward": result.reward})
+    return result
+
+
+FIELDS = (
+    ("observation", torch.float32, 2),
+    ("reward", torch.float32, 1),
+    ("terminated", torch.bool, 1),
+    ("truncated", torch.bool, 1),
+    ("next_observation", torch.float32, 2),
+    ("executed", torch.int64, 1),
+)
+"""What a step returns: name, dtype, and dimensions, the first of which counts simulations."""
+
+
+def _check_tensor(env: ControlEnv, where: str, field: str, value: Any, dtype: torch.dtype, dims: int) -> None:
+    fits = isinstance(value, Tensor) and value.dtype == dtype and value.ndim == dims
+    if fits and len(value) == env.num_envs:
+        return
+    size = f"[{env.num_envs}, d]" if dims == 2 else f"[{env.num_envs}]"
+    kind = str(dtype).removeprefix("torch.")
+    raise EnvError(
+        f"{name_of(env)} returned {field}={describe(value)} from {where}; a tensor {size} of {kind} is expected"
+    )
+
+
+def check_finite(env: object, where: str, values: dict[str, Tensor]) -> None:
+    """One look at the sum of everything; only a sum that is not finite is looked into.
+
+    Raises:
+        NonFiniteError: a NaN or infinity; names the simulation.
+    """
+    if math.isfinite(sum(float(value.sum()) for value in values.values())):
+        return
+    for name, value in values.items():
+        finite = torch.isfinite(value).reshape(len(value), -1).all(-1)
+        if bool(finite.all()):
+            continue
+        lane = int((~finite).nonzero()[0])
+        raise NonFiniteError(
+            f"{name_of(env)} returned {name}={describe(value[lane])} from {where}, simulation {lane}: it is not "
+            "finite; check the environment, or lower the learning rate or the action bounds"
+        )
+
+
+def describe(value: Any) -> str:
+    """A value as error messages show it: short, with shape and dtype where it has them."""
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is not None and dtype is not None:
+        values = value.tolist()
+        shown = str(values)
+        kind = str(dtype).removeprefix("torch.")
+        size = "x".join(map(str, shape))
+        return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({f'shape {size}, ' if size else ''}{kind})"
+    shown = " ".join(repr(value).split())
+    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"
