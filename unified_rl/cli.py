@@ -29,9 +29,9 @@ def train(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--cfg shows a new run's configuration; that of this run is {resumed[0]}/config.yaml")
         from unified_rl.training.run import resume
 
-        run, steps, env = resumed
+        folder, steps, env = resumed
         options = _chosen(arguments) if env is None else {**_chosen(arguments), "resume_env": env}
-        print(f"run folder: {resume(run, steps, arguments.allow, **options)}")
+        print(f"run folder: {resume(folder, steps, arguments.allow, **options)}")
         return 0
     if arguments.checkpoint is not None:
         raise ConfigError("--checkpoint chooses where a run goes on: unified-rl train resume=RUN --checkpoint STEP")
