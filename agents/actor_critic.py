@@ -25,6 +25,7 @@ from unified_rl.objectives.transitions import KEYS, Networks, Transitions, prepa
 from unified_rl.policies.base import Policy
 from unified_rl.policies.critics import QEnsemble, ValueCritic
 from unified_rl.protocols import BoxPolicy, standardises
+from unified_rl.ranges import Count, Fraction, NonNegative, Positive, Seed, UnitInterval, Whole, ranged
 from unified_rl.replay import Replay, nstep_transitions
 from unified_rl.replay.fit import check_replay
 
@@ -55,6 +56,7 @@ class Phase:
 
 
 @configurable
+@ranged("agent")
 class ActorCritic:
     """One gradient step: value, critic, actor and entropy weight, each with its own optimiser, then the slow copy.
 
@@ -100,46 +102,39 @@ class ActorCritic:
         ConfigError: an unknown part, one that the policy cannot support, or a setting that would be of no effect.
     """
 
+    option = "actor_critic"
+    """What the configuration calls it, for errors; a run sets its own choice."""
+
     def __init__(
         self,
         policy: BoxPolicy,
         generator: torch.Generator,
-        rows: int,
-        length: int | None = None,
+        rows: Count,
+        length: Count | None = None,
         target: str | dict[str, Any] = "soft",
         aggregate: str | dict[str, Any] = "least",
         value: str | dict[str, Any] | None = None,
         critic: dict[str, Any] | None = None,
         actor: dict[str, Any] | None = None,
-        n_step: int = 1,
-        lr: float = 3e-4,
-        batch_size: int = 256,
-        updates_per_step: float = 1.0,
-        learning_starts: int = 1000,
-        gamma: float = 0.99,
-        tau: float = 0.005,
-        critics: int = 2,
-        critic_hidden: tuple[int, ...] = (256, 256),
+        n_step: Count = 1,
+        lr: NonNegative = 3e-4,
+        batch_size: Count = 256,
+        updates_per_step: Positive = 1.0,
+        learning_starts: Whole = 1000,
+        gamma: UnitInterval = 0.99,
+        tau: Fraction = 0.005,
+        critics: Count = 2,
+        critic_hidden: tuple[Count, ...] = (256, 256),
         layer_norm: bool = False,
-        alpha: float = 1.0,
+        alpha: NonNegative = 1.0,
         tune_alpha: bool = True,
         target_entropy: float | None = None,
-        policy_delay: int = 1,
+        policy_delay: Count = 1,
         device: str = "cpu",
         compile: bool = False,
         cuda_graph: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        at_least_1 = {"n_step": n_step, "batch_size": batch_size, "policy_delay": policy_delay, "critics": critics}
-        for name, number in at_least_1.items():
-            if number < 1:
-                raise ConfigError(f"agent.{name}={number} must be at least 1")
-        if updates_per_step <= 0.0:
-            raise ConfigError(f"agent.updates_per_step={updates_per_step} must be above 0, or nothing would be learnt")
-        if lr < 0.0:
-            raise ConfigError(f"agent.lr={lr} must be 0 or more")
-        if not 0.0 < tau <= 1.0:
-            raise ConfigError(f"agent.tau={tau} must lie above 0 and at most at 1")
         if isinstance(policy, Policy):  # later moments would be another policy than the imitated one
             policy.freeze_moments()
         self.policy, self.generator, self.gamma, self.tau = policy, generator, gamma, tau
@@ -147,6 +142,7 @@ class ActorCritic:
         self.updates_per_step, self.learning_starts = updates_per_step, learning_starts
         self.policy_delay, self.device = policy_delay, torch.device(device)
         self.phases_of = self._parts(target, aggregate, value, critic, actor)
+        self.phases_of.check_members(critics)
         self.phases_of.check_alpha(alpha, tune_alpha, target_entropy)
         if cuda_graph and self.device.type != "cuda":
             raise ConfigError("agent.cuda_graph needs device=cuda")
@@ -175,8 +171,10 @@ class ActorCritic:
         Raises:
             ConfigError: an unknown part, a wrong setting of one, or a value that is missing or unread.
         """
-        given: dict[str, Any] = {key: settings.get(key) for key in ("target", "aggregate", "value", "critic", "actor")}
-        make_phases(**{**given, "target": given["target"] or "soft", "aggregate": given["aggregate"] or "least"})
+        keys = ("target", "aggregate", "value", "critic", "actor")
+        given: dict[str, Any] = {"target": "soft", "aggregate": "least", **dict.fromkeys(keys[2:])}
+        parts = make_phases(**given | {key: settings[key] for key in keys if key in settings})
+        parts.check_members(settings.get("critics", 2))
 
     def _parts(
         self,
@@ -280,7 +278,7 @@ class ActorCritic:
         self.prioritised = replay.sampler.takes_priority
         self.extra = ("priority_weight",) if replay.sampler.weighs else ()
         length = self.n_step if self.n_step > 1 else None
-        check_replay(replay, "actor_critic", keys=keys, length=length, priorities=True, reuses=True)
+        check_replay(replay, self.option, keys=keys, length=length, priorities=True, reuses=True)
         self.checked = replay.write_count > 0
 
     def _train_once(self, replay: Replay, standardise: bool) -> Metrics:

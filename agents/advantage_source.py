@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -11,7 +11,9 @@ from unified_rl.agents.baselines import CREDITS
 from unified_rl.correction import Correction
 from unified_rl.correction.requirements import advantage_needs_group, without_groups
 from unified_rl.errors import ConfigError
+from unified_rl.instantiate import nearest
 from unified_rl.objectives.objective import Term
+from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.terms import OWN_ROWS
 
 CREDIT_OF = {"step_advantage": "step", "cut_bootstrap": "cut"}
@@ -91,11 +93,19 @@ def check_groups(record: TensorDictBase, correction: Correction, use_critic: boo
     Raises:
         ConfigError: they are; says what to set instead.
     """
+    if len(record["group"].unique()) == len(record):
+        refuse_lone(correction, use_critic)
+
+
+def refuse_lone(correction: Correction, use_critic: bool) -> None:
+    """Refuses rows of which none shares its group with another, where advantages are relative to the group.
+
+    Raises:
+        ConfigError: says what to set instead.
+    """
     inside = without_groups(correction)
     outside = not correction.kernel.traits.own_advantage and not use_critic
     if not inside and not (outside and advantage_needs_group(correction)):
-        return
-    if len(record["group"].unique()) < len(record):
         return
     instead = f"correction={inside}" if inside else "agent.advantage=critic"
     raise ConfigError(
@@ -103,3 +113,51 @@ def check_groups(record: TensorDictBase, correction: Correction, use_critic: boo
         f"own, so nothing would be learnt: sample several rows a prompt or reset state (rollout.group_size), or use "
         f"{instead}"
     )
+
+
+def gates_read(terms: Mapping[str, Term], correction: Correction) -> dict[str, str]:
+    """The bool columns by which rows are chosen, and the setting that names each."""
+    chosen = {f"{term.where}.rows": term.rows for term in terms.values()}
+    chosen["correction.advantage.rows"] = Rows.of(correction.advantage.get("rows"), "correction.advantage.rows")
+    return {gate: where for where, rows in reversed(chosen.items()) for gate in rows.gates}
+
+
+def check_gates(gates: Mapping[str, Any] | None, terms: Mapping[str, Term], correction: Correction) -> None:
+    """Refuses a gate that nothing reads.
+
+    Raises:
+        ConfigError: names it, and what reads gates.
+    """
+    read = gates_read(terms, correction)
+    for name in gates or ():
+        if name not in read:
+            raise ConfigError(
+                f"agent.gates.{name} is set, but no term is read through it: take it out, or name it in when or unless "
+                f"of a term's rows (agent.objectives.NAME.rows.when={name})"
+            )
+
+
+def check_columns(
+    terms: Mapping[str, Term], gates: Collection[str], correction: Correction, columns: Collection[str]
+) -> None:
+    """Refuses a choice of rows by a column that is no gate and that no row will have.
+
+    Raises:
+        ConfigError: names the setting and the nearest column.
+    """
+    known = [*gates, *columns]
+    for gate, where in gates_read(terms, correction).items():
+        if gate not in known:
+            raise ConfigError(
+                f"{where} names {gate!r}, which is no gate and no column of the rows; {nearest(gate, known)}: define "
+                f"agent.gates.{gate}, or rollout.columns.{gate}"
+            )
+    for term in terms.values():
+        term.check_columns(columns)
+    for key in ("reward", "group", "given", "stratum", "weight"):
+        named = correction.advantage.get(key)
+        if named is not None and named not in (*columns, "units"):
+            raise ConfigError(
+                f"correction.advantage.{key} names {named!r}, which is no column of the rows; "
+                f"{nearest(named, columns)}: define rollout.columns.{named}"
+            )

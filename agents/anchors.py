@@ -20,6 +20,7 @@ from unified_rl.instantiate import check_type, nearest
 from unified_rl.interventions import Wrapper
 from unified_rl.policies.normalizer import MOMENTS
 from unified_rl.protocols import Scores, ShowsLogits, ShowsNormals, Trainable, UnitStates, standardises
+from unified_rl.ranges import Count, Name, Share, shown
 
 PROVIDERS = ("snapshot", "average", "interpolated")
 """Where the proximal policy of a decoupled correction comes from."""
@@ -27,7 +28,7 @@ RECORDED = ("behavior", "proximal", "proxy")
 """Anchors that no entry of ``agent.anchors`` makes: the sampler, the start of the update, a wrapper."""
 BUILT_IN = ("reference", "self", "old")
 """Anchors that are made where something asks for them; every other one must be given."""
-SETTINGS: dict[str, Any] = {"folder": str, "sync_every": int, "ema": float, "view": str}
+SETTINGS: dict[str, Any] = {"folder": Name, "sync_every": Count, "ema": Share, "view": Name}
 
 
 class Provider:
@@ -154,10 +155,6 @@ def provider_settings(name: str, node: Any) -> dict[str, Any]:
     makers = [key for key in given if key != "view"]
     if len(makers) > 1:
         raise ConfigError(f"{where} is made by one of folder, sync_every and ema, got {', '.join(makers)}")
-    if not 0.0 <= given.get("ema", 0.0) < 1.0:
-        raise ConfigError(f"{where}.ema is the share of the old weights and must lie in [0, 1), got {given['ema']}")
-    if given.get("sync_every", 1) < 1:
-        raise ConfigError(f"{where}.sync_every counts updates and must be at least 1, got {given['sync_every']}")
     return given
 
 
@@ -206,8 +203,8 @@ def check_anchors(nodes: Mapping[str, Any], wanted: Mapping[str, str]) -> None:
 
 def _nobody_provides(name: str, setting: str, nodes: Mapping[str, Any]) -> str:
     return (
-        f"{setting} compares with the policy {name!r}, which nobody provides: set "
-        f"agent.anchors.{name}={{folder: RUN}}; {nearest(name, [*nodes, *BUILT_IN, 'teacher'])}"
+        f"{setting} compares with the policy {shown(name)}, which nobody provides: set "
+        f"agent.anchors.{name[:60]}={{folder: RUN}}; {nearest(name, [*nodes, *BUILT_IN, 'teacher'])}"
     )
 
 

@@ -14,6 +14,7 @@ from unified_rl.correction.requirements import needs_whole_rows
 from unified_rl.errors import ConfigError
 from unified_rl.interventions import Wrapper
 from unified_rl.objectives.objective import Term
+from unified_rl.ranges import Count, UpperBound, ranged
 from unified_rl.replay import Replay
 from unified_rl.training.metrics import Means
 from unified_rl.units import record_from_steps, split_episodes, trim_units, validate_record
@@ -54,6 +55,7 @@ class Draw:
         return trim_units(record, int(record["token_mask"].sum(-1).max())) if self.language else record
 
 
+@ranged("agent")
 class Batches:
     """Epochs of optimiser batches over annotated rows.
 
@@ -70,13 +72,10 @@ class Batches:
     def __init__(
         self,
         generator: torch.Generator,
-        epochs: int = 1,
-        minibatch: int | None = None,
-        target_kl: float | None = None,
+        epochs: Count = 1,
+        minibatch: Count | None = None,
+        target_kl: UpperBound | None = None,
     ) -> None:
-        for name, value in (("epochs", epochs), ("minibatch", minibatch)):
-            if value is not None and value < 1:
-                raise ConfigError(f"agent.{name} must be at least 1, got {value}")
         self.generator, self.epochs, self.minibatch, self.target_kl = generator, epochs, minibatch, target_kl
 
     def run(

@@ -12,12 +12,14 @@ from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.optimizer import Optimizer
 from unified_rl.protocols import HasGenerator, Trainable, layout_of
+from unified_rl.ranges import Count, NonNegative, UnitInterval, UpperBound, ranged
 from unified_rl.replay import Fresh, Replay
 from unified_rl.replay.fit import check_replay
 from unified_rl.units import trim_units
 
 
 @configurable
+@ranged("agent")
 class BehaviorCloning:
     """Minimises ``policy.nll`` over rows of demonstrations.
 
@@ -38,23 +40,23 @@ class BehaviorCloning:
         device: where updates run.
     """
 
+    option = "behavior_cloning"
+    """What the configuration calls it, for errors; a run sets its own choice."""
+
     def __init__(
         self,
         policy: Trainable,
         generator: torch.Generator,
-        rows: int = 256,
-        lr: float = 1e-3,
-        batch_size: int | None = None,
-        updates: int = 1,
-        gamma: float = 0.99,
-        max_grad_norm: float | None = 1.0,
-        weight_decay: float = 0.0,
+        rows: Count = 256,
+        lr: NonNegative = 1e-3,
+        batch_size: Count | None = None,
+        updates: Count = 1,
+        gamma: UnitInterval = 0.99,
+        max_grad_norm: UpperBound | None = 1.0,
+        weight_decay: NonNegative = 0.0,
         device: str = "cpu",
     ) -> None:
         self.policy, self.generator, self.gamma = policy, generator, gamma
-        for name, value in (("batch_size", batch_size), ("updates", updates)):
-            if value is not None and value < 1:
-                raise ConfigError(f"agent.{name}={value} must be at least 1")
         self.rows, self.batch_size, self.updates = rows, batch_size or rows, updates
         self.device = torch.device(device)
         self.optimizer = Optimizer({"policy": policy}, lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
@@ -91,7 +93,7 @@ class BehaviorCloning:
         Raises:
             ConfigError: by name, with what works instead.
         """
-        check_replay(replay, "behavior_cloning")
+        check_replay(replay, self.option)
         wanted = self.updates * self.batch_size
         if isinstance(getattr(replay, "sampler", None), Fresh) and wanted > self.rows:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -39,19 +40,22 @@ def term_nodes(
     if entropy_coef:
         nodes["entropy"] = {"name": "entropy", "coefficient": entropy_coef}
     for name, node in (given or {}).items():
-        nodes[name] = None if node is None else _changed(nodes.get(name), node, f"agent.objectives.{name}")
+        nodes[name] = None if node is None else _changed(nodes, name, node)
     nodes = {name: node for name, node in nodes.items() if node is not None}
     if not nodes:
         raise ConfigError("agent.objectives leaves no term in the loss")
     return nodes
 
 
-def _changed(old: Node | None, node: Any, where: str) -> Node:
+def _changed(nodes: Mapping[str, Any], name: str, node: Any) -> Node:
     """A node that has a name, or only changes settings of one that has."""
+    old, where = nodes.get(name), f"agent.objectives.{name}"
     if old is not None and isinstance(node, Mapping) and node.get("name", old["name"]) == old["name"]:
         return {**old, **node}
     if not isinstance(node, str | Mapping) or (isinstance(node, Mapping) and "name" not in node):
-        raise ConfigError(f"{where} needs a name, one of {', '.join(TERMS)}; got {node!r}")
+        close = difflib.get_close_matches(name, [*nodes, "value", "entropy"], 1)
+        hint = f"did you mean agent.objectives.{close[0]}?" if close else f"it is none of {', '.join(nodes)}"
+        raise ConfigError(f"{where} needs a name, one of {', '.join(TERMS)}; got {node!r} ({hint})")
     return as_rule(node, where)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
-from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, CRITICS, TARGETS, VALUES
+from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, CRITICS, TARGETS, VALUES, least_of
 from unified_rl.objectives.summands import Scales, Summands
 from unified_rl.objectives.transitions import Transitions, needs_of
 from unified_rl.protocols import HasSpace, Reparameterised, standardises
@@ -42,9 +42,6 @@ class Phases:
         actor: Mapping[str, Any],
     ) -> None:
         self.aggregate = bind(aggregate, AGGREGATES, "agent.aggregate")[0]
-        members = self.aggregate.keywords.get("members", 1)
-        if members < 1:
-            raise ConfigError(f"agent.aggregate.members={members} must be at least 1")
         self.target = bind(target, TARGETS, "agent.target")[0]
         self.value = None if value is None else bind(value, VALUES, "agent.value")[0]
         self.sums = {
@@ -114,6 +111,21 @@ class Phases:
                 "name weighted, or leave agent.value out"
             )
 
+    def check_members(self, critics: int) -> None:
+        """Refuses a random subset of the ensemble that is the whole of it.
+
+        Raises:
+            ConfigError: names both settings.
+        """
+        if self.aggregate.func is not least_of:
+            return
+        members = self.aggregate.keywords.get("members", 2)
+        if members >= critics:
+            raise ConfigError(
+                f"agent.aggregate.members={members} draws all of agent.critics={critics}, which is "
+                "agent.aggregate=least: set agent.critics above it"
+            )
+
     def check_alpha(self, alpha: float, tune: bool, target_entropy: float | None) -> None:
         """Refuses settings of the entropy weight that would be of no effect.
 
@@ -126,10 +138,9 @@ class Phases:
                 "agent.tune_alpha tunes by the entropy that pathwise actor terms measure, and agent.actor has none "
                 "with entropy; set agent.tune_alpha=false"
             )
-        if alpha < 0 or (tune and alpha == 0):
+        if tune and alpha == 0:
             raise ConfigError(
-                f"agent.alpha={alpha} must be above 0"
-                + (" where it is tuned; set agent.tune_alpha=false to leave the entropy out" if tune else ", or 0")
+                "agent.alpha=0 must be above 0 where it is tuned; set agent.tune_alpha=false to leave the entropy out"
             )
         if alpha != 1.0 and not self.needing("entropy"):
             raise ConfigError(f"agent.alpha={alpha} weighs an entropy that no part of the loss has; leave it out")

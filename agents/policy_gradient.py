@@ -5,14 +5,22 @@ PPO, GRPO, DAPO, V-trace actor-critics and their relatives are this agent with a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 
-from unified_rl.agents.advantage_source import CREDIT_OF, check_rows, check_unread, choose_credit
+from unified_rl.agents.advantage_source import (
+    CREDIT_OF,
+    check_columns,
+    check_gates,
+    check_rows,
+    check_unread,
+    choose_credit,
+    refuse_lone,
+)
 from unified_rl.agents.anchors import PROVIDERS, Anchors, check_anchors
 from unified_rl.agents.baselines import Baseline, make_baseline, update_moments
 from unified_rl.agents.batches import Batches, Draw, choose_steps
@@ -25,12 +33,14 @@ from unified_rl.interventions import WRAPPERS, make_wrapper
 from unified_rl.objectives.objective import Objective, Parts
 from unified_rl.optimizer import Optimizer
 from unified_rl.protocols import EndsPretraining, HasWeights, Trainable, domain_of, is_discrete
+from unified_rl.ranges import Count, NonNegative, Seed, UnitInterval, UpperBound, ranged
 from unified_rl.replay import Replay
 from unified_rl.replay.fit import check_replay
 from unified_rl.units import split_steps
 
 
 @configurable
+@ranged("agent")
 class PolicyGradient:
     """One update: draw rows, compute advantages, then epochs of minibatches through the correction.
 
@@ -87,44 +97,47 @@ class PolicyGradient:
     rescores = True
     """Rows must be the policy's own samples, whose log-probs it computes anew."""
 
+    option = "policy_gradient"
+    """What the configuration calls it, for errors; a run sets its own choice."""
+
     def __init__(
         self,
         policy: Trainable,
         correction: Correction,
         generator: torch.Generator,
-        rows: int,
-        length: int | None = None,
-        lr: float = 3e-4,
-        epochs: int = 1,
-        minibatch: int | None = None,
-        micro_batch: int | None = None,
-        advantage: str = "auto",
+        rows: Count,
+        length: Count | None = None,
+        lr: NonNegative = 3e-4,
+        epochs: Count = 1,
+        minibatch: Count | None = None,
+        micro_batch: Count | None = None,
+        advantage: Literal["auto", "critic", "group"] = "auto",
         credit: str | None = None,
         teacher: str | None = None,
         anchors: dict[str, Any] | None = None,
-        gamma: float | None = None,
-        lam: float = 0.95,
+        gamma: UnitInterval | None = None,
+        lam: UnitInterval = 0.95,
         off_policy_targets: bool = False,
-        value_coef: float = 0.5,
-        value_clip: float | None = None,
-        critic_hidden: tuple[int, ...] = (64, 64),
+        value_coef: NonNegative = 0.5,
+        value_clip: UpperBound | None = None,
+        critic_hidden: tuple[Count, ...] = (64, 64),
         critic_config: dict[str, Any] | None = None,
         entropy_coef: float = 0.0,
         normalize_advantage: bool | None = None,
         drop_equal_groups: bool = False,
-        max_grad_norm: float | None = 1.0,
-        target_kl: float | None = None,
+        max_grad_norm: UpperBound | None = 1.0,
+        target_kl: UpperBound | None = None,
         anneal_lr: bool = False,
         shuffle_steps: bool | None = None,
-        adam_eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        adam_eps: NonNegative = 1e-8,
+        weight_decay: NonNegative = 0.0,
         device: str = "cpu",
         compile: bool = False,
         cuda_graph: bool = False,
         objectives: dict[str, Any] | None = None,
         gates: dict[str, Any] | None = None,
         maps: list[str | dict[str, Any]] | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         self.language, discrete = domain_of(policy) == "language", is_discrete(policy)
         correction.check_domain(discrete=discrete)
@@ -172,6 +185,10 @@ class PolicyGradient:
         """
         taken = {key: settings[key] for key in ("value_clip", "entropy_coef") if key in settings}
         terms = make_terms(settings.get("objectives"), 1.0, **{"value_clip": None, "entropy_coef": 0.0, **taken})
+        if settings.get("critic_config") is not None:
+            from unified_rl.policies.model_sizes import check_model_config  # transformers is slow to import
+
+            check_model_config(settings["critic_config"], "agent.critic_config")
         make_gates(settings.get("gates"))
         needs = anchors_of(terms.values(), make_maps(settings.get("maps")))
         check_anchors(settings.get("anchors") or {}, {**needs[0], **needs[1]})
@@ -206,7 +223,29 @@ class PolicyGradient:
 
     def check_replay(self, replay: Replay) -> None:
         """Refuses a replay that this agent cannot use, by its name."""
-        check_replay(replay, "policy_gradient", length=self.draw.length, groups=True, draws=self.draw.rows)
+        check_replay(replay, self.option, length=self.draw.length, groups=True, draws=self.draw.rows)
+
+    def check_written(self, sources: Collection[int], group_size: int, columns: Collection[str]) -> None:
+        """Refuses rows from which nothing would be learnt, or that lack a gate, before any are collected.
+
+        Args:
+            sources: of the rows that will be drawn.
+            group_size: the most rows that share a group.
+            columns: of the rows, beside the gates.
+
+        Raises:
+            ConfigError: names the setting and what works.
+        """
+        terms = self.objective.terms
+        check_columns(terms, self.estimate.gates, self.correction, columns)
+        check_gates(self.estimate.gates, terms, self.correction)
+        if "policy" not in terms:
+            return
+        if group_size == 1:
+            refuse_lone(self.correction, self.use_critic)
+        rows = terms["policy"].rows
+        if not rows.gates:  # gates open later
+            self.correction.require_shown(sorted(sources if not rows.sources else set(rows.sources) & set(sources)))
 
     def _draw(self, replay: Replay) -> TensorDict:
         return self.draw(replay, self.version)

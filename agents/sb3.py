@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from unified_rl.configurable import configurable
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.interop.guard import reset_env, step_env
 from unified_rl.protocols import ControlEnv, Domain, StepResult
+from unified_rl.ranges import Count, Seed, UnitInterval, ranged
 from unified_rl.spaces import Space
 
 ALGORITHMS = ("sac", "ppo", "td3", "a2c", "ddpg")
@@ -118,6 +119,7 @@ class SB3Policy(nn.Module):
 
 
 @configurable
+@ranged("agent")
 class SB3Agent:
     """One Stable-Baselines3 algorithm at its own defaults, trained in slices between our evaluations.
 
@@ -146,12 +148,12 @@ class SB3Agent:
         self,
         policy: object,
         env: object,
-        algorithm: str = "sac",
-        num_envs: int = 1,
-        slice_steps: int = 2000,
-        gamma: float = 0.99,
+        algorithm: Literal["sac", "ppo", "td3", "a2c", "ddpg"] = "sac",
+        num_envs: Count = 1,
+        slice_steps: Count = 2000,
+        gamma: UnitInterval = 0.99,
         options: dict[str, Any] | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
         device: str = "cpu",
         budget: int | None = None,
     ) -> None:

@@ -230,7 +230,7 @@ def test_nan_from_the_environment_stops_with_a_clean_checkpoint(name: str, tmp_p
         return result
 
     env.step_batch = broken
-    with pytest.raises(NonFiniteError, match=f"{name} is not finite .simulation 1, environment step 78"):
+    with pytest.raises(NonFiniteError, match=f"returned {name}=.* from step 40, simulation 1: it is not finite"):
         trainer.run()
     state = read_checkpoint(latest_checkpoint(tmp_path / "run"))
     assert state["updates"] == 2

@@ -126,7 +126,7 @@ def test_bad_names_and_options_name_the_nearest() -> None:
         make_mujoco("HalfCheeta-v5")
     with pytest.raises(ConfigError, match=r"did you mean 'ctrl_cost_weight'"):
         make_mujoco("Ant-v5", options={"ctrl_cost": 1.0})
-    with pytest.raises(ConfigError, match="num_envs is 0"):
+    with pytest.raises(ConfigError, match="num_envs=0 must be at least 1"):
         make_mujoco("Ant-v5", 0)
 
 

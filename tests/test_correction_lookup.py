@@ -34,6 +34,7 @@ from unified_rl.objectives.coefficients import COEFFICIENTS
 from unified_rl.objectives.divergence import KINDS
 from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, TARGETS, VALUES
 from unified_rl.objectives.preference import LINKS, PAIRS
+from unified_rl.ranges import bare
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.maps import MAPS
 
@@ -135,7 +136,7 @@ FLOATS = [
     for where, table in TABLES.items()
     for name, rule in table.items()
     for key, parameter in settings_of(rule).items()
-    if parameter.hint is float or (float in get_args(parameter.hint) and get_origin(parameter.hint) is not tuple)
+    if float in map(bare, (parameter.hint, *get_args(parameter.hint))) and get_origin(parameter.hint) is not tuple
 ]
 
 
@@ -144,7 +145,7 @@ def test_a_text_where_a_rule_of_any_table_wants_a_number_is_refused_by_its_full_
     where: str, name: str, key: str
 ) -> None:
     found = message(lambda: bind({"name": name, key: "abc"}, TABLES[where], where))
-    assert found.startswith(f"{where}.{key} is 'abc'; it must be of type float")
+    assert found.startswith(f"{where}.{key} is 'abc'; it must be a number")
 
 
 def test_the_numbers_of_the_tables_are_nearly_all_of_their_settings_and_none_is_without_a_type() -> None:
@@ -161,26 +162,32 @@ def test_the_numbers_of_the_tables_are_nearly_all_of_their_settings_and_none_is_
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("correction.kernel.clip_high=abc", "correction.kernel.clip_high is 'abc'; it must be of type float"),
-        ("correction.kernel.clip_high=[1]", "correction.kernel.clip_high is [1]; it must be of type float"),
-        ("correction.kernel.clip_high=null", "correction.kernel.clip_high is None; it must be of type float"),
+        ("correction.kernel.clip_high=abc", "correction.kernel.clip_high is 'abc'; it must be a number"),
+        ("correction.kernel.clip_high=[1]", "correction.kernel.clip_high is [1]; it must be a number"),
+        ("correction.kernel.clip_high=null", "correction.kernel.clip_high is None; it must be a number"),
         ("correction.kernel.clip_hihg=1", "correction.kernel 'ppo' has no field 'clip_hihg'; did you mean 'clip_high'"),
         ("correction.kernel.name=pppo", "correction.kernel.name 'pppo' is unknown; did you mean 'ppo'"),
         ("correction.kernel=pppo", "correction.kernel 'pppo' is unknown; did you mean 'ppo'"),
-        ("correction.kernel=3", "correction.kernel is 3; it must be of type"),
-        ("correction.mismatch.0.high=abc", "correction.mismatch.0.high is 'abc'; it must be of type float"),
-        ("correction.mismatch.0.normalize=3", "correction.mismatch.0.normalize is 3; it must be of type bool"),
-        ("correction.mismatch.0.numerator=now", "correction.mismatch.0.numerator is 'now'; it must be of type"),
+        ("correction.kernel=3", "correction.kernel is 3; it must be a text or a mapping"),
+        ("correction.mismatch.0.high=abc", "correction.mismatch.0.high is 'abc'; it must be a number"),
+        ("correction.mismatch.0.normalize=3", "correction.mismatch.0.normalize is 3; it must be true or false"),
+        (
+            "correction.mismatch.0.numerator=now",
+            "correction.mismatch.0.numerator is 'now'; it must be one of 'proxi",
+        ),
         ("correction.mismatch.0.level={name: hoelder, p: abc}", "correction.mismatch.0.level.p is 'abc'"),
         ("correction.reject=[{name: divergence, over: rows}]", "correction.reject.0.over is 'rows'; it must be"),
         ("correction.reject=[{name: band, level: unti}]", "correction.reject.0.level 'unti' is unknown; did you mean"),
-        ("correction.reject=[veto, {name: band, low: x}]", "correction.reject.1.low is 'x'; it must be of type float"),
+        ("correction.reject=[veto, {name: band, low: x}]", "correction.reject.1.low is 'x'; it must be a number"),
         ("correction.penalty=[{name: k3, coefficient: x}]", "correction.penalty.0.coefficient is 'x'; it must be"),
         ("correction.penalty=[{name: k3, select: topp}]", "correction.penalty.0.select 'topp' is unknown"),
-        ("correction.pre={name: clamp, low: x}", "correction.pre.low is 'x'; it must be of type float"),
-        ("correction.thin={name: uniform, keep: x}", "correction.thin.keep is 'x'; it must be of type float"),
-        ("correction.wrapper={name: reposition, alpha: x}", "correction.wrapper.alpha is 'x'; it must be of type"),
-        ("correction.attached=3", "correction.attached is 3; it must be of type bool"),
+        ("correction.pre={name: clamp, low: x}", "correction.pre.low is 'x'; it must be a number"),
+        ("correction.thin={name: uniform, keep: x}", "correction.thin.keep is 'x'; it must be a number"),
+        (
+            "correction.wrapper={name: reposition, alpha: x}",
+            "correction.wrapper.alpha is 'x'; it must be a number in",
+        ),
+        ("correction.attached=3", "correction.attached is 3; it must be true or false"),
         ("correction.kernel.name=one", "correction.kernel.name 'one' is unknown; did you mean 'constant'"),
     ],
 )
@@ -190,7 +197,7 @@ def test_what_does_not_fit_is_refused_when_the_run_is_composed(override: str, wo
 
 
 def test_python_and_the_command_line_refuse_the_same() -> None:
-    words = "correction.mismatch.0.high is 'abc'; it must be of type float"
+    words = "correction.mismatch.0.high is 'abc'; it must be a number"
     assert words in message(lambda: load_correction("tis", **{"mismatch.0.high": "abc"}))
     assert words in message(lambda: Correction(anchor="proximal", mismatch=[{"name": "truncate", "high": "abc"}]))
     assert "correction.horizon is 'far'" in message(lambda: load_correction("dr_grpo", horizon="far"))
@@ -316,7 +323,7 @@ def test_a_users_kernel_trains_from_the_command_line(
     error = message(
         lambda: compose(["correction=third", "correction.kernel.share=x"], config_dirs=["groups"], allow=[user])
     )
-    assert "correction.kernel.share is 'x'; it must be of type float" in error
+    assert "correction.kernel.share is 'x'; it must be a number" in error
 
 
 def test_the_gallery_shows_and_draws_rules_of_a_users_package(

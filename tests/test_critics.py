@@ -76,7 +76,7 @@ def test_critics_normalise_observations_by_the_moments_they_were_shown() -> None
 
 
 def test_an_ensemble_needs_a_member_and_networks_known_parts() -> None:
-    with pytest.raises(ConfigError, match="member"):
+    with pytest.raises(ConfigError, match="num=0 must be at least 1"):
         QEnsemble(3, 2, num=0)
     with pytest.raises(ConfigError, match=r"softsign.*relu"):
         mlp(3, (4,), activation="softsign")

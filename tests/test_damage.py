@@ -31,7 +31,7 @@ from unified_rl.training.verify import verify_folder
 
 COMMON = ["progress=false", "eval_every=0", "eval_episodes=2"]
 CONTROL = [
-    "env=two_route",
+    "env=inverted_pendulum",  # an update a step
     "agent=sac",
     "policy.hidden=[8]",
     "agent.critic_hidden=[8]",

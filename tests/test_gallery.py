@@ -121,7 +121,7 @@ def test_show_takes_overrides_and_prints_json_with_curves(capsys: pytest.Capture
         (["show", "dapo", "--out", "x.jpg"], "ends in .png"),
         (["show", "dapo", "kernel.clip_hihg=1"], "did you mean 'clip_high'"),
         (["show", "dapo", "clip"], "not of the form key=value"),
-        (["show", "dapo", "kernel.clip_high=wide"], "correction.kernel.clip_high is 'wide'; it must be of type float"),
+        (["show", "dapo", "kernel.clip_high=wide"], "correction.kernel.clip_high is 'wide'; it must be a number"),
         (["show", "dapo", "--write", "docs"], "--write takes a folder"),
     ],
 )

@@ -93,7 +93,8 @@ def test_unsquashed_rsample_has_the_plain_density() -> None:
 
 
 def test_std_bounds_hold_in_sampling_and_scoring() -> None:
-    policy = GaussianPolicy(3, 2, LOW, HIGH, initial_log_std=-50.0, log_std_low=-1.0, log_std_high=1.0)
+    policy = GaussianPolicy(3, 2, LOW, HIGH, log_std_low=-1.0, log_std_high=1.0)
+    policy.log_std.data.fill_(-50.0)
     observation = observations(4000)
     sample = policy.sample(observation, torch.Generator().manual_seed(1)).set("observation", observation)
     spread = (sample["raw_action"] - policy.mean_and_log_std(observation)[0]).std()

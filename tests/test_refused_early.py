@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from run_cases import CONTROL, LANGUAGE, merged
@@ -107,14 +106,9 @@ def test_a_view_that_the_rows_lack_is_refused_by_name(tmp_path: Path) -> None:
         "{name: divergence, anchor: self, view: privileged}": ["agent.objectives.imitate.view", "rollout.privileged"],
         "{name: divergence, anchor: self, view: privilegd}": ["did you mean 'privileged'"],
     }.items():
-        words = ["progress=false", *LANGUAGE, f"{TERM}={node}"]
-        trainer = Job(compose(words, allow=("run_cases",)), ("run_cases",)).make_trainer(tmp_path)
-        before = {name: w.clone() for name, w in trainer.agent.policy.state_dict().items()}
-        with pytest.raises(ConfigError) as error:
-            trainer.update()
-        assert all(part in str(error.value) for part in parts), error.value
-        after: dict[str, Any] = trainer.agent.policy.state_dict()
-        assert all(bool((after[name] == w).all()) for name, w in before.items()), "no step was taken"
+        words = [*LANGUAGE, f"{TERM}={node}"]
+        message = refusal(tmp_path, words)
+        assert all(part in message for part in parts), message
 
 
 def test_rows_of_a_cloned_policy_are_recorded_with_the_discount_of_its_agent(tmp_path: Path) -> None:

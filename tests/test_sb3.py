@@ -106,7 +106,10 @@ def test_baselines_make_the_steps_that_they_report_and_no_more(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["env=inverted_pendulum", "agent=sb3_sac", "agent.algorithm=dqnn"], "is not one of sac, ppo"),
+        (
+            ["env=inverted_pendulum", "agent=sb3_sac", "agent.algorithm=dqnn"],
+            "'dqnn'; it must be one of 'sac', 'ppo'",
+        ),
         (["env=chain_mod", "agent=sb3_sac"], "control environment"),
         (["env=gymnasium", "env.id=CartPole-v1", "agent=sb3_sac"], "discrete"),
         (["env=inverted_pendulum", "agent=sb3_sac", "agent.options={batchsize: 3}"], "batchsize"),

@@ -93,7 +93,7 @@ def test_a_changed_setting_gets_new_folders_and_an_equal_one_the_same() -> None:
         ({"corrections": []}, "corrections is missing or empty"),
         ({"corrections": ["ppo", "ppo"]}, "twice"),
         ({"staleness": {"language": [0]}}, "staleness must be a non-empty list .for domain control"),
-        ({"seeds": "12"}, "seeds must be a non-empty list"),
+        ({"seeds": "12"}, "seeds is .12.; it must be a list"),
         ({"workers": -1}, "workers"),
         ({"name": "../up"}, "name"),
         ({"domains": {"language": ["typo=1"]}}, "warm start of language: there is no key 'typo'"),

@@ -261,9 +261,9 @@ def _parse(text: str) -> Override:
         raise ConfigError(
             f"{text!r} asks for several values in one run; use 'unified-rl compare' for a grid, or quote the value"
         )
-    value = parsed.value()
-    check_size(value, key)
-    return Override(text, key, value)
+    found = parsed.value()
+    check_size(found, key)
+    return Override(text, key, found)
 
 
 def _key(key: str) -> str:

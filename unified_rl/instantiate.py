@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 from unified_rl.configurable import is_configurable, marked
 from unified_rl.errors import ConfigError, UnifiedRLError
+from unified_rl.ranges import OutOfRangeError, bare, check_bounds, shown, words
 
 PACKAGE = "unified_rl"
 SCALARS = (bool, int, float, str)
@@ -91,7 +93,7 @@ def parameters(target: Callable[..., Any], allow: Sequence[str] = ()) -> tuple[d
 
 def _own_parameters(function: Callable[..., Any], target: Callable[..., Any]) -> tuple[dict[str, Parameter], bool]:
     try:
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(function, include_extras=True)
     except NameError as error:
         raise ConfigError(f"the annotations of {_name(target)} do not resolve at run time: {error}") from error
     found = list(inspect.signature(function).parameters.values())
@@ -106,28 +108,39 @@ def _name(target: Callable[..., Any]) -> str:
     return f"{target.__module__}.{getattr(target, '__qualname__', target)}"
 
 
-def coerce(value: Any, hint: Any) -> Any:
+def coerce(value: Any, hint: Any, path: str = "") -> Any:
     """``value`` as ``hint`` asks for it: integral floats become ints, ints floats, lists tuples.
 
     Raises:
         TypeError: the value does not fit.
+        OutOfRangeError: it is of the type, and outside the range (:mod:`unified_rl.ranges`); starts with ``path``.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or hint is object or isinstance(hint, typing.TypeVar):
         return value
     if origin is typing.Annotated:
-        return coerce(value, args[0])
+        return _within(
+            coerce(value, args[0], path) if args[0] is not float else _coerce_scalar(value, float), args[1:], path
+        )
     if origin in (typing.Union, types.UnionType):
-        return _coerce_union(value, args)
+        return _coerce_union(value, args, path)
     if origin is typing.Literal:
         return _require(value, any(value == arg and type(value) is type(arg) for arg in args))
     if hint in (None, type(None)):
         return _require(value, value is None)
     if hint in SCALARS:
-        return _coerce_scalar(value, hint)
+        return _within(_coerce_scalar(value, hint), (), path)
     if is_node(value):
         return value
-    return _coerce_container(value, origin or hint, args)
+    return _coerce_container(value, origin or hint, args, path)
+
+
+def _within(value: Any, metadata: tuple[Any, ...], path: str) -> Any:
+    try:
+        check_bounds(value, metadata)
+    except OutOfRangeError as error:
+        raise OutOfRangeError(f"{path}={shown(value)} must {error}") from None
+    return value
 
 
 def _require(value: Any, fits: bool) -> Any:
@@ -136,38 +149,39 @@ def _require(value: Any, fits: bool) -> Any:
     return value
 
 
-def _coerce_union(value: Any, arms: tuple[Any, ...]) -> Any:
-    if type(value) in arms:
-        return value
-    for arm in arms:
+def _coerce_union(value: Any, arms: tuple[Any, ...], path: str) -> Any:
+    outside = None
+    for arm in sorted(arms, key=lambda arm: bare(arm) is not type(value)):
         try:
-            return coerce(value, arm)
+            return coerce(value, arm, path)
+        except OutOfRangeError as error:
+            outside = outside or error
         except TypeError:
             continue
-    raise TypeError
+    raise outside or TypeError
 
 
 def _coerce_scalar(value: Any, hint: type) -> Any:
     if hint is int and isinstance(value, float) and math.isfinite(value) and value == int(value):
         return int(value)
     if hint is float and type(value) is int:
-        return float(value)
+        return float(value) if abs(value) < sys.float_info.max else math.inf
     return _require(value, type(value) is hint)
 
 
-def _coerce_container(value: Any, kind: Any, args: tuple[Any, ...]) -> Any:
+def _coerce_container(value: Any, kind: Any, args: tuple[Any, ...], path: str) -> Any:
     if not isinstance(kind, type):
         return _require(value, False)
     if isinstance(value, kind) and not isinstance(value, PLAIN):  # an object, given from Python
         return value
     if isinstance(value, dict):
         _require(value, issubclass(dict, kind))
-        return {k: coerce(v, args[1]) for k, v in value.items()} if len(args) == 2 else value
+        return {k: coerce(v, args[1], f"{path}.{k}") for k, v in value.items()} if len(args) == 2 else value
     if isinstance(value, list | tuple) and kind is tuple and args and args[-1] is not ...:
         _require(value, len(value) == len(args))
-        return tuple(coerce(item, arg) for item, arg in zip(value, args, strict=True))
+        return tuple(coerce(item, arg, f"{path}[{i}]") for i, (item, arg) in enumerate(zip(value, args, strict=True)))
     _require(value, isinstance(value, list | tuple) and (issubclass(list, kind) or kind is tuple))
-    items = [coerce(item, args[0]) for item in value] if args else list(value)
+    items = [coerce(item, args[0], f"{path}[{at}]") for at, item in enumerate(value)] if args else list(value)
     return tuple(items) if kind is tuple else items
 
 
@@ -212,13 +226,15 @@ def _check_node(node: Mapping[str, Any], path: str, allow: Sequence[str]) -> dic
 
 
 def check_type(value: Any, hint: Any, path: str) -> Any:
-    """``value`` coerced to ``hint``, or a ConfigError that names ``path``."""
+    """``value`` coerced to ``hint``, or a ConfigError that names ``path`` and what may stand there."""
     try:
-        return coerce(value, hint)
+        return coerce(value, hint, path)
+    except OutOfRangeError as error:
+        raise ConfigError(str(error)) from error
     except TypeError as error:
         plain = value is not None and not isinstance(value, str | list | dict)
-        quote = f"; quote it: {path}=\"'{value}'\"" if hint is str and plain else ""
-        raise ConfigError(f"{path} is {value!r}; it must be of type {inspect.formatannotation(hint)}{quote}") from error
+        quote = f"; quote it: {path}=\"'{shown(value)}'\"" if hint is str and plain else ""
+        raise ConfigError(f"{path} is {shown(value)}; it must be {words(hint)}{quote}") from error
 
 
 def with_defaults(value: Any, allow: Sequence[str]) -> Any:
@@ -271,7 +287,7 @@ def build(node: Any, /, *, allow: Sequence[str] = (), setting: str = "", **given
         if node[key] != plain(known[key].default) and node[key] is not given[key] and node[key] != given[key]:
             raise ConfigError(f"{node['_target_']} has {key}={node[key]!r}, but the run itself sets {key}; remove it")
     with allowing(allow):
-        return _construct(_check_node(node, "node", allow), allow, given, setting)
+        return _construct(_check_node(node, setting or "node", allow), allow, given, setting)
 
 
 def _construct(node: Mapping[str, Any], allow: Sequence[str], given: Mapping[str, Any], where: str) -> Any:

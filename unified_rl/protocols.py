@@ -10,7 +10,7 @@ and action, ``V`` choices of a unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
@@ -519,6 +519,26 @@ class HasDiscount(Protocol):
     """An environment or agent that discounts."""
 
     gamma: float
+
+
+@runtime_checkable
+class ChecksReplay(Protocol):
+    """An agent that refuses a replay which it cannot use, under the name that the user gave the agent."""
+
+    option: str
+
+    def check_replay(self, replay: Any) -> None:
+        """Raises ConfigError where it does not fit."""
+        ...
+
+
+@runtime_checkable
+class ChecksWritten(Protocol):
+    """An agent that refuses rows from which it would learn nothing, before any are collected."""
+
+    def check_written(self, sources: Collection[int], group_size: int, columns: Collection[str]) -> None:
+        """Raises ConfigError for rows of these sources, of at most so many a group, and of these columns."""
+        ...
 
 
 @runtime_checkable

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, Unbounded
 from torchrl.envs import EnvBase
 
-from unified_rl.errors import ConfigError, NonFiniteError
+from unified_rl.errors import NonFiniteError
 from unified_rl.protocols import StepResult
 from unified_rl.spaces import PolicyInputs, Space
 
@@ -125,12 +125,6 @@ class ControlEnvBase(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
             self.seed_streams(seed)
-
-
-def check_count(num_envs: int) -> None:
-    """Raises ConfigError unless there is at least one simulation."""
-    if num_envs < 1:
-        raise ConfigError(f"num_envs is {num_envs}; set it to 1 or more")
 
 
 def raise_non_finite(name: str, value: Tensor, elapsed: Tensor, env: str | None = None) -> None:

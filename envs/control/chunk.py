@@ -12,10 +12,12 @@ from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import Demonstrates, StepResult
+from unified_rl.ranges import Count, UnitInterval, ranged
 from unified_rl.spaces import Box, Space
 
 
 @configurable
+@ranged("env")
 class ActionChunk(ControlEnvBase):
     """Executes ``h`` actions of ``a`` dimensions a decision: an action is ``[K, h * a]``, first action first.
 
@@ -32,7 +34,7 @@ class ActionChunk(ControlEnvBase):
         ConfigError: ``horizon`` below 1, or discrete actions.
     """
 
-    def __init__(self, env: ControlEnvBase, horizon: int = 4, gamma: float | None = None) -> None:
+    def __init__(self, env: ControlEnvBase, horizon: Count = 4, gamma: UnitInterval | None = None) -> None:
         one = env.space.action
         if horizon < 1 or not isinstance(one, Box) or one.integer:
             raise ConfigError(

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from unified_rl.configurable import configurable
-from unified_rl.envs.control.base import ControlEnvBase, check_count, raise_non_finite
+from unified_rl.envs.control.base import ControlEnvBase, raise_non_finite
 from unified_rl.envs.control.gymnasium_copy import Copy, make_copies
 from unified_rl.errors import CheckpointError, ConfigError, RestoreError
 from unified_rl.protocols import StepResult
+from unified_rl.ranges import Count, Seed, ranged
 from unified_rl.spaces import Box, Discrete, Space
 
 UNLIKE = (
@@ -24,6 +25,7 @@ UNLIKE = (
 
 
 @configurable
+@ranged("env")
 class GymnasiumEnv(ControlEnvBase):
     """K copies of a registered Gymnasium environment, stepped one by one.
 
@@ -65,13 +67,12 @@ class GymnasiumEnv(ControlEnvBase):
     def __init__(
         self,
         id: str,
-        num_envs: int = 1,
-        seed: int = 0,
+        num_envs: Count = 1,
+        seed: Seed = 0,
         flatten: bool = False,
-        max_episode_steps: int | None = None,
+        max_episode_steps: Count | None = None,
         make_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        check_count(num_envs)
         options = {**(make_kwargs or {}), "max_episode_steps": max_episode_steps}
         self._make_copy: Callable[[], Copy] = lambda: make_copies(id, 1, flatten, options)[0]
         copies = make_copies(id, num_envs, flatten, options)

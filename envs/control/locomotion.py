@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from unified_rl.envs.control.simulation import Array, Frame
 from unified_rl.envs.control.tasks import Outcome, Scene, Task, between, gaussian_velocity, square_sum
+from unified_rl.ranges import Bound, Extended, NonNegative
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Ant(Task):
     contact_cost_weight: float = 5e-4
     healthy_reward: float = 1.0
     terminate_when_unhealthy: bool = True
-    healthy_z: tuple[float, float] = (0.2, 1.0)
-    contact_force_range: tuple[float, float] = (-1.0, 1.0)
+    healthy_z: tuple[Extended, Extended] = (0.2, 1.0)
+    contact_force_range: tuple[Extended, Extended] = (-1.0, 1.0)
 
     def views(self, data: mujoco.MjData) -> Frame:
         """State, the torso's position and every body's contact force."""
@@ -72,14 +73,14 @@ class Humanoid(Task):
     xml: ClassVar[str] = "humanoid.xml"
     contact_forces: ClassVar[bool] = True
 
-    reset_noise_scale: float = 1e-2
+    reset_noise_scale: NonNegative = 1e-2
     forward_reward_weight: float = 1.25
     ctrl_cost_weight: float = 0.1
     contact_cost_weight: float = 5e-7
-    contact_cost_limit: float = 10.0
+    contact_cost_limit: Bound = 10.0
     healthy_reward: float = 5.0
     terminate_when_unhealthy: bool = True
-    healthy_z: tuple[float, float] = (1.0, 2.0)
+    healthy_z: tuple[Extended, Extended] = (1.0, 2.0)
 
     def views(self, data: mujoco.MjData) -> Frame:
         """State, inertias and velocities of bodies about the centre of mass, actuator and contact forces."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from unified_rl.envs.control.simulation import Array, Frame
 from unified_rl.envs.control.tasks import Outcome, Scene, Task, gaussian_velocity, never, square_sum
+from unified_rl.ranges import Count, NonNegative
 
 
 def draw_points(rng: np.random.Generator, count: int, low: Array, high: Array, radius: float, sign: int) -> Array:
@@ -29,8 +30,8 @@ class Reacher(Task):
 
     xml: ClassVar[str] = "reacher.xml"
 
-    frame_skip: int = 2
-    max_steps: int = 50
+    frame_skip: Count = 2
+    max_steps: Count = 50
     reward_dist_weight: float = 1.0
     reward_control_weight: float = 1.0
 
@@ -67,7 +68,7 @@ class Pusher(Task):
 
     xml: ClassVar[str] = "pusher_v5.xml"
 
-    max_steps: int = 100
+    max_steps: Count = 100
     reward_near_weight: float = 0.5
     reward_dist_weight: float = 1.0
     reward_control_weight: float = 0.1
@@ -106,8 +107,8 @@ class InvertedPendulum(Task):
 
     xml: ClassVar[str] = "inverted_pendulum.xml"
 
-    frame_skip: int = 2
-    reset_noise_scale: float = 0.01
+    frame_skip: Count = 2
+    reset_noise_scale: NonNegative = 0.01
 
     def observe(self, frame: Frame) -> Array:
         """Positions and velocities."""

@@ -5,21 +5,24 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unified_rl.configurable import configurable
-from unified_rl.envs.control.base import ControlEnvBase, check_count, raise_non_finite
+from unified_rl.envs.control.base import ControlEnvBase, raise_non_finite
 from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.locomotion import Ant, Humanoid
 from unified_rl.envs.control.manipulation import InvertedDoublePendulum, InvertedPendulum, Pusher, Reacher
 from unified_rl.envs.control.simulation import Simulations
 from unified_rl.envs.control.tasks import HalfCheetah, Hopper, Scene, Swimmer, Task, Walker2d
 from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.instantiate import check_type
 from unified_rl.protocols import StepResult
+from unified_rl.ranges import Count, Seed, UnitInterval, ranged, shown
 from unified_rl.spaces import Box, Space
 
 TASKS: dict[str, type[Task]] = {
@@ -37,6 +40,7 @@ TASKS: dict[str, type[Task]] = {
 """The batched tasks by their Gymnasium id."""
 
 
+@ranged("env")
 class BatchedMujocoEnv(ControlEnvBase):
     """K simulations of a :class:`~unified_rl.envs.control.tasks.Task`.
 
@@ -49,8 +53,7 @@ class BatchedMujocoEnv(ControlEnvBase):
         threads: worker threads for the physics; 1 is best below some 64 simulations.
     """
 
-    def __init__(self, task: Task, num_envs: int = 1, seed: int = 0, threads: int = 1) -> None:
-        check_count(num_envs)
+    def __init__(self, task: Task, num_envs: Count = 1, seed: Seed = 0, threads: Count = 1) -> None:
         model = task.load_model()
         simulations = Simulations(model, num_envs, task.views, task.frame_skip, task.contact_forces, threads)
         dim = task.observe(simulations.read(np.arange(1))).shape[1]
@@ -156,11 +159,11 @@ class BatchedMujocoEnv(ControlEnvBase):
 @configurable
 def make_mujoco(
     name: str,
-    num_envs: int = 1,
-    seed: int = 0,
-    threads: int = 1,
-    chunk: int = 1,
-    gamma: float | None = None,
+    num_envs: Count = 1,
+    seed: Seed = 0,
+    threads: Count = 1,
+    chunk: Count = 1,
+    gamma: UnitInterval | None = None,
     options: dict[str, Any] | None = None,
 ) -> ControlEnvBase:
     """A batched MuJoCo task by its Gymnasium id.
@@ -177,16 +180,36 @@ def make_mujoco(
     Raises:
         ConfigError: an unknown name or option, with the nearest known one.
     """
+    env = BatchedMujocoEnv(_task(name, options or {}), num_envs, seed, threads)
+    return env if chunk == 1 else ActionChunk(env, chunk, gamma)
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuses a task or an option of it that does not exist, or is out of its range, when a run is composed.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if "name" in settings:
+        _task(settings["name"], settings.get("options") or {})
+
+
+make_mujoco.check_settings = check_settings  # type: ignore[attr-defined]
+
+
+def _task(name: str, options: Mapping[str, Any]) -> Task:
     if name not in TASKS:
         raise ConfigError(
-            f"no batched MuJoCo task {name!r}{_nearest(name, TASKS)}; any other id runs with env=gymnasium"
+            f"env.name={shown(name)} is no batched MuJoCo task{_nearest(name, TASKS)}; any other id runs with "
+            "env=gymnasium"
         )
     known = TASKS[name].__dataclass_fields__
-    for option in options or {}:
+    hints = get_type_hints(TASKS[name], include_extras=True)
+    for option, value in options.items():
         if option not in known:
             raise ConfigError(f"{name} has no option {option!r}{_nearest(option, known)}; it has {', '.join(known)}")
-    env = BatchedMujocoEnv(TASKS[name](**(options or {})), num_envs, seed, threads)
-    return env if chunk == 1 else ActionChunk(env, chunk, gamma)
+        check_type(value, hints[option], f"env.options.{option}")
+    return TASKS[name](**options)
 
 
 def _nearest(name: str, known: Any) -> str:

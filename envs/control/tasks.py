@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unified_rl.envs.control.simulation import Array, Frame
+from unified_rl.ranges import Count, Extended, NonNegative
 
 ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 
@@ -94,9 +95,9 @@ class Task:
     xml: ClassVar[str] = ""
     contact_forces: ClassVar[bool] = False
 
-    frame_skip: int = 5
-    max_steps: int = 1000
-    reset_noise_scale: float = 0.1
+    frame_skip: Count = 5
+    max_steps: Count = 1000
+    reset_noise_scale: NonNegative = 0.1
 
     def load_model(self) -> mujoco.MjModel:
         """The compiled model."""
@@ -175,7 +176,7 @@ class Swimmer(Runner):
     xml: ClassVar[str] = "swimmer.xml"
     hidden: ClassVar[int] = 2
 
-    frame_skip: int = 4
+    frame_skip: Count = 4
     ctrl_cost_weight: float = 1e-4
 
 
@@ -185,14 +186,14 @@ class Hopper(Runner):
 
     xml: ClassVar[str] = "hopper.xml"
 
-    frame_skip: int = 4
-    reset_noise_scale: float = 5e-3
+    frame_skip: Count = 4
+    reset_noise_scale: NonNegative = 5e-3
     ctrl_cost_weight: float = 1e-3
     healthy_reward: float = 1.0
     terminate_when_unhealthy: bool = True
-    healthy_z: tuple[float, float] = (0.7, float("inf"))
-    healthy_angle: tuple[float, float] = (-0.2, 0.2)
-    healthy_state: tuple[float, float] = (-100.0, 100.0)
+    healthy_z: tuple[Extended, Extended] = (0.7, float("inf"))
+    healthy_angle: tuple[Extended, Extended] = (-0.2, 0.2)
+    healthy_state: tuple[Extended, Extended] = (-100.0, 100.0)
 
     def observe(self, frame: Frame) -> Array:
         """Positions but x, then velocities clipped to +-10."""
@@ -219,8 +220,8 @@ class Walker2d(Hopper):
 
     xml: ClassVar[str] = "walker2d_v5.xml"
 
-    healthy_z: tuple[float, float] = (0.8, 2.0)
-    healthy_angle: tuple[float, float] = (-1.0, 1.0)
+    healthy_z: tuple[Extended, Extended] = (0.8, 2.0)
+    healthy_angle: tuple[Extended, Extended] = (-1.0, 1.0)
 
     def healthy(self, frame: Frame) -> NDArray[np.bool_]:
         """Upright and at walking height, ``[K]``."""

@@ -19,6 +19,7 @@ from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.mujoco_env import BatchedMujocoEnv
 from unified_rl.envs.control.simulation import Array, Frame
 from unified_rl.envs.control.tasks import Outcome, Scene, Task, square_sum
+from unified_rl.ranges import Count, NonNegative, Seed, UnitInterval, ranged
 
 START, GOAL = np.array([-0.8, 0.0]), np.array([0.8, 0.0])
 POINT_RADIUS, OBSTACLE_RADIUS, GOAL_RADIUS = 0.05, 0.3, 0.1
@@ -59,8 +60,8 @@ class TwoRoute(Task):
     ``info`` holds ``success`` (bool), ``collision`` (bool) and ``route`` (1 left, -1 right, 0 before passing x = 0).
     """
 
-    max_steps: int = 64
-    reset_noise_scale: float = 0.02
+    max_steps: Count = 64
+    reset_noise_scale: NonNegative = 0.02
     success_bonus: float = 1.0
     time_penalty: float = 0.02
     crash_penalty: float = 0.5
@@ -111,6 +112,7 @@ def expert(place: Array, side: Array, speed: float = 0.8) -> Array:
 
 
 @configurable
+@ranged("env")
 class TwoRouteEnv(ActionChunk):
     """K two-route tasks with open-loop chunks of ``chunk`` velocity commands, action ``[K, chunk * 2]``.
 
@@ -126,13 +128,13 @@ class TwoRouteEnv(ActionChunk):
 
     def __init__(
         self,
-        num_envs: int = 1,
-        seed: int = 0,
-        chunk: int = 4,
-        gamma: float | None = None,
+        num_envs: Count = 1,
+        seed: Seed = 0,
+        chunk: Count = 4,
+        gamma: UnitInterval | None = None,
         left_bonus: float = 0.0,
-        max_steps: int = 64,
-        threads: int = 1,
+        max_steps: Count = 64,
+        threads: Count = 1,
     ) -> None:
         task = TwoRoute(left_bonus=left_bonus, max_steps=max_steps)
         super().__init__(BatchedMujocoEnv(task, num_envs, seed, threads), chunk, gamma)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from unified_rl.envs.language.codec import Codec, Segment
 from unified_rl.errors import ConfigError, RolloutError, UnifiedRLError
 from unified_rl.protocols import TurnResult
+from unified_rl.ranges import Count, HeldOut, Seed, Whole, ranged
 
 SPLITS = ("train", "eval")
 MAX_ROUNDS = 200
@@ -39,6 +40,7 @@ class Verdict(NamedTuple):
     info: dict[str, float] | None = None
 
 
+@ranged("env")
 class LanguageTask:
     """Base of the token tasks; see :class:`unified_rl.protocols.LanguageEnv` for the protocol.
 
@@ -75,21 +77,16 @@ class LanguageTask:
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        max_prompt_length: int,
-        max_turn_tokens: int,
-        max_turns: int = 1,
-        max_reply_length: int = 0,
+        max_prompt_length: Count,
+        max_turn_tokens: Count,
+        max_turns: Count = 1,
+        max_reply_length: Whole = 0,
         stop_text: str = "",
-        held_out: float = 0.1,
+        held_out: HeldOut = 0.1,
         truncated_reward: float | None = 0.0,
         shuffle_rewards: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        for name, value in (("max_turn_tokens", max_turn_tokens), ("max_turns", max_turns)):
-            if value < 1:
-                raise ConfigError(f"env.{name}={value} must be at least 1")
-        if not 0.0 <= held_out < 1.0:
-            raise ConfigError(f"env.held_out={held_out} must be at least 0 and below 1: a share of the prompts")
         self.codec = Codec(tokenizer)
         self.tokenizer = tokenizer
         self.max_prompt_length = max_prompt_length + len(self.codec.prefix)

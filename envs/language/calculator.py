@@ -14,6 +14,7 @@ from unified_rl.envs.language.base import LanguageTask, Verdict
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.tokenizer import choose_tokenizer
 from unified_rl.errors import ConfigError
+from unified_rl.ranges import Count, HeldOut, Seed, TwoOrMore, Whole, ranged
 
 ALPHABET = "0123456789+-*QCRA:;?"
 OPERATORS = "+-*"
@@ -22,6 +23,7 @@ _INTEGER = re.compile(r"-?[0-9]{1,12}")
 
 
 @configurable
+@ranged("env")
 class Calculator(LanguageTask):
     """Prompt ``Q:37+8-5;``, turns ``C:37+8;`` (answered by ``R:45;``) and finally ``A:40;``, which ends it.
 
@@ -44,17 +46,15 @@ class Calculator(LanguageTask):
 
     def __init__(
         self,
-        terms: int = 3,
-        max_number: int = 99,
+        terms: TwoOrMore = 3,
+        max_number: Count = 99,
         operators: str = "+-",
-        spare_turns: int = 1,
+        spare_turns: Whole = 1,
         tokenizer: str | None = None,
-        held_out: float = 0.1,
+        held_out: HeldOut = 0.1,
         shuffle_rewards: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        if terms < 2 or max_number < 1 or spare_turns < 0:
-            raise ConfigError("the calculator needs env.terms >= 2, env.max_number >= 1 and env.spare_turns >= 0")
         if not operators or set(operators) - set(OPERATORS):
             raise ConfigError(f"env.operators={operators!r} must be some of {OPERATORS}")
         largest = max_number**terms if "*" in operators else max_number * terms

@@ -17,13 +17,14 @@ from unified_rl.configurable import configurable
 from unified_rl.envs.language.base import LanguageTask, Verdict
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.tokenizer import choose_tokenizer
-from unified_rl.errors import ConfigError
+from unified_rl.ranges import Count, HeldOut, Seed, TwoOrMore, UnitInterval, ranged
 
 ALPHABET = "0123456789+-=,>"
 _NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 @configurable
+@ranged("env")
 class ChainMod(LanguageTask):
     """Sums and differences modulo ``modulus``, numbers written with as many digits as ``modulus - 1`` has.
 
@@ -45,19 +46,15 @@ class ChainMod(LanguageTask):
 
     def __init__(
         self,
-        modulus: int = 10,
-        terms: int = 5,
-        direct_share: float = 0.8,
-        max_turn_tokens: int | None = None,
+        modulus: TwoOrMore = 10,
+        terms: TwoOrMore = 5,
+        direct_share: UnitInterval = 0.8,
+        max_turn_tokens: Count | None = None,
         tokenizer: str | None = None,
-        held_out: float = 0.1,
+        held_out: HeldOut = 0.1,
         shuffle_rewards: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        if modulus < 2 or terms < 2:
-            raise ConfigError(f"env.modulus={modulus} and env.terms={terms} must each be at least 2")
-        if not 0.0 <= direct_share <= 1.0:
-            raise ConfigError(f"env.direct_share={direct_share} must lie in [0, 1]")
         self.modulus, self.terms, self.direct_share = modulus, terms, direct_share
         self.digits = len(str(modulus - 1))
         self._spelled = [str(number).zfill(self.digits) for number in range(modulus)]

@@ -4,9 +4,10 @@ always exists."""
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Interval
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.language.arithmetic import evaluate
@@ -14,12 +15,14 @@ from unified_rl.envs.language.base import LanguageTask, Verdict
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.tokenizer import choose_tokenizer
 from unified_rl.errors import ConfigError
+from unified_rl.ranges import Count, HeldOut, Seed, Share, TwoOrMore, ranged
 
 ALPHABET = "0123456789+-*/(),="
 OPERATORS = "+-*/"
 
 
 @configurable
+@ranged("env")
 class Countdown(LanguageTask):
     """A prompt ``3,5,8=37=`` asks for an expression of 3, 5 and 8, each used once, with the value 37: ``5*8-3``.
 
@@ -41,25 +44,19 @@ class Countdown(LanguageTask):
 
     def __init__(
         self,
-        numbers: int = 3,
-        max_number: int = 9,
-        max_target: int = 99,
+        numbers: Annotated[int, Interval(ge=2, le=6)] = 3,
+        max_number: TwoOrMore = 9,
+        max_target: Count = 99,
         operators: str = "+-*",
-        partial_credit: float = 0.0,
-        max_turn_tokens: int | None = None,
+        partial_credit: Share = 0.0,
+        max_turn_tokens: Count | None = None,
         tokenizer: str | None = None,
-        held_out: float = 0.1,
+        held_out: HeldOut = 0.1,
         shuffle_rewards: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        if not 2 <= numbers <= 6 or max_number < 2 or max_target < 1:
-            raise ConfigError("countdown needs 2 <= env.numbers <= 6, env.max_number >= 2 and env.max_target >= 1")
         if not operators or set(operators) - set(OPERATORS):
             raise ConfigError(f"env.operators={operators!r} must be some of {OPERATORS}")
-        if not 0.0 <= partial_credit < 1.0:
-            raise ConfigError(
-                f"env.partial_credit={partial_credit} must be at least 0 and below 1, the reward of a solution"
-            )
         self.numbers, self.max_number, self.max_target = numbers, max_number, max_target
         self.operators, self.partial_credit = operators, partial_credit
         digits = len(str(max_number))

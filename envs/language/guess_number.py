@@ -12,12 +12,14 @@ from unified_rl.envs.language.base import LanguageTask, Verdict
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.tokenizer import choose_tokenizer
 from unified_rl.errors import ConfigError
+from unified_rl.ranges import Count, HeldOut, Seed, Share, TwoOrMore, Whole, ranged
 
 ALPHABET = "0123456789-;HL?"
 _GUESS = re.compile(r"[0-9]{1,9}")
 
 
 @configurable
+@ranged("env")
 class GuessNumber(LanguageTask):
     """Prompt ``17-32;``, guesses ``24;`` answered by ``H;`` (secret is higher), ``L;`` (lower) or ``?;`` (no guess).
 
@@ -39,19 +41,19 @@ class GuessNumber(LanguageTask):
 
     def __init__(
         self,
-        size: int = 16,
-        limit: int = 99,
-        spare_turns: int = 2,
-        turn_cost: float = 0.05,
+        size: TwoOrMore = 16,
+        limit: Count = 99,
+        spare_turns: Whole = 2,
+        turn_cost: Share = 0.05,
         tokenizer: str | None = None,
-        held_out: float = 0.1,
+        held_out: HeldOut = 0.1,
         shuffle_rewards: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
-        if not 2 <= size <= limit + 1 or spare_turns < 0:
-            raise ConfigError("guess_number needs 2 <= env.size <= env.limit + 1 and env.spare_turns >= 0")
+        if size > limit + 1:
+            raise ConfigError(f"env.size={size} must not lie above env.limit + 1 = {limit + 1}: the numbers there are")
         turns = size.bit_length() + spare_turns
-        if turn_cost < 0 or turn_cost * (turns - 1) >= 1:
+        if turn_cost * (turns - 1) >= 1:
             raise ConfigError(f"env.turn_cost={turn_cost} must be in [0, 1/{turns - 1}), so that a late hit still pays")
         self.size, self.limit, self.turn_cost = size, limit, turn_cost
         digits = len(str(limit))

@@ -14,6 +14,7 @@ from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.scoring import FAILED, GuardedScorer, Score
 from unified_rl.envs.language.tokenizer import choose_tokenizer
 from unified_rl.errors import ConfigError
+from unified_rl.ranges import Count, HeldOut, Positive, Seed, ranged
 
 MAX_EVALUATED = 500
 """Characters of a text that a scorer may hand to Python's parser."""
@@ -30,6 +31,7 @@ _FUNCTIONS = frozenset(
 
 
 @configurable
+@ranged("env")
 class ReasoningGym(PooledTask):
     """A data set of reasoning-gym (arXiv 2505.24760), scored by its own scorer in a process of its own.
 
@@ -64,21 +66,21 @@ class ReasoningGym(PooledTask):
     def __init__(
         self,
         dataset: str = "chain_sum",
-        size: int = 1000,
-        data_seed: int = 0,
+        size: Count = 1000,
+        data_seed: Seed = 0,
         options: dict[str, Any] | None = None,
         threshold: float | None = 1.0,
         prompt_key: str | None = None,
         template: str = "{question}\n",
-        max_prompt_length: int = 256,
-        max_turn_tokens: int = 32,
-        score_seconds: float = 5.0,
-        batch_seconds: float = 10.0,
+        max_prompt_length: Count = 256,
+        max_turn_tokens: Count = 32,
+        score_seconds: Positive = 5.0,
+        batch_seconds: Positive = 10.0,
         truncated_reward: float | None = 0.0,
         tokenizer: str | None = None,
-        held_out: float = 0.1,
+        held_out: HeldOut = 0.1,
         shuffle_rewards: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         self.threshold = threshold
         settings = {**(options or {}), "size": size, "seed": data_seed}

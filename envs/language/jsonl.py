@@ -22,6 +22,7 @@ from unified_rl.envs.language.verifiers import (
     strip_calculations,
 )
 from unified_rl.errors import ConfigError, DataError
+from unified_rl.ranges import Count, HeldOut, Positive, Seed, ranged
 
 BPE_SAMPLE = 2000
 """Problems that an encoding is trained on: enough for a few thousand tokens."""
@@ -35,6 +36,7 @@ MARKED = {"math": "\\boxed{{{}}}", "numeric": "#### {}", "last": "#### {}"}
 
 
 @configurable
+@ranged("env")
 class JsonlProblems(PooledTask):
     """Problems of a JSON-lines file (or one JSON array), such as GSM8K (arXiv 2110.14168), SVAMP or MATH.
 
@@ -84,16 +86,16 @@ class JsonlProblems(PooledTask):
         template: str | None = None,
         chat: bool = False,
         date: str = "2024-07-26",
-        max_prompt_length: int = 256,
-        max_turn_tokens: int = 256,
+        max_prompt_length: Count = 256,
+        max_turn_tokens: Count = 256,
         truncated_reward: float | None = 0.0,
-        score_seconds: float = 5.0,
-        batch_seconds: float = 10.0,
+        score_seconds: Positive = 5.0,
+        batch_seconds: Positive = 10.0,
         tokenizer: str | None = None,
-        vocabulary_size: int = 2048,
-        held_out: float = 0.1,
+        vocabulary_size: Count = 2048,
+        held_out: HeldOut = 0.1,
         shuffle_rewards: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         if verifier not in VERIFIERS:
             raise ConfigError(f"env.verifier={verifier} is none of {', '.join(VERIFIERS)}")

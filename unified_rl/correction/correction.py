@@ -42,6 +42,7 @@ from unified_rl.correction.weights.rules import Rules
 from unified_rl.correction.weights.thinning import THINS
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.instantiate import check_type, is_node, nearest, parameters
+from unified_rl.ranges import Positive, ranged, shown
 from unified_rl.units import Source
 
 Node = str | Mapping[str, Any]
@@ -63,6 +64,7 @@ class CorrectionOutput:
 
 
 @configurable
+@ranged("correction")
 class Correction:
     """A published (or new) off-policy correction, put together from parts.
 
@@ -108,7 +110,7 @@ class Correction:
         penalty: Sequence[Node] | None = None,
         reduce: str = "token-mean",
         denominator: str = "original",
-        horizon: float | None = None,
+        horizon: Positive | None = None,
         attached: bool = False,
         advantage: Mapping[str, Any] | None = None,
         proximal: Mapping[str, Any] | None = None,
@@ -121,11 +123,11 @@ class Correction:
         experimental: bool = False,
     ) -> None:
         if anchor != "none" and anchor not in ANCHORS:
-            raise ConfigError(f"correction.anchor {anchor!r} is unknown; {nearest(anchor, [*ANCHORS, 'none'])}")
+            raise ConfigError(f"correction.anchor {shown(anchor)} is unknown; {nearest(anchor, [*ANCHORS, 'none'])}")
         if reduce not in REDUCTIONS:
-            raise ConfigError(f"correction.reduce {reduce!r} is unknown; {nearest(reduce, REDUCTIONS)}")
+            raise ConfigError(f"correction.reduce {shown(reduce)} is unknown; {nearest(reduce, REDUCTIONS)}")
         if denominator not in ("original", "kept"):
-            raise ConfigError(f"correction.denominator must be original or kept, got {denominator!r}")
+            raise ConfigError(f"correction.denominator must be original or kept, got {shown(denominator)}")
         if rejected is not None and rejected not in ("drop", "keep"):
             raise ConfigError(f"correction.rejected must be drop or keep, got {rejected!r}")
         if reduce == "sequence-mean-token-sum-norm" and not horizon:
@@ -283,10 +285,17 @@ class Correction:
         Raises:
             ConfigError: there is no demonstration among them; says what works.
         """
-        without = self._kernel.traits.demonstrations
         source = record.get("source", None)
-        shown = source is not None and bool(((source == Source.DEMONSTRATION) | (source == Source.EXPERT)).any())
-        if without is not None and not shown:
+        self.require_shown([] if source is None else source.unique().tolist())
+
+    def require_shown(self, sources: Collection[int]) -> None:
+        """Refuses a kernel that is about demonstrations where rows of ``sources`` are all that it will see.
+
+        Raises:
+            ConfigError: says what works.
+        """
+        without = self._kernel.traits.demonstrations
+        if without is not None and not {int(Source.DEMONSTRATION), int(Source.EXPERT)} & set(sources):
             raise ConfigError(
                 f"correction {self.name or self.kernel_name} learns from demonstrations, and the first update holds "
                 "none, so nothing of the method would be left: add rows of rollout.sources (recipe=luffy does; answers "

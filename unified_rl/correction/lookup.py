@@ -14,6 +14,7 @@ from typing import Any
 
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import REQUIRED, Parameter, allowed, check_type, locate, nearest
+from unified_rl.ranges import shown
 
 Table = Mapping[str, Callable[..., Any]]
 
@@ -35,7 +36,8 @@ def settings_of(rule: Callable[..., Any]) -> dict[str, Parameter]:
     plain = rule.func if isinstance(rule, partial) else rule
     try:
         found = inspect.signature(rule).parameters.values()
-        hints = typing.get_type_hints(plain.__init__ if isinstance(plain, type) else plain)  # type: ignore[misc]
+        known = plain.__init__ if isinstance(plain, type) else plain  # type: ignore[misc]
+        hints = typing.get_type_hints(known, include_extras=True)
     except NameError as error:
         raise ConfigError(f"the annotations of {_path(rule)} do not resolve at run time: {error}") from error
     except (TypeError, ValueError):  # written in C: nothing is known, and nothing can be set
@@ -67,17 +69,19 @@ def find(name: str, table: Table, where: str) -> Callable[..., Any]:
         return table[name]
     if "." not in name:
         now = [key for key, rule in table.items() if getattr(rule, "formerly", "") == name]
-        raise ConfigError(f"{where} {name!r} is unknown; {nearest(now[0], now) if now else nearest(name, table)}")
+        raise ConfigError(f"{where} {shown(name)} is unknown; {nearest(now[0], now) if now else nearest(name, table)}")
     found = locate(name, allowed(), where, key="", rules=table)
     base = _shared_base(table)
     if base is not None and not (isinstance(found, type) and issubclass(found, base)):
-        raise ConfigError(f"{where} {name!r} is no {base.__name__}; derive it from {_path(base)}")
+        raise ConfigError(f"{where} {shown(name)} is no {base.__name__}; derive it from {_path(base)}")
     wanted, got = _arguments(table.values()), _positional(found)
     if base is None and wanted is not None and got is not None and len(got) != len(wanted):
-        raise ConfigError(
-            f"{where} {name!r} takes {len(got)} positional arguments, and is called with {len(wanted)}: "
-            f"({', '.join(wanted)}, *, settings)"
+        called = (
+            f"called with {len(wanted)}: ({', '.join(wanted)}, *, settings)"
+            if wanted
+            else ("made from its settings alone: write a class with keyword-only settings")
         )
+        raise ConfigError(f"{where} {shown(name)} takes {len(got)} positional arguments, and is {called}")
     return found
 
 
@@ -107,10 +111,24 @@ def bind(
     hints = {**others, **{key: parameter.hint for key, parameter in known.items()}}
     rule = {key: check_type(value, hints[key], f"{where}.{key}") for key, value in rule.items()}
     given = {key: rule.pop(key) for key in others if key in rule}
+    check_order(function, rule, where)
     for key, parameter in known.items():
         if parameter.default is REQUIRED and key not in rule:
             raise ConfigError(f"{where} {name!r} needs {key}")
     return partial(function, **rule), given
+
+
+def check_order(rule: Callable[..., Any], given: Mapping[str, Any], where: str) -> None:
+    """Refuses bounds of which the lower one lies above the other; ``rule.ordered`` holds the names of such pairs.
+
+    Raises:
+        ConfigError: names both settings.
+    """
+    known = settings_of(rule)
+    for low, high in getattr(rule, "ordered", ()):
+        below, above = (given.get(key, known[key].default) for key in (low, high))
+        if below > above:
+            raise ConfigError(f"{where}.{low}={below} must not lie above {where}.{high}={above}")
 
 
 def _path(rule: Callable[..., Any]) -> str:

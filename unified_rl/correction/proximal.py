@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unified_rl.protocols import HasWeights
+from unified_rl.ranges import Share, ranged
 
 Module = TypeVar("Module", bound=HasWeights)
 
@@ -30,6 +31,7 @@ def interpolated(log_prob: Tensor, behavior_log_prob: Tensor, policy_version: Te
     return torch.lerp(behavior_log_prob, log_prob.detach().to(behavior_log_prob.dtype), share)
 
 
+@ranged("correction.proximal")
 class MovingAverage(Generic[Module]):
     """A policy whose weights are the debiased exponential average of another's. PPO-EWMA, 2110.00641.
 
@@ -38,7 +40,7 @@ class MovingAverage(Generic[Module]):
         decay: 0 follows at once, towards 1 remembers longer.
     """
 
-    def __init__(self, module: Module, decay: float = 0.9) -> None:
+    def __init__(self, module: Module, decay: Share = 0.9) -> None:
         self.module = copy.deepcopy(module)
         self.module.requires_grad_(False)
         self.decay, self.weight = decay, 1.0

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from unified_rl.correction.internal.surrogate import KnownGradient
 from unified_rl.correction.view import narrow, share
+from unified_rl.ranges import Bound, Extended, ordered
 
 
-def pessimistic_clip(d: Tensor, advantage: Tensor, *, low: float = 0.4, high: float = 0.4) -> Tensor:
+def pessimistic_clip(d: Tensor, advantage: Tensor, *, low: Bound = 0.4, high: Bound = 0.4) -> Tensor:
     """Clips each log-ratio to ``[-low, high]`` in the direction that A pushes only. GMPO, 2507.20673."""
     up = narrow(advantage) > 0
     free = d.new_full((), torch.inf)
@@ -19,7 +20,8 @@ def pessimistic_clip(d: Tensor, advantage: Tensor, *, low: float = 0.4, high: fl
     return _clipped(d, d.detach().clamp(lower, upper))
 
 
-def clamp(d: Tensor, advantage: Tensor, *, low: float = -1.0, high: float = 1.5) -> Tensor:
+@ordered("low", "high")
+def clamp(d: Tensor, advantage: Tensor, *, low: Extended = -1.0, high: Extended = 1.5) -> Tensor:
     """Clamps each log-ratio to ``[low, high]``. Humanline, in Humanline: Online Alignment as Perceptual Loss."""
     return _clipped(d, d.detach().clamp(low, high))
 

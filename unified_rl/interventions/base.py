@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unified_rl.correction import Correction
 from unified_rl.optimizer import Optimizer
 from unified_rl.protocols import Trainable, domain_of
+from unified_rl.ranges import enforce
 from unified_rl.units import Source
 
 Metrics = dict[str, Any]
@@ -53,6 +54,10 @@ class Wrapper:
     rescores = False
     anchors: frozenset[str] = frozenset()
     sync_every: int | None = None
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        enforce(cls, "correction.wrapper")
 
     def __init__(self, policy: Trainable, correction: Correction) -> None:
         self.policy, self.correction = policy, correction

@@ -15,6 +15,7 @@ from unified_rl.interventions.base import Metrics, Plain, Wrapper
 from unified_rl.interventions.distribution import old_distribution
 from unified_rl.optimizer import Optimizer
 from unified_rl.protocols import Trainable
+from unified_rl.ranges import Count, NonNegative, Positive, Whole
 from unified_rl.units import Steps
 
 
@@ -47,12 +48,12 @@ class FixUp(Wrapper):
         policy: Trainable,
         correction: Correction,
         *,
-        bound: float = 0.2,
-        margin: float = 3.0,
-        initial: float = 1.0,
-        learning_rate: float = 0.01,
-        max_steps: int = 50,
-        top_k: int = 64,
+        bound: Positive = 0.2,
+        margin: NonNegative = 3.0,
+        initial: NonNegative = 1.0,
+        learning_rate: NonNegative = 0.01,
+        max_steps: Whole = 50,
+        top_k: Count = 64,
     ) -> None:
         super().__init__(policy, correction)
         old = old_distribution(policy, top_k)

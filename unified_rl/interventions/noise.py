@@ -15,6 +15,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.interventions.base import Metrics, Plain, Wrapper
 from unified_rl.policies.networks import ACTIVATIONS
 from unified_rl.protocols import Trainable, is_language
+from unified_rl.ranges import NonNegative, Seed
 
 HIDDEN = tuple(kind for kind in ACTIVATIONS.values() if isinstance(kind, type))
 """Modules whose outputs are the hidden states of a control policy's networks."""
@@ -64,9 +65,9 @@ class LayerNoise(Wrapper):
         policy: Trainable,
         correction: Correction,
         *,
-        initial: float = 1e-6,
-        learning_rate: float = 5e-4,
-        seed: int = 0,
+        initial: NonNegative = 1e-6,
+        learning_rate: NonNegative = 5e-4,
+        seed: Seed = 0,
     ) -> None:
         super().__init__(policy, correction)
         layers = hidden_layers(policy)

@@ -13,6 +13,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.interventions.base import Metrics, Plain, Wrapper
 from unified_rl.interventions.distribution import OldCategorical, categorical_kl
 from unified_rl.protocols import ShowsLogits, Trainable
+from unified_rl.ranges import Count, NonNegative, Positive
 
 ITERATIONS = 60
 
@@ -98,9 +99,9 @@ class ProjectCategorical(Wrapper):
         policy: Trainable,
         correction: Correction,
         *,
-        bound: float = 0.05,
-        regression: float = 1.0,
-        top_k: int = 64,
+        bound: Positive = 0.05,
+        regression: NonNegative = 1.0,
+        top_k: Count = 64,
     ) -> None:
         super().__init__(policy, correction)
         if not isinstance(policy, ShowsLogits):
@@ -108,8 +109,6 @@ class ProjectCategorical(Wrapper):
                 f"correction {correction.name} projects a categorical distribution, and {type(policy).__name__} shows "
                 "no logits; use correction=fixpo for a trust region on any policy"
             )
-        if bound <= 0:
-            raise ConfigError(f"wrapper.bound must be above 0, got {bound}")
         self.old, self.bound, self.regression = OldCategorical(policy, top_k), bound, regression
         self.outside: Tensor | int = 0
         self.met = 0

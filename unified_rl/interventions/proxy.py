@@ -10,6 +10,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.interventions.base import Wrapper
 from unified_rl.policies.sampling import keep_min_p, token_log_prob
 from unified_rl.protocols import ShowsLogits, Trainable
+from unified_rl.ranges import UnitInterval
 
 
 class MinPProxy(Wrapper):
@@ -27,7 +28,7 @@ class MinPProxy(Wrapper):
     """
 
     def __init__(
-        self, policy: Trainable, correction: Correction, *, p_min: float = 0.02, relative: bool = True
+        self, policy: Trainable, correction: Correction, *, p_min: UnitInterval = 0.02, relative: bool = True
     ) -> None:
         super().__init__(policy, correction)
         if not isinstance(policy, ShowsLogits):

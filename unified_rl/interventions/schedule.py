@@ -10,6 +10,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.interventions.base import Plain, Wrapper
 from unified_rl.interventions.distribution import old_distribution
 from unified_rl.protocols import Trainable
+from unified_rl.ranges import Count, NonNegative, Positive
 
 
 def linear(start: float, end: float, progress: float) -> float:
@@ -45,10 +46,8 @@ class SyncReference(Wrapper):
         ConfigError: ``every`` below 1.
     """
 
-    def __init__(self, policy: Trainable, correction: Correction, *, every: int = 4) -> None:
+    def __init__(self, policy: Trainable, correction: Correction, *, every: Count = 4) -> None:
         super().__init__(policy, correction)
-        if every < 1:
-            raise ConfigError(f"wrapper.every counts updates and must be at least 1, got {every}")
         self.sync_every = every
 
 
@@ -71,11 +70,11 @@ class AnnealPenalty(Wrapper):
         policy: Trainable,
         correction: Correction,
         *,
-        start: float = 1.0,
-        end: float = 0.0,
-        floor: float = 0.01,
-        coefficient: float = 1.0,
-        top_k: int = 64,
+        start: NonNegative = 1.0,
+        end: NonNegative = 0.0,
+        floor: Positive = 0.01,
+        coefficient: NonNegative = 1.0,
+        top_k: Count = 64,
     ) -> None:
         super().__init__(policy, correction)
         self.first, self.last, self.floor, self.coefficient = start, end, floor, coefficient

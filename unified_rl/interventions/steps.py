@@ -15,6 +15,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.interventions.base import Metrics, Wrapper, sampled
 from unified_rl.optimizer import Optimizer
 from unified_rl.protocols import ShowsLogits, Trainable
+from unified_rl.ranges import NonNegative, Positive, Share, TwoOrMore, UnitInterval, Whole
 
 
 def row_log_weight(record: TensorDictBase) -> Tensor:
@@ -59,8 +60,8 @@ class EssLearningRate(Wrapper):
         policy: Trainable,
         correction: Correction,
         *,
-        power: float = 0.5,
-        target: float = 1.0,
+        power: NonNegative = 0.5,
+        target: Positive = 1.0,
         length_normalized: bool = False,
     ) -> None:
         super().__init__(policy, correction)
@@ -115,7 +116,7 @@ class ClipBiasScale(Wrapper):
         decay: of the running norm; 0 takes the present step's.
     """
 
-    def __init__(self, policy: Trainable, correction: Correction, *, decay: float = 0.99) -> None:
+    def __init__(self, policy: Trainable, correction: Correction, *, decay: Share = 0.99) -> None:
         super().__init__(policy, correction)
         self.decay = decay
         self.unclipped = correction.with_kernel("ratio")
@@ -188,14 +189,12 @@ class Reposition(Wrapper):
         policy: Trainable,
         correction: Correction,
         *,
-        steps: int = 3,
-        alpha: float = 0.8,
-        window: int = 20,
-        threshold: float | None = 3.0,
+        steps: Whole = 3,
+        alpha: UnitInterval = 0.8,
+        window: TwoOrMore = 20,
+        threshold: NonNegative | None = 3.0,
     ) -> None:
         super().__init__(policy, correction)
-        if steps < 0 or not 0 <= alpha <= 1 or window < 2:
-            raise ConfigError(f"reposition needs steps >= 0, alpha in [0, 1] and window >= 2; got {steps}, {alpha}")
         self.steps, self.alpha, self.window, self.threshold = steps, alpha, window, threshold
         self.entropies: list[float] = []
         self.off = False

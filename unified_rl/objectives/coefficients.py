@@ -10,9 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
+from unified_rl.ranges import AtLeastOne, Count, Fraction, NonNegative, Positive, Whole, ranged
 
 Coefficient = Callable[[float, int], float]
 """``(progress in [0, 1], update number) -> value``."""
+
+
+DOUBLING = math.log(2)
 
 
 @runtime_checkable
@@ -73,22 +77,21 @@ class Cosine:
         return half_cosine(self.start, self.end, progress)
 
 
+@ranged()
 @dataclass(frozen=True, kw_only=True)
 class Exponential:
     """``start`` times ``decay`` to the number of the update, not below ``floor``."""
 
     start: float
-    decay: float
+    decay: Fraction
     floor: float = 0.0
-
-    def __post_init__(self) -> None:
-        _require(0.0 < self.decay <= 1.0, "decay", self.decay, "lie in (0, 1]")
 
     def __call__(self, progress: float, update: int) -> float:
         """The value at this update."""
         return max(self.floor, self.start * self.decay**update)
 
 
+@ranged()
 @dataclass(frozen=True, kw_only=True)
 class WarmupCosine:
     """Linear to ``peak`` over ``warmup`` updates, a cosine to ``valley`` over ``decay``, then constant.
@@ -98,12 +101,8 @@ class WarmupCosine:
 
     peak: float
     valley: float
-    warmup: int = 200
-    decay: int = 400
-
-    def __post_init__(self) -> None:
-        _require(self.warmup >= 0, "warmup", self.warmup, "be a number of updates, 0 or more")
-        _require(self.decay >= 1, "decay", self.decay, "be a number of updates, at least 1")
+    warmup: Whole = 200
+    decay: Count = 400
 
     def __call__(self, progress: float, update: int) -> float:
         """The value at this update."""
@@ -113,11 +112,12 @@ class WarmupCosine:
         return half_cosine(self.peak, self.valley, share)
 
 
+@ranged()
 @dataclass(frozen=True, kw_only=True)
 class Steps:
     """``values[i]`` from update ``at[i - 1]`` to ``at[i]``: one value more than boundaries."""
 
-    at: tuple[int, ...]
+    at: tuple[Whole, ...]
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
@@ -157,7 +157,8 @@ class ProportionalIntegral:
         low: float = 0.0,
         high: float = 1.0,
     ) -> None:
-        _require(low <= high, "low", low, f"not lie above high={high}")
+        if low > high:
+            raise ConfigError(f"low={low} must not lie above high={high}")
         self.metric, self.target, self.base, self.gain, self.integral = metric, target, base, gain, integral
         self.low, self.high = low, high
         self.error = self.sum = 0.0
@@ -180,6 +181,7 @@ class ProportionalIntegral:
         self.error, self.sum = state["error"], state["sum"]
 
 
+@ranged()
 class Dual:
     """A multiplier that grows while a metric is above its limit: ``log c += rate * sign(metric - limit)``.
 
@@ -198,11 +200,14 @@ class Dual:
     """
 
     def __init__(
-        self, *, metric: str, limit: float, start: float = 1.0, rate: float = math.log(2), slack: float = 1.5
+        self,
+        *,
+        metric: str,
+        limit: Positive,
+        start: Positive = 1.0,
+        rate: NonNegative = DOUBLING,
+        slack: AtLeastOne = 1.5,
     ) -> None:
-        _require(limit > 0, "limit", limit, "be above 0")
-        _require(start > 0, "start", start, "be above 0")
-        _require(slack >= 1, "slack", slack, "be at least 1")
         self.metric, self.limit, self.rate, self.slack = metric, limit, rate, slack
         self.value = start
 

@@ -7,7 +7,7 @@ and again in the backward pass, so no second ``[B, N, V]`` tensor is ever held.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -22,9 +22,9 @@ from unified_rl.interventions.distribution import FLOOR, categorical_kl, normal_
 from unified_rl.objectives.forward import Forward, Reader
 from unified_rl.objectives.metrics import Metrics
 from unified_rl.objectives.objective import Parts, Scored, Term
-from unified_rl.objectives.settings import tried
 from unified_rl.objectives.terms import reduction
 from unified_rl.protocols import ShowsLogits, ShowsNormals, averages_dims
+from unified_rl.ranges import UnitInterval, Whole
 
 
 def forward_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
@@ -37,10 +37,8 @@ def reverse_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
     return categorical_kl(log_s, log_t)
 
 
-def jsd(log_s: Tensor, log_t: Tensor, *, beta: float = 0.5) -> Tensor:
+def jsd(log_s: Tensor, log_t: Tensor, *, beta: UnitInterval = 0.5) -> Tensor:
     """``beta KL(T || M) + (1 - beta) KL(S || M)``, ``M = (1 - beta) S + beta T``; 0 and 1 are the two KLs. GKD."""
-    if not 0.0 <= beta <= 1.0:
-        raise ConfigError(f"beta must lie in [0, 1], got {beta}")
     if beta in (0.0, 1.0):
         return forward_kl(log_s, log_t) if beta == 0.0 else reverse_kl(log_s, log_t)
     log_m = torch.logaddexp(log_s + math.log(1 - beta), log_t + math.log(beta))
@@ -79,7 +77,7 @@ class DivergenceTerm(Term):
         *,
         anchor: str = "teacher",
         kind: str | Mapping[str, Any] = "reverse_kl",
-        top_k: int = 0,
+        top_k: Whole = 0,
         view: str | None = None,
         reduce: str = "token-mean",
         rows: Any = None,
@@ -87,10 +85,7 @@ class DivergenceTerm(Term):
     ) -> None:
         super().__init__(name, rows, coefficient)
         self.kind, _ = bind(kind, KINDS, f"{self.where}.kind")
-        tried(self.kind, f"{self.where}.kind", *torch.full((2, 1, 2), math.log(0.5)))
         self.kind_name = as_rule(kind, self.where)["name"]
-        if top_k < 0:
-            raise ConfigError(f"{self.where}.top_k counts tokens and must be 0 (all) or more, got {top_k}")
         self.anchor, self.top_k, self.view = anchor, top_k, view
         self.distributions = frozenset({anchor})
         self.reduce = reduction(reduce, self.where)
@@ -127,11 +122,15 @@ class DivergenceTerm(Term):
         Raises:
             ConfigError: names the view's setting, and what works.
         """
+        self.check_columns(list(map(str, record.keys())))
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """As :meth:`check`, by the names of the columns."""
         view = self.view or self.other.view
-        if view is None or f"{view}_tokens" in record.keys():
+        if view is None or f"{view}_tokens" in columns:
             return
         where = f"{self.where}.view" if self.view else f"agent.anchors.{self.anchor}.view"
-        known = [key.removesuffix("_tokens") for key in record.keys() if key.endswith("_tokens")]
+        known = [key.removesuffix("_tokens") for key in columns if key.endswith("_tokens")]
         if view == "privileged":
             instead = "set rollout.privileged to the style of the solution that goes into its prompt, or view to null"
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from unified_rl.objectives.metrics import Metrics, Sums
 from unified_rl.objectives.rows import Rows
 from unified_rl.policies.sampling import HasSampling
 from unified_rl.protocols import Scores, Trainable
+from unified_rl.ranges import enforce
 
 
 class Other(Protocol):
@@ -121,6 +122,10 @@ class Term:
     whole_groups = False
     reports: frozenset[str] = frozenset()
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        enforce(cls, "agent.objectives")
+
     def __init__(self, name: str, rows: Any = None, coefficient_: float | Mapping[str, Any] = 1.0) -> None:
         self.name, self.where = name, f"agent.objectives.{name}"
         self.rows = Rows.of(rows, f"{self.where}.rows")
@@ -142,6 +147,13 @@ class Term:
     def active(self) -> bool:
         """Whether it costs anything in this update: at 0 only a term whose controller follows its own metric does."""
         return self.coefficient != 0.0 or (isinstance(self.schedule, Observed) and self.schedule.metric in self.reports)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Looks at the names of what rows will hold, before any are collected.
+
+        Raises:
+            ConfigError: one that it reads is missing; says what to set.
+        """
 
     def check(self, record: TensorDictBase) -> None:
         """Looks at all rows of an update before its first optimiser step.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unified_rl.objectives.transitions import Transitions, needs
+from unified_rl.ranges import Count, NonNegative, OpenUnit, UpperBound
 
 # ------------------------------------------------------------------ from the ensemble's members to one value
 
@@ -27,7 +28,7 @@ def mean(q: Tensor, t: Transitions) -> Tensor:
 
 
 @needs("members")
-def least_of(q: Tensor, t: Transitions, *, members: int = 2) -> Tensor:
+def least_of(q: Tensor, t: Transitions, *, members: Count = 2) -> Tensor:
     """The smallest of a random subset of members, one subset a gradient step. REDQ, 2101.05982; RLPD, 2302.02948."""
     if members >= len(q):
         return q.amin(0)
@@ -61,7 +62,7 @@ def state_value(t: Transitions) -> Tensor:
 
 
 @needs("rsample")
-def smoothed(t: Transitions, *, std: float = 0.2, bound: float = 0.5) -> Tensor:
+def smoothed(t: Transitions, *, std: NonNegative = 0.2, bound: NonNegative = 0.5) -> Tensor:
     """``r + gamma Q'(s', mean(s') + clipped noise)``; ``std`` and ``bound`` in units of the action's half range.
 
     TD3, 1802.09477, but the mean is the policy's own: there is no slow copy of the policy.
@@ -97,7 +98,7 @@ CRITICS: dict[str, Callable[..., Tensor]] = {"squared_error": squared_error, "co
 # ------------------------------------------------------------------ losses of a state value
 
 
-def expectile(t: Transitions, *, tau: float = 0.7) -> Tensor:
+def expectile(t: Transitions, *, tau: OpenUnit = 0.7) -> Tensor:
     """``|tau - 1(d < 0)| d^2`` of ``d = Q'(s, a) - V(s)``; one half is half the mean squared error. IQL, 2110.06169."""
     d = t.stored_q - t.value
     return (torch.where(d < 0, 1 - tau, tau) * d.square()).mean()
@@ -151,7 +152,7 @@ def squared(t: Transitions) -> Tensor:
 
 
 @needs("nll", "advantage")
-def weighted(t: Transitions, *, beta: float = 3.0, largest: float = 100.0) -> Tensor:
+def weighted(t: Transitions, *, beta: NonNegative = 3.0, largest: UpperBound = 100.0) -> Tensor:
     """Supervised loss weighted by ``min(exp(beta A), largest)``; beta 0 is imitation.
 
     IQL, 2110.06169, where the agent has a state value; else AWAC, 2006.09359, whose baseline is Q at a fresh action.

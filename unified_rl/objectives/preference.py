@@ -8,10 +8,11 @@ different micro-batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
@@ -22,8 +23,8 @@ from unified_rl.errors import ConfigError
 from unified_rl.objectives.forward import Forward
 from unified_rl.objectives.metrics import Mean, Metrics
 from unified_rl.objectives.objective import Scored, Term
-from unified_rl.objectives.settings import tried
 from unified_rl.objectives.terms import nothing, scattered
+from unified_rl.ranges import NonNegative, Positive
 from unified_rl.returns.groups import Groups
 from unified_rl.units import row_return
 
@@ -31,7 +32,7 @@ Pairs = tuple[Tensor, Tensor]
 """Indices ``[P]`` of the better and the worse rows."""
 
 
-def best_worst(reward: Tensor, group: Tensor, *, least_gap: float = 0.0) -> Pairs:
+def best_worst(reward: Tensor, group: Tensor, *, least_gap: NonNegative = 0.0) -> Pairs:
     """In every group whose rewards differ by more than ``least_gap``: the first best row and the first worst."""
     groups = Groups(group)
     high, low = groups.extreme(reward, "amax"), groups.extreme(reward, "amin")
@@ -57,25 +58,15 @@ def every_pair(reward: Tensor, group: Tensor) -> Pairs:
 PAIRS: dict[str, Callable[..., Pairs]] = {"best_worst": best_worst, "every_pair": every_pair}
 
 
-def dpo(margin: Tensor, *, beta: float = 0.1, smoothing: float = 0.0) -> Tensor:
+def dpo(margin: Tensor, *, beta: Positive = 0.1, smoothing: Annotated[float, Interval(ge=0, le=0.5)] = 0.0) -> Tensor:
     """``-log sigmoid(beta margin)``. Direct Preference Optimization, 2305.18290."""
-    _require_positive(beta)
-    if not 0.0 <= smoothing <= 0.5:
-        raise ConfigError(f"smoothing must lie in [0, 0.5], got {smoothing}")
     d = beta * margin
     return -(1 - smoothing) * F.logsigmoid(d) - smoothing * F.logsigmoid(-d)
 
 
-def ipo(margin: Tensor, *, beta: float = 0.1) -> Tensor:
+def ipo(margin: Tensor, *, beta: Positive = 0.1) -> Tensor:
     """``(margin - 1 / (2 beta))^2``. IPO, 2310.12036."""
-    _require_positive(beta)
     return (margin - 1 / (2 * beta)).square()
-
-
-def _require_positive(beta: float) -> None:
-    """A margin counts for the better row: with beta at or below 0 it would be unlearnt."""
-    if beta <= 0.0:
-        raise ConfigError(f"beta must be above 0, got {beta}")
 
 
 LINKS: dict[str, Callable[..., Tensor]] = {"dpo": dpo, "ipo": ipo}
@@ -109,7 +100,6 @@ class PreferenceTerm(Term):
     ) -> None:
         super().__init__(name, rows, coefficient)
         self.link, _ = bind(link, LINKS, f"{self.where}.link")
-        tried(self.link, f"{self.where}.link", torch.zeros(1))
         self.pairs, _ = bind(pairs, PAIRS, f"{self.where}.pairs")
         if low is not None and high is not None and low > high:
             raise ConfigError(f"{self.where}.low must not lie above high={high}, got {low}")

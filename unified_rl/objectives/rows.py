@@ -12,6 +12,7 @@ from torch import Tensor
 from unified_rl.correction.lookup import check_keys
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.instantiate import nearest
+from unified_rl.ranges import shown
 from unified_rl.units import Source
 
 OWN = (Source.ONLINE, Source.OFFLINE)
@@ -42,7 +43,7 @@ class Rows:
         names = _names(source, f"{where}.source")
         for name in names:
             if name not in SOURCES:
-                raise ConfigError(f"{where}.source {name!r} is unknown; {nearest(name, SOURCES)}")
+                raise ConfigError(f"{where}.source {shown(name)} is unknown; {nearest(name, SOURCES)}")
         self.sources = [int(s) for name in names for s in SOURCES[name]]
         self.when, self.unless = _names(when, f"{where}.when"), _names(unless, f"{where}.unless")
 

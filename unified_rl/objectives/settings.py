@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
+from unified_rl.ranges import shown
 
 
 def one_of(value: Any, table: Iterable[str], where: str) -> str:
@@ -17,18 +18,6 @@ def one_of(value: Any, table: Iterable[str], where: str) -> str:
     """
     names = list(table)
     if value not in names:
-        raise ConfigError(f"{where} {value!r} is unknown; {nearest(value, names)}")
+        raise ConfigError(f"{where} {shown(value)} is unknown; {nearest(value, names)}")
     chosen: str = value
     return chosen
-
-
-def tried(function: Callable[..., Any], where: str, *inputs: Any) -> None:
-    """Calls a function once, so that settings which it refuses are refused before the first step.
-
-    Raises:
-        ConfigError: of the function, under the setting's full name.
-    """
-    try:
-        function(*inputs)
-    except ConfigError as error:
-        raise ConfigError(f"{where}.{error}") from error

@@ -23,6 +23,7 @@ from unified_rl.objectives.settings import one_of
 from unified_rl.objectives.value import value_loss
 from unified_rl.policies.sampling import entropy_of
 from unified_rl.protocols import HasEntropy, ShowsLogits, is_discrete
+from unified_rl.ranges import NonNegative, UpperBound
 
 OWN_ROWS = Rows("own")
 EXPERT_ROWS = Rows(["demonstration", "expert"])
@@ -154,7 +155,12 @@ class ValueTerm(_Averaged):
     reports = frozenset({"loss/value"})
 
     def __init__(
-        self, name: str, *, clip: float | None = None, rows: Any = None, coefficient: float | Mapping[str, Any] = 0.5
+        self,
+        name: str,
+        *,
+        clip: UpperBound | None = None,
+        rows: Any = None,
+        coefficient: NonNegative | Mapping[str, Any] = 0.5,
     ) -> None:
         super().__init__(name, rows, coefficient)
         self.clip = clip

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import Policy
-from unified_rl.policies.networks import activation_named, mlp, seeded, trunk_width
+from unified_rl.policies.networks import Activation, activation_named, mlp, seeded, trunk_width
 from unified_rl.policies.sampling import Sampling, draw, entropy_of, token_log_prob
 from unified_rl.protocols import Reader
+from unified_rl.ranges import Count, Fraction, Positive, Seed, TwoOrMore, ranged
 from unified_rl.spaces import Space
 
 CLOSED = -1e9
@@ -32,6 +33,7 @@ def from_bins(index: Tensor, bins: int) -> Tensor:
 
 
 @configurable
+@ranged("policy")
 class AutoregressivePolicy(Policy):
     """Discretised actions, sampled one dimension after another; one unit a dimension.
 
@@ -65,12 +67,12 @@ class AutoregressivePolicy(Policy):
         self,
         space: Space | int | None = None,
         *sizes: Any,
-        bins: int = 21,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        hidden: Sequence[int] = (128, 128),
-        activation: str = "relu",
-        seed: int = 0,
+        bins: TwoOrMore = 21,
+        temperature: Positive = 1.0,
+        top_p: Fraction = 1.0,
+        hidden: Sequence[Count] = (128, 128),
+        activation: Activation = "relu",
+        seed: Seed = 0,
         **shared: Any,
     ) -> None:
         super().__init__(space, *sizes, seed=seed, **shared)

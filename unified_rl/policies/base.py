@@ -15,6 +15,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.policies.normalizer import MOMENTS, RunningNormalizer
 from unified_rl.protocols import Domain
+from unified_rl.ranges import Seed
 from unified_rl.spaces import Box, Space, as_space
 from unified_rl.units import UnitLogProb
 
@@ -114,7 +115,7 @@ class Policy(TensorDictModuleBase):
         *,
         observation_dim: int | None = None,
         normalize_observation: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.space = as_space(

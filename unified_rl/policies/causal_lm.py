@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.policies.generation import Generation, generate, has_plain_cache
+from unified_rl.policies.model_sizes import check_model_config
 from unified_rl.policies.pretrained import (
     build_model,
     end_ids_of_folder,
@@ -27,6 +28,7 @@ from unified_rl.policies.pretrained import (
 from unified_rl.policies.sampling import Sampling, entropy_of, token_log_prob
 from unified_rl.policies.shared_prompt import find_shared, shared_states
 from unified_rl.protocols import Domain, Reader
+from unified_rl.ranges import Count, Fraction, Positive, Seed, Whole, ranged
 from unified_rl.units import UnitLogProb
 
 LOGITS_AT_ONCE = 2**25
@@ -34,6 +36,7 @@ LOGITS_AT_ONCE = 2**25
 
 
 @configurable
+@ranged("policy")
 class CausalLM(TensorDictModuleBase):
     """Any Hugging Face causal language model, from a configuration or a local folder.
 
@@ -77,22 +80,22 @@ class CausalLM(TensorDictModuleBase):
     def __init__(
         self,
         tokenizer: Any,
-        max_length: int,
+        max_length: Count,
         *,
         path: str | None = None,
         config: dict[str, Any] | None = None,
         allow_hub: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        dtype: str = "float32",
+        temperature: Positive = 1.0,
+        top_k: Whole = 0,
+        top_p: Fraction = 1.0,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         autocast: bool = False,
-        logit_chunk: int = 0,
+        logit_chunk: Whole = 0,
         gradient_checkpointing: bool = False,
         share_prompts: bool = True,
-        max_new_tokens: int = 16,
+        max_new_tokens: Count = 16,
         cuda_graph: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.in_keys = ["tokens", "token_mask"]
@@ -125,6 +128,15 @@ class CausalLM(TensorDictModuleBase):
         super().train(mode)
         self.model.eval()
         return self
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Refuses a model that cannot be made, when a run is composed.
+
+        Raises:
+            ConfigError: a setting of ``config`` that is unknown, of the wrong type or out of its range.
+        """
+        check_model_config(settings.get("config"), "policy.config")
 
     @property
     def device(self) -> torch.device:

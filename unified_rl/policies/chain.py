@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import Policy, draw_normal, normal_log_prob
-from unified_rl.policies.networks import linear, mlp, seeded, time_features
+from unified_rl.policies.networks import Activation, check_widths, linear, mlp, seeded, time_features
+from unified_rl.ranges import Count, Seed, ranged
 from unified_rl.spaces import Space
 
 TIME_FEATURES = 8
@@ -40,8 +41,9 @@ class ChainNetwork(nn.Module):
     ) -> None:
         super().__init__()
         if not hidden:
-            raise ConfigError("a flow or diffusion policy needs at least one hidden layer")
+            raise ConfigError("policy.hidden=[] leaves a flow or diffusion policy no layer; give at least one width")
         self.sizes = [observation_dim, action_dim, TIME_FEATURES]
+        check_widths(sum(self.sizes), hidden, "policy.hidden")
         self.first = linear(sum(self.sizes), hidden[0], gain=2**0.5)
         # the trunk begins with an activation: its first linear layer is the one above, taken apart
         self.rest = mlp(hidden[0], hidden, outputs, activation=activation, orthogonal=True)[1:]
@@ -61,6 +63,7 @@ class ChainNetwork(nn.Module):
         return output
 
 
+@ranged("policy")
 class ChainPolicy(Policy):
     """Base of flow and diffusion policies; one unit a denoising step.
 
@@ -97,18 +100,18 @@ class ChainPolicy(Policy):
         self,
         space: Space | int | None = None,
         *sizes: Any,
-        steps: int,
-        trained_steps: int | None = None,
+        steps: Count,
+        trained_steps: Count | None = None,
         mean_over_dims: bool = False,
         zero_start: bool = False,
-        hidden: Sequence[int] = (128, 128, 128),
-        activation: str = "relu",
-        seed: int = 0,
+        hidden: Sequence[Count] = (128, 128, 128),
+        activation: Activation = "relu",
+        seed: Seed = 0,
         **shared: Any,
     ) -> None:
         super().__init__(space, *sizes, seed=seed, **shared)
-        if steps < 1 or not 1 <= (trained_steps or steps) <= steps:
-            raise ConfigError(f"1 <= trained_steps <= steps must hold, got {trained_steps} of {steps}")
+        if (trained_steps or steps) > steps:
+            raise ConfigError(f"policy.trained_steps={trained_steps} must not lie above policy.steps={steps}")
         if not self.bounded:
             raise ConfigError(f"{type(self).__name__} needs finite action bounds to scale actions to [-1, 1]")
         self.steps = steps

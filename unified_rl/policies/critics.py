@@ -12,7 +12,11 @@ from unified_rl.errors import ConfigError
 from unified_rl.policies.base import action_bounds
 from unified_rl.policies.networks import activation_named, mlp, seeded
 from unified_rl.policies.normalizer import RunningNormalizer
+from unified_rl.ranges import Count, Seed, ranged
 from unified_rl.spaces import Space, as_space
+
+SETTING = "agent.critic_hidden"
+"""The full name of ``hidden`` in a run's configuration."""
 
 
 class Critic(nn.Module):
@@ -37,6 +41,7 @@ class Critic(nn.Module):
         return observation if self.normalizer is None else self.normalizer(observation)
 
 
+@ranged()
 class ValueCritic(Critic):
     """A state-value estimate ``V(s)``.
 
@@ -53,18 +58,26 @@ class ValueCritic(Critic):
     def __init__(
         self,
         space: Space | int,
-        hidden: Sequence[int] = (64, 64),
+        hidden: Sequence[Count] = (64, 64),
         *,
         activation: str = "tanh",
         orthogonal: bool = True,
         layer_norm: bool = False,
         normalize_observation: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         width = space.observation_dim if isinstance(space, Space) else space
         super().__init__(width, normalize_observation)
         with seeded(seed):
-            self.network = mlp(width, hidden, 1, activation=activation, orthogonal=orthogonal, layer_norm=layer_norm)
+            self.network = mlp(
+                width,
+                hidden,
+                1,
+                activation=activation,
+                orthogonal=orthogonal,
+                layer_norm=layer_norm,
+                setting="agent.critic_hidden",
+            )
 
     def forward(self, observation: Tensor) -> Tensor:
         """``observation [..., d]`` to values ``[...]``."""
@@ -72,6 +85,7 @@ class ValueCritic(Critic):
         return value.squeeze(-1)
 
 
+@ranged()
 class QEnsemble(Critic):
     """``num`` independent action-value estimates ``Q_i(s, a)``.
 
@@ -103,8 +117,8 @@ class QEnsemble(Critic):
         self,
         space: Space | int,
         action_dim: int | None = None,
-        num: int = 2,
-        hidden: Sequence[int] = (256, 256),
+        num: Count = 2,
+        hidden: Sequence[Count] = (256, 256),
         *,
         activation: str = "relu",
         layer_norm: bool = False,
@@ -112,21 +126,21 @@ class QEnsemble(Critic):
         action_low: Sequence[float] | None = None,
         action_high: Sequence[float] | None = None,
         normalize_observation: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         if not isinstance(space, Space) and action_low is None and action_high is None and action_dim is not None:
             action_low, action_high = [-math.inf] * action_dim, [math.inf] * action_dim
         space = as_space("QEnsemble", space, action_dim=action_dim, action_low=action_low, action_high=action_high)
         super().__init__(space.observation_dim, normalize_observation)
-        if num < 1:
-            raise ConfigError(f"a Q-ensemble needs at least one member, got num={num}")
         if space.action.choices is not None:
             raise ConfigError(f"a Q-ensemble takes vectors of floats as actions, not {space.action.describe()}")
         self.num = num
         self._register_bounds(space)
         width = space.observation_dim + space.action_dim
         with seeded(seed):
-            members = [mlp(width, hidden, 1, activation=activation, layer_norm=layer_norm) for _ in range(num)]
+            members = [
+                mlp(width, hidden, 1, activation=activation, layer_norm=layer_norm, setting=SETTING) for _ in range(num)
+            ]
         self.members: nn.ModuleList | None = None if stacked else nn.ModuleList(members)
         self.stack: nn.Sequential | None = _stack(members, activation) if stacked else None
 

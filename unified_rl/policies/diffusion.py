@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from unified_rl.configurable import configurable
-from unified_rl.errors import ConfigError
 from unified_rl.policies.base import draw_normal
 from unified_rl.policies.chain import ChainPolicy
+from unified_rl.ranges import Count, Positive, UpperBound, ranged
 from unified_rl.spaces import Space
 
 
@@ -41,6 +41,7 @@ def posterior_constants(alpha_bar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @configurable
+@ranged("policy")
 class DiffusionPolicy(ChainPolicy):
     """A DDPM policy with noise prediction and a cosine schedule.
 
@@ -75,13 +76,11 @@ class DiffusionPolicy(ChainPolicy):
         self,
         space: Space | int | None = None,
         *sizes: Any,
-        steps: int = 20,
-        std_min: float = 0.05,
-        clip_prediction: float | None = 1.0,
+        steps: Count = 20,
+        std_min: Positive = 0.05,
+        clip_prediction: UpperBound | None = 1.0,
         **chain: Any,
     ) -> None:
-        if not std_min > 0:
-            raise ConfigError(f"std_min must be above 0 (the last step's posterior has none), got {std_min}")
         super().__init__(space, *sizes, steps=steps, **chain)
         self.clip_prediction = clip_prediction
         self._register_schedule(cosine_alpha_bar(steps), std_min)

@@ -13,10 +13,12 @@ from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import HALF_LOG_TWO_PI, draw_normal, draw_uniform
 from unified_rl.policies.chain import ChainPolicy
+from unified_rl.ranges import Count, Positive, ranged
 from unified_rl.spaces import Space
 
 
 @configurable
+@ranged("policy")
 class FlowPolicy(ChainPolicy):
     """Flow matching with stochastic Euler steps.
 
@@ -46,13 +48,13 @@ class FlowPolicy(ChainPolicy):
         self,
         space: Space | int | None = None,
         *sizes: Any,
-        steps: int = 5,
-        std_min: float = 0.05,
-        std_max: float = 0.2,
+        steps: Count = 5,
+        std_min: Positive = 0.05,
+        std_max: Positive = 0.2,
         **chain: Any,
     ) -> None:
-        if not 0 < std_min <= std_max:
-            raise ConfigError(f"0 < std_min <= std_max must hold, got {std_min} and {std_max}")
+        if std_min > std_max:
+            raise ConfigError(f"policy.std_min={std_min} must not lie above policy.std_max={std_max}")
         super().__init__(space, *sizes, steps=steps, **chain)
         self.log_std_low = math.log(std_min)
         self.log_std_range = math.log(std_max) - math.log(std_min)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import HALF_LOG_TWO_PI, Policy, draw_normal, normal_log_prob
-from unified_rl.policies.networks import linear, mlp, seeded, trunk_width
+from unified_rl.policies.networks import Activation, linear, mlp, seeded, trunk_width
+from unified_rl.ranges import Count, LogScale, NonNegative, Seed, ranged
 from unified_rl.spaces import Space
 
 SQUASH_LIMIT = 0.999
@@ -22,6 +23,7 @@ SQUASH_LIMIT = 0.999
 
 
 @configurable
+@ranged("policy")
 class GaussianPolicy(Policy):
     """A diagonal Gaussian over a raw action, which the environment sees clipped or tanh-squashed, and scaled.
 
@@ -61,21 +63,26 @@ class GaussianPolicy(Policy):
         squash: bool = False,
         state_dependent_std: bool = False,
         per_dimension: bool = False,
-        hidden: Sequence[int] = (64, 64),
-        activation: str = "tanh",
+        hidden: Sequence[Count] = (64, 64),
+        activation: Activation = "tanh",
         orthogonal: bool = True,
-        output_gain: float = 0.01,
-        initial_log_std: float = 0.0,
-        log_std_low: float = -5.0,
-        log_std_high: float = 2.0,
-        seed: int = 0,
+        output_gain: NonNegative = 0.01,
+        initial_log_std: LogScale = 0.0,
+        log_std_low: LogScale = -5.0,
+        log_std_high: LogScale = 2.0,
+        seed: Seed = 0,
         **shared: Any,
     ) -> None:
         super().__init__(space, *sizes, seed=seed, **shared)
         if squash and not self.bounded:
             raise ConfigError("squash needs finite action bounds; set squash to false")
         if log_std_low >= log_std_high:
-            raise ConfigError(f"log_std_low {log_std_low} must lie below log_std_high {log_std_high}")
+            raise ConfigError(f"policy.log_std_low={log_std_low} must lie below policy.log_std_high={log_std_high}")
+        if not (state_dependent_std or log_std_low <= initial_log_std <= log_std_high):
+            raise ConfigError(
+                f"policy.initial_log_std={initial_log_std} must lie between policy.log_std_low={log_std_low} and "
+                f"policy.log_std_high={log_std_high}"
+            )
         self.squash = squash
         self.state_dependent_std = state_dependent_std
         self.per_dimension = per_dimension

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from unified_rl.errors import ConfigError
+from unified_rl.machine import require_memory
 
+Activation = Literal["relu", "tanh", "silu", "gelu", "elu", "leaky_relu", "mish", "identity"]
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
@@ -52,6 +55,22 @@ def linear(inputs: int, outputs: int, *, gain: float | None = None) -> nn.Linear
     return layer
 
 
+TRAINED = 16
+"""Bytes of a float32 weight in training, with its gradient and Adam's two moments."""
+
+
+def check_widths(inputs: int, hidden: Sequence[int], setting: str) -> None:
+    """Refuses widths of which no network can be made.
+
+    Raises:
+        ConfigError: a width below 1, or weights that this machine cannot hold.
+    """
+    if any(width < 1 for width in (inputs, *hidden)):
+        raise ConfigError(f"{setting}: network widths must be at least 1, got {(inputs, *hidden)}")
+    weights = sum(below * above for below, above in pairwise((inputs, *hidden)))
+    require_memory(TRAINED * weights, f"{setting}={list(hidden)} with {inputs} inputs")
+
+
 def mlp(
     inputs: int,
     hidden: Sequence[int],
@@ -61,6 +80,7 @@ def mlp(
     orthogonal: bool = False,
     output_gain: float = 1.0,
     layer_norm: bool = False,
+    setting: str = "policy.hidden",
 ) -> nn.Sequential:
     """A multi-layer perceptron.
 
@@ -72,12 +92,12 @@ def mlp(
         orthogonal: orthogonal weights of gain sqrt(2), zero biases; the last layer gets ``output_gain``.
         output_gain: gain of the last layer, used with ``orthogonal``.
         layer_norm: LayerNorm before every activation.
+        setting: the full name of ``hidden``, for errors.
 
     Raises:
         ConfigError: an unknown activation or a width below 1.
     """
-    if any(width < 1 for width in (inputs, *hidden)):
-        raise ConfigError(f"network widths must be at least 1, got {(inputs, *hidden)}")
+    check_widths(inputs, hidden, setting)
     make_activation = activation_named(activation)
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise((inputs, *hidden)):

@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unified_rl.ranges import Count, Positive, ranged
+
 MOMENTS = "moments"
 """Key of a sample's and a record's ``[...]`` int64 column: which moments its observation was standardised by."""
 GROWTH = 1.01
 """Moments move when the observations seen have grown by this factor, so there are some 230 sets a factor of ten."""
 
 
+@ranged()
 class RunningNormalizer(nn.Module):
     """Standardises observations by running moments: ``clamp((x - mean) / std, -limit, limit)``.
 
@@ -44,7 +47,7 @@ class RunningNormalizer(nn.Module):
     counted: Tensor
     frozen: Tensor
 
-    def __init__(self, dim: int, limit: float = 10.0, epsilon: float = 1e-8) -> None:
+    def __init__(self, dim: Count, limit: Positive = 10.0, epsilon: Positive = 1e-8) -> None:
         super().__init__()
         self.limit = limit
         self.epsilon = epsilon
@@ -96,7 +99,7 @@ class RunningNormalizer(nn.Module):
         self.counted.copy_(self.count)
 
     def forward(self, observation: Tensor, moments: Tensor | None = None) -> Tensor:
-        """Normalised observation, same shape and dtype; the identity before the first update.
+        """Normalised observation, same shape and dtype; clamped alone before the first update.
 
         Args:
             observation: ``[..., d]`` raw.

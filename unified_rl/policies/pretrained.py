@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.policies.model_sizes import check_model_config, check_model_memory
 from unified_rl.untrusted import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,6 +30,7 @@ def build_model(
     allow_hub: bool = False,
     dtype: str = "float32",
     seed: int = 0,
+    setting: str = "policy.config",
 ) -> PreTrainedModel:
     """A model from exactly one of ``path`` and ``config``, dropout off.
 
@@ -42,6 +44,7 @@ def build_model(
         allow_hub: look on the hub for a ``path`` that is no folder.
         dtype: of the weights: float32, bfloat16 or float16.
         seed: of random initial weights; the global generator is left as it was.
+        setting: the full name of ``config``, for errors.
 
     Raises:
         ConfigError: both or neither of path and config, an unknown setting, a hub name without ``allow_hub``, or a
@@ -60,7 +63,8 @@ def build_model(
         if path is not None:
             model = load_folder(auto_class, path, allow_hub, dtype)
         else:
-            made = make_config(config or {}, tokenizer, max_length)
+            made = make_config(config or {}, tokenizer, max_length, setting)
+            check_model_memory(made, setting)
             model = auto_class.from_config(made, dtype=DTYPES[dtype])
     if path is not None and Path(path).is_dir():
         check_tokenizer(path, tokenizer)
@@ -155,19 +159,13 @@ def special_ids(tokenizer: Any) -> tuple[int, int | None]:
     return (eos if pad is None else pad), eos
 
 
-def make_config(settings: Mapping[str, Any], tokenizer: Any, max_length: int) -> PretrainedConfig:
+def make_config(
+    settings: Mapping[str, Any], tokenizer: Any, max_length: int, setting: str = "policy.config"
+) -> PretrainedConfig:
     """A transformers configuration from ``model_type`` and its settings, with sizes taken from the tokenizer."""
-    given = dict(settings)
-    model_type = given.pop("model_type", None)
-    if model_type is None:
-        raise ConfigError("config needs model_type, for example llama or qwen3")
-    try:
-        known = AutoConfig.for_model(model_type)
-    except ValueError as error:
-        raise ConfigError(f"model_type '{model_type}' is unknown to transformers") from error
-    unknown = [key for key in given if key.startswith("_") or not hasattr(known, key)]
-    if unknown:
-        raise ConfigError(f"{model_type} has no setting {', '.join(unknown)}")
+    given = check_model_config(settings, setting)
+    model_type = given.pop("model_type")
+    known = AutoConfig.for_model(model_type)
     pad, eos = special_ids(tokenizer)
     derived: dict[str, Any] = {
         "vocab_size": len(tokenizer),
@@ -176,7 +174,7 @@ def make_config(settings: Mapping[str, Any], tokenizer: Any, max_length: int) ->
         "eos_token_id": eos,
         "pad_token_id": None if pad == eos else pad,  # the pad row of the embedding gets no gradient
     }
-    plain = AutoConfig.for_model(model_type, **given)  # resolves an architecture's own names, such as n_embd
+    plain = _made(setting, model_type, given)  # resolves an architecture's own names, such as n_embd
     hidden, heads = getattr(plain, "hidden_size", None), getattr(plain, "num_attention_heads", None)
     if hidden is not None:
         derived["initializer_range"] = hidden**-0.5
@@ -184,7 +182,15 @@ def make_config(settings: Mapping[str, Any], tokenizer: Any, max_length: int) ->
         derived["num_key_value_heads"] = heads
     if hidden is not None and heads is not None and hasattr(known, "head_dim"):
         derived["head_dim"] = hidden // heads
-    return without_dropout(AutoConfig.for_model(model_type, **{**derived, **given}))
+    return without_dropout(_made(setting, model_type, {**derived, **given}))
+
+
+def _made(setting: str, model_type: str, values: Mapping[str, Any]) -> PretrainedConfig:
+    try:
+        made: PretrainedConfig = AutoConfig.for_model(model_type, **values)
+    except Exception as error:  # each architecture checks its own settings, with errors of its own
+        raise ConfigError(f"{setting}: {' '.join(str(error).split())[:200]}") from error
+    return made
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:

@@ -12,9 +12,10 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from unified_rl.errors import ConfigError
+from unified_rl.ranges import Fraction, Positive, Whole, ranged
 
 
+@ranged()
 @dataclass(frozen=True)
 class Sampling:
     """Temperature, top-k and nucleus (top-p) truncation, applied in this order.
@@ -30,20 +31,10 @@ class Sampling:
         ConfigError: a value out of range.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    vocabulary: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ConfigError(
-                f"temperature={self.temperature} must be above 0; for the most likely token use greedy=true"
-            )
-        if self.top_k < 0:
-            raise ConfigError(f"top_k={self.top_k} must be 0 (off) or a positive count")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p} must lie in (0, 1]; 1 turns it off")
+    temperature: Positive = 1.0
+    top_k: Whole = 0
+    top_p: Fraction = 1.0
+    vocabulary: Whole = 0
 
     @property
     def truncates(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from unified_rl.configurable import configurable
+from unified_rl.devices import device_of
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.instantiate import nearest
+from unified_rl.ranges import Count, Seed, UnitInterval, ranged
 from unified_rl.replay.ingest import from_collector
 from unified_rl.replay.ring import IntArray
 from unified_rl.replay.samplers.base import Sampler
@@ -27,6 +29,7 @@ _ONE = np.int32(1)
 
 
 @configurable
+@ranged("replay")
 class Replay(ReplayState):
     """Experience of either domain: transitions in lanes, or responses as rows.
 
@@ -59,21 +62,21 @@ class Replay(ReplayState):
 
     def __init__(
         self,
-        capacity: int,
+        capacity: Count,
         *,
-        lanes: int = 1,
+        lanes: Count = 1,
         sampler: Sampler,
-        storage: str = "memory",
+        storage: Literal["memory", "memmap"] = "memory",
         path: str | None = None,
         durable: bool = False,
         device: str = "cpu",
-        seed: int = 0,
+        seed: Seed = 0,
         cut: bool = False,
         trim_key: str | None = None,
         count_uses: bool = True,
-        discount: float = 0.99,
+        discount: UnitInterval = 0.99,
     ) -> None:
-        self.device = _device(device)
+        self.device = device_of(device, "replay.device")
         self.cut, self.trim_key, self.count_uses, self.discount = cut, trim_key, count_uses, discount
         self._remote = self.device.type != "cpu"
         super().__init__(capacity, lanes, sampler, _make_store(storage, path, durable, self.device), seed)
@@ -314,13 +317,6 @@ class Replay(ReplayState):
         self.sampler.update(positions, to_numpy(priority).reshape(-1).astype(np.float64))
         if isinstance(self._store, MemmapStore):
             self._store.changed(positions, self._small_text())
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"replay.device={name} is not a device; use cpu, cuda or cuda:N") from error
 
 
 def _make_store(storage: str, path: str | None, durable: bool, device: torch.device) -> MemoryStore:

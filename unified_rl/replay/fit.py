@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from unified_rl.errors import ConfigError
 from unified_rl.replay.buffer import Replay
@@ -11,6 +11,7 @@ from unified_rl.replay.samplers.base import Sampler
 from unified_rl.replay.samplers.grouped import Group
 from unified_rl.replay.samplers.mixture import BySource, Mixture
 from unified_rl.replay.samplers.order import Fresh, Segment
+from unified_rl.units import Source
 
 
 def check_replay(
@@ -89,19 +90,62 @@ def _check_group(replay: Replay, sampler: Group, agent: str, groups: bool, draws
         )
 
 
+def check_written(
+    replay: object, sources: Collection[int] | None, group_size: int | None, keys: Collection[str]
+) -> None:
+    """Refuses a sampler that would wait for rows which a rollout never writes, before any are collected.
+
+    Args:
+        replay: a :class:`~unified_rl.replay.Replay`.
+        sources: of the rows that will be written; None where nobody knows.
+        group_size: rows of a group at most; None where nobody knows.
+        keys: columns that will be written; empty where nobody knows.
+
+    Raises:
+        ConfigError: names the setting and what works.
+    """
+    if not isinstance(replay, Replay):
+        return
+    sampler = replay.sampler
+    for part in _drawn_from(sampler):
+        if sources is not None and int(Source[part.source.upper()]) not in sources:
+            raise _never_written(part)
+    if isinstance(sampler, Group) and group_size is not None and sampler.size > group_size:
+        held = "share no group" if group_size == 1 else f"come in groups of {group_size}"
+        raise ConfigError(
+            f"replay.sampler.size={sampler.size} waits for groups of so many rows, and those of this run {held}; use "
+            "replay=uniform, or set it to rollout.group_size"
+        )
+    lacking = [key for key in sampler.keys if keys and key not in keys]
+    if lacking:
+        raise ConfigError(
+            f"replay.sampler {type(sampler).__name__} needs {', '.join(lacking)}, which demonstrations do not have; "
+            "use replay=uniform"
+        )
+
+
+def _drawn_from(sampler: Sampler) -> list[BySource]:
+    """The parts of a sampler that need rows of one source."""
+    if isinstance(sampler, Mixture):
+        wanted = [] if sampler.share_missing else [p for name, p in sampler.parts.items() if sampler.quotas[name] > 0]
+    else:
+        wanted = [sampler]
+    return [part for part in wanted if isinstance(part, BySource)]
+
+
+def _never_written(part: BySource) -> ConfigError:
+    return ConfigError(
+        f"replay.sampler draws rows of source {part.source!r}, and this run's rollout writes none: use "
+        "replay=uniform, a recipe that joins a second source (recipe=rlpd with replay.data=FOLDER), or set "
+        "replay.sampler.share_missing=true"
+    )
+
+
 def _check_sources(replay: Replay, sampler: Sampler) -> None:
     """Rows of every source that a mixture draws from."""
-    if isinstance(sampler, Mixture) and not sampler.share_missing:
-        parts = [part for name, part in sampler.parts.items() if sampler.quotas[name] > 0]
-    else:
-        parts = [sampler]
-    for part in parts:
-        if isinstance(part, BySource) and len(replay) and not part.pending():
-            raise ConfigError(
-                f"replay.sampler draws rows of source {part.source!r}, and this run's rollout writes none: use "
-                "replay=uniform, a recipe that joins a second source (recipe=rlpd with replay.data=FOLDER), or set "
-                "replay.sampler.share_missing=true"
-            )
+    for part in _drawn_from(sampler):
+        if len(replay) and not part.pending():
+            raise _never_written(part)
 
 
 def _check_keys(replay: Replay, agent: str, keys: Sequence[str]) -> None:

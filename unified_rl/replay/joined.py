@@ -9,12 +9,14 @@ import torch
 from tensordict import TensorDict
 
 from unified_rl.configurable import configurable
-from unified_rl.errors import ConfigError, RecordError
+from unified_rl.errors import RecordError
+from unified_rl.ranges import Count, UnitInterval, ranged
 from unified_rl.replay.buffer import Replay
 from unified_rl.replay.persist import read_rows
 
 
 @configurable
+@ranged("replay")
 class WithDataset(Replay):
     """A replay each of whose batches holds a share of rows from a recorded data set, behind its own. RLPD, 2302.02948.
 
@@ -28,10 +30,8 @@ class WithDataset(Replay):
         CheckpointError: ``data`` is missing or damaged, or holds no rows.
     """
 
-    def __init__(self, capacity: int, *, data: str, share: float = 0.5, **options: Any) -> None:
+    def __init__(self, capacity: Count, *, data: str, share: UnitInterval = 0.5, **options: Any) -> None:
         super().__init__(capacity, **options)
-        if not 0.0 <= share <= 1.0:
-            raise ConfigError(f"replay.share={share} must lie in [0, 1]")
         rows = read_rows(data, "replay.data")
         self.stored, self.share = rows.reshape(rows.numel()), share
 

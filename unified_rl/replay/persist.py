@@ -150,7 +150,7 @@ def lanes_and_rows(meta: Mapping[str, Any], path: str | Path) -> tuple[int, int]
     Raises:
         CheckpointError: they are no counts.
     """
-    counts = [meta.get(name) for name in ("lanes", "written", "capacity")]
+    counts: list[Any] = [meta.get(name) for name in ("lanes", "written", "capacity")]
     if not all(type(count) is int for count in counts) or counts[0] < 1 or min(counts) < 0:
         raise CheckpointError(f"{path}: lanes, written and capacity are {counts}, which are no counts of rows")
     return counts[0], min(counts[1:])

@@ -16,6 +16,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.errors import ConfigError, RecordError
+from unified_rl.ranges import NonNegative, Positive, UnitInterval, Whole
 
 
 class Groups:
@@ -99,12 +100,12 @@ def group_advantage(
     *,
     baseline: str = "mean",
     scale: str = "none",
-    ddof: int = 1,
-    eps: float = 1e-6,
+    ddof: Whole = 1,
+    eps: NonNegative = 1e-6,
     singleton: float | Literal["auto"] | None = "auto",
-    min_spread: float = 0.0,
+    min_spread: NonNegative = 0.0,
     shift: float = 0.0,
-    temperature: float = 1.0,
+    temperature: Positive = 1.0,
     weight: Tensor | None = None,
     given: Tensor | None = None,
     units: Tensor | None = None,
@@ -174,7 +175,7 @@ def group_advantage(
 
 
 def stratified_advantage(
-    reward: Tensor, group: Tensor, stratum: Tensor, *, blend: float = 0.5, scale: str = "std", ddof: int = 0
+    reward: Tensor, group: Tensor, stratum: Tensor, *, blend: UnitInterval = 0.5, scale: str = "std", ddof: Whole = 0
 ) -> Tensor:
     """A mix of advantages within (group, stratum) and within the group: Stratified GRPO.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.errors import ConfigError, RecordError
+from unified_rl.ranges import Name
 from unified_rl.returns.groups import group_advantage, stratified_advantage
 from unified_rl.returns.tracker import SuccessTracker
 from unified_rl.units import row_return
@@ -21,6 +22,22 @@ PLAIN = (
 
 NAMED = ("reward", "group", "weight", "given", "stratum", "blend", "whiten_over")
 """Settings that name entries of the record, and those of strata and whitening."""
+
+CHOICES: dict[str, Any] = {
+    "baseline": Literal["mean", "leave_one_out", "max", "none", "weighted", "soft", "given", "tracker"],
+    "scale": Literal["none", "std", "batch", "whiten"],
+    "combine": Literal["sum_first", "normalize_first"],
+    "whiten_over": Literal["rows", "units"],
+    **dict.fromkeys(("reward", "group", "weight", "given", "stratum"), Name),
+}
+"""Types of the settings that are names; those of the numbers are :func:`group_advantage`'s."""
+
+
+def setting_types() -> dict[str, Any]:
+    """What may stand in each setting, see :func:`unified_rl.instantiate.check_type`."""
+    hints = {**get_type_hints(stratified_advantage, include_extras=True)}
+    hints |= get_type_hints(group_advantage, include_extras=True)
+    return {key: CHOICES.get(key, hints.get(key, Any)) for key in (*PLAIN, *NAMED)}
 
 
 def record_advantage(

@@ -8,8 +8,8 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from unified_rl.configurable import configurable
-from unified_rl.errors import ConfigError
 from unified_rl.protocols import LanguageEnv, require_solutions
+from unified_rl.ranges import Count, OpenUnit, ranged
 from unified_rl.rollout.conversation import Conversations, Problems, Told, put
 
 Generate = Callable[[Problems, list[list[int]]], Told]
@@ -54,6 +54,7 @@ class Context(Protocol):
 
 
 @configurable
+@ranged()
 class Hints:
     """Where every answer to a prompt failed, samples again after a growing share of the solution. GHPO.
 
@@ -64,9 +65,7 @@ class Hints:
         style: of the solution.
     """
 
-    def __init__(self, shares: tuple[float, ...] = (0.25, 0.5, 0.75), style: str | None = None) -> None:
-        if not all(0.0 < share < 1.0 for share in shares):
-            raise ConfigError(f"shares={list(shares)} must lie between 0 and 1: parts of a solution")
+    def __init__(self, shares: tuple[OpenUnit, ...] = (0.25, 0.5, 0.75), style: str | None = None) -> None:
         self.shares, self.style = shares, style
 
     def check(self, env: LanguageEnv, setting: str) -> None:
@@ -99,15 +98,14 @@ class Hints:
 
 
 @configurable
+@ranged()
 class Refill:
     """Groups whose rewards are all equal make room for other prompts', as often as ``tries``. DAPO's dynamic sampling.
 
     Row counts stay; what is still equal in the end is left to the agent (``agent.drop_equal_groups``).
     """
 
-    def __init__(self, tries: int = 3) -> None:
-        if tries < 1:
-            raise ConfigError(f"tries={tries} must be at least 1")
+    def __init__(self, tries: Count = 3) -> None:
         self.tries = tries
 
     def check(self, env: LanguageEnv, setting: str) -> None:

@@ -13,6 +13,7 @@ from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.interop.guard import reset_env, step_env
 from unified_rl.protocols import ControlEnv, Samples, StepResult
+from unified_rl.ranges import Count, UnitInterval, Whole, ranged
 from unified_rl.spaces import Space
 from unified_rl.units import Source
 
@@ -21,6 +22,7 @@ STEPS = "rollout/steps"
 
 
 @configurable
+@ranged("rollout")
 class ControlRollout:
     """Collects transitions ``[horizon, num_envs]`` with the current policy.
 
@@ -52,12 +54,12 @@ class ControlRollout:
         self,
         env: ControlEnv,
         policy: Samples,
-        gamma: float,
+        gamma: UnitInterval,
         generator: torch.Generator,
-        num_envs: int | None = None,
-        horizon: int = 64,
-        staleness: int = 0,
-        random_steps: int = 0,
+        num_envs: Count | None = None,
+        horizon: Count = 64,
+        staleness: Whole = 0,
+        random_steps: Whole = 0,
         device: str = "cpu",
     ) -> None:
         self.env, self.policy, self.gamma, self.generator = env, policy, gamma, generator
@@ -67,8 +69,6 @@ class ControlRollout:
                 f"rollout.num_envs={num_envs}, but the environment has {env.num_envs} simulations; set "
                 f"rollout.num_envs={env.num_envs}"
             )
-        if horizon < 1:
-            raise ConfigError(f"rollout.horizon={horizon} must be at least 1: steps of a collection")
         self.num_envs = env.num_envs
         self.rows, self.length = env.num_envs, horizon
         self.device = torch.device(device)

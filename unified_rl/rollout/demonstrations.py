@@ -11,6 +11,7 @@ from tensordict import TensorDict
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import ControlEnv, Demonstrates, HasSpace, LanguageEnv, Normalizes, Trainable, domain_of
+from unified_rl.ranges import Count, ranged
 from unified_rl.replay import read_rows
 from unified_rl.rollout.recorded import fitted
 from unified_rl.spaces import Space
@@ -39,6 +40,7 @@ def style_option(env: Any, style: str | None, where: str) -> dict[str, str]:
 
 
 @configurable
+@ranged("rollout")
 class DemonstrationRollout:
     """Hands supervised rows to the replay, for behaviour cloning and supervised fine-tuning.
 
@@ -75,14 +77,12 @@ class DemonstrationRollout:
         policy: Trainable,
         generator: torch.Generator,
         problem_generator: torch.Generator | None = None,
-        rows: int = 256,
+        rows: Count = 256,
         data: str | None = None,
         style: str | None = None,
     ) -> None:
         self.env, self.policy, self.generator = env, policy, problem_generator or generator
         self.domain, self.steps = domain_of(env), 0
-        if rows < 1:
-            raise ConfigError(f"rollout.rows={rows} must be at least 1")
         self.rows, self.length, self.steps_per_collect = rows, None, rows
         if style is not None and data is not None:
             raise ConfigError(
@@ -96,6 +96,8 @@ class DemonstrationRollout:
                 f"{type(env).__name__} has no scripted expert to imitate; set rollout.data to a folder of rows"
             )
         self.options = style_option(env, style, "rollout.style")
+        if self.pool is None and self.domain == "language" and self.expert is not None:  # is there one that fits?
+            self.expert.demonstrations(1, torch.Generator().manual_seed(0), **self.options)
 
     def _read(self, data: str) -> TensorDict:
         rows = read_rows(data, "rollout.data")

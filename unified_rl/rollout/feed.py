@@ -85,7 +85,7 @@ class LocalFeed:
         self._tickets: tuple[int, tuple[Batch, ...], bool] = (0, (), False)  # replaced as one: signals come anywhere
         self._before: dict[str, Any] | None = None
         self._born, self._spent = time.monotonic(), 0.0
-        if self.staleness < 0:
+        if self.staleness < 0:  # of a rollout of the user's own, which need not say its range
             raise ConfigError(f"rollout.staleness={self.staleness} must be at least 0: updates that rows may wait")
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.protocols import Generates, LanguageEnv, LanguagePolicy
+from unified_rl.ranges import Count, UnitInterval, Whole, ranged
 from unified_rl.rollout.context import Context
 from unified_rl.rollout.conversation import Problems, Told, converse, summary
 from unified_rl.rollout.rows import RowBuilder
@@ -28,6 +29,7 @@ def fixed_stream(name: str) -> torch.Generator:
 
 
 @configurable
+@ranged("rollout")
 class LanguageRollout:
     """Samples ``prompts * group_size`` conversations with the current policy, and joins the rows of its sources.
 
@@ -66,17 +68,17 @@ class LanguageRollout:
         self,
         env: LanguageEnv,
         policy: LanguagePolicy,
-        gamma: float,
+        gamma: UnitInterval,
         generator: torch.Generator,
         problem_generator: torch.Generator,
-        prompts: int = 32,
-        group_size: int = 8,
-        staleness: int = 0,
+        prompts: Count = 32,
+        group_size: Count = 8,
+        staleness: Whole = 0,
         sources: dict[str, RowSource] | None = None,
         context: Context | None = None,
         columns: dict[str, str | list[str]] | None = None,
         privileged: str | None = None,
-        generation_batch: int | None = None,
+        generation_batch: Count | None = None,
         device: str = "cpu",
         streams: Callable[[str], torch.Generator] = fixed_stream,
     ) -> None:
@@ -85,13 +87,6 @@ class LanguageRollout:
         self.prompts, self.group_size, self.staleness = prompts, group_size, staleness
         self.device = torch.device(device)
         self.generation_batch = generation_batch
-        for setting, value in (
-            ("prompts", prompts),
-            ("group_size", group_size),
-            ("generation_batch", generation_batch),
-        ):
-            if value is not None and value < 1:
-                raise ConfigError(f"rollout.{setting}={value} must be at least 1")
         self.builder = RowBuilder(env, gamma, columns, privileged)
         self.context = context
         if self.context is not None:

@@ -14,6 +14,8 @@ from typing import Any
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
+from unified_rl.instantiate import check_type, parameters
+from unified_rl.ranges import Seed, Whole
 from unified_rl.untrusted import check_name
 
 Compose = Callable[[list[str]], dict[str, Any]]
@@ -43,10 +45,10 @@ class Study:
     name: str
     domains: dict[str, list[str]]
     corrections: Any
-    staleness: Any = field(default_factory=lambda: [0])
-    seeds: Any = field(default_factory=lambda: [1])
+    staleness: list[Whole] | dict[str, list[Whole]] = field(default_factory=lambda: [0])
+    seeds: list[Seed] | dict[str, list[Seed]] = field(default_factory=lambda: [1])
     overrides: list[str] = field(default_factory=list)
-    workers: int = 2
+    workers: Whole = 2
     folder: str | None = None
     description: str = ""
 
@@ -71,16 +73,13 @@ class Study:
                 raise ConfigError(f"study.{key} is missing or empty")
         if not re.fullmatch(r"[\w.-]+", check_name(str(node["name"]), "study.name")):
             raise ConfigError(f"study.name is {node['name']!r}; use letters, digits, '.', '_' and '-'")
-        study = cls(**node)
-        if not isinstance(study.domains, Mapping):
-            raise ConfigError("study.domains must map each label to the overrides of its runs")
+        known_types = parameters(cls)[0]
+        study = cls(**{key: check_type(value, known_types[key].hint, f"study.{key}") for key, value in node.items()})
         if "\0" in str(study.folder):
             raise ConfigError(f"study.folder is {study.folder!r}; a path has no NUL character")
         for domain in study.domains:
             for key in ("corrections", "staleness", "seeds"):
                 study.choices(key, domain)
-        if not isinstance(study.workers, int) or study.workers < 0:
-            raise ConfigError(f"study.workers is {study.workers!r}; set 0 (this process) or the number of processes")
         return study
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,20 +13,23 @@ from typing import Any, Literal
 import torch
 
 from unified_rl.config import build, check_run
+from unified_rl.devices import device_of
 from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
 from unified_rl.interop.guard import one_line
 from unified_rl.policies.pretrained import tokenizer_folder
-from unified_rl.protocols import ChecksIdentity, Demonstrates, EndsPretraining
+from unified_rl.protocols import ChecksIdentity, ChecksReplay, Demonstrates, EndsPretraining
 from unified_rl.replay import WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
 from unified_rl.rollout.feed import LocalFeed
 from unified_rl.rollout.recorded import fitted
 from unified_rl.spaces import Space
 from unified_rl.training.evaluation import evaluate_control, evaluate_language
+from unified_rl.training.limits import check_machine, check_replay_memory, check_rows, row_size
 from unified_rl.training.seeding import derive, generator, scoped
 from unified_rl.training.settings import TrainSettings
 from unified_rl.training.trainer import Trainer
+from unified_rl.training.written import check_rollout
 from unified_rl.units import Source
 
 NODES = ("env", "policy", "agent", "correction", "replay", "rollout", "warm_start")
@@ -63,11 +67,12 @@ class Job:
         self.settings = TrainSettings(**{k: v for k, v in cfg.items() if k in names})
         if self.settings.steps == 0 and not cfg.get("warm_start"):
             raise ConfigError("steps=0 must be at least 1, or the run needs a warm_start to make")
-        self.device = _device(self.settings.device)
-        torch.set_num_threads(self.settings.threads)
+        self.device = device_of(self.settings.device)
         self.seed = self.settings.seed
         self.collects = bool(cfg.get("rollout"))
         self._refuse_missing()
+        self._check_machine()
+        torch.set_num_threads(self.settings.threads)
         given = self._default("agent", "gamma")
         self._refuse_gammas(given)
         self._env_options: dict[str, Any] = {} if given is None else {"gamma": given}
@@ -75,13 +80,17 @@ class Job:
         self.env = self._environment("env", self._num_envs())
         self.language = self.env.domain == "language"
         self.gamma: float = DISCOUNTS[self.env.domain] if given is None else given
+        self._check_domains()
         self.eval_env: Any = None
+        self._waiting: tuple[Any, Any] | None = None
+        self.row_size = row_size(self.env.policy_inputs())
         with scoped(self.seed, "policy"):
             inputs = self._policy_inputs(cfg["policy"])
-            self.policy = build(cfg["policy"], allow=self.allow, seed=self._integer("policy"), **inputs)
+            seed = self._integer("policy")
+            self.policy = build(cfg["policy"], allow=self.allow, setting="policy", seed=seed, **inputs)
         self.policy = self.policy.to(self.device)
         node = cfg.get("correction")
-        self.correction = build(node, allow=self.allow) if node else None
+        self.correction = build(node, allow=self.allow, setting="correction") if node else None
 
     # ------------------------------------------------------------------ what the configuration says
 
@@ -89,8 +98,10 @@ class Job:
         return parameters(locate(node["_target_"], self.allow), self.allow)
 
     def _default(self, group: str, key: str) -> Any:
-        """What the node of a group says, or the signature of its target."""
-        node = self.cfg[group]
+        """What the node of a group says, or the signature of its target; None where neither says anything."""
+        node = self.cfg.get(group)
+        if not node:
+            return None
         known, _ = self._parameters(node)
         default = known[key].default if key in known else None
         return node.get(key, None if default is REQUIRED else default)
@@ -102,9 +113,7 @@ class Job:
         return {} if found is None else {"tokenizer": found}
 
     def _refuse_gammas(self, gamma: float | None) -> None:
-        """Raises ConfigError for no discount, and where a node of another group holds one that is not the agent's."""
-        if gamma is not None and not 0.0 <= gamma <= 1.0:
-            raise ConfigError(f"agent.gamma={gamma} must lie in [0, 1]")
+        """Raises ConfigError where a node of another group holds a discount that is not the agent's."""
         gamma = DISCOUNTS["control"] if gamma is None else gamma  # language tasks and rollouts have no other
         for group in ("env", "rollout"):
             other = (self.cfg.get(group) or {}).get("gamma")
@@ -118,7 +127,7 @@ class Job:
         """Raises ConfigError where a group is none that the agent needs, or one that it does not take."""
         needed, takes_any = self._parameters(self.cfg["agent"])
         correction = needed.get("correction")
-        agent = (self.cfg.get("choices") or {}).get("agent") or self.cfg["agent"]["_target_"]
+        agent = self._agent_name
         if self.collects and correction and correction.default is REQUIRED and not self.cfg.get("correction"):
             raise ConfigError(
                 f"correction=none, but agent={agent} needs one; choose it with correction=NAME "
@@ -129,11 +138,35 @@ class Job:
                 f"correction={self.cfg['correction'].get('name')} would be of no effect: agent={agent} takes none; use "
                 "correction=none, or agent=policy_gradient"
             )
+        if not self.collects and self.cfg.get("replay") and "replay" not in needed and not takes_any:
+            name = (self.cfg.get("choices") or {}).get("replay") or self.cfg["replay"]["_target_"]
+            raise ConfigError(
+                f"replay={name} would be of no effect: agent={agent} keeps rows of its own; use replay=none"
+            )
         if self.collects and not self.cfg.get("replay"):
             raise ConfigError(
                 f"replay=none, but agent={agent} learns from rows that a rollout collects; choose replay=fresh or "
                 "replay=uniform"
             )
+
+    def _check_domains(self) -> None:
+        """Raises ConfigError for a rollout of the other domain than the environment's."""
+        node = self.cfg.get("rollout")
+        domain = getattr(locate(node["_target_"], self.allow), "domain", None) if node else None
+        if isinstance(domain, str) and domain != self.env.domain:
+            choices = self.cfg.get("choices") or {}
+            raise ConfigError(
+                f"rollout={choices.get('rollout')} collects in {domain} environments, and env={choices.get('env')} is "
+                f"of {self.env.domain}: use rollout={self.env.domain} with an agent of that domain"
+                + (" (agent=policy_gradient)" if self.env.domain == "language" else " (agent=ppo, agent=sac)")
+            )
+
+    def _check_machine(self) -> None:
+        """Raises ConfigError for more threads or simulations than this machine can hold."""
+        node = self.cfg.get("env")
+        domain = getattr(locate(node["_target_"], self.allow), "domain", None) if node else None
+        control = None if domain is None else domain == "control"
+        check_machine(self.settings.threads, self.settings.eval_episodes, self._num_envs(), self._default, control)
 
     def _num_envs(self) -> int:
         given = self._default("rollout" if self.collects else "agent", "num_envs")
@@ -178,11 +211,19 @@ class Job:
     def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
         """Agent, rollout and replay around the policy as it is now (after any warm start)."""
         if not self.collects:
-            agent = self._agent(env=self.env, budget=self.settings.steps)
+            agent = self._agent(self.policy, env=self.env, budget=self.settings.steps)
             self.policy = agent.policy
             return Trainer(self.settings, folder, agent, None, None, self.evaluate, display)
-        rollout = self.make_rollout()
+        rollout, agent, replay = self._collecting(self.policy)
+        self._waiting = None
+        return Trainer(self.settings, folder, agent, LocalFeed(rollout), replay, self.evaluate, display)
+
+    def _collecting(self, policy: Any) -> tuple[Any, Any, Any]:
+        """Rollout, agent and replay, checked against one another; what a rehearsal made is taken up."""
+        rollout, replay = self._waiting or (self.make_rollout(), None)
+        check_rows(self.row_size, rollout.rows, rollout.length, self._default)
         agent = self._agent(
+            policy,
             correction=self.correction,
             generator=generator(self.seed, "agent", self.device),
             rows=rollout.rows,
@@ -190,8 +231,9 @@ class Job:
             device=str(self.device),
         )
         self._check_random_steps(rollout, agent)
-        replay = self._replay(rollout.rows, rollout.length)
-        if hasattr(agent, "check_replay"):
+        replay = self._replay(rollout.rows, rollout.length) if replay is None else replay
+        if isinstance(agent, ChecksReplay):
+            agent.option = self._agent_name
             agent.check_replay(replay)
         if not self.language:
             check_recorded_discount(getattr(rollout, "pool", None), "rollout.data", self.gamma)
@@ -200,19 +242,30 @@ class Job:
                 space = Space.of(self.env.policy_inputs())
                 replay.stored = fitted(replay.stored, space, f"replay.data={self.cfg['replay']['data']}")
         refuse_idle_terms(agent, rollout, replay)
-        return Trainer(self.settings, folder, agent, LocalFeed(rollout), replay, self.evaluate, display)
+        check_rollout(agent, rollout, replay)
+        return rollout, agent, replay
 
-    @staticmethod
-    def _check_random_steps(rollout: Any, agent: Any) -> None:
+    def _rehearse(self) -> None:
+        """Builds what comes after a warm start, so that it refuses before one is made; the agent's policy is a copy."""
+        if self.collects:
+            rollout, _, replay = self._collecting(copy.deepcopy(self.policy))
+            self._waiting = rollout, replay
+
+    @property
+    def _agent_name(self) -> str:
+        """What the user called the agent."""
+        return str((self.cfg.get("choices") or {}).get("agent") or self.cfg["agent"]["_target_"])
+
+    def _check_random_steps(self, rollout: Any, agent: Any) -> None:
         """Raises ConfigError where actions drawn at random would be taken for the policy's own samples."""
         if getattr(rollout, "random_steps", 0) and getattr(agent, "rescores", False):
             raise ConfigError(
-                f"rollout.random_steps={rollout.random_steps}, but {type(agent).__name__} learns from the policy's own "
-                "samples alone: set it to 0, or use agent=sac"
+                f"rollout.random_steps={rollout.random_steps}, but agent={self._agent_name} learns from the policy's "
+                "own samples alone: set it to 0, or use agent=sac"
             )
 
-    def _agent(self, **offered: Any) -> Any:
-        agent = self.build(self.cfg["agent"], "agent", policy=self.policy, seed=self._integer("agent"), **offered)
+    def _agent(self, policy: Any, **offered: Any) -> Any:
+        agent = self.build(self.cfg["agent"], "agent", policy=policy, seed=self._integer("agent"), **offered)
         if self.collects and agent.gamma != self.gamma:
             raise ConfigError(
                 f"the agent's discount is {agent.gamma}, environment and rollout were made for {self.gamma}: "
@@ -240,15 +293,19 @@ class Job:
     def _replay(self, rows: int, length: int | None) -> Any:
         """The replay; a queue is as large as what can wait in it, since batches wait in the feed."""
         node = dict(self.cfg["replay"])
-        sampler = build(node.pop("sampler"), allow=self.allow)
+        sampler = build(node.pop("sampler"), allow=self.allow, setting="replay.sampler")
         if sampler.queue:
             node["capacity"] = 2 * rows * (length or 1)
+        if "capacity" in node:
+            storage, path = (self._default("replay", key) for key in ("storage", "path"))
+            check_replay_memory(self.row_size, node["capacity"], storage, path)
         lanes = 1 if length is None else rows
         fixed: dict[str, Any] = {"cut": False}  # agents mind themselves where episodes end, and lose nothing
         if "discount" in self._parameters(node)[0]:
             fixed["discount"] = self.gamma
         seed = self._integer("replay")
-        replay = build(node, allow=self.allow, sampler=sampler, lanes=lanes, seed=seed, **fixed)
+        given: dict[str, Any] = {"sampler": sampler, "lanes": lanes, "seed": seed, **fixed}
+        replay = build(node, allow=self.allow, setting="replay", **given)
         if getattr(replay, "write_count", 0) and self.found_rows != "keep":
             if self.found_rows == "refuse":
                 replay.close()
@@ -284,12 +341,13 @@ class Job:
         node = self.cfg.get("warm_start")
         if not node:
             return
-        self._imitate(build(node, allow=self.allow), report)
+        self._imitate(build(node, allow=self.allow, setting="warm_start"), report)
         if "correction" in self._parameters(self.cfg["agent"])[0] and isinstance(self.policy, EndsPretraining):
             self.policy.end_pretraining()  # as the agent will, so that the policy is the one that it begins with
 
     def _imitate(self, stage: Any, report: Callable[..., None]) -> None:
         if stage.run is not None:
+            self._rehearse()
             stage.load_policy(self.policy)
             return
         if not isinstance(self.env, Demonstrates):
@@ -297,6 +355,8 @@ class Job:
                 f"the warm start imitates, and {type(self.env).__name__} has no demonstrations: set warm_start=none, "
                 "or warm_start=from_run with the folder of a trained run"
             )
+
+        self._rehearse()
 
         def make_agent(lr: float) -> Any:
             target = {"_target_": "unified_rl.agents.behavior_cloning.BehaviorCloning", "lr": lr}
@@ -327,16 +387,6 @@ def check_recorded_discount(rows: Any, setting: str, gamma: float) -> None:
             f"the rows of {setting} were recorded under another discount, {float(wrong.max()):g}, and not under "
             f"agent.gamma={gamma}; set agent.gamma to theirs, or record rows of a run with this one"
         )
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name} is not a device; use cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={name}, but torch {torch.__version__} sees no CUDA device; use device=cpu")
-    return device
 
 
 def refuse_idle_terms(agent: Any, rollout: Any, replay: Any) -> None:

@@ -30,14 +30,14 @@ def restoring(path: object) -> Iterator[None]:
         ) from error
 
 
-def policy_state(state: Mapping[str, Any], path: object) -> Mapping[str, Any]:
+def policy_state(state: Mapping[str, Any], path: object) -> dict[str, Any]:
     """The policy's part of a run's state: weights without a NaN or infinity.
 
     Raises:
         CheckpointError: there is none, or a weight is not finite.
     """
     with restoring(path):
-        found: Mapping[str, Any] = state["agent"]["policy"]
+        found: dict[str, Any] = state["agent"]["policy"]
         check_finite({name: value for name, value in found.items() if isinstance(value, Tensor)}, path)
     return found
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unified_rl.errors import ConfigError
+from unified_rl.ranges import Count, Name, Seed, Whole, ranged
 
 
+@ranged()
 @dataclass
 class TrainSettings:
     """Top-level keys of ``unified-rl train``.
@@ -32,33 +33,26 @@ class TrainSettings:
         progress: show a progress display.
     """
 
-    steps: int = 100_000
-    seed: int = 0
+    steps: Whole = 100_000
+    seed: Seed = 0
     device: str = "cpu"
-    threads: int = 1
-    runs: str = "runs"
+    threads: Count = 1
+    runs: Name = "runs"
     name: str | None = None
     run_dir: str | None = None
     resume_existing: bool = False
-    eval_every: int | None = None
-    eval_episodes: int = 64
+    eval_every: Whole | None = None
+    eval_episodes: Count = 64
     eval_deterministic: bool = True
-    log_every: int | None = None
-    checkpoint_every: int | None = None
-    keep_checkpoints: int = 2
+    log_every: Count | None = None
+    checkpoint_every: Whole | None = None
+    keep_checkpoints: Count = 2
     checkpoint_replay: bool = True
     identity_check: bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
-        """Fills the intervals that follow from ``steps``.
-
-        Raises:
-            ConfigError: a negative budget, or no episode to evaluate.
-        """
-        for name, least in (("steps", 0), ("eval_episodes", 1), ("threads", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        """Fills the intervals that follow from ``steps``."""
         if self.eval_every is None:
             self.eval_every = max(1, self.steps // 20)
         if self.log_every is None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 from tensordict import TensorDictBase
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
+from unified_rl.instantiate import check_type
 from unified_rl.protocols import Demonstrates, Imitates, Normalizes, Stateful
+from unified_rl.ranges import Count, NonNegative, Positive, Share, Whole, ranged
 from unified_rl.rollout.demonstrations import style_option
 from unified_rl.training.checkpoint import intact_checkpoint
 from unified_rl.training.restoring import policy_state
@@ -39,6 +41,7 @@ Report: TypeAlias = Callable[[int, int, int, float, float | None], None]
 
 
 @configurable
+@ranged("warm_start")
 class WarmStart:
     """Stages of imitation on the environment's own demonstrations, or the policy of an earlier run.
 
@@ -60,27 +63,39 @@ class WarmStart:
         ConfigError: a stage with an unknown key, or with neither ``until_loss`` nor ``updates``.
     """
 
-    KEYS = ("style", "until_loss", "updates", "lr")
+    KEYS: ClassVar[dict[str, Any]] = {
+        "style": str | None, "until_loss": Positive | None, "updates": Whole | None, "lr": NonNegative | None,
+    }  # fmt: skip
 
     def __init__(
         self,
         stages: list[dict[str, Any]] | None = None,
-        batch_size: int = 256,
-        lr: float = 1e-3,
-        dataset: int | None = None,
-        smoothing: float = 0.95,
+        batch_size: Count = 256,
+        lr: NonNegative = 1e-3,
+        dataset: Count | None = None,
+        smoothing: Share = 0.95,
         run: str | None = None,
     ) -> None:
         self.stages = [dict(stage) for stage in stages or []]
         self.batch_size, self.lr, self.dataset, self.smoothing, self.run = batch_size, lr, dataset, smoothing, run
-        for number, stage in enumerate(self.stages):
-            unknown = [key for key in stage if key not in self.KEYS]
+        self.check_settings({"stages": self.stages})
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Refuses stages that cannot be run, when a run is composed.
+
+        Raises:
+            ConfigError: a stage with an unknown key or a value outside its range, or without an end.
+        """
+        for number, stage in enumerate(settings.get("stages") or ()):
+            where = f"warm_start.stages[{number}]"
+            unknown = [key for key in stage if key not in cls.KEYS]
             if unknown:
-                raise ConfigError(
-                    f"warm_start.stages[{number}] has unknown keys {unknown}; known: {', '.join(self.KEYS)}"
-                )
+                raise ConfigError(f"{where} has unknown keys {unknown}; known: {', '.join(cls.KEYS)}")
+            for key, value in stage.items():
+                check_type(value, cls.KEYS[key], f"{where}.{key}")
             if stage.get("until_loss") is None and stage.get("updates") is None:
-                raise ConfigError(f"warm_start.stages[{number}] needs until_loss or updates")
+                raise ConfigError(f"{where} needs until_loss or updates")
 
     def load_policy(self, policy: Stateful) -> None:
         """Loads the policy of :attr:`run`, of its newest intact checkpoint.

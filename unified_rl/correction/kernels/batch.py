@@ -15,6 +15,7 @@ from unified_rl.correction.internal.hashing import unit_noise
 from unified_rl.correction.kernels.kernel import Kernel, Traits, by_name, clipped_formula, number
 from unified_rl.correction.kernels.unit import outside
 from unified_rl.correction.view import BEYOND, View, anchor_log_prob, masked, narrow, only, share, sum_all
+from unified_rl.ranges import Bound, Extended, NonNegative, Positive, Radius, Seed, UnitInterval, UpperBound
 
 
 def _rows(x: Tensor, view: View) -> Tensor:
@@ -81,7 +82,7 @@ class M2Mask(Kernel):
 
     name = "m2_mask"
     traits = Traits(truncates=True)
-    budget: float = 0.04
+    budget: Bound = 0.04
     weighted: bool = True
 
     def formula(self) -> str:
@@ -121,14 +122,15 @@ class SearchedPPO(Kernel):
 
     name = "searched_ppo"
     traits = Traits(truncates=True)
-    low: float = 0.6
-    low_max: float = 0.8
-    high: float = 1.2
-    high_max: float = 2.0
-    step: float = 0.05
-    target: float = 1.0
+    ordered = (("low", "low_max"), ("high", "high_max"))
+    low: Bound = 0.6
+    low_max: Bound = 0.8
+    high: UpperBound = 1.2
+    high_max: UpperBound = 2.0
+    step: Positive = 0.05
+    target: NonNegative = 1.0
     surrogate: bool = False
-    dual_clip: float | None = 3.0
+    dual_clip: UpperBound | None = 3.0
 
     def formula(self) -> str:
         """The search."""
@@ -200,12 +202,13 @@ class ClipCov(Kernel):
 
     name = "clip_cov"
     traits = Traits(truncates=True)
-    fraction: float = 2e-4
-    cov_low: float = 1.0
-    cov_high: float = 5.0
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    seed: int = 0
+    ordered = (("cov_low", "cov_high"),)
+    fraction: UnitInterval = 2e-4
+    cov_low: Extended = 1.0
+    cov_high: Extended = 5.0
+    clip_low: Radius = 0.2
+    clip_high: Radius = 0.2
+    seed: Seed = 0
 
     def formula(self) -> str:
         """The draw, on top of PPO's bounds."""
@@ -237,9 +240,9 @@ class SparedPPO(Kernel):
 
     name = "spared_ppo"
     traits = Traits(truncates=True, anchors=("proxy",), probabilities="ppo")
-    fraction: float = 0.01
-    clip_low: float = 1.0
-    clip_high: float = 9.0
+    fraction: UnitInterval = 0.01
+    clip_low: Radius = 1.0
+    clip_high: Radius = 9.0
 
     def formula(self) -> str:
         """PPO's bounds, and which units are spared."""

@@ -12,6 +12,7 @@ from unified_rl.correction.kernels.kernel import Kernel, Traits, by_name, clippe
 from unified_rl.correction.kernels.unit import ppo
 from unified_rl.correction.view import View, anchor_log_prob, masked
 from unified_rl.errors import RecordError
+from unified_rl.ranges import NonNegative, Positive, Radius, UpperBound
 from unified_rl.returns.groups import Groups
 from unified_rl.units import row_return
 
@@ -27,12 +28,12 @@ class Residual(Kernel):
 
     name = "residual"
     traits = Traits(holds_ratio=False, own_advantage=True, groups="dro", purpose="regulariser")
-    beta: float = 0.1
-    scale: float = 1.0
+    beta: NonNegative = 0.1
+    scale: Positive = 1.0
     centered: bool = True
     divide: Literal["none", "group", "pairs"] = "none"
     length_normalized: bool = False
-    importance_cap: float | None = None
+    importance_cap: UpperBound | None = None
 
     @property
     def anchors(self) -> tuple[str, ...]:
@@ -86,8 +87,8 @@ class LikelihoodPair(Kernel):
     traits = Traits(
         own_advantage=True, groups="topr", binary_rewards=True, scores_experts=True, purpose="other objective"
     )
-    floor: float = 1.0
-    negative_weight: float = 1.0
+    floor: Positive = 1.0
+    negative_weight: NonNegative = 1.0
     normalize: Literal[0, 1, 2] = 1
 
     def formula(self) -> str:
@@ -131,9 +132,9 @@ class TeacherPPO(Kernel):
 
     name = "teacher_ppo"
     traits = Traits(truncates=True, own_advantage=True, anchors=("teacher", "reference"), purpose="other objective")
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    scale: float = 1.0
+    clip_low: Radius = 0.2
+    clip_high: Radius = 0.2
+    scale: Positive = 1.0
 
     def formula(self) -> str:
         """PPO's bounds, and the signal."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unified_rl.correction.internal.distributed import Total
 from unified_rl.correction.view import View
+from unified_rl.ranges import enforce
 
 Purpose = Literal["trust region", "other objective", "regulariser", ""]
 
@@ -52,16 +53,19 @@ class Kernel:
 
     Derive from it; annotated attributes are the settings, with their types and defaults (each subclass becomes a
     frozen dataclass). ``name`` is what a configuration calls it, ``formerly`` an older name that errors point from,
-    ``traits`` what is known about it.
+    ``traits`` what is known about it, ``ordered`` names its bounds.
     """
 
     name: ClassVar[str] = ""
     formerly: ClassVar[str] = ""
     traits: ClassVar[Traits] = Traits()
+    ordered: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Pairs of settings of which the first must not lie above the second."""
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         dataclass(frozen=True, kw_only=True)(cls)
+        enforce(cls)
 
     def weight(self, view: View) -> Tensor:
         """``g [B, N]``, detached; finite also where masked."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unified_rl.correction.kernels.kernel import Kernel, Traits, by_name, clipped_formula, number
 from unified_rl.correction.view import View, narrow, only, share
+from unified_rl.ranges import Bound, NonNegative, Positive, Radius, UpperBound
 from unified_rl.units import Source
 
 
@@ -55,9 +56,9 @@ class PPO(Kernel):
 
     name = "ppo"
     traits = Traits(truncates=True)
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float | None = None
+    clip_low: Radius = 0.2
+    clip_high: Radius = 0.2
+    dual_clip: UpperBound | None = None
 
     def formula(self) -> str:
         """The bounds, as ratios."""
@@ -86,8 +87,9 @@ class Clipped(Kernel):
 
     name, formerly = "clipped", "clamp"
     traits = Traits(truncates=True)
-    low: float = 0.0
-    high: float = math.inf
+    ordered = (("low", "high"),)
+    low: Bound = 0.0
+    high: UpperBound = math.inf
 
     def formula(self) -> str:
         """The bounds."""
@@ -106,8 +108,9 @@ class Band(Kernel):
 
     name = "band"
     traits = Traits(truncates=True)
-    low: float = 0.8
-    high: float = 1.2
+    ordered = (("low", "high"),)
+    low: Bound = 0.8
+    high: UpperBound = 1.2
     weighted: bool = True
 
     def formula(self) -> str:
@@ -125,10 +128,11 @@ class Ring(Kernel):
 
     name = "ring"
     traits = Traits(truncates=True)
-    low: float = 0.8
-    high: float = 1.2
-    outer_low: float = 0.4
-    outer_high: float = 3.0
+    ordered = (("low", "high"), ("outer_low", "low"), ("high", "outer_high"))
+    low: Bound = 0.8
+    high: UpperBound = 1.2
+    outer_low: Bound = 0.4
+    outer_high: UpperBound = 3.0
     weighted: bool = True
 
     def formula(self) -> str:
@@ -155,10 +159,11 @@ class SignClamp(Kernel):
 
     name = "sign_clamp"
     traits = Traits(truncates=True)
-    low_positive: float = 0.8
-    high_positive: float = 1.2
-    low_negative: float = 0.0
-    high_negative: float = 2.0
+    ordered = (("low_positive", "high_positive"), ("low_negative", "high_negative"))
+    low_positive: Bound = 0.8
+    high_positive: UpperBound = 1.2
+    low_negative: Bound = 0.0
+    high_negative: UpperBound = 2.0
 
     def formula(self) -> str:
         """The bounds of both signs."""
@@ -178,8 +183,9 @@ class Tapered(Kernel):
     """1 for A > 0, else ``clip(ratio, low, high)``. TOPR (Tapered Off-Policy REINFORCE), 2503.14286."""
 
     name, formerly = "tapered", "taper"
-    low: float = 0.0
-    high: float = 1.0
+    ordered = (("low", "high"),)
+    low: Bound = 0.0
+    high: UpperBound = 1.0
 
     def formula(self) -> str:
         """The bounds."""
@@ -199,8 +205,8 @@ class SoftGate(Kernel):
     """``4 r s (1 - s)`` with ``s = sigmoid(tau (r - 1))``: a soft clip. SAPO, 2511.20347."""
 
     name, formerly = "soft_gate", "gate"
-    tau_positive: float = 1.0
-    tau_negative: float = 1.05
+    tau_positive: NonNegative = 1.0
+    tau_negative: NonNegative = 1.05
 
     def formula(self) -> str:
         """The temperatures."""
@@ -220,10 +226,10 @@ class GammaDensity(Kernel):
     """``r^k exp(lam - lam r)``: peaks at ``k / lam`` and vanishes on both sides. VESPO, 2602.10693."""
 
     name, formerly = "gamma_density", "gamma"
-    k_positive: float = 2.0
-    lam_positive: float = 3.0
-    k_negative: float = 3.0
-    lam_negative: float = 2.0
+    k_positive: NonNegative = 2.0
+    lam_positive: NonNegative = 3.0
+    k_negative: NonNegative = 3.0
+    lam_negative: NonNegative = 2.0
 
     def formula(self) -> str:
         """The exponents of both signs."""
@@ -245,9 +251,9 @@ class TVMask(Kernel):
 
     name = "tv_mask"
     traits = Traits(truncates=True, probabilities="ppo")
-    low: float = 0.2
-    high: float = 0.2
-    cap: float = 20.0
+    low: Radius = 0.2
+    high: Radius = 0.2
+    cap: UpperBound = 20.0
 
     def formula(self) -> str:
         """The bounds of the probability's move."""
@@ -268,9 +274,9 @@ class KLMask(Kernel):
 
     name = "kl_mask"
     traits = Traits(truncates=True, probabilities="ppo")
-    low: float = 0.05
-    high: float = 0.05
-    cap: float = 20.0
+    low: Radius = 0.05
+    high: Radius = 0.05
+    cap: UpperBound = 20.0
 
     def formula(self) -> str:
         """The bounds of the KL."""
@@ -296,10 +302,10 @@ class LogClip(Kernel):
 
     name = "log_clip"
     traits = Traits(truncates=True)
-    low: float = 0.025
-    high: float = 0.05
-    dual: float | None = 0.05
-    power: float = 0.5
+    low: Radius = 0.025
+    high: Radius = 0.05
+    dual: Radius | None = 0.05
+    power: NonNegative = 0.5
 
     def formula(self) -> str:
         """The bounds, as functions of the position."""
@@ -323,7 +329,7 @@ class ExpAdvantage(Kernel):
 
     name = "exp_advantage"
     traits = Traits(holds_ratio=False, purpose="")
-    temperature: float = 1.0
+    temperature: Positive = 1.0
 
     def formula(self) -> str:
         """The exponential."""
@@ -339,7 +345,7 @@ class Shaped(Kernel):
 
     name, formerly = "shaped", "shape"
     traits = Traits(probabilities="importance_sampling")
-    gamma: float = 0.1
+    gamma: Positive = 0.1
 
     def formula(self) -> str:
         """The shaping."""
@@ -355,9 +361,9 @@ class DemonstrationShape(Kernel):
 
     name = "demonstration_shape"
     traits = Traits(probabilities="ppo", demonstrations="dapo", scores_experts=True)
-    gamma: float = 0.1
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    gamma: Positive = 0.1
+    clip_low: Radius = 0.2
+    clip_high: Radius = 0.2
 
     def formula(self) -> str:
         """Both rules."""
@@ -384,7 +390,7 @@ class CenteredPPO(Kernel):
 
     name = "centered_ppo"
     traits = Traits(truncates=True, anchors=("proximal",))
-    clip: float = 0.2
+    clip: Radius = 0.2
 
     def formula(self) -> str:
         """The bounds around the proximal policy."""

@@ -14,6 +14,7 @@ from unified_rl.correction.internal.distributed import Total, crossing
 from unified_rl.correction.internal.hashing import unit_noise
 from unified_rl.correction.kernels.batch import covariance
 from unified_rl.correction.view import BEYOND, View, masked
+from unified_rl.ranges import Fraction, Seed
 
 
 def negative(view: View, total: Total) -> Tensor:
@@ -31,7 +32,7 @@ def selected(view: View, total: Total) -> Tensor:
     return view.stats["selected"]
 
 
-def top_covariance(view: View, total: Total, *, fraction: float = 2e-4, seed: int = 0) -> Tensor:
+def top_covariance(view: View, total: Total, *, fraction: Fraction = 2e-4, seed: Seed = 0) -> Tensor:
     """The units of highest covariance of advantage and log-prob; at least one. ``seed`` decides between equal ones."""
     cov = covariance(view, total)
     number = max(1, int(fraction * int(total(view.layout.units))))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unified_rl.correction.internal.distributed import Total, identity
+from unified_rl.ranges import Bound, UpperBound, ordered
 
 
 def exact(u: Tensor) -> Tensor:
@@ -21,17 +22,19 @@ def exact(u: Tensor) -> Tensor:
     return u
 
 
-def truncate(u: Tensor, *, high: float = 2.0) -> Tensor:
+def truncate(u: Tensor, *, high: UpperBound = 2.0) -> Tensor:
     """``min(u, high)``: truncated importance sampling."""
     return u.clamp(max=high)
 
 
-def clip(u: Tensor, *, low: float = 0.5, high: float = 2.0) -> Tensor:
+@ordered("low", "high")
+def clip(u: Tensor, *, low: Bound = 0.5, high: UpperBound = 2.0) -> Tensor:
     """``clip(u, low, high)``."""
     return u.clamp(low, high)
 
 
-def mask(u: Tensor, *, low: float = 0.5, high: float = 2.0) -> Tensor:
+@ordered("low", "high")
+def mask(u: Tensor, *, low: Bound = 0.5, high: UpperBound = 2.0) -> Tensor:
     """``u`` inside ``[low, high]``, else weight 0. The denominator still counts the unit."""
     return u.masked_fill((u < low) | (u > high), 0.0)
 

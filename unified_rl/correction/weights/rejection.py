@@ -15,16 +15,18 @@ from torch import Tensor
 
 from unified_rl.correction.levels import LEVELS, Layout, Level
 from unified_rl.correction.lookup import bind
+from unified_rl.ranges import Bound, NonNegative, UpperBound, ordered
 
 
+@ordered("low", "high")
 def band(
     d: Tensor,
     layout: Layout,
     advantage: Tensor,
     *,
     level: str | Mapping[str, Any] | Level = "geometric",
-    low: float = 0.5,
-    high: float = 2.0,
+    low: Bound = 0.5,
+    high: UpperBound = 2.0,
 ) -> Tensor:
     """Keeps where the ratio at ``level`` lies in ``[low, high]``."""
     function = level if callable(level) else bind(level, LEVELS, "level")[0]
@@ -40,7 +42,7 @@ def divergence(
     *,
     estimator: Literal["k1", "k2", "k3"] = "k3",
     over: Literal["unit", "sequence_sum", "sequence_mean", "sequence_max"] = "sequence_mean",
-    high: float = 0.01,
+    high: Bound = 0.01,
 ) -> Tensor:
     """Keeps where a divergence estimate of the acting policy from the other is at most ``high``.
 
@@ -52,14 +54,15 @@ def divergence(
     return OVER[over](ESTIMATORS[estimator](d), layout) <= high
 
 
-def veto(d: Tensor, layout: Layout, advantage: Tensor, *, low: float = 1e-4, high: float = math.inf) -> Tensor:
+@ordered("low", "high")
+def veto(d: Tensor, layout: Layout, advantage: Tensor, *, low: Bound = 1e-4, high: UpperBound = math.inf) -> Tensor:
     """Drops the whole row if any unit's ratio is below ``low`` or above ``high``."""
     lower = math.log(low) if low > 0 else -math.inf
     bad = layout.mask & ((d < lower) | (d > min(math.log(high), math.inf)))
     return ~bad.any(-1, keepdim=True).expand_as(d)
 
 
-def off_policy_sequence(d: Tensor, layout: Layout, advantage: Tensor, *, delta: float = 1e-4) -> Tensor:
+def off_policy_sequence(d: Tensor, layout: Layout, advantage: Tensor, *, delta: NonNegative = 1e-4) -> Tensor:
     """Drops rows of negative advantage whose mean log-ratio fell below ``-delta``. DeepSeek-V3.2's sequence mask."""
     drift = -d.sum(-1, keepdim=True) / layout.count.to(d.dtype)
     total = advantage.masked_fill(~layout.mask, 0.0).sum(-1, keepdim=True)

@@ -17,6 +17,7 @@ from unified_rl.correction.internal.distributed import Total, identity
 from unified_rl.correction.internal.hashing import row_noise, unit_noise
 from unified_rl.correction.levels import Layout
 from unified_rl.correction.view import narrow, share
+from unified_rl.ranges import Fraction, NonNegative, Seed, Share
 from unified_rl.returns.groups import Groups
 
 
@@ -26,8 +27,8 @@ def uniform(
     advantage: Tensor,
     total: Total = identity,
     *,
-    keep: float = 0.5,
-    seed: int = 0,
+    keep: Fraction = 0.5,
+    seed: Seed = 0,
 ) -> Tensor:
     """Each unit is kept with probability ``keep``. NAT's uniform random selection, 2603.06619."""
     kept = unit_noise(batch, layout, seed) < keep
@@ -40,8 +41,8 @@ def prefix(
     advantage: Tensor,
     total: Total = identity,
     *,
-    least: float = 0.1,
-    seed: int = 0,
+    least: Share = 0.1,
+    seed: Seed = 0,
 ) -> Tensor:
     """A random prefix is kept: its share is uniform on ``[least, 1]``. NAT's random prefix cutting, 2603.06619."""
     count = layout.count.to(advantage.dtype)
@@ -58,9 +59,9 @@ def drop_negatives(
     advantage: Tensor,
     total: Total = identity,
     *,
-    surplus: float = 1.0,
+    surplus: NonNegative = 1.0,
     recenter: bool = True,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> tuple[Tensor, Tensor]:
     """Of each group, drops random rows of A < 0 beyond ``surplus`` times its other rows. RED-Drop, 2509.24203.
 

@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, RecordError
+from unified_rl.ranges import Count, NonNegative, ranged
 from unified_rl.replay.ring import IntArray, Ring
 from unified_rl.replay.samplers.base import Draw, Sampler
 
 
 @configurable
+@ranged()
 class Group(Sampler):
     """Complete groups: rows that share ``group``, ``size`` of them at a time and adjacent in the batch.
 
@@ -27,9 +29,7 @@ class Group(Sampler):
 
     keys = ("group",)
 
-    def __init__(self, size: int = 8) -> None:
-        if size < 1:
-            raise ConfigError(f"size must be at least 1, got {size}")
+    def __init__(self, size: Count = 8) -> None:
         self.size = size
 
     def bind(self, ring: Ring, columns: dict[str, NDArray[Any]]) -> None:
@@ -105,6 +105,7 @@ class SerialLists:
 
 
 @configurable
+@ranged()
 class Buckets(Sampler):
     """First a bucket by its weight, then a row of it uniformly, with replacement.
 
@@ -117,7 +118,7 @@ class Buckets(Sampler):
         weights: of the buckets; uniform if not given.
     """
 
-    def __init__(self, key: str, edges: list[float], weights: list[float] | None = None) -> None:
+    def __init__(self, key: str, edges: list[float], weights: list[NonNegative] | None = None) -> None:
         weights = [1.0] * (len(edges) + 1) if weights is None else weights
         if len(weights) != len(edges) + 1 or sorted(edges) != list(edges) or min(weights) < 0:
             raise ConfigError(f"{len(edges)} ascending edges need {len(edges) + 1} weights that are not negative")

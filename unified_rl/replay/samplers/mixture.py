@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, RecordError
+from unified_rl.ranges import NonNegative, ranged
 from unified_rl.replay.ring import IntArray, Ring
 from unified_rl.replay.samplers.base import Draw, Sampler, uniform
 from unified_rl.replay.samplers.grouped import SerialLists
@@ -54,6 +55,7 @@ class BySource(Sampler):
 
 
 @configurable
+@ranged()
 class Mixture(Sampler):
     """Fixed shares of a batch from several samplers; by default one for each named source.
 
@@ -66,7 +68,7 @@ class Mixture(Sampler):
     """
 
     def __init__(
-        self, quotas: dict[str, float], samplers: dict[str, Sampler] | None = None, share_missing: bool = False
+        self, quotas: dict[str, NonNegative], samplers: dict[str, Sampler] | None = None, share_missing: bool = False
     ) -> None:
         samplers = samplers or {}
         unused = [name for name in samplers if name not in quotas]

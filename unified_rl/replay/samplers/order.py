@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from unified_rl.configurable import configurable
-from unified_rl.errors import ConfigError, RecordError
+from unified_rl.errors import RecordError
+from unified_rl.ranges import Count, Positive, ranged
 from unified_rl.replay.samplers.base import Draw, Sampler, uniform
 
 
@@ -24,6 +25,7 @@ class Uniform(Sampler):
 
 
 @configurable
+@ranged()
 class Segment(Uniform):
     """Uniform windows of ``length`` consecutive slots of one lane.
 
@@ -31,9 +33,7 @@ class Segment(Uniform):
         length: slots in a window, unless a draw names another length.
     """
 
-    def __init__(self, length: int = 16) -> None:
-        if length < 1:
-            raise ConfigError(f"length must be at least 1, got {length}")
+    def __init__(self, length: Count = 16) -> None:
         self.length = length
 
 
@@ -164,6 +164,7 @@ class WithoutReplacement(Sampler):
 
 
 @configurable
+@ranged()
 class Recency(Sampler):
     """Newer rows more often: the probability halves with every ``half_life`` slots of age, with replacement.
 
@@ -171,9 +172,7 @@ class Recency(Sampler):
         half_life: in slots (rows, where there is one lane).
     """
 
-    def __init__(self, half_life: float = 10_000.0) -> None:
-        if not half_life > 0:
-            raise ConfigError(f"half_life must be positive, got {half_life}")
+    def __init__(self, half_life: Positive = 10_000.0) -> None:
         self.half_life = half_life
 
     def draw(self, count: int, rng: np.random.Generator, length: int, version: int | None) -> Draw:

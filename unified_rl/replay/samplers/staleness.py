@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unified_rl.configurable import configurable
-from unified_rl.errors import ConfigError, RecordError
+from unified_rl.errors import RecordError
+from unified_rl.ranges import Whole, ranged
 from unified_rl.replay.ring import IntArray, Ring
 from unified_rl.replay.samplers.base import Draw, Sampler, uniform
 
@@ -80,6 +81,7 @@ class VersionRuns:
 
 
 @configurable
+@ranged()
 class StalenessBounded(Sampler):
     """Uniform over the rows whose policy version is at most ``max_lag`` behind the consumer's, with replacement.
 
@@ -93,9 +95,7 @@ class StalenessBounded(Sampler):
     keys = ("policy_version",)
     optional_keys = ("mask",)
 
-    def __init__(self, max_lag: int = 4) -> None:
-        if max_lag < 0:
-            raise ConfigError(f"max_lag must not be negative, got {max_lag}")
+    def __init__(self, max_lag: Whole = 4) -> None:
         self.max_lag = max_lag
 
     def bind(self, ring: Ring, columns: dict[str, NDArray[Any]]) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unified_rl.configurable import configurable
-from unified_rl.errors import ConfigError, RecordError
+from unified_rl.errors import RecordError
+from unified_rl.ranges import NonNegative, Positive, UnitInterval, Whole, ranged
 from unified_rl.replay.ring import IntArray, Ring
 from unified_rl.replay.samplers.base import Draw, Sampler
 from unified_rl.replay.sum_tree import FloatArray, SumTree
@@ -71,6 +72,7 @@ class Weighted(Sampler):
 
 
 @configurable
+@ranged()
 class Priority(Weighted):
     """Prioritised replay: P(row) proportional to ``(priority + eps) ** alpha``.
 
@@ -87,9 +89,9 @@ class Priority(Weighted):
 
     takes_priority = weighs = True
 
-    def __init__(self, alpha: float = 0.6, beta: float = 0.4, beta_draws: int = 0, eps: float = 1e-6) -> None:
-        if alpha < 0 or not 0 <= beta <= 1 or eps < 0:
-            raise ConfigError(f"alpha and eps must not be negative and beta in [0, 1]: {alpha}, {eps}, {beta}")
+    def __init__(
+        self, alpha: NonNegative = 0.6, beta: UnitInterval = 0.4, beta_draws: Whole = 0, eps: NonNegative = 1e-6
+    ) -> None:
         self.alpha, self.beta, self.beta_draws, self.eps = alpha, beta, beta_draws, eps
 
     def column_types(self) -> dict[str, Any]:
@@ -141,6 +143,7 @@ class Priority(Weighted):
 
 
 @configurable
+@ranged()
 class Softmax(Weighted):
     """P(row) proportional to ``exp(score / temperature)``, with replacement.
 
@@ -153,9 +156,7 @@ class Softmax(Weighted):
         renew: let the consumer replace the score of a drawn row by its error.
     """
 
-    def __init__(self, key: str = "reward", temperature: float = 1.0, renew: bool = False) -> None:
-        if not temperature > 0:
-            raise ConfigError(f"temperature must be positive, got {temperature}")
+    def __init__(self, key: str = "reward", temperature: Positive = 1.0, renew: bool = False) -> None:
         self.keys, self.temperature, self.takes_priority = (key,), temperature, renew
 
     def column_types(self) -> dict[str, Any]:

@@ -12,12 +12,14 @@ from unified_rl.errors import ConfigError
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.generation import Generation
 from unified_rl.protocols import Generates, LanguageEnv, LanguagePolicy, MatchesPrompts, Solves, require_solutions
+from unified_rl.ranges import Positive, Whole, ranged
 from unified_rl.rollout.sources.answers import read_answers
 from unified_rl.rollout.sources.base import Joining, Request, require_one_turn
 from unified_rl.units import Source
 
 
 @configurable
+@ranged()
 class Demonstrations(Joining):
     """The environment's own solutions, source :attr:`~unified_rl.units.Source.DEMONSTRATION`.
 
@@ -30,7 +32,7 @@ class Demonstrations(Joining):
         ConfigError: not exactly one of ``per_group`` and ``rows``.
     """
 
-    def __init__(self, per_group: int = 0, rows: int = 0, style: str | None = None) -> None:
+    def __init__(self, per_group: Whole = 0, rows: Whole = 0, style: str | None = None) -> None:
         super().__init__(per_group, rows)
         self.style = style
 
@@ -51,6 +53,7 @@ class Demonstrations(Joining):
 
 
 @configurable
+@ranged()
 class ExpertFile(Joining):
     """Answers by prompt from a JSON-lines file, source :attr:`~unified_rl.units.Source.EXPERT`.
 
@@ -67,7 +70,7 @@ class ExpertFile(Joining):
         DataError: a line that cannot be read.
     """
 
-    def __init__(self, path: str, per_group: int = 0, rows: int = 0, partial: bool = False) -> None:
+    def __init__(self, path: str, per_group: Whole = 0, rows: Whole = 0, partial: bool = False) -> None:
         super().__init__(per_group, rows)
         self.path, self.partial = path, partial
         self.lines = read_answers(path)
@@ -113,6 +116,7 @@ class ExpertFile(Joining):
 
 
 @configurable
+@ranged()
 class Model(Joining):
     """Answers of another language model to the same prompts, source :attr:`~unified_rl.units.Source.EXPERT`.
 
@@ -127,7 +131,7 @@ class Model(Joining):
         ConfigError: not exactly one of ``per_group`` and ``rows``, or no model there.
     """
 
-    def __init__(self, folder: str, per_group: int = 0, rows: int = 0, temperature: float = 1.0) -> None:
+    def __init__(self, folder: str, per_group: Whole = 0, rows: Whole = 0, temperature: Positive = 1.0) -> None:
         super().__init__(per_group, rows)
         self.folder, self.temperature = folder, temperature
 

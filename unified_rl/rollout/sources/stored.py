@@ -10,6 +10,7 @@ from tensordict import TensorDict
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import LanguageEnv, LanguagePolicy
+from unified_rl.ranges import Count, Whole, ranged
 from unified_rl.replay import read_rows
 from unified_rl.rollout.feed import pack_rows, unpack_rows
 from unified_rl.rollout.sources.base import Joining, Request
@@ -17,6 +18,7 @@ from unified_rl.units import Source
 
 
 @configurable
+@ranged()
 class Pool:
     """Own earlier answers, which join the groups of the same prompts again; source OFFLINE.
 
@@ -37,16 +39,13 @@ class Pool:
 
     def __init__(
         self,
-        per_group: int = 1,
-        size: int = 4,
-        prompts: int = 4096,
+        per_group: Count = 1,
+        size: Count = 4,
+        prompts: Count = 4096,
         keep: str = "best",
         at_least: float | None = None,
         when: str = "always",
     ) -> None:
-        for name, value in (("per_group", per_group), ("size", size), ("prompts", prompts)):
-            if value < 1:
-                raise ConfigError(f"a pool's {name}={value} must be at least 1")
         for name, chosen, known in (("keep", keep, ("best", "newest")), ("when", when, ("always", "failed"))):
             if chosen not in known:
                 raise ConfigError(f"a pool's {name}={chosen} is unknown; choose {' or '.join(known)}")
@@ -106,6 +105,7 @@ class Pool:
 
 
 @configurable
+@ranged()
 class Recorded(Joining):
     """Rows that another run recorded, with their rewards and log-probs; source OFFLINE.
 
@@ -120,7 +120,7 @@ class Recorded(Joining):
         ConfigError: not exactly one of ``per_group`` and ``rows``.
     """
 
-    def __init__(self, data: str, per_group: int = 0, rows: int = 0) -> None:
+    def __init__(self, data: str, per_group: Whole = 0, rows: Whole = 0) -> None:
         super().__init__(per_group, rows)
         self.data = data
         stored = read_rows(data)

@@ -1,0 +1,77 @@
+"""What a run's rollout will write, known before it is asked for any row."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from unified_rl.protocols import ChecksWritten
+from unified_rl.replay import WithDataset
+from unified_rl.replay.fit import check_written
+from unified_rl.rollout import ControlRollout, DemonstrationRollout, LanguageRollout, StoredRollout
+from unified_rl.rollout.demonstrations import KEYS
+from unified_rl.rollout.sources import Demonstrations, ExpertFile, Model, Pool, Recorded
+from unified_rl.units import Source
+
+SHARED = ("mask", "behavior_log_prob", "step_index", "policy_version", "reward", "step_mask", "terminated", "truncated",
+          "discount", "episode", "group", "source")  # fmt: skip
+"""Columns of every record."""
+OF_DOMAIN = {
+    "language": ("tokens", "token_mask", "prompt_id"),
+    "control": ("observation", "next_observation", "action"),
+}
+WRITES = {
+    Demonstrations: Source.DEMONSTRATION,
+    ExpertFile: Source.EXPERT,
+    Model: Source.EXPERT,
+    Pool: Source.OFFLINE,
+    Recorded: Source.OFFLINE,
+}
+"""What the sources of this library write."""
+
+
+class Written(NamedTuple):
+    """Rows that a rollout will write.
+
+    Attributes:
+        sources: who made them.
+        group_size: the most that share a group.
+        columns: what they hold.
+    """
+
+    sources: set[int]
+    group_size: int
+    columns: tuple[str, ...]
+
+
+def written(rollout: Any) -> Written | None:
+    """The rows of a rollout of this library; None for one of the user's own, which may write anything."""
+    if type(rollout) is ControlRollout:
+        return Written({int(Source.ONLINE)}, 1, (*SHARED, *OF_DOMAIN["control"]))
+    if type(rollout) is LanguageRollout and all(type(source) in WRITES for source in rollout.sources.values()):
+        made = {int(WRITES[type(source)]) for source in rollout.sources.values()}
+        joined = sum(getattr(source, "per_group", 0) for source in rollout.sources.values())
+        alone = [getattr(source, "batch", 0) for source in rollout.sources.values()]
+        shown = ("privileged_tokens", "privileged_mask") if rollout.builder.privileged is not None else ()
+        columns = (*SHARED, *OF_DOMAIN["language"], *rollout.builder.columns, *shown)
+        return Written({int(Source.ONLINE), *made}, max(rollout.group_size + joined, *alone, 1), columns)
+    if type(rollout) is DemonstrationRollout:
+        return Written({int(Source.DEMONSTRATION)}, 1, (*KEYS[rollout.domain], "source"))
+    return None
+
+
+def check_rollout(agent: Any, rollout: Any, replay: Any) -> None:
+    """Refuses rows that the replay's sampler waits for in vain, or that the agent would learn nothing from.
+
+    Raises:
+        ConfigError: names the setting and what works.
+    """
+    found = written(rollout)
+    if found is None:
+        if isinstance(rollout, StoredRollout):
+            check_written(replay, {int(Source.OFFLINE)}, None, ())
+        return
+    check_written(replay, found.sources, found.group_size, found.columns)
+    if isinstance(agent, ChecksWritten):
+        stored = replay.stored if isinstance(replay, WithDataset) else None
+        more = set() if stored is None or "source" not in stored.keys() else set(stored["source"].unique().tolist())
+        agent.check_written(found.sources | more, found.group_size, found.columns)
