@@ -36,6 +36,7 @@ ORDER = (
     "machine",
     "ranges",
     "errors",
+    "stopping",
     "configurable",
     "lazy",
 )

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from unified_rl import __version__
 from unified_rl.errors import ConfigError, UnifiedRLError
+from unified_rl.stopping import raising, say, stopping
 
 DEBUG = "UNIFIED_RL_DEBUG"
+DISK = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT)
+"""What a full, read-only or broken disk raises, whoever meets it: one line is enough."""
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -24,7 +29,9 @@ def train(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--cfg shows a new run's configuration; that of this run is {resumed[0]}/config.yaml")
         from unified_rl.training.run import resume
 
-        print(f"run folder: {resume(resumed[0], resumed[1], arguments.allow, **_chosen(arguments))}")
+        folder, steps, env = resumed
+        options = _chosen(arguments) if env is None else {**_chosen(arguments), "resume_env": env}
+        print(f"run folder: {resume(folder, steps, arguments.allow, **options)}")
         return 0
     if arguments.checkpoint is not None:
         raise ConfigError("--checkpoint chooses where a run goes on: unified-rl train resume=RUN --checkpoint STEP")
@@ -48,7 +55,8 @@ def compare(arguments: argparse.Namespace) -> int:
         return _print_yaml(config)
     from unified_rl.study.compare import compare as run
 
-    run(config, arguments.allow, config_dirs=arguments.config_dir)
+    with raising():
+        run(config, arguments.allow, config_dirs=arguments.config_dir)
     return 0
 
 
@@ -122,7 +130,7 @@ EXAMPLES = {
   unified-rl train env=chain_mod policy=causal_lm agent=policy_gradient correction=dapo seed=1
   unified-rl train env=half_cheetah agent=sac steps=1e5 agent.lr=1e-3
   unified-rl train env=two_route policy=flow agent=policy_gradient correction=tis rollout.staleness=8
-  unified-rl train resume=RUN [steps=N]        continues a run; takes no other key
+  unified-rl train resume=RUN [steps=N]        continues a run; resume_env=restart begins new episodes
   unified-rl train resume=RUN --checkpoint 400 goes back to the checkpoint after 400 updates""",
     "compare": """examples:
   unified-rl compare study=quickstart
@@ -149,20 +157,20 @@ EXAMPLES = {
 }
 
 
-def _resumed(overrides: Sequence[str]) -> tuple[str, int | None] | None:
-    """The run and the new budget of ``resume=RUN steps=N``, or None where nothing is resumed."""
+def _resumed(overrides: Sequence[str]) -> tuple[str, int | None, str | None] | None:
+    """Run, new budget and ``resume_env`` of ``resume=RUN steps=N``, or None where nothing is resumed."""
     pairs = [text.partition("=")[::2] for text in overrides]
     if "resume" not in [key for key, _ in pairs]:
         return None
     values = dict(pairs)
     if len(values) < len(pairs):
         raise ConfigError("a key is given twice; give it once")
-    other = sorted(set(values) - {"resume", "steps"})
+    other = sorted(set(values) - {"resume", "steps", "resume_env"})
     if other:
-        raise ConfigError(f"resume=RUN takes no other key but steps; remove {', '.join(other)}")
+        raise ConfigError(f"resume=RUN takes resume_env and no other key but steps; remove {', '.join(other)}")
     if not values["resume"]:
         raise ConfigError("resume= needs a run folder, for example resume=runs/NAME")
-    return values["resume"], _count(values["steps"]) if "steps" in values else None
+    return values["resume"], _count(values["steps"]) if "steps" in values else None, values.get("resume_env")
 
 
 def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -299,22 +307,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0 on success, 2 for an error that is the user's to mend, 130 after Ctrl-C.
+        0 on success, 2 for an error that is the user's to mend, 128 plus the signal's number after a signal (130 after
+        Ctrl-C).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with stopping(leaves=argv is None):
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv)
+        return _dispatch(argv)
     except UnifiedRLError as error:
         if os.environ.get(DEBUG):
             raise
-        print(f"unified-rl: {error}", file=sys.stderr)
+        say(str(error))
         return 2
-    except KeyboardInterrupt:
-        print("unified-rl: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        if getattr(error, "saved", ""):
+            with suppress(OSError):
+                print(error.saved, flush=True)  # type: ignore[attr-defined]
+        say("interrupted")
+        return 128 + getattr(error, "number", 2)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if os.environ.get(DEBUG) or error.errno not in DISK:
+            raise
+        say(f"{error.strerror}: {error.filename or 'a file could not be written'}")
+        return 2
 
 
 if __name__ == "__main__":

@@ -75,10 +75,16 @@ class Run:
         return evaluate(self, checkpoint=checkpoint, episodes=episodes, record=record, rows=rows, allow=self.allow)
 
     def resume(
-        self, steps: int | None = None, *, checkpoint: Checkpoint | None = None, progress: bool | None = None
+        self,
+        steps: int | None = None,
+        *,
+        checkpoint: Checkpoint | None = None,
+        progress: bool | None = None,
+        resume_env: str | None = None,
     ) -> Run:
         """Goes on from the newest intact checkpoint or the chosen one, see :func:`resume`."""
-        return resume(self, steps, checkpoint=checkpoint, allow=self.allow, progress=progress)
+        options = {"checkpoint": checkpoint, "allow": self.allow, "progress": progress, "resume_env": resume_env}
+        return resume(self, steps, **options)  # type: ignore[arg-type]
 
 
 def train(
@@ -117,6 +123,7 @@ def resume(
     checkpoint: Checkpoint | None = None,
     allow: Sequence[str] = (),
     progress: bool | None = None,
+    resume_env: str | None = None,
 ) -> Run:
     """Continues a run from its newest intact checkpoint, bit for bit as if it had never stopped.
 
@@ -127,6 +134,8 @@ def resume(
             metrics are made again.
         allow: packages beside this one that its configuration names.
         progress: show a progress display; by default as the configuration says.
+        resume_env: ``exact`` puts the environment back to where it was, or refuses; ``restart`` begins new episodes;
+            by default the first where it is possible, else the second, with a line that says so.
 
     Raises:
         CheckpointError: no such run, one that only a script can build again, or one in use; or a damaged file, which
@@ -135,7 +144,8 @@ def resume(
     from unified_rl.training.run import resume as continued
 
     at = _chosen(checkpoint)
-    return Run(continued(os.fspath(run), steps, allow, checkpoint=at, progress=progress), allow)
+    run = continued(os.fspath(run), steps, allow, checkpoint=at, progress=progress, resume_env=resume_env)
+    return Run(run, allow)
 
 
 def evaluate(

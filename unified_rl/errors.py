@@ -29,6 +29,10 @@ class RolloutError(UnifiedRLError, RuntimeError):
     """An environment, a reward or a row source raised; the message says what, where, and what is saved."""
 
 
+class RestoreError(CheckpointError):
+    """An environment that cannot be put back to where it was; a run goes on with new episodes."""
+
+
 class DataError(UnifiedRLError, ValueError):
     """A data file that cannot be read; the message names the file and the line."""
 

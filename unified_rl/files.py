@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unified_rl.errors import CheckpointError, DamageError
+from unified_rl.stopping import say
 
 MANIFEST = "MANIFEST.json"
 SEAL = "sha256"
@@ -20,7 +21,7 @@ _BLOCK = 1 << 22
 
 def tell(message: str) -> None:
     """One line on standard error about something that was put right without the user."""
-    print(f"unified-rl: {message}", file=sys.stderr, flush=True)
+    say(message)
 
 
 @contextmanager

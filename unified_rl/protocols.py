@@ -592,6 +592,24 @@ class Rollout(Stateful, Protocol):
         ...
 
 
+@runtime_checkable
+class TellsResumable(Protocol):
+    """An environment that may be unable to continue its episodes bit for bit."""
+
+    def resumable(self) -> str | bool:
+        """True, or why it cannot; False where it cannot tell yet."""
+        ...
+
+
+@runtime_checkable
+class Restarts(Protocol):
+    """A rollout that can go on without the episodes that were under way."""
+
+    def restart(self, state: dict[str, Any], seed: int) -> None:
+        """Restores a stored state but for the environment, which begins new episodes from ``seed``."""
+        ...
+
+
 def require_solutions(env: object, setting: str, style: str | None = None) -> Solves:
     """The task, which can show correct answers.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,15 @@ from torch import Tensor
 from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase, raise_non_finite
 from unified_rl.envs.control.gymnasium_copy import Copy, make_copies
-from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.errors import CheckpointError, ConfigError, RestoreError
 from unified_rl.protocols import StepResult
 from unified_rl.ranges import Count, Seed, ranged
 from unified_rl.spaces import Box, Discrete, Space
+
+UNLIKE = (
+    "replaying the running episodes gave other observations: this environment is not deterministic given its seed "
+    "(a simulator with its own clock, a wrapper that keeps statistics)"
+)
 
 
 @configurable
@@ -32,7 +38,7 @@ class GymnasiumEnv(ControlEnvBase):
     :class:`~unified_rl.errors.EnvError` that names the copy and the step.
 
     A checkpoint holds each running episode's seed and actions, and restoring replays them: exact for every environment
-    that is deterministic given its seed, refused with :class:`~unified_rl.errors.CheckpointError` for any other.
+    that is deterministic given its seed, refused with :class:`~unified_rl.errors.RestoreError` for any other.
 
     Actions are cast to the dtype of the action space and then clipped to its bounds, so a float32 action at a bound
     that float32 rounds outward is still inside. Observations and rewards are handed out as float32.
@@ -68,6 +74,7 @@ class GymnasiumEnv(ControlEnvBase):
         make_kwargs: dict[str, Any] | None = None,
     ) -> None:
         options = {**(make_kwargs or {}), "max_episode_steps": max_episode_steps}
+        self._make_copy: Callable[[], Copy] = lambda: make_copies(id, 1, flatten, options)[0]
         copies = make_copies(id, num_envs, flatten, options)
         limit = copies[0].time_limit
         if not limit:
@@ -167,7 +174,8 @@ class GymnasiumEnv(ControlEnvBase):
         """Replays each running episode of :meth:`state_dict`.
 
         Raises:
-            CheckpointError: another number of copies, or an environment that its seed does not determine.
+            CheckpointError: another number of copies.
+            RestoreError: an environment that its seed does not determine.
         """
         if state["observation"].shape != self._observation.shape:
             saved, mine = tuple(state["observation"].shape), tuple(self._observation.shape)
@@ -179,14 +187,26 @@ class GymnasiumEnv(ControlEnvBase):
         rows = [self._replay(lane) for lane in range(self.num_envs)]
         self._observation = torch.from_numpy(np.stack(rows).astype(np.float32))
         if not torch.equal(self._observation, state["observation"]):
-            raise CheckpointError(
-                "replaying the running episodes gave other observations: this environment is not deterministic given "
-                "its seed, so the run cannot be resumed exactly; start a new run from the saved policy"
-            )
+            raise RestoreError(UNLIKE)
         self._rng.bit_generator.state = json.loads(state["rng"])
 
-    def _replay(self, lane: int) -> np.ndarray[Any, Any]:
-        copy = self._copies[lane]
+    def resumable(self) -> str | bool:
+        """Whether the run can be resumed bit for bit, or why not: tries it on one lane, in a new copy.
+
+        False where no episode has a step yet, which tells nothing.
+        """
+        begun = [(len(played), lane) for lane, played in enumerate(self._played) if played]
+        if not begun:
+            return False
+        lane, copy = min(begun)[1], self._make_copy()
+        try:
+            same = np.array_equal(self._replay(lane, copy).astype(np.float32), self._observation[lane].numpy())
+        finally:
+            copy.close()
+        return same or UNLIKE
+
+    def _replay(self, lane: int, copy: Copy | None = None) -> np.ndarray[Any, Any]:
+        copy = self._copies[lane] if copy is None else copy
         observation = copy.reset(int(self._seeds[lane]))
         for number, action in enumerate(self._played[lane], 1):
             observation = copy.step(action, number).values[0]

@@ -13,7 +13,7 @@ from torchrl.data.tensor_specs import ContinuousBox
 from torchrl.envs import EnvBase
 
 from unified_rl.configurable import configurable
-from unified_rl.errors import ConfigError, EnvError
+from unified_rl.errors import ConfigError, EnvError, RestoreError
 from unified_rl.interop.guard import describe, one_line
 from unified_rl.protocols import ControlEnv, LanguageEnv, StepResult
 from unified_rl.spaces import Box, Discrete, MultiDiscrete, Part, PolicyInputs, Space
@@ -154,12 +154,16 @@ class TorchRLControlEnv:
         return chosen.reshape(spec.shape).to(spec.dtype)
 
     def state_dict(self) -> dict[str, Any]:
-        """TorchRL environments carry no state that could be stored: see :meth:`load_state_dict`."""
-        return {"resumable": False}
+        """Nothing: an ``EnvBase`` offers no exact restore, see :meth:`load_state_dict`."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Starts new episodes: an ``EnvBase`` offers no exact restore."""
-        self._current = self._reset()
+        """Raises RestoreError: transitions from the stored observation on would never have happened."""
+        raise RestoreError("a TorchRL environment offers no way to put it back to where it was")
+
+    def resumable(self) -> str | bool:
+        """Why a run in it cannot be resumed bit for bit."""
+        return "a TorchRL environment offers no way to put it back to where it was"
 
     def close(self) -> None:
         """Closes the environment."""

@@ -201,6 +201,16 @@ class ControlRollout:
         self.steps, self._calls = state["steps"], state.get("calls", 0)
         self.generator.set_state(state["generator"])
 
+    def restart(self, state: dict[str, Any], seed: int) -> None:
+        """Goes on behind :meth:`state_dict` with new episodes in every simulation, and streams from ``seed``."""
+        self._observation = self.env.reset_batch(seed)
+        first = state["next_episode"]
+        self._episode, self._next_episode = torch.arange(first, first + self.num_envs), first + self.num_envs
+        self._return.zero_()
+        self._steps.zero_()
+        self.steps = state["steps"]
+        self.generator.manual_seed(seed)
+
 
 def _episode_means(ended: list[dict[str, Tensor]]) -> dict[str, float]:
     """Means over the episodes that ended, of every name over those that told it."""

@@ -139,6 +139,11 @@ class DemonstrationRollout:
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
 
+    def restart(self, state: dict[str, Any], seed: int) -> None:
+        """Goes on behind :meth:`state_dict` with a stream from ``seed``."""
+        self.generator.manual_seed(seed)
+        self.steps = state["steps"]
+
 
 @configurable
 class StoredRollout(DemonstrationRollout):

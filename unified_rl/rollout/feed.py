@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 from tensordict import TensorDict
+from torch import Tensor
 
-from unified_rl.errors import ConfigError
-from unified_rl.protocols import Rollout
+from unified_rl.errors import CheckpointError, ConfigError, RestoreError
+from unified_rl.protocols import Restarts, Rollout
 
 Batch = tuple[TensorDict, dict[str, float]]
 """What one collection brought: its rows and its metrics."""
@@ -39,11 +42,14 @@ class Feed(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a bit-exact continuation needs: waits for the tickets under way and holds what they brought."""
+        """What a bit-exact continuation needs: waits for the tickets under way and holds what they brought.
+
+        It has ``admitted``, how many collections have been started.
+        """
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
+    def load_state_dict(self, state: dict[str, Any], restart: int | None = None) -> None:
+        """Restores :meth:`state_dict`; with ``restart``, a seed, episodes begin anew."""
         ...
 
     def close(self) -> None:
@@ -51,11 +57,22 @@ class Feed(Protocol):
         ...
 
 
+SHARE, GRACE = 0.01, 0.1
+"""Of the run's time that keeping the rollout's state before each collection may take, beside some seconds."""
+
+
 class LocalFeed:
     """A rollout in this process: a ticket is collected when it is admitted.
 
+    The feed's state is at any moment that of its last whole collection, also while one is under way or after it
+    raised: before each one the rollout's state is kept, where that costs under :data:`SHARE` of the run's time.
+    Elsewhere an older one is kept, and a continuation from it begins new episodes.
+
     Args:
         rollout: where the rows come from.
+
+    Attributes:
+        keeps_state: whether that is done; a run without a folder has no use for it.
 
     Raises:
         ConfigError: a negative staleness.
@@ -64,10 +81,17 @@ class LocalFeed:
     def __init__(self, rollout: Rollout) -> None:
         self.rollout = rollout
         self.staleness, self.steps_per_collect = int(rollout.staleness), int(rollout.steps_per_collect)
-        self.admitted, self.version = 0, 0
-        self._waiting: deque[Batch] = deque()
+        self.version, self.keeps_state = 0, False
+        self._tickets: tuple[int, tuple[Batch, ...], bool] = (0, (), False)  # replaced as one: signals come anywhere
+        self._before: dict[str, Any] | None = None
+        self._born, self._spent = time.monotonic(), 0.0
         if self.staleness < 0:  # of a rollout of the user's own, which need not say its range
             raise ConfigError(f"rollout.staleness={self.staleness} must be at least 0: updates that rows may wait")
+
+    @property
+    def admitted(self) -> int:
+        """Collections since the run began."""
+        return self._tickets[0]
 
     def publish(self, version: int) -> None:
         """Notes the version; the rollout shares the policy's weights."""
@@ -76,34 +100,75 @@ class LocalFeed:
     def admit(self, allowed: int) -> None:
         """Collects until ``allowed`` batches have been collected since the run began."""
         while self.admitted < allowed:
-            self._waiting.append(self.rollout.collect(self.version))
-            self.admitted += 1
+            admitted, waiting, _ = self._tickets
+            self._keep_state()
+            self._tickets = (admitted, waiting, True)
+            batch = self.rollout.collect(self.version)
+            self._tickets = (admitted + 1, (*waiting, batch), False)
 
     def take(self) -> Batch:
         """The oldest batch that waits."""
-        return self._waiting.popleft()
+        admitted, waiting, under_way = self._tickets
+        self._tickets = (admitted, waiting[1:], under_way)
+        return waiting[0]
+
+    def _keep_state(self) -> None:
+        now = time.monotonic()
+        if self.keeps_state and (self._before is None or self._spent <= GRACE + SHARE * (now - self._born)):
+            self._before = {**copied(self.rollout.state_dict()), "admitted": self.admitted}
+            self._spent += time.monotonic() - now
 
     def state_dict(self) -> dict[str, Any]:
-        """The rollout, and the batches that were collected and not yet taken."""
-        return {"rollout": self.rollout.state_dict(), "admitted": self.admitted, "waiting": pack(self._waiting)}
+        """The rollout, the batches that were collected and not yet taken, and whether the former is exact."""
+        admitted, waiting, under_way = self._tickets
+        kept = self._before or {}
+        rollout = {k: v for k, v in kept.items() if k != "admitted"} if under_way else self.rollout.state_dict()
+        exact = not under_way or kept.get("admitted") == admitted
+        return {"rollout": rollout, "exact": exact, "admitted": admitted, "waiting": pack(waiting)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
-        self.rollout.load_state_dict(state["rollout"])
-        self.admitted, self._waiting = state["admitted"], unpack(state["waiting"])
+    def load_state_dict(self, state: dict[str, Any], restart: int | None = None) -> None:
+        """Restores :meth:`state_dict`.
+
+        Args:
+            state: of a feed.
+            restart: seed of new episodes, in place of those under way.
+
+        Raises:
+            RestoreError: the rollout cannot be put back, and ``restart`` is None.
+        """
+        if restart is None and not state.get("exact", True):
+            raise RestoreError("the run ended inside a collection, whose environment state was not kept")
+        if restart is None:
+            self.rollout.load_state_dict(state["rollout"])
+        elif not isinstance(self.rollout, Restarts):
+            raise CheckpointError(f"{type(self.rollout).__name__} cannot begin new episodes: it has no restart()")
+        else:
+            self.rollout.restart(state["rollout"], restart)
+        self._tickets = (state["admitted"], unpack(state["waiting"]), False)
 
     def close(self) -> None:
         """Nothing to free."""
 
 
-def pack(waiting: deque[Batch]) -> list[dict[str, Any]]:
+def copied(value: Any) -> Any:
+    """Nested state whose tensors and arrays are nobody else's."""
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copied(item) for item in value)
+    if isinstance(value, Tensor):
+        return value.clone()
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
+def pack(waiting: Sequence[Batch]) -> list[dict[str, Any]]:
     """Batches as a checkpoint holds them."""
     return [{"rows": pack_rows(rows), "metrics": metrics} for rows, metrics in waiting]
 
 
-def unpack(waiting: list[dict[str, Any]]) -> deque[Batch]:
+def unpack(waiting: list[dict[str, Any]]) -> tuple[Batch, ...]:
     """The inverse of :func:`pack`."""
-    return deque((unpack_rows(batch["rows"]), batch["metrics"]) for batch in waiting)
+    return tuple((unpack_rows(batch["rows"]), batch["metrics"]) for batch in waiting)
 
 
 def pack_rows(rows: TensorDict) -> dict[str, Any]:

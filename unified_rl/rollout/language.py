@@ -206,6 +206,16 @@ class LanguageRollout:
         self.builder.load_state_dict(state)
         self.env.load_state_dict(state["env"])
 
+    def restart(self, state: dict[str, Any], seed: int) -> None:
+        """Goes on behind :meth:`state_dict` with other problems and tokens, from ``seed``; the task stays new."""
+        streams = [self.generator, self.problem_generator, *self._streams.values()]
+        for number, stream in enumerate(streams):
+            stream.manual_seed(seed + number)
+        for name, source in self.sources.items():
+            source.load_state_dict(state["sources"][name])
+        self.steps = state["steps"]
+        self.builder.load_state_dict(state)
+
 
 def _require_part(part: Any, setting: str, example: str) -> None:
     """Raises ConfigError for plain settings where an object is wanted."""

@@ -22,6 +22,7 @@ from unified_rl.training.provenance import CONFIG, META, check_run, meta_text, w
 from unified_rl.training.run import Job
 from unified_rl.training.seeding import derive
 from unified_rl.training.trainer import Trainer
+from unified_rl.training.verbs import restore
 
 Part = Any
 """An option of the group, settings (with ``name`` for another option, or ``_target_``), a class, or an object."""
@@ -188,7 +189,8 @@ def assemble(
     elif _is_object(env) and job.env.domain == "control":
         trainer.evaluate = _undisturbed(job.env, job.evaluate)
     if found is not None:
-        trainer.load_state_dict(found[1], found[0])
+        assert target is not None
+        restore(trainer, target, found)
     return Assembled(job, trainer, objects)
 
 

@@ -18,7 +18,7 @@ from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
 from unified_rl.interop.guard import one_line
 from unified_rl.policies.pretrained import tokenizer_folder
-from unified_rl.protocols import ChecksIdentity, ChecksReplay, Demonstrates
+from unified_rl.protocols import ChecksIdentity, ChecksReplay, Demonstrates, EndsPretraining
 from unified_rl.replay import WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
 from unified_rl.rollout.feed import LocalFeed
@@ -341,12 +341,15 @@ class Job:
         node = self.cfg.get("warm_start")
         if not node:
             return
-        stage = build(node, allow=self.allow, setting="warm_start")
+        self._imitate(build(node, allow=self.allow, setting="warm_start"), report)
+        if "correction" in self._parameters(self.cfg["agent"])[0] and isinstance(self.policy, EndsPretraining):
+            self.policy.end_pretraining()  # as the agent will, so that the policy is the one that it begins with
+
+    def _imitate(self, stage: Any, report: Callable[..., None]) -> None:
         if stage.run is not None:
             self._rehearse()
             stage.load_policy(self.policy)
             return
-
         if not isinstance(self.env, Demonstrates):
             raise ConfigError(
                 f"the warm start imitates, and {type(self.env).__name__} has no demonstrations: set warm_start=none, "

@@ -26,6 +26,10 @@ STATE_FILES = ("state.json", "state.safetensors")
 FOLDER = "checkpoints"
 NEWEST = "newest_checkpoint"
 """Note of a run's manifest: the name of the newest checkpoint; two while the second is being written."""
+NONE = ""
+"""Stands in that note for the checkpoint before the first one."""
+EXTENSION = "extension"
+"""Folder of the checkpoint that a run with stale rows is extended from."""
 _NAME = re.compile(r"step_(\d{12,})")
 _REPLACED = ".replaced-"
 
@@ -225,8 +229,9 @@ def intact_checkpoint(run: Path, choice: str | int | None = None, replay: bool =
 
 
 def wrote_checkpoint(run: Path) -> bool:
-    """Whether the run's manifest says that it wrote a checkpoint."""
-    return bool(_listed(run))
+    """Whether the run's manifest says that it wrote a checkpoint, and not only that it began one."""
+    listed = _listed(run)
+    return bool(listed) and NONE not in listed
 
 
 def _listed(run: Path) -> list[str]:
@@ -238,7 +243,11 @@ def _listed(run: Path) -> list[str]:
 def _lost(run: Path) -> list[str]:
     """A line where the newest checkpoint that the run wrote is not there."""
     listed = _listed(run)
-    if not listed or any(path.name.removeprefix(_REPLACED) in listed for path in checkpoints(run / FOLDER)):
+    if (
+        not listed
+        or NONE in listed
+        or any(path.name.removeprefix(_REPLACED) in listed for path in checkpoints(run / FOLDER))
+    ):
         return []
     return [f"{run / FOLDER / listed[-1]} is missing"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unified_rl.errors import CheckpointError
 from unified_rl.files import Entry, Manifest, check_listed, entry, flush, write_atomically
-from unified_rl.training.checkpoint import FOLDER, NEWEST, checkpoint_name, checkpoints
+from unified_rl.training.checkpoint import FOLDER, NEWEST, NONE, checkpoint_name, checkpoints, step_of
 
 RECORD, TABLE, BOARD = "metrics.jsonl", "metrics.csv", "tensorboard"
 FIRST = ("update", "steps", "wall_seconds")
@@ -150,8 +150,19 @@ class MetricLog:
         manifest = Manifest.find(self.folder) or Manifest(self.folder)
         manifest.files[RECORD] = [self._entry()]
         # either name may be the newest when a process is killed before the new checkpoint is complete
-        manifest.notes[NEWEST] = [*manifest.notes.get(NEWEST, [])[-1:], checkpoint]
+        manifest.notes[NEWEST] = [*(manifest.notes.get(NEWEST, [])[-1:] or [NONE]), checkpoint]
         manifest.write()
+
+    def complete(self, checkpoint: str) -> None:
+        """Notes in the run's manifest that this checkpoint is there now.
+
+        Raises:
+            CheckpointError: the disk is full or the folder is gone.
+        """
+        manifest = None if self.in_memory else Manifest.find(self.folder)
+        if manifest is not None:
+            manifest.notes[NEWEST] = [checkpoint]
+            manifest.write()
 
     def close(self) -> None:
         """Flushes TensorBoard."""
@@ -177,8 +188,8 @@ class MetricLog:
         """Lists the kept rows alone, before the others are cut off: a longer file agrees with that too."""
         files = {name: entries for name, entries in manifest.files.items() if not _is_derived(name)}
         files[RECORD] = [{"size": len(kept), "sha256": hashlib.sha256(kept).hexdigest(), "grows": True}]
-        newest = None if keep_until is None else self.folder / FOLDER / checkpoint_name(keep_until)
-        notes = {**manifest.notes, NEWEST: [newest.name] if newest is not None and newest.exists() else []}
+        newest = [checkpoint_name(step_of(path)) for path in checkpoints(self.folder / FOLDER)[-1:]]
+        notes = {**manifest.notes, NEWEST: newest}
         if (files, notes) != (manifest.files, manifest.notes):
             Manifest(self.folder, files, notes).write()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,13 +11,31 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.errors import (
+    CheckpointError,
+    ConfigError,
+    DamageError,
+    EnvError,
+    RestoreError,
+    RolloutError,
+    UnifiedRLError,
+)
 from unified_rl.files import Manifest
+from unified_rl.stopping import StopSignal, raising, say
 from unified_rl.training.build import Job
-from unified_rl.training.checkpoint import FOLDER, checkpoints, intact_checkpoint, lock_run, wrote_checkpoint
+from unified_rl.training.checkpoint import (
+    EXTENSION,
+    FOLDER,
+    checkpoints,
+    intact_checkpoint,
+    lock_run,
+    read_checkpoint,
+    wrote_checkpoint,
+)
 from unified_rl.training.dataset import check_rows, record_dataset
 from unified_rl.training.display import Display
-from unified_rl.training.metrics import RECORD
+from unified_rl.training.failures import foreign, forget_report, write_report
+from unified_rl.training.metrics import RECORD, read_metrics
 from unified_rl.training.provenance import (
     CONFIG,
     META,
@@ -29,7 +49,10 @@ from unified_rl.training.provenance import (
     write_run,
 )
 from unified_rl.training.restoring import policy_state, restoring
+from unified_rl.training.seeding import derive
+from unified_rl.training.trainer import Trainer
 
+RESUME_ENV = ("exact", "restart")
 Found: TypeAlias = tuple[Path, dict[str, Any]]
 """A checkpoint's folder and state."""
 
@@ -47,10 +70,12 @@ def train(cfg: dict[str, Any], allow: Sequence[str] = (), *, progress: bool | No
         ``checkpoints/``.
 
     Raises:
-        CheckpointError: the folder is in use, or holds a run already.
+        CheckpointError: the folder is in use, holds a run already, or cannot be written.
+        RolloutError: the environment or a reward raised; the traceback is in ``error.txt``.
+        Interrupted: a signal; the last whole update is saved.
     """
     folder = run_folder(cfg)
-    with lock_run(folder):
+    with raising() as stop, lock_run(folder):
         begun = has_begun(folder)
         if begun and not cfg.get("resume_existing"):
             raise CheckpointError(
@@ -64,7 +89,7 @@ def train(cfg: dict[str, Any], allow: Sequence[str] = (), *, progress: bool | No
             return folder
         else:
             check_run(folder)
-        _train_in(folder, cfg, allow, progress, _start(folder), fresh=not begun)
+        _train_in(folder, cfg, allow, progress, stop, _start(folder), fresh=not begun)
     return folder
 
 
@@ -75,6 +100,7 @@ def resume(
     *,
     checkpoint: str | int | None = None,
     progress: bool | None = None,
+    resume_env: str | None = None,
 ) -> Path:
     """Continues a run from its newest intact checkpoint, or from the chosen one, to ``steps`` if given.
 
@@ -82,24 +108,30 @@ def resume(
 
     Args:
         run: the run folder.
-        steps: a new budget.
+        steps: a new budget. The longer run is the one that had this budget from the start, but for what follows a
+            budget (annealed rates, schedules, intervals that are not set).
         allow: prefixes that configuration may build.
         checkpoint: the number of updates behind it, or its name; it must be one of the run's own.
         progress: show a progress display; by default as the configuration says.
+        resume_env: ``exact`` puts the environment back to where it was, or refuses; ``restart`` begins new episodes;
+            by default the first where it is possible, else the second, and says so.
 
     Raises:
+        RestoreError: the environment cannot be put back, and ``resume_env`` is ``exact``.
         CheckpointError: no such run or checkpoint, or it is in use.
         DamageError: a file of the run, the chosen checkpoint, or every checkpoint is damaged; nothing has changed then.
     """
+    if resume_env not in (None, *RESUME_ENV):
+        raise ConfigError(f"resume_env={resume_env} must be one of {', '.join(RESUME_ENV)}")
     folder = Path(run)
     cfg = read_config(folder)
-    with lock_run(folder):
+    with raising() as stop, lock_run(folder):
         check_run(folder)
         found = _start(folder, checkpoint)
         if steps is not None:
             cfg["steps"] = steps
             write_run(folder, {CONFIG: yaml.safe_dump(cfg, sort_keys=False)})
-        _train_in(folder, cfg, allow, progress, found)
+        _train_in(folder, cfg, allow, progress, stop, found, resume_env)
     return folder
 
 
@@ -118,6 +150,8 @@ def _start(folder: Path, choice: str | int | None = None) -> Found | None:
     path, state = intact_checkpoint(folder, choice)
     if path.resolve() not in [own.resolve() for own in checkpoints(folder / FOLDER)]:
         raise CheckpointError(f"{path} is not a checkpoint of the run {folder}; a run goes on from one of its own")
+    if read_meta(folder).get("status") == "running":
+        say(f"{folder} was cut off, its process ended without a word; it goes on from update {state['updates']}")
     return path, state
 
 
@@ -126,22 +160,91 @@ def _train_in(
     cfg: dict[str, Any],
     allow: Sequence[str],
     progress: bool | None,
+    stop: StopSignal,
     found: Found | None,
+    resume_env: str | None = None,
     fresh: bool = False,
 ) -> None:
     shown = cfg.get("progress", True) if progress is None else progress
     display = Display(folder.name, int(cfg.get("steps", 100_000))) if shown else None
-    with display or nullcontext(), status(folder):
-        job = Job(cfg, allow)
-        if not fresh:
-            job.found_rows = "drop" if found is None else "keep"
-        if found is not None:
+    try:
+        with status(folder), display or nullcontext():
+            forget_report(folder)
+            job = Job(cfg, allow)
+            if not fresh:
+                job.found_rows = "drop" if found is None else "keep"
+            if found is None:
+                _tell_new_start(folder)
+                with foreign("the warm start"):
+                    job.warm_start(display.warm_start if display else lambda *args: None)
             trainer = job.make_trainer(folder, display.update if display else None)
-            trainer.load_state_dict(found[1], found[0])
-        else:
-            job.warm_start(display.warm_start if display else lambda *args: None)
-            trainer = job.make_trainer(folder, display.update if display else None)
-        trainer.run()
+            if found is not None:
+                restore(trainer, folder, found, resume_env)
+            trainer.run()
+    except (RolloutError, EnvError) as error:
+        write_report(folder, error)
+        raise
+    except Exception as error:
+        if stop.requested and not isinstance(error, UnifiedRLError):
+            raise stop.error() from error  # what a signal became inside a library
+        raise
+
+
+def _tell_new_start(folder: Path) -> None:
+    if made := len(read_metrics(folder / RECORD)):
+        say(f"{folder} was cut off before its first checkpoint: it begins again, and makes {made} row(s) anew")
+
+
+def restore(trainer: Trainer, folder: Path, found: Found, resume_env: str | None = None) -> None:
+    """Puts a trainer where a checkpoint of its run is.
+
+    States near the end of a smaller budget lack rows that this run collects by then, see
+    :meth:`~unified_rl.training.trainer.Trainer.cut_short`; the one before them is taken, and they are removed.
+
+    Raises:
+        RestoreError: the environment cannot be put back, and ``resume_env`` is ``exact``.
+    """
+    path, state = found
+    if trainer.cut_short(state):
+        path, state = _before_the_end(trainer, folder, path) or found
+        if trainer.cut_short(state):
+            say(
+                f"{folder} was made for a smaller budget and keeps no state from before its end: the next rows are "
+                "fresher than rollout.staleness says, else the run goes on as it was"
+            )
+    restart = derive(trainer.settings.seed, f"restart/{state['updates']}") % 2**31
+    if resume_env == "restart":
+        say(f"{folder} goes on from update {state['updates']} with new episodes")
+        trainer.load_state_dict(state, path, restart)
+        return
+    try:
+        trainer.load_state_dict(state, path)
+    except RestoreError as error:
+        if resume_env == "exact":
+            raise
+        say(f"{folder} goes on from update {state['updates']} with new episodes, not bit for bit: {error}")
+        trainer.load_state_dict(state, path, restart)
+
+
+def _before_the_end(trainer: Trainer, folder: Path, newest: Path) -> Found | None:
+    """The newest state that this trainer would have passed through, made the newest checkpoint of the run."""
+    own = [path for path in checkpoints(folder / FOLDER) if path.name <= newest.name]
+    for path in sorted([*own, *checkpoints(folder / EXTENSION)], key=lambda path: path.name, reverse=True):
+        try:
+            state = read_checkpoint(path)
+        except DamageError:
+            continue
+        if trainer.cut_short(state):
+            continue
+        target = folder / FOLDER / path.name
+        if not target.exists():
+            os.replace(path, target)
+        for later in [path for path in own if path.name > target.name]:
+            gone = later.with_name(f".writing_{later.name}")  # a folder of this name is half done, and cleared away
+            os.replace(later, gone)
+            shutil.rmtree(gone, ignore_errors=True)
+        return target, state
+    return None
 
 
 def restored(
