@@ -244,7 +244,7 @@ def kill_scenario(
     until = time.monotonic() + seconds
     reference = undisturbed(scenario, place)
     plan, done, number = Plan(reference, seed), 0, 0
-    while done < kills and time.monotonic() < until:
+    while done < kills and (done == 0 or time.monotonic() < until):
         one = trial(scenario, reference, plan, place, number, errors)
         done, number = done + one.kills + one.errors, number + 1
         yield one

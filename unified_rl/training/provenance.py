@@ -19,6 +19,7 @@ from typing import Any
 from unified_rl import __version__
 from unified_rl.errors import CheckpointError, ConfigError, DamageError
 from unified_rl.files import MANIFEST, Manifest
+from unified_rl.training.failures import RunFolder
 from unified_rl.training.metrics import list_finished
 from unified_rl.untrusted import MAX_NAME, check_name, read_yaml
 
@@ -175,7 +176,8 @@ def status(folder: Path) -> Iterator[None]:
             write_run(folder, {META: text}, ended=True)
         raise
     finished = {**{k: v for k, v in meta.items() if k != "error"}, "status": "finished"}
-    write_run(folder, {META: meta_text(finished)}, ended=True)
+    with RunFolder(folder).writes():
+        write_run(folder, {META: meta_text(finished)}, ended=True)
 
 
 def meta_text(meta: Mapping[str, Any]) -> str:

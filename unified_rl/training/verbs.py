@@ -237,14 +237,20 @@ def _before_the_end(trainer: Trainer, folder: Path, newest: Path) -> Found | Non
         if trainer.cut_short(state):
             continue
         target = folder / FOLDER / path.name
-        if not target.exists():
+        if path != target:  # one of that name may have been half removed by a process that was killed
+            _remove([target] if target.exists() else [])
             os.replace(path, target)
-        for later in [path for path in own if path.name > target.name]:
-            gone = later.with_name(f".writing_{later.name}")  # a folder of this name is half done, and cleared away
-            os.replace(later, gone)
-            shutil.rmtree(gone, ignore_errors=True)
+        _remove([one for one in own if one.name > target.name])
         return target, state
     return None
+
+
+def _remove(gone: list[Path]) -> None:
+    for path in gone:
+        aside = path.with_name(f".writing_{path.name}")  # a folder of this name is half done, and cleared away
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(path, aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def restored(
