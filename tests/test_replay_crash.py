@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -10,10 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from unified_rl.errors import CheckpointError
-from unified_rl.replay import Priority, Replay
+from unified_rl.replay import Priority, Replay, Uniform
+from unified_rl.replay.store import MemmapStore
 
 CAPACITY, WIDTH, SEED = 500, 512, 7
 
@@ -112,3 +115,15 @@ def test_a_store_that_is_open_elsewhere_is_refused(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     kill_writers(Path(sys.argv[1]), int(sys.argv[2]))
+
+
+@pytest.mark.parametrize("part", ["_create", "_map_column"])
+def test_a_full_disk_under_a_replay_made_by_itself_is_one_error(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MemmapStore, part, full)
+    with pytest.raises(CheckpointError, match=f"replay at {tmp_path}.*No space left"):
+        Replay(capacity=8, sampler=Uniform(), storage="memmap", path=str(tmp_path)).extend({"x": torch.zeros(2)})

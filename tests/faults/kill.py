@@ -83,10 +83,10 @@ def preload() -> None:
     logging.disable(logging.WARNING)
 
 
-def child(go: Callable[[], None], log: Path, points: Points | None = None, bare: bool = False) -> int:
+def child(go: Callable[[], None], log: Path, points: Points | None = None) -> int:
     """Forks a process that does something and ends; its output goes to a file.
 
-    Its code is :data:`REFUSED` for an error of the library, with ``bare`` for one of the system too.
+    Its code is :data:`REFUSED` for an error of the library.
     """
     pid = os.fork()
     if pid:
@@ -107,7 +107,7 @@ def child(go: Callable[[], None], log: Path, points: Points | None = None, bare:
     except BaseException as error:
         traceback.print_exc()
         ours = any(base.__name__ == "UnifiedRLError" for base in type(error).__mro__)
-        code = REFUSED if ours or (bare and isinstance(error, OSError)) else 1
+        code = REFUSED if ours else 1
     finally:
         os._exit(code)
 
@@ -215,7 +215,7 @@ def _attempt(
     points = Points(folder, int(plan.point() * share) if by_point else None, shared=shared)
     if fails:
         points.act, points.stays = failing(plan.random.choice(DISKS)), draw() < 0.5
-    pid = child(lambda: scenario.go(folder), log, points, scenario.bare)
+    pid = child(lambda: scenario.go(folder), log, points)
     timed = disturb and not by_point
     code = wait(pid, plan.moment() * share if timed else LIMIT)
     if code is None:

@@ -70,7 +70,6 @@ class Scenario:
         go: begins or goes on in a folder, whatever is in it; ends when the work is done.
         result: what the work left behind, for comparison.
         prepare: made once, beside the folders, before anything is killed.
-        bare: a part used by itself, which may hand on what the system raises.
         whole: another program with the same result, to compare with.
     """
 
@@ -79,7 +78,6 @@ class Scenario:
     result: Callable[[Path], Any]
     prepare: Callable[[Path], None] = lambda place: None
     whole: Callable[[Path], None] | None = None
-    bare: bool = False
 
 
 def scenarios() -> dict[str, Scenario]:
@@ -89,7 +87,7 @@ def scenarios() -> dict[str, Scenario]:
         Scenario("extended", _extended, run_result, whole=_run(EXTENDED)),
         Scenario("study", _study, study_result),
         Scenario("recording", _recording, lambda folder: rows_result(folder / "recorded"), _train_source),
-        Scenario("replay", _replay, lambda folder: rows_result(folder / "saved"), bare=True),
+        Scenario("replay", _replay, lambda folder: rows_result(folder / "saved")),
     ]
     return {scenario.name: scenario for scenario in found}
 

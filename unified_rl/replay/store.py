@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ ROWS_INDEX = "rows/meta.json"
 UNSET_WHEN_NEW = "use_count"
 """The column that is zero in a new row."""
 NUMPY_LACKS = (torch.bfloat16,)
+Result = TypeVar("Result")
 
 
 class Leaf:
@@ -117,6 +119,19 @@ class MemoryStore:
         """Gives the files back."""
 
 
+def _on_disk(method: Callable[..., Result]) -> Callable[..., Result]:
+    """Of a method of :class:`MemmapStore`: what the system says of a disk becomes one error that names the replay."""
+
+    @wraps(method)
+    def checked(self: MemmapStore, *args: Any, **options: Any) -> Result:
+        try:
+            return method(self, *args, **options)
+        except OSError as error:
+            raise CheckpointError(f"the replay at {self.path} could not be opened or written: {error}") from error
+
+    return checked
+
+
 class MemmapStore(MemoryStore):
     """Rows in memory-mapped files (a :class:`LazyMemmapStorage`), with a commit journal and checksums.
 
@@ -159,6 +174,7 @@ class MemmapStore(MemoryStore):
         # a block's checksum needs all its rows: those of the oldest live row's block are kept beside the spare ones
         return capacity + spare * lanes + self.block, spare * lanes
 
+    @_on_disk
     def open(self, ring: Ring) -> dict[str, Any] | None:
         self.ring = ring
         if not (self.path / "replay.json").exists():
@@ -177,6 +193,7 @@ class MemmapStore(MemoryStore):
 
     # -- columns ---------------------------------------------------------------------------------------------------
 
+    @_on_disk
     def columns(self, types: Mapping[str, Any]) -> Columns:
         """The columns in memory; those of a sampler that the last commit did not know begin at zero."""
         self._columns = {name: np.zeros(self.ring.physical, dtype=dtype) for name, dtype in types.items()}
@@ -223,6 +240,7 @@ class MemmapStore(MemoryStore):
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
+    @_on_disk
     def allocate(self, schema: Schema, ring: Ring) -> Leaves:
         self.storage = LazyMemmapStorage(ring.physical, scratch_dir=self.path / "rows")
         sizes = {key: ring.physical * shape.numel() * dtype.itemsize for key, (shape, dtype) in schema.fields.items()}
@@ -301,6 +319,7 @@ class MemmapStore(MemoryStore):
             self._column_sums[name] = words.over(ring, ring.oldest, ring.written)
             self._column_files[name][:] = self._columns[name]
 
+    @_on_disk
     def commit(self, small: str, columns: bool = True) -> None:
         """Makes everything written so far part of what a reopened store holds.
 
