@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 import unified_rl as ur
+from unified_rl.config import reading_once
 from unified_rl.study import Study
 from unified_rl.study.compare import _compose
 from unified_rl.study.grid import make_jobs
@@ -71,7 +72,8 @@ def main() -> None:
         whole = time.perf_counter() - start
         start = time.perf_counter()
         study = Study.from_config({"study": node})
-        _, jobs = make_jobs(study, lambda overrides: _compose(overrides, [], [str(options)]))
+        with reading_once():
+            _, jobs = make_jobs(study, lambda overrides: _compose(overrides, [], [str(options)]))
         composing = time.perf_counter() - start
         start = time.perf_counter()
         runs = read_runs(jobs)

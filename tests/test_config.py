@@ -12,7 +12,7 @@ import yaml
 
 from unified_rl import config as configuration
 from unified_rl import instantiate
-from unified_rl.config import build, compose, group_options, resolve_defaults
+from unified_rl.config import build, compose, group_options, reading_once, resolve_defaults
 from unified_rl.errors import ConfigError
 
 TOYS = '''
@@ -417,3 +417,19 @@ def test_the_documented_commands_compose(overrides: str) -> None:
         if key in cfg["choices"]:
             assert cfg["choices"][key] == value
     assert cfg["env"]["_target_"] and cfg["agent"]["_target_"]
+
+
+def test_a_grid_reads_files_once_and_composes_the_same(tmp_path: Path) -> None:
+    option = tmp_path / "env" / "mine.yaml"
+    option.parent.mkdir()
+    text = "# @package _global_\n# Mine\nenv:\n  _target_: unified_rl.envs.control.GymnasiumEnv\n  id: Pendulum-v1\n"
+    option.write_text(text)
+    base = ["env=mine", "agent=sac", "policy=tanh_gaussian"]
+    grid = [[*base, f"seed={seed}", *more] for seed in (1, 2) for more in ([], ["agent.lr=1e-3", "replay.capacity=64"])]
+    alone = [compose(cell, config_dirs=[str(tmp_path)]) for cell in grid]
+    with reading_once():
+        together = [compose(cell, config_dirs=[str(tmp_path)]) for cell in grid]
+        option.write_text(text.replace("Pendulum-v1", "Hopper-v5"))
+        assert compose(grid[0], config_dirs=[str(tmp_path)]) == alone[0]
+    assert together == alone
+    assert compose(grid[0], config_dirs=[str(tmp_path)])["env"]["id"] == "Hopper-v5"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from unified_rl.files import Manifest
 from unified_rl.training.metrics import Means, MetricLog
 
 
@@ -71,3 +72,16 @@ def test_a_last_line_cut_by_a_crash_is_dropped(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a") as handle:
         handle.write('{"update": 1, "st')
     assert len(MetricLog(tmp_path).rows) == 1
+
+
+def test_the_record_is_there_before_the_manifest_lists_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Manifest(tmp_path).write()
+    write, missing = Manifest.write, []
+
+    def watched(self: Manifest) -> None:
+        missing.extend(name for name in self.files if not (tmp_path / name).exists())
+        write(self)
+
+    monkeypatch.setattr(Manifest, "write", watched)
+    MetricLog(tmp_path).close()
+    assert "metrics.jsonl" in Manifest.read(tmp_path).files and not missing  # a kill here would leave a damaged run

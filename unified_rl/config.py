@@ -5,11 +5,14 @@ A default lives in a Python signature only; YAML states what differs. Nothing he
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +42,7 @@ __all__ = [
     "parse_overrides",
     "preset",
     "preset_names",
+    "reading_once",
     "resolve_defaults",
 ]
 
@@ -63,6 +67,9 @@ GROUP = re.compile(r"((override|optional) +)*/?[\w-]+")
 OPTION = re.compile(r"[\w-][\w.-]*")
 """What a file's ``defaults`` may name: options of groups, and no path."""
 HEADER = "# @package _global_"
+
+_READ: ContextVar[dict[tuple[str, ...], Any] | None] = ContextVar("read", default=None)
+"""What the innermost :func:`reading_once` has read and composed."""
 
 
 # ---------------------------------------------------------------------------------------------- groups and their files
@@ -301,15 +308,42 @@ def compose(
         ConfigError: a misspelt key, group or option (names the nearest), a wrong type, a target that is not allowed.
     """
     parsed = parse_overrides(overrides)
-    groups = group_options(primary, config_dirs)
+    place = (primary, *map(str, config_dirs))
+    groups = _once(place, lambda: _read_options(primary, config_dirs))
     _check_top(parsed, groups, primary)
-    _check_headers([config_root(), *config_dirs], groups)
-    config = _compose_groups([o for o in parsed if o.key in groups], primary, config_dirs, groups)
+    chosen = [o for o in parsed if o.key in groups]
+    said = (*place, *(f"{o.key}={o.value!r}" for o in chosen))
+    config = _once(said, lambda: _compose_groups(chosen, primary, config_dirs, groups))
     for override in parsed:
         if override.key not in groups:
             _set(config, override)
     check_size(config, "the configuration")
     return _check_config(resolved(config), groups, primary, allow)
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Within it, files of options are read once, and the same choice of options is composed once: for grids of runs."""
+    token = _READ.set({})
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
+def _once(key: tuple[str, ...], make: Callable[[], Any]) -> Any:
+    read = _READ.get()
+    if read is None:
+        return make()
+    if key not in read:
+        read[key] = make()
+    return copy.deepcopy(read[key])
+
+
+def _read_options(primary: str, config_dirs: Sequence[str]) -> dict[str, dict[str, str]]:
+    groups = group_options(primary, config_dirs)
+    _check_headers([config_root(), *config_dirs], groups)
+    return groups
 
 
 def _compose_groups(

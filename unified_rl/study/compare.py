@@ -57,10 +57,12 @@ def compare(
         StudyError: some runs failed; everything else is finished and in the report.
         KeyboardInterrupt: Ctrl-C; runs under way are checkpointed, and the same command goes on with them.
     """
+    from unified_rl.config import reading_once
     from unified_rl.training.checkpoint import lock_run
 
     study = Study.from_config(cfg)
-    warm, runs = make_jobs(study, compose or partial(_compose, allow=allow, config_dirs=config_dirs))
+    with reading_once():
+        warm, runs = make_jobs(study, compose or partial(_compose, allow=allow, config_dirs=config_dirs))
     study.path.mkdir(parents=True, exist_ok=True)
     with lock_run(study.path):
         write_atomically(study.path / "study.yaml", yaml.safe_dump(cfg, sort_keys=False))

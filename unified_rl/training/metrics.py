@@ -174,13 +174,15 @@ class MetricLog:
 
     def _take_over(self, keep_until: int | None) -> bytes:
         """Takes over the rows of the record that stay, and cuts the others off; returns the record."""
-        data = self.jsonl.read_bytes() if self.jsonl.is_file() else b""
+        if not self.jsonl.is_file():
+            write_atomically(self.jsonl, b"")  # before the manifest lists it: a listed file that is missing is damage
+        data = self.jsonl.read_bytes()
         manifest = Manifest.find(self.folder)
         listed = data if manifest is None else data[: manifest.files.get(RECORD, [{"size": 0}])[-1]["size"]]
         self.rows, kept = _parse(listed, keep_until)
         if manifest is not None:
             self._reopen(manifest, kept, keep_until)
-        if kept != data or not self.jsonl.is_file():
+        if kept != data:
             write_atomically(self.jsonl, kept)
         return kept
 
