@@ -61,7 +61,9 @@ def test_an_answer_cut_by_its_budget_bootstraps_from_its_last_value() -> None:
     torch.testing.assert_close(rows["advantage"][0, 4], torch.tensor(1.0 + 0.9 * 0.3 - 0.3))
 
 
-@pytest.mark.parametrize("critic", ["null", "{model_type: llama, hidden_size: 32, num_hidden_layers: 1}"])
+@pytest.mark.parametrize(
+    "critic", ["null", "{model_type: llama, hidden_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"]
+)
 def test_a_language_model_trains_with_a_token_critic(critic: str, tmp_path: Path) -> None:
     overrides = ["env=chain_mod", "policy=causal_lm_tiny", "correction=ppo", "agent.advantage=critic", "progress=false"]
     overrides += ["rollout.prompts=4", "rollout.group_size=2", "steps=16"]

@@ -205,9 +205,9 @@ def restore(trainer: Trainer, folder: Path, found: Found, resume_env: str | None
         RestoreError: the environment cannot be put back, and ``resume_env`` is ``exact``.
     """
     path, state = found
-    if trainer.cut_short(state):
+    if _cut_short(trainer, path, state):
         path, state = _before_the_end(trainer, folder, path) or found
-        if trainer.cut_short(state):
+        if _cut_short(trainer, path, state):
             say(
                 f"{folder} was made for a smaller budget and keeps no state from before its end: the next rows are "
                 "fresher than rollout.staleness says, else the run goes on as it was"
@@ -226,6 +226,11 @@ def restore(trainer: Trainer, folder: Path, found: Found, resume_env: str | None
         trainer.load_state_dict(state, path, restart)
 
 
+def _cut_short(trainer: Trainer, path: Path, state: dict[str, Any]) -> bool:
+    with restoring(path):
+        return trainer.cut_short(state)
+
+
 def _before_the_end(trainer: Trainer, folder: Path, newest: Path) -> Found | None:
     """The newest state that this trainer would have passed through, made the newest checkpoint of the run."""
     own = [path for path in checkpoints(folder / FOLDER) if path.name <= newest.name]
@@ -234,7 +239,7 @@ def _before_the_end(trainer: Trainer, folder: Path, newest: Path) -> Found | Non
             state = read_checkpoint(path)
         except DamageError:
             continue
-        if trainer.cut_short(state):
+        if _cut_short(trainer, path, state):
             continue
         target = folder / FOLDER / path.name
         if path != target:  # one of that name may have been half removed by a process that was killed
