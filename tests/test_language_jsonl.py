@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from unified_rl.envs.language import JsonlProblems, character_tokenizer
 from unified_rl.envs.language.verifiers import strip_calculations
 from unified_rl.errors import ConfigError, DataError
+from unified_rl.rollout.sources.answers import read_answers
 
 GSM = {"question": "Ann has 48 clips and sells half. How many are left?", "answer": "48/2 = <<48/2=24>>24.\n#### 24"}
 
@@ -324,3 +326,18 @@ def test_damaged_archives_and_folders_are_named(tmp_path: Path, folder: Path) ->
     for path in (str(tmp_path), "a\0b"):
         with pytest.raises(DataError, match="cannot read"):
             make(path, folder)
+
+
+def test_pipes_and_devices_are_not_waited_for(tmp_path: Path, folder: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero"):
+        with pytest.raises(DataError, match=f"cannot read {path}: it is no regular file"):
+            make(path, folder)
+        with pytest.raises(DataError, match=f"cannot read {path}: it is no regular file"):
+            read_answers(path)
+
+
+def test_answers_that_are_nested_without_end_are_named(tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"deep\.jsonl, line 1: not usable JSON"):
+        read_answers(tmp_path / "deep.jsonl")

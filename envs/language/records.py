@@ -76,6 +76,8 @@ def _spell(number: Decimal) -> str:
 
 def _read(file: Path) -> bytes:
     try:
+        if file.exists() and not file.is_file():  # a pipe or a device would be waited for, or read without an end
+            raise DataError(f"cannot read {file}: it is no regular file")
         if file.suffix == ".gz":
             with gzip.open(file) as stream:
                 return stream.read()

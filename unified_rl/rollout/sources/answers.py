@@ -25,6 +25,8 @@ def read_answers(path: str | Path) -> list[Answer]:
     Raises:
         DataError: a missing or empty file, or a line that is no answer.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise DataError(f"cannot read {path}: it is no regular file")
     try:
         lines = Path(path).read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -40,6 +42,8 @@ def _answer(line: str, where: str) -> Answer:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not usable JSON") from error
     try:
         prompt, answer = _pair(record)
     except (KeyError, TypeError, ValueError, IndexError) as error:
