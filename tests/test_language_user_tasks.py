@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -20,6 +21,7 @@ TINY = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_a
 class Judged(ChainMod):
     """Answers every third turn with ``answer``."""
 
+    info_names = ("words",)
     answer: Any = None
 
     def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:
@@ -31,7 +33,7 @@ class Judged(ChainMod):
 
 def respond(answer: Any, count: int = 4) -> Any:
     env = Judged()
-    env.answer = answer
+    env.answer, env.max_turns = answer, 2
     problems = env.problems(count, torch.Generator().manual_seed(0))
     return env.respond(problems, [[[5, 6]]] * count, torch.ones(count, dtype=torch.bool))
 
@@ -61,6 +63,11 @@ def fail_at_length() -> Verdict:
         (Verdict([1.0]), "returned reward=[1.0] (list)"),  # type: ignore[arg-type]
         (Verdict(1.0, done=None), "returned done=None (NoneType)"),  # type: ignore[arg-type]
         (Verdict(1.0, reply=3), "returned reply=3 (int)"),  # type: ignore[arg-type]
+        (Verdict(1.0, info={"words": None}), "returned info['words']=None (NoneType)"),  # type: ignore[dict-item]
+        (Verdict(1.0, info={"words": "3"}), "returned info['words']='3' (str)"),  # type: ignore[dict-item]
+        (Verdict(1.0, info="words"), "returned info='words' (str)"),  # type: ignore[arg-type]
+        (lambda: sys.exit(4), "raised SystemExit: 4"),
+        (Verdict(0.0, done=False, reply="12345"), "replies 5 tokens, more than its max_reply_length=0"),
     ],
 )
 def test_nonsense_names_the_task_and_the_row(answer: Any, message: str) -> None:

@@ -142,9 +142,20 @@ class LanguageTask:
             "truncated": truncated.float(),
         }
         for name in self.info_names:
-            info[name] = torch.tensor([(verdict.info or {}).get(name, 0.0) for verdict in verdicts])
-        replies = iter(self.codec.encode([v.reply for v in verdicts if v.reply]))
-        return TurnResult([next(replies) if v.reply else [] for v in verdicts], reward, done, info)
+            info[name] = torch.tensor([float((verdict.info or {}).get(name, 0.0)) for verdict in verdicts])
+        return TurnResult(self._replies(problems, verdicts, (done | last).tolist()), reward, done, info)
+
+    def _replies(self, problems: list[dict[str, Any]], verdicts: list[Verdict], over: list[bool]) -> list[list[int]]:
+        """Token ids of what is said next; those of conversations that go on must fit."""
+        encoded = iter(self.codec.encode([v.reply for v in verdicts if v.reply]))
+        replies = [next(encoded) if v.reply else [] for v in verdicts]
+        for row, ids in enumerate(replies):
+            if len(ids) > self.max_reply_length and not over[row]:
+                raise RolloutError(
+                    f"{self._place(problems[row], row)} replies {len(ids)} tokens, more than its "
+                    f"max_reply_length={self.max_reply_length}"
+                )
+        return replies
 
     def _verdicts(
         self, problems: list[dict[str, Any]], turns: list[list[list[int]]], finished: list[bool]
@@ -170,10 +181,10 @@ class LanguageTask:
             verdict = self._judge(problem, self._turn_text(said[-1]), len(said))
         except UnifiedRLError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = " ".join(str(error).split())[:300]
             raise RolloutError(f"{self._place(problem, row)} raised {type(error).__name__}: {reason}") from error
-        fault = _fault(verdict)
+        fault = _fault(verdict, self.info_names)
         if fault:
             raise RolloutError(f"{self._place(problem, row)} returned {fault}; it must return a Verdict")
         reward = float(verdict.reward)
@@ -318,17 +329,23 @@ def _hash(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
-def _fault(verdict: Any) -> str:
+def _fault(verdict: Any, info_names: Sequence[str] = ()) -> str:
     """What is wrong with what a task returned; empty where nothing is."""
     if not isinstance(verdict, Verdict):
         return f"{verdict!r:.60} ({type(verdict).__name__})"
-    for name in ("reward", "done", "correct"):
-        value: Any = getattr(verdict, name)
+    told = {} if verdict.info is None else verdict.info
+    if not isinstance(told, dict):
+        return f"info={told!r:.60} ({type(told).__name__})"
+    numbers: dict[str, Any] = {name: getattr(verdict, name) for name in ("reward", "done", "correct")}
+    numbers |= {f"info[{name!r}]": told[name] for name in info_names if name in told}
+    for name, value in numbers.items():
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
         shape = getattr(value, "shape", ())
         if isinstance(value, str | bytes) or not hasattr(value, "__float__") or len(shape):
             return f"{name}={value!r:.60} ({type(value).__name__})"
+        if name.startswith("info"):  # NaN is what a task does not know
+            continue
         if not math.isfinite(value):
             return f"{name}={value!r:.60}"
     return "" if isinstance(verdict.reply, str) else f"reply={verdict.reply!r:.60} ({type(verdict.reply).__name__})"

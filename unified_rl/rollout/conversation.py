@@ -217,7 +217,7 @@ def answered(env: LanguageEnv, problems: Problems, turns: list[list[list[int]]],
         result: Any = env.respond(problems, turns, finished)
     except UnifiedRLError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = " ".join(str(error).split())[:300]
         raise RolloutError(f"{name} raised {type(error).__name__}: {said}") from error
     fault = _fault(result, len(problems))
