@@ -68,6 +68,15 @@ def test_free_form_answers_by_hand(verifier: MathVerifier, reference: str, text:
         ("x+1", "\\boxed{}", 0.0),
         ("\\frac{1}{3}", "\\boxed{0.333333}", 0.0),
         ("12", "\\boxed{12} " + "It holds. " * 300, 1.0),
+        ("101_2", "\\boxed{101_3}", 0.0),
+        ("42", "\\boxed{42_{8}}", 0.0),
+        ("42", "\\boxed{42_{10}}", 1.0),
+        ("101_2", "\\boxed{101}", 1.0),
+        ("f'(x)", "\\boxed{f(x)}", 0.0),
+        ("f'(x)+1", "\\boxed{1 + f'(x)}", 1.0),
+        ("1", "\\boxed{\\text{the answer is not } 1}", 0.0),
+        ("1", "\\boxed{1\\text{ or more}}", 0.0),
+        ("5", "\\boxed{\\neg 5}", 0.0),
     ],
 )
 def test_nothing_that_was_thrown_away_is_equal(verifier: MathVerifier, reference: str, text: str, value: float) -> None:

@@ -167,8 +167,8 @@ def read_number(text: str) -> Number | None:
 
 
 _AREAS = re.compile(rf"(\\(?:{_TEXTUAL}) ?\{{[^{{}}]*\}}|\b[mckfiy]?[mtnd]) ?\^ ?\{{?([23])\}}?")
-_FACTOR = re.compile(r"!|\s*(?![mshgLlCFKNJWVka])[A-Za-z](?![A-Za-z])")
-"""Behind a whole answer: a factorial, or one letter that is no unit."""
+_FACTOR = re.compile(r"!|\s*or\b|\s*(?![mshgLlCFKNJWVka])[A-Za-z](?![A-Za-z])")
+"""Behind a whole answer: a factorial, *or more*, or one letter that is no unit."""
 _LEADS = re.compile(
     r"[\s$(\[{*`\"]*(?:(?:the\s+)?(?:final\s+)?answer\s*(?:is\s*:?|:|=)|[A-Za-z]\s*=|=|[≈]|:)?[\s$(\[{*`\"]*",
     re.IGNORECASE,

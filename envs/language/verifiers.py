@@ -21,6 +21,12 @@ _CALCULATION = re.compile(r"<<[^<>\n]*>>")
 _ARITHMETIC = re.compile(r"[0-9)]\s*[-+*/^×÷]{1,2}\s*[0-9(]|\\")
 _TRAILING_UNIT = re.compile(r"(?<=\S)\s*\\(?:text|textrm|mbox|mathrm) ?\{([^{}]*)\}\s*(\^ ?\{?[0-9]\}?)?[\s.$]*$")
 
+_TURNED = re.compile(
+    r"\\(?:neg|lnot)\b|\b(?:not|never|at least|at most|or (?:more|less|fewer|greater|higher|lower|so))\b", re.IGNORECASE
+)
+_PRIME = re.compile(r"(?<![0-9])(?:'|\\prime)")
+_BASE = re.compile(r"(?<=[0-9])\}?_ ?\{?([0-9]+)")
+
 Verifier = Callable[[str, str], Score]
 """``(reference, text) -> Score``."""
 
@@ -100,7 +106,11 @@ class MathVerifier:
         a, b = read_number(one), read_number(other)
         if a is not None and b is not None:
             return Score(float(same_number(a, b)), False)
-        if _units_differ(one, other) or (one.isalpha() and other.isalpha() and one.isupper() and len(one) > 1):
+        if (
+            _units_differ(one, other)
+            or _meanings_differ(one, other)
+            or (one.isalpha() and other.isalpha() and one.isupper() and len(one) > 1)
+        ):
             return Score(0.0, False)
         if len(other) > MAX_TAIL:
             return Score(0.0, False)
@@ -126,6 +136,18 @@ def _units_differ(one: str, other: str) -> bool:
     units = [name_unit(m[1] + (m[2] or "")) if (m := _TRAILING_UNIT.search(text)) else "" for text in (one, other)]
     scaled = any(re.search(r"\b(?:hundred|thousand|[mbtr]+illion|dozen)s?\b", unit) for unit in units)
     return units[0] != units[1] and (all(units) or scaled)
+
+
+def _meanings_differ(one: str, other: str) -> bool:
+    """Whether a negation, *or more*, a derivative's prime or a number's base is in one and not in the other.
+
+    A base that the answer leaves out is not held against it, as a unit is not.
+    """
+    for pattern in (_TURNED, _PRIME):
+        if len(pattern.findall(one)) != len(pattern.findall(other)):
+            return True
+    bases, theirs = ([base for base in _BASE.findall(text) if base != "10"] for text in (one, other))
+    return bool(theirs) and theirs != bases
 
 
 __all__ = ["MathVerifier", "Verifier", "last", "marked_number", "numeric", "parse_number", "strip_calculations"]
