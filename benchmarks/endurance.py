@@ -2,7 +2,7 @@
 
 Each domain trains in a process of its own, without an end, until the time is over; then it is interrupted as Ctrl-C
 would. Every few seconds one row is written: what the kernel says of the process, and how far the run is. A run that
-leaks shows a resident size that grows with its updates; the summary compares the last third of the time with the
+leaks shows memory that grows with its updates; the summary compares the last third of the time with the
 middle one, when replay and allocator have filled.
 """
 
@@ -31,7 +31,8 @@ RUNS = {
     ),
 }
 """The replay of control is full after a few minutes, so that what grows afterwards is not it."""
-FIELDS = ("domain", "seconds", "resident_mib", "peak_mib", "open_files", "threads", "steps", "updates")
+FIELDS = ("domain", "seconds", "own_mib", "file_mib", "open_files", "threads", "steps", "updates")
+"""``own_mib`` is the process's own memory, ``file_mib`` the pages of files that the kernel keeps for it or takes back."""
 
 
 def usage(process: int) -> dict[str, float]:
@@ -39,8 +40,8 @@ def usage(process: int) -> dict[str, float]:
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     status = dict(line.split(":", 1) for line in lines)
     return {
-        "resident_mib": round(int(status["VmRSS"].split()[0]) / 1024, 1),
-        "peak_mib": round(int(status["VmHWM"].split()[0]) / 1024, 1),
+        "own_mib": round(int(status["RssAnon"].split()[0]) / 1024, 1),
+        "file_mib": round(int(status["RssFile"].split()[0]) / 1024, 1),
         "open_files": len(os.listdir(f"/proc/{process}/fd")),
         "threads": int(status["Threads"]),
     }
@@ -61,8 +62,8 @@ def start(domain: str, folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen([*command, *settings], stdout=subprocess.DEVNULL)
 
 
-def watch(minutes: float, every: float, folder: Path) -> list[dict[str, object]]:
-    """One row a domain and interval."""
+def watch(minutes: float, every: float, folder: Path, out: Path | None) -> list[dict[str, object]]:
+    """One row a domain and interval; written to ``out`` as they come."""
     runs = {domain: start(domain, folder / domain) for domain in RUNS}
     begin, rows = time.monotonic(), []
     while time.monotonic() - begin < 60 * minutes and all(run.poll() is None for run in runs.values()):
@@ -70,6 +71,7 @@ def watch(minutes: float, every: float, folder: Path) -> list[dict[str, object]]
         for domain, run in runs.items():
             measured = {**usage(run.pid), **progress(folder / domain)}
             rows.append({"domain": domain, "seconds": round(time.monotonic() - begin, 1), **measured})
+        write(rows, out)
     for domain, run in runs.items():
         if run.poll() is not None:
             raise SystemExit(f"the {domain} run ended by itself with {run.returncode}")
@@ -80,6 +82,15 @@ def watch(minutes: float, every: float, folder: Path) -> list[dict[str, object]]
     return rows
 
 
+def write(rows: list[dict[str, object]], out: Path | None) -> None:
+    """The rows as CSV, where asked."""
+    if out is not None:
+        with out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
 def summary(rows: list[dict[str, object]]) -> list[str]:
     """For each domain: median of the middle and of the last third, and the growth between them."""
     out = []
@@ -87,7 +98,7 @@ def summary(rows: list[dict[str, object]]) -> list[str]:
         part = [row for row in rows if row["domain"] == domain]
         third = len(part) // 3
         middle, last = part[third : 2 * third], part[2 * third :]
-        for name in ("resident_mib", "open_files", "threads"):
+        for name in ("own_mib", "open_files", "threads"):
             before, after = (statistics.median(float(str(row[name])) for row in some) for some in (middle, last))
             out.append(
                 f"{domain} {name}: {before:g} in the middle third, {after:g} in the last ({after / before - 1:+.2%})"
@@ -104,13 +115,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = watch(args.minutes, args.every, Path(folder))
+        rows = watch(args.minutes, args.every, Path(folder), args.csv)
     print("\n".join(summary(rows)))
-    if args.csv:
-        with args.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 if __name__ == "__main__":
