@@ -32,7 +32,7 @@ RUNS = {
 }
 """The replay of control is full after a few minutes, so that what grows afterwards is not it."""
 FIELDS = ("domain", "seconds", "own_mib", "file_mib", "open_files", "threads", "steps", "updates")
-"""``own_mib`` is the process's own memory, ``file_mib`` the pages of files that the kernel keeps for it or takes back."""
+"""``own_mib``: the process's own memory; ``file_mib``: pages of files, which the kernel keeps for it or takes back."""
 
 
 def usage(process: int) -> dict[str, float]:
