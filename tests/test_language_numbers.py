@@ -45,6 +45,9 @@ def test_what_is_no_number_or_an_unclear_one_reads_as_none(text: str) -> None:
         ("it is -7", "-7"),
         ("the balance is \u22123", "-3"),
         ("the value is 1.5, not 3", "3"),
+        ("the value is not 2, so 3", "3"),
+        ("it is 42 on the 3rd day", "42"),
+        ("one 1/4th", "1/4"),
         ("that makes 1e5", "100000"),
         ("The share is 3/4.", "3/4"),
         ("The answer is 2 2/3", "8/3"),
@@ -75,6 +78,8 @@ def test_the_number_that_a_text_ends_with(text: str, value: str) -> None:
         *("none", "x2", "f(3)", "(3, 4)", "[3,4]", "5 - 3", "10-3", "2*3", "2^3", "x^{2}", "\\sqrt{2}", "is - 3"),
         *("1:30", "1/2/2020", "2–3", "5x", "5\\pi", "72 + x", "3,4", "1,23", "12.5.3", "x > 5", "x != 5", "9" * 40),
         *("3x4", "5M", "5(3)", "2 \\cdot 3", "a/3", "x_2", "\\log_{3}", "7³", "±3", "-x+3"),
+        *("forty 42nd", "the 1st", "3RD", "7th.", "The answer is not 42", "it isn't **42**"),
+        *("it isn\u2019t 42", "never 42", "not equal to $42$", "it is not -42", "#### not 42"),
     ],
 )
 def test_a_piece_of_something_else_is_no_number(text: str) -> None:
@@ -182,6 +187,7 @@ REFUSED = [
         "#### __import__('os')",
         "#### 72\\pi",
     ),
+    *("#### 72nd", "\\boxed{72nd}", "\\boxed{\\text{not }72}", "#### The answer is not 72", "The answer is not 72"),
     *("\\boxed{71} or \\boxed{72}", "#### 72-ish 3", "\\boxed{(71, 72)}", "#### 7 2", "#### \u221272"),
 ]
 

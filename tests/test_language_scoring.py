@@ -37,6 +37,12 @@ def verifier() -> Iterator[MathVerifier]:
         ("72", "", 0.0),
         ("72", "   ", 0.0),
         ("72", "seventy-two", 0.0),
+        ("72", "The answer is not 72.", 0.0),
+        ("72", "The answer is not $72$.", 0.0),
+        ("72", "it isn't 72", 0.0),
+        ("72", "#### not 72", 0.0),
+        ("72", "the 72nd", 0.0),
+        ("72", "\\boxed{72nd}", 0.0),
     ],
 )
 def test_free_form_answers_by_hand(verifier: MathVerifier, reference: str, text: str, value: float) -> None:

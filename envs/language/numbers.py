@@ -72,6 +72,11 @@ _COMMAND_BRACE = re.compile(r"(?:\\[A-Za-z]+|\})\s*\{\s*$")
 _INEQUALITY_BEFORE = re.compile(r"(?<![=-])[<>]\s*$|!=\s*$")
 _MARKUP_TAG = re.compile(r"</?[A-Za-z][^<>]*>$")
 _IN_TUPLE_BEFORE = re.compile(r"[(\[{][^()\[\]{}]*[0-9]\s*[,;]\s*$")
+NOT_BEFORE = re.compile(
+    r"(?:(?<![,;]\s)\b(?:not|never)|n['\u2019]t)(?:\s+be)?(?:\s+equal(?:\s+to)?)?[\s$(\[{*_`\"]+$", re.IGNORECASE
+)
+"""In front of a number or a formula that is said not to be it; behind a comma (*1.5, not 3*) it is still the last one."""
+_ORDINAL_AFTER = re.compile(r"(?:st|nd|rd|th)(?![A-Za-z])", re.IGNORECASE)
 _SUM_BEFORE = re.compile(r"[0-9A-Za-z)\]}%]\s*$")
 _UNCLEAR_AFTER = re.compile(
     r"""
@@ -228,6 +233,8 @@ def _read(text: str, match: re.Match[str], broken: bool) -> Number | None:
         return None
     if signs and re.search(r"[A-Za-z]$", rest) and not (left["gap1"] or left["gap2"]):
         return None  # COVID-19
+    if match["plain"] is not None and _ORDINAL_AFTER.match(text, match.end()):
+        return None  # the 42nd
     start = sign_at if signs or left["currency"] else match.start()
     value = None if broken else _value(match)
     if value is not None and (
@@ -265,6 +272,8 @@ def _unclear_before(rest: str, left: re.Match[str], signs: str, inside: bool) ->
     if re.search(r"[-+]$", rest) or re.search(r"(?<!\.\.)\.$", rest):
         return True
     if re.search(r"[0-9)\]]\s*[-+]\s*$|[0-9]:$|[0-9A-Za-z)]\($|[)\]]$", rest):
+        return True
+    if NOT_BEFORE.search(rest):
         return True
     if _OPERATOR_BEFORE.search(rest) and not re.fullmatch(r"\s*[*~]\s+", rest):
         return True

@@ -25,6 +25,7 @@ _TRAILING_UNIT = re.compile(r"(?<=\S)\s*\\(?:text|textrm|mbox|mathrm) ?\{([^{}]*
 _TURNED = re.compile(
     r"\\(?:neg|lnot)\b|\b(?:not|never|at least|at most|or (?:more|less|fewer|greater|higher|lower|so))\b", re.IGNORECASE
 )
+_ORDINAL = re.compile(r"\b[0-9]+(?:st|nd|rd|th)\b", re.IGNORECASE)
 _PRIME = re.compile(r"(?<![0-9])(?:'|\\prime)")
 _BASE = re.compile(r"(?<=[0-9])\}?_ ?\{?([0-9]+)")
 
@@ -103,10 +104,12 @@ class MathVerifier:
             return Score(float(bool(dates) and _date(dates[-1][0]) == wanted), False)
         if dates and not re.search(r"\w", text[dates[-1].end() :]):
             return Score(0.0, False)
-        said = spoken_number(text) if read_number(reference) is not None else None
+        if read_number(reference) is None:
+            return self.scorer.score(kind="math", reference=reference, text=end_of(text))
+        said = spoken_number(text)
         if said is not None and (said.value is not None or not _ARITHMETIC.search(end_of(text))):
             return _compare(reference, said)
-        return self.scorer.score(kind="math", reference=reference, text=end_of(text))
+        return self.scorer.score(kind="math", reference=reference, text=_ORDINAL.sub("", end_of(text)))
 
     def _equal(self, reference: str, answer: str) -> Score:
         """Compares two contents of a box."""
