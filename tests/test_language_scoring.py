@@ -37,6 +37,12 @@ def verifier() -> Iterator[MathVerifier]:
         ("72", "", 0.0),
         ("72", "   ", 0.0),
         ("72", "seventy-two", 0.0),
+        ("72", "The answer is not 72.", 0.0),
+        ("72", "The answer is not $72$.", 0.0),
+        ("72", "it isn't 72", 0.0),
+        ("72", "#### not 72", 0.0),
+        ("72", "the 72nd", 0.0),
+        ("72", "\\boxed{72nd}", 0.0),
     ],
 )
 def test_free_form_answers_by_hand(verifier: MathVerifier, reference: str, text: str, value: float) -> None:
@@ -77,6 +83,20 @@ def test_free_form_answers_by_hand(verifier: MathVerifier, reference: str, text:
         ("1", "\\boxed{\\text{the answer is not } 1}", 0.0),
         ("1", "\\boxed{1\\text{ or more}}", 0.0),
         ("5", "\\boxed{\\neg 5}", 0.0),
+        ("2", "\\boxed{1=2}", 0.0),
+        ("1", "\\boxed{0=1}", 0.0),
+        ("2", "\\boxed{x=1=2}", 0.0),
+        ("2", "\\boxed{x=2}", 1.0),
+        ("42", "\\boxed{6\\times 7=42}", 1.0),
+        ("0.5", "\\boxed{\\frac{1}{2}=0.5}", 1.0),
+        ("2021", "\\boxed{2024-01-02}", 0.0),
+        ("2024-01-02", "\\boxed{2021}", 0.0),
+        ("2024-01-02", "it is 2021", 0.0),
+        ("2024-01-02", "it is 2024-01-02.", 1.0),
+        ("2024-01-02", "\\boxed{2024/1/2}", 1.0),
+        ("2024-01-02", "\\boxed{2024-01-03}", 0.0),
+        ("1012", "\\boxed{2024/01/02}", 0.0),
+        ("1012", "it is 2024/01/02.", 0.0),
     ],
 )
 def test_nothing_that_was_thrown_away_is_equal(verifier: MathVerifier, reference: str, text: str, value: float) -> None:

@@ -16,7 +16,7 @@ from unified_rl.agents.behavior_cloning import BehaviorCloning
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import ChainMod, JsonlProblems, character_tokenizer
 from unified_rl.envs.language.tokenizer import train_bpe
-from unified_rl.errors import ConfigError
+from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.rollout import LanguageRollout
 from unified_rl.training.run import Job, train
@@ -68,6 +68,16 @@ def test_every_end_id_of_the_folder_ends_an_answer_and_is_no_part_of_its_text(tm
     got, _ = LanguageRollout(plain, policy, 1.0, *streams, prompts=4, group_size=4).collect(0)
     ended = (got["tokens"] == extra) & got["mask"]
     assert bool(ended.any()) and bool(got["terminated"][ended.any(-1)].all())  # the model's own id ends the row
+
+
+@pytest.mark.parametrize("ends", ["abc", [1e9, -4], -4, [True], {"a": 1}])
+def test_an_end_id_that_is_no_token_id_is_refused_by_the_name_of_its_file(tmp_path: Path, ends: Any) -> None:
+    tokenizer = train_bpe(["What is 1+1? 2"], 270)
+    folder = model_folder(tmp_path / "m", tokenizer, [tokenizer.eos_token_id])
+    file = tmp_path / "m" / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": ends}))
+    with pytest.raises(CheckpointError, match=r"^\S*generation_config\.json: eos_token_id holds .* no token id$"):
+        JsonlProblems(problems(tmp_path / "a.jsonl"), tokenizer=folder, held_out=0.0)
 
 
 def _without(tmp_path: Path, tokenizer: Any) -> str:

@@ -222,6 +222,7 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (SAC, "agent.batch_size=0"), (PPO, "correction=null"), (LANGUAGE, "correction=null"),
     (("env=two_route", "agent=behavior_cloning", "rollout.rows=8"), "replay=null"), (LANGUAGE, "agent.lam=nan"),
     (PPO, "env.chunk=0"), (PPO, "agent.max_grad_norm=nan"),
+    (("env=jsonl", "env.path=x", *LANGUAGE[6:]), "env.truncated_reward=1e300"),
 ]  # fmt: skip
 ACCEPTED: list[tuple[tuple[str, ...], str, str]] = [
     (

@@ -38,6 +38,7 @@ INSIDE: list[tuple[Any, list[Any], list[Any]]] = [
     (ranges.Count, [1, 3.0, 2**63 - 1], [0, -1, 2**63, 1e30]),
     (ranges.Whole, [0, 2**63 - 1], [-1, 2**63]),
     (ranges.Extended, [math.inf, -math.inf, 0], [math.nan]),
+    (ranges.Float32, [0, -1, 1e30, -3e38], [1e39, -1e300, math.nan, math.inf]),
     (ranges.Bound, [0, math.inf], [-1, -math.inf, math.nan]),
     (ranges.Radius, [0.1, math.inf], [0, -1, math.nan]),
     (float, [0, -1e30], [math.nan, math.inf, -math.inf]),

@@ -47,6 +47,8 @@ UpperBound = Annotated[float, Gt(0), MayBeInfinite]
 """As :data:`Bound`, where 0 would leave nothing."""
 Radius = Annotated[float, Gt(0), MayBeInfinite]
 """Of a trust region around 1; infinity is none, 0 would let nothing move."""
+Float32 = Annotated[float, Interval(ge=-3.4e38, le=3.4e38)]
+"""A number of either sign that a tensor of rewards holds."""
 OpenUnit = Annotated[float, Interval(gt=0, lt=1)]
 AtLeastOne = Annotated[float, Ge(1)]
 TwoOrMore = Annotated[int, Ge(2)]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from unified_rl.envs.language.numbers import Number, find_numbers, plain_text, read_number
+from unified_rl.envs.language.numbers import NOT_BEFORE, Number, find_numbers, plain_text, read_number
 
 MAX_BOXES = 64
 """Boxes at the end of a text that are looked at: each is read to the brace that closes it."""
@@ -67,10 +67,15 @@ def spoken_number(text: str) -> Number | None:
 
 
 def spoken_formula(text: str) -> str | None:
-    """The last formula of an unmarked text where no digit follows it: between dollars, ``\\(\\)`` or ``\\[\\]``."""
+    """The last formula of an unmarked text where no digit follows it: between dollars, ``\\(\\)`` or ``\\[\\]``.
+
+    Empty where the text says that it is not this one.
+    """
     found = list(_FORMULA.finditer(text))
     if not found or re.search(r"[0-9]", text[found[-1].end() :]):
         return None
+    if NOT_BEFORE.search(text[max(0, found[-1].start() - 60) : found[-1].start()]):
+        return ""
     return next(group for group in found[-1].groups() if group is not None)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from unified_rl.envs.language.codec import Codec, Segment
 from unified_rl.errors import ConfigError, RolloutError, UnifiedRLError
 from unified_rl.protocols import TurnResult
-from unified_rl.ranges import Count, HeldOut, Seed, Whole, ranged
+from unified_rl.ranges import Count, Float32, HeldOut, Seed, Whole, ranged
 
 SPLITS = ("train", "eval")
 MAX_ROUNDS = 200
@@ -83,7 +83,7 @@ class LanguageTask:
         max_reply_length: Whole = 0,
         stop_text: str = "",
         held_out: HeldOut = 0.1,
-        truncated_reward: float | None = 0.0,
+        truncated_reward: Float32 | None = 0.0,
         shuffle_rewards: bool = False,
         seed: Seed = 0,
     ) -> None:

@@ -22,7 +22,7 @@ from unified_rl.envs.language.verifiers import (
     strip_calculations,
 )
 from unified_rl.errors import ConfigError, DataError
-from unified_rl.ranges import Count, HeldOut, Positive, Seed, ranged
+from unified_rl.ranges import Count, Float32, HeldOut, Positive, Seed, ranged
 
 BPE_SAMPLE = 2000
 """Problems that an encoding is trained on: enough for a few thousand tokens."""
@@ -88,7 +88,7 @@ class JsonlProblems(PooledTask):
         date: str = "2024-07-26",
         max_prompt_length: Count = 256,
         max_turn_tokens: Count = 256,
-        truncated_reward: float | None = 0.0,
+        truncated_reward: Float32 | None = 0.0,
         score_seconds: Positive = 5.0,
         batch_seconds: Positive = 10.0,
         tokenizer: str | None = None,

@@ -54,9 +54,10 @@ _POWER = (
     r"(?:[eE](?P<e>[+-]?[0-9]+)| ?(?:[×x*·]|\\times|\\cdot) ?10 ?"
     r"(?:(?:\^|\*\*) ?\{?(?P<ten>[+-]?[0-9]+)\}?|(?P<high>⁻?[⁰¹²³⁴⁵⁶⁷⁸⁹]+)))"
 )
+_TEN = r"10 ?\^ ?(?:\{ ?(?P<raised>[+-]?[0-9]+) ?\}|(?P<raised1>[+-]?[0-9]+))"
 _TOKEN = re.compile(
     rf"(?:(?P<whole>[0-9]+) *(?= *\\frac)|(?P<whole2>[0-9]+) (?=[0-9]+ ?[/\u2044])|(?P<whole3>[0-9]+) ?(?=[½-¾⅓-⅞]))?"
-    rf"(?:{_LATEX_FRACTION}|{_WHOLE_FRACTION}|(?P<vulgar>[½¼¾⅓-⅞])|(?P<plain>{_PLAIN})(?:{_POWER})?)"
+    rf"(?:{_LATEX_FRACTION}|{_WHOLE_FRACTION}|(?P<vulgar>[½¼¾⅓-⅞])|{_TEN}|(?P<plain>{_PLAIN})(?:{_POWER})?)"
 )
 _MORE_DIGITS = re.compile(rf"(?:{_GROUP}|[.:/\u2044])[0-9]|[0-9]")
 _LEFT = re.compile(
@@ -72,6 +73,11 @@ _COMMAND_BRACE = re.compile(r"(?:\\[A-Za-z]+|\})\s*\{\s*$")
 _INEQUALITY_BEFORE = re.compile(r"(?<![=-])[<>]\s*$|!=\s*$")
 _MARKUP_TAG = re.compile(r"</?[A-Za-z][^<>]*>$")
 _IN_TUPLE_BEFORE = re.compile(r"[(\[{][^()\[\]{}]*[0-9]\s*[,;]\s*$")
+NOT_BEFORE = re.compile(
+    r"(?:(?<![,;]\s)\b(?:not|never)|n['\u2019]t)(?:\s+be)?(?:\s+equal(?:\s+to)?)?[\s$(\[{*_`\"]+$", re.IGNORECASE
+)
+"""In front of a number or a formula that is denied; behind a comma (*1.5, not 3*) it is still the last one."""
+_ORDINAL_AFTER = re.compile(r"(?:st|nd|rd|th)(?![A-Za-z])", re.IGNORECASE)
 _SUM_BEFORE = re.compile(r"[0-9A-Za-z)\]}%]\s*$")
 _UNCLEAR_AFTER = re.compile(
     r"""
@@ -93,7 +99,10 @@ _PERCENT_AFTER = re.compile(r"\s?(?:\\?%|(?:percent(?:age)?|per cent|pct)\b)", r
 _DASHES = "\u2212\ufe63\uff0d\u2010\u2011\u2012"
 _SPACES = "\u00a0\u2007\u2008\u200a\u202f"
 _NOTHING = "\u200b\u200c\u200d\u2060\ufeff"
-_PLAINER = str.maketrans(dict.fromkeys(_DASHES, "-") | dict.fromkeys(_SPACES, "\u2009") | dict.fromkeys(_NOTHING, ""))
+_FULL_WIDTH = {chr(0xFEE0 + ord(narrow)): narrow for narrow in "0123456789.%+$"}
+_PLAINER = str.maketrans(
+    dict.fromkeys(_DASHES, "-") | dict.fromkeys(_SPACES, "\u2009") | dict.fromkeys(_NOTHING, "") | _FULL_WIDTH
+)
 
 
 class Number(NamedTuple):
@@ -122,6 +131,7 @@ def plain_text(text: str) -> str:
     text = re.sub(r"(?<!\\)\$([^$\n]+)(?<!\\)\$(?![0-9])", r" \1 ", text)
     text = text.replace("\\$", "$").replace("\\%", "%")
     text = re.sub(r"(?<![\w)*])(\*\*|__|\*|`)(?=[^\s*_`])([^*\n`]*[^\s*_`])\1(?![\w(*])", r"\2", text)
+    text = re.sub(r"(?<![\w)}\]*\\])_([-+$€£]?\.?[0-9][^_{}\\^\n]*(?<!\s))_(?![\w({*])", r"\1", text)
     return re.sub(r"(?<![0-9])\u2009|\u2009(?![0-9])", " ", text)
 
 
@@ -228,8 +238,12 @@ def _read(text: str, match: re.Match[str], broken: bool) -> Number | None:
         return None
     if signs and re.search(r"[A-Za-z]$", rest) and not (left["gap1"] or left["gap2"]):
         return None  # COVID-19
+    if match["plain"] is not None and _ORDINAL_AFTER.match(text, match.end()):
+        return None  # the 42nd
     start = sign_at if signs or left["currency"] else match.start()
     value = None if broken else _value(match)
+    if (match["raised"] or match["raised1"]) and re.search(r"[0-9)}]\s*[xX]?\s*$", rest):
+        value = None  # a factor stands before the power
     if value is not None and (
         _unclear_before(rest, left, signs, bool(text[:start].strip())) or _in_list(before, text, match)
     ):
@@ -266,6 +280,8 @@ def _unclear_before(rest: str, left: re.Match[str], signs: str, inside: bool) ->
         return True
     if re.search(r"[0-9)\]]\s*[-+]\s*$|[0-9]:$|[0-9A-Za-z)]\($|[)\]]$", rest):
         return True
+    if NOT_BEFORE.search(rest):
+        return True
     if _OPERATOR_BEFORE.search(rest) and not re.fullmatch(r"\s*[*~]\s+", rest):
         return True
     if _COMMAND_BRACE.search(rest) and not re.search(rf"\\(?:{_TEXTUAL}|boxed|fbox)\s*\{{\s*$", rest):
@@ -289,6 +305,9 @@ def _value(match: re.Match[str]) -> Fraction | None:
         if abs(power) > 10 * MAX_DIGITS:
             return None
         return Fraction(Decimal(re.sub(rf"{_GROUP}| ", "", match["plain"]))) * Fraction(10) ** power
+    if match["raised"] or match["raised1"]:
+        power = int(match["raised"] or match["raised1"])
+        return None if abs(power) > 10 * MAX_DIGITS else Fraction(10) ** power
     if match["vulgar"] is not None:
         above, below = map(Fraction, _VULGAR.get(match["vulgar"], (0, 0)))
     else:

@@ -6,6 +6,7 @@ nothing is marked as the answer: ``numeric`` nothing, ``last`` the last number, 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -24,8 +25,15 @@ _TRAILING_UNIT = re.compile(r"(?<=\S)\s*\\(?:text|textrm|mbox|mathrm) ?\{([^{}]*
 _TURNED = re.compile(
     r"\\(?:neg|lnot)\b|\b(?:not|never|at least|at most|or (?:more|less|fewer|greater|higher|lower|so))\b", re.IGNORECASE
 )
+_ORDINAL = re.compile(r"\b[0-9]+(?:st|nd|rd|th)\b", re.IGNORECASE)
 _PRIME = re.compile(r"(?<![0-9])(?:'|\\prime)")
 _BASE = re.compile(r"(?<=[0-9])\}?_ ?\{?([0-9]+)")
+
+_DATE = re.compile(
+    r"(?<![\w.,/-])(?:([0-9]{4})([-/])(0?[1-9]|1[0-2])\2(0?[1-9]|[12][0-9]|3[01])"
+    r"|(0?[1-9]|[12][0-9]|3[01])/(0?[1-9]|[12][0-9]|3[01])/([0-9]{4}))(?![\w/-]|[.,][0-9])"
+)
+"""``2024-01-02``, ``2024/1/2`` or ``1/2/2024``: neither a difference nor a quotient."""
 
 Verifier = Callable[[str, str], Score]
 """``(reference, text) -> Score``."""
@@ -91,10 +99,17 @@ class MathVerifier:
         formula = spoken_formula(text)
         if formula is not None:
             return self._equal(reference, formula)
-        said = spoken_number(text) if read_number(reference) is not None else None
+        wanted, dates = _date(_bare(reference)), list(_DATE.finditer(text))
+        if wanted is not None:
+            return Score(float(bool(dates) and _date(dates[-1][0]) == wanted), False)
+        if dates and not re.search(r"\w", text[dates[-1].end() :]):
+            return Score(0.0, False)
+        if read_number(reference) is None:
+            return self.scorer.score(kind="math", reference=reference, text=end_of(text))
+        said = spoken_number(text)
         if said is not None and (said.value is not None or not _ARITHMETIC.search(end_of(text))):
             return _compare(reference, said)
-        return self.scorer.score(kind="math", reference=reference, text=end_of(text))
+        return self.scorer.score(kind="math", reference=reference, text=_ORDINAL.sub("", end_of(text)))
 
     def _equal(self, reference: str, answer: str) -> Score:
         """Compares two contents of a box."""
@@ -103,6 +118,10 @@ class MathVerifier:
             return Score(0.0, False)
         if one == other:
             return Score(1.0, False)
+        if _false_equation(other):
+            return Score(0.0, False)
+        if _date(one) is not None or _date(other) is not None:
+            return Score(float(_date(one) == _date(other)), False)
         a, b = read_number(one), read_number(other)
         if a is not None and b is not None:
             return Score(float(same_number(a, b)), False)
@@ -136,6 +155,19 @@ def _units_differ(one: str, other: str) -> bool:
     units = [name_unit(m[1] + (m[2] or "")) if (m := _TRAILING_UNIT.search(text)) else "" for text in (one, other)]
     scaled = any(re.search(r"\b(?:hundred|thousand|[mbtr]+illion|dozen)s?\b", unit) for unit in units)
     return units[0] != units[1] and (all(units) or scaled)
+
+
+def _false_equation(text: str) -> bool:
+    """Whether two sides of an equation are numbers, and different ones."""
+    sides = re.split(r"(?<![<>!:=])=(?!=)", text)
+    numbers = [read_number(side) for side in sides if parse_number(side) is not None]
+    return any(a and b and not same_number(a, b) for a, b in itertools.pairwise(numbers))
+
+
+def _date(text: str) -> tuple[int, ...] | None:
+    """The parts of a date in the order in which it gives them; None where ``text`` is no date."""
+    match = _DATE.fullmatch(text)
+    return None if match is None else tuple(int(part) for part in match.groups() if part and part.isdigit())
 
 
 def _meanings_differ(one: str, other: str) -> bool:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.policies.model_sizes import check_model_config, check_model_memory
+from unified_rl.ranges import shown
 from unified_rl.untrusted import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -313,11 +314,19 @@ def trunk_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 def end_ids_of_folder(folder: str) -> set[int]:
-    """The end-of-text ids that a model folder's generation and model configuration name; empty without a folder."""
+    """The end-of-text ids that a model folder's generation and model configuration name; empty without a folder.
+
+    Raises:
+        CheckpointError: one is no whole number of at least 0.
+    """
     found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         file = Path(folder) / name
         if folder and file.is_file():
-            ids = read_json(file).get("eos_token_id")
-            found.update(i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0)
+            given = read_json(file).get("eos_token_id")
+            ids = given if isinstance(given, list) else [] if given is None else [given]
+            for i in ids:
+                if type(i) is not int or i < 0:
+                    raise CheckpointError(f"{file}: eos_token_id holds {shown(i)}, which is no token id")
+            found.update(ids)
     return found
