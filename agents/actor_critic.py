@@ -238,7 +238,8 @@ class ActorCritic:
         if update_actor and self.alpha_adam is not None and "policy/entropy" in metrics:
             self.nets.log_alpha.grad = metrics["policy/entropy"] - self.target_entropy
             self.alpha_adam.step()
-        torch._foreach_lerp_(self.slow_parameters, self.phases["critic"].parameters, self.tau)
+        with torch.no_grad():  # else every step hangs one more node on the slow copy, for as long as a run lasts
+            torch._foreach_lerp_(self.slow_parameters, self.phases["critic"].parameters, self.tau)
         return metrics
 
     # ------------------------------------------------------------------ the trainer's interface

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from memory_meter import Meter
 
-SHAPES = ((64, 512), (256, 2048), (32, 16_384))
+SHAPES = ((64, 512), (256, 2048))
 LABEL = str(list(SHAPES[0]))
 
 
@@ -143,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--names", nargs="*", default=None)
+    parser.add_argument("--shapes", nargs="*", metavar="ROWSxTOKENS", help="for example 32x16384, rows that are long")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--language-model", action="store_true")
     args = parser.parse_args()
@@ -150,7 +151,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     names = args.names or correction_names()
     table: list[dict[str, object]] = []
-    for rows, width in SHAPES:
+    shapes = [tuple(map(int, text.split("x"))) for text in args.shapes] if args.shapes else SHAPES
+    for rows, width in shapes:
         lines = measure(rows, width, args.rounds if rows < 100 else max(3, args.rounds // 3), names)
         table += lines
         ratios = sorted((float(str(x["ratio"])), str(x["preset"])) for x in lines)

@@ -155,3 +155,12 @@ def test_compiled_and_graphed_updates_give_the_eager_numbers(mode: str) -> None:
             agent.update(replay)
         results.append(weights(policy))
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-3)
+
+
+def test_no_network_keeps_the_history_of_its_updates() -> None:
+    agent, replay = make(), filled()
+    for _ in range(3):
+        agent.update(replay)
+    modules = (agent.policy, agent.nets.critic, agent.nets.target)
+    assert agent.gradient_steps == 12
+    assert all(p.is_leaf for module in modules for p in module.parameters())  # else memory grows with every step
