@@ -11,17 +11,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from unified_rl.errors import CheckpointError, DamageError
-from unified_rl.stopping import say
+from safetensors import SafetensorError
+
+from unified_rl.errors import CheckpointError, DamageError, UnifiedRLError
 
 MANIFEST = "MANIFEST.json"
 SEAL = "sha256"
 _BLOCK = 1 << 22
-
-
-def tell(message: str) -> None:
-    """One line on standard error about something that was put right without the user."""
-    say(message)
+_MISFITS = (
+    LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError, SafetensorError,
+)  # fmt: skip
+"""What content of another shape than ours raises, here and in the libraries."""
 
 
 @contextmanager
@@ -61,6 +61,22 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def fitting(otherwise: str) -> Iterator[None]:
+    """Within it, content that lacks something, or holds something else there, is an error that begins as given.
+
+    Raises:
+        CheckpointError: ``otherwise``, and what was wrong.
+    """
+    try:
+        yield
+    except UnifiedRLError:
+        raise
+    except _MISFITS as error:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        raise CheckpointError(f"{otherwise} ({type(error).__name__}: {first})") from error
 
 
 # ------------------------------------------------------------------------------------------------------ sealed JSON

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.errors import CheckpointError, DamageError, UnifiedRLError
-from unified_rl.files import Entry, Manifest
+from unified_rl.errors import CheckpointError, DamageError
+from unified_rl.files import Entry, Manifest, fitting
 from unified_rl.replay.files import read_meta, write_meta
 
 _DTYPES = {
@@ -33,8 +33,6 @@ _DTYPES = {
     torch.bool: "BOOL",
 }
 _ASIDE = ".writing-rows.safetensors"
-BROKEN = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, SafetensorError)
-"""What reading a file of another shape than ours raises, here and in the libraries."""
 _ROWS = re.compile(r"rows-[0-9a-f]+\.safetensors")
 Pieces = Mapping[str, list[Tensor]]
 """For each name the parts of one tensor, in order along its first dimension."""
@@ -126,8 +124,7 @@ class Saved:
         return out
 
 
-@contextmanager
-def readable(path: str | Path) -> Iterator[None]:
+def readable(path: str | Path) -> AbstractContextManager[None]:
     """Within it, saved rows that are not what :func:`save` writes are an error about their folder.
 
     A digest says that a file is as it was written, not who wrote it.
@@ -135,13 +132,7 @@ def readable(path: str | Path) -> Iterator[None]:
     Raises:
         CheckpointError: names ``path`` and what was wrong.
     """
-    try:
-        yield
-    except UnifiedRLError:
-        raise
-    except BROKEN as error:
-        first = (str(error).strip() or "no message").splitlines()[0]
-        raise CheckpointError(f"the rows at {path} cannot be read ({type(error).__name__}: {first})") from error
+    return fitting(f"the rows at {path} cannot be read")
 
 
 def lanes_and_rows(meta: Mapping[str, Any], path: str | Path) -> tuple[int, int]:

@@ -34,7 +34,6 @@ class ReplayState:
         size = capacity // lanes * lanes
         physical, self._room = store.layout(size, lanes)  # a memory-mapped write must touch no live row
         self.ring = Ring(capacity=size, physical=physical, lanes=lanes)
-        self._journaled = store.journaled
         self._leaves: Leaves = {}
         self._watched: list[str] = []
         self._rng_text = self._sampler_text = ""

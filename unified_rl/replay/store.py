@@ -79,8 +79,6 @@ def write_rows(leaves: Leaves, items: Mapping[str, Tensor], runs: Runs) -> None:
 class MemoryStore:
     """Rows in RAM or on a GPU, in a :class:`LazyTensorStorage`."""
 
-    journaled = False
-
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.storage: Any = None
@@ -152,8 +150,6 @@ class MemmapStore(MemoryStore):
     Raises:
         CheckpointError: the folder is in use, damaged, or of another version or size.
     """
-
-    journaled = True
 
     def __init__(self, path: str | Path, durable: bool = False) -> None:
         super().__init__(torch.device("cpu"))

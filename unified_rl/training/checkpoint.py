@@ -16,8 +16,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from unified_rl.errors import CheckpointError, DamageError
-from unified_rl.files import MANIFEST, Manifest, flush, tell
+from unified_rl.files import MANIFEST, Manifest, flush
 from unified_rl.protocols import Store
+from unified_rl.stopping import say
 from unified_rl.training.state import load_state, save_state
 from unified_rl.untrusted import refuse_links
 
@@ -223,7 +224,7 @@ def intact_checkpoint(run: Path, choice: str | int | None = None, replay: bool =
             damage.append(str(error))
             continue
         for line in damage:
-            tell(f"{line}; going back to {path}")
+            say(f"{line}; going back to {path}")
         return path, state
     raise DamageError(f"no checkpoint of {run} is intact: {damage[0]}")
 
@@ -266,7 +267,7 @@ def set_aside_newer(folder: Path, step: int) -> None:
             flush(folder)
         except OSError as error:
             raise CheckpointError(f"{path} could not be renamed: {error}") from error
-        tell(
+        say(
             f"the run goes on from update {step}; the rows of metrics behind it are made again, "
             f"and the later checkpoint {path.name} is now {free}"
         )

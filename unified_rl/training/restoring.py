@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
-from unified_rl.errors import CheckpointError, UnifiedRLError
+from unified_rl.errors import CheckpointError
+from unified_rl.files import fitting
 from unified_rl.optimizer import first_non_finite
 
 
-@contextmanager
-def restoring(path: object) -> Iterator[None]:
+def restoring(path: object) -> AbstractContextManager[None]:
     """Within it, a state that lacks something, or holds something else there, is an error about ``path``.
 
     Raises:
         CheckpointError: names ``path`` and what was wrong.
     """
-    try:
-        yield
-    except UnifiedRLError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, AssertionError) as error:
-        first = (str(error).strip() or "no message").splitlines()[0]
-        raise CheckpointError(
-            f"{path} does not fit what its configuration describes ({type(error).__name__}: {first})"
-        ) from error
+    return fitting(f"{path} does not fit what its configuration describes")
 
 
 def policy_state(state: Mapping[str, Any], path: object) -> dict[str, Any]:
