@@ -57,6 +57,25 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [read_checkpoint(p)["x"] for p in checkpoints(tmp_path)] == [3, 10]
 
 
+def test_one_that_is_dropped_is_whole_under_its_name_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path, 1, {"x": 1})
+
+    def killed(path: Path, **options: Any) -> None:
+        if path.exists() and (path / MANIFEST).exists():
+            (path / MANIFEST).unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path, 2, {"x": 2}, keep=1)
+    monkeypatch.undo()
+    assert [read_checkpoint(p)["x"] for p in checkpoints(tmp_path)] == [2]
+    write_checkpoint(tmp_path, 3, {"x": 3}, keep=9)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_000000000002", "step_000000000003"]
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path, 1, {"x": torch.ones(3)})
 

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ EXTENSION = "extension"
 """Folder of the checkpoint that a run with stale rows is extended from."""
 _NAME = re.compile(r"step_(\d{12,})")
 _REPLACED = ".replaced-"
+_WRITING = ".writing_"
+"""Begins the name of a folder that is half written or half removed, and is cleared away."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -57,7 +59,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are intact.
     """
-    target, aside = folder / checkpoint_name(step), folder / f".writing_{step:012d}"
+    target, aside = folder / checkpoint_name(step), folder / f"{_WRITING}{step:012d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _clear(folder)
@@ -70,9 +72,18 @@ def write_checkpoint(
         raise CheckpointError(
             f"cannot write the checkpoint {target} ({error}); earlier checkpoints are intact"
         ) from error
-    for old in checkpoints(folder)[: -max(keep, 1)]:
-        shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):  # the new one is there, and the next one finds what stays
+        for old in checkpoints(folder)[: -max(keep, 1)]:
+            remove_checkpoint(old)
     return target
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint by way of a name that none has, so that no kill leaves a half of it under its own."""
+    aside = path.with_name(f"{_WRITING}{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_aside(aside: Path, state: dict[str, Any], replay: Store | None) -> None:
@@ -106,7 +117,7 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.replace(replaced, target)
-    for aside in folder.glob(".writing_*"):
+    for aside in folder.glob(f"{_WRITING}*"):
         shutil.rmtree(aside, ignore_errors=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,6 +29,7 @@ from unified_rl.training.checkpoint import (
     intact_checkpoint,
     lock_run,
     read_checkpoint,
+    remove_checkpoint,
     wrote_checkpoint,
 )
 from unified_rl.training.dataset import check_rows, record_dataset
@@ -243,19 +243,13 @@ def _before_the_end(trainer: Trainer, folder: Path, newest: Path) -> Found | Non
             continue
         target = folder / FOLDER / path.name
         if path != target:  # one of that name may have been half removed by a process that was killed
-            _remove([target] if target.exists() else [])
+            if target.exists():
+                remove_checkpoint(target)
             os.replace(path, target)
-        _remove([one for one in own if one.name > target.name])
+        for later in [one for one in own if one.name > target.name]:
+            remove_checkpoint(later)
         return target, state
     return None
-
-
-def _remove(gone: list[Path]) -> None:
-    for path in gone:
-        aside = path.with_name(f".writing_{path.name}")  # a folder of this name is half done, and cleared away
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(path, aside)
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def restored(
