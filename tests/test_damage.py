@@ -8,7 +8,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -342,24 +342,28 @@ def test_a_study_a_dataset_and_a_table_name_the_damaged_file(copy: Callable[[str
 # ------------------------------------------------------------------------------------------- writers
 
 
-def test_a_folder_agrees_with_its_manifest_wherever_a_replacement_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Manifest(tmp_path).replace({"a": "one", "b": "one"})
-    real = os.replace
-    for stop in range(8):
-        calls: list[Any] = []
+@contextmanager
+def cut_before_rename(number: int, folder: Path | None = None) -> Iterator[list[Path]]:
+    """Interrupted at a rename, counted from 0, of all or of those into a folder; yields the targets so far."""
+    real, targets = os.replace, []
 
-        def cut(source: Any, target: Any, calls: list[Any] = calls, stop: int = stop) -> None:
-            calls.append(target)
-            if len(calls) > stop:
+    def cut(source: Any, target: Any) -> None:
+        if folder is None or Path(target).parent == folder:
+            targets.append(Path(target))
+            if len(targets) > number:
                 raise KeyboardInterrupt
-            real(source, target)
+        real(source, target)
 
-        monkeypatch.setattr(os, "replace", cut)
-        with suppress(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", cut)
+        yield targets
+
+
+def test_a_folder_agrees_with_its_manifest_wherever_a_replacement_stops(tmp_path: Path) -> None:
+    Manifest(tmp_path).replace({"a": "one", "b": "one"})
+    for stop in range(8):
+        with suppress(KeyboardInterrupt), cut_before_rename(stop) as calls:
             Manifest.read(tmp_path).replace({"a": f"two {stop}", "b": f"three {stop}"})
-        monkeypatch.undo()
         Manifest.read(tmp_path).check()
         assert not list(tmp_path.glob(".writing*"))
         if len(calls) == stop:
@@ -372,24 +376,26 @@ def test_a_folder_agrees_with_its_manifest_wherever_a_replacement_stops(
         Manifest.read(tmp_path).check()
 
 
-def test_a_checkpoint_that_is_replaced_is_there_under_either_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../../outside", "", "."])
+def test_a_manifest_lists_files_of_its_folder_alone(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "outside").write_text("mine")
+    whole = {"size": 4, "sha256": files.digest(tmp_path / "outside")}
+    write_sealed(folder / MANIFEST, {"files": {name: [whole]}, "notes": {}})
+    with pytest.raises(DamageError, match=f"lists {name!r}, which is no file of its folder"):
+        Manifest.read(folder)
+    for listed in (3, [], {"a": 3}, {"a": []}, {"a": [{"size": 4}]}):
+        write_sealed(folder / MANIFEST, {"files": listed or [1], "notes": {}})
+        with pytest.raises(DamageError, match=MANIFEST):
+            Manifest.read(folder)
+
+
+def test_a_checkpoint_that_is_replaced_is_there_under_either_name(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     write_checkpoint(folder, 7, {"x": 1})
-    real, calls = os.replace, []
-
-    def cut(source: Any, target: Any) -> None:
-        if Path(target).parent == folder:
-            calls.append(target)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", cut)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), cut_before_rename(1, folder):
         write_checkpoint(folder, 7, {"x": 2})
-    monkeypatch.undo()
     assert intact_checkpoint(tmp_path)[1]["x"] == 1
     write_checkpoint(folder, 8, {"x": 3})
     assert [path.name for path in sorted(folder.iterdir())] == ["step_000000000007", "step_000000000008"]
@@ -419,26 +425,13 @@ def test_folders_that_cannot_be_are_one_clear_error(place: str, capsys: pytest.C
         Replay(8, sampler=Uniform(), storage="memmap", path=place)
 
 
-def test_no_rewrite_leaves_a_file_empty_in_between(
-    copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_rewrite_leaves_a_file_empty_in_between(copy: Callable[[str], Path]) -> None:
     """A resume that dies at any rename leaves the history whole."""
     run = copy("control")
     before = len(read_metrics(run / "metrics.jsonl"))
-    real = os.replace
     for stop in range(6):
-        calls: list[Any] = []
-
-        def cut(source: Any, target: Any, calls: list[Any] = calls, stop: int = stop) -> None:
-            calls.append(target)
-            if len(calls) > stop:
-                raise KeyboardInterrupt
-            real(source, target)
-
-        monkeypatch.setattr(files.os, "replace", cut)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), cut_before_rename(stop):
             resume(str(run), steps=32)
-        monkeypatch.undo()
         verify_folder(run)
         assert len(read_metrics(run / "metrics.jsonl")) >= before
     resume(str(run), steps=32)

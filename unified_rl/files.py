@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -164,10 +164,16 @@ class Manifest:
         """The manifest of a folder.
 
         Raises:
-            DamageError: missing or damaged.
+            DamageError: missing or damaged, or it lists what is not in the folder.
         """
         body = read_sealed(folder / MANIFEST)
-        return cls(folder, body.get("files"), body.get("notes"))
+        files, notes = body.get("files") or {}, body.get("notes") or {}
+        if not isinstance(files, dict) or not isinstance(notes, dict):
+            raise DamageError(f"{folder / MANIFEST} is damaged: it lists no files")
+        for name, entries in files.items():
+            if not _is_inside(name) or not _are_entries(entries):
+                raise DamageError(f"{folder / MANIFEST} lists {name!r}, which is no file of its folder")
+        return cls(folder, files, notes)
 
     @classmethod
     def find(cls, folder: Path) -> Manifest | None:
@@ -233,6 +239,19 @@ class Manifest:
         path = self.folder / name
         held = entry(path) if len(entries) > 1 and path.is_file() else None
         return [e for e in entries if e == held] or entries
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
+def _are_entries(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(e, dict) and {"size", "sha256"} <= {*e} for e in value)
+    )
 
 
 def check_listed(path: Path) -> None:
