@@ -25,7 +25,7 @@ from unified_rl.replay import Priority, Replay, Uniform, read_rows
 from unified_rl.training import checkpoint as checkpoint_module
 from unified_rl.training import state as state_module
 from unified_rl.training.checkpoint import checkpoints, intact_checkpoint, latest_checkpoint, write_checkpoint
-from unified_rl.training.metrics import read_metrics
+from unified_rl.training.metrics import MetricLog, read_metrics
 from unified_rl.training.run import Job, record_dataset, resume, stored_config, train
 from unified_rl.training.verify import verify_folder
 
@@ -269,7 +269,9 @@ def test_a_later_checkpoint_does_not_shadow_one_that_was_gone_back_to(tmp_path: 
     folder = tmp_path / "checkpoints"
     for step in (100, 200, 300):
         write_checkpoint(folder, step, {"x": step}, keep=9)
-    checkpoint_module.set_aside_newer(folder, 200)
+    with pytest.raises(KeyboardInterrupt), cut_before_rename(1, folder):
+        checkpoint_module.set_aside_newer(folder, 100)
+    assert [path.name for path in checkpoints(folder)] == ["step_000000000100", "step_000000000200"]
     checkpoint_module.set_aside_newer(folder, 100)
     write_checkpoint(folder, 150, {"x": 150}, keep=9)
     assert intact_checkpoint(tmp_path)[1]["x"] == 150
@@ -359,12 +361,76 @@ def cut_before_rename(number: int, folder: Path | None = None) -> Iterator[list[
         yield targets
 
 
+class Disk:
+    """What would be there after a failure of the machine: files that were flushed, and folders whose names were."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.flushed: set[Path] = set()
+        self.renamed: set[Path] = set()
+        self.lost: list[Path] = []
+        self._fsync, self._replace = os.fsync, os.replace
+        patch.setattr(os, "fsync", self.fsync)
+        patch.setattr(os, "replace", self.replace)
+
+    def fsync(self, handle: int) -> None:
+        self._fsync(handle)
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        self.flushed.add(path)
+        self.renamed.discard(path)
+
+    def replace(self, source: Path, target: Path) -> None:
+        inside = [source, *source.rglob("*")]
+        self.lost += [path for path in inside if path not in self.flushed]
+        self._replace(source, target)
+        self.flushed |= {target / path.relative_to(source) for path in inside}
+        self.flushed.discard(target.parent)
+        self.renamed.add(target.parent)
+
+
+def write_and_set_aside(folder: Path) -> None:
+    write_checkpoint(folder, 1, {"x": torch.ones(2)})
+    checkpoint_module.set_aside_newer(folder, 0)
+
+
+def write_replay(folder: Path) -> None:
+    replay = Replay(CAPACITY, lanes=LANES, sampler=Uniform())
+    replay.extend(content(0, 3))
+    write_checkpoint(folder, 1, {"x": torch.ones(2)}, replay)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda folder: files.write_atomically(folder / "a", "x"), write_and_set_aside, write_replay],
+    ids=["file", "checkpoint", "replay"],
+)
+def test_what_is_renamed_was_flushed_and_the_names_of_its_folder_are_after(
+    write: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    write(tmp_path)
+    assert tmp_path in disk.flushed and not disk.lost and not disk.renamed
+
+
+def test_rows_of_metrics_are_flushed_before_the_manifest_lists_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = MetricLog(tmp_path)
+    log.write(1, 8, 0.1, {"loss": 1.0})
+    log.close()
+    disk = Disk(monkeypatch)
+    with suppress(KeyboardInterrupt), cut_before_rename(0):
+        log.record("step_000000000001")
+    assert tmp_path / "metrics.jsonl" in disk.flushed
+
+
 def test_a_folder_agrees_with_its_manifest_wherever_a_replacement_stops(tmp_path: Path) -> None:
     Manifest(tmp_path).replace({"a": "one", "b": "one"})
     for stop in range(8):
         with suppress(KeyboardInterrupt), cut_before_rename(stop) as calls:
             Manifest.read(tmp_path).replace({"a": f"two {stop}", "b": f"three {stop}"})
-        Manifest.read(tmp_path).check()
+        manifest = Manifest.read(tmp_path)
+        manifest.check()
+        assert all(len(entries) <= 2 for entries in manifest.files.values())
         assert not list(tmp_path.glob(".writing*"))
         if len(calls) == stop:
             break

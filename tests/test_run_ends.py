@@ -389,11 +389,16 @@ def cut_off(run: Path, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
     write_run(run, {META: meta_text({**meta, "status": "running"})})
 
 
+@pytest.mark.parametrize("before", ["save", "_write"])
 def test_a_run_killed_before_its_first_checkpoint_logs_no_row_twice(
-    tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    before: str,
+    tmp_path: Path,
+    whole: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run"
-    cut_off(run, monkeypatch, "save")
+    cut_off(run, monkeypatch, before)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
     check_it_goes_on(run, whole)
     assert (
