@@ -10,15 +10,14 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
-from unified_rl.files import write_atomically
 from unified_rl.study.grid import Job
+from unified_rl.training.failures import write_report
 
 Train = Callable[..., Any]
 """``train(cfg, allow, progress=False)``: trains one run to completion in its ``run_dir``."""
@@ -124,7 +123,7 @@ def execute(job: Job, allow: Sequence[str], train: Train | None) -> str | None:
         return None if status == "finished" else f"ended with status {status}"
     except Exception as error:
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(job.folder / "error.txt", traceback.format_exc())
+        write_report(job.folder, error)
         return f"{type(error).__name__}: {error}"
 
 

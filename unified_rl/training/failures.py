@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from unified_rl.errors import CheckpointError, EnvError, RolloutError, UnifiedRLError
+from unified_rl.files import write_atomically
 
 OURS = str(Path(__file__).parents[1])
 LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -96,8 +97,8 @@ def place(error: BaseException) -> str:
 
 def write_report(folder: Path, error: BaseException) -> None:
     """Writes the traceback into the run folder; failing to is no error of its own."""
-    with suppress(OSError):
-        (folder / REPORT).write_text("".join(traceback.format_exception(error)))
+    with suppress(CheckpointError):
+        write_atomically(folder / REPORT, "".join(traceback.format_exception(error)))
 
 
 def forget_report(folder: Path) -> None:
