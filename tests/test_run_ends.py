@@ -24,6 +24,7 @@ from run_cases import LANGUAGE, EasyChain, remembered
 from unified_rl import cli
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.errors import CheckpointError, NonFiniteError, RestoreError, RolloutError, UnifiedRLError
+from unified_rl.rollout import feed
 from unified_rl.training import trainer as loop
 from unified_rl.training.checkpoint import checkpoints, read_checkpoint
 from unified_rl.training.run import Job, resume, train
@@ -70,7 +71,8 @@ gymnasium.register("Line-v0", entry_point=Line, max_episode_steps=12)
 def fresh() -> Iterator[None]:
     """A new start of the counters, and no hook."""
     Line.hook, Line.steps, Line.made = staticmethod(lambda steps: None), 0, 0
-    with remembered():
+    with remembered(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feed, "GRACE", 60.0)  # a machine that stops for a moment is not what is tested
         yield
     Line.hook = staticmethod(lambda steps: None)
 
@@ -281,8 +283,6 @@ def test_weights_that_are_lost_are_not_saved(tmp_path: Path) -> None:
 def test_a_state_that_was_not_kept_begins_new_episodes_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from unified_rl.rollout import feed
-
     monkeypatch.setattr(feed, "SHARE", 0.0)
     monkeypatch.setattr(feed, "GRACE", 0.0)  # too dear from the second collection on
     run = tmp_path / "run"

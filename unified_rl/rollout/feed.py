@@ -58,7 +58,8 @@ class Feed(Protocol):
 
 
 SHARE, GRACE = 0.01, 0.1
-"""Of the run's time that keeping the rollout's state before each collection may take, beside some seconds."""
+"""Of the run's time that keeping the rollout's state before each collection may take, and seconds beside that. Rows do
+not depend on it: only whether a run that ended inside a collection goes on bit for bit."""
 
 
 class LocalFeed:
