@@ -22,6 +22,7 @@ from unified_rl.config import compose
 from unified_rl.errors import CheckpointError, ConfigError, DamageError
 from unified_rl.files import MANIFEST, Manifest, read_sealed, write_sealed
 from unified_rl.replay import Priority, Replay, Uniform, read_rows
+from unified_rl.replay.journal import Journal
 from unified_rl.training import checkpoint as checkpoint_module
 from unified_rl.training import state as state_module
 from unified_rl.training.checkpoint import checkpoints, intact_checkpoint, latest_checkpoint, write_checkpoint
@@ -263,6 +264,16 @@ def test_a_run_resumed_from_an_older_checkpoint_ends_as_it_had(
     assert "no checkpoint 17; it holds 16, 24" in capsys.readouterr().err
     assert cli.main(["evaluate", str(run), "--checkpoint", str(older)]) == 0
     assert cli.main(["train", *COMMON, *CONTROL, "--checkpoint", "16"]) == 2
+
+
+def test_a_checkpoint_of_elsewhere_is_none_to_go_on_from(
+    copy: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy("control")
+    older = checkpoints(run / "checkpoints")[0]
+    other = shutil.copytree(older, run.parent / older.name)
+    assert cli.main(["train", f"resume={run}", "--checkpoint", str(other)]) == 2
+    assert f"{other} is not a checkpoint of the run {run}" in capsys.readouterr().err
 
 
 def test_a_later_checkpoint_does_not_shadow_one_that_was_gone_back_to(tmp_path: Path) -> None:
@@ -580,6 +591,14 @@ def test_names_of_files_stay_in_their_folder_and_types_are_types(copy: Callable[
         with pytest.raises(ur.UnifiedRLError):
             mapped(folder)
     assert (folder.parent / "outside.memmap").read_bytes() == b"secret"
+
+
+def test_rows_that_no_checkpoint_holds_stay_in_their_folder(tmp_path: Path) -> None:
+    task = [text for text in CONTROL if text != "steps=24"]
+    rows = ["replay.storage=memmap", f"replay.path={tmp_path / 'rows'}", "checkpoint_replay=false"]
+    run = train(compose([*COMMON, *task, *rows, "steps=16", f"run_dir={tmp_path / 'run'}"]))
+    resume(str(run), steps=24)
+    assert Journal.open(tmp_path / "rows" / "journal.bin").payload["written"] == 24
 
 
 def test_rows_of_an_earlier_run_are_refused_and_dropped_by_one_that_begins_again(tmp_path: Path) -> None:

@@ -865,7 +865,7 @@ HOW = {
     "log_every": "how often",
     "checkpoint_every": "how often",
     "keep_checkpoints": "how many files stay",
-    "checkpoint_replay": "what a checkpoint holds; test_resume.py",
+    "checkpoint_replay": "what a checkpoint holds; test_damage.py",
     "progress": "a display",
 }
 """Settings of a run that change how it is made, and not its results."""
