@@ -41,6 +41,7 @@ NO_NUMBER = [
         "４²",
         "10^2½",
     ),
+    *("1" + ",000" * 21, "1\\frac{-1}{2}"),
     *("\\frac{1}{0}", "1/2 3", "5-3", "2–3", "3 4 5", "1e5e5", "3x4", "7²", "(3, 4)", "not 5", "1234,567.8.9", "#"),
 ]
 
@@ -82,6 +83,7 @@ def test_what_is_no_number_or_an_unclear_one_reads_as_none(text: str) -> None:
         ("<b>5</b>", "5"),
         ("COVID-19 was 5 then, not x2", "5"),
         ("1, 2 or 3, 4", "4"),
+        ("5 had COVID-19", "5"),
     ],
 )
 def test_the_number_that_a_text_ends_with(text: str, value: str) -> None:
@@ -97,6 +99,7 @@ def test_the_number_that_a_text_ends_with(text: str, value: str) -> None:
         *("3x4", "5M", "5(3)", "2 \\cdot 3", "a/3", "x_2", "\\log_{3}", "7³", "±3", "-x+3"),
         *("forty 42nd", "the 1st", "3RD", "7th.", "The answer is not 42", "it isn't **42**"),
         *("it isn\u2019t 42", "never 42", "not equal to $42$", "it is not -42", "#### not 42"),
+        *("it is 3 10^2", "1..5", "--$5", "\\sin{2}"),
     ],
 )
 def test_a_piece_of_something_else_is_no_number(text: str) -> None:

@@ -122,6 +122,7 @@ def test_an_endless_computation_scores_zero_counts_as_failed_and_stops_nobody_el
 
 
 def test_a_death_costs_a_fork_and_the_same_text_is_not_tried_again(verifier: MathVerifier) -> None:
+    assert verifier("x+1", "\\boxed{1+x}") == Score(1.0, False)  # a process is there
     hostile, before = "\\boxed{9^{9^{9^{9}}}}", verifier.scorer.restarts
     process = verifier.scorer._process
     assert verifier("72", hostile) == Score(0.0, True)

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from unified_rl.envs.language.numbers import NOT_BEFORE, Number, find_numbers, plain_text, read_number
+from unified_rl.envs.language.numbers import (
+    ANSWER,
+    CURRENCIES,
+    NOT_BEFORE,
+    Number,
+    find_numbers,
+    plain_text,
+    read_number,
+)
 
 MAX_BOXES = 64
 """Boxes at the end of a text that are looked at: each is read to the brace that closes it."""
@@ -17,11 +26,14 @@ MAX_NESTING = 4
 _BOX = re.compile(r"\\f?box(?:ed)?(?![A-Za-z])\s*(\{?)")
 _TAG_OPENS, _TAG_CLOSES = re.compile(r"<answer>", re.IGNORECASE), re.compile(r"</answer>", re.IGNORECASE)
 _MARK = re.compile(r"####(?!#)[ \t]*([^\n]*)")
-_PROSE = re.compile(r"[\s*_`]*(?!(?:the\s+)?(?:final\s+)?answer\b|USD|EUR|GBP|Rs)[A-Za-z]{2,}", re.IGNORECASE)
+_PROSE = re.compile(rf"[\s*_`]*(?!{ANSWER}\b|{CURRENCIES})[A-Za-z]{{2,}}", re.IGNORECASE)
 _THOUGHT = re.compile(r".*</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
 _JOINT = re.compile(r"[\s$]*(?:,?\s*(?:and|or)|,)[\s$]*")
 _PHRASE = re.compile(r"\banswer\s*(?:is|was|equals|=|:)\s*:?[\s$*`(]*(?:\\\(\s*)?(?:[A-Za-z]\s*=\s*)?", re.IGNORECASE)
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\$])\$([^$\n]+?)(?<!\\)\$(?![0-9])", re.DOTALL)
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|\\\[((?:(?!\\\[).)+?)\\\]|\\\(((?:(?!\\\().)+?)\\\)|(?<![\\$])\$([^$\n]+?)(?<!\\)\$(?![0-9])",
+    re.DOTALL,
+)
 
 
 class Mark(NamedTuple):
@@ -58,9 +70,11 @@ def spoken_number(text: str) -> Number | None:
     if thought is not None and (after := spoken_number(text[thought.end() :])) is not None:
         return after
     plain = plain_text(text)
-    numbers = find_numbers(plain)
+    numbers = list(find_numbers(plain))
+    starts = [number.start for number in numbers]
     for phrase in reversed(list(_PHRASE.finditer(plain))):
-        said = next((n for n in numbers if n.start >= phrase.start()), None)
+        place = bisect_left(starts, phrase.start())
+        said = numbers[place] if place < len(numbers) else None
         if said is not None and said.start <= phrase.end() <= said.end and said.value is not None:
             return said
     return numbers[-1] if numbers else None

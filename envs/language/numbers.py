@@ -8,14 +8,22 @@ number is none. Text is never evaluated.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
+from itertools import islice
 from typing import NamedTuple
 
 MAX_DIGITS = 30
 """Digits of a whole part, a fraction part or an exponent's reach; longer ones are not read."""
 
-_CURRENCY = r"(?:(?:US|AU|CA|HK|NZ)?[$€£¥₹₩¢]|Rs\.?|USD|EUR|GBP)"
+NEGATIONS = "not|never"
+ORDINALS = "(?:st|nd|rd|th)"
+ANSWER = r"(?:the\s+)?(?:final\s+)?answer"
+CURRENCIES = "Rs|USD|EUR|GBP"
+"""Words that all readers of answers share, as parts of patterns."""
+
+_CURRENCY = rf"(?:(?:US|AU|CA|HK|NZ)?[$€£¥₹₩¢]|Rs\.|{CURRENCIES})"
 _SYMBOLS = {"$": "dollar", "usd": "dollar", "€": "euro", "eur": "euro", "£": "pound", "gbp": "pound", "¢": "cent"}
 _UNITS = {
     "%": ("percent", "per cent", "percentage", "pct"),
@@ -35,7 +43,10 @@ _UNITS = {
     "hour": ("h", "hr", "hours"),
 }
 _ALIASES = {spelling: name for name, spellings in _UNITS.items() for spelling in spellings}
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+"""Powers of ten by their words."""
+
+_UNIT_LETTERS = "mshgLlCFKNJWVk"
 
 _GROUP = "[,\u2009'\u2019_]"
 _INTEGER = rf"[0-9]{{1,3}}(?:{_GROUP}[0-9]{{3}})+|[0-9]{{1,3}}(?: [0-9]{{3}}(?![0-9]))+|[0-9]+"
@@ -74,26 +85,26 @@ _INEQUALITY_BEFORE = re.compile(r"(?<![=-])[<>]\s*$|!=\s*$")
 _MARKUP_TAG = re.compile(r"</?[A-Za-z][^<>]*>$")
 _IN_TUPLE_BEFORE = re.compile(r"[(\[{][^()\[\]{}]*[0-9]\s*[,;]\s*$")
 NOT_BEFORE = re.compile(
-    r"(?:(?<![,;]\s)\b(?:not|never)|n['\u2019]t)(?:\s+be)?(?:\s+equal(?:\s+to)?)?[\s$(\[{*_`\"]+$", re.IGNORECASE
+    rf"(?:(?<![,;]\s)\b(?:{NEGATIONS})|n['\u2019]t)(?:\s+be)?(?:\s+equal(?:\s+to)?)?[\s$(\[{{*_`\"]+$", re.IGNORECASE
 )
 """In front of a number or a formula that is denied; behind a comma (*1.5, not 3*) it is still the last one."""
-_ORDINAL_AFTER = re.compile(r"(?:st|nd|rd|th)(?![A-Za-z])", re.IGNORECASE)
+_ORDINAL_AFTER = re.compile(rf"{ORDINALS}(?![A-Za-z])", re.IGNORECASE)
 _SUM_BEFORE = re.compile(r"[0-9A-Za-z)\]}%]\s*$")
 _UNCLEAR_AFTER = re.compile(
-    r"""
+    rf"""
       [²³⁴⁵⁶⁷⁸⁹⁰¹ⁿπ√∞_(]                                  # a power, a constant, a factor
-    | \s?\^(?!\s?\{?\s?\\circ)                              # a power that is no degree sign
+    | \s?\^(?!\s?\{{?\s?\\circ)                              # a power that is no degree sign
     | \s*\*\*?\s*[\w(\\] | \s*[×·÷±]                        # a product
     | \s*\+\s*[\w(\\] | \s*-\s*[0-9(\\] | \s+-\s+[A-Za-z]\b # a sum
     | \s?/\s?[0-9(\\]                                       # a quotient
     | \s*[x×]\s*[0-9]                                       # a product, or a format
     | \s*\\(?!(?:text|mathrm|mbox|textrm|textbf|quad|qquad|circ|degree|right|end)\b|[\[\](),;:!%$\ \\])
-    | (?![mshgLlCFKNJWVkM])[A-Za-z](?![A-Za-z])             # a variable
+    | (?![{_UNIT_LETTERS}M])[A-Za-z](?![A-Za-z])             # a variable
     | (?:[MBT]|bn|mn)(?![A-Za-z])                           # millions, or metres?
     """,
     re.VERBOSE,
 )
-_SCALE_AFTER = re.compile(r"\s*(?:\\text\{\s*)?(hundred|thousand|million|billion|trillion)s?\b\s?\}?", re.IGNORECASE)
+_SCALE_AFTER = re.compile(rf"\s*(?:\\text\{{\s*)?({'|'.join(SCALES)})s?\b\s?\}}?", re.IGNORECASE)
 _KILO_AFTER = re.compile(r"[kK](?![A-Za-z])")
 _PERCENT_AFTER = re.compile(r"\s?(?:\\?%|(?:percent(?:age)?|per cent|pct)\b)", re.IGNORECASE)
 _DASHES = "\u2212\ufe63\uff0d\u2010\u2011\u2012"
@@ -135,9 +146,8 @@ def plain_text(text: str) -> str:
     return re.sub(r"(?<![0-9])\u2009|\u2009(?![0-9])", " ", text)
 
 
-def find_numbers(text: str) -> list[Number]:
+def find_numbers(text: str) -> Iterator[Number]:
     """Every number of ``text`` (made plain by :func:`plain_text`), in order; names such as ``x2`` are none."""
-    found = []
     position = 0
     while match := _TOKEN.search(text, position):
         position = match.end()
@@ -145,19 +155,24 @@ def find_numbers(text: str) -> list[Number]:
             position = more.end()
         number = _read(text, match, broken=position != match.end())
         if number is not None:
-            found.append(number)
+            yield number
             position = max(position, number.end)
-    return found
+
+
+def _only_number(text: str) -> Number | None:
+    """The number of ``text`` where it holds one and no second one, which ends the search."""
+    found = list(islice(find_numbers(text), 2))
+    return found[0] if len(found) == 1 else None
 
 
 def parse_number(text: str) -> Fraction | None:
     """The exact value of ``text`` where it is one number and no more (``-$1,234.50``, ``2 1/3``, ``12%``, ``1e5``)."""
     plain = _unwrapped(plain_text(text).strip())
     plain = plain[1:-1] if re.fullmatch(r"\([^()]*\)", plain) else plain
-    numbers = find_numbers(plain)
-    if len(numbers) != 1 or plain[: numbers[0].start].strip() or plain[numbers[0].end :].strip() not in ("", "."):
+    number = _only_number(plain)
+    if number is None or plain[: number.start].strip() or plain[number.end :].strip() not in ("", "."):
         return None
-    return numbers[0].value
+    return number.value
 
 
 def read_number(text: str) -> Number | None:
@@ -167,20 +182,20 @@ def read_number(text: str) -> Number | None:
     a second number.
     """
     plain = _unwrapped(_AREAS.sub(lambda m: m[1] + ("²" if m[2] == "2" else "³"), plain_text(text).strip()))
-    numbers = find_numbers(plain)
-    if len(numbers) != 1 or numbers[0].value is None or not _LEADS.fullmatch(plain[: numbers[0].start]):
+    number = _only_number(plain)
+    if number is None or number.value is None or not _LEADS.fullmatch(plain[: number.start]):
         return None
-    after = plain[numbers[0].end :]
+    after = plain[number.end :]
     if _FACTOR.match(after):
         return None
-    return numbers[0]._replace(unit=numbers[0].unit or name_unit(after))
+    return number._replace(unit=number.unit or name_unit(after))
 
 
 _AREAS = re.compile(rf"(\\(?:{_TEXTUAL}) ?\{{[^{{}}]*\}}|\b[mckfiy]?[mtnd]) ?\^ ?\{{?([23])\}}?")
-_FACTOR = re.compile(r"!|\s*or\b|\s*(?![mshgLlCFKNJWVka])[A-Za-z](?![A-Za-z])")
+_FACTOR = re.compile(rf"!|\s*or\b|\s*(?![{_UNIT_LETTERS}a])[A-Za-z](?![A-Za-z])")
 """Behind a whole answer: a factorial, *or more*, or one letter that is no unit."""
 _LEADS = re.compile(
-    r"[\s$(\[{*`\"]*(?:(?:the\s+)?(?:final\s+)?answer\s*(?:is\s*:?|:|=)|[A-Za-z]\s*=|=|[≈]|:)?[\s$(\[{*`\"]*",
+    rf"[\s$(\[{{*`\"]*(?:{ANSWER}\s*(?:is\s*:?|:|=)|[A-Za-z]\s*=|=|[≈]|:)?[\s$(\[{{*`\"]*",
     re.IGNORECASE,
 )
 
@@ -255,7 +270,7 @@ def _with_tail(text: str, end: int, value: Fraction | None, signs: str, start: i
     """Applies what stands behind the digits: a scale, a percent sign, or something that makes the number unclear."""
     unit = _SYMBOLS.get((currency or "").strip().lower().removeprefix("us").removeprefix("au"), "")
     while scale := _SCALE_AFTER.match(text, end):
-        value = None if value is None else value * 10 ** _SCALES[scale[1].lower()]
+        value = None if value is None else value * 10 ** SCALES[scale[1].lower()]
         end = scale.end()
     if kilo := _KILO_AFTER.match(text, end):
         value, end = None if value is None else value * 1000, kilo.end()

@@ -12,7 +12,17 @@ import re
 from collections.abc import Callable
 
 from unified_rl.envs.language.answers import marked_answer, marked_number, spoken_formula, spoken_number
-from unified_rl.envs.language.numbers import Number, name_unit, parse_number, plain_text, read_number, same_number
+from unified_rl.envs.language.numbers import (
+    NEGATIONS,
+    ORDINALS,
+    SCALES,
+    Number,
+    name_unit,
+    parse_number,
+    plain_text,
+    read_number,
+    same_number,
+)
 from unified_rl.envs.language.scoring import GuardedScorer, Score
 
 MAX_TAIL = 1000
@@ -23,9 +33,11 @@ _ARITHMETIC = re.compile(r"[0-9)]\s*[-+*/^×÷]{1,2}\s*[0-9(]|\\")
 _TRAILING_UNIT = re.compile(r"(?<=\S)\s*\\(?:text|textrm|mbox|mathrm) ?\{([^{}]*)\}\s*(\^ ?\{?[0-9]\}?)?[\s.$]*$")
 
 _TURNED = re.compile(
-    r"\\(?:neg|lnot)\b|\b(?:not|never|at least|at most|or (?:more|less|fewer|greater|higher|lower|so))\b", re.IGNORECASE
+    rf"\\(?:neg|lnot)\b|\b(?:{NEGATIONS}|at least|at most|or (?:more|less|fewer|greater|higher|lower|so))\b",
+    re.IGNORECASE,
 )
-_ORDINAL = re.compile(r"\b[0-9]+(?:st|nd|rd|th)\b", re.IGNORECASE)
+_ORDINAL = re.compile(rf"\b[0-9]+{ORDINALS}\b", re.IGNORECASE)
+_SCALED = re.compile(rf"\b(?:{'|'.join(SCALES)}|dozen)s?\b")
 _PRIME = re.compile(r"(?<![0-9])(?:'|\\prime)")
 _BASE = re.compile(r"(?<=[0-9])\}?_ ?\{?([0-9]+)")
 
@@ -153,7 +165,7 @@ def _bare(text: str) -> str:
 def _units_differ(one: str, other: str) -> bool:
     """Whether both end in units, and in different ones, or one of them in a number word."""
     units = [name_unit(m[1] + (m[2] or "")) if (m := _TRAILING_UNIT.search(text)) else "" for text in (one, other)]
-    scaled = any(re.search(r"\b(?:hundred|thousand|[mbtr]+illion|dozen)s?\b", unit) for unit in units)
+    scaled = any(map(_SCALED.search, units))
     return units[0] != units[1] and (all(units) or scaled)
 
 
