@@ -344,6 +344,33 @@ def test_evaluation_plays_as_many_episodes_as_asked_whatever_the_copies(copies: 
     assert metrics["eval/success"] == pytest.approx(sum(n > 3 for n in firsts) / 40)
 
 
+def test_evaluation_in_chunks_adds_plain_rewards_and_counts_environment_steps() -> None:
+    class StillPlans(Still):
+        def sample(self, observation: Any, generator: Any = None, deterministic: bool = False) -> TensorDict:
+            return TensorDict({"action": torch.zeros(len(observation), 3)}, [len(observation)])
+
+    env = ActionChunk(GymnasiumEnv("Told-v0", num_envs=16), 3, gamma=0.5)
+    metrics = evaluate_control(env, StillPlans(), 7, torch.Generator())
+    assert metrics["eval/return"] == metrics["eval/length"] == metrics["eval/distance"]
+    assert metrics["eval/length"] == pytest.approx(sum(_first_episodes(16, 16)) / 16)
+
+
+def test_an_episode_that_is_given_up_tells_what_it_told_last_and_others_nothing() -> None:
+    """The first simulation ends at once and tells nothing; the second never ends, and tells from its third step on."""
+
+    class Endless(Loose):
+        count = 0
+
+        def step_batch(self, action: Any) -> Any:
+            self.count += 1
+            over = torch.tensor([self.count == 1, False])
+            told = {"level": torch.full((2,), float(self.count))} if self.count >= 3 else {}
+            return super().step_batch(action)._replace(terminated=over, info=told)
+
+    metrics = evaluate_control(Endless(), Still(), 0, torch.Generator())
+    assert metrics["eval/level"] == 5.0 and metrics["eval/length"] == 3.0
+
+
 def _first_episodes(copies: int, count: int) -> list[int]:
     """Lengths of the first episode of each copy and round, played by hand."""
     env = GymnasiumEnv("Told-v0", num_envs=copies)
