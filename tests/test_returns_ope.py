@@ -175,7 +175,7 @@ def test_steps_that_are_left_out_make_no_episode_and_do_not_join_others() -> Non
     reward = torch.tensor([[1.0, 9.0, 2.0, 0.0], [9.0, 9.0, 1.0, 0.0], [9.0, 9.0, 9.0, 9.0]])
     valid = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
     ends = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
-    episode = torch.tensor([[0, 3, 4, 5], [1, 1, 6, 7], [2, 2, 2, 2]])
+    episode = torch.tensor([[0, 3, 4, 5], [6, 6, 6, 7], [2, 2, 2, 2]])
     for columns in ({"terminated": ends}, {"episode": episode}, {"truncated": ends, "episode": episode}):
         episodes = Episodes.of(*rows_of(reward, step_mask=valid, **columns), gamma=0.5)
         assert sorted(episodes.reward.sum(-1).tolist()) == [1.0, 1.0, 2.0]
@@ -197,9 +197,9 @@ def test_chunks_are_discounted_by_what_they_executed() -> None:
     with pytest.raises(RecordError, match=r"discount holds 1, which is no power of gamma=0\.5"):
         Episodes.of(plain, scored, 0.5)
     assert float(importance_sampling(Episodes.of(plain, scored, 1.0)).value) == pytest.approx(8 * 3.0)
-    columns = {"step_mask": torch.tensor([[True, True, False]]), "terminated": torch.tensor([[False, True, False]])}
+    columns = {"step_mask": torch.tensor([[True, False, False]]), "terminated": torch.tensor([[True, False, False]])}
     for padding in (torch.nan, 0.3):
         padded = discount.clone()
-        padded[0, 2] = padding
+        padded[0, 1:] = padding
         record, scored = rows_of(reward, discount=padded, **columns)
-        assert float(importance_sampling(Episodes.of(record, scored, 0.5)).value) == pytest.approx(4 * 1.25)
+        assert float(importance_sampling(Episodes.of(record, scored, 0.5)).value) == pytest.approx(2 * 1.0)
