@@ -177,11 +177,16 @@ class SB3Agent:
         self.policy = SB3Policy(self.model)
         self.gamma = gamma
         self._per_call = env.num_envs * int(getattr(env, "steps_per_action", 1))
-        unit = self._per_call * int(getattr(self.model, "n_steps", 1))
+        unit = self._per_call * self._horizon
         self.steps_per_update = -(-slice_steps // unit) * unit
         self.budget = budget
         self.version = 0
         self._started = False
+
+    @property
+    def _horizon(self) -> int:
+        """Steps in every simulation of a rollout; 1 without rollouts, where SB3's ``n_steps`` is that of returns."""
+        return int(self.model.n_steps) if hasattr(self.model, "rollout_buffer") else 1
 
     @property
     def steps(self) -> int:
@@ -208,13 +213,11 @@ class SB3Agent:
 
     def _rollouts(self, calls: int) -> list[int]:
         """Steps in every simulation, by call of SB3's ``learn``: whole rollouts, and then what is left."""
-        n_steps = int(getattr(self.model, "n_steps", 0))
-        rest = calls % n_steps if n_steps else 0
+        rest = calls % self._horizon
         return [part for part in (calls - rest, rest) if part > 0]
 
     def _learn(self, calls: int) -> None:
-        n_steps = int(getattr(self.model, "n_steps", 0))
-        if calls < n_steps:  # the last rollout of the budget; SB3 has no other way to make a shorter one
+        if calls < self._horizon:  # the last rollout of the budget; SB3 has no other way to make a shorter one
             self.model.n_steps = self.model.rollout_buffer.buffer_size = calls
         self.model.learn(calls * self.env.num_envs, reset_num_timesteps=not self._started, progress_bar=False)
         self._started = True

@@ -225,6 +225,14 @@ def test_a_torchrl_reset_is_named(kind: str) -> None:
         collect(TorchRLControlEnv(Wild(WILD[kind], at=0)))
 
 
+def test_steps_of_a_torchrl_environment_count_from_its_reset() -> None:
+    env = TorchRLControlEnv(Wild(ValueError("slip")))
+    env.reset_batch()
+    env.step_batch(torch.zeros(1, 1))
+    with pytest.raises(EnvError, match=r"^Wild raised in step 3: ValueError: slip"):
+        evaluate(env)
+
+
 # ---------------------------------------------------------------------------------------------- our own protocol
 
 
@@ -277,6 +285,20 @@ def test_an_environment_of_ones_own_protocol_is_checked(changed: Any, words: str
         play(Loose(**changed))
 
 
+def test_new_episodes_of_a_continued_rollout_are_checked_and_counted_anew() -> None:
+    state, rollout = (
+        {"next_episode": 2, "steps": 9},
+        ControlRollout(Loose(reward=None), Still(), 0.99, torch.Generator()),
+    )
+    for _ in range(2):
+        with pytest.raises(EnvError, match=r"reward=None .*from step 1;"):
+            rollout.collect(0)
+        rollout.restart(state, 5)
+    rollout.env.changed["reset"] = None
+    with pytest.raises(EnvError, match=r"^Loose returned observation=None .*from reset"):
+        rollout.restart(state, 5)
+
+
 def test_a_gymnasium_object_is_told_how_it_is_named() -> None:
     with pytest.raises(ConfigError, match=r"Rogue is a Gymnasium environment.*env=gymnasium.*--allow"):
         as_environment(Rogue(None))
@@ -305,6 +327,40 @@ class Told(gymnasium.Env):
 
 if "Told-v0" not in gymnasium.registry:
     gymnasium.register("Told-v0", entry_point=Told, max_episode_steps=20)
+
+
+def test_copies_that_stand_still_are_not_stepped() -> None:
+    env = GymnasiumEnv("Told-v0", num_envs=3, seed=3)
+    before = env.reset_batch(0)
+    step = env.advance(torch.zeros(3, 1), torch.tensor([True, False, True]))
+    assert step.executed.tolist() == step.reward.tolist() == [1, 0, 1] == [len(played) for played in env._played]
+    assert torch.equal(step.observation, before) and not bool(step.terminated[1])
+
+
+class Scribbler(gymnasium.Env):
+    """Observes the sum of its actions, and writes to them."""
+
+    observation_space = gymnasium.spaces.Box(-9, 9, (1,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):  # type: ignore[no-untyped-def]
+        self.total = np.zeros(1, np.float32)
+        return self.total.copy(), {}
+
+    def step(self, action):  # type: ignore[no-untyped-def]
+        self.total += action
+        action *= 0
+        return self.total.copy(), 0.0, False, False, {}
+
+
+def test_an_environment_that_writes_to_its_action_is_still_put_back() -> None:
+    gymnasium.register("Scribbler-v0", entry_point=Scribbler, max_episode_steps=9)
+    first, second = GymnasiumEnv("Scribbler-v0"), GymnasiumEnv("Scribbler-v0")
+    del gymnasium.registry["Scribbler-v0"]
+    first.reset_batch(0)
+    first.step_batch(torch.full((1, 1), 0.5))
+    second.load_state_dict(first.state_dict())
+    assert second.current_observation().tolist() == [[0.5]]
 
 
 @pytest.mark.parametrize("horizon", [2, 3, 10])
@@ -344,6 +400,33 @@ def test_evaluation_plays_as_many_episodes_as_asked_whatever_the_copies(copies: 
     assert metrics["eval/success"] == pytest.approx(sum(n > 3 for n in firsts) / 40)
 
 
+def test_evaluation_in_chunks_adds_plain_rewards_and_counts_environment_steps() -> None:
+    class StillPlans(Still):
+        def sample(self, observation: Any, generator: Any = None, deterministic: bool = False) -> TensorDict:
+            return TensorDict({"action": torch.zeros(len(observation), 3)}, [len(observation)])
+
+    env = ActionChunk(GymnasiumEnv("Told-v0", num_envs=16), 3, gamma=0.5)
+    metrics = evaluate_control(env, StillPlans(), 7, torch.Generator())
+    assert metrics["eval/return"] == metrics["eval/length"] == metrics["eval/distance"]
+    assert metrics["eval/length"] == pytest.approx(sum(_first_episodes(16, 16)) / 16)
+
+
+def test_an_episode_that_is_given_up_tells_what_it_told_last_and_others_nothing() -> None:
+    """The first simulation ends at once and tells nothing; the second never ends, and tells from its third step on."""
+
+    class Endless(Loose):
+        count = 0
+
+        def step_batch(self, action: Any) -> Any:
+            self.count += 1
+            over = torch.tensor([self.count == 1, False])
+            told = {"level": torch.full((2,), float(self.count))} if self.count >= 3 else {}
+            return super().step_batch(action)._replace(terminated=over, info=told)
+
+    metrics = evaluate_control(Endless(), Still(), 0, torch.Generator())
+    assert metrics["eval/level"] == 5.0 and metrics["eval/length"] == 3.0
+
+
 def _first_episodes(copies: int, count: int) -> list[int]:
     """Lengths of the first episode of each copy and round, played by hand."""
     env = GymnasiumEnv("Told-v0", num_envs=copies)
@@ -361,7 +444,8 @@ def test_a_torchrl_environment_without_a_batch_plays_every_episode_and_tells_its
     class Goal(Wild):
         def _step(self, tensordict: Any) -> Any:
             out = super()._step(tensordict)
-            return out.set("success", (torch.rand(1, generator=self.stream) < 0.5))
+            out["return"] = torch.tensor([-9.0])
+            return out.set("is_success", (torch.rand(1, generator=self.stream) < 0.5))
 
         def _set_seed(self, seed: int | None) -> None:
             self.stream = torch.Generator().manual_seed(int(seed or 0))
@@ -370,4 +454,5 @@ def test_a_torchrl_environment_without_a_batch_plays_every_episode_and_tells_its
     stream = torch.Generator().manual_seed(3)
     want = [float(torch.cat([torch.rand(1, generator=stream) for _ in range(6)])[-1] < 0.5) for _ in range(12)]
     assert metrics["eval/length"] == 6.0 and metrics["eval/return"] == 6.0
-    assert metrics["eval/success"] == pytest.approx(sum(want) / 12) and 0 < sum(want) < 12
+    assert metrics["eval/success"] == metrics["eval/is_success"] == pytest.approx(sum(want) / 12)
+    assert 0 < sum(want) < 12 and "eval/done" not in metrics

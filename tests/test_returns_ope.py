@@ -151,7 +151,8 @@ def test_rows_that_hold_several_episodes_are_taken_apart() -> None:
         assert float(importance_sampling(episodes).value) == pytest.approx(want)
         zero = torch.zeros_like(reward)
         assert float(doubly_robust(episodes, zero, zero).value) == pytest.approx(float(per_decision(episodes).value))
-        assert doubly_robust(episodes, reward, reward).value.isfinite()
+        whole, apart = doubly_robust(episodes, reward, reward), episodes.arranged(reward)
+        assert whole.value.isfinite() and torch.equal(doubly_robust(episodes, apart, apart).value, whole.value)
     bonus = doubly_robust(episodes, reward, zero).value  # every error is 0, and so is every expected value
     assert float(bonus) == pytest.approx(0.0)
 
@@ -169,6 +170,21 @@ def test_a_piece_of_an_episode_is_refused() -> None:
         Episodes.of(*rows_of(reward, terminated=ends | (changed == 3), episode=changed), gamma=1.0)
 
 
+def test_steps_that_are_left_out_make_no_episode_and_do_not_join_others() -> None:
+    """Left out are an episode in the middle, the piece before a row's first, and a whole row; returns 1, 2 and 1."""
+    reward = torch.tensor([[1.0, 9.0, 2.0, 0.0], [9.0, 9.0, 1.0, 0.0], [9.0, 9.0, 9.0, 9.0]])
+    valid = torch.tensor([[1, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
+    ends = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
+    episode = torch.tensor([[0, 3, 4, 5], [6, 6, 6, 7], [2, 2, 2, 2]])
+    for columns in ({"terminated": ends}, {"episode": episode}, {"truncated": ends, "episode": episode}):
+        episodes = Episodes.of(*rows_of(reward, step_mask=valid, **columns), gamma=0.5)
+        assert sorted(episodes.reward.sum(-1).tolist()) == [1.0, 1.0, 2.0]
+        assert float(importance_sampling(episodes).value) == pytest.approx(2 * 4 / 3)
+        assert torch.equal(episodes.arranged(reward)[episodes.mask], reward[valid].double())
+    none = Episodes.of(*rows_of(reward, step_mask=torch.zeros_like(valid), terminated=ends), gamma=0.5)
+    assert not bool(none.mask.any())
+
+
 def test_chunks_are_discounted_by_what_they_executed() -> None:
     """Chunks of 2, 1 and 2 commands at gamma 1/2: the second is discounted by 1/4, the third by 1/8."""
     reward, ends = torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[False, False, True]])
@@ -177,3 +193,13 @@ def test_chunks_are_discounted_by_what_they_executed() -> None:
     assert float(importance_sampling(Episodes.of(record, scored, 0.5)).value) == pytest.approx(8 * 1.375)
     with pytest.raises(RecordError, match=r"discount holds 0\.25, which is no power of gamma=0\.9"):
         Episodes.of(record, scored, 0.9)
+    plain, scored = rows_of(reward, terminated=ends, discount=torch.ones(1, 3))
+    with pytest.raises(RecordError, match=r"discount holds 1, which is no power of gamma=0\.5"):
+        Episodes.of(plain, scored, 0.5)
+    assert float(importance_sampling(Episodes.of(plain, scored, 1.0)).value) == pytest.approx(8 * 3.0)
+    columns = {"step_mask": torch.tensor([[True, False, False]]), "terminated": torch.tensor([[True, False, False]])}
+    for padding in (torch.nan, 0.3):
+        padded = discount.clone()
+        padded[0, 1:] = padding
+        record, scored = rows_of(reward, discount=padded, **columns)
+        assert float(importance_sampling(Episodes.of(record, scored, 0.5)).value) == pytest.approx(2 * 1.0)

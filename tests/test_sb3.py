@@ -80,6 +80,7 @@ if "Paid-v0" not in gymnasium.registry:
     [
         ("ppo", {"n_steps": 32, "batch_size": 32, "n_epochs": 1}, [0, 128, 200]),  # slices of two rollouts of 2 x 32
         ("sac", {"learning_starts": 500}, [0, 100, 200]),
+        ("sac", {"learning_starts": 500, "n_steps": 3}, [0, 100, 200]),  # of returns, not of rollouts
     ],
 )
 @pytest.mark.parametrize("chunk", [1, 4])

@@ -22,8 +22,8 @@ class ActionChunk(ControlEnvBase):
     """Executes ``h`` actions of ``a`` dimensions a decision: an action is ``[K, h * a]``, first action first.
 
     The reward of a decision is ``sum_i gamma^i r_i`` over the executed actions; their plain sum is ``undiscounted``. A
-    simulation whose episode ends inside
-    a chunk executes no more of it (``executed`` counts what it did) and keeps its true final observation.
+    simulation whose episode ends inside a chunk executes no more of it (``executed`` counts what it did) and keeps its
+    true final observation.
 
     Args:
         env: an environment whose :meth:`advance` accepts a mask of running simulations.
@@ -36,10 +36,8 @@ class ActionChunk(ControlEnvBase):
 
     def __init__(self, env: ControlEnvBase, horizon: Count = 4, gamma: UnitInterval | None = None) -> None:
         one = env.space.action
-        if horizon < 1 or not isinstance(one, Box) or one.integer:
-            raise ConfigError(
-                f"a chunk needs real-valued actions and a length of 1 or more, got {one.describe()} and {horizon}"
-            )
+        if not isinstance(one, Box) or one.integer:
+            raise ConfigError(f"a chunk needs real-valued actions, got {one.describe()}")
         low, high = (tuple(bound.ravel().tolist()) * horizon for bound in (one.low_array, one.high_array))
         plan = Box((one.width * horizon,), one.dtype, low, high)
         super().__init__(env.num_envs, Space(env.space.observation, plan), -(-env.max_steps // horizon))

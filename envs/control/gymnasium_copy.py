@@ -13,17 +13,13 @@ from numpy.typing import NDArray
 
 from unified_rl.errors import ConfigError, EnvError, UnifiedRLError
 from unified_rl.instantiate import allowed
-from unified_rl.interop.guard import describe, one_line
+from unified_rl.interop.guard import OWN_NAMES, describe, one_line
 
 Array: TypeAlias = NDArray[Any]
 NUMBERS = "biuf"
 """Kinds of NumPy dtypes that are real numbers."""
 FOREIGN = ("GymV21Environment-v0", "GymV26Environment-v0")
 """Ids whose arguments name another module to import."""
-OWN_NAMES = frozenset({"return", "length", "score", "return_std", "episodes"})
-"""Metrics that an info of the same name must not replace."""
-
-
 NOTHING = object()
 """No answer yet."""
 
@@ -198,8 +194,8 @@ def _told(info: dict[Any, Any]) -> dict[str, float]:
 def _is_number(value: Any) -> bool:
     if isinstance(value, bool | int | float | np.generic):
         return not isinstance(value, np.generic) or value.dtype.kind in NUMBERS
-    shape, kind = getattr(value, "shape", None), getattr(getattr(value, "dtype", None), "kind", "")
-    return shape in ((), (1,)) and kind in NUMBERS and kind != ""
+    shape, kind = getattr(value, "shape", None), getattr(getattr(value, "dtype", None), "kind", "none")
+    return shape in ((), (1,)) and kind in NUMBERS
 
 
 def _is_array(space: Any) -> bool:

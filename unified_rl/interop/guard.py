@@ -11,6 +11,9 @@ from torch import Tensor
 from unified_rl.errors import EnvError, NonFiniteError, UnifiedRLError
 from unified_rl.protocols import ControlEnv, StepResult
 
+OWN_NAMES = frozenset({"return", "length", "score", "return_std", "episodes"})
+"""Metrics that an info of the same name must not replace."""
+
 
 def name_of(env: object) -> str:
     """What error messages call an environment: its ``name``, where it has one, else its class."""

@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, EnvError, RestoreError
-from unified_rl.interop.guard import describe, one_line
+from unified_rl.interop.guard import OWN_NAMES, describe, one_line
 from unified_rl.protocols import ControlEnv, LanguageEnv, StepResult
 from unified_rl.spaces import Box, Discrete, MultiDiscrete, Part, PolicyInputs, Space
 
@@ -180,10 +180,9 @@ class TorchRLControlEnv:
         return out
 
 
-OWN_KEYS = frozenset(
-    {"observation", "action", "reward", "done", "terminated", "truncated", "step_count", "is_init", "pixels"}
-    | {"return", "length", "score", "return_std", "episodes"}
-)
+OWN_KEYS = OWN_NAMES | {
+    "observation", "action", "reward", "done", "terminated", "truncated", "step_count", "is_init", "pixels",
+}  # fmt: skip
 """Entries that are no infos, and metrics that an info must not replace."""
 
 

@@ -64,17 +64,16 @@ class Cut:
         """
         keys = [key for key in ("terminated", "truncated") if key in record.keys()]
         ends = torch.stack([record[key] for key in keys]).any(0) & valid if keys else None
-        starts = torch.zeros_like(valid)
+        starts = valid & (valid.long().cumsum(-1) == 1)  # the first of its row, behind what is left out
         if "episode" in record.keys():
             episode = record["episode"]
-            starts[:, 1:] = (episode[:, 1:] != episode[:, :-1]) & valid[:, 1:]
+            starts[:, 1:] |= (episode[:, 1:] != episode[:, :-1]) & valid[:, 1:]
         if ends is not None:
-            starts[:, 1:] |= ends[:, :-1] & valid[:, 1:]
+            starts[:, 1:] |= (ends | ~valid)[:, :-1] & valid[:, 1:]
             _refuse_fragments(ends, starts, valid)
-        if not bool(starts.any()):
-            return None
-        starts[:, 0] = True
         count = starts.long().sum(-1)
+        if bool((count == 1).all()) or not bool(valid.any()):
+            return None
         row = starts.long().cumsum(-1) - 1 + (count.cumsum(0) - count).unsqueeze(-1)
         position = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
         begun = torch.where(starts, position, 0).cummax(-1).values
@@ -195,7 +194,7 @@ class Episodes:
 
     def arranged(self, column: Tensor) -> Tensor:
         """A column ``[B, T]`` of the record that these were made of, in their own order of rows."""
-        return column if self._cut is None or column.shape == self.reward.shape else self._cut(column)
+        return column if self._cut is None or column.shape != self._cut.valid.shape else self._cut(column)
 
     def estimate(self, each: Tensor) -> Estimate:
         """The mean of one number an episode."""

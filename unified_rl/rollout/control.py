@@ -203,7 +203,7 @@ class ControlRollout:
 
     def restart(self, state: dict[str, Any], seed: int) -> None:
         """Goes on behind :meth:`state_dict` with new episodes in every simulation, and streams from ``seed``."""
-        self._observation = self.env.reset_batch(seed)
+        self._observation, self._calls = reset_env(self.env, seed), 0
         first = state["next_episode"]
         self._episode, self._next_episode = torch.arange(first, first + self.num_envs), first + self.num_envs
         self._return.zero_()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unified_rl.errors import NonFiniteError, RolloutError, UnifiedRLError
+from unified_rl.interop.guard import one_line
 from unified_rl.protocols import Generates, KnowsItsEnds, LanguageEnv, TurnResult
 
 Problems = list[dict[str, Any]]
@@ -218,8 +219,7 @@ def answered(env: LanguageEnv, problems: Problems, turns: list[list[list[int]]],
     except UnifiedRLError:
         raise
     except (Exception, SystemExit) as error:
-        said = " ".join(str(error).split())[:300]
-        raise RolloutError(f"{name} raised {type(error).__name__}: {said}") from error
+        raise RolloutError(f"{name} raised {one_line(error)[:300]}") from error
     fault = _fault(result, len(problems))
     if fault:
         raise RolloutError(f"{name}: {fault}")
