@@ -217,9 +217,9 @@ def test_half_precision_weights_are_not_trained() -> None:
         BehaviorCloning(policy=policy, generator=torch.Generator(), rows=4, lr=1e-5)
 
 
-def test_the_command_of_the_readme_for_a_model_of_your_own_trains(tmp_path: Path) -> None:
-    page = Path(__file__).parents[1] / "README.md"
-    found = [words for block in blocks(page) if block.language == "bash" for words in commands(block.text)]
+def test_the_command_of_the_readme_for_a_model_of_your_own_trains(tmp_path: Path, source: Path) -> None:
+    page = [block for block in blocks(source / "README.md") if block.language == "bash"]
+    found = [words for block in page for words in commands(block.text)]
     (command,) = [words for words in found if any("policy.path=" in word for word in words)]
     tokenizer = train_bpe(["What is 1+1? 2"], 270)
     folder = model_folder(tmp_path / "m", tokenizer, [tokenizer.eos_token_id])
