@@ -21,7 +21,7 @@ from unified_rl.objectives.terms import OWN_ROWS
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.groups import Groups
 from unified_rl.returns.maps import MAPS
-from unified_rl.units import row_return
+from unified_rl.units import COUNTED, row_return
 
 
 class CriticAdvantage:
@@ -92,6 +92,11 @@ class Estimate:
     @torch.no_grad()
     def __call__(self, record: TensorDict, version: int, metrics: dict[str, Any]) -> TensorDict:
         """The rows that count, annotated."""
+        if COUNTED in record.keys():  # first of all: left-out rows are in no group, statistic or denominator
+            metrics["train/counted"] = record[COUNTED].float().mean()
+            record = record[record[COUNTED]]
+            if not len(record):
+                return record
         total = row_return(record)
         metrics["train/reward"] = self._own(record, total).mean()
         if self.drop_equal_groups:

@@ -254,6 +254,22 @@ class ReportsColumns(Protocol):
 
 
 @runtime_checkable
+class Rewarded(Protocol):
+    """A token task that takes reward functions of the run."""
+
+    reward_names: tuple[str, ...]
+    """Names in its ``TurnResult.info`` of what each function gave; empty without functions."""
+
+    def reward_with(self, rewards: Any) -> None:
+        """Gives conversations the reward of these functions, see :mod:`unified_rl.envs.language.rewards`.
+
+        Raises:
+            ConfigError: a function takes what the task's records do not have.
+        """
+        ...
+
+
+@runtime_checkable
 class HasSpace(Protocol):
     """Knows the space it acts in: control environments and policies."""
 

@@ -43,6 +43,9 @@ STEP_KEYS: dict[str, torch.dtype] = {
 ROW_KEYS: dict[str, torch.dtype] = {"group": torch.int64, "source": torch.int64}
 """Keys of shape ``[B]`` and their dtypes."""
 
+COUNTED = "counted"
+"""Optional key ``[B]`` bool: rows where it is False take part in no update, no group and no denominator."""
+
 REQUIRED_KEYS = ("behavior_log_prob", "mask", "step_index", "reward", "policy_version")
 """What every record holds, whatever the domain."""
 

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from tensordict import TensorDict
@@ -14,12 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unified_rl.envs.language.codec import Codec, Segment
+from unified_rl.envs.language.judging import Judge
+from unified_rl.envs.language.rewards import Rewards
 from unified_rl.errors import ConfigError, RolloutError, UnifiedRLError
 from unified_rl.protocols import TurnResult
 from unified_rl.ranges import Count, Float32, HeldOut, Seed, Whole, ranged
 
 SPLITS = ("train", "eval")
 MAX_ROUNDS = 200
+Truncated: TypeAlias = Literal["score", "zero", "mask"]
+"""What becomes of a turn that ran out of its budget."""
 
 
 class Verdict(NamedTuple):
@@ -57,12 +61,19 @@ class LanguageTask:
         held_out: share of prompts kept for evaluation.
         truncated_reward: of a turn that ran out of its budget; null lets the task judge what there is of it, as it
             would judge a finished turn.
+        truncated: what becomes of such a turn, by name. ``score`` judges what there is of it (as
+            ``truncated_reward=null`` does), and reward functions see it with a flag. ``zero`` gives it nothing.
+            ``mask`` leaves the whole conversation out of updates, that is out of losses, groups and denominators
+            (overlong filtering of DAPO, arXiv 2503.14476); it earns 0. Null goes by ``truncated_reward``, but the
+            reward functions of a run (``reward=``) see cut turns, unless that is a number other than 0, which such
+            turns then get.
         shuffle_rewards: negative control: rewards of finished training conversations are permuted over the batch, so
             nothing can be learned from them; ``info["correct"]`` and evaluation stay true.
         seed: of the permutation.
 
     Raises:
-        ConfigError: a budget below 1, or ``held_out`` outside [0, 1).
+        ConfigError: a budget below 1, ``held_out`` outside [0, 1), or a ``truncated_reward`` that contradicts
+            ``truncated``.
     """
 
     domain = "language"
@@ -70,6 +81,8 @@ class LanguageTask:
     """Demonstration styles, the default first; empty where there is only one."""
     info_names: tuple[str, ...] = ()
     """Names beyond ``correct`` and ``truncated`` in ``TurnResult.info``."""
+    reply_role = "user"
+    """Who speaks in its replies, for reward functions that see messages."""
     judge_seconds = 600.0
     """Wall time after which :meth:`_judge` of a task from outside the package is given up, in one call for a batch."""
 
@@ -84,6 +97,7 @@ class LanguageTask:
         stop_text: str = "",
         held_out: HeldOut = 0.1,
         truncated_reward: Float32 | None = 0.0,
+        truncated: Truncated | None = None,
         shuffle_rewards: bool = False,
         seed: Seed = 0,
     ) -> None:
@@ -95,7 +109,8 @@ class LanguageTask:
         self.max_length = self.max_prompt_length + max_turns * max_turn_tokens + (max_turns - 1) * max_reply_length
         self.stop_text, self.stop_ids = stop_text, self.codec.stop_ids(stop_text)
         self.held_out, self.shuffle_rewards = held_out, shuffle_rewards
-        self.truncated_reward = truncated_reward
+        self.truncated, self.truncated_reward = truncated, _of_cut_turns(truncated, truncated_reward)
+        self._judge_rewards: Judge | None = None
         self._shuffler = torch.Generator().manual_seed(seed)
 
     def policy_inputs(self) -> dict[str, Any]:
@@ -135,15 +150,37 @@ class LanguageTask:
         reward = torch.tensor([verdict.reward for verdict in verdicts], dtype=torch.float32)
         last = torch.tensor([len(said) >= self.max_turns for said in turns], dtype=torch.bool)
         truncated = ~finished.cpu() | (last & ~done)
-        if self.shuffle_rewards:
-            reward = self._shuffled(reward, problems, done | truncated)
         info = {
             "correct": torch.tensor([float(verdict.correct) for verdict in verdicts]),
             "truncated": truncated.float(),
         }
         for name in self.info_names:
             info[name] = torch.tensor([float((verdict.info or {}).get(name, 0.0)) for verdict in verdicts])
+        ending = done | truncated
+        if self._judge_rewards is not None:
+            said = [verdict.reply for verdict in verdicts]
+            reward, scores = self._judge_rewards(problems, turns, reward, ending, ~finished.cpu(), truncated, said)
+            info |= scores
+        if self.truncated == "mask":
+            info["counted"] = info.get("counted", torch.ones(len(problems))) * (~truncated).float()
+        if self.shuffle_rewards:
+            reward = self._shuffled(reward, problems, ending, info)
         return TurnResult(self._replies(problems, verdicts, (done | last).tolist()), reward, done, info)
+
+    def reward_with(self, rewards: Rewards) -> None:
+        """Gives conversations the reward of these functions, in place of (or beside) the task's own verifier.
+
+        Raises:
+            ConfigError: a function takes a column that the task's records do not have.
+        """
+        judge = Judge(self, rewards)
+        judge.check(self._draw(1, torch.Generator().manual_seed(0), "train")[0])
+        self._judge_rewards = judge
+
+    @property
+    def reward_names(self) -> tuple[str, ...]:
+        """Names in ``TurnResult.info`` of what each function of :meth:`reward_with` gave."""
+        return () if self._judge_rewards is None else self._judge_rewards.names
 
     def _replies(self, problems: list[dict[str, Any]], verdicts: list[Verdict], over: list[bool]) -> list[list[int]]:
         """Token ids of what is said next; those of conversations that go on must fit."""
@@ -245,7 +282,9 @@ class LanguageTask:
     @property
     def columns(self) -> tuple[str, ...]:
         """Names in ``TurnResult.info``."""
-        return ("correct", "truncated", *self.info_names)
+        scores = () if self._judge_rewards is None else self._judge_rewards.columns
+        counted = ("counted",) if scores or self.truncated == "mask" else ()
+        return ("correct", "truncated", *self.info_names, *scores, *counted)
 
     def is_held_out(self, text: str) -> bool:
         """Whether the prompt ``text`` is kept for evaluation."""
@@ -314,14 +353,40 @@ class LanguageTask:
         text = self.codec.decode(ids).strip()
         return text.removesuffix(self.stop_text) if self.stop_text else text
 
-    def _shuffled(self, reward: Tensor, problems: Sequence[dict[str, Any]], ending: Tensor) -> Tensor:
-        """The same rewards, permuted over the training conversations that end with this turn."""
+    def _shuffled(
+        self, reward: Tensor, problems: Sequence[dict[str, Any]], ending: Tensor, info: dict[str, Tensor]
+    ) -> Tensor:
+        """The same rewards, permuted over the training conversations that end with this turn and count.
+
+        The values of several reward functions move along, in ``info``.
+        """
         train = torch.tensor([problem["split"] == "train" for problem in problems], dtype=torch.bool)
-        rows = (train & ending).nonzero().squeeze(-1)
-        order = torch.randperm(len(rows), generator=self._shuffler)
+        counted = info["counted"] > 0 if "counted" in info else torch.ones_like(train)
+        rows = (train & ending & counted).nonzero().squeeze(-1)
+        moved = rows[torch.randperm(len(rows), generator=self._shuffler)]
+        for name in self.reward_names:
+            info[name] = info[name].clone()
+            info[name][rows] = info[name][moved]
         out = reward.clone()
-        out[rows] = reward[rows[order]]
+        out[rows] = reward[moved]
         return out
+
+
+def _of_cut_turns(truncated: Truncated | None, reward: float | None) -> float | None:
+    """The task's own reward of a turn that ran out of its budget; None where the turn is judged.
+
+    Raises:
+        ConfigError: the two settings contradict each other.
+    """
+    if truncated is None:
+        return reward
+    if reward != 0.0 and (reward is not None or truncated != "score"):
+        worth = "null" if reward is None else f"{reward:g}"
+        raise ConfigError(
+            f"env.truncated={truncated} and env.truncated_reward={worth} contradict each other; leave one of them out "
+            "(truncated_reward alone gives cut answers a reward of your own)"
+        )
+    return None if truncated == "score" else 0.0
 
 
 def _hash(text: str) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.language.arithmetic import evaluate
-from unified_rl.envs.language.base import LanguageTask, Verdict
+from unified_rl.envs.language.base import LanguageTask, Truncated, Verdict
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.tokenizer import choose_tokenizer
 from unified_rl.errors import ConfigError
@@ -37,6 +37,7 @@ class Calculator(LanguageTask):
         spare_turns: turns beyond those that a solution needs.
         tokenizer: a local folder; by default characters.
         held_out: share of prompts kept for evaluation.
+        truncated: of cut answers, see :class:`~unified_rl.envs.language.base.LanguageTask`.
         shuffle_rewards: the negative control of :class:`~unified_rl.envs.language.base.LanguageTask`.
         seed: of that control.
 
@@ -52,6 +53,7 @@ class Calculator(LanguageTask):
         spare_turns: Whole = 1,
         tokenizer: str | None = None,
         held_out: HeldOut = 0.1,
+        truncated: Truncated | None = None,
         shuffle_rewards: bool = False,
         seed: Seed = 0,
     ) -> None:
@@ -72,6 +74,7 @@ class Calculator(LanguageTask):
             max_reply_length=2 + 1 + 2 * self.digits + 1,
             stop_text=";",
             held_out=held_out,
+            truncated=truncated,
             shuffle_rewards=shuffle_rewards,
             seed=seed,
         )

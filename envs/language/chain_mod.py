@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from unified_rl.configurable import configurable
-from unified_rl.envs.language.base import LanguageTask, Verdict
+from unified_rl.envs.language.base import LanguageTask, Truncated, Verdict
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.tokenizer import choose_tokenizer
 from unified_rl.ranges import Count, HeldOut, Seed, TwoOrMore, UnitInterval, ranged
@@ -35,6 +35,7 @@ class ChainMod(LanguageTask):
         max_turn_tokens: budget of an answer; by default the running totals, the answer and four to spare.
         tokenizer: a local folder; by default characters.
         held_out: share of prompts kept for evaluation.
+        truncated: of cut answers, see :class:`~unified_rl.envs.language.base.LanguageTask`.
         shuffle_rewards: the negative control of :class:`~unified_rl.envs.language.base.LanguageTask`.
         seed: of that control.
 
@@ -52,6 +53,7 @@ class ChainMod(LanguageTask):
         max_turn_tokens: Count | None = None,
         tokenizer: str | None = None,
         held_out: HeldOut = 0.1,
+        truncated: Truncated | None = None,
         shuffle_rewards: bool = False,
         seed: Seed = 0,
     ) -> None:
@@ -64,6 +66,7 @@ class ChainMod(LanguageTask):
             max_prompt_length=longest,
             max_turn_tokens=longest + 4 if max_turn_tokens is None else max_turn_tokens,
             held_out=held_out,
+            truncated=truncated,
             shuffle_rewards=shuffle_rewards,
             seed=seed,
         )

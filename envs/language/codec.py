@@ -75,6 +75,16 @@ class Codec:
             return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         return "".join([self._characters[i] for i in ids])
 
+    def decode_all(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
+        """The text of each row of ids."""
+        if self._characters is None:
+            return list(
+                self.tokenizer.batch_decode([list(own) for own in ids], skip_special_tokens=skip_special_tokens)
+            )
+        if skip_special_tokens:
+            return [self.decode(own) for own in ids]
+        return ["".join(self.tokenizer.convert_ids_to_tokens(list(own))) for own in ids]
+
     def stop_ids(self, stop_text: str = "") -> list[int]:
         """The ids that end an answer, and every token that ends with ``stop_text`` where that is given."""
         stops = set(self.end_ids)

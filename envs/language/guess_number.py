@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from unified_rl.configurable import configurable
-from unified_rl.envs.language.base import LanguageTask, Verdict
+from unified_rl.envs.language.base import LanguageTask, Truncated, Verdict
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.tokenizer import choose_tokenizer
 from unified_rl.errors import ConfigError
@@ -32,6 +32,7 @@ class GuessNumber(LanguageTask):
         turn_cost: what each guess after the first takes off the reward of 1 for a hit.
         tokenizer: a local folder; by default characters.
         held_out: share of prompts kept for evaluation.
+        truncated: of cut answers, see :class:`~unified_rl.envs.language.base.LanguageTask`.
         shuffle_rewards: the negative control of :class:`~unified_rl.envs.language.base.LanguageTask`.
         seed: of that control.
 
@@ -47,6 +48,7 @@ class GuessNumber(LanguageTask):
         turn_cost: Share = 0.05,
         tokenizer: str | None = None,
         held_out: HeldOut = 0.1,
+        truncated: Truncated | None = None,
         shuffle_rewards: bool = False,
         seed: Seed = 0,
     ) -> None:
@@ -65,6 +67,7 @@ class GuessNumber(LanguageTask):
             max_reply_length=2,
             stop_text=";",
             held_out=held_out,
+            truncated=truncated,
             shuffle_rewards=shuffle_rewards,
             seed=seed,
         )

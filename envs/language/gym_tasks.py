@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from unified_rl.configurable import configurable
-from unified_rl.envs.language.base import Verdict
+from unified_rl.envs.language.base import Truncated, Verdict
 from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.scoring import FAILED, GuardedScorer, Score
 from unified_rl.envs.language.tokenizer import choose_tokenizer
@@ -51,6 +51,7 @@ class ReasoningGym(PooledTask):
         score_seconds: CPU time of one scoring, after which it is given up (counted as ``scorer_error``).
         batch_seconds: CPU time that the slow scorings of one batch of answers may take together.
         truncated_reward: of a truncated answer; null lets the scorer judge what there is of it.
+        truncated: ``score``, ``zero`` or ``mask``, see :class:`~unified_rl.envs.language.base.LanguageTask`.
         tokenizer: a local folder; by default the characters of the items.
         held_out: share of prompts kept for evaluation.
         shuffle_rewards: the negative control of :class:`~unified_rl.envs.language.base.LanguageTask`.
@@ -77,6 +78,7 @@ class ReasoningGym(PooledTask):
         score_seconds: Positive = 5.0,
         batch_seconds: Positive = 10.0,
         truncated_reward: Float32 | None = 0.0,
+        truncated: Truncated | None = None,
         tokenizer: str | None = None,
         held_out: HeldOut = 0.1,
         shuffle_rewards: bool = False,
@@ -104,6 +106,7 @@ class ReasoningGym(PooledTask):
             max_turn_tokens=max_turn_tokens,
             held_out=held_out,
             truncated_reward=truncated_reward,
+            truncated=truncated,
             shuffle_rewards=shuffle_rewards,
             seed=seed,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.language.answers import marked_answer
-from unified_rl.envs.language.base import Verdict
+from unified_rl.envs.language.base import Truncated, Verdict
 from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.records import field, read_records
 from unified_rl.envs.language.tokenizer import load_tokenizer, train_bpe
@@ -59,6 +59,7 @@ class JsonlProblems(PooledTask):
         max_prompt_length: tokens; longer prompts are left out, with a warning that counts them.
         max_turn_tokens: budget of an answer; a longer one is truncated and counted as ``truncated``.
         truncated_reward: of a truncated answer; null lets the verifier judge what there is of it.
+        truncated: ``score``, ``zero`` or ``mask``, see :class:`~unified_rl.envs.language.base.LanguageTask`.
         score_seconds: CPU time of one free-form comparison, after which it is given up (``scorer_error``).
         batch_seconds: CPU time that the slow comparisons of one batch of answers may take together.
         tokenizer: a local folder; by default byte-pair encoding trained on the start of this file.
@@ -89,6 +90,7 @@ class JsonlProblems(PooledTask):
         max_prompt_length: Count = 256,
         max_turn_tokens: Count = 256,
         truncated_reward: Float32 | None = 0.0,
+        truncated: Truncated | None = None,
         score_seconds: Positive = 5.0,
         batch_seconds: Positive = 10.0,
         tokenizer: str | None = None,
@@ -114,6 +116,7 @@ class JsonlProblems(PooledTask):
             max_turn_tokens=max_turn_tokens,
             held_out=held_out,
             truncated_reward=truncated_reward,
+            truncated=truncated,
             shuffle_rewards=shuffle_rewards,
             seed=seed,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from unified_rl.configurable import configurable
@@ -116,7 +117,7 @@ class Refill:
     ) -> dict[str, float]:
         """As of :class:`Context`; ``problems`` are replaced in place."""
         sampled = 0
-        equal = self._equal(told[0], group_size)
+        equal = self._equal(told, group_size)
         for _ in range(self.tries):
             if not len(equal):
                 break
@@ -125,10 +126,15 @@ class Refill:
             for row, problem in zip(equal.tolist(), other, strict=True):
                 problems[row] = problem
             sampled += len(equal)
-            equal = self._equal(told[0], group_size)
+            equal = self._equal(told, group_size)
         return {"rollout/refilled": sampled / len(problems), "rollout/equal": len(equal) / len(problems)}
 
     @staticmethod
-    def _equal(talk: Conversations, group_size: int) -> Tensor:
-        total = talk.reward.sum(-1).reshape(-1, group_size)
-        return (total.amax(-1) == total.amin(-1)).repeat_interleave(group_size).nonzero().squeeze(-1)
+    def _equal(told: Told, group_size: int) -> Tensor:
+        """Rows of groups with nothing to compare among the conversations that count."""
+        talk, info = told
+        total = talk.reward.sum(-1)
+        counted = info.get("counted", torch.ones_like(total)) > 0
+        most = total.masked_fill(~counted, -torch.inf).reshape(-1, group_size).amax(-1)
+        least = total.masked_fill(~counted, torch.inf).reshape(-1, group_size).amin(-1)
+        return (most <= least).repeat_interleave(group_size).nonzero().squeeze(-1)

@@ -14,6 +14,8 @@ from unified_rl.interop.guard import one_line
 from unified_rl.protocols import Generates, KnowsItsEnds, LanguageEnv, TurnResult
 
 Problems = list[dict[str, Any]]
+SCORES = "rewards/"
+"""Begins the names of what single reward functions gave: added up over turns, NaN where one gave nothing."""
 COLUMNS = ("tokens", "mask", "log_prob", "step_index", "reward", "step_mask", "terminated", "truncated")
 
 
@@ -196,7 +198,8 @@ def _converse(
         talk.terminated[active, turn] = result.done & finished
         talk.truncated[active, turn] = ~finished | (~result.done if last else torch.zeros_like(finished))
         for key, value in result.info.items():
-            info.setdefault(key, torch.zeros(len(problems)))[active] = value.float()
+            told = info.setdefault(key, torch.zeros(len(problems)))
+            told[active] = told[active] + value.float() if key.startswith(SCORES) else value.float()
         for row, ids, stop in zip(rows, result.reply, over.tolist(), strict=True):
             if not stop and not last:
                 talk.add_reply(row, ids)
@@ -255,10 +258,37 @@ def _fault(result: Any, rows: int) -> str:
 def summary(talk: Conversations, info: dict[str, Tensor]) -> dict[str, float]:
     """Means over the conversations, ``rollout/reward`` and so on."""
     out = {
-        "rollout/reward": talk.reward.sum(-1).mean(),
+        "rollout/reward": mean_reward(talk, info),
         "rollout/length": talk.mask.sum(-1).float().mean(),
         "rollout/turns": talk.step_mask.sum(-1).float().mean(),
         "rollout/truncated": talk.truncated.any(-1).float().mean(),
     }
-    out |= {f"rollout/{key}": value.mean() for key, value in info.items()}
+    out |= {f"rollout/{key}": value for key, value in means(info).items()}
     return {key: float(value) for key, value in out.items()}
+
+
+def mean_reward(talk: Conversations, info: dict[str, Tensor]) -> Tensor:
+    """The mean return of the conversations that have one, a scalar; 0 where none has."""
+    total = talk.reward.sum(-1)
+    if "scored" not in info:
+        return total.mean()
+    scored = info["scored"] > 0
+    return total[scored].sum() / scored.sum().clamp(min=1)
+
+
+def means(info: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of each of the environment's numbers, scalars; of reward functions also the spread (``NAME_std``).
+
+    Those of reward functions are over the conversations that they scored, and left out where there is none.
+    """
+    out: dict[str, Tensor] = {}
+    for key, value in info.items():
+        if not key.startswith(SCORES):
+            out[key] = value.mean()
+            continue
+        given = value[~value.isnan()]
+        if len(given):
+            out[key] = given.mean()
+            if not key.endswith("_none"):
+                out[f"{key}_std"] = given.std(correction=0)
+    return out

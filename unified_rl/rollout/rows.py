@@ -11,9 +11,12 @@ from torch import Tensor
 
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
-from unified_rl.protocols import LanguageEnv, ReportsColumns, Solves, require_solutions
+from unified_rl.protocols import LanguageEnv, ReportsColumns, Rewarded, Solves, require_solutions
 from unified_rl.rollout.conversation import Conversations, Told
-from unified_rl.units import Source
+from unified_rl.units import COUNTED, Source
+
+REWARDS = "rewards"
+"""Entry ``[B, K]`` float32 of the record: what each reward function of the run gave, NaN where one gave nothing."""
 
 
 class RowBuilder:
@@ -23,7 +26,8 @@ class RowBuilder:
         env: the task.
         gamma: discount of a turn.
         columns: further entries of the record, made of the environment's own numbers: a name gives ``[B]`` int64, a
-            list of names ``[B, K]`` float32.
+            list of names ``[B, K]`` float32. Reward functions of the run add :data:`REWARDS`, and a task that leaves
+            conversations out of updates adds ``counted``.
         privileged: style of the solution in ``privileged_tokens`` and ``privileged_mask``; None leaves them out.
 
     Raises:
@@ -35,9 +39,13 @@ class RowBuilder:
     ) -> None:
         self.env, self.gamma = env, gamma
         self.columns, self.privileged = dict(columns or {}), privileged
+        if isinstance(env, Rewarded) and env.reward_names:
+            self.columns = {REWARDS: list(env.reward_names), **self.columns}
         self._next_group = self._next_episode = 0
+        self.counts = False
         if isinstance(env, ReportsColumns):
             self._check(env.columns)
+            self.counts = COUNTED in env.columns
         self.solver = None if privileged is None else require_solutions(env, "rollout.privileged", privileged)
 
     def _check(self, known: Iterable[str]) -> None:
@@ -93,6 +101,8 @@ class RowBuilder:
     def _extra(self, talk: Conversations, info: dict[str, Tensor]) -> dict[str, Tensor]:
         self._check(info)
         extra = {name: _column(info, wanted) for name, wanted in self.columns.items()}
+        if self.counts:
+            extra[COUNTED] = info[COUNTED] > 0
         return extra if self.solver is None else extra | self._privileged(talk, self.solver)
 
     def _privileged(self, talk: Conversations, solver: Solves) -> dict[str, Tensor]:

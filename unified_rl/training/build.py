@@ -18,7 +18,7 @@ from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
 from unified_rl.interop.guard import one_line
 from unified_rl.policies.pretrained import tokenizer_folder
-from unified_rl.protocols import ChecksIdentity, ChecksReplay, Demonstrates, EndsPretraining
+from unified_rl.protocols import ChecksIdentity, ChecksReplay, Demonstrates, EndsPretraining, Rewarded
 from unified_rl.replay import WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
 from unified_rl.rollout.feed import LocalFeed
@@ -77,6 +77,7 @@ class Job:
         self._refuse_gammas(given)
         self._env_options: dict[str, Any] = {} if given is None else {"gamma": given}
         self._env_options |= self._tokenizer_of_model()
+        self.rewards = self._rewards()
         self.env = self._environment("env", self._num_envs())
         self.language = self.env.domain == "language"
         self.gamma: float = DISCOUNTS[self.env.domain] if given is None else given
@@ -206,7 +207,43 @@ class Job:
             raise ConfigError(f"env: {node['_target_']} could not be made: {one_line(error)}") from error
         if isinstance(env, TorchRLControlEnv):
             env.seed(seed)
+        if self.rewards is not None:
+            if not isinstance(env, Rewarded):
+                raise ConfigError(
+                    f"reward=... rewards answers of token tasks derived from unified_rl.envs.language.LanguageTask, "
+                    f"and env={(self.cfg.get('choices') or {}).get('env')} ({type(env).__name__}) is none"
+                )
+            env.reward_with(self.rewards)
         return env
+
+    def _rewards(self) -> Any:
+        """The reward functions of the run; None where the task's own verifier is the reward.
+
+        Raises:
+            ConfigError: a function that cannot be had, or settings of functions where there is none.
+        """
+        settings = self.settings
+        options = {
+            "weights": settings.reward_weights,
+            "workers": settings.reward_workers,
+            "seconds": settings.reward_seconds,
+            "retries": settings.reward_retries,
+            "errors": settings.reward_errors,
+        }
+        if settings.reward is None:
+            plain = TrainSettings()
+            for name, value in options.items():
+                if value != getattr(plain, f"reward_{name}"):
+                    raise ConfigError(f"reward_{name} would be of no effect: this run has no reward=[...]")
+            return None
+        functions = settings.reward if isinstance(settings.reward, list) else [settings.reward]
+        node = {"_target_": "unified_rl.envs.language.rewards.Rewards", "functions": functions, **options}
+        return build(node, allow=self.allow, setting="reward")
+
+    def close(self) -> None:
+        """Ends processes of the run's reward functions; they start again where one is called."""
+        if self.rewards is not None:
+            self.rewards.close()
 
     def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
         """Agent, rollout and replay around the policy as it is now (after any warm start)."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from unified_rl.interop.guard import reset_env, step_env
 from unified_rl.protocols import ControlEnv, LanguageEnv, LanguagePolicy, Samples
-from unified_rl.rollout.conversation import converse
+from unified_rl.rollout.conversation import converse, mean_reward, means
 
 AT_ONCE = 256
 """Conversations of an evaluation that are sampled together where nobody says how many fit."""
@@ -110,18 +110,18 @@ def evaluate_language(
     Returns:
         ``eval/score`` and ``eval/reward`` (mean reward of sampled answers), ``eval/accuracy`` (share of them that the
         task calls correct, whatever their reward), both also of the most likely answers as ``_greedy``,
-        ``eval/length`` (sampled tokens a conversation), ``eval/truncated``, and the task's further numbers. A task that
-        does not say what is correct has no accuracy.
+        ``eval/length`` (sampled tokens a conversation), ``eval/truncated``, and the task's further numbers, those of
+        reward functions as ``eval/rewards/NAME``. A task that does not say what is correct has no accuracy.
     """
     problems = env.problems(count, torch.Generator().manual_seed(seed), "eval")
     generator = torch.Generator(device=policy.device).manual_seed(seed)
     size = AT_ONCE if at_once is None else at_once
     talk, info = converse(env, policy, problems, generator, at_once=size)
     best, best_info = converse(env, policy, problems, None, greedy=True, at_once=size)
-    reward = talk.reward.sum(-1).mean()
-    out = {"score": reward, "reward": reward, "reward_greedy": best.reward.sum(-1).mean()}
+    reward = mean_reward(talk, info)
+    out = {"score": reward, "reward": reward, "reward_greedy": mean_reward(best, best_info)}
     if "correct" in info:
         out |= {"accuracy": info["correct"].mean(), "accuracy_greedy": best_info["correct"].mean()}
-    out |= {key: value.mean() for key, value in info.items() if key not in ("correct", "truncated")}
+    out |= means({key: value for key, value in info.items() if key not in ("correct", "truncated", "counted")})
     out |= {"length": talk.mask.sum(-1).float().mean(), "truncated": talk.truncated.any(-1).float().mean()}
     return {f"eval/{key}": float(value) for key, value in out.items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from unified_rl.ranges import Count, Name, Seed, Whole, ranged
+from unified_rl.ranges import Count, Float32, Name, Positive, Seed, Whole, ranged
 
 
 @ranged()
@@ -29,6 +30,15 @@ class TrainSettings:
         checkpoint_every: steps between checkpoints; by default a fifth of ``steps``; 0 keeps the final one only.
         keep_checkpoints: how many checkpoints stay on disk.
         checkpoint_replay: store the replay in checkpoints (needed for a bit-exact resume).
+        reward: token tasks: functions that reward answers, in place of the task's own verifier (or beside it, as
+            ``task``): names of shipped ones, ``module:function``, or mappings ``{name: ..., weight: ...}``; see
+            :class:`unified_rl.envs.language.rewards.Rewards`.
+        reward_weights: of each of them in the sum; 1 by default.
+        reward_workers: processes that call them; 0 calls them in the run's own.
+        reward_seconds: wall time of one call.
+        reward_retries: further tries of a call that raised or hung.
+        reward_errors: what becomes of a row on which a function fails: ``stop`` ends the run, ``skip`` leaves the row
+            out of the update.
         identity_check: verify on the first update that fresh data has ratio 1.
         progress: show a progress display.
     """
@@ -48,6 +58,12 @@ class TrainSettings:
     checkpoint_every: Whole | None = None
     keep_checkpoints: Count = 2
     checkpoint_replay: bool = True
+    reward: list[Any] | str | dict[str, Any] | None = None
+    reward_weights: list[Float32] | None = None
+    reward_workers: Whole = 0
+    reward_seconds: Positive = 600.0
+    reward_retries: Whole = 1
+    reward_errors: Literal["stop", "skip"] = "stop"
     identity_check: bool = True
     progress: bool = True
 

@@ -180,7 +180,10 @@ def _train_in(
             trainer = job.make_trainer(folder, display.update if display else None)
             if found is not None:
                 restore(trainer, folder, found, resume_env)
-            trainer.run()
+            try:
+                trainer.run()
+            finally:
+                job.close()
     except (RolloutError, EnvError) as error:
         write_report(folder, error)
         raise

@@ -10,7 +10,7 @@ from unified_rl.replay.fit import check_written
 from unified_rl.rollout import ControlRollout, DemonstrationRollout, LanguageRollout, StoredRollout
 from unified_rl.rollout.demonstrations import KEYS
 from unified_rl.rollout.sources import Demonstrations, ExpertFile, Model, Pool, Recorded
-from unified_rl.units import Source
+from unified_rl.units import COUNTED, Source
 
 SHARED = ("mask", "behavior_log_prob", "step_index", "policy_version", "reward", "step_mask", "terminated", "truncated",
           "discount", "episode", "group", "source")  # fmt: skip
@@ -52,7 +52,8 @@ def written(rollout: Any) -> Written | None:
         joined = sum(getattr(source, "per_group", 0) for source in rollout.sources.values())
         alone = [getattr(source, "batch", 0) for source in rollout.sources.values()]
         shown = ("privileged_tokens", "privileged_mask") if rollout.builder.privileged is not None else ()
-        columns = (*SHARED, *OF_DOMAIN["language"], *rollout.builder.columns, *shown)
+        counted = (COUNTED,) if rollout.builder.counts else ()
+        columns = (*SHARED, *OF_DOMAIN["language"], *rollout.builder.columns, *counted, *shown)
         return Written({int(Source.ONLINE), *made}, max(rollout.group_size + joined, *alone, 1), columns)
     if type(rollout) is DemonstrationRollout:
         return Written({int(Source.DEMONSTRATION)}, 1, (*KEYS[rollout.domain], "source"))

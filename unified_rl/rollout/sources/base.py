@@ -13,7 +13,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.policies.generation import Generation
 from unified_rl.protocols import Generates, LanguageEnv, LanguagePolicy
 from unified_rl.rollout.conversation import Problems
-from unified_rl.units import Source
+from unified_rl.units import COUNTED, Source
 
 
 class Recited:
@@ -152,6 +152,8 @@ def check_rows(rows: TensorDict, own: TensorDict, setting: str) -> TensorDict:
     Raises:
         ConfigError: a key that is missing, or of another shape or dtype.
     """
+    if COUNTED in own.keys() and COUNTED not in rows.keys():  # rows of runs that left none out
+        rows[COUNTED] = torch.ones(len(rows), dtype=torch.bool)
     missing = sorted(own.keys() - rows.keys())
     if missing:
         raise ConfigError(f"the rows of {setting} lack {', '.join(missing)}, which the rollout's own have")

@@ -14,7 +14,7 @@ from unified_rl.ranges import Count, Whole, ranged
 from unified_rl.replay import read_rows
 from unified_rl.rollout.feed import pack_rows, unpack_rows
 from unified_rl.rollout.sources.base import Joining, Request
-from unified_rl.units import Source
+from unified_rl.units import COUNTED, Source
 
 
 @configurable
@@ -77,6 +77,8 @@ class Pool:
         """Takes in the collection's own answers."""
         total = rows["reward"].sum(-1)
         wanted = rows["source"] == int(Source.ONLINE)
+        if COUNTED in rows.keys():
+            wanted &= rows[COUNTED]
         if self.at_least is not None:
             wanted &= total >= self.at_least
         for at in wanted.nonzero().flatten().tolist():
