@@ -684,6 +684,7 @@ CLASSES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 """Classes that configuration builds: the node, the class, and a run with it."""
 
 VALUES_OF: dict[str, Any] = {
+    **{f"{task}.truncated": "mask" for task in ("calculator", "chain_mod", "countdown", "guess_number", "jsonl")},
     # what no rule gives, by class and parameter
     **dict.fromkeys(["policy_gradient.length", "actor_critic.length", "behavior_cloning.length"], 3),
     "policy_gradient.minibatch": 8,
@@ -851,7 +852,10 @@ def other_of(key: str, parameter: Any) -> Any:
         raise KeyError(f"{key} needs an entry in VALUES_OF, its default is {parameter.default!r}") from error
 
 
-SETTINGS: dict[str, Any] = {"seed": 1, "eval_episodes": 3, "eval_deterministic": False, "device": "nowhere"}
+SETTINGS: dict[str, Any] = {
+    "seed": 1, "eval_episodes": 3, "eval_deterministic": False, "device": "nowhere", "reward": ["length"],
+    "reward_weights": [2.0], "reward_errors": "skip",
+}  # fmt: skip
 """Settings of a run that change what comes out, and a changed value."""
 
 HOW = {
@@ -932,6 +936,8 @@ def further_cases() -> Iterator[Case]:
     yield Case("drop_equal_groups of groups", STALE, ("agent.drop_equal_groups=true",))
     yield Case("random_steps for values", VALUED, ("rollout.random_steps=4",))
     mixed = ("env=chain_mod", "agent=sft", "rollout.rows=8", "rollout.style=mixture")
+    yield Case("reward of answers", STALE, ("reward=[length]",))
+    yield Case("reward_weights of rewards", (*STALE, "reward=[task, length]"), ("reward_weights=[1.0, 9.0]",))
     yield Case("direct_share of mixture", mixed, ("env.direct_share=0.1",))
     yield Case("style for language", SUPERVISED_LM, ("rollout.style=direct",))
     yield Case("critic_config for language", (*LM, "agent.advantage=critic"), (f"agent.critic_config={text(TINY)}",))
@@ -983,6 +989,10 @@ ASIDE: dict[str, str] = {
     "jsonl(score_seconds)": "of verifier=math; test_language_jsonl.py",
     "jsonl(batch_seconds)": "of verifier=math; test_language_scoring.py",
     "jsonl(truncated_reward)": "of sampled answers; test_language_jsonl.py",
+    **{
+        f"{task}(truncated)": "of sampled answers; chain_mod shows it"
+        for task in ("calculator", "countdown", "guess_number", "jsonl")
+    },
     "jsonl(date)": "of a chat template that prints the day; test_language_jsonl.py",
     "jsonl(max_turn_tokens)": "a budget of sampled answers; chain_mod shows it",
     "jsonl(shuffle_rewards)": RANDOM,

@@ -113,6 +113,7 @@ def train(
     """
     from unified_rl.training.run import train as run
 
+    overrides, allow = _by_name(overrides, allow)
     return Run(run(_composed(overrides, "train", allow, config_dirs), allow, progress=progress), allow)
 
 
@@ -342,6 +343,35 @@ def doctor() -> dict[str, Any]:
 
     found = checks()
     return {"facts": facts(), "checks": found, "healthy": all(check["holds"] for check in found)}
+
+
+def _by_name(overrides: Overrides, allow: Sequence[str]) -> tuple[Overrides, Sequence[str]]:
+    """Reward functions themselves as ``module:function``, which a run's folder can hold, and their modules allowed.
+
+    Raises:
+        ConfigError: one that no other process can import: a lambda, or a function of a script or of another function.
+    """
+    given = overrides.get("reward") if isinstance(overrides, Mapping) else None
+    if given is None:
+        return overrides, allow
+    modules: list[str] = []
+
+    def named(entry: Any) -> Any:
+        if isinstance(entry, Mapping):
+            return {**entry, "name": named(entry.get("name"))}
+        if not callable(entry):
+            return entry
+        module, name = getattr(entry, "__module__", ""), getattr(entry, "__qualname__", "")
+        if module in ("", "__main__") or not name or not all(part.isidentifier() for part in name.split(".")):
+            raise ConfigError(
+                f"reward: {module}.{name} is no function of a module that a resumed run could import; move it to a "
+                "file of its own, or use ur.assemble, which takes any function"
+            )
+        modules.append(module)
+        return f"{module}:{name}"
+
+    entries = [named(entry) for entry in given] if isinstance(given, list | tuple) else named(given)
+    return {**overrides, "reward": entries}, [*allow, *modules]  # type: ignore[dict-item]
 
 
 def _composed(overrides: Overrides, primary: str, allow: Sequence[str], config_dirs: Sequence[str]) -> dict[str, Any]:

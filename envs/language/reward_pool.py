@@ -131,7 +131,7 @@ class RewardPool:
 
     def _call(self, task: Task, seconds: float) -> Values | Failure:
         with self._lock:
-            worker = self._free.pop()
+            worker = self._free.pop(0)
         try:
             return worker.call(task, seconds)
         finally:

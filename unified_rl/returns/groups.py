@@ -115,7 +115,8 @@ def group_advantage(
     """Advantages relative to the rows of the same group.
 
     Args:
-        reward: ``[B]`` float, or ``[B, K]`` for K rewards.
+        reward: ``[B]`` float, or ``[B, K]`` for K rewards; NaN where a row has no such reward, which then counts in no
+            sum, mean or spread.
         group: ``[B]`` int64; rows of replay or of an expert may carry the id of a fresh group and so join it.
         baseline: mean, leave_one_out, max, none; ``weighted`` (mean under ``weight``: OPO with lengths, an optimal
             baseline with squared score norms); ``soft`` (``tau log mean exp(r / tau)``); ``given`` (a greedy rollout's
@@ -154,6 +155,8 @@ def group_advantage(
     columns, weights = _columns(reward, group, reward_weights)
     groups = Groups(group)
     if combine == "sum_first":
+        if reward.ndim == 2:
+            columns = torch.where(columns.isnan(), 0.0, columns)
         columns, weights = (columns * weights).sum(-1, keepdim=True), weights.new_ones(1)
 
     counts = torch.ones_like(columns[:, 0]) if units is None else units.to(columns.dtype)
@@ -162,6 +165,8 @@ def group_advantage(
     each = "std" if combine == "normalize_first" and scale == "whiten" else scale
 
     def one(r: Tensor) -> Tensor:
+        if columns.shape[1] > 1 and bool((absent := r.isnan()).any()):
+            return among(r, ~absent)
         centred = _centred(r, groups, baseline, shift, temperature, weight, given)
         if baseline in ("none", "given") and each != "std":
             return _scaled(centred, r, groups, each, spread)
@@ -169,6 +174,18 @@ def group_advantage(
         if lone is None:
             return _scaled(torch.where(alone, r, centred), r, groups, each, spread)
         return torch.where(alone, torch.full_like(r, lone), _scaled(centred, r, groups, each, spread))
+
+    def among(r: Tensor, rows: Tensor) -> Tensor:
+        """Advantages of those rows among themselves; the others have none of this reward."""
+        some = (None if x is None else x[rows] for x in (weight, given, units))
+        out = torch.zeros_like(r)
+        if bool(rows.any()):
+            options = dict(zip(("weight", "given", "units"), some, strict=True))
+            out[rows] = group_advantage(
+                r[rows], group[rows], baseline=baseline, scale=each, ddof=ddof, eps=eps, singleton=lone,
+                min_spread=min_spread, shift=shift, temperature=temperature, **options,
+            )  # fmt: skip
+        return out
 
     total = torch.stack([one(r) for r in columns.unbind(-1)], -1) @ weights
     return spread.whitened(total) if each != scale else total

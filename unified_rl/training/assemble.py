@@ -153,8 +153,9 @@ def assemble(
             that holds a run is continued from its last checkpoint.
         allow: packages beside this one that dotted paths may name.
         config_dirs: folders with options of your own.
-        settings: the scalars of :class:`~unified_rl.training.settings.TrainSettings`, such as ``eval_episodes``, and
-            dotted settings of a part that is an option: ``**{"agent.lr": 1e-3}``.
+        settings: the scalars of :class:`~unified_rl.training.settings.TrainSettings`, such as ``eval_episodes``,
+            ``reward`` (also functions themselves), and dotted settings of a part that is an option:
+            ``**{"agent.lr": 1e-3}``.
 
     Returns:
         The run, not yet trained.
@@ -236,12 +237,15 @@ def _configuration(
     chosen = {group: part for group, part in parts.items() if part is not None and group not in own}
     if "env" in own:
         chosen["env"] = STAND_INS[getattr(locate(own["env"]["_target_"], allow), "domain", None) or "control"]
-    flat, env = flatten({**chosen, **settings}), parts["env"]
+    functions = settings.get("reward")  # functions themselves, which no file can say
+    flat, env = flatten({**chosen, **{k: v for k, v in settings.items() if k != "reward"}}), parts["env"]
     if _is_object(env) and env.domain == "control" and "rollout" not in own:
         given = flat.setdefault("rollout.num_envs", env.num_envs)
         if given != env.num_envs:
             raise ConfigError(f"rollout.num_envs is {given}, but env has {env.num_envs} simulations; leave it out")
     cfg = compose(flat, config_dirs=config_dirs, allow=allow)
+    if functions is not None:
+        cfg["reward"] = functions
     for group, node in own.items():
         cfg[group] = check_value(node, group, allow)
         cfg["choices"][group] = getattr(node["_target_"], "__name__", str(node["_target_"]))
