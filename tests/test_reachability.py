@@ -685,6 +685,7 @@ CLASSES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 VALUES_OF: dict[str, Any] = {
     **{f"{task}.truncated": "mask" for task in ("calculator", "chain_mod", "countdown", "guess_number", "jsonl")},
+    **{f"{task}.stop": "1" for task in ("calculator", "chain_mod", "countdown", "guess_number", "jsonl")},
     # what no rule gives, by class and parameter
     **dict.fromkeys(["policy_gradient.length", "actor_critic.length", "behavior_cloning.length"], 3),
     "policy_gradient.minibatch": 8,
@@ -990,8 +991,9 @@ ASIDE: dict[str, str] = {
     "jsonl(batch_seconds)": "of verifier=math; test_language_scoring.py",
     "jsonl(truncated_reward)": "of sampled answers; test_language_jsonl.py",
     **{
-        f"{task}(truncated)": "of sampled answers; chain_mod shows it"
+        f"{task}({name})": "of sampled answers; chain_mod shows it"
         for task in ("calculator", "countdown", "guess_number", "jsonl")
+        for name in ("truncated", "stop")
     },
     "jsonl(date)": "of a chat template that prints the day; test_language_jsonl.py",
     "jsonl(max_turn_tokens)": "a budget of sampled answers; chain_mod shows it",

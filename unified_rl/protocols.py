@@ -270,6 +270,14 @@ class Rewarded(Protocol):
 
 
 @runtime_checkable
+class StopsAtStrings(Protocol):
+    """A token task whose turns end with certain texts too."""
+
+    stop_strings: Any
+    """A :class:`~unified_rl.policies.stop_strings.StopStrings`, or None."""
+
+
+@runtime_checkable
 class HasSpace(Protocol):
     """Knows the space it acts in: control environments and policies."""
 

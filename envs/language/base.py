@@ -17,6 +17,7 @@ from unified_rl.envs.language.codec import Codec, Segment
 from unified_rl.envs.language.judging import Judge
 from unified_rl.envs.language.rewards import Rewards
 from unified_rl.errors import ConfigError, RolloutError, UnifiedRLError
+from unified_rl.policies.stop_strings import StopStrings
 from unified_rl.protocols import TurnResult
 from unified_rl.ranges import Count, Float32, HeldOut, Seed, Whole, ranged
 
@@ -57,7 +58,10 @@ class LanguageTask:
         max_turn_tokens: budget of sampled tokens in one turn, the stop token included.
         max_turns: turns of a conversation.
         max_reply_length: tokens of the longest reply.
-        stop_text: also ends a turn, beside the end-of-text token.
+        stop_text: also ends a turn, beside the end-of-text token: every token that ends with it.
+        stop: one text or several, of any length, that end a turn too, whatever tokens make them up. They are part of
+            the turn, with the rest of the token that completes them. ``\\n`` and ``\\t``, as the command line writes
+            them, are a line end and a tab.
         held_out: share of prompts kept for evaluation.
         truncated_reward: of a turn that ran out of its budget; null lets the task judge what there is of it, as it
             would judge a finished turn.
@@ -95,6 +99,7 @@ class LanguageTask:
         max_turns: Count = 1,
         max_reply_length: Whole = 0,
         stop_text: str = "",
+        stop: list[str] | str | None = None,
         held_out: HeldOut = 0.1,
         truncated_reward: Float32 | None = 0.0,
         truncated: Truncated | None = None,
@@ -108,6 +113,8 @@ class LanguageTask:
         self.max_reply_length = max_reply_length
         self.max_length = self.max_prompt_length + max_turns * max_turn_tokens + (max_turns - 1) * max_reply_length
         self.stop_text, self.stop_ids = stop_text, self.codec.stop_ids(stop_text)
+        texts = [stop] if isinstance(stop, str) else stop
+        self.stop_strings = None if texts is None else StopStrings(tokenizer, [_unescaped(text) for text in texts])
         self.held_out, self.shuffle_rewards = held_out, shuffle_rewards
         self.truncated, self.truncated_reward = truncated, _of_cut_turns(truncated, truncated_reward)
         self._judge_rewards: Judge | None = None
@@ -370,6 +377,10 @@ class LanguageTask:
         out = reward.clone()
         out[rows] = reward[moved]
         return out
+
+
+def _unescaped(text: str) -> str:
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _of_cut_turns(truncated: Truncated | None, reward: float | None) -> float | None:

@@ -38,6 +38,7 @@ class Calculator(LanguageTask):
         tokenizer: a local folder; by default characters.
         held_out: share of prompts kept for evaluation.
         truncated: of cut answers, see :class:`~unified_rl.envs.language.base.LanguageTask`.
+        stop: texts that end a turn too, of any length.
         shuffle_rewards: the negative control of :class:`~unified_rl.envs.language.base.LanguageTask`.
         seed: of that control.
 
@@ -54,6 +55,7 @@ class Calculator(LanguageTask):
         tokenizer: str | None = None,
         held_out: HeldOut = 0.1,
         truncated: Truncated | None = None,
+        stop: list[str] | str | None = None,
         shuffle_rewards: bool = False,
         seed: Seed = 0,
     ) -> None:
@@ -75,6 +77,7 @@ class Calculator(LanguageTask):
             stop_text=";",
             held_out=held_out,
             truncated=truncated,
+            stop=stop,
             shuffle_rewards=shuffle_rewards,
             seed=seed,
         )

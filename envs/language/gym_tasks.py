@@ -52,6 +52,7 @@ class ReasoningGym(PooledTask):
         batch_seconds: CPU time that the slow scorings of one batch of answers may take together.
         truncated_reward: of a truncated answer; null lets the scorer judge what there is of it.
         truncated: ``score``, ``zero`` or ``mask``, see :class:`~unified_rl.envs.language.base.LanguageTask`.
+        stop: texts that end a turn too, of any length.
         tokenizer: a local folder; by default the characters of the items.
         held_out: share of prompts kept for evaluation.
         shuffle_rewards: the negative control of :class:`~unified_rl.envs.language.base.LanguageTask`.
@@ -79,6 +80,7 @@ class ReasoningGym(PooledTask):
         batch_seconds: Positive = 10.0,
         truncated_reward: Float32 | None = 0.0,
         truncated: Truncated | None = None,
+        stop: list[str] | str | None = None,
         tokenizer: str | None = None,
         held_out: HeldOut = 0.1,
         shuffle_rewards: bool = False,
@@ -107,6 +109,7 @@ class ReasoningGym(PooledTask):
             held_out=held_out,
             truncated_reward=truncated_reward,
             truncated=truncated,
+            stop=stop,
             shuffle_rewards=shuffle_rewards,
             seed=seed,
         )

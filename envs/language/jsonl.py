@@ -60,6 +60,7 @@ class JsonlProblems(PooledTask):
         max_turn_tokens: budget of an answer; a longer one is truncated and counted as ``truncated``.
         truncated_reward: of a truncated answer; null lets the verifier judge what there is of it.
         truncated: ``score``, ``zero`` or ``mask``, see :class:`~unified_rl.envs.language.base.LanguageTask`.
+        stop: texts that end a turn too, of any length.
         score_seconds: CPU time of one free-form comparison, after which it is given up (``scorer_error``).
         batch_seconds: CPU time that the slow comparisons of one batch of answers may take together.
         tokenizer: a local folder; by default byte-pair encoding trained on the start of this file.
@@ -91,6 +92,7 @@ class JsonlProblems(PooledTask):
         max_turn_tokens: Count = 256,
         truncated_reward: Float32 | None = 0.0,
         truncated: Truncated | None = None,
+        stop: list[str] | str | None = None,
         score_seconds: Positive = 5.0,
         batch_seconds: Positive = 10.0,
         tokenizer: str | None = None,
@@ -117,6 +119,7 @@ class JsonlProblems(PooledTask):
             held_out=held_out,
             truncated_reward=truncated_reward,
             truncated=truncated,
+            stop=stop,
             shuffle_rewards=shuffle_rewards,
             seed=seed,
         )

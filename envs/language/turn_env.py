@@ -10,16 +10,16 @@ from torch import Tensor
 from torchrl.data import Binary, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-from unified_rl.protocols import LanguageEnv
+from unified_rl.protocols import LanguageEnv, StopsAtStrings
 
 
 class LanguageTurnEnv(EnvBase):
     """K conversations of a task, stepped together.
 
     Observations are ``tokens [K, max_length]`` int64 (the conversation so far, right-padded) and ``token_mask`` of the
-    same shape, bool. An action is a turn, ``[K, max_turn_tokens]`` int64: it ends with the first stop id, and what
-    follows is ignored; a turn without one ran out of its budget, which truncates the conversation. ``reward`` is
-    ``[K, 1]`` float32.
+    same shape, bool. An action is a turn, ``[K, max_turn_tokens]`` int64: it ends with the first stop id or stop text,
+    and what follows is ignored; a turn without one ran out of its budget, which truncates the conversation. ``reward``
+    is ``[K, 1]`` float32.
 
     Args:
         task: any token task of :mod:`unified_rl.envs.language`.
@@ -70,6 +70,9 @@ class LanguageTurnEnv(EnvBase):
         stop = torch.isin(action, self._stops)
         finished = stop.any(-1)
         length = torch.where(finished, stop.int().argmax(-1) + 1, action.shape[-1])
+        if isinstance(self.task, StopsAtStrings) and self.task.stop_strings is not None:
+            cut = self.task.stop_strings.find(action)
+            length, finished = torch.minimum(length, cut), finished | (cut <= length)
         for row, (ids, count) in enumerate(zip(action.tolist(), length.tolist(), strict=True)):
             self._turns[row].append(ids[:count])
             self._append(row, ids[:count])

@@ -27,6 +27,7 @@ from unified_rl.policies.pretrained import (
 )
 from unified_rl.policies.sampling import Sampling, entropy_of, token_log_prob
 from unified_rl.policies.shared_prompt import find_shared, shared_states
+from unified_rl.policies.stop_strings import StopStrings
 from unified_rl.protocols import Domain, Reader
 from unified_rl.ranges import Count, Fraction, Positive, Seed, Whole, ranged
 from unified_rl.units import UnitLogProb
@@ -183,6 +184,7 @@ class CausalLM(TensorDictModuleBase):
         samples_per_prompt: int = 1,
         backend: str = "own",
         lengths: Tensor | None = None,
+        stop_strings: StopStrings | None = None,
     ) -> Generation:
         """Samples continuations; see :func:`unified_rl.policies.generation.generate`.
 
@@ -208,6 +210,7 @@ class CausalLM(TensorDictModuleBase):
                 generator=generator,
                 backend=backend,
                 replay=self.cuda_graph,
+                stop_strings=stop_strings,
             )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

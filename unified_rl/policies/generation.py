@@ -8,18 +8,20 @@ and the way for models whose cache is not plain attention over every position.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList
 
 from unified_rl.errors import ConfigError
 from unified_rl.policies.cuda_graph_step import ReplayedStep
 from unified_rl.policies.kv_cache import FixedCache, SlabCache, count_layers, visible_columns
 from unified_rl.policies.sampling import Sampling, draw, token_log_prob
+from unified_rl.policies.stop_strings import StopStrings
 
 COMPACT_BELOW = 0.8
 """Finished rows leave the cache when the share of live rows falls below this."""
@@ -92,6 +94,7 @@ def generate(
     generator: torch.Generator | None = None,
     backend: str = "own",
     replay: bool = False,
+    stop_strings: StopStrings | None = None,
 ) -> Generation:
     """Samples continuations; row ``i * samples_per_prompt + j`` is sample ``j`` of prompt ``i``.
 
@@ -110,6 +113,7 @@ def generate(
         backend: ``own`` or ``hf``. Models with a sliding window or a recurrent state always take ``hf``.
         replay: on a CUDA device, replay the own loop's steps from a CUDA graph. Finished rows then stay in the batch
             until all are.
+        stop_strings: texts that end a row too; the tokens that made one up are kept as sampled.
 
     Raises:
         ConfigError: an empty prompt, no generator, an unknown backend, or ``replay`` where the own loop cannot run.
@@ -120,6 +124,7 @@ def generate(
         raise ConfigError("generation needs a generator, unless greedy=True")
     tokens, lengths = pad_prompts(prompts, pad_id, model.device, lengths)
     job = _Job(max_new_tokens, tuple(stop_ids), pad_id, sampling or Sampling(), samples_per_prompt, greedy, replay)
+    job = dataclasses.replace(job, stop_strings=stop_strings)
     was_training = model.training
     model.eval()  # in training mode gradient checkpointing would switch the cache off
     try:
@@ -154,6 +159,7 @@ class _Job:
     repeats: int
     greedy: bool
     replay: bool = False
+    stop_strings: StopStrings | None = None
 
     def empty(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Padded tokens and zero log-probs ``[rows, max_new_tokens]``."""
@@ -193,24 +199,40 @@ class _Loop:
             self.cache = FixedCache(count_layers(model.config), job.repeats, job.max_new_tokens, column)
             self.visible[..., width:] = False
             self.replayed = ReplayedStep(self._forward, self.position, self.visible, column)
+        self.cut = torch.full((rows,), job.max_new_tokens + 1, device=self.device)
+        self.watched, self.looked = self.alive, 0  # rows that were alive at the last look for stop texts, and when
         self.check_every = 1 if self.device.type == "cpu" else CHECK_EVERY_ON_DEVICE
 
     @torch.no_grad()
     def run(self) -> Generation:
-        job, width = self.job, self.prompts.shape[1]
+        job, width, step = self.job, self.prompts.shape[1], -1
         logits = self._prefill()
         for step in range(job.max_new_tokens):
             token = self._record(step, logits)
             if step + 1 == job.max_new_tokens:
                 break
             if (step + 1) % self.check_every == 0:
+                self._cut_at_texts(step)
                 kept = self._compact()
                 if kept is not None:
                     if not len(kept):
                         break
                     token = token[kept]
             logits = self._next(token, width + step + 1)
-        return Generation(self.tokens, self.log_prob, *ends(self.tokens, job.stop_ids, job.max_new_tokens))
+        self._cut_at_texts(step)
+        out = Generation(self.tokens, self.log_prob, *ends(self.tokens, job.stop_ids, job.max_new_tokens))
+        return _shortened(out, self.cut, job)
+
+    def _cut_at_texts(self, step: int) -> None:
+        """Ends rows whose tokens since the last look made up a stop text."""
+        if self.job.stop_strings is None:
+            return
+        rows = self.watched.nonzero()[:, 0]
+        sampled = rows if self.row is None else self.row[rows]
+        found = self.job.stop_strings.find(self.tokens[sampled, : step + 1], self.looked)
+        self.cut[sampled] = torch.where(found <= step + 1, found, self.cut[sampled])
+        self.alive = self.alive.index_put((rows,), self.alive[rows] & (found > step + 1))
+        self.watched, self.looked = self.alive, step + 1
 
     def _next(self, token: Tensor, filled: int) -> Tensor:
         """The logits after ``token [b]``, which becomes the cache's last of ``filled`` columns."""
@@ -261,6 +283,7 @@ class _Loop:
         kept = self.alive.nonzero()[:, 0]
         self.row = kept if self.row is None else self.row[kept]
         self.alive, self.position = self.alive[kept], self.position[kept]
+        self.watched = self.alive
         if self.visible is not None:
             self.visible = self.visible[kept]
         if live:
@@ -298,13 +321,30 @@ def _generate_hf(
     padded = model.config.get_text_config(decoder=True).vocab_size
     if 0 < job.sampling.vocabulary < padded:
         config.suppress_tokens = list(range(job.sampling.vocabulary, padded))
+    criteria = StoppingCriteriaList()
+    if (texts := job.stop_strings) is not None:
+        criteria.append(_JustMade(texts, width))
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
         out: Any = model.generate(
-            ids, attention_mask=real.repeat_interleave(job.repeats, 0).long(), generation_config=config
+            ids,
+            attention_mask=real.repeat_interleave(job.repeats, 0).long(),
+            generation_config=config,
+            stopping_criteria=criteria,
         )
     return _pack(out.sequences[:, width:], torch.stack(out.logits, 1), job)
+
+
+class _JustMade:
+    """Which rows end because their newest token made up a stop text, for the ``generate`` of transformers."""
+
+    def __init__(self, texts: StopStrings, prompt: int) -> None:
+        self.texts, self.prompt = texts, prompt
+
+    def __call__(self, ids: Tensor, scores: Any, **unused: Any) -> Tensor:
+        sampled = ids[:, self.prompt :]
+        return self.texts.find(sampled, sampled.shape[1] - 1) <= sampled.shape[1]
 
 
 def _warpers(sampling: Sampling) -> dict[str, Any]:
@@ -319,7 +359,19 @@ def _pack(sampled: Tensor, logits: Tensor, job: _Job) -> Generation:
     score = token_log_prob(job.sampling.logits(logits), sampled)
     tokens[:, : sampled.shape[1]] = torch.where(live, sampled, job.pad_id)
     log_prob[:, : sampled.shape[1]] = score.masked_fill(~live, 0.0)
-    return Generation(tokens, log_prob, length, finished)
+    cut = length + 1 if job.stop_strings is None else job.stop_strings.find(sampled)
+    return _shortened(Generation(tokens, log_prob, length, finished), cut, job)
+
+
+def _shortened(sampled: Generation, cut: Tensor, job: _Job) -> Generation:
+    """Rows that end with a stop text after ``cut [B]`` tokens, where that is earlier than another end of theirs."""
+    if job.stop_strings is None:
+        return sampled
+    earlier = cut <= sampled.length
+    length = torch.where(earlier, cut, sampled.length)
+    over = torch.arange(job.max_new_tokens, device=cut.device) >= length[:, None]
+    tokens, log_prob = sampled.tokens.masked_fill(over, job.pad_id), sampled.log_prob.masked_fill(over, 0.0)
+    return Generation(tokens, log_prob, length, sampled.finished | earlier)
 
 
 def ends(tokens: Tensor, stop_ids: Sequence[int], budget: int) -> tuple[Tensor, Tensor]:

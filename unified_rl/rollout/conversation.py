@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unified_rl.errors import NonFiniteError, RolloutError, UnifiedRLError
 from unified_rl.interop.guard import one_line
-from unified_rl.protocols import Generates, KnowsItsEnds, LanguageEnv, TurnResult
+from unified_rl.protocols import Generates, KnowsItsEnds, LanguageEnv, StopsAtStrings, TurnResult
 
 Problems = list[dict[str, Any]]
 SCORES = "rewards/"
@@ -171,6 +171,8 @@ def _converse(
         talk.begin_answers(prefixes)
     ends = policy.end_ids if isinstance(policy, KnowsItsEnds) else ()
     stop_ids = sorted({*env.stop_ids, *ends})
+    texts = env.stop_strings if isinstance(env, StopsAtStrings) else None
+    options = {} if texts is None else {"stop_strings": texts}
     for turn in range(env.max_turns):
         shared = group_size if turn == 0 else 1
         out = policy.generate(
@@ -180,6 +182,7 @@ def _converse(
             generator=generator,
             greedy=greedy,
             samples_per_prompt=shared,
+            **options,
         )
         tokens, log_prob = out.tokens.to("cpu"), out.log_prob.to("cpu")
         length, finished = out.length.to("cpu"), out.finished.to("cpu")
