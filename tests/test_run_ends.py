@@ -113,6 +113,14 @@ def saved(run: Path) -> int:
     return int(read_checkpoint(checkpoints(run / "checkpoints")[-1])["updates"])
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """The hang-up signal has its default action, also where the tests were started to outlive their terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The undisturbed run."""
@@ -146,6 +154,15 @@ def test_the_first_signal_ends_a_run_after_the_update_under_way(
     assert command(run, capsys) == (128 + number, "unified-rl: interrupted\n")
     assert (status(run), saved(run)) == ("interrupted", 6)
     check_it_goes_on(run, whole)
+
+
+def test_a_run_that_shall_outlive_its_terminal_does(
+    tmp_path: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    at(84, send(signal.SIGHUP))
+    assert command(tmp_path / "run", capsys) == (0, "")
+    assert differences(final(tmp_path / "run"), whole) == []
 
 
 @pytest.mark.parametrize("signals", [2, 4])
