@@ -30,6 +30,8 @@ ORDER = (
     "protocols",
     "spaces",
     "units",
+    "prompts",
+    "records",
     "files",
     "untrusted",
     "devices",

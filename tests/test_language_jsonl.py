@@ -44,6 +44,13 @@ def make(file: str, folder: Path, **arguments: Any) -> JsonlProblems:
     return JsonlProblems(file, tokenizer=str(folder), **{"held_out": 0.0, **arguments})
 
 
+def used(file: str, folder: Path, **arguments: Any) -> JsonlProblems:
+    """A task whose answers are to be judged."""
+    env = make(file, folder, **arguments)
+    env.problems(1, torch.Generator())
+    return env
+
+
 def reward(env: JsonlProblems, reference: str, text: str) -> float:
     turn = [*env.codec.encode([text])[0], env.tokenizer.eos_token_id]
     problem = {"split": "train", "reference": reference}
@@ -98,7 +105,7 @@ def test_an_answer_over_the_budget_counts_as_truncated(tmp_path: Path, folder: P
         (b'{"question": ["a"], "answer": "1"}\n', "line 1: field 'question' is list"),
         (b'{"question": "a", "answer": "1"}\n{"question": "\xff", "answer": "1"}\n', "line 2: not UTF-8"),
         (b"\n \n", "holds no record"),
-        (b'[{"question": "a", "answer": 1}, {"answer": 1}]', "item 2: no field 'question'"),
+        (b'[{"question": "a", "answer": 1}, {"answer": 1}]', "item 2: no field 'prompt' or 'messages' or 'question'"),
         (b'[{"question": "a",\n "answer" 1}]', "line 2: not JSON"),
     ],
 )
@@ -106,7 +113,7 @@ def test_a_bad_file_is_named_with_the_line(tmp_path: Path, folder: Path, content
     file = tmp_path / "broken.jsonl"
     file.write_bytes(content)
     with pytest.raises(DataError, match=r"broken\.jsonl") as caught:
-        make(str(file), folder)
+        used(str(file), folder)
     assert message in str(caught.value)
 
 
@@ -301,7 +308,7 @@ def test_common_files_are_read(tmp_path: Path, folder: Path, content: bytes) -> 
         (b"[]", "holds no record"),
         (b"", "holds no record"),
         (
-            b'{"prompt": "a", "completion": "1"}',
+            b'{"text": "a", "label": "1"}',
             "env.question_key, env.answer_key and env.solution_key name the fields",
         ),
         (LINE.decode().encode("utf-16"), "line 1: not UTF-8"),
@@ -313,7 +320,7 @@ def test_odd_files_get_one_line_that_names_the_place(
 ) -> None:
     (tmp_path / "odd.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=r"odd\.jsonl") as caught:
-        make(str(tmp_path / "odd.jsonl"), folder)
+        used(str(tmp_path / "odd.jsonl"), folder)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -247,6 +247,24 @@ class MatchesPrompts(Protocol):
 
 
 @runtime_checkable
+class HoldsOutAnswers(Protocol):
+    """A token task with answers to imitate for problems that training never sees."""
+
+    def held_out_demonstrations(self, count: int, /) -> TensorDict | None:
+        """``[count]`` supervised rows at most, the same at every call; None where there are none."""
+        ...
+
+
+@runtime_checkable
+class CountsEpochs(Protocol):
+    """A token task with a finite set of problems, each of which is drawn once before any comes again."""
+
+    def epoch(self, generator: torch.Generator, /) -> float | None:
+        """How often each was drawn with this stream, the epoch under way as the share that was visited."""
+        ...
+
+
+@runtime_checkable
 class ReportsColumns(Protocol):
     """A token task that tells beforehand what its ``TurnResult.info`` holds."""
 

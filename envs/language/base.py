@@ -85,6 +85,8 @@ class LanguageTask:
     """Demonstration styles, the default first; empty where there is only one."""
     info_names: tuple[str, ...] = ()
     """Names beyond ``correct`` and ``truncated`` in ``TurnResult.info``."""
+    compares = True
+    """Answers are compared with references by the task's own verifier; not so under reward functions without it."""
     reply_role = "user"
     """Who speaks in its replies, for reward functions that see messages."""
     judge_seconds = 600.0
@@ -182,7 +184,7 @@ class LanguageTask:
         """
         judge = Judge(self, rewards)
         judge.check(self._draw(1, torch.Generator().manual_seed(0), "train")[0])
-        self._judge_rewards = judge
+        self._judge_rewards, self.compares = judge, rewards.uses_task
 
     @property
     def reward_names(self) -> tuple[str, ...]:

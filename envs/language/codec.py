@@ -142,7 +142,12 @@ class Codec:
         return self._table[np.minimum(codes, len(self._table) - 1)]
 
     def _character_table(self) -> np.ndarray | None:
-        """Code point to id with unk at the end, or None where the tokenizer is not one of characters."""
+        """Code point to id with unk at the end, or None where the tokenizer is not one of characters.
+
+        A chat template writes special tokens as text, which a table of characters would spell out.
+        """
+        if getattr(self.tokenizer, "chat_template", None):
+            return None
         special = set(self.tokenizer.all_special_ids)
         plain = {token: i for token, i in self.tokenizer.get_vocab().items() if i not in special}
         if not plain or self.tokenizer.unk_token_id is None or any(len(token) != 1 for token in plain):

@@ -1,17 +1,16 @@
-"""Word problems from a file, with a numeric or a free-form verifier."""
+"""Problems and answers from files: prompts and conversations, with a numeric or a free-form verifier."""
 
 from __future__ import annotations
 
-import datetime
-import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, overload
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.language.answers import marked_answer
 from unified_rl.envs.language.base import Truncated, Verdict
+from unified_rl.envs.language.chat import Chat, check_options, day_of
 from unified_rl.envs.language.pool import PooledTask
-from unified_rl.envs.language.records import field, read_records
 from unified_rl.envs.language.tokenizer import load_tokenizer, train_bpe
 from unified_rl.envs.language.verifiers import (
     MathVerifier,
@@ -22,7 +21,19 @@ from unified_rl.envs.language.verifiers import (
     strip_calculations,
 )
 from unified_rl.errors import ConfigError, DataError
+from unified_rl.prompts import (
+    ANSWERS,
+    Message,
+    Prompt,
+    field,
+    find_completion,
+    find_prompt,
+    first_of,
+    messages_of,
+    other_columns,
+)
 from unified_rl.ranges import Count, Float32, HeldOut, Positive, Seed, ranged
+from unified_rl.records import Record, Records, open_records
 
 BPE_SAMPLE = 2000
 """Problems that an encoding is trained on: enough for a few thousand tokens."""
@@ -30,31 +41,77 @@ BPE_SAMPLE = 2000
 VERIFIERS = ("numeric", "last", "math")
 TEMPLATE = "Question: {question}\nAnswer:"
 """The default prompt without a chat template. It ends without a blank: the blank belongs to an answer's first token."""
-_CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 MARKED = {"math": "\\boxed{{{}}}", "numeric": "#### {}", "last": "#### {}"}
 """How a reference is written so that each verifier reads it."""
+
+
+class FileProblems(Sequence[dict[str, Any]]):
+    """The problems of a file, made of its records when they are asked for.
+
+    Args:
+        task: makes them.
+        records: of the file.
+    """
+
+    def __init__(self, task: JsonlProblems, records: Records) -> None:
+        self.task, self.records = task, records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for where, record in self.records:
+            yield self.task.problem_of(record, where)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return self.take(range(len(self))[index])
+        return self.take([range(len(self))[index]])[0]
+
+    def take(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
+        """Some of them, in the order of ``numbers``."""
+        return [self.task.problem_of(record, where) for where, record in self.records.read(numbers)]
 
 
 @configurable
 @ranged("env")
 class JsonlProblems(PooledTask):
-    """Problems of a JSON-lines file (or one JSON array), such as GSM8K (arXiv 2110.14168), SVAMP or MATH.
+    """Problems of a JSON-lines, JSON, CSV or Parquet file (also ``.gz``), or of a folder that ``datasets`` wrote.
+
+    Columns are found by the names of TRL's data sets. The prompt is the first of ``prompt`` (as it is), ``messages``,
+    ``question`` and ``problem`` (in the template); a list of messages is rendered by the chat template. The reference
+    is the first of ``answer``, ``solution`` and ``completion``. What is imitated is ``completion``, or what the
+    assistant says at the end of ``messages``, word for word; else the ``solution`` beside an ``answer``, else the
+    answer, as ``solution_key`` tells. Further columns are kept in the problem, as ``columns``.
+
+    Such are GSM8K (arXiv 2110.14168), SVAMP, MATH, and whatever TRL or verl train on.
 
     Args:
         path: the file.
         eval_path: a file of held-out problems; without it a share of ``path`` is held out. A training problem that is
             also in this file is not trained on. Both go by the question alone, whatever the template.
-        question_key: field of the question; several, separated by commas, are joined.
-        answer_key: field of the reference; where it holds ``####``, what follows it.
-        solution_key: field of what demonstrations say, word for word; by default the reference field without
-            calculation marks, to which the reference is added in the form that the verifier reads where it lacks it (a
-            bare number becomes ``#### 42``, or a box for ``math``; several words stay as they are).
+        question_key: field of the question; several, separated by commas, are joined, and a dotted one leads into a
+            mapping. By default as above.
+        answer_key: field of the reference; where it holds ``####``, what follows it. A reference that the verifier
+            cannot read is an error only where answers are judged: rollouts and evaluation.
+        solution_key: field of what demonstrations say, word for word; by default as above, where an answer or solution
+            loses its calculation marks and gets the reference, in the form that the verifier reads, where it lacks it
+            (a bare number becomes ``#### 42``, or a box for ``math``; several words stay as they are).
         verifier: how an answer is compared: ``numeric`` (the last box, answer tag or ``####`` line of the text holds
             the number), ``last`` (as that; without a mark, the last number of the text) or ``math`` (math-verify, free
             form).
-        template: the prompt; ``{question}`` is replaced. By default the question alone with ``chat``, else
-            :data:`TEMPLATE`.
-        chat: wrap the prompt as one user message with the tokenizer's chat template.
+        template: the prompt; ``{question}`` is replaced. By default the question alone for the column ``prompt`` and
+            with ``chat``, else :data:`TEMPLATE`.
+        chat: wrap a prompt that is text as one user message with the tokenizer's chat template; by default where there
+            is a system prompt. Conversations are always rendered by the template.
+        system_prompt: what the system says first, where a conversation has no system message of its own.
+        chat_template_kwargs: further arguments of the chat template, such as ``{enable_thinking: false}``.
         date: ``YYYY-MM-DD`` that a chat template which prints the day is given, so that prompts stay as they are.
         max_prompt_length: tokens; longer prompts are left out, with a warning that counts them.
         max_turn_tokens: budget of an answer; a longer one is truncated and counted as ``truncated``.
@@ -66,11 +123,12 @@ class JsonlProblems(PooledTask):
         tokenizer: a local folder; by default byte-pair encoding trained on the start of this file.
         vocabulary_size: of that encoding.
         held_out: share of prompts kept for evaluation where there is no ``eval_path``.
+        drop_last: end an epoch with its last whole batch; else its rest and the start of the next make one.
         shuffle_rewards: the negative control of :class:`~unified_rl.envs.language.base.LanguageTask`.
         seed: of that control.
 
     Raises:
-        DataError: a file that cannot be read, or a record without a usable question or reference (file and line).
+        DataError: a file that cannot be read, or a record without a usable prompt or completion (file and line).
         ConfigError: an unknown verifier, a template without ``{question}``, ``chat`` without a chat template, a date
             that is none.
     """
@@ -81,12 +139,14 @@ class JsonlProblems(PooledTask):
         self,
         path: str,
         eval_path: str | None = None,
-        question_key: str = "question",
-        answer_key: str = "answer",
+        question_key: str | None = None,
+        answer_key: str | None = None,
         solution_key: str | None = None,
         verifier: str = "numeric",
         template: str | None = None,
-        chat: bool = False,
+        chat: bool | None = None,
+        system_prompt: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         date: str = "2024-07-26",
         max_prompt_length: Count = 256,
         max_turn_tokens: Count = 256,
@@ -98,20 +158,23 @@ class JsonlProblems(PooledTask):
         tokenizer: str | None = None,
         vocabulary_size: Count = 2048,
         held_out: HeldOut = 0.1,
+        drop_last: bool = False,
         shuffle_rewards: bool = False,
         seed: Seed = 0,
     ) -> None:
         if verifier not in VERIFIERS:
             raise ConfigError(f"env.verifier={verifier} is none of {', '.join(VERIFIERS)}")
-        if template is None:
-            template = "{question}" if chat else TEMPLATE
-        if "{question}" not in template:
+        if template is not None and "{question}" not in template:
             raise ConfigError("env.template must contain {question}")
         self.verifier = verifier
         self._keys = (question_key, answer_key, solution_key)
-        self._template, self._chat, self._date = template, chat, _day(date)
-        problems = self._read(path, template)
-        own = load_tokenizer(tokenizer) if tokenizer else train_bpe(_texts(problems[:BPE_SAMPLE]), vocabulary_size)
+        self._template, self._wraps = template, system_prompt is not None if chat is None else chat
+        self._chat_settings = (date, system_prompt, check_options(chat_template_kwargs))
+        self._chat: Chat | None = None
+        self._rendering = False
+        day_of(date)
+        problems = FileProblems(self, open_records(path))
+        own = load_tokenizer(tokenizer) if tokenizer else train_bpe(_texts(problems), vocabulary_size)
         super().__init__(
             own,
             max_prompt_length=max_prompt_length,
@@ -123,51 +186,131 @@ class JsonlProblems(PooledTask):
             shuffle_rewards=shuffle_rewards,
             seed=seed,
         )
-        evaluation = None if eval_path is None else self._read(eval_path, template)
-        if chat:
-            self._wrap([*problems, *(evaluation or [])])
-        self._fill(problems, evaluation)
+        self.drop_last = drop_last
+        self._rendering = True
+        if self._wraps:
+            self._chat = Chat(self.codec, *self._chat_settings)
+        self._fill(problems, None if eval_path is None else FileProblems(self, open_records(eval_path)))
+        self._refuse_idle_chat()
         self._math = MathVerifier(score_seconds, batch_seconds) if verifier == "math" else None
         self._verify: Verifier = self._math or (last if verifier == "last" else numeric)
+
+    def _refuse_idle_chat(self) -> None:
+        """Raises ConfigError for settings of a chat template that renders nothing."""
+        _, system, options = self._chat_settings
+        for name, value in (("system_prompt", system), ("chat_template_kwargs", options)):
+            if value and self._chat is None:
+                raise ConfigError(
+                    f"env.{name} would be of no effect: prompts are text and env.chat is off; set env.chat=true"
+                )
 
     def close(self) -> None:
         """Ends the verifier's process, where there is one."""
         if self._math is not None:
             self._math.close()
 
-    def _read(self, path: str, template: str) -> list[dict[str, Any]]:
-        out = []
-        for where, record in read_records(path):
-            question = field(record, self._keys[0], where)
-            answer = field(record, self._keys[1], where)
-            reference = answer.rpartition("####")[2].strip()
+    # From a record to a problem
+
+    def problem_of(self, record: Record, where: str) -> dict[str, Any]:
+        """The problem that a record holds; its ``fault`` says why answers to it cannot be judged, where that is so."""
+        prompt = find_prompt(record, self._keys[0], where)
+        messages = self._messages(prompt)
+        text = self._question(prompt) if messages is None else self._rendered(messages, where)
+        reference, fault = self._reference(record, prompt, where)
+        said = self._said(record, prompt, messages, text, reference, where)
+        problem = {"text": text, "record": prompt.identity, "reference": reference, "columns": other_columns(record)}
+        if messages is not None:
+            problem["messages"] = messages
+        if said is not None:
+            problem["solution"] = said
+        return problem if fault is None else {**problem, "fault": fault}
+
+    def _question(self, prompt: Prompt) -> str:
+        own = "{question}" if prompt.column == "prompt" or self._wraps else TEMPLATE
+        return (own if self._template is None else self._template).replace("{question}", prompt.text)
+
+    def _messages(self, prompt: Prompt) -> list[Message] | None:
+        """The conversation that a prompt is, or becomes with ``chat``; None for plain text."""
+        if prompt.messages:
+            return list(prompt.messages)
+        return [{"role": "user", "content": self._question(prompt)}] if self._wraps else None
+
+    def _rendered(self, messages: list[Message], where: str) -> str:
+        if not self._rendering:  # an encoding is being trained on what will be rendered
+            return "\n".join(str(message["content"]) for message in messages)
+        return self._template_for(where).prompt(messages, where)
+
+    def _template_for(self, where: str) -> Chat:
+        if self._chat is None:
+            try:
+                self._chat = Chat(self.codec, *self._chat_settings)
+            except ConfigError as error:
+                raise ConfigError(f"{where} holds a conversation: {error}") from error
+        return self._chat
+
+    def _reference(self, record: Record, prompt: Prompt, where: str) -> tuple[str | None, str | None]:
+        """What answers are compared with, or None and what is wrong with it."""
+        try:
+            key = self._keys[1] or first_of(record, ANSWERS)
+            worked = self._worked(record, key, prompt, where)
+            reference = worked.rpartition("####")[2].strip()
+            if "####" not in worked and key not in ("answer", self._keys[1]):
+                reference = marked_answer(worked) or reference
             if not reference or (self.verifier != "math" and parse_number(reference) is None):
                 wanted = "an answer" if self.verifier == "math" else "a number"
                 raise DataError(
-                    f"{where}: field {self._keys[1]!r} holds no reference: expected {wanted}, got {answer!r:.80}"
+                    f"{where}: field {key or prompt.column!r} holds no reference: expected {wanted}, got {worked!r:.80}"
                 )
-            given = None if self._keys[2] is None else field(record, self._keys[2], where, strip=False)
-            solution = self._solution(answer, reference) if given is None else given
-            text = template.replace("{question}", question)
-            if given is None:
-                solution = self._led(solution)
-            out.append({"text": text, "record": question, "reference": reference, "solution": solution})
-        return out
+        except DataError as error:
+            return None, str(error)
+        return reference, None
 
-    def _led(self, answer: str) -> str:
-        """An answer with the blank that parts it from a prompt which ends without one."""
-        return answer if self._chat or self._template[-1:].isspace() else f" {answer.lstrip(' ')}"
+    @staticmethod
+    def _worked(record: Record, key: str | None, prompt: Prompt, where: str) -> str:
+        """The text that holds the reference."""
+        if key is None and prompt.said:
+            return str(prompt.said[-1]["content"])
+        if key == "completion" and isinstance(record[key], list):
+            return str(messages_of(record[key], f"{where}: field {key!r}")[-1]["content"])
+        return field(record, key or ANSWERS[0], where)
 
-    def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
-        """As of every task, led by a blank where the prompt ends without one."""
-        return super().encode_answers([self._led(answer) for answer in answers])
+    def _said(
+        self,
+        record: Record,
+        prompt: Prompt,
+        messages: list[Message] | None,
+        text: str,
+        reference: str | None,
+        where: str,
+    ) -> str | None:
+        """What a demonstration says behind the prompt; None where the record does not tell."""
+        found = find_completion(record, self._keys[2], where)
+        if found is None and prompt.said:
+            found = list(prompt.said)
+        if isinstance(found, list):
+            if messages is None or not self._rendering:
+                return str(found[-1]["content"])
+            return self._template_for(where).completion(messages, found, where)
+        if found is not None:
+            return found
+        names = ("solution", "answer") if self._keys[1] is None else (self._keys[1],)
+        name = next((one for one in names if record.get(one) is not None or "." in one or "," in one), None)
+        if name is None:
+            return None
+        try:
+            worked = field(record, name, where)
+        except DataError:
+            return None
+        if not worked:
+            return None
+        solution = self._solution(worked, reference)
+        return solution if messages is not None else _led(solution, text)
 
-    def _texts_of(self, prompt: str) -> tuple[str, ...]:
-        return (prompt, self._template.replace("{question}", prompt))
-
-    def _solution(self, worked: str, reference: str) -> str:
+    def _solution(self, worked: str, reference: str | None) -> str:
         """``worked`` without calculation marks, ending in the form that the verifier reads."""
         text = strip_calculations(worked)
+        if reference is None:
+            return text
         marked = marked_answer(text)
         if marked is not None and (self.verifier == "math" or parse_number(marked) == parse_number(reference)):
             return text
@@ -176,61 +319,36 @@ class JsonlProblems(PooledTask):
             return text if len(text.split()) > 2 and "\\" not in text else ending
         return f"{text}\n{ending}"
 
-    def _wrap(self, problems: list[dict[str, Any]]) -> None:
-        if not isinstance(getattr(self.tokenizer, "chat_template", None), str):
-            raise ConfigError(
-                "env.chat=true, but the tokenizer has no chat template; give a chat model's tokenizer folder"
-            )
-        self.codec.end_id = self._end_of_turn()
-        for problem in problems:
-            text = self._render([{"role": "user", "content": problem["text"]}], add_generation_prompt=True)
-            begin = self.tokenizer.bos_token if self.codec.prefix else None
-            problem["asked"] = problem["text"]  # what files of answers call it
-            problem["text"] = text.removeprefix(begin) if begin else text
+    def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
+        """As of every task, led by a blank where the prompt ends without one."""
+        template = TEMPLATE if self._template is None else self._template
+        return super().encode_answers(answers if self._chat else [_led(answer, template) for answer in answers])
 
-    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
-        """The chat template's text on the task's own day, whatever day it is."""
-        template = dated(str(self.tokenizer.chat_template), self._date)
-        return str(self.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **options))
+    def _records_of(self, prompt: str) -> tuple[str, ...]:
+        """The questions that a prompt which others give may be: itself, or what the template holds in it."""
+        before, _, after = (TEMPLATE if self._template is None else self._template).partition("{question}")
+        inside = prompt.startswith(before) and prompt.endswith(after) and len(prompt) > len(before) + len(after)
+        bare = prompt.strip()
+        return (bare, prompt[len(before) : len(prompt) - len(after)].strip()) if inside else (bare,)
 
-    def _end_of_turn(self) -> int:
-        """The id that the chat template puts behind what the assistant said; the end of text where it is no end id."""
-        said = "zqz"
-        text = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": said}])
-        ids = self.codec.encode([text.rpartition(said)[2].strip()])[0]
-        return ids[0] if ids and ids[0] in self.codec.end_ids else self.codec.eos_id
+    # Judging
 
     def _begin_batch(self) -> None:
         if self._math is not None:
             self._math.renew()
 
     def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:
+        if problem["reference"] is None:  # reward functions judge, and what is correct is unknown
+            return Verdict(info={"scorer_error": 0.0})
         score, failed = self._verify(problem["reference"], text)
         right = score >= 1.0
         return Verdict(float(right), correct=right, info={"scorer_error": float(failed)})
 
 
-def _texts(problems: list[dict[str, Any]]) -> list[str]:
-    return [problem["text"] + problem["solution"] for problem in problems]
+def _led(answer: str, prompt: str) -> str:
+    """An answer with the blank that parts it from a prompt which ends without one."""
+    return answer if prompt[-1:].isspace() else f" {answer.lstrip(' ')}"
 
 
-def dated(template: str, day: datetime.datetime) -> str:
-    """A chat template with ``day`` in place of the clock.
-
-    Raises:
-        ConfigError: it reads the clock in another way than ``strftime_now("FORMAT")``.
-    """
-    text = _CLOCK.sub(lambda found: repr(day.strftime(found[2])), template)
-    if "strftime_now(" in text:
-        raise ConfigError(
-            "env.chat=true, but the chat template prints the day in a way that cannot be fixed, so prompts change "
-            "from day to day; write the day into the template of the tokenizer's folder"
-        )
-    return text
-
-
-def _day(date: str) -> datetime.datetime:
-    try:
-        return datetime.datetime.strptime(date, "%Y-%m-%d")
-    except ValueError as error:
-        raise ConfigError(f"env.date={date!r} is no day; write it as YYYY-MM-DD") from error
+def _texts(problems: FileProblems) -> list[str]:
+    return [problem["text"] + problem.get("solution", "") for problem in islice(problems, BPE_SAMPLE)]

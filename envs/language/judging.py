@@ -13,7 +13,7 @@ from unified_rl.envs.language.codec import Codec
 from unified_rl.envs.language.rewards import Ended, Rewards, plain_value
 
 OWN = frozenset(
-    ("prompt", "prompt_id", "text", "split", "key", "record", "columns", "asked", "messages", "completions")
+    ("prompt", "prompt_id", "text", "split", "key", "record", "columns", "asked", "messages", "completions", "fault")
 )
 """Entries of a problem that are no column of its record."""
 REMEMBERED = 65536
@@ -180,11 +180,20 @@ def _text(problem: dict[str, Any]) -> str:
     return str(problem.get("asked", problem.get("text", "")))
 
 
+def _referred(problem: dict[str, Any]) -> dict[str, Any]:
+    """The reference of a record whose answer the task's own verifier cannot read."""
+    columns = problem.get("columns") or {}
+    found = next((columns[name] for name in ("answer", "solution", "completion") if columns.get(name)), None)
+    return {"reference": found.rpartition("####")[2].strip()} if isinstance(found, str) else {}
+
+
 def _columns(problems: Sequence[dict[str, Any]], rewards: Rewards | None = None) -> dict[str, list[Any]]:
     """The columns of the records by name, those that ``rewards`` takes; None where a record lacks one."""
     records = [
-        {**{k: v for k, v in problem.items() if k not in OWN}, **(problem.get("columns") or {})} for problem in problems
-    ]
+        {**_referred(problem), **{k: v for k, v in problem.items() if k not in OWN and v is not None},
+         **(problem.get("columns") or {})}
+        for problem in problems
+    ]  # fmt: skip
     names: Sequence[str] = list(dict.fromkeys(name for record in records for name in record))
     if rewards is not None:
         names = rewards.column_names(dict.fromkeys(names))

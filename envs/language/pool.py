@@ -1,103 +1,302 @@
-"""Tasks whose problems are a finite pool, read or generated once."""
+"""Tasks whose problems are a finite pool, generated once or read from a file when they are drawn."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from tensordict import TensorDict
 
-from unified_rl.envs.language.base import LanguageTask
+from unified_rl.envs.language.base import LanguageTask, _hash
 from unified_rl.envs.language.codec import Segment
-from unified_rl.errors import ConfigError
+from unified_rl.envs.language.epochs import Epochs
+from unified_rl.errors import CheckpointError, ConfigError, DataError
+
+AT_ONCE = 1024
+"""Problems that are measured together while a pool is gone through."""
+Problem = dict[str, Any]
+
+
+@runtime_checkable
+class Takes(Protocol):
+    """A sequence of problems that makes several of them at once."""
+
+    def take(self, numbers: Sequence[int]) -> list[Problem]:
+        """Some of them, in the order of ``numbers``."""
+        ...
+
+
+class Side(Sequence[Problem]):
+    """The problems of one side of a split, by their numbers in the whole.
+
+    Args:
+        problems: the whole.
+        numbers: of this side's, int64.
+    """
+
+    def __init__(self, problems: Sequence[Problem], numbers: array[int]) -> None:
+        self.problems, self.numbers = problems, np.frombuffer(numbers, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.take(range(len(self))[index]) if isinstance(index, slice) else self.take([index])[0]
+
+    def take(self, places: Sequence[int]) -> list[Problem]:
+        """Those at some places, in the order of ``places``."""
+        numbers = self.numbers[np.asarray(places, dtype=np.int64)].tolist()
+        return self.problems.take(numbers) if isinstance(self.problems, Takes) else [self.problems[n] for n in numbers]
+
+    def __iter__(self) -> Iterator[Problem]:
+        for start in range(0, len(self), AT_ONCE):
+            yield from self.take(range(start, min(start + AT_ONCE, len(self))))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Side) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class PooledTask(LanguageTask):
-    """Draws without replacement within a call; one that wants more than there is gets all equally often, or once more.
+    """Visits every training problem once an epoch, in a shuffled order, before any comes again.
+
+    Each stream that problems are drawn with has epochs of its own, so that whoever else draws from the task changes
+    nothing; they are drawn from the stream. Held-out problems are drawn without replacement within a call, and one
+    that wants more than there is gets all equally often, or once more.
 
     A subclass calls :meth:`_fill` at the end of its constructor. Problems hold ``text`` and, where there is a correct
-    answer to imitate, ``solution``.
+    answer to imitate, ``solution``; a ``fault`` says why answers cannot be judged.
+
+    Attributes:
+        drop_last: end an epoch with its last whole draw.
+        compares: answers are compared with references, so a problem without one is refused where they are judged.
+        unjudged: of each split that holds such problems, what is wrong with the first.
     """
 
-    def _fill(self, problems: list[dict[str, Any]], held_out: list[dict[str, Any]] | None = None) -> None:
+    drop_last = False
+    compares = True
+
+    def _fill(self, problems: Sequence[Problem], held_out: Sequence[Problem] | None = None) -> None:
         """Splits ``problems`` by the hash of their prompts, or keeps those away that are in ``held_out``.
 
-        Prompts over ``max_prompt_length`` are left out, with a warning that counts them; demonstrations are the
-        training problems whose solution fits the budget.
+        Prompts over ``max_prompt_length`` are left out, with a warning that counts them. One pass over each sequence;
+        the numbers of a side's problems are what is kept.
 
         Raises:
             ConfigError: no training problem is left.
         """
-        kept = self._fitting(problems)
-        if held_out is None:
-            chosen = [self._belongs(problem) for problem in kept]
-            train = [problem for problem, out in zip(kept, chosen, strict=True) if not out]
-            evaluation = [problem for problem, out in zip(kept, chosen, strict=True) if out]
-        else:
-            evaluation = self._fitting(held_out)
-            records = {problem.get("record", problem["text"]) for problem in held_out}
-            train = [problem for problem in kept if problem.get("record", problem["text"]) not in records]
-        solved = [problem for problem in train if problem.get("solution")]
-        lengths = map(len, self.codec.encode([problem["solution"] for problem in solved]))
-        short = [p for p, length in zip(solved, lengths, strict=True) if length < self.max_turn_tokens]
-        self._pools = {"train": train, "eval": evaluation, "demonstration": short}
+        self.unjudged: dict[str, str] = {}
+        self._epochs: WeakKeyDictionary[torch.Generator, dict[str, Epochs]] = WeakKeyDictionary()
+        self._waiting: list[dict[str, Any]] = []
+        self._shown: dict[str, Side] = {}
+        train, evaluation, others = array("q"), array("q"), set()
+        if held_out is not None:
+            for number, problem, fits in self._measured(held_out):
+                others.add(_record(problem))
+                if fits:
+                    evaluation.append(number)
+                    self._note_fault("eval", problem)
+        hashes = array("Q")
+        count = 0
+        for number, problem, fits in self._measured(problems):
+            count += 1
+            away = self._belongs(problem) if held_out is None else _record(problem) in others
+            if not fits or (away and held_out is not None):
+                continue
+            (evaluation if away else train).append(number)
+            self._note_fault("eval" if away else "train", problem)
+            if not away:
+                hashes.append(_record(problem))
+        self._hashes = np.frombuffer(hashes, dtype=np.uint64)
+        self._sorted: np.ndarray | None = None
+        self._pools = {"train": Side(problems, train), "eval": Side(held_out or problems, evaluation)}
         if not train:
             raise ConfigError(
-                f"no training problem is left of {len(problems)}; lower env.held_out or raise env.max_prompt_length="
+                f"no training problem is left of {count}; lower env.held_out or raise env.max_prompt_length="
                 f"{self.max_prompt_length}"
+            )
+
+    def _note_fault(self, split: str, problem: Problem) -> None:
+        if "fault" in problem:
+            self.unjudged.setdefault(split, problem["fault"])
+
+    def _measured(self, problems: Iterable[Problem]) -> Iterator[tuple[int, Problem, bool]]:
+        """Number and problem, and whether the prompt fits."""
+        room = self.max_prompt_length - len(self.codec.prefix)
+        number = long = 0
+        waiting = iter(problems)
+        while batch := list(islice(waiting, AT_ONCE)):
+            for problem, ids in zip(batch, self.codec.encode([problem["text"] for problem in batch]), strict=True):
+                fits = len(ids) <= room
+                long += not fits
+                yield number, problem, fits
+                number += 1
+        if long:
+            logging.getLogger(__name__).warning(
+                "%d of %d prompts are longer than env.max_prompt_length=%d and are left out", long, number, room
             )
 
     def pool_sizes(self) -> dict[str, int]:
         """How many problems there are to train on, to evaluate on, and to imitate."""
-        return {name: len(pool) for name, pool in self._pools.items()}
+        return {**{name: len(pool) for name, pool in self._pools.items()}, "demonstration": len(self._shows("train"))}
 
-    def find_problems(self, prompts: Sequence[str]) -> list[dict[str, Any] | None]:
-        """The training problem with each prompt, None where there is none (a held-out prompt, for example)."""
-        train = self._pools["train"]
-        known = {problem[key]: problem for key in ("asked", "text") for problem in train if key in problem}
-        found = [next((known[t] for t in self._texts_of(prompt) if t in known), None) for prompt in prompts]
-        made = iter(self._prompted([problem for problem in found if problem is not None], "train"))
-        return [None if problem is None else next(made) for problem in found]
+    def _shows(self, split: str) -> Side:
+        """The problems of a split whose solution fits the budget; found when they are first wanted."""
+        if split not in self._shown:
+            side, numbers, at = self._pools[split], array("q"), 0
+            while batch := side.take(range(at, min(at + AT_ONCE, len(side)))):
+                solved = [place for place, problem in enumerate(batch, at) if problem.get("solution")]
+                texts = [batch[place - at]["solution"] for place in solved]
+                for place, ids in zip(solved, self.codec.encode(texts), strict=True):
+                    if len(ids) < self.max_turn_tokens:
+                        numbers.append(int(side.numbers[place]))
+                at += len(batch)
+            self._shown[split] = Side(side.problems, numbers)
+        return self._shown[split]
 
-    def _texts_of(self, prompt: str) -> Sequence[str]:
-        """The texts that a problem may have which others call ``prompt``."""
+    def find_problems(self, prompts: Sequence[str]) -> list[Problem | None]:
+        """The training problem with each prompt, None where there is none (a held-out prompt, for example).
+
+        A prompt is known by its question, or by its whole text as the template makes it.
+        """
+        places = [self._place_of(prompt) for prompt in prompts]
+        lost = {prompts[row] for row, place in enumerate(places) if place is None}
+        if lost:
+            by_text = {p["text"]: place for place, p in enumerate(self._pools["train"]) if p["text"] in lost}
+            places = [by_text.get(prompts[row]) if place is None else place for row, place in enumerate(places)]
+        made = iter(self._prompted(self._pools["train"].take([p for p in places if p is not None]), "train"))
+        return [None if place is None else next(made) for place in places]
+
+    def _place_of(self, prompt: str) -> int | None:
+        """Where in the training problems one of this question is."""
+        if self._sorted is None:
+            self._sorted = np.argsort(self._hashes, kind="stable")
+        for question in self._records_of(prompt):
+            key = np.uint64(_hash(question))
+            at = int(np.searchsorted(self._hashes, key, sorter=self._sorted))
+            if at < len(self._sorted) and self._hashes[self._sorted[at]] == key:
+                return int(self._sorted[at])
+        return None
+
+    def _records_of(self, prompt: str) -> Sequence[str]:
+        """The questions that a prompt which others give may be."""
         return (prompt,)
 
-    def solve(self, problems: Sequence[dict[str, Any]], style: str | None = None) -> list[list[int]]:
+    def solve(self, problems: Sequence[Problem], style: str | None = None) -> list[list[int]]:
         """As of every task; empty where a problem holds no solution."""
         said = iter(super().solve([problem for problem in problems if problem.get("solution")], style))
         return [next(said) if problem.get("solution") else [] for problem in problems]
 
-    def _fitting(self, problems: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        ids = self.codec.encode([problem["text"] for problem in problems])
-        room = self.max_prompt_length - len(self.codec.prefix)
-        kept = [problem for problem, own in zip(problems, ids, strict=True) if len(own) <= room]
-        if len(kept) < len(problems):
-            logging.getLogger(__name__).warning(
-                "%d of %d prompts are longer than env.max_prompt_length=%d and are left out",
-                len(problems) - len(kept),
-                len(problems),
-                room,
-            )
-        return kept
+    def problems(self, count: int, generator: torch.Generator, split: str = "train") -> list[Problem]:
+        """As of every task.
 
-    def _draw(self, count: int, generator: torch.Generator, split: str) -> list[dict[str, Any]]:
+        Raises:
+            DataError: the first problem of the split whose reference cannot be read, so answers cannot be judged.
+        """
+        if self.compares and split in self.unjudged:
+            raise DataError(self.unjudged[split] + UNJUDGED)
+        return super().problems(count, generator, split)
+
+    def _draw(self, count: int, generator: torch.Generator, split: str) -> list[Problem]:
         self._check_split(split)
-        return self._from_pool(count, generator, split, "raise env.held_out, or name a file of held-out problems")
-
-    def _draw_demonstrated(self, count: int, generator: torch.Generator) -> list[dict[str, Any]]:
-        return self._from_pool(
-            count, generator, "demonstration", "no solution fits env.max_turn_tokens; raise it, or set warm_start=none"
-        )
-
-    def _from_pool(self, count: int, generator: torch.Generator, name: str, fix: str) -> list[dict[str, Any]]:
-        pool = self._pools[name]
+        pool = self._pools[split]
+        if split == "train":
+            return pool.take(self._visited(count, generator, split, len(pool)))
         if not pool:
-            raise ConfigError(f"the pool of {name} problems is empty; {fix}")
+            raise ConfigError(
+                "the pool of eval problems is empty; raise env.held_out, name a file of held-out problems "
+                "(env.eval_path), or set eval_episodes=0"
+            )
         rounds = -(-count // len(pool))
         order = torch.cat([torch.randperm(len(pool), generator=generator) for _ in range(rounds)])[:count]
-        return [pool[index] for index in order.tolist()]
+        return pool.take(order.tolist())
 
-    def _demonstrate(self, problem: dict[str, Any], style: str | None) -> list[Segment]:
+    def _draw_demonstrated(self, count: int, generator: torch.Generator) -> list[Problem]:
+        pool = self._shows("train")
+        if not pool:
+            raise ConfigError(
+                "the pool of demonstration problems is empty; no solution fits env.max_turn_tokens="
+                f"{self.max_turn_tokens}, or there is none: raise it, or set warm_start=none"
+            )
+        return pool.take(self._visited(count, generator, "demonstration", len(pool)))
+
+    def held_out_demonstrations(self, count: int) -> TensorDict | None:
+        """Supervised rows of the first ``count`` held-out problems with a solution that fits; None without any."""
+        pool = self._shows("eval")[:count]
+        return (
+            self.codec.rows([[Segment(p["text"]), *self._demonstrate(p, None)] for p in pool], self.max_length)
+            if (pool)
+            else None
+        )
+
+    def _demonstrate(self, problem: Problem, style: str | None) -> list[Segment]:
         return [Segment(problem["solution"], trained=True, end=True)]
+
+    # Epochs
+
+    def _visited(self, count: int, generator: torch.Generator, name: str, size: int) -> list[int]:
+        known = self._epochs.get(generator)
+        if known is None:
+            known = self._epochs[generator] = self._adopted(generator)
+        if name not in known:
+            known[name] = Epochs(size, self.drop_last)
+        return known[name].draw(count, generator)
+
+    def epoch(self, generator: torch.Generator) -> float | None:
+        """Epochs that were drawn with a stream, the one under way as the share that was visited; None without any."""
+        known = self._epochs.get(generator)
+        return max(one.passed for one in known.values()) if known else None
+
+    def _adopted(self, generator: torch.Generator) -> dict[str, Epochs]:
+        """The epochs of a checkpoint that were drawn with a stream in the state of this one."""
+        state = generator.get_state()
+        for number, waiting in enumerate(self._waiting):
+            if torch.equal(waiting["stream"], state):
+                del self._waiting[number]
+                return {name: Epochs.restored(one, self.drop_last) for name, one in waiting["epochs"].items()}
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Beside that of every task, the epochs of each stream, known by the state of the stream."""
+        epochs = [
+            {"stream": stream.get_state(), "epochs": {name: one.state_dict() for name, one in known.items()}}
+            for stream, known in self._epochs.items()
+        ]
+        return {**super().state_dict(), "epochs": [*epochs, *self._waiting], "questions": self._digest()}
+
+    def _digest(self) -> str:
+        """Of the training problems' questions in their order."""
+        return blake2b(self._hashes.tobytes(), digest_size=8).hexdigest()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`; whoever draws with a stream in the state of one of these goes on with it.
+
+        Raises:
+            CheckpointError: the training problems are others than they were.
+        """
+        if state.get("questions", self._digest()) != self._digest():
+            raise CheckpointError(
+                "the training problems are not those that the run began with: the file of env.path has changed; put it "
+                "back, or go on with resume_env=restart"
+            )
+        super().load_state_dict(state)
+        self._epochs.clear()
+        self._waiting = list(state.get("epochs", ()))
+
+
+UNJUDGED = (
+    "; imitation needs no reference, but rollouts and evaluation compare answers with it: choose another env.verifier, "
+    "or a reward that reads none"
+)
+
+
+def _record(problem: Problem) -> int:
+    return _hash(problem.get("record", problem["text"]))

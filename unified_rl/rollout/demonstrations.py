@@ -13,6 +13,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.protocols import ControlEnv, Demonstrates, HasSpace, LanguageEnv, Normalizes, Trainable, domain_of
 from unified_rl.ranges import Count, ranged
 from unified_rl.replay import read_rows
+from unified_rl.rollout.language import epoch_of
 from unified_rl.rollout.recorded import fitted
 from unified_rl.spaces import Space
 from unified_rl.units import Source
@@ -116,28 +117,35 @@ class DemonstrationRollout:
         return self.policy.space
 
     def collect(self, version: int) -> tuple[TensorDict, dict[str, float]]:
-        """``[rows]`` demonstrations, source :attr:`~unified_rl.units.Source.DEMONSTRATION`, and no metrics."""
+        """``[rows]`` demonstrations, source :attr:`~unified_rl.units.Source.DEMONSTRATION`.
+
+        Of a task that counts its epochs also ``rollout/epoch``.
+        """
         count = self.steps_per_collect
         if self.pool is not None:
             rows = self.pool[torch.randint(len(self.pool), (count,), generator=self.generator)]
         else:
             assert self.expert is not None
             rows = self.expert.demonstrations(count, self.generator, **self.options).select(*KEYS[self.domain])
+        metrics = epoch_of(self.env, self.generator)
         rows["source"] = torch.full((count,), int(self.source))
         if self.steps == 0 and self.normalizes is not None:
             seen = rows if self.pool is None else self.pool  # one batch misses what is rare in a data set
             self.normalizes.update_normalizer(seen["observation"].to(self.policy.device))
         self.steps += count
-        return rows, {}
+        return rows, metrics
 
     def state_dict(self) -> dict[str, Any]:
-        """The stream and the count."""
-        return {"generator": self.generator.get_state(), "steps": self.steps}
+        """The stream and the count, and what a token task keeps of the problems that it showed."""
+        shown = {"env": self.env.state_dict()} if self.domain == "language" else {}
+        return {"generator": self.generator.get_state(), "steps": self.steps, **shown}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.generator.set_state(state["generator"])
         self.steps = state["steps"]
+        if "env" in state:
+            self.env.load_state_dict(state["env"])
 
     def restart(self, state: dict[str, Any], seed: int) -> None:
         """Goes on behind :meth:`state_dict` with a stream from ``seed``."""

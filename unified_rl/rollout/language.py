@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
-from unified_rl.protocols import Generates, LanguageEnv, LanguagePolicy
+from unified_rl.protocols import CountsEpochs, Generates, LanguageEnv, LanguagePolicy
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
 from unified_rl.rollout.context import Context
 from unified_rl.rollout.conversation import Problems, Told, converse, summary
@@ -26,6 +26,12 @@ def fixed_stream(name: str) -> torch.Generator:
     """A stream that depends on its name alone, for rollouts made outside a run, which has a seed."""
     digest = hashlib.sha256(name.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def epoch_of(env: object, stream: torch.Generator) -> dict[str, float]:
+    """``rollout/epoch``, of a task that goes through its problems in epochs."""
+    passed = env.epoch(stream) if isinstance(env, CountsEpochs) else None
+    return {} if passed is None else {"rollout/epoch": passed}
 
 
 @configurable
@@ -108,8 +114,8 @@ class LanguageRollout:
         Returns:
             Rows of batch size ``[prompts * group_size]``, behind them those of the sources, and means such as
             ``rollout/reward``, ``rollout/length``, ``rollout/truncated`` and the environment's own
-            (``rollout/correct``); with a context ``rollout/resampled`` (conversations), with sources
-            ``rollout/joined/NAME`` (rows).
+            (``rollout/correct``); of a finite set of problems ``rollout/epoch`` (visits of each); with a context
+            ``rollout/resampled`` (conversations), with sources ``rollout/joined/NAME`` (rows).
 
         Raises:
             NonFiniteError: a log-prob or reward that is not finite; names the prompt and the conversation.
@@ -118,7 +124,7 @@ class LanguageRollout:
         problems = self.env.problems(self.prompts, self.problem_generator, "train")
         repeated = [problem for problem in problems for _ in range(self.group_size)]
         told = self._converse(self.policy, repeated, self.generator, group_size=self.group_size)
-        metrics = summary(*told)
+        metrics = summary(*told) | epoch_of(self.env, self.problem_generator)
         if self.context is not None:
             metrics |= self._again(self.context, repeated, told)
             problems = repeated[:: self.group_size]

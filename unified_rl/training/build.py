@@ -24,7 +24,7 @@ from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEn
 from unified_rl.rollout.feed import LocalFeed
 from unified_rl.rollout.recorded import fitted
 from unified_rl.spaces import Space
-from unified_rl.training.evaluation import evaluate_control, evaluate_language
+from unified_rl.training.evaluation import evaluate_control, evaluate_imitation, evaluate_language
 from unified_rl.training.limits import check_machine, check_replay_memory, check_rows, row_size
 from unified_rl.training.seeding import derive, generator, scoped
 from unified_rl.training.settings import TrainSettings
@@ -357,11 +357,17 @@ class Job:
         """Held-out evaluation with streams of its own, the same at every call."""
         seed = self._integer("evaluation")
         count = self.settings.eval_episodes
+        if count == 0:
+            raise ConfigError("this run has eval_episodes=0; say how many prompts or episodes with --episodes N")
         if self.eval_env is None:
             self.eval_env = self._environment("evaluation", count if self.language else self._copies(count))
         if self.language:
             at_once = (self.cfg.get("rollout") or {}).get("generation_batch")
-            return evaluate_language(self.eval_env, self.policy, count, seed, at_once)
+            imitates = "correction" not in self._parameters(self.cfg["agent"])[0]
+            told = evaluate_imitation(self.eval_env, self.policy, count) if imitates else {}
+            if imitates and told and "eval" in getattr(self.eval_env, "unjudged", {}):
+                return {"eval/score": -told["eval/nll"], **told}  # free text: nothing tells right from wrong
+            return {**evaluate_language(self.eval_env, self.policy, count, seed, at_once), **told}
         stream = generator(self.seed, "evaluation", self.device)
         greedy, device = self.settings.eval_deterministic, str(self.device)
         with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds the global stream, which training may use

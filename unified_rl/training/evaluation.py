@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from unified_rl.interop.guard import reset_env, step_env
-from unified_rl.protocols import ControlEnv, LanguageEnv, LanguagePolicy, Samples
+from unified_rl.protocols import ControlEnv, HoldsOutAnswers, LanguageEnv, LanguagePolicy, Samples
 from unified_rl.rollout.conversation import converse, mean_reward, means
+from unified_rl.units import trim_units
 
 AT_ONCE = 256
 """Conversations of an evaluation that are sampled together where nobody says how many fit."""
@@ -125,3 +126,31 @@ def evaluate_language(
     out |= means({key: value for key, value in info.items() if key not in ("correct", "truncated", "counted")})
     out |= {"length": talk.mask.sum(-1).float().mean(), "truncated": talk.truncated.any(-1).float().mean()}
     return {f"eval/{key}": float(value) for key, value in out.items()}
+
+
+NLL_ROWS = 16
+"""Supervised rows that are scored together in an evaluation."""
+
+
+@torch.no_grad()
+def evaluate_imitation(env: object, policy: LanguagePolicy, count: int) -> dict[str, float]:
+    """How likely the policy finds held-out answers that were given.
+
+    Args:
+        env: the task; one that holds none is passed over.
+        policy: the language model.
+        count: problems; the same ones at every call.
+
+    Returns:
+        ``eval/nll``, nats a token of the answers, over all their tokens; empty where there are none.
+    """
+    rows = env.held_out_demonstrations(count) if isinstance(env, HoldsOutAnswers) else None
+    if rows is None:
+        return {}
+    total = tokens = 0.0
+    for batch in rows.split(NLL_ROWS):
+        batch = trim_units(batch, int(batch["token_mask"].sum(-1).max())).to(policy.device)
+        nll = policy.nll(batch)
+        total += float(torch.where(batch["mask"], nll, 0.0).sum())
+        tokens += float(batch["mask"].sum())
+    return {"eval/nll": total / tokens}

@@ -21,6 +21,8 @@ RECORD, TABLE, BOARD = "metrics.jsonl", "metrics.csv", "tensorboard"
 FIRST = ("update", "steps", "wall_seconds")
 EPISODES = "rollout/episodes"
 """Episodes that ended in a collection, or between two logged rows."""
+STANDS = ("rollout/epoch",)
+"""Metrics that say where a run is: a row has their last value, not a mean."""
 
 
 def to_floats(metrics: dict[str, Any]) -> dict[str, float]:
@@ -49,6 +51,9 @@ class Means:
         episodes = metrics.get(EPISODES)
         for key, value in metrics.items():
             weight = 1 if episodes is None or not key.startswith("rollout/") else episodes
+            if key in STANDS:
+                self._sums[key], self._counts[key] = value, 1
+                continue
             if key == EPISODES:
                 self._sums[key], self._counts[key] = self._sums.get(key, 0.0) + value, 1
                 continue

@@ -144,8 +144,8 @@ class Trainer:
         first, last, settings = self.updates == 0, self.updates == self.planned, self.settings
         if last:
             self._open = self.means.state_dict()
-        evaluate = first or last or self._crossed(settings.eval_every)
-        if evaluate or self._crossed(settings.log_every):
+        evaluate = settings.eval_episodes > 0 and (first or last or self._crossed(settings.eval_every))
+        if evaluate or (not first and (last or self._crossed(settings.log_every))):
             found = self._evaluated() if evaluate else {}
             waiting, metrics = copy(self.means), {} if first else self.means.pop()
             try:
