@@ -685,6 +685,8 @@ CLASSES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 VALUES_OF: dict[str, Any] = {
     **{f"{task}.truncated": "mask" for task in ("calculator", "chain_mod", "countdown", "guess_number", "jsonl")},
+    "jsonl.tools": ["own_tools:add"],
+    "jsonl.max_turns": 2,
     **{f"{task}.stop": "1" for task in ("calculator", "chain_mod", "countdown", "guess_number", "jsonl")},
     # what no rule gives, by class and parameter
     **dict.fromkeys(["policy_gradient.length", "actor_critic.length", "behavior_cloning.length"], 3),
@@ -995,6 +997,8 @@ ASIDE: dict[str, str] = {
         for task in ("calculator", "countdown", "guess_number", "jsonl")
         for name in ("truncated", "stop")
     },
+    "jsonl(max_reply_length)": "of env.tools; test_tools.py",
+    "jsonl(tool_seconds)": "of env.tools; test_tools.py",
     "jsonl(date)": "of a chat template that prints the day; test_language_jsonl.py",
     "jsonl(max_turn_tokens)": "a budget of sampled answers; chain_mod shows it",
     "jsonl(shuffle_rewards)": RANDOM,

@@ -36,6 +36,7 @@ class Verdict(NamedTuple):
         correct: the task is solved.
         reply: what the environment says next.
         info: further numbers, under the names of :attr:`LanguageTask.info_names`.
+        shown: what reward functions see of the reply, where that is not its text.
     """
 
     reward: float = 0.0
@@ -43,6 +44,7 @@ class Verdict(NamedTuple):
     correct: bool = False
     reply: str = ""
     info: dict[str, float] | None = None
+    shown: str | None = None
 
 
 @ranged("env")
@@ -167,14 +169,14 @@ class LanguageTask:
             info[name] = torch.tensor([float((verdict.info or {}).get(name, 0.0)) for verdict in verdicts])
         ending = done | truncated
         if self._judge_rewards is not None:
-            said = [verdict.reply for verdict in verdicts]
+            said = [verdict.reply if verdict.shown is None else verdict.shown for verdict in verdicts]
             reward, scores = self._judge_rewards(problems, turns, reward, ending, ~finished.cpu(), truncated, said)
             info |= scores
         if self.truncated == "mask":
             info["counted"] = info.get("counted", torch.ones(len(problems))) * (~truncated).float()
         if self.shuffle_rewards:
             reward = self._shuffled(reward, problems, ending, info)
-        return TurnResult(self._replies(problems, verdicts, (done | last).tolist()), reward, done, info)
+        return TurnResult(self._replies(problems, verdicts, (done | last).tolist(), turns), reward, done, info)
 
     def reward_with(self, rewards: Rewards) -> None:
         """Gives conversations the reward of these functions, in place of (or beside) the task's own verifier.
@@ -191,10 +193,17 @@ class LanguageTask:
         """Names in ``TurnResult.info`` of what each function of :meth:`reward_with` gave."""
         return () if self._judge_rewards is None else self._judge_rewards.names
 
-    def _replies(self, problems: list[dict[str, Any]], verdicts: list[Verdict], over: list[bool]) -> list[list[int]]:
+    def _replies(
+        self,
+        problems: list[dict[str, Any]],
+        verdicts: list[Verdict],
+        over: list[bool],
+        turns: Sequence[Sequence[Sequence[int]]],
+    ) -> list[list[int]]:
         """Token ids of what is said next; those of conversations that go on must fit."""
-        encoded = iter(self.codec.encode([v.reply for v in verdicts if v.reply]))
-        replies = [next(encoded) if v.reply else [] for v in verdicts]
+        texts = [v.reply and self._reply_after(v.reply, said[-1]) for v, said in zip(verdicts, turns, strict=True)]
+        encoded = iter(self.codec.encode([text for text in texts if text]))
+        replies = [next(encoded) if text else [] for text in texts]
         for row, ids in enumerate(replies):
             if len(ids) > self.max_reply_length and not over[row]:
                 raise RolloutError(
@@ -202,6 +211,10 @@ class LanguageTask:
                     f"max_reply_length={self.max_reply_length}"
                 )
         return replies
+
+    def _reply_after(self, reply: str, turn: Sequence[int]) -> str:
+        """The text that follows a turn, which may not have ended with an end-of-turn token."""
+        return reply
 
     def _verdicts(
         self, problems: list[dict[str, Any]], turns: list[list[list[int]]], finished: list[bool]

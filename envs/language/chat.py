@@ -13,8 +13,9 @@ from unified_rl.prompts import Message
 
 _CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _OWN = frozenset(
-    ("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message",
-     "return_dict", "return_tensors", "return_assistant_tokens_mask", "padding", "truncation", "max_length")
+    ("conversation", "messages", "tools", "chat_template", "tokenize", "add_generation_prompt",
+     "continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask",
+     "padding", "truncation", "max_length")
 )  # fmt: skip
 """Arguments of a chat template that the task gives itself."""
 
@@ -27,12 +28,21 @@ class Chat:
         date: ``YYYY-MM-DD`` that a template which prints the day is given.
         system: put before conversations that have no system message of their own; None puts nothing there.
         options: further arguments of the template, such as ``enable_thinking``.
+        tools: JSON schemas of functions that the model may call.
 
     Raises:
-        ConfigError: a date that is none, an option that the task gives itself, or no chat template.
+        ConfigError: a date that is none, an option that the task gives itself, no chat template, or one that shows no
+            tools.
     """
 
-    def __init__(self, codec: Codec, date: str, system: str | None, options: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        date: str,
+        system: str | None,
+        options: Mapping[str, Any] | None,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
         self.codec, self.tokenizer, self.system = codec, codec.tokenizer, system
         self.options = check_options(options)
         template = getattr(self.tokenizer, "chat_template", None)
@@ -43,7 +53,37 @@ class Chat:
             )
         self.template = dated(template, day_of(date))
         codec.end_id = self._end_of_turn()
-        self._end = str(self.tokenizer.convert_ids_to_tokens(codec.end_id))
+        self.end = str(self.tokenizer.convert_ids_to_tokens(codec.end_id))
+        if tools is not None:
+            self._show(list(tools))
+
+    def _show(self, tools: list[dict[str, Any]]) -> None:
+        """Puts the tools into every prompt."""
+        asked: list[Message] = [{"role": "user", "content": "?"}]
+        before = self.prompt(asked)
+        self.options = {**self.options, "tools": tools}
+        try:
+            shows = self.prompt(asked) != before and "zqz" in self.reply(["zqz"], True)
+        except DataError as error:
+            raise ConfigError(f"env.tools: this folder's chat template has no tools ({error})") from error
+        if not shows:
+            raise ConfigError(
+                "env.tools: this folder's chat template has no tools: it does not show their schemas and their "
+                "results; use a folder whose template does (Qwen, Hermes), or leave env.tools out"
+            )
+
+    def reply(self, results: Sequence[str], ended: bool) -> str:
+        """What the template puts between a turn that called tools and the next one: their results, one message each.
+
+        Args:
+            results: of the calls of the turn.
+            ended: the turn ends with the end-of-turn token already.
+        """
+        called: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "qzq"}]
+        told: list[Message] = [{"role": "tool", "content": text} for text in results]
+        whole = self._render([*called, *told], "env.tools", add_generation_prompt=True)
+        _, _, after = whole.partition("qzq")
+        return after.removeprefix(self.end) if ended else after
 
     def prompt(self, messages: Sequence[Message], where: str = "") -> str:
         """The text that an answer follows, without the begin-of-text token that the codec puts before it.
@@ -63,7 +103,7 @@ class Chat:
         if not whole.startswith(before):  # a template that writes a prompt otherwise once it is answered
             return str(said[-1]["content"])
         text = whole[len(before) :]
-        head, end, rest = text.rpartition(self._end)
+        head, end, rest = text.rpartition(self.end)
         return head if end and not rest.strip() else text
 
     def _led(self, messages: Sequence[Message]) -> list[Message]:

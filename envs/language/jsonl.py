@@ -12,6 +12,7 @@ from unified_rl.envs.language.base import Truncated, Verdict
 from unified_rl.envs.language.chat import Chat, check_options, day_of
 from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.tokenizer import load_tokenizer, train_bpe
+from unified_rl.envs.language.tools import Asked, Tools
 from unified_rl.envs.language.verifiers import (
     MathVerifier,
     Verifier,
@@ -38,6 +39,14 @@ from unified_rl.records import Record, Records, open_records
 BPE_SAMPLE = 2000
 """Problems that an encoding is trained on: enough for a few thousand tokens."""
 
+TOOL_TURNS = 4
+"""Turns of a conversation with tools, where nobody says how many."""
+SHORTEST_RESULT = 8
+"""Tokens of a tool's result that must fit."""
+SEAM = 2
+"""Tokens that a text and what surrounds it may have more together than apart."""
+CUT = " ... (cut)"
+"""Ends a result that did not fit."""
 VERIFIERS = ("numeric", "last", "math")
 TEMPLATE = "Question: {question}\nAnswer:"
 """The default prompt without a chat template. It ends without a blank: the blank belongs to an answer's first token."""
@@ -112,6 +121,11 @@ class JsonlProblems(PooledTask):
             is a system prompt. Conversations are always rendered by the template.
         system_prompt: what the system says first, where a conversation has no system message of its own.
         chat_template_kwargs: further arguments of the chat template, such as ``{enable_thinking: false}``.
+        tools: functions that the model may call (``[my_tools:add]``), see :mod:`unified_rl.envs.language.tools`; their
+            schemas go into the chat template, and their results are messages that no loss is over.
+        max_turns: turns of a conversation, the last of which answers; with tools 4 by default, else 1.
+        max_reply_length: tokens of the results of one turn, with the template's marks; longer ones are cut.
+        tool_seconds: wall time of one call.
         date: ``YYYY-MM-DD`` that a chat template which prints the day is given, so that prompts stay as they are.
         max_prompt_length: tokens; longer prompts are left out, with a warning that counts them.
         max_turn_tokens: budget of an answer; a longer one is truncated and counted as ``truncated``.
@@ -147,6 +161,10 @@ class JsonlProblems(PooledTask):
         chat: bool | None = None,
         system_prompt: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        tools: list[Any] | None = None,
+        max_turns: Count | None = None,
+        max_reply_length: Count = 256,
+        tool_seconds: Positive = 10.0,
         date: str = "2024-07-26",
         max_prompt_length: Count = 256,
         max_turn_tokens: Count = 256,
@@ -169,7 +187,13 @@ class JsonlProblems(PooledTask):
         self.verifier = verifier
         self._keys = (question_key, answer_key, solution_key)
         self._template, self._wraps = template, system_prompt is not None if chat is None else chat
-        self._chat_settings = (date, system_prompt, check_options(chat_template_kwargs))
+        self._tools = None if tools is None else Tools(tools, tool_seconds)
+        if tools is None and max_turns not in (None, 1):
+            raise ConfigError(
+                f"env.max_turns={max_turns} would be of no effect: without env.tools an answer is one turn"
+            )
+        schemas = None if self._tools is None else self._tools.schemas
+        self._chat_settings = (date, system_prompt, check_options(chat_template_kwargs), schemas)
         self._chat: Chat | None = None
         self._rendering = False
         day_of(date)
@@ -179,6 +203,8 @@ class JsonlProblems(PooledTask):
             own,
             max_prompt_length=max_prompt_length,
             max_turn_tokens=max_turn_tokens,
+            max_turns=1 if tools is None else max_turns or TOOL_TURNS,
+            max_reply_length=0 if tools is None else max_reply_length,
             held_out=held_out,
             truncated_reward=truncated_reward,
             truncated=truncated,
@@ -192,17 +218,32 @@ class JsonlProblems(PooledTask):
             self._chat = Chat(self.codec, *self._chat_settings)
         self._fill(problems, None if eval_path is None else FileProblems(self, open_records(eval_path)))
         self._refuse_idle_chat()
+        self._check_room()
         self._math = MathVerifier(score_seconds, batch_seconds) if verifier == "math" else None
         self._verify: Verifier = self._math or (last if verifier == "last" else numeric)
 
     def _refuse_idle_chat(self) -> None:
         """Raises ConfigError for settings of a chat template that renders nothing."""
-        _, system, options = self._chat_settings
-        for name, value in (("system_prompt", system), ("chat_template_kwargs", options)):
+        _, system, options, tools = self._chat_settings
+        for name, value in (("system_prompt", system), ("chat_template_kwargs", options), ("tools", tools)):
             if value and self._chat is None:
                 raise ConfigError(
                     f"env.{name} would be of no effect: prompts are text and env.chat is off; set env.chat=true"
                 )
+
+    def _check_room(self) -> None:
+        """Raises ConfigError where not even a short result of a tool fits."""
+        if self._chat is not None and self._tools is not None and self._room(self._chat, 1) < SHORTEST_RESULT:
+            need = self.max_reply_length - self._room(self._chat, 1) + SHORTEST_RESULT
+            raise ConfigError(
+                f"env.max_reply_length={self.max_reply_length} has no room for a result of {SHORTEST_RESULT} tokens "
+                f"and the chat template's marks; raise it to {need} at least"
+            )
+
+    def _room(self, chat: Chat, calls: int) -> int:
+        """Tokens that each of so many results may have."""
+        marks = len(self.codec.encode([chat.reply([""] * calls, False)])[0])
+        return (self.max_reply_length - marks) // calls - SEAM
 
     def close(self) -> None:
         """Ends the verifier's process, where there is one."""
@@ -333,11 +374,43 @@ class JsonlProblems(PooledTask):
 
     # Judging
 
+    reply_role = "tool"
+
+    def _called(self, calls: list[Asked]) -> Verdict:
+        """The results of a turn's calls; those for which there is no room are not made."""
+        chat, tools = self._chat, self._tools
+        assert chat is not None and tools is not None
+        made = len(calls)
+        while made > 1 and self._room(chat, made) < SHORTEST_RESULT:
+            made -= 1
+        room = self._room(chat, made)
+        results = [self._fitted(tools.run(call), room) for call in calls[:made]]
+        return Verdict(done=False, reply=chat.reply(results, True), shown="\n".join(results))
+
+    def _fitted(self, text: str, room: int) -> str:
+        """A result in ``room`` tokens at most, without special tokens, which only the template may put."""
+        for token in self.tokenizer.all_special_tokens:
+            text = text.replace(token, "")
+        ids = self.codec.encode([text])[0]
+        size = room - len(self.codec.encode([CUT])[0])
+        while len(self.codec.encode([text])[0]) > room and size >= 0:
+            text = self.codec.decode(ids[:size]) + CUT if size else ""
+            size -= 1
+        return text
+
+    def _reply_after(self, reply: str, turn: Sequence[int]) -> str:
+        """The reply, behind the end of a turn that a stop text ended."""
+        if self._chat is None or (len(turn) and turn[-1] in self.codec.end_ids):
+            return reply
+        return self._chat.end + reply
+
     def _begin_batch(self) -> None:
         if self._math is not None:
             self._math.renew()
 
     def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:
+        if self._tools is not None and turn < self.max_turns and (calls := self._tools.calls(text)):
+            return self._called(calls)
         if problem["reference"] is None:  # reward functions judge, and what is correct is unknown
             return Verdict(info={"scorer_error": 0.0})
         score, failed = self._verify(problem["reference"], text)

@@ -157,7 +157,7 @@ def run_here(functions: Sequence[Function], tasks: Sequence[Task], seconds: floa
 def _guarded(call: Callable[[], Any], rows: int, seconds: float) -> Values | Failure:
     try:
         return checked(_ALARM.run(call, seconds), rows)
-    except _Hung:
+    except TimeUp:
         return Failure(f"has not returned after {seconds:g} s", hung=True)
     except UnifiedRLError:
         raise
@@ -214,7 +214,7 @@ def checked(returned: Any, rows: int) -> Values | Failure:
     return out
 
 
-class _Hung(BaseException):
+class TimeUp(BaseException):
     """Raised inside a call that takes too long; no ``except Exception`` of the function's catches it."""
 
 
@@ -231,7 +231,7 @@ class _Alarm:
         """What ``call`` returns.
 
         Raises:
-            _Hung: after ``seconds``.
+            TimeUp: after ``seconds``.
         """
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill"):
             return self._in_main(call, seconds)
@@ -255,7 +255,7 @@ class _Alarm:
     def _ring(self, number: int, frame: Any) -> None:
         if self._armed:
             self._armed = False
-            raise _Hung
+            raise TimeUp
 
 
 def _in_thread(call: Callable[[], Any], seconds: float) -> Any:
@@ -272,10 +272,20 @@ def _in_thread(call: Callable[[], Any], seconds: float) -> Any:
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
-        raise _Hung
+        raise TimeUp
     if raised:
         raise raised[0]
     return found[0]
 
 
 _ALARM = _Alarm()
+
+
+def ended_within(call: Callable[[], Any], seconds: float) -> Any:
+    """What ``call`` returns.
+
+    Raises:
+        TimeUp: it has not returned after ``seconds``. In the main thread a signal ends it; in another one it is left
+            behind in a thread of its own.
+    """
+    return _ALARM.run(call, seconds)
