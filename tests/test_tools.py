@@ -59,7 +59,8 @@ def bare(a):
 
 TEMPLATE = (
     "{%- if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>"
-    "<|im_end|>\n{% endif %}{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n"
+    "<|im_end|>\n{% endif %}{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n"
+    "{{ m.content }}\n"
     "</tool_response><|im_end|>\n{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -207,7 +208,8 @@ def test_a_conversation_sees_its_results_and_the_loss_does_not(module: Any, fold
 def test_a_run_trains_with_tools_from_the_command_line(module: Any, folder: str, file: str, tmp_path: Path) -> None:
     words = ["env=jsonl", f"env.path={file}", f"env.tokenizer={folder}", "env.chat=true", "env.verifier=last",
              "env.tools=[own_tools:add]", "env.max_prompt_length=600", "env.max_turn_tokens=6",
-             "env.stop='</tool_call>'", "policy=causal_lm_tiny", "rollout.prompts=2", "rollout.group_size=2", "steps=4", "eval_episodes=2",
+             "env.stop='</tool_call>'", "policy=causal_lm_tiny",
+             "rollout.prompts=2", "rollout.group_size=2", "steps=4", "eval_episodes=2",
              "progress=false", f"run_dir={tmp_path / 'run'}"]  # fmt: skip
     cfg = resolve_defaults(compose(words, allow=["own_tools"]), allow=["own_tools"])
     assert read_metrics(train(cfg, ["own_tools"]) / "metrics.jsonl")[-1]["rollout/turns"] >= 1.0
