@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unified_rl.envs.language.codec import Codec, Segment
-from unified_rl.envs.language.judging import Judge
+from unified_rl.envs.language.judging import Judge, Truncated
 from unified_rl.envs.language.rewards import Rewards
 from unified_rl.errors import ConfigError, RolloutError, UnifiedRLError
 from unified_rl.policies.stop_strings import StopStrings
@@ -23,8 +23,6 @@ from unified_rl.ranges import Count, Float32, HeldOut, Seed, Whole, ranged
 
 SPLITS = ("train", "eval")
 MAX_ROUNDS = 200
-Truncated: TypeAlias = Literal["score", "zero", "mask"]
-"""What becomes of a turn that ran out of its budget."""
 
 
 class Verdict(NamedTuple):

@@ -8,8 +8,9 @@ from typing import Any, overload
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.language.answers import marked_answer
-from unified_rl.envs.language.base import Truncated, Verdict
+from unified_rl.envs.language.base import Verdict
 from unified_rl.envs.language.chat import Chat, check_options, day_of
+from unified_rl.envs.language.judging import Truncated
 from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.tokenizer import load_tokenizer, train_bpe
 from unified_rl.envs.language.tools import Asked, Tools

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ OWN = frozenset(
 REMEMBERED = 65536
 """Replies of the environment that are kept for the transcripts of conversations that go on."""
 PREFIX = "rewards/"
+Truncated: TypeAlias = Literal["score", "zero", "mask"]
+"""What becomes of a turn that ran out of its budget."""
 
 
 class TakesRewards(Protocol):
@@ -27,7 +29,7 @@ class TakesRewards(Protocol):
     codec: Codec
     max_turn_tokens: int
     max_turns: int
-    truncated: str | None
+    truncated: Truncated | None
     truncated_reward: float | None
     reply_role: str
 

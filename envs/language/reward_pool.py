@@ -31,7 +31,8 @@ class Worker:
     """One process. It is started with its first call, and again where a call ended it."""
 
     def __init__(self, start: dict[str, Any]) -> None:
-        self.start, self._process, self._said = start, None, b""  # type: ignore[var-annotated]
+        self.start, self._said = start, b""
+        self._process: subprocess.Popen[bytes] | None = None
 
     def call(self, task: Task, seconds: float) -> Values | Failure:
         """The outcome of one call.

@@ -110,7 +110,8 @@ class Rewards:
         self.seconds, self.retries, self.errors, self.allow = seconds, retries, errors, list(allow)
         self.functions = [None if s.path == TASK else Function(s, allow) for s in self.specs]
         self._called = [at for at, function in enumerate(self.functions) if function is not None]
-        self._workers, self._pool = workers, None  # type: ignore[var-annotated]
+        self._workers = workers
+        self._pool: RewardPool | None = None
         if workers:
             self._check_remote()
 

@@ -177,13 +177,12 @@ def group_advantage(
 
     def among(r: Tensor, rows: Tensor) -> Tensor:
         """Advantages of those rows among themselves; the others have none of this reward."""
-        some = (None if x is None else x[rows] for x in (weight, given, units))
+        own, theirs, counted = (None if x is None else x[rows] for x in (weight, given, units))
         out = torch.zeros_like(r)
         if bool(rows.any()):
-            options = dict(zip(("weight", "given", "units"), some, strict=True))
             out[rows] = group_advantage(
                 r[rows], group[rows], baseline=baseline, scale=each, ddof=ddof, eps=eps, singleton=lone,
-                min_spread=min_spread, shift=shift, temperature=temperature, **options,
+                min_spread=min_spread, shift=shift, temperature=temperature, weight=own, given=theirs, units=counted,
             )  # fmt: skip
         return out
 
