@@ -93,8 +93,9 @@ class Estimate:
     def __call__(self, record: TensorDict, version: int, metrics: dict[str, Any]) -> TensorDict:
         """The rows that count, annotated."""
         if COUNTED in record.keys():  # first of all: left-out rows are in no group, statistic or denominator
-            metrics["train/counted"] = record[COUNTED].float().mean()
-            record = record[record[COUNTED]]
+            counted = record[COUNTED]
+            metrics["train/counted"] = counted.float().mean()
+            record = record if bool(counted.all()) else record[counted]
             if not len(record):
                 return record
         total = row_return(record)

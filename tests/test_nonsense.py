@@ -75,11 +75,11 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.prefer.link.beta agent.updates_per_step correction.horizon correction.kernel.floor "
      "env.batch_seconds "
      "correction.kernel.gamma correction.kernel.scale correction.kernel.step correction.kernel.temperature "
-     "correction.wrapper.bound correction.wrapper.target env.score_seconds policy.std_max policy.std_min "
-     "policy.temperature"),
+     "correction.wrapper.bound correction.wrapper.target env.score_seconds env.tool_seconds policy.std_max "
+     "policy.std_min policy.temperature"),
     ("true", "null decides by itself", "agent.normalize_advantage agent.shuffle_steps"),
     ("abc long", "a file, a name or a style: looked up when the run is built, before its first step",
-     "env.template "
+     "env.template env.stop "
      "agent.credit agent.teacher env.eval_path env.prompt_key env.solution_key env.tokenizer policy.path replay.path "
      "replay.trim_key rollout.context.style rollout.data rollout.privileged rollout.sources.demonstrations.style "
      "rollout.style warm_start.run"),

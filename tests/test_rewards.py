@@ -303,6 +303,10 @@ def test_worker_processes_give_the_same_in_the_same_order_and_one_that_dies_is_r
     assert set(told(outside, other, "pids")) <= {float(process.pid) for process in workers}
     outside._judge_rewards.rewards.close()
     assert all(process.poll() is not None for process in workers)
+    foreign = Rewards(["own_rewards:length"], allow=["own_rewards"], workers=1)
+    foreign.allow = []  # the workers ask for themselves
+    with pytest.raises(ConfigError, match="outside the allowed packages; start with --allow own_rewards"):
+        answer(task(foreign), [">1"])
     env = task(own("dies", retries=0, workers=1))
     env.codec.decode_all = lambda ids, skip=True: ["a", "x"][: len(ids)]  # type: ignore[method-assign]
     rows = [problem(env, prompt_id=at) for at in range(2)]

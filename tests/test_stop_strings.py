@@ -143,5 +143,5 @@ def test_line_ends_are_written_as_the_command_line_can_and_nothing_is_refused_by
     env = JsonlProblems(str(file), vocabulary_size=270, stop=["</answer>", "\\n\\n"])
     assert env.stop_strings is not None and env.stop_strings.texts == ("</answer>", "\n\n")
     for wrong in ([], [""], ""):
-        with pytest.raises(ConfigError, match=r"^env\.stop is "):
+        with pytest.raises(ConfigError, match=r"^env\.stop( is |=)"):
             ChainMod(stop=wrong)  # type: ignore[arg-type]

@@ -57,6 +57,10 @@ LogScale = Annotated[float, Interval(ge=-20, le=20)]
 HeldOut = Annotated[float, Interval(ge=0, le=0.99)]
 """A share of prompts kept for evaluation: training ones are found by drawing, so some must be left."""
 Name = Annotated[str, MinLen(1)]
+Texts = Annotated[list[Name], MinLen(1)] | Name
+"""One text or several."""
+Some = Annotated[list[Any], MinLen(1)]
+"""A list that holds something."""
 
 LARGEST = 2**63
 """Whole numbers are below it and not below its negative: what a tensor's integer holds."""

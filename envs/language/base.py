@@ -19,7 +19,7 @@ from unified_rl.envs.language.rewards import Rewards
 from unified_rl.errors import ConfigError, RolloutError, UnifiedRLError
 from unified_rl.policies.stop_strings import StopStrings
 from unified_rl.protocols import TurnResult
-from unified_rl.ranges import Count, Float32, HeldOut, Seed, Whole, ranged
+from unified_rl.ranges import Count, Float32, HeldOut, Seed, Texts, Whole, ranged
 
 SPLITS = ("train", "eval")
 MAX_ROUNDS = 200
@@ -101,7 +101,7 @@ class LanguageTask:
         max_turns: Count = 1,
         max_reply_length: Whole = 0,
         stop_text: str = "",
-        stop: list[str] | str | None = None,
+        stop: Texts | None = None,
         held_out: HeldOut = 0.1,
         truncated_reward: Float32 | None = 0.0,
         truncated: Truncated | None = None,

@@ -15,7 +15,7 @@ from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.judging import Truncated
 from unified_rl.envs.language.tokenizer import choose_tokenizer
 from unified_rl.errors import ConfigError
-from unified_rl.ranges import Count, HeldOut, Seed, TwoOrMore, Whole, ranged
+from unified_rl.ranges import Count, HeldOut, Seed, Texts, TwoOrMore, Whole, ranged
 
 ALPHABET = "0123456789+-*QCRA:;?"
 OPERATORS = "+-*"
@@ -56,7 +56,7 @@ class Calculator(LanguageTask):
         tokenizer: str | None = None,
         held_out: HeldOut = 0.1,
         truncated: Truncated | None = None,
-        stop: list[str] | str | None = None,
+        stop: Texts | None = None,
         shuffle_rewards: bool = False,
         seed: Seed = 0,
     ) -> None:

@@ -18,7 +18,7 @@ from unified_rl.envs.language.base import LanguageTask, Verdict
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.judging import Truncated
 from unified_rl.envs.language.tokenizer import choose_tokenizer
-from unified_rl.ranges import Count, HeldOut, Seed, TwoOrMore, UnitInterval, ranged
+from unified_rl.ranges import Count, HeldOut, Seed, Texts, TwoOrMore, UnitInterval, ranged
 
 ALPHABET = "0123456789+-=,>"
 _NUMBER = re.compile(r"[0-9]{1,9}")
@@ -56,7 +56,7 @@ class ChainMod(LanguageTask):
         tokenizer: str | None = None,
         held_out: HeldOut = 0.1,
         truncated: Truncated | None = None,
-        stop: list[str] | str | None = None,
+        stop: Texts | None = None,
         shuffle_rewards: bool = False,
         seed: Seed = 0,
     ) -> None:

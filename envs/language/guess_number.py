@@ -13,7 +13,7 @@ from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.judging import Truncated
 from unified_rl.envs.language.tokenizer import choose_tokenizer
 from unified_rl.errors import ConfigError
-from unified_rl.ranges import Count, HeldOut, Seed, Share, TwoOrMore, Whole, ranged
+from unified_rl.ranges import Count, HeldOut, Seed, Share, Texts, TwoOrMore, Whole, ranged
 
 ALPHABET = "0123456789-;HL?"
 _GUESS = re.compile(r"[0-9]{1,9}")
@@ -51,7 +51,7 @@ class GuessNumber(LanguageTask):
         tokenizer: str | None = None,
         held_out: HeldOut = 0.1,
         truncated: Truncated | None = None,
-        stop: list[str] | str | None = None,
+        stop: Texts | None = None,
         shuffle_rewards: bool = False,
         seed: Seed = 0,
     ) -> None:

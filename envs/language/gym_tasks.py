@@ -15,7 +15,7 @@ from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.scoring import FAILED, GuardedScorer, Score
 from unified_rl.envs.language.tokenizer import choose_tokenizer
 from unified_rl.errors import ConfigError
-from unified_rl.ranges import Count, Float32, HeldOut, Positive, Seed, ranged
+from unified_rl.ranges import Count, Float32, HeldOut, Positive, Seed, Texts, ranged
 
 MAX_EVALUATED = 500
 """Characters of a text that a scorer may hand to Python's parser."""
@@ -81,7 +81,7 @@ class ReasoningGym(PooledTask):
         batch_seconds: Positive = 10.0,
         truncated_reward: Float32 | None = 0.0,
         truncated: Truncated | None = None,
-        stop: list[str] | str | None = None,
+        stop: Texts | None = None,
         tokenizer: str | None = None,
         held_out: HeldOut = 0.1,
         shuffle_rewards: bool = False,

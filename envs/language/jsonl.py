@@ -34,7 +34,7 @@ from unified_rl.prompts import (
     messages_of,
     other_columns,
 )
-from unified_rl.ranges import Count, Float32, HeldOut, Positive, Seed, ranged
+from unified_rl.ranges import Count, Float32, HeldOut, Positive, Seed, Some, Texts, ranged
 from unified_rl.records import Record, Records, open_records
 
 BPE_SAMPLE = 2000
@@ -162,7 +162,7 @@ class JsonlProblems(PooledTask):
         chat: bool | None = None,
         system_prompt: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        tools: list[Any] | None = None,
+        tools: Some | None = None,
         max_turns: Count | None = None,
         max_reply_length: Count = 256,
         tool_seconds: Positive = 10.0,
@@ -171,7 +171,7 @@ class JsonlProblems(PooledTask):
         max_turn_tokens: Count = 256,
         truncated_reward: Float32 | None = 0.0,
         truncated: Truncated | None = None,
-        stop: list[str] | str | None = None,
+        stop: Texts | None = None,
         score_seconds: Positive = 5.0,
         batch_seconds: Positive = 10.0,
         tokenizer: str | None = None,
