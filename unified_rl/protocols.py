@@ -256,6 +256,20 @@ class HoldsOutAnswers(Protocol):
 
 
 @runtime_checkable
+class HasSplits(Protocol):
+    """A token task whose splits are finite, and may be empty or hold problems that cannot be judged."""
+
+    def require(self, split: str, /, judged: bool) -> None:
+        """Refuses a split without problems, and where answers are judged one with a problem that has no reference.
+
+        Raises:
+            ConfigError: there is no problem.
+            DataError: names the first that cannot be judged.
+        """
+        ...
+
+
+@runtime_checkable
 class CountsEpochs(Protocol):
     """A token task with a finite set of problems, each of which is drawn once before any comes again."""
 

@@ -201,20 +201,25 @@ class PooledTask(LanguageTask):
         Raises:
             DataError: the first problem of the split whose reference cannot be read, so answers cannot be judged.
         """
-        if self.compares and split in self.unjudged:
-            raise DataError(self.unjudged[split] + UNJUDGED)
+        self._check_split(split)
+        self.require(split)
         return super().problems(count, generator, split)
+
+    def require(self, split: str, judged: bool = True) -> None:
+        """Refuses a split without problems, and one that cannot be judged where that is wanted."""
+        if judged and self.compares and split in self.unjudged:
+            raise DataError(self.unjudged[split] + UNJUDGED)
+        if not self._pools[split]:
+            raise ConfigError(
+                f"the pool of {split} problems is empty; raise env.held_out, name a file of held-out problems "
+                "(env.eval_path), or set eval_episodes=0"
+            )
 
     def _draw(self, count: int, generator: torch.Generator, split: str) -> list[Problem]:
         self._check_split(split)
         pool = self._pools[split]
         if split == "train":
             return pool.take(self._visited(count, generator, split, len(pool)))
-        if not pool:
-            raise ConfigError(
-                "the pool of eval problems is empty; raise env.held_out, name a file of held-out problems "
-                "(env.eval_path), or set eval_episodes=0"
-            )
         rounds = -(-count // len(pool))
         order = torch.cat([torch.randperm(len(pool), generator=generator) for _ in range(rounds)])[:count]
         return pool.take(order.tolist())
