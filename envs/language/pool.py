@@ -16,8 +16,8 @@ from tensordict import TensorDict
 
 from unified_rl.envs.language.base import LanguageTask, _hash
 from unified_rl.envs.language.codec import Segment
-from unified_rl.envs.language.epochs import Epochs
 from unified_rl.errors import CheckpointError, ConfigError, DataError
+from unified_rl.rollout.epochs import Epochs
 
 AT_ONCE = 1024
 """Problems that are measured together while a pool is gone through."""

@@ -81,8 +81,8 @@ class Job:
         self.language = self.env.domain == "language"
         if not self.language and self.settings.eval_episodes == 0:
             raise ConfigError(
-                "eval_episodes=0 must be at least 1: nothing need be held out for it in control (eval_every=0 evaluates "
-                "at the end alone); language runs may do without"
+                "eval_episodes=0 must be at least 1 in control, where nothing need be held out for it (eval_every=0 "
+                "evaluates at the end alone); language runs may do without"
             )
         self.gamma: float = DISCOUNTS[self.env.domain] if given is None else given
         self._check_domains()
