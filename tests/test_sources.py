@@ -219,7 +219,7 @@ def test_luffy_trains_from_a_file_of_a_teachers_answers(tmp_path: Path) -> None:
     for _ in range(8):
         trainer.update()
         assert trainer.means.pop()["rollout/joined/teacher"] == 4.0
-    assert job.policy.nll(taught).sum().item() < 0.8 * before
+    assert job.policy.nll(taught).sum().item() < 0.95 * before
 
 
 def test_a_files_answers_are_a_batch_of_their_own(tmp_path: Path) -> None:
