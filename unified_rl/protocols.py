@@ -271,6 +271,10 @@ class EncodesCompletions(Protocol):
 class HasSplits(Protocol):
     """A token task whose splits are finite, and may be empty or hold problems that cannot be judged."""
 
+    def twin(self) -> Any:
+        """The same task with streams of its own."""
+        ...
+
     def require(self, split: str, /, judged: bool) -> None:
         """Refuses a split without problems, and where answers are judged one with a problem that has no reference.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from hashlib import blake2b
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,6 +28,10 @@ Problem = dict[str, Any]
 @runtime_checkable
 class Takes(Protocol):
     """A sequence of problems that makes several of them at once."""
+
+    def outlines(self) -> Iterator[Problem]:
+        """Every problem with what a split needs: its text, ``record`` and ``fault``."""
+        ...
 
     def take(self, numbers: Sequence[int]) -> list[Problem]:
         """Some of them, in the order of ``numbers``."""
@@ -132,7 +137,7 @@ class PooledTask(LanguageTask):
         """Number and problem, and whether the prompt fits."""
         room = self.max_prompt_length - len(self.codec.prefix)
         number = long = 0
-        waiting = iter(problems)
+        waiting = problems.outlines() if isinstance(problems, Takes) else iter(problems)
         while batch := list(islice(waiting, AT_ONCE)):
             for problem, ids in zip(batch, self.codec.encode([problem["text"] for problem in batch]), strict=True):
                 fits = len(ids) <= room
@@ -276,6 +281,13 @@ class PooledTask(LanguageTask):
             for stream, known in self._epochs.items()
         ]
         return {**super().state_dict(), "epochs": [*epochs, *self._waiting], "questions": self._digest()}
+
+    def twin(self) -> Self:
+        """The same task with streams of its own, for evaluation: its file is not gone through again."""
+        out = copy(self)
+        out._epochs, out._waiting = WeakKeyDictionary(), []
+        out._shuffler = torch.Generator().manual_seed(self._shuffler.initial_seed())
+        return out
 
     def _digest(self) -> str:
         """Of the training problems' questions in their order."""

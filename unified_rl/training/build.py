@@ -342,7 +342,7 @@ class Job:
         if count == 0:
             raise ConfigError("this run has eval_episodes=0; say how many prompts or episodes with --episodes N")
         if self.eval_env is None:
-            self.eval_env = self._environment("evaluation", count if self.language else self._copies(count))
+            self.eval_env = self._evaluation_env(count)
         if self.language:
             at_once = (self.cfg.get("rollout") or {}).get("generation_batch")
             told = evaluate_imitation(self.eval_env, self.policy, count) if self._imitates else {}
@@ -353,6 +353,12 @@ class Job:
         greedy, device = self.settings.eval_deterministic, str(self.device)
         with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds the global stream, which training may use
             return evaluate_control(self.eval_env, self.policy, seed, stream, greedy, device, count)
+
+    def _evaluation_env(self, count: int) -> Any:
+        """An environment of its own; a task whose files were gone through shares what was found in them."""
+        if isinstance(self.env, HasSplits):
+            return self.env.twin()
+        return self._environment("evaluation", count if self.language else self._copies(count))
 
     def _copies(self, episodes: int) -> int:
         """Simulations for evaluation: one an episode in batches of our own, else no more than a run trains in."""
