@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = ["farmer", "apples", "sells", "each", "remaining", "baskets", "how", "many", "does", "half", "total", "price", "buys", "then", "twice", "costs", "dollars", "between", "friends", "weeks", "more", "than", "fewer", "together", "what", "is", "the", "of", "and"]  # fmt: skip
+WORDS = """farmer apples sells each remaining baskets how many does half total price buys then twice costs dollars
+between friends weeks more than fewer together what is the of and""".split()
 
 
 def write_file(path: Path, size: int, seed: int = 0) -> int:
