@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import pickle
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -394,3 +396,31 @@ def test_a_resumed_run_goes_on_in_the_middle_of_an_epoch(tmp_path: Path, agent: 
         cut_run(whole, tmp_path / "changed", saves[3])
         with pytest.raises(CheckpointError, match=r"the file of env\.path has changed; put it back"):
             resume(str(tmp_path / "changed"))
+
+
+# ----------------------------------------------------------------------------------------------------- large files
+
+
+def test_what_stays_in_memory_of_a_file_are_numbers(tmp_path: Path, letters: str) -> None:
+    filler = "x" * 4000
+    path = lines(tmp_path / "a.jsonl", *({"prompt": f"{n}+1=", "answer": n, "filler": filler} for n in range(4000)))
+    env = make(path, letters, held_out=0.2, max_prompt_length=8)
+    kept = sum(len(pickle.dumps(side.numbers)) for side in env._pools.values()) + len(pickle.dumps(env._hashes))
+    assert kept < 100_000 < 16e6 < Path(path).stat().st_size
+    peaks = []
+    for _ in range(2):  # the interpreter may enlarge a table of its own meanwhile
+        tracemalloc.start()
+        try:
+            make(path, letters, held_out=0.2, max_prompt_length=8).problems(32, torch.Generator())
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert min(peaks) < 4e6
+
+
+def test_evaluation_does_not_go_through_the_file_again(tmp_path: Path, letters: str) -> None:
+    env = make(numbers(tmp_path / "a.jsonl", 40), letters, held_out=0.3)
+    drawn, stream = env.problems(3, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(0)
+    other = env.twin()
+    assert other._pools is env._pools and [p["text"] for p in other.problems(3, stream)] == [p["text"] for p in drawn]
+    assert env.epoch(stream) is None and other.epoch(stream)

@@ -159,6 +159,69 @@ def test_a_files_answers_join_the_prompts_they_belong_to(tmp_path: Path) -> None
     assert words == f"#### {total}"
 
 
+def test_a_files_log_probs_are_the_behaviours_and_its_rewards_replace_the_environments(tmp_path: Path) -> None:
+    env = sums(tmp_path)
+    known = [problem["record"] for problem in env._pools["train"]]
+    ids = env.encode_completions([" 7"])[0]
+    lines: list[dict[str, Any]] = [
+        {"prompt": known[0], "completion": " 7", "log_probs": [-0.5] * (len(ids) - 1), "r": 0.25},
+        {"question": known[1], "completion": " 7", "log_probs": [-0.5] * (len(ids) - 1) + [-2.0], "r": 3},
+        {"prompt": known[2], "completion": " 7", "completion_ids": ids[:1], "log_probs": [-4.0], "r": 0},
+        {"prompt": known[3], "completion": " 7", "r": 1},
+    ]
+    path = file_of(tmp_path, lines)
+    made = rollout(env, prompts=len(known), sources={"x": ExpertFile(path, per_group=1, reward_key="r")})
+    shown = others(made.collect(0)[0])
+    of = dict(zip(shown["prompt_id"].tolist(), range(len(shown)), strict=True))
+    rows = [shown[of[problem["prompt_id"]]] for problem in env.find_problems(known[:4])]  # type: ignore[index]
+    found = [row["behavior_log_prob"][row["mask"]].tolist() for row in rows]
+    short = [-0.5] * (len(ids) - 1)
+    assert found == [[*short, 0.0], [*short, -2.0], [-4.0, 0.0], [0.0] * len(ids)]
+    assert rows[2]["tokens"][rows[2]["mask"]].tolist() == [ids[0], ids[-1]]
+    assert [float(row["reward"].sum()) for row in rows] == [0.25, 3.0, 0.0, 1.0]
+    lines[0]["log_probs"] = [-0.5] * (len(ids) + 3)
+    with pytest.raises(DataError, match=rf"line 1: {len(ids) + 3} log-probs, .* makes {len(ids)} tokens"):
+        rollout(env, sources={"x": ExpertFile(file_of(tmp_path, lines), rows=2)})
+    lines[0] |= {"log_probs": [-0.5], "completion_ids": [10**6]}
+    with pytest.raises(DataError, match=r"line 1: token 1000000 is beyond the \d+ of the tokenizer"):
+        rollout(env, sources={"x": ExpertFile(file_of(tmp_path, lines), rows=2)})
+
+
+def test_a_batch_of_a_file_takes_each_answer_once_before_any_again(tmp_path: Path) -> None:
+    env = sums(tmp_path)
+    known = [problem["text"] for problem in env._pools["train"]][:5]
+    path = file_of(tmp_path, [{"prompt": one, "completion": f" {n}"} for n, one in enumerate(known)])
+    made = rollout(env, sources={"x": ExpertFile(path, rows=4)})
+    seen = [p for version in range(5) for p in others(made.collect(version)[0])["prompt_id"].tolist()]
+    assert all(len(set(seen[start : start + 5])) == 5 for start in (0, 5, 10, 15))
+    state = made.state_dict()
+    want = made.collect(5)[0]
+    again = rollout(env, sources={"x": ExpertFile(path, rows=4)})
+    again.load_state_dict(state)
+    assert torch.equal(again.collect(5)[0]["tokens"], want["tokens"])
+
+
+def test_luffy_trains_from_a_file_of_a_teachers_answers(tmp_path: Path) -> None:
+    env = sums(tmp_path)
+    lines = [{"prompt": p["record"], "completion": f"#### {p['reference']}"} for p in env._pools["train"]]
+    path, data = file_of(tmp_path, lines), str(tmp_path / "problems.jsonl")
+    source = f"{{_target_: unified_rl.rollout.sources.ExpertFile, path: {path}, per_group: 1}}"
+    run = [
+        "env=jsonl", f"env.path={data}", "env.template='Q {question} A '", "env.max_turn_tokens=12", "env.held_out=0.5",
+        "env.vocabulary_size=280", "recipe=luffy", f"rollout.sources={{demonstrations: null, teacher: {source}}}",
+        "policy=causal_lm_tiny", "rollout.prompts=4", "rollout.group_size=3", "agent.lr=0.01", "steps=96",
+        "eval_episodes=2", "progress=false",
+    ]  # fmt: skip
+    job = Job(resolve_defaults(compose(run)))
+    trainer = job.make_trainer(tmp_path / "run")
+    taught = job.env.demonstrations(8, stream())
+    before = job.policy.nll(taught).sum().item()
+    for _ in range(8):
+        trainer.update()
+        assert trainer.means.pop()["rollout/joined/teacher"] == 4.0
+    assert job.policy.nll(taught).sum().item() < 0.95 * before
+
+
 def test_a_files_answers_are_a_batch_of_their_own(tmp_path: Path) -> None:
     env = sums(tmp_path)
     path = file_of(tmp_path, [{"prompt": env._pools["train"][0]["text"], "answer": "#### 1"}])
@@ -171,16 +234,23 @@ def test_a_files_answers_are_a_batch_of_their_own(tmp_path: Path) -> None:
     ("line", "words"),
     [
         ("{", "answers.jsonl, line 1: not JSON"),
-        ('{"prompt": "a"}', "line 1: expected fields 'prompt' and 'answer'"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "line 1: expected"),
-        ("", "holds no answer"),
+        ('{"prompt": "a"}', "line 1: no field 'completion'; the record has 'prompt'; expected a"),
+        ('{"prompt": "a", "answer": "b", "log_probs": ["x"]}', "line 1: field 'log_probs' is no list of numbers"),
+        ('{"prompt": "a", "answer": "b", "log_probs": [0.1]}', "line 1: field 'log_probs' holds 0.1, and a log-prob"),
+        ('{"prompt": "a", "answer": "b", "completion_ids": [1.5]}', "field 'completion_ids' is no list of token ids"),
+        (
+            '{"prompt": "a", "answer": "b", "r": "high"}',
+            "line 1: field 'r' is no reward: expected a number, got 'high'",
+        ),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "line 1: .*expected a prompt"),
+        ("", "holds no record"),
     ],
 )
 def test_a_line_that_is_no_answer_is_named(line: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text(line)
     with pytest.raises(DataError, match=words):
-        ExpertFile(str(path), rows=1)
+        rollout(sums(tmp_path), sources={"x": ExpertFile(str(path), rows=1, reward_key="r" if '"r"' in line else None)})
 
 
 def test_prompts_of_no_training_problem_are_counted_and_passed_over_only_on_request(tmp_path: Path) -> None:

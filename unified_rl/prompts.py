@@ -40,14 +40,19 @@ class Prompt(NamedTuple):
     said: tuple[Message, ...] = ()
 
     @property
-    def identity(self) -> str:
-        """What makes it the same prompt in every file and under every template: the question, system text aside."""
+    def asked(self) -> str:
+        """The question, system text aside: as it stands where it is one text, else as JSON."""
         asked = [message for message in self.messages if message["role"] != "system"]
         if not asked:
-            return self.text.strip()
+            return self.text
         if len(asked) == 1 and asked[0]["role"] == "user":
-            return str(asked[0]["content"]).strip()
+            return str(asked[0]["content"])
         return json.dumps(asked, sort_keys=True, ensure_ascii=False)
+
+    @property
+    def identity(self) -> str:
+        """What makes it the same prompt in every file and under every template."""
+        return self.asked.strip()
 
 
 def find_prompt(record: Record, key: str | None, where: str) -> Prompt:

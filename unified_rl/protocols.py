@@ -237,6 +237,9 @@ class Solves(Protocol):
 class MatchesPrompts(Protocol):
     """A token task that finds its problems by the text of their prompts, so that answers can come from elsewhere."""
 
+    tokenizer: Any
+    stop_ids: list[int]
+
     def find_problems(self, prompts: Sequence[str]) -> list[dict[str, Any] | None]:
         """The training problem with each prompt, as :meth:`LanguageEnv.problems` gives it; None where there is none."""
         ...
@@ -252,6 +255,33 @@ class HoldsOutAnswers(Protocol):
 
     def held_out_demonstrations(self, count: int, /) -> TensorDict | None:
         """``[count]`` supervised rows at most, the same at every call; None where there are none."""
+        ...
+
+
+@runtime_checkable
+class EncodesCompletions(Protocol):
+    """A token task that knows what nothing may be put before."""
+
+    def encode_completions(self, completions: Sequence[str]) -> list[list[int]]:
+        """Token ids of each completion as it stands, end of text included."""
+        ...
+
+
+@runtime_checkable
+class HasSplits(Protocol):
+    """A token task whose splits are finite, and may be empty or hold problems that cannot be judged."""
+
+    def twin(self) -> Any:
+        """The same task with streams of its own."""
+        ...
+
+    def require(self, split: str, /, judged: bool) -> None:
+        """Refuses a split without problems, and where answers are judged one with a problem that has no reference.
+
+        Raises:
+            ConfigError: there is no problem.
+            DataError: names the first that cannot be judged.
+        """
         ...
 
 

@@ -116,6 +116,8 @@ def open_records(path: str | Path) -> Records:
                 return _Csv(file, source, "\t" if suffix.lower() == ".tsv" else ",")
             stream.seek(0)
             return _Array(file, source) if _first_byte(stream) == b"[" else _Lines(file, source)
+    except (DataError, ConfigError):
+        raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"cannot unpack {file}: {error}") from error
     except (OSError, ValueError) as error:

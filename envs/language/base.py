@@ -297,7 +297,11 @@ class LanguageTask:
 
     def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
         """Token ids of each answer, the end of text included."""
-        return [[*ids, self.codec.end_id] for ids in self.codec.encode(answers)]
+        return self.encode_completions(answers)
+
+    def encode_completions(self, completions: Sequence[str]) -> list[list[int]]:
+        """Token ids of each completion as it stands, the end of text included."""
+        return [[*ids, self.codec.end_id] for ids in self.codec.encode(completions)]
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, overload
@@ -51,6 +52,7 @@ CUT = " ... (cut)"
 VERIFIERS = ("numeric", "last", "math")
 TEMPLATE = "Question: {question}\nAnswer:"
 """The default prompt without a chat template. It ends without a blank: the blank belongs to an answer's first token."""
+_PLAIN = re.compile(r"-?[0-9]{1,15}(?:\.[0-9]{1,15})?")
 MARKED = {"math": "\\boxed{{{}}}", "numeric": "#### {}", "last": "#### {}"}
 """How a reference is written so that each verifier reads it."""
 
@@ -72,6 +74,11 @@ class FileProblems(Sequence[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for where, record in self.records:
             yield self.task.problem_of(record, where)
+
+    def outlines(self) -> Iterator[dict[str, Any]]:
+        """Every problem without its solution and further columns, which a split does not need."""
+        for where, record in self.records:
+            yield self.task.outline_of(record, where)
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -256,16 +263,26 @@ class JsonlProblems(PooledTask):
     def problem_of(self, record: Record, where: str) -> dict[str, Any]:
         """The problem that a record holds; its ``fault`` says why answers to it cannot be judged, where that is so."""
         prompt = find_prompt(record, self._keys[0], where)
+        problem = self._outline(record, prompt, where)
+        said = self._said(record, prompt, problem, where)
+        problem["columns"] = other_columns(record)
+        return problem if said is None else {**problem, "solution": said}
+
+    def outline_of(self, record: Record, where: str) -> dict[str, Any]:
+        """As :meth:`problem_of`, without what is imitated and the further columns."""
+        find_completion(record, self._keys[2], where)
+        return self._outline(record, find_prompt(record, self._keys[0], where), where)
+
+    def _outline(self, record: Record, prompt: Prompt, where: str) -> dict[str, Any]:
         messages = self._messages(prompt)
         text = self._question(prompt) if messages is None else self._rendered(messages, where)
         reference, fault = self._reference(record, prompt, where)
-        said = self._said(record, prompt, messages, text, reference, where)
-        problem = {"text": text, "record": prompt.identity, "reference": reference, "columns": other_columns(record)}
+        problem = {"text": text, "record": prompt.identity, "reference": reference}
         if messages is not None:
             problem["messages"] = messages
-        if said is not None:
-            problem["solution"] = said
-        return problem if fault is None else {**problem, "fault": fault}
+        if fault is not None:
+            problem["fault"] = fault
+        return problem
 
     def _question(self, prompt: Prompt) -> str:
         own = "{question}" if prompt.column == "prompt" or self._wraps else TEMPLATE
@@ -298,7 +315,7 @@ class JsonlProblems(PooledTask):
             reference = worked.rpartition("####")[2].strip()
             if "####" not in worked and key not in ("answer", self._keys[1]):
                 reference = marked_answer(worked) or reference
-            if not reference or (self.verifier != "math" and parse_number(reference) is None):
+            if not reference or (self.verifier != "math" and not _is_number(reference)):
                 wanted = "an answer" if self.verifier == "math" else "a number"
                 raise DataError(
                     f"{where}: field {key or prompt.column!r} holds no reference: expected {wanted}, got {worked!r:.80}"
@@ -316,16 +333,9 @@ class JsonlProblems(PooledTask):
             return str(messages_of(record[key], f"{where}: field {key!r}")[-1]["content"])
         return field(record, key or ANSWERS[0], where)
 
-    def _said(
-        self,
-        record: Record,
-        prompt: Prompt,
-        messages: list[Message] | None,
-        text: str,
-        reference: str | None,
-        where: str,
-    ) -> str | None:
+    def _said(self, record: Record, prompt: Prompt, problem: dict[str, Any], where: str) -> str | None:
         """What a demonstration says behind the prompt; None where the record does not tell."""
+        messages = problem.get("messages")
         found = find_completion(record, self._keys[2], where)
         if found is None and prompt.said:
             found = list(prompt.said)
@@ -345,8 +355,8 @@ class JsonlProblems(PooledTask):
             return None
         if not worked:
             return None
-        solution = self._solution(worked, reference)
-        return solution if messages is not None else _led(solution, text)
+        solution = self._solution(worked, problem["reference"])
+        return solution if messages is not None else _led(solution, problem["text"])
 
     def _solution(self, worked: str, reference: str | None) -> str:
         """``worked`` without calculation marks, ending in the form that the verifier reads."""
@@ -417,6 +427,10 @@ class JsonlProblems(PooledTask):
         score, failed = self._verify(problem["reference"], text)
         right = score >= 1.0
         return Verdict(float(right), correct=right, info={"scorer_error": float(failed)})
+
+
+def _is_number(text: str) -> bool:
+    return _PLAIN.fullmatch(text) is not None or parse_number(text) is not None
 
 
 def _led(answer: str, prompt: str) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from hashlib import blake2b
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,8 +17,8 @@ from tensordict import TensorDict
 
 from unified_rl.envs.language.base import LanguageTask, _hash
 from unified_rl.envs.language.codec import Segment
-from unified_rl.envs.language.epochs import Epochs
 from unified_rl.errors import CheckpointError, ConfigError, DataError
+from unified_rl.rollout.epochs import Epochs
 
 AT_ONCE = 1024
 """Problems that are measured together while a pool is gone through."""
@@ -27,6 +28,10 @@ Problem = dict[str, Any]
 @runtime_checkable
 class Takes(Protocol):
     """A sequence of problems that makes several of them at once."""
+
+    def outlines(self) -> Iterator[Problem]:
+        """Every problem with what a split needs: its text, ``record`` and ``fault``."""
+        ...
 
     def take(self, numbers: Sequence[int]) -> list[Problem]:
         """Some of them, in the order of ``numbers``."""
@@ -132,7 +137,7 @@ class PooledTask(LanguageTask):
         """Number and problem, and whether the prompt fits."""
         room = self.max_prompt_length - len(self.codec.prefix)
         number = long = 0
-        waiting = iter(problems)
+        waiting = problems.outlines() if isinstance(problems, Takes) else iter(problems)
         while batch := list(islice(waiting, AT_ONCE)):
             for problem, ids in zip(batch, self.codec.encode([problem["text"] for problem in batch]), strict=True):
                 fits = len(ids) <= room
@@ -201,20 +206,25 @@ class PooledTask(LanguageTask):
         Raises:
             DataError: the first problem of the split whose reference cannot be read, so answers cannot be judged.
         """
-        if self.compares and split in self.unjudged:
-            raise DataError(self.unjudged[split] + UNJUDGED)
+        self._check_split(split)
+        self.require(split)
         return super().problems(count, generator, split)
+
+    def require(self, split: str, judged: bool = True) -> None:
+        """Refuses a split without problems, and one that cannot be judged where that is wanted."""
+        if judged and self.compares and split in self.unjudged:
+            raise DataError(self.unjudged[split] + UNJUDGED)
+        if not self._pools[split]:
+            raise ConfigError(
+                f"the pool of {split} problems is empty; raise env.held_out, name a file of held-out problems "
+                "(env.eval_path), or set eval_episodes=0"
+            )
 
     def _draw(self, count: int, generator: torch.Generator, split: str) -> list[Problem]:
         self._check_split(split)
         pool = self._pools[split]
         if split == "train":
             return pool.take(self._visited(count, generator, split, len(pool)))
-        if not pool:
-            raise ConfigError(
-                "the pool of eval problems is empty; raise env.held_out, name a file of held-out problems "
-                "(env.eval_path), or set eval_episodes=0"
-            )
         rounds = -(-count // len(pool))
         order = torch.cat([torch.randperm(len(pool), generator=generator) for _ in range(rounds)])[:count]
         return pool.take(order.tolist())
@@ -271,6 +281,13 @@ class PooledTask(LanguageTask):
             for stream, known in self._epochs.items()
         ]
         return {**super().state_dict(), "epochs": [*epochs, *self._waiting], "questions": self._digest()}
+
+    def twin(self) -> Self:
+        """The same task with streams of its own, for evaluation: its file is not gone through again."""
+        out = copy(self)
+        out._epochs, out._waiting = WeakKeyDictionary(), []
+        out._shuffler = torch.Generator().manual_seed(self._shuffler.initial_seed())
+        return out
 
     def _digest(self) -> str:
         """Of the training problems' questions in their order."""

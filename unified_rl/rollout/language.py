@@ -48,7 +48,8 @@ class LanguageRollout:
         prompts: problems of one call of :meth:`collect`.
         group_size: samples of each problem; they share a ``group``.
         staleness: as in :class:`~unified_rl.rollout.control.ControlRollout`.
-        sources: rows of others by name, see :mod:`unified_rl.rollout.sources`; budgets do not count them.
+        sources: rows of others by name, see :mod:`unified_rl.rollout.sources`; budgets do not count them, and null
+            takes one of a recipe's out.
         context: what is sampled again, and after which tokens, see :mod:`unified_rl.rollout.context`; budgets do not
             count what it samples.
         columns: further entries of the record, made of the environment's own numbers: a name gives ``[B]`` int64, a
@@ -80,7 +81,7 @@ class LanguageRollout:
         prompts: Count = 32,
         group_size: Count = 8,
         staleness: Whole = 0,
-        sources: dict[str, RowSource] | None = None,
+        sources: dict[str, RowSource | None] | None = None,
         context: Context | None = None,
         columns: dict[str, str | list[str]] | None = None,
         privileged: str | None = None,
@@ -98,7 +99,7 @@ class LanguageRollout:
         if self.context is not None:
             _require_part(self.context, "rollout.context", "unified_rl.rollout.context.Hints")
             self.context.check(env, "rollout.context")
-        self.sources = dict(sources or {})
+        self.sources = {name: source for name, source in (sources or {}).items() if source is not None}
         for name, source in self.sources.items():
             _require_part(source, f"rollout.sources.{name}", "unified_rl.rollout.sources.Demonstrations")
             source.check(env, policy, f"rollout.sources.{name}")

@@ -18,7 +18,14 @@ from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
 from unified_rl.interop.guard import one_line
 from unified_rl.policies.pretrained import tokenizer_folder
-from unified_rl.protocols import ChecksIdentity, ChecksReplay, Demonstrates, EndsPretraining, Rewarded
+from unified_rl.protocols import (
+    ChecksIdentity,
+    ChecksReplay,
+    Demonstrates,
+    EndsPretraining,
+    HasSplits,
+    Rewarded,
+)
 from unified_rl.replay import WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
 from unified_rl.rollout.feed import LocalFeed
@@ -80,6 +87,11 @@ class Job:
         self.rewards = self._rewards()
         self.env = self._environment("env", self._num_envs())
         self.language = self.env.domain == "language"
+        if not self.language and self.settings.eval_episodes == 0:
+            raise ConfigError(
+                "eval_episodes=0 must be at least 1 in control, where nothing need be held out for it (eval_every=0 "
+                "evaluates at the end alone); language runs may do without"
+            )
         self.gamma: float = DISCOUNTS[self.env.domain] if given is None else given
         self._check_domains()
         self.eval_env: Any = None
@@ -257,6 +269,7 @@ class Job:
 
     def _collecting(self, policy: Any) -> tuple[Any, Any, Any]:
         """Rollout, agent and replay, checked against one another; what a rehearsal made is taken up."""
+        self._check_problems()
         rollout, replay = self._waiting or (self.make_rollout(), None)
         check_rows(self.row_size, rollout.rows, rollout.length, self._default)
         agent = self._agent(
@@ -281,6 +294,19 @@ class Job:
         refuse_idle_terms(agent, rollout, replay)
         check_rollout(agent, rollout, replay)
         return rollout, agent, replay
+
+    @property
+    def _imitates(self) -> bool:
+        """Whether the agent learns what it is shown, so that rows need no reward."""
+        return "correction" not in self._parameters(self.cfg["agent"])[0]
+
+    def _check_problems(self) -> None:
+        """Raises ConfigError where a split that the run needs is empty, DataError where it cannot be judged."""
+        if isinstance(self.env, HasSplits):
+            if not self._imitates:
+                self.env.require("train", judged=True)
+            if self.settings.eval_episodes:
+                self.env.require("eval", judged=not self._imitates)
 
     def _rehearse(self) -> None:
         """Builds what comes after a warm start, so that it refuses before one is made; the agent's policy is a copy."""
@@ -360,18 +386,23 @@ class Job:
         if count == 0:
             raise ConfigError("this run has eval_episodes=0; say how many prompts or episodes with --episodes N")
         if self.eval_env is None:
-            self.eval_env = self._environment("evaluation", count if self.language else self._copies(count))
+            self.eval_env = self._evaluation_env(count)
         if self.language:
             at_once = (self.cfg.get("rollout") or {}).get("generation_batch")
-            imitates = "correction" not in self._parameters(self.cfg["agent"])[0]
-            told = evaluate_imitation(self.eval_env, self.policy, count) if imitates else {}
-            if imitates and told and "eval" in getattr(self.eval_env, "unjudged", {}):
+            told = evaluate_imitation(self.eval_env, self.policy, count) if self._imitates else {}
+            if told and "eval" in getattr(self.eval_env, "unjudged", {}):
                 return {"eval/score": -told["eval/nll"], **told}  # free text: nothing tells right from wrong
             return {**evaluate_language(self.eval_env, self.policy, count, seed, at_once), **told}
         stream = generator(self.seed, "evaluation", self.device)
         greedy, device = self.settings.eval_deterministic, str(self.device)
         with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds the global stream, which training may use
             return evaluate_control(self.eval_env, self.policy, seed, stream, greedy, device, count)
+
+    def _evaluation_env(self, count: int) -> Any:
+        """An environment of its own; a task whose files were gone through shares what was found in them."""
+        if isinstance(self.env, HasSplits):
+            return self.env.twin()
+        return self._environment("evaluation", count if self.language else self._copies(count))
 
     def _copies(self, episodes: int) -> int:
         """Simulations for evaluation: one an episode in batches of our own, else no more than a run trains in."""
@@ -385,7 +416,7 @@ class Job:
         if not node:
             return
         self._imitate(build(node, allow=self.allow, setting="warm_start"), report)
-        if "correction" in self._parameters(self.cfg["agent"])[0] and isinstance(self.policy, EndsPretraining):
+        if not self._imitates and isinstance(self.policy, EndsPretraining):
             self.policy.end_pretraining()  # as the agent will, so that the policy is the one that it begins with
 
     def _imitate(self, stage: Any, report: Callable[..., None]) -> None:

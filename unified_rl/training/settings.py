@@ -24,7 +24,8 @@ class TrainSettings:
         run_dir: the run folder itself, overriding ``runs`` and ``name``.
         resume_existing: continue an unfinished run that ``run_dir`` holds instead of refusing it.
         eval_every: steps between evaluations; by default a twentieth of ``steps``; 0 evaluates at the end only.
-        eval_episodes: held-out episodes (control) or prompts (language) of one evaluation; 0 evaluates nothing.
+        eval_episodes: held-out episodes (control) or prompts (language) of one evaluation; 0 (language)
+            evaluates nothing.
         eval_deterministic: control: evaluate the policy without its sampling noise.
         log_every: steps between logged rows; by default a two-hundredth of ``steps``.
         checkpoint_every: steps between checkpoints; by default a fifth of ``steps``; 0 keeps the final one only.

@@ -17,18 +17,33 @@ from unified_rl.units import COUNTED, Source
 
 
 class Recited:
-    """A policy that says given answers; their probability under whoever wrote them is unknown, and written as 1."""
+    """A policy that says given answers.
 
-    def __init__(self, answers: Sequence[Sequence[int]], pad_id: int) -> None:
-        self.answers, self.pad_id = answers, pad_id
+    Args:
+        answers: token ids.
+        pad_id: of the tokenizer.
+        log_probs: of these tokens under whoever wrote them; where they are unknown, they are written as 0.
+    """
 
-    def generate(self, prompts: Any, *, max_new_tokens: int, **unused: Any) -> Generation:
-        """The answers, as if sampled with log-prob 0."""
-        length = torch.tensor([len(answer) for answer in self.answers])
-        tokens = torch.full((len(self.answers), max_new_tokens), self.pad_id)
-        for row, answer in zip(tokens, self.answers, strict=True):
+    def __init__(
+        self, answers: Sequence[Sequence[int]], pad_id: int, log_probs: Sequence[Sequence[float]] | None = None
+    ) -> None:
+        self.answers, self.pad_id, self.log_probs = answers, pad_id, log_probs
+        self._at = 0
+
+    def generate(self, prompts: Sequence[Any], *, max_new_tokens: int, **unused: Any) -> Generation:
+        """The answers in their order, as if sampled; so many at a call as there are prompts."""
+        rows = slice(self._at, self._at + len(prompts))
+        self._at = rows.stop
+        answers = self.answers[rows]
+        length = torch.tensor([len(answer) for answer in answers])
+        tokens = torch.full((len(answers), max_new_tokens), self.pad_id)
+        log_prob = torch.zeros(tokens.shape)
+        for row, answer in zip(tokens, answers, strict=True):
             row[: len(answer)] = torch.tensor(answer)
-        return Generation(tokens, torch.zeros(tokens.shape), length, torch.ones(len(length), dtype=torch.bool))
+        for row, known in zip(log_prob, () if self.log_probs is None else self.log_probs[rows], strict=False):
+            row[: len(known)] = torch.tensor(known)
+        return Generation(tokens, log_prob, length, torch.ones(len(length), dtype=torch.bool))
 
 
 class Request(NamedTuple):
@@ -56,16 +71,23 @@ class Request(NamedTuple):
     new_groups: Callable[[int], Tensor]
 
     def recite(
-        self, problems: Problems, answers: Sequence[Sequence[int]], groups: Tensor | None, source: Source
+        self,
+        problems: Problems,
+        answers: Sequence[Sequence[int]],
+        groups: Tensor | None,
+        source: Source,
+        log_probs: Sequence[Sequence[float]] | None = None,
     ) -> TensorDict | None:
         """Rows ``[B]`` of given answers (token ids), as the environment judges them; those that fit its budget.
 
-        Answers that are empty or longer than a turn are left out; None where none is left.
+        Answers that are empty or longer than a turn are left out; None where none is left. Log-probs that are not
+        given are written as 0.
         """
         kept = [row for row, answer in enumerate(answers) if 0 < len(answer) <= self.env.max_turn_tokens]
         if not kept:
             return None
-        said = Recited([answers[row] for row in kept], self.env.tokenizer.pad_token_id)
+        known = None if log_probs is None else [log_probs[row] for row in kept]
+        said = Recited([answers[row] for row in kept], self.env.tokenizer.pad_token_id, known)
         return self.judge(said, [problems[row] for row in kept], None if groups is None else groups[kept], source)
 
 

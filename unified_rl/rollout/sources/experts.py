@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from unified_rl.configurable import configurable
-from unified_rl.errors import ConfigError
+from unified_rl.errors import CheckpointError, ConfigError, DataError
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.generation import Generation
-from unified_rl.protocols import Generates, LanguageEnv, LanguagePolicy, MatchesPrompts, Solves, require_solutions
+from unified_rl.protocols import (
+    EncodesCompletions,
+    Generates,
+    LanguageEnv,
+    LanguagePolicy,
+    MatchesPrompts,
+    Solves,
+    require_solutions,
+)
 from unified_rl.ranges import Positive, Whole, ranged
-from unified_rl.rollout.sources.answers import read_answers
+from unified_rl.rollout.conversation import Problems
+from unified_rl.rollout.epochs import Epochs
+from unified_rl.rollout.sources.answers import Answer, Answers
 from unified_rl.rollout.sources.base import Joining, Request, require_one_turn
 from unified_rl.units import Source
+
+AT_ONCE = 1024
+"""Answers that are matched together while a file is gone through."""
 
 
 @configurable
@@ -55,64 +72,145 @@ class Demonstrations(Joining):
 @configurable
 @ranged()
 class ExpertFile(Joining):
-    """Answers by prompt from a JSON-lines file, source :attr:`~unified_rl.units.Source.EXPERT`.
+    """Answers of somebody else by prompt, source :attr:`~unified_rl.units.Source.EXPERT`.
 
     Args:
-        path: the file; each line an object with ``prompt`` and ``answer``, or with ``messages``, whose last two are of
-            roles ``user`` and ``assistant``.
+        path: JSON lines, CSV, Parquet, or a folder that ``datasets`` wrote. A record has a prompt (``prompt``,
+            ``question``, or ``messages`` up to the assistant's last) and what was said (``completion`` word for word,
+            ``answer``, or that last message). ``log_probs`` are those of its tokens under whoever said it, with or
+            without that of the end of the turn, which is written as 0 where it is missing; without them all are 0, as
+            if nothing else could have been said. ``completion_ids`` are its tokens, where they are not to be guessed.
         per_group: answers for each prompt of the collection that the file knows; they join its group.
-        rows: instead: lines drawn at random, as a batch of their own.
-        partial: pass over lines whose prompt is no training problem of the task (held-out ones, for example); they
+        rows: instead: records as a batch of their own, each once before any comes again.
+        partial: pass over records whose prompt is no training problem of the task (held-out ones, for example); they
             are refused otherwise.
+        reward_key: a column of rewards that stand in the place of the environment's.
 
     Raises:
         ConfigError: not exactly one of ``per_group`` and ``rows``.
-        DataError: a line that cannot be read.
+        DataError: a file that cannot be read.
     """
 
-    def __init__(self, path: str, per_group: Whole = 0, rows: Whole = 0, partial: bool = False) -> None:
+    def __init__(
+        self,
+        path: str,
+        per_group: Whole = 0,
+        rows: Whole = 0,
+        partial: bool = False,
+        reward_key: str | None = None,
+    ) -> None:
         super().__init__(per_group, rows)
         self.path, self.partial = path, partial
-        self.lines = read_answers(path)
+        self.answers = Answers(path, reward_key)
 
     def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
-        """Finds every line's problem in the task.
+        """Finds every record's problem in the task, in one pass over the file; only numbers are kept.
 
         Raises:
             ConfigError: the task cannot match prompts, a prompt is no training problem, or no answer fits.
+            DataError: a record that cannot be read, or log-probs of another tokenizer.
         """
-        task = _require_matching(env, setting)
+        self._task = _require_matching(env, setting)
         require_one_turn(env, setting)
-        found = task.find_problems([line.prompt for line in self.lines])
-        lost = [line for line, problem in zip(self.lines, found, strict=True) if problem is None]
-        if lost and (len(lost) == len(self.lines) or not self.partial):
-            fix = "the file is of another task" if len(lost) == len(self.lines) else f"set {setting}.partial=true"
+        self._known, self._by_prompt = array("q"), {}
+        self._named_otherwise: dict[int, dict[str, Any]] = {}
+        count, lost, first = 0, 0, ""
+        waiting = iter(self.answers)
+        while batch := list(islice(waiting, AT_ONCE)):
+            spoken = self._spoken(batch)
+            for answer, problem, (ids, _) in zip(batch, self._problems(batch), spoken, strict=True):
+                if problem is None:
+                    lost, first = lost + 1, first or answer.where
+                elif len(ids) <= env.max_turn_tokens:
+                    self._known.append(count)
+                    self._by_prompt.setdefault(problem["prompt_id"], array("q")).append(count)
+                    if problem.get("record") != answer.prompt.strip():
+                        self._named_otherwise[count] = problem
+                count += 1
+        if lost and (lost == count or not self.partial):
+            fix = "the file is of another task" if lost == count else f"set {setting}.partial=true"
             raise ConfigError(
-                f"{setting}: {len(lost)} of {len(self.lines)} prompts are no training problems of the task, the first "
-                f"in {lost[0].where}; {fix}"
+                f"{setting}: {lost} of {count} prompts are no training problems of the task, the first in {first}; "
+                f"{fix}"
             )
-        answers = task.encode_answers([line.answer for line in self.lines])
-        known = [(problem, ids) for problem, ids in zip(found, answers, strict=True) if problem is not None]
-        self._known = [pair for pair in known if len(pair[1]) <= env.max_turn_tokens]
         if not self._known:
             raise ConfigError(f"{setting}: no answer of {self.path} fits env.max_turn_tokens={env.max_turn_tokens}")
-        self._by_prompt: dict[int, list[list[int]]] = {}
-        for problem, ids in self._known:
-            self._by_prompt.setdefault(problem["prompt_id"], []).append(ids)
+        self._epochs = Epochs(len(self._known))
+
+    def _problems(self, answers: Sequence[Answer]) -> list[dict[str, Any] | None]:
+        return self._task.find_problems([answer.prompt for answer in answers])
+
+    def _spoken(self, answers: Sequence[Answer]) -> list[tuple[list[int], list[float]]]:
+        """Tokens and log-probs of each answer, the end of the turn included."""
+        task = self._task
+        given = [answer.answer for answer in answers]
+        exact = task.encode_completions(given) if isinstance(task, EncodesCompletions) else task.encode_answers(given)
+        led = task.encode_answers(given)
+        encoded = [one if answer.verbatim else two for answer, one, two in zip(answers, exact, led, strict=True)]
+        return [self._measured(answer, ids) for answer, ids in zip(answers, encoded, strict=True)]
+
+    def _measured(self, answer: Answer, encoded: list[int]) -> tuple[list[int], list[float]]:
+        ids = encoded
+        if answer.ids is not None:
+            size = len(self._task.tokenizer)
+            if max(answer.ids) >= size:
+                raise DataError(f"{answer.where}: token {max(answer.ids)} is beyond the {size} of the tokenizer")
+            ends = set(self._task.stop_ids)
+            ids = [*answer.ids] if answer.ids[-1] in ends else [*answer.ids, encoded[-1]]
+        if answer.log_probs is None:
+            return ids, [0.0] * len(ids)
+        missing = len(ids) - len(answer.log_probs)
+        if missing not in (0, 1):
+            raise DataError(
+                f"{answer.where}: {len(answer.log_probs)} log-probs, and the task's tokenizer makes {len(ids)} tokens "
+                "of the answer, the end of the turn included; give its tokens too, as completion_ids"
+            )
+        return ids, [*answer.log_probs, *([0.0] * missing)]
 
     def rows(self, request: Request) -> TensorDict | None:
-        """Answers to the collection's prompts, or lines drawn at random."""
+        """Answers to the collection's prompts, or records in a shuffled order."""
         if not self.joins:
-            chosen = torch.randint(len(self._known), (self.batch,), generator=request.generator).tolist()
-            pairs = [self._known[row] for row in chosen]
-            return request.recite([p for p, _ in pairs], [ids for _, ids in pairs], None, Source.EXPERT)
-        problems, answers, groups = [], [], []
+            numbers = [self._known[place] for place in self._epochs.draw(self.batch, request.generator)]
+            answers = self.answers.read(numbers)
+            found = self._problems(answers)
+            known = [self._named_otherwise.get(n, problem) for n, problem in zip(numbers, found, strict=True)]
+            return self._recited(request, [p for p in known if p is not None], answers, None)
+        problems, wanted, groups = [], [], []
         for problem, group in zip(request.problems, request.groups.tolist(), strict=True):
-            for ids in self._by_prompt.get(problem["prompt_id"], [])[: self.per_group]:
+            for number in self._by_prompt.get(problem["prompt_id"], array("q"))[: self.per_group]:
                 problems.append(problem)
-                answers.append(ids)
+                wanted.append(number)
                 groups.append(group)
-        return request.recite(problems, answers, torch.tensor(groups, dtype=torch.int64), Source.EXPERT)
+        return self._recited(request, problems, self.answers.read(wanted), torch.tensor(groups, dtype=torch.int64))
+
+    def _recited(
+        self, request: Request, problems: Problems, answers: Sequence[Answer], groups: Tensor | None
+    ) -> TensorDict | None:
+        spoken = self._spoken(answers)
+        ids, log_probs = [ids for ids, _ in spoken], [log_probs for _, log_probs in spoken]
+        rows = request.recite(problems, ids, groups, Source.EXPERT, log_probs)
+        if rows is not None and self.answers.reward_key is not None:
+            rows["reward"] = torch.tensor([[answer.reward] for answer in answers], dtype=torch.float32)
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the order of a batch's records stands."""
+        return {"epochs": self._epochs.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: the file holds another number of answers than it did.
+        """
+        if "epochs" not in state:  # of a version that drew with replacement
+            return
+        if state["epochs"]["size"] != len(self._known):
+            raise CheckpointError(
+                f"{self.path} holds {len(self._known)} answers that can be used, and held {state['epochs']['size']} "
+                "when the run began: put the file back"
+            )
+        self._epochs = Epochs.restored(state["epochs"], drop_last=False)
 
 
 @configurable
