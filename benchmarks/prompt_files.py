@@ -16,47 +16,18 @@ import tempfile
 import time
 from pathlib import Path
 
-WORDS = [
-    "farmer",
-    "apples",
-    "sells",
-    "each",
-    "remaining",
-    "baskets",
-    "how",
-    "many",
-    "does",
-    "half",
-    "total",
-    "price",
-    "buys",
-    "then",
-    "twice",
-    "costs",
-    "dollars",
-    "between",
-    "friends",
-    "weeks",
-    "more",
-    "than",
-    "fewer",
-    "together",
-    "what",
-    "is",
-    "the",
-    "of",
-    "and",
-]
+TEXT = """farmer apples sells each remaining baskets how many does half total price buys then twice costs dollars
+between friends weeks more than fewer together what is the of and"""
 
 
 def write_file(path: Path, size: int, seed: int = 0) -> int:
     """Writes records until ``size`` bytes; returns their number."""
-    draw, count = random.Random(seed), 0
+    draw, count, words = random.Random(seed), 0, TEXT.split()
     with path.open("w") as file:
         while file.tell() < size:
             block = []
             for _ in range(1000):
-                asked, worked = (" ".join(draw.choices(WORDS, k=k)) for k in (40, 150))
+                asked, worked = (" ".join(draw.choices(words, k=k)) for k in (40, 150))
                 answer = draw.randrange(1000)
                 block.append(json.dumps({"question": f"{count} {asked}?", "answer": f"{worked}\n#### {answer}"}))
                 count += 1
