@@ -15,7 +15,7 @@ import unified_rl as ur
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import Calculator, ChainMod, JsonlProblems
 from unified_rl.envs.language.rewards import Rewards
-from unified_rl.errors import ConfigError, RolloutError
+from unified_rl.errors import ConfigError, DataError, RolloutError
 from unified_rl.training.checkpoint import checkpoints
 from unified_rl.training.metrics import read_metrics
 from unified_rl.training.run import Job, train
@@ -198,6 +198,29 @@ def test_conversations_of_several_turns_are_scored_when_they_end_with_what_was_s
     result = env.respond([row], [[first, last]], torch.tensor([True]))
     assert module.SEEN[-1]["completions"] == ["C:1+2;R:3;A:3;"]
     assert result.reward.tolist() == [2.0] and bool(result.done[0])
+
+
+def test_references_that_the_verifier_cannot_read_are_for_functions(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"town {i}"}) + "\n" for i in range(20)))
+    env = JsonlProblems(str(file), vocabulary_size=270)
+    with pytest.raises(DataError, match="expected a number, got 'town"):
+        env.problems(1, torch.Generator())
+    env.reward_with(Rewards(["exact", "numeric"]))
+    row = env.problems(1, torch.Generator().manual_seed(0))[0]
+    result = answer(env, [str(row["columns"]["answer"]), "town x"], [row, row])
+    assert told(env, result, "exact") == [1.0, 0.0] and bool(result.info["rewards/numeric"].isnan().all())
+    assert result.reward.tolist() == [1.0, 0.0] and result.info["correct"].tolist() == [0.0, 0.0]
+
+
+def test_rows_of_sources_are_rewarded_too(module: Any) -> None:
+    shown = "rollout.sources={shown: {_target_: unified_rl.rollout.sources.Demonstrations, per_group: 1}}"
+    given = [*settings("reward=[task, own_rewards:length]", shown, "env.truncated=mask")]
+    job = Job(resolve_defaults(compose(given, allow=["own_rewards"]), allow=["own_rewards"]), ["own_rewards"])
+    rows, _ = job.make_rollout().collect(0)
+    joined = rows[rows["source"] != 0]
+    assert len(joined) == 4 and bool(joined["counted"].all()) and joined["rewards"][:, 0].tolist() == [1.0] * 4
+    assert torch.allclose(joined["rewards"].sum(-1), joined["reward"].sum(-1))
 
 
 # ---------------------------------------------------------------------------------------------- cut answers

@@ -132,6 +132,29 @@ def test_schemas_are_in_the_prompt_and_results_come_back_as_the_template_says(
     assert bool(result.done[0]) and float(result.reward[0]) == 1.0
 
 
+def test_a_cut_turn_calls_nothing_and_the_last_turn_answers(module: Any, folder: str, file: str) -> None:
+    calls: list[int] = []
+
+    def count(a: int) -> int:
+        """Counts calls.
+
+        Args:
+            a: Anything.
+        """
+        calls.append(a)
+        return a
+
+    settings: Any = {"chat": True, "verifier": "last", "max_prompt_length": 600, "max_turns": 2, "truncated": "score"}
+    env = JsonlProblems(file, tokenizer=folder, tools=[count], **settings)
+    problem = {**env.problems(1, stream())[0], "reference": "7"}
+    turn = said(env, call("count", a=7))
+    cut = env.respond([problem], [[turn]], torch.tensor([False]))
+    assert not calls and bool(cut.info["truncated"][0])
+    assert not bool(env.respond([problem], [[turn]], torch.tensor([True])).done[0]) and calls == [7]
+    last = env.respond([problem], [[turn, turn]], torch.tensor([True]))
+    assert bool(last.done[0]) and calls == [7]
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [

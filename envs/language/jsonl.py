@@ -386,6 +386,12 @@ class JsonlProblems(PooledTask):
     # Judging
 
     reply_role = "tool"
+    _cut = False
+    """Whether the turn that is being judged ran out of its budget: no tool is called from it."""
+
+    def _verdict(self, problem: dict[str, Any], said: list[list[int]], complete: bool, row: int) -> Verdict:
+        self._cut = not complete
+        return super()._verdict(problem, said, complete, row)
 
     def _called(self, calls: list[Asked]) -> Verdict:
         """The results of a turn's calls; those for which there is no room are not made."""
@@ -420,7 +426,8 @@ class JsonlProblems(PooledTask):
             self._math.renew()
 
     def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:
-        if self._tools is not None and turn < self.max_turns and (calls := self._tools.calls(text)):
+        goes_on = turn < self.max_turns and not self._cut
+        if self._tools is not None and goes_on and (calls := self._tools.calls(text)):
             return self._called(calls)
         if problem["reference"] is None:  # reward functions judge, and what is correct is unknown
             return Verdict(info={"scorer_error": 0.0})
