@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,9 @@ def bad(completions):
     if any("x" in c for c in completions):
         raise ValueError("no x,\\nplease")
     return [1.0] * len(completions)
+
+async def never(completions):
+    await asyncio.sleep(60)
 
 def flaky(completions):
     SEEN.append(len(completions))
@@ -180,8 +186,6 @@ def test_special_tokens_are_seen_on_request(module: Any) -> None:
 
 
 def test_asynchronous_functions_run_together(module: Any) -> None:
-    import time
-
     env = task(own("slow_one", "slow_two"))
     began = time.monotonic()
     assert answer(env, [">1"]).reward.tolist() == [3.0]
@@ -295,6 +299,39 @@ def test_a_function_that_fails_is_named_with_its_row_or_the_row_is_left_out(
     judge.rewards.close()
 
 
+@pytest.mark.parametrize("name", ["hangs", "never"])
+def test_a_call_that_hangs_is_given_up_in_other_threads_and_event_loops_too(module: Any, name: str) -> None:
+    env = task(own(name, retries=0, seconds=0.3))
+    env.codec.decode_all = lambda ids, skip=True: ["x"] * len(ids)  # type: ignore[method-assign]
+
+    async def inside() -> Any:
+        return answer(env, [">1"])
+
+    for call in (lambda: answer(env, [">1"]), lambda: asyncio.run(inside())):
+        with ThreadPoolExecutor(1) as threads:
+            began = time.monotonic()
+            with pytest.raises(RolloutError, match=r"has not returned after 0\.3 s on row 0"):
+                threads.submit(call).result()
+            assert time.monotonic() - began < 10
+
+
+def test_closing_does_not_wait_for_a_call_that_hangs(module: Any) -> None:
+    rewards = own("hangs", retries=0, seconds=100.0, workers=1)
+    env = task(rewards)
+    env.codec.decode_all = lambda ids, skip=True: ["x"] * len(ids)  # type: ignore[method-assign]
+    row = problem(env)
+    with ThreadPoolExecutor(1) as threads:
+        under_way = threads.submit(answer, env, [">1"], [row])
+        while rewards._pool is None or rewards._pool.workers[0]._process is None:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        began = time.monotonic()
+        rewards.close()
+        assert time.monotonic() - began < 10
+        with pytest.raises(Exception, match=r"signal SIGKILL|cannot schedule"):
+            under_way.result()
+
+
 def test_a_call_is_tried_again(module: Any) -> None:
     env = task(own("flaky", retries=1))
     assert answer(env, [">1", ">2"]).reward.tolist() == [1.0, 1.0] and module.SEEN == [2, 2]
@@ -405,6 +442,14 @@ def test_a_run_logs_each_function_by_name_and_evaluates_with_it(module: Any, tmp
         assert f"eval/rewards/{name}" in last
     assert last["rollout/rewards/some_none"] == 0.5 and last["rollout/rewards/some"] == 1.0
     assert last["rollout/rewards/short"] < 0 and last["rollout/counted"] == 1.0
+
+
+def test_the_tasks_verifier_by_name_is_the_run_without_functions(tmp_path: Path) -> None:
+    plain, named = (run(tmp_path / str(at), *more, allow=()) for at, more in enumerate(([], ["reward=task"])))
+    for one, other in zip(plain, named, strict=True):
+        assert {k: v for k, v in one.items() if k != "wall_seconds"}.items() <= other.items()
+    shuffled = run(tmp_path / "shuffled", "reward=task", "env.shuffle_rewards=true", allow=())
+    assert shuffled[-1]["rollout/rewards/task"] == shuffled[-1]["rollout/reward"]
 
 
 def test_the_record_holds_every_reward_and_gdpo_normalises_each(module: Any, tmp_path: Path) -> None:

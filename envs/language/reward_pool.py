@@ -89,6 +89,12 @@ class Worker:
         out: dict[str, Any] = json.loads(line)
         return out
 
+    def kill(self) -> None:
+        """Ends the process in the middle of a call; whoever waits for the answer tidies up."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def close(self, at_once: bool = False) -> int | None:
         """Ends the process; its exit code."""
         process, self._process = self._process, None
@@ -140,7 +146,12 @@ class RewardPool:
                 self._free.append(worker)
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the processes; calls under way are given up."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            busy = [worker for worker in self.workers if worker not in self._free]
+        for worker in busy:
+            worker.kill()
         self._threads.shutdown(wait=True)
         self._finalizer()
 
