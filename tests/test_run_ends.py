@@ -268,6 +268,26 @@ def test_a_signal_during_the_warm_start_is_one_line_and_the_same_command_begins_
     assert differences(final(run), final(once)) == []
 
 
+def test_what_a_kill_behind_the_last_checkpoint_leaves_is_cleared_when_the_run_is_resumed(
+    tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unified_rl.training import checkpoint
+
+    class Killed(BaseException):
+        """In place of a kill."""
+
+    def die(path: Path) -> None:
+        raise Killed
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # the first that is dropped, when the last is written
+        patch.setattr(checkpoint, "remove_checkpoint", die)
+        train(resolve_defaults(compose([*PPO, f"run_dir={run}"])))
+    assert saved(run) == 8
+    os.replace(run / "checkpoints" / checkpoint.checkpoint_name(3), run / "checkpoints" / ".writing_half_removed")
+    check_it_goes_on(run, whole)
+
+
 # ------------------------------------------------------------------------------------------- the environment's faults
 
 

@@ -144,8 +144,9 @@ def messages_of(value: Any, where: str) -> list[Message]:
 
 
 def _joined_parts(parts: list[Any], where: str) -> str:
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    found = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    texts = [text for text in found if isinstance(text, str)]
+    if len(texts) < len(found):
         raise DataError(f"{where} has parts that are no text, and only text can be read")
     return "".join(texts)
 

@@ -32,7 +32,7 @@ MAX_ARRAY = 2**30
 """Bytes of a JSON array, which is held in memory; larger files are JSON lines."""
 IN_MEMORY = 2**26
 """Bytes of an unpacked archive that stay in memory; more lie in a temporary file."""
-GROUPS_KEPT = 2**28
+GROUPS_KEPT = 2**27
 """Bytes of row groups that a Parquet file keeps decoded, and at least one of them."""
 BATCH = 1024
 """Rows of a Parquet file or a data set that are decoded together while it is gone through."""
