@@ -277,7 +277,7 @@ class JsonlProblems(PooledTask):
         messages = self._messages(prompt)
         text = self._question(prompt) if messages is None else self._rendered(messages, where)
         reference, fault = self._reference(record, prompt, where)
-        problem = {"text": text, "record": prompt.identity, "reference": reference}
+        problem: dict[str, Any] = {"text": text, "record": prompt.identity, "reference": reference}
         if messages is not None:
             problem["messages"] = messages
         if fault is not None:

@@ -88,6 +88,8 @@ class PooledTask(LanguageTask):
 
     drop_last = False
     compares = True
+    _digest: str
+    """Of the training problems' questions in their order."""
 
     def _fill(self, problems: Sequence[Problem], held_out: Sequence[Problem] | None = None) -> None:
         """Splits ``problems`` by the hash of their prompts, or keeps those away that are in ``held_out``.
@@ -121,6 +123,7 @@ class PooledTask(LanguageTask):
             if not away:
                 hashes.append(_record(problem))
         self._hashes = np.frombuffer(hashes, dtype=np.uint64)
+        self._digest = blake2b(self._hashes.tobytes(), digest_size=8).hexdigest()
         self._sorted: np.ndarray | None = None
         self._pools = {"train": Side(problems, train), "eval": Side(held_out or problems, evaluation)}
         if not train:
@@ -280,7 +283,7 @@ class PooledTask(LanguageTask):
             {"stream": stream.get_state(), "epochs": {name: one.state_dict() for name, one in known.items()}}
             for stream, known in self._epochs.items()
         ]
-        return {**super().state_dict(), "epochs": [*epochs, *self._waiting], "questions": self._digest()}
+        return {**super().state_dict(), "epochs": [*epochs, *self._waiting], "questions": self._digest}
 
     def twin(self) -> Self:
         """The same task with streams of its own, for evaluation: its file is not gone through again."""
@@ -289,17 +292,13 @@ class PooledTask(LanguageTask):
         out._shuffler = torch.Generator().manual_seed(self._shuffler.initial_seed())
         return out
 
-    def _digest(self) -> str:
-        """Of the training problems' questions in their order."""
-        return blake2b(self._hashes.tobytes(), digest_size=8).hexdigest()
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`; whoever draws with a stream in the state of one of these goes on with it.
 
         Raises:
             CheckpointError: the training problems are others than they were.
         """
-        if state.get("questions", self._digest()) != self._digest():
+        if state.get("questions", self._digest) != self._digest:
             raise CheckpointError(
                 "the training problems are not those that the run began with: the file of env.path has changed; put it "
                 "back, or go on with resume_env=restart"
@@ -316,4 +315,4 @@ UNJUDGED = (
 
 
 def _record(problem: Problem) -> int:
-    return _hash(problem.get("record", problem["text"]))
+    return _hash(str(problem.get("record", problem["text"])))

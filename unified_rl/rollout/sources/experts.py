@@ -112,7 +112,8 @@ class ExpertFile(Joining):
         """
         self._task = _require_matching(env, setting)
         require_one_turn(env, setting)
-        self._known, self._by_prompt = array("q"), {}
+        self._known: array[int] = array("q")
+        self._by_prompt: dict[int, array[int]] = {}
         self._named_otherwise: dict[int, dict[str, Any]] = {}
         count, lost, first = 0, 0, ""
         waiting = iter(self.answers)
