@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from unified_rl.errors import ConfigError
 from unified_rl.policies.cuda_graph_step import ReplayedStep
+from unified_rl.policies.heads import read_head
 from unified_rl.policies.kv_cache import FixedCache, SlabCache, count_layers, visible_columns
 from unified_rl.policies.sampling import Sampling, draw, token_log_prob
 
@@ -231,14 +232,12 @@ class _Loop:
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, last: Tensor | None = None) -> Tensor:
         """Logits ``[b, V]`` at the last column, or at column ``last[b]`` of each row."""
         inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": self.cache, "use_cache": True}
-        if not getattr(self.model, "plain_head", False):
+        if getattr(self.model, "logit_shape", None) is None:
             logits: Tensor = self.model(tokens, **inputs).logits
             return logits[:, -1] if last is None else logits[torch.arange(len(tokens), device=self.device), last]
         hidden = self.model.base_model(tokens, **inputs).last_hidden_state
         at = hidden[:, -1] if last is None else hidden[torch.arange(len(tokens), device=self.device), last]
-        head: Any = self.model.get_output_embeddings()
-        read: Tensor = head(at)
-        return read
+        return read_head(self.model, at)
 
     def _record(self, step: int, logits: Tensor) -> Tensor:
         """Draws a token for every row in the cache and writes those of live rows."""
