@@ -80,9 +80,9 @@ MEANT: list[tuple[str, str, str]] = [
     ("true", "null decides by itself", "agent.normalize_advantage agent.shuffle_steps"),
     ("abc long", "a file, a name or a style: looked up when the run is built, before its first step",
      "env.template "
-     "agent.credit agent.teacher env.eval_path env.prompt_key env.solution_key env.tokenizer policy.adapter policy.path replay.path "
-     "replay.trim_key rollout.context.style rollout.data rollout.privileged rollout.sources.demonstrations.style "
-     "rollout.style warm_start.run"),
+     "agent.credit agent.teacher env.eval_path env.prompt_key env.solution_key env.tokenizer policy.adapter "
+     "policy.path replay.path replay.trim_key rollout.context.style rollout.data rollout.privileged "
+     "rollout.sources.demonstrations.style rollout.style warm_start.run"),
     ("[]", "a list may be empty",
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "

@@ -154,6 +154,8 @@ def _inject(model: PreTrainedModel, settings: Mapping[str, Any], seed: int, base
     config.target_modules = _short_names(model)
     for name, weight in model.named_parameters():
         weight.requires_grad_(LORA in name)
+        if LORA in name:
+            weight.data = weight.data.float()
     model.eval()  # what was put in begins in training mode
 
 
