@@ -26,12 +26,12 @@ LEFT_OUT = ("quantization_config", "_model_name_or_path", "_name_or_path", "dtyp
 def convert(gguf: Path, folder: Path) -> None:
     """Writes the model and the tokenizer of the file ``gguf`` to ``folder``."""
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     digits = pre_tokenizers.Digits(individual_digits=True)  # the file names this rule ("smollm"); its reader drops it
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
     settings = {k: v for k, v in read.config.to_dict().items() if k not in LEFT_OUT}
     settings["rms_norm_eps"] = round(settings["rms_norm_eps"], 9)  # 1e-5 passed through a 32-bit float
     model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)

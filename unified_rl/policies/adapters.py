@@ -247,14 +247,14 @@ def rest_adapters(model: PreTrainedModel) -> bool:
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same architecture with the adapters added into its weights; the given one stays as it is.
+    """A float32 model with the adapters added into its weights; the given one stays as it is.
 
     Raises:
         CheckpointError: the sum is not finite.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    whole: Any = copy.deepcopy(model)
+    whole: Any = copy.deepcopy(model).float()
     for name, module in list(whole.named_modules()):
         if isinstance(module, BaseTunerLayer):
             try:

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.utils import logging
 
 from unified_rl.errors import ConfigError
 from unified_rl.policies.adapters import merged
@@ -87,7 +88,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool = False,
     whole = merged(model) if adapted and merge else model
     default = dtype or ("float32" if alone else origin.dtype)
     weights = _cast(whole.state_dict(), default, {} if dtype or alone else origin.dtypes)
-    with _original(whole.config, origin.rates):
+    with _original(whole.config, origin.rates), quiet():
         whole.save_pretrained(folder, state_dict=weights)
     generation = folder / "generation_config.json"
     if alone:
@@ -135,6 +136,18 @@ def _cast(weights: Mapping[str, Tensor], default: str, named: Mapping[str, str])
             value = made.setdefault(key, value.detach().to(dtype)) if value.dtype != dtype else value
         out[name] = value
     return out
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, transformers shows no progress bars."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

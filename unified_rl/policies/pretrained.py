@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.policies.adapters import add_adapters, base_folder, is_adapter_folder, load_adapters, model_and_adapter
-from unified_rl.policies.model_folder import DTYPES, Origin, dtype_of_folder, stored_dtypes
+from unified_rl.policies.model_folder import DTYPES, Origin, dtype_of_folder, quiet, stored_dtypes
 from unified_rl.policies.model_sizes import check_model_config, check_model_memory
 from unified_rl.ranges import shown
 from unified_rl.untrusted import read_json
@@ -264,14 +264,10 @@ def load_folder(auto_class: Any, path: str, allow_hub: bool, dtype: str) -> PreT
     local = {"local_files_only": not allow_hub, "trust_remote_code": False}
     try:
         config = without_dropout(AutoConfig.from_pretrained(path, **local))
-        model, report = auto_class.from_pretrained(
-            path,
-            config=config,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            output_loading_info=True,
-            **local,
-        )
+        with quiet():
+            model, report = auto_class.from_pretrained(
+                path, config=config, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **local
+            )
     except Exception as error:  # transformers, safetensors and json each raise their own kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"the model folder {path} cannot be loaded ({first}); is it complete?") from error
