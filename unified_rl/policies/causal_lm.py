@@ -414,7 +414,11 @@ def _recompute_layers(model: Any) -> list[Any]:
         The modules that recompute while ``training`` is set.
     """
     how = {"use_reentrant": False}  # the other way gives nothing a gradient where the embedding is frozen
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(how)
+    try:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(how)
+    except ValueError as error:
+        kind = model.config.model_type
+        raise ConfigError(f"policy.gradient_checkpointing: {kind} cannot recompute its layers; leave it out") from error
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
 
 

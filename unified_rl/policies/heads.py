@@ -18,7 +18,7 @@ PLAIN = frozenset({
     "deepseek_v2", "deepseek_v3", "diffllama", "doge", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe",
     "falcon", "falcon_mamba", "flex_olmo", "gemma", "glm", "glm4", "glm4_moe", "gpt-sw3", "gpt2", "gpt_bigcode",
     "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "jamba", "jetmoe",
-    "lfm2", "lfm2_moe", "llama", "llama4_text", "mamba", "mamba2", "minimax", "minimax_m2", "ministral", "ministral3",
+    "lfm2", "lfm2_moe", "llama", "mamba", "mamba2", "minimax", "minimax_m2", "ministral", "ministral3",
     "mistral", "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "openai-gpt", "opt", "persimmon",
     "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_next", "seed_oss", "smollm3",
     "solar_open", "stablelm", "starcoder2", "xglm", "zamba", "zamba2",

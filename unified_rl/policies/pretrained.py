@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.policies.adapters import add_adapters, base_folder, is_adapter_folder, load_adapters, model_and_adapter
 from unified_rl.policies.model_folder import DTYPES, Origin, dtype_of_folder, quiet, stored_dtypes
-from unified_rl.policies.model_sizes import check_model_config, check_model_memory
+from unified_rl.policies.model_sizes import check_model_config, check_model_memory, has_setting, one_line, setting_of
 from unified_rl.ranges import shown
 from unified_rl.untrusted import read_json
 
@@ -76,7 +76,11 @@ def build_model(
         else:
             settings = make_config(config or {}, tokenizer, max_length, setting)
             check_model_memory(settings, setting)
-            model = auto_class.from_config(settings, dtype=DTYPES[dtype])
+            try:
+                model = auto_class.from_config(settings, dtype=DTYPES[dtype])
+            except Exception as error:  # each architecture fails in its own way on sizes that do not fit together
+                kind = settings.model_type
+                raise ConfigError(f"{setting}: no {kind} can be made of these settings: {one_line(error)}") from error
     if path is not None and Path(path).is_dir():
         check_tokenizer(path, tokenizer)
     _check_fit(model.config, tokenizer, max_length)
@@ -197,12 +201,13 @@ def make_config(
         "pad_token_id": None if pad == eos else pad,  # the pad row of the embedding gets no gradient
     }
     plain = _made(setting, model_type, given)  # resolves an architecture's own names, such as n_embd
-    hidden, heads = getattr(plain, "hidden_size", None), getattr(plain, "num_attention_heads", None)
+    hidden, heads = setting_of(plain, "hidden_size"), setting_of(plain, "num_attention_heads")
     if hidden is not None:
         derived["initializer_range"] = hidden**-0.5
-    if heads is not None and hasattr(known, "num_key_value_heads"):
+    if heads is not None and has_setting(known, "num_key_value_heads"):
         derived["num_key_value_heads"] = heads
-    if hidden is not None and heads is not None and hasattr(known, "head_dim"):
+    split = hasattr(known, "qk_rope_head_dim")  # DeepSeek's attention: its head_dim is the rotary part alone
+    if hidden is not None and heads is not None and has_setting(known, "head_dim") and not split:
         derived["head_dim"] = hidden // heads
     return without_dropout(_made(setting, model_type, {**derived, **given}))
 
@@ -211,7 +216,7 @@ def _made(setting: str, model_type: str, values: Mapping[str, Any]) -> Pretraine
     try:
         made: PretrainedConfig = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # each architecture checks its own settings, with errors of its own
-        raise ConfigError(f"{setting}: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"{setting}: {one_line(error)}") from error
     return made
 
 
