@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+import unified_rl as ur
 from unified_rl.agents.anchors import make_provider
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import ChainMod
@@ -193,6 +194,59 @@ def test_a_run_with_adapters_resumes_bit_for_bit_and_keeps_no_copy_of_the_base(b
     assert moved and any(bool(reference[name].any()) for name in reference if "lora_B" in name), "warm-started"
 
 
+KL = "correction.penalty=[{name: k3, anchor: reference, coefficient: 0.1}]"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("correction=ppo", "agent.advantage=critic"),
+        ("correction=ppo_ewma",),
+        ("correction=reinforce", KL, "agent.anchors.reference.sync_every=1"),
+        ("correction=reinforce", KL, "agent.anchors.reference.ema=0.5"),
+        ("recipe=opsd",),
+        ("policy.gradient_checkpointing=true", "agent.micro_batch=2", "rollout.staleness=1", "agent.epochs=2"),
+    ],
+    ids=lambda more: more[-1],
+)
+def test_the_base_stays_as_it_is_under_every_kind_of_agent(base: str, more: tuple[str, ...]) -> None:
+    small = ["rollout.prompts=2", "rollout.group_size=2", "eval_every=0", "eval_episodes=1", "progress=false"]
+    given = ["env=chain_mod", "policy=causal_lm", f"policy.path={base}", "policy.lora.r=2", "agent.lr=1e-2", "steps=8"]
+    job = Job(ur.compose([*given, *small, *more]))
+    trainer = job.make_trainer(None)  # type: ignore[arg-type]
+    trainer.run()
+    plain = dict(CausalLM(**INPUTS, path=base).model.named_parameters())
+    for name, weight in job.policy.model.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(weight, plain[name.replace(".base_layer.", ".")]), name
+    assert trainer.updates == 2
+
+
+def test_a_teacher_may_be_an_adapter_folder_and_a_run_may_warm_start_from_adapters(base: str, tmp_path: Path) -> None:
+    stirred(adapted(base)).save(str(tmp_path / "a"))
+    student = CausalLM(**INPUTS, path=base)
+    teacher = make_provider("teacher", {"folder": str(tmp_path / "a")}, student)
+    assert torch.equal(teacher.log_prob(rows()), scores(stirred(adapted(base))))
+    sft = [
+        f"policy.path={base}",
+        "policy.lora.r=2",
+        "env=chain_mod",
+        "eval_episodes=1",
+        "eval_every=0",
+        "progress=false",
+    ]
+    run = train(
+        ur.compose([*sft, "agent=sft", "rollout.rows=4", "steps=8", "agent.lr=1e-2", f"run_dir={tmp_path / 'sft'}"])
+    )
+    job = Job(ur.compose([*sft, "warm_start=from_run", f"warm_start.run={run}"]))
+    job.warm_start(lambda *progress: None)
+    wanted = intact_checkpoint(run)[1]["agent"]["policy"]
+    assert all(torch.equal(value, wanted[name]) for name, value in job.policy.state_dict().items())
+    with pytest.raises(ConfigError, match="does not fit this one"):
+        job = Job(ur.compose([*sft[:1], *sft[2:], "warm_start=from_run", f"warm_start.run={run}"]))
+        job.warm_start(lambda *progress: None)
+
+
 def test_adapters_are_refused_on_another_base_model(base: str, tmp_path: Path) -> None:
     state = adapted(base).state_dict()
     CausalLM(**INPUTS, config=TINY, seed=4).save(str(tmp_path / "other"))
@@ -268,6 +322,7 @@ def test_an_adapter_made_by_peft_loads(base: str, tmp_path: Path) -> None:
         ({"alpha_pattern": {"(a+)+$": 3}}, "no patterns"),
         ({"r": -1}, "r=-1 must be at least 1"),
         ({"r": 3}, "does not fit the model"),
+        ({"r": 10**9}, "r=1000000000 is more than 32"),
         ({"target_modules": ["q_proj"]}, "holds for parts the model has not"),
         ({"base_model_name_or_path": "meta/x"}, r"policy\.path=BASE policy\.adapter="),
     ],
@@ -278,7 +333,7 @@ def test_an_adapter_folder_that_is_not_understood_is_refused(
     adapted(base).save(str(tmp_path / "a"))
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises((CheckpointError, ConfigError), match=message):
         CausalLM(**INPUTS, path=str(tmp_path / "a"))
 
 

@@ -143,6 +143,10 @@ def load_adapters(model: PreTrainedModel, folder: str, base: str | None) -> None
 
 def _inject(model: PreTrainedModel, settings: Mapping[str, Any], seed: int, base: str | None, where: str) -> None:
     peft = _peft(where)
+    widest = max(min(weight.shape) for weight in model.parameters() if weight.dim() == 2)
+    ranks = [settings.get("r", DEFAULTS["r"]), *(settings.get("rank_pattern") or {}).values()]
+    if max(ranks) > widest:
+        raise ConfigError(f"{where}: r={max(ranks)} is more than {widest}, the rank of the model's largest matrices")
     config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
