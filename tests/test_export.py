@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from docs_cases import blocks, commands
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_model_folder import model_folder, problems
@@ -165,3 +166,25 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         line = capsys.readouterr().err.strip()
         assert message in line and "\n" not in line
     assert not Path(new).exists() and (tmp_path / "full" / "mine.txt").read_text() == "mine"
+
+
+SECTIONS = ("The model", "Adapters", "Export")
+
+
+def test_the_commands_of_the_guide_run_in_their_order(
+    made: dict[str, Any], tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    page = [b for b in blocks(source / "docs" / "reasoner.md") if b.language == "bash" and b.section in SECTIONS]
+    found = [words for block in page for words in commands(block.text)]
+    assert [words[0] for words in found] == ["train", "train", "export", "train", "export", "export", "export"]
+    monkeypatch.chdir(tmp_path)
+    given = {"train.jsonl": problems(tmp_path / "train.jsonl"), "/path/to/model": made["folder"], "400": "1"}
+    for words in found:
+        pairs = [word.rpartition("=") for word in words]
+        words = [f"{key}{eq}{given.get(value, value)}" for key, eq, value in pairs]
+        assert main([*words, *(SMALL if words[0] == "train" else [])]) == 0, words
+    models = {"my_model", "my_model_at_400", "my_merged_model"}
+    assert {path.name for path in tmp_path.glob("my_*")} == {*models, "my_adapter"}
+    for name in models:
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / name).config.model_type == "llama"

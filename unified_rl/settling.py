@@ -49,12 +49,13 @@ def suggest_rates(
         shipped: groups whose option is one of this library: rates in its file give way.
         allow: prefixes beside ``unified_rl`` that ``_target_`` may name.
     """
-    policy = config.get("policy")
+    policy: Any = config.get("policy")
+    agent: Any = config.get("agent")
+    stage: Any = config.get("warm_start")
     suggest = getattr(locate(policy["_target_"], allow, "policy"), "learning_rates", None) if is_node(policy) else None
     rates: Mapping[str, float] | None = suggest(policy) if suggest else None
     if not rates:
         return
-    agent, stage = config.get("agent"), config.get("warm_start")
     if is_node(agent) and "lr" not in agent and _takes_rate(agent, allow):
         supervised = getattr(locate(agent["_target_"], allow), "supervised", False)
         agent["lr"] = rates["supervised" if supervised else "reinforcement"]

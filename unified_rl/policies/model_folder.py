@@ -49,7 +49,7 @@ class Origin:
 
 def stored_dtypes(folder: Path) -> dict[str, str]:
     """The dtype of each floating-point weight in a folder's safetensors files, by name."""
-    found = {}
+    found: dict[str, str] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             found |= {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
