@@ -165,6 +165,9 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         assert main(["export", *words]) == 2
         line = capsys.readouterr().err.strip()
         assert message in line and "\n" not in line
+    for path in (made["whole"], f"{made['whole']}/checkpoints/step_000000000001"):
+        assert main(["train", "env=chain_mod", f"policy.path={path}", f"run_dir={tmp_path / 'again'}"]) == 2
+        assert f"unified-rl export {made['whole']} FOLDER" in capsys.readouterr().err
     assert not Path(new).exists() and (tmp_path / "full" / "mine.txt").read_text() == "mine"
 
 

@@ -89,6 +89,19 @@ def test_scores_are_those_of_the_whole_model(model_type: str) -> None:
     torch.testing.assert_close(out.log_prob, truth(policy, whole, 3), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("model_type", ["recurrent_gemma", "mamba2", "gemma2"])
+@torch.no_grad()
+def test_prompts_of_different_lengths_do_not_see_each_others_padding(model_type: str) -> None:
+    policy = made(model_type)
+    prompts = [[5, 6, 7, 8, 9], [10], [11, 12, 13, 14, 15], [4, 5]]
+    stream = torch.Generator().manual_seed(0)
+    out = policy.generate(prompts, max_new_tokens=5, generator=stream, samples_per_prompt=2, stop_ids=[])
+    for row, drawn in enumerate(out.tokens):
+        prompt = prompts[row // 2]
+        right = truth(policy, torch.cat([torch.tensor(prompt), drawn])[None], len(prompt))[0]
+        torch.testing.assert_close(out.log_prob[row], right, atol=2e-5, rtol=0)
+
+
 @torch.no_grad()
 def test_an_architecture_that_is_not_known_is_run_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     known, batch = made("llama"), rows()

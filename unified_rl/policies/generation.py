@@ -25,6 +25,9 @@ from unified_rl.policies.sampling import Sampling, draw, token_log_prob
 COMPACT_BELOW = 0.8
 """Finished rows leave the cache when the share of live rows falls below this."""
 
+UNMASKED = ("recurrent_gemma", "rwkv", "xlstm")
+"""Architectures whose state takes in padding, whatever the attention mask says."""
+
 CHECK_EVERY_ON_DEVICE = 8
 """On an accelerator, how many tokens pass between two looks at how many rows are still alive (each look waits)."""
 
@@ -132,6 +135,8 @@ def generate(
             )
         if own:
             return _Loop(model, tokens, lengths, job, _on_device(generator, model.device)).run()
+        if model.config.model_type in UNMASKED and len(lengths.unique()) > 1:
+            return _by_length(model, tokens, lengths, job, generator)
         return _generate_hf(model, tokens, lengths, job, generator)
     finally:
         model.train(was_training)
@@ -304,6 +309,21 @@ def _generate_hf(
             ids, attention_mask=real.repeat_interleave(job.repeats, 0).long(), generation_config=config
         )
     return _pack(out.sequences[:, width:], torch.stack(out.logits, 1), job)
+
+
+def _by_length(
+    model: Any, prompts: Tensor, lengths: Tensor, job: _Job, generator: torch.Generator | None
+) -> Generation:
+    """:func:`_generate_hf` of the prompts of each length apart, so that none is padded."""
+    rows = torch.arange(len(prompts) * job.repeats, device=prompts.device).view(len(prompts), job.repeats)
+    taken, parts = [], []
+    for length in lengths.unique().tolist():
+        chosen = lengths == length
+        taken.append(rows[chosen].flatten())
+        parts.append(_generate_hf(model, prompts[chosen, :length], lengths[chosen], job, generator))
+    order = torch.cat(taken).argsort()
+    names = ("tokens", "log_prob", "length", "finished")
+    return Generation(*(torch.cat([getattr(part, name) for part in parts])[order] for name in names))
 
 
 def _warpers(sampling: Sampling) -> dict[str, Any]:

@@ -290,7 +290,11 @@ def _check_folder(path: str, allow_hub: bool) -> None:
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"the model folder {path} has no config.json")
+            run = next((str(f) for f in (folder, *folder.resolve().parents[:2]) if (f / "config.yaml").is_file()), None)
+            hint = (
+                "" if run is None else f"; {run} is a run: unified-rl export {run} FOLDER writes its model to a folder"
+            )
+            raise CheckpointError(f"the model folder {path} has no config.json{hint}")
         if not any(folder.glob("*.safetensors")):
             raise CheckpointError(f"the model folder {path} has no *.safetensors weights (other formats are not read)")
         for file in (*folder.glob("*.safetensors"), *folder.glob("*.json")):
