@@ -144,6 +144,19 @@ def test_the_end_that_the_run_stops_at_is_in_the_generation_configuration(tmp_pa
     assert generation["eos_token_id"] == [7, tokenizer.eos_token_id] and generation["temperature"] == 0.6
 
 
+def test_a_folder_that_cannot_be_written_leaves_nothing(
+    made: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(policy: CausalLM, folder: str, **options: Any) -> None:
+        (Path(folder) / "half.safetensors").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CausalLM, "save", full)
+    with pytest.raises(ur.CheckpointError, match=r"cannot be written: .*No space left"):
+        ur.export(made["whole"], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     made: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -297,6 +297,17 @@ def test_a_merged_folder_scores_as_the_adapters_do(base: str, tmp_path: Path) ->
         again.save(str(tmp_path / "twice"), merge=True)
 
 
+def test_an_adapter_of_a_fresh_model_is_kept_with_it(tmp_path: Path) -> None:
+    policy = stirred(CausalLM(**INPUTS, config=TINY, lora={"r": 2}, seed=1))
+    again = CausalLM(**INPUTS, config=TINY, lora={"r": 2}, seed=2)
+    again.load_state_dict(policy.state_dict())  # no folder holds the base, so the state does
+    assert torch.equal(scores(again), scores(policy))
+    with pytest.raises(ConfigError, match="write both with merge"):
+        policy.save(str(tmp_path / "a"))
+    policy.save(str(tmp_path / "m"), merge=True)
+    torch.testing.assert_close(scores(CausalLM(**INPUTS, path=str(tmp_path / "m"))), scores(policy), atol=1e-4, rtol=0)
+
+
 def test_an_adapter_made_by_peft_loads(base: str, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(base)
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=r".*layers\.1.*\.[qv]_proj", use_rslora=True,

@@ -76,7 +76,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool = False,
         dtype: of all weights; by default as they were in the model's own folder, and float32 for adapters.
 
     Raises:
-        ConfigError: an unknown dtype, or nothing to merge.
+        ConfigError: an unknown dtype, nothing to merge, or an adapter of a model that is in no folder.
     """
     adapted = getattr(model, "_hf_peft_config_loaded", False)
     if dtype is not None and dtype not in DTYPES:
@@ -85,6 +85,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool = False,
         raise ConfigError("there is no adapter to merge: the whole model was trained, and is written without merge too")
     origin: Origin = model.origin
     alone = adapted and not merge
+    if alone and model.peft_config["default"].base_model_name_or_path is None:
+        raise ConfigError("the adapter's base model is in no folder (policy.config made it): write both with merge")
     whole = merged(model) if adapted and merge else model
     default = dtype or ("float32" if alone else origin.dtype)
     weights = _cast(whole.state_dict(), default, {} if dtype or alone else origin.dtypes)

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.instantiate import nearest
 from unified_rl.policies.causal_lm import CausalLM
@@ -62,7 +64,8 @@ def export(
         aside.mkdir(parents=True)
         policy.save(str(aside), merge=merge, dtype=dtype)
         os.replace(aside, target)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return target
