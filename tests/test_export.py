@@ -184,7 +184,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     assert not Path(new).exists() and (tmp_path / "full" / "mine.txt").read_text() == "mine"
 
 
-SECTIONS = ("The model", "Adapters", "Export")
+SECTIONS = ("The model folder", "Adapters", "Export")
 
 
 def test_the_commands_of_the_guide_run_in_their_order(
@@ -193,14 +193,15 @@ def test_the_commands_of_the_guide_run_in_their_order(
     pytest.importorskip("peft")
     page = [b for b in blocks(source / "docs" / "reasoner.md") if b.language == "bash" and b.section in SECTIONS]
     found = [words for block in page for words in commands(block.text)]
-    assert [words[0] for words in found] == ["train", "train", "export", "train", "export", "export", "export"]
+    assert [words[0] for words in found] == ["train", "train", "export", "train", "export", "export"]
     monkeypatch.chdir(tmp_path)
-    given = {"train.jsonl": problems(tmp_path / "train.jsonl"), "/path/to/model": made["folder"], "400": "1"}
-    for words in found:
+    given = {"train.jsonl": problems(tmp_path / "train.jsonl"), "/path/to/model": made["folder"]}
+    for number, words in enumerate(found):
         pairs = [word.rpartition("=") for word in words]
         words = [f"{key}{eq}{given.get(value, value)}" for key, eq, value in pairs]
-        assert main([*words, *(SMALL if words[0] == "train" else [])]) == 0, words
-    models = {"my_model", "my_model_at_400", "my_merged_model"}
-    assert {path.name for path in tmp_path.glob("my_*")} == {*models, "my_adapter"}
-    for name in models:
-        assert AutoModelForCausalLM.from_pretrained(tmp_path / name).config.model_type == "llama"
+        small = [*SMALL, f"name=run{number}"] if words[0] == "train" else []
+        assert main([*words, *small]) == 0, words
+        given |= {"runs/NAME": f"runs/run{number}"} if words[0] == "train" else {}
+    for name in ("my_adapter", "my_model"):
+        assert (tmp_path / name / "adapter_model.safetensors").exists()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "my_merged_model").dtype == torch.float32
