@@ -19,7 +19,7 @@ from unified_rl.errors import ConfigError, RecordError
 from unified_rl.instantiate import check_type, nearest
 from unified_rl.interventions import Wrapper
 from unified_rl.policies.normalizer import MOMENTS
-from unified_rl.protocols import Scores, ShowsLogits, ShowsNormals, Trainable, UnitStates, standardises
+from unified_rl.protocols import RestsAdapters, Scores, ShowsLogits, ShowsNormals, Trainable, UnitStates, standardises
 from unified_rl.ranges import Count, Name, Share, shown
 
 PROVIDERS = ("snapshot", "average", "interpolated")
@@ -97,7 +97,11 @@ class Provider:
 
 
 class Copied(Provider):
-    """The policy as it was at the start of the run, or after every ``every`` updates; 1 is the start of the update."""
+    """The policy as it was at the start of the run, or after every ``every`` updates; 1 is the start of the update.
+
+    Under adapters the copy has adapters of its own, and shares the weights that are not trained. Fresh adapters are
+    switched off in it: it is then the base model.
+    """
 
     def __init__(self, policy: Trainable, view: str | None = None, every: int | None = None) -> None:
         older = copy.deepcopy(policy)
@@ -105,11 +109,17 @@ class Copied(Provider):
         _same_inputs(older, policy)
         super().__init__(older, view)
         self.every = every
+        self._rest()
+
+    def _rest(self) -> None:
+        if isinstance(self.policy, RestsAdapters):
+            self.policy.rest_adapters()
 
     def update(self, policy: Trainable, version: int) -> None:
         """Takes over the policy's weights where it is time to."""
         if self.every is not None and version % self.every == 0:
             self.policy.load_state_dict(policy.state_dict())
+            self._rest()
 
     def state_dict(self) -> dict[str, Any]:
         """The weights."""
@@ -118,6 +128,7 @@ class Copied(Provider):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores them."""
         self.policy.load_state_dict(state["policy"])
+        self._rest()
 
 
 class Averaged(Copied):
@@ -131,7 +142,9 @@ class Averaged(Copied):
     def update(self, policy: Trainable, version: int) -> None:
         """Takes in the newest weights."""
         for mine, newest in zip(self.policy.parameters(), policy.parameters(), strict=True):
-            mine.lerp_(newest, 1.0 - self.decay)
+            if mine is not newest:  # a weight that nobody trains is shared
+                mine.lerp_(newest, 1.0 - self.decay)
+        self._rest()
         for kept, other in zip(self.policy.buffers(), policy.buffers(), strict=True):
             kept.copy_(other)
 

@@ -40,6 +40,9 @@ class BehaviorCloning:
         device: where updates run.
     """
 
+    supervised = True
+    """Its learning rate is that of imitation, where the policy suggests one."""
+
     option = "behavior_cloning"
     """What the configuration calls it, for errors; a run sets its own choice."""
 

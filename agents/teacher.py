@@ -8,6 +8,7 @@ from typing import Any
 from unified_rl.config import build
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.instantiate import allowed
+from unified_rl.policies.adapters import is_adapter_folder
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.protocols import CountsUnits, HasSpace, Trainable
 from unified_rl.training.checkpoint import intact_checkpoint
@@ -20,7 +21,7 @@ def load_teacher(folder: str, student: Trainable, setting: str = "agent.teacher"
 
     Args:
         folder: a run folder of this library (its newest checkpoint is read), or for a language model a folder with
-            ``config.json`` and safetensors. No code from either is run.
+            ``config.json`` and safetensors, or of an adapter. No code from either is run.
         student: the policy that is trained; the teacher takes its tokenizer, or its space.
         setting: what named the folder, for errors.
 
@@ -32,7 +33,7 @@ def load_teacher(folder: str, student: Trainable, setting: str = "agent.teacher"
     teacher: Trainable
     if (path / "config.yaml").is_file():
         teacher = _from_run(path, student)
-    elif isinstance(student, CausalLM) and (path / "config.json").is_file():
+    elif isinstance(student, CausalLM) and ((path / "config.json").is_file() or is_adapter_folder(path)):
         temperature = student.sampling.temperature
         model = CausalLM(student.tokenizer, student.max_length, path=folder, temperature=temperature)
         teacher = model.to(student.device)

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from unified_rl.policies.generation import Generation, generate
-from unified_rl.policies.pretrained import has_plain_head
+from unified_rl.policies.heads import logit_shape
 
 SHAPES = {
     "0.8M": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 512},
@@ -39,7 +39,7 @@ def make_model(name: str) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config).eval()
-    model.plain_head = has_plain_head(model)
+    model.logit_shape = logit_shape(model)
     return model
 
 

@@ -13,6 +13,7 @@ from unified_rl.errors import CheckpointError
 from unified_rl.files import MANIFEST, Manifest
 from unified_rl.training import checkpoint as module
 from unified_rl.training.checkpoint import checkpoints, latest_checkpoint, lock_run, read_checkpoint, write_checkpoint
+from unified_rl.training.state import load_state, save_state
 
 STATE: dict[str, Any] = {
     "tensor": torch.tensor([1.5, -2.0], dtype=torch.float64),
@@ -142,3 +143,14 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
         pass
     with lock_run(tmp_path / "run"):
         pass
+
+
+def test_tensors_that_share_memory_are_stored_once_and_read_apart(tmp_path: Path) -> None:
+    weight = torch.arange(1000, dtype=torch.float32)
+    state = {"embedding": weight, "head": weight, "part": weight[:10], "other": weight.clone(), "empty": torch.zeros(0)}
+    save_state(tmp_path, state)
+    assert 8_000 < (tmp_path / "state.safetensors").stat().st_size < 9_000
+    read = load_state(tmp_path)
+    assert read.keys() == state.keys() and all(torch.equal(read[name], state[name]) for name in state)
+    read["head"][0] = -1.0
+    assert float(read["embedding"][0]) == 0.0

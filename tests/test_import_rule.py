@@ -25,6 +25,7 @@ ORDER = (
     "returns",
     "policies",
     "config",
+    "settling",
     "interpolation",
     "instantiate",
     "protocols",

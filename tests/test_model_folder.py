@@ -19,6 +19,7 @@ from unified_rl.envs.language.tokenizer import train_bpe
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.rollout import LanguageRollout
+from unified_rl.training.assemble import assemble
 from unified_rl.training.run import Job, train
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -119,14 +120,55 @@ def test_a_run_takes_the_tokenizer_of_the_model_folder(tmp_path: Path) -> None:
     tokenizer = train_bpe(["What is 1+1? 2"], 270)
     folder = model_folder(tmp_path / "m", tokenizer, [tokenizer.eos_token_id])
     data = problems(tmp_path / "a.jsonl")
+    for option in ("causal_lm", "causal_lm_path"):
+        words = ["env=jsonl", f"env.path={data}", f"policy={option}", f"policy.path={folder}"]
+        job = Job(resolve_defaults(compose(words)))
+        assert job.env.tokenizer.name_or_path == folder
+        assert job.policy.model.config.vocab_size == len(job.env.tokenizer)
+        assert job.cfg["policy"]["config"] is None
 
-    def job_of(*words: str) -> Job:
-        return Job(resolve_defaults(compose(["env=jsonl", f"env.path={data}", f"policy.path={folder}", *words])))
 
-    job = job_of("policy=causal_lm_path")
-    assert job.env.tokenizer.name_or_path == folder and job.policy.model.config.vocab_size == len(job.env.tokenizer)
-    with pytest.raises(ConfigError, match="causal_lm_path"):
-        job_of("policy=causal_lm")
+def test_path_and_config_are_two_ways_of_one_option() -> None:
+    def policy_of(*words: str) -> dict[str, Any]:
+        return compose(["policy=causal_lm", *words])["policy"]
+
+    assert policy_of("policy.path=x") == {"_target_": "unified_rl.policies.causal_lm.CausalLM", "path": "x"}
+    assert policy_of("policy.config.hidden_size=64")["config"]["hidden_size"] == 64
+    assert "config" in policy_of("policy.path=null")
+    fresh = compose(["policy=causal_lm_path", "policy.config={model_type: llama, hidden_size: 64}"])["policy"]
+    assert fresh["config"]["hidden_size"] == 64 and "path" not in fresh
+    assert "config" not in compose({"policy": "causal_lm_tiny", "policy.path": "x"})["policy"]
+    for config in ("policy.config.hidden_size=64", "policy.config={model_type: llama}"):
+        with pytest.raises(ConfigError, match=r"^policy\.path and policy\.config are two ways .*give one of them$"):
+            policy_of("policy.path=x", config)
+
+
+def test_the_learning_rate_of_a_model_folder_is_that_of_a_pretrained_model() -> None:
+    def rates(*words: str) -> tuple[float | None, float | None, list[float | None]]:
+        cfg = resolve_defaults(compose([*words]))
+        stage = cfg["warm_start"] or {}
+        return cfg["agent"]["lr"], stage.get("lr"), [one.get("lr") for one in stage.get("stages", [])]
+
+    folder = "policy.path=x"
+    assert rates() == (3e-4, None, []) and rates(folder) == (1e-6, None, [])
+    assert rates(folder, "agent.lr=0.1") == (0.1, None, [])
+    assert rates(folder, "agent=sft") == (1e-5, None, []) and rates("agent=sft") == (1e-3, None, [])
+    assert rates(folder, "policy.lora.r=4") == (1e-5, None, [])
+    assert rates(folder, "policy.lora.r=4", "agent=sft")[0] == 1e-4
+    warm = "warm_start=demonstrations"
+    assert rates(warm) == (3e-4, 1e-3, [3e-3]) and rates(folder, warm) == (1e-6, 1e-5, [None])
+    assert rates(folder, warm, "warm_start.lr=0.5") == (1e-6, 0.5, [None])
+    assert rates(folder, warm, "warm_start.stages.0.lr=0.5")[2] == [0.5]
+    assert rates(folder, warm, "warm_start.stages=[{updates: 1, lr: 0.5}]")[2] == [0.5]
+
+
+def test_a_policy_object_of_a_model_folder_brings_its_learning_rate_along(tmp_path: Path) -> None:
+    env = ChainMod()
+    CausalLM(**env.policy_inputs(), config=TINY).save(str(tmp_path))
+    policy = CausalLM(**env.policy_inputs(), path=str(tmp_path))
+    assert assemble(env, policy, steps=8).config["agent"]["lr"] == 1e-6
+    assert assemble(env, policy, steps=8, **{"agent.lr": 0.1}).config["agent"]["lr"] == 0.1
+    assert assemble(env, CausalLM(**env.policy_inputs(), config=TINY), steps=8).config["agent"]["lr"] == 3e-4
 
 
 @pytest.mark.parametrize("backend", ["own", "hf"])

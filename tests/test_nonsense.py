@@ -80,9 +80,9 @@ MEANT: list[tuple[str, str, str]] = [
     ("true", "null decides by itself", "agent.normalize_advantage agent.shuffle_steps"),
     ("abc long", "a file, a name or a style: looked up when the run is built, before its first step",
      "env.template env.stop "
-     "agent.credit agent.teacher env.eval_path env.prompt_key env.solution_key env.tokenizer policy.path replay.path "
-     "replay.trim_key rollout.context.style rollout.data rollout.privileged rollout.sources.demonstrations.style "
-     "rollout.style warm_start.run"),
+     "agent.credit agent.teacher env.eval_path env.prompt_key env.solution_key env.tokenizer policy.adapter "
+     "policy.path replay.path replay.trim_key rollout.context.style rollout.data rollout.privileged "
+     "rollout.sources.demonstrations.style rollout.style warm_start.run"),
     ("[]", "a list may be empty",
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
@@ -90,7 +90,8 @@ MEANT: list[tuple[str, str, str]] = [
     ("[] {}", "every row", "agent.objectives.policy.rows correction.advantage.rows"),
     ("{}", "a mapping may be empty",
      "agent.actor agent.anchors agent.critic agent.gates agent.objectives agent.objectives.policy agent.options "
-     "correction.advantage correction.proximal correction.wrapper env.make_kwargs env.options replay.sampler.samplers "
+     "correction.advantage correction.proximal correction.wrapper env.make_kwargs env.options policy.lora "
+     "replay.sampler.samplers "
      "rollout.columns rollout.sources"),
 ]  # fmt: skip
 """All nonsense values that composing takes, and why; everything else is refused by name."""

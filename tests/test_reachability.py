@@ -761,6 +761,8 @@ VALUES_OF: dict[str, Any] = {
     "autoregressive.activation": "tanh",
     "autoregressive.bins": 7,
     "causal_lm.path": "MODEL",
+    "causal_lm.adapter": "nowhere",
+    "causal_lm.lora": {"r": 2},
     "causal_lm.config": {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2},
     "causal_lm.dtype": "bfloat16",
     "two_route.gamma": 0.5,

@@ -69,6 +69,15 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def export(arguments: argparse.Namespace) -> int:
+    """Writes a run's language model as a Hugging Face folder, or as an adapter folder where adapters were trained."""
+    from unified_rl.training.export import export as write
+
+    given = (arguments.run, arguments.folder, arguments.checkpoint)
+    print(f"model folder: {write(*given, merge=arguments.merge, dtype=arguments.dtype, allow=arguments.allow)}")
+    return 0
+
+
 def corrections(arguments: argparse.Namespace) -> int:
     """Lists the corrections, or shows one in full with a picture of its weight."""
     from unified_rl.instantiate import allowing
@@ -118,6 +127,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
     "compare": compare,
     "evaluate": evaluate,
+    "export": export,
     "lab": lab,
     "corrections": corrections,
     "recipes": recipes,
@@ -138,6 +148,9 @@ EXAMPLES = {
     "evaluate": """examples:
   unified-rl evaluate runs/NAME --episodes 256
   unified-rl evaluate runs/NAME --checkpoint 400""",
+    "export": """examples:
+  unified-rl export runs/NAME my_model
+  unified-rl export runs/NAME my_model --checkpoint 400 --merge --dtype bfloat16""",
     "lab": """examples:
   unified-rl lab
   unified-rl lab --corrections ppo,tis,sequence_is --out my_lab
@@ -219,7 +232,12 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--episodes", type=int, help="episodes or prompts; by default as in the run")
         parser.add_argument("--record", metavar="DIR", help="also write the policy's rows there, as a replay")
         parser.add_argument("--rows", type=int, metavar="N", help="how many to record; else whole --episodes, if given")
-    if verb in ("train", "evaluate"):
+    if verb == "export":
+        parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
+        parser.add_argument("folder", metavar="FOLDER", nargs="?", help="where the model goes; it is made")
+        parser.add_argument("--merge", action="store_true", help="write a whole model where adapters were trained")
+        parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; by default as it came")
+    if verb in ("train", "evaluate", "export"):
         parser.add_argument(
             "--checkpoint", metavar="STEP", help="number of updates, or folder; by default the newest intact one"
         )
@@ -296,6 +314,8 @@ def _dispatch(argv: Sequence[str]) -> int:
         return _show_help(verb, arguments)
     if verb == "evaluate" and arguments.run is None:
         raise ConfigError("evaluate needs a run folder: unified-rl evaluate RUN")
+    if verb == "export" and arguments.folder is None:
+        raise ConfigError("export needs a run folder and a new folder: unified-rl export RUN FOLDER")
     if verb == "verify" and arguments.folder is None:
         raise ConfigError("verify needs a folder: unified-rl verify RUN")
     if getattr(arguments, "allow", None):

@@ -74,6 +74,17 @@ class Run:
         """Held-out evaluation, see :func:`evaluate`."""
         return evaluate(self, checkpoint=checkpoint, episodes=episodes, record=record, rows=rows, allow=self.allow)
 
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        checkpoint: Checkpoint | None = None,
+        merge: bool = False,
+        dtype: str | None = None,
+    ) -> Path:
+        """Writes the trained language model as a Hugging Face folder, see :func:`export`."""
+        return export(self, folder, checkpoint=checkpoint, merge=merge, dtype=dtype, allow=self.allow)
+
     def resume(
         self,
         steps: int | None = None,
@@ -201,6 +212,42 @@ def load_policy(run: RunLike, checkpoint: Checkpoint | None = None, *, allow: Se
 
     policy = restored(os.fspath(run), _chosen(checkpoint), allow, {"device": "cpu"}).policy
     return policy.eval() if isinstance(policy, nn.Module) else policy
+
+
+def export(
+    run: RunLike,
+    folder: str | os.PathLike[str],
+    *,
+    checkpoint: Checkpoint | None = None,
+    merge: bool = False,
+    dtype: str | None = None,
+    allow: Sequence[str] = (),
+) -> Path:
+    """Writes the language model of a run as a folder that transformers, TRL and vLLM load.
+
+    It holds the weights in the dtype of the folder that the model came from (tied ones once), its configuration, the
+    tokenizer with its chat template, and the generation configuration that it came with. A run that trained adapters
+    gives an adapter folder that names its base model, or with ``merge`` the whole model.
+
+    Args:
+        run: its folder.
+        folder: is made; it may exist if it is empty.
+        checkpoint: the number of updates behind it, or its folder; by default the newest intact one.
+        merge: write the whole model where adapters were trained.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; by default as above, and float32 for adapters.
+        allow: packages beside this one that its configuration names.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: the policy is no language model, the folder holds something, or there is nothing to merge.
+        CheckpointError: no such run, no such checkpoint, or none that is intact.
+    """
+    from unified_rl.training.export import export as write
+
+    at = _chosen(checkpoint)
+    return write(os.fspath(run), os.fspath(folder), at, merge=merge, dtype=dtype, allow=allow)
 
 
 def _chosen(checkpoint: Checkpoint | None) -> str | int | None:

@@ -32,6 +32,7 @@ from unified_rl.instantiate import (
     with_defaults,
 )
 from unified_rl.interpolation import resolved
+from unified_rl.settling import keep_one_way, suggest_rates
 from unified_rl.untrusted import LARGE, MAX_DEPTH, check_size, read_yaml
 
 __all__ = [
@@ -318,7 +319,17 @@ def compose(
         if override.key not in groups:
             _set(config, override)
     check_size(config, "the configuration")
-    return _check_config(resolved(config), groups, primary, allow)
+    given = {override.key for override in parsed if override.value is not None}
+    keep_one_way(config, given, allow)
+    config = resolved(config)
+    suggest_rates(config, given, shipped_choices(config), allow)
+    return _check_config(config, groups, primary, allow)
+
+
+def shipped_choices(config: Mapping[str, Any]) -> set[str]:
+    """The groups whose option is one of the built-in files."""
+    choices = config.get(CHOICES) or {}
+    return {group for group, name in choices.items() if name is not None and name in preset_names(group)}
 
 
 @contextmanager

@@ -435,6 +435,15 @@ class UnitStates(Protocol):
 
 
 @runtime_checkable
+class RestsAdapters(Protocol):
+    """May train adapters beside weights that stay, and can switch off those that change nothing."""
+
+    def rest_adapters(self) -> None:
+        """Switches adapters off where they change nothing, else on."""
+        ...
+
+
+@runtime_checkable
 class Normalizes(Protocol):
     """Standardises observations by running moments, if it was told to."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,13 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from unified_rl.configurable import configurable
-from unified_rl.errors import ConfigError, RecordError
+from unified_rl.errors import CheckpointError, ConfigError, RecordError
+from unified_rl.policies.adapters import check_lora, frozen_names, model_and_adapter, rest_adapters
 from unified_rl.policies.generation import Generation, generate, has_plain_cache
+from unified_rl.policies.heads import logit_shape, read_head
+from unified_rl.policies.model_folder import save_model
 from unified_rl.policies.model_sizes import check_model_config
 from unified_rl.policies.pretrained import (
     build_model,
     end_ids_of_folder,
-    has_plain_head,
+    folder_digest,
     special_ids,
     trunk_states,
 )
@@ -47,15 +51,19 @@ class CausalLM(TensorDictModuleBase):
     Args:
         tokenizer: vocabulary and special tokens.
         max_length: longest row.
-        path: folder of a checkpoint (``config.json`` and safetensors).
+        path: folder of a model (``config.json`` and safetensors), or of a LoRA adapter that names one.
+        adapter: folder of a LoRA adapter for ``path``.
         config: instead of ``path``: ``model_type`` and sizes of a fresh model, see
             :func:`~unified_rl.policies.pretrained.build_model`.
+        lora: train fresh low-rank adapters instead of the weights: ``r`` (16), ``lora_alpha`` (32), ``target_modules``
+            (``all-linear``) and ``use_rslora`` (false), named as in peft. The adapters are float32 whatever ``dtype``.
         allow_hub: fetch ``path`` from the hub where it is no folder.
         temperature: of sampling and of every log-prob.
         top_k: keep the most likely tokens only; 0 keeps all.
         top_p: keep the nucleus of this probability only; 1 keeps all. A stored token that has left the support of the
             present weights scores ``-inf``; the correction rejects and counts it.
-        dtype: of the weights. Only float32 weights are trained: half precision rounds small steps away.
+        dtype: of the weights. Only float32 weights are trained: half precision rounds small steps away. Under adapters
+            the weights are not trained, and may be bfloat16.
         autocast: run matrix products in bfloat16.
         logit_chunk: positions whose logits are held at a time; the rest is recomputed in the backward pass. 0 chooses
             so that about 128 MiB are held.
@@ -69,6 +77,7 @@ class CausalLM(TensorDictModuleBase):
 
     Attributes:
         end_ids: ids that end an answer by the folder's generation and model configuration.
+        rates: :meth:`learning_rates` of its weights.
 
     Raises:
         ConfigError, CheckpointError: as :func:`~unified_rl.policies.pretrained.build_model`, and for a bad transform.
@@ -77,6 +86,8 @@ class CausalLM(TensorDictModuleBase):
     domain: ClassVar[Domain] = "language"
     exact = True
     supports_discrete = True
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("path", "config"), ("adapter", "lora"))
+    """Ways of one thing: who gives one drops what an option's file says of the other."""
 
     def __init__(
         self,
@@ -84,7 +95,9 @@ class CausalLM(TensorDictModuleBase):
         max_length: Count,
         *,
         path: str | None = None,
+        adapter: str | None = None,
         config: dict[str, Any] | None = None,
+        lora: dict[str, Any] | None = None,
         allow_hub: bool = False,
         temperature: Positive = 1.0,
         top_k: Whole = 0,
@@ -110,19 +123,22 @@ class CausalLM(TensorDictModuleBase):
             tokenizer,
             max_length,
             path=path,
+            adapter=adapter,
             config=config,
+            lora=None if lora is None else check_lora(lora),
             allow_hub=allow_hub,
             dtype=dtype,
             seed=seed,
         )
-        model.plain_head = has_plain_head(model)
+        model.logit_shape = logit_shape(model)
         self.end_ids = tuple(sorted(i for i in end_ids_of_folder(path or "") if i < len(tokenizer)))
         self._recomputed = _recompute_layers(model) if gradient_checkpointing else []
-        self.share_prompts = (
-            share_prompts and not gradient_checkpointing and model.plain_head and has_plain_cache(model)
-        )
+        known = model.logit_shape is not None and has_plain_cache(model)
+        self.share_prompts = share_prompts and not gradient_checkpointing and known
         self.model: Any = model
         self._generator: torch.Generator | None = None
+        self.rates = self.learning_rates({"path": path, "adapter": adapter, "lora": lora})
+        self._keep_base_out(model_and_adapter(path, adapter)[0])
 
     def train(self, mode: bool = True) -> CausalLM:
         """Notes the mode; the model itself stays in evaluation mode, so that nothing random enters its scores."""
@@ -135,9 +151,24 @@ class CausalLM(TensorDictModuleBase):
         """Refuses a model that cannot be made, when a run is composed.
 
         Raises:
-            ConfigError: a setting of ``config`` that is unknown, of the wrong type or out of its range.
+            ConfigError: a setting of ``config`` or ``lora`` that is unknown, of the wrong type or out of its range.
         """
         check_model_config(settings.get("config"), "policy.config")
+        if settings.get("lora") is not None:
+            check_lora(settings["lora"])
+
+    @classmethod
+    def learning_rates(cls, settings: Mapping[str, Any]) -> dict[str, float] | None:
+        """The usual rates for what ``settings`` describe, where nobody gives one; None for fresh weights.
+
+        A pretrained model takes 1e-6 by reinforcement and 1e-5 by imitation, and adapters ten times as much ("LoRA
+        Without Regret", Thinking Machines Lab 2025).
+        """
+        if settings.get("path") is None:
+            return None
+        adapted = settings.get("lora") is not None or model_and_adapter(settings["path"], settings.get("adapter"))[1]
+        reinforcement, supervised = (1e-5, 1e-4) if adapted else (1e-6, 1e-5)
+        return {"reinforcement": reinforcement, "supervised": supervised}
 
     @property
     def device(self) -> torch.device:
@@ -165,11 +196,44 @@ class CausalLM(TensorDictModuleBase):
     def generator(self, value: torch.Generator) -> None:
         self._generator = value
 
-    def save(self, folder: str) -> None:
-        """Writes a checkpoint folder that ``path`` takes: model, tokenizer and the generation configuration it had."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        (Path(folder) / "generation_config.json").write_text(self.model.saved_generation, encoding="utf-8")
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained and the model's own weights stay as they are."""
+        return bool(self._frozen)
+
+    def save(self, folder: str, *, merge: bool = False, dtype: str | None = None) -> None:
+        """Writes a folder that ``path`` takes: model or adapter, tokenizer and the generation configuration it had.
+
+        Args:
+            folder: is made.
+            merge: write a whole model where an adapter was trained.
+            dtype: of the weights; by default that of the folder that the model came from, and float32 for adapters.
+        """
+        save_model(self.model, self.tokenizer, Path(folder), merge=merge, dtype=dtype)
+
+    def rest_adapters(self) -> None:
+        """Switches adapters off where they change nothing, which fresh ones do: the model is then its base."""
+        if self._frozen:
+            rest_adapters(self.model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CausalLM:
+        """A copy; under adapters it has adapters of its own, and shares the weights that nobody trains."""
+        for name, weight in self.model.named_parameters():
+            if name in self._frozen:
+                memo[id(weight)] = weight
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        return made
+
+    def _keep_base_out(self, folder: str | None) -> None:
+        """Under adapters, the state holds a digest of the base model's folder instead of its weights."""
+        self._frozen = frozen_names(self.model)
+        if self._frozen and folder is not None and Path(folder).is_dir():
+            self.register_buffer("base_digest", folder_digest(folder))
+            self.register_state_dict_post_hook(_drop_base)
+            self.register_load_state_dict_pre_hook(_check_base)
+            self.register_load_state_dict_post_hook(_allow_base)
 
     # --- sampling ------------------------------------------------------------------------------------------------
 
@@ -285,17 +349,14 @@ class CausalLM(TensorDictModuleBase):
     ) -> tuple[Tensor, ...]:
         """What ``read`` makes of the logits, ``[n, ...]``, at ``(row, column)``."""
         target = tokens[row, column]
-        if not self.model.plain_head:
-            used = int(column.max()) if len(column) else 1
-            logits = self.model(input_ids=tokens[:, :used], use_cache=False).logits[row, column - 1]
-            return read(logits, target, *extras)
         hidden = self._hidden(tokens, mask, row, column)
-        head = self.model.get_output_embeddings()
+        if self.model.logit_shape is None:
+            return read(hidden, target, *extras)
 
         def score(states: Tensor, *wanted: Tensor) -> tuple[Tensor, ...]:
-            return read(head(states), *wanted)
+            return read(read_head(self.model, states), *wanted)
 
-        size = self.logit_chunk or max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+        size = self.logit_chunk or max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
         if len(target) <= size:
             return score(hidden, target, *extras)
         recompute = torch.is_grad_enabled()
@@ -306,8 +367,14 @@ class CausalLM(TensorDictModuleBase):
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     def _hidden(self, tokens: Tensor, mask: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        """Last hidden states ``[n, d]`` that predict the tokens at ``(row, column)``."""
+        """Last hidden states ``[n, d]`` that predict the tokens at ``(row, column)``.
+
+        Logits ``[n, V]`` where only the whole model can say how they follow from its states.
+        """
         used = int(column.max()) if len(column) else 1  # nothing to the right of the last unit is needed
+        if self.model.logit_shape is None:
+            logits: Tensor = self.model(input_ids=tokens[:, :used], use_cache=False).logits
+            return logits[row, column - 1]
         shared = find_shared(tokens, mask, used) if self.share_prompts else None
         if shared is not None:
             return shared_states(self.model, shared).index_select(0, shared.locate(row, column - 1))
@@ -325,7 +392,8 @@ class CausalLM(TensorDictModuleBase):
     def logits_of(self, states: Tensor) -> Tensor:
         """Transformed logits ``[n, V]`` of states ``[n, d]``."""
         with self._precision():
-            return self.sampling.logits(self.model.get_output_embeddings()(states))
+            known = self.model.logit_shape is not None
+            return self.sampling.logits(read_head(self.model, states) if known else states)
 
     @contextmanager
     def _recomputing(self) -> Iterator[None]:
@@ -348,8 +416,31 @@ def _recompute_layers(model: Any) -> list[Any]:
     Returns:
         The modules that recompute while ``training`` is set.
     """
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    how = {"use_reentrant": False}  # the other way gives nothing a gradient where the embedding is frozen
+    try:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(how)
+    except ValueError as error:
+        kind = model.config.model_type
+        raise ConfigError(f"policy.gradient_checkpointing: {kind} cannot recompute its layers; leave it out") from error
     return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
+def _drop_base(policy: CausalLM, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in policy._frozen:
+        state.pop(f"{prefix}model.{name}", None)
+
+
+def _check_base(policy: CausalLM, state: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
+    found = state.get(f"{prefix}base_digest")
+    if found is not None and not torch.equal(found.cpu(), policy.base_digest.cpu()):
+        raise CheckpointError(
+            "these adapters were trained on another base model than the one in policy.path: its files have changed"
+        )
+
+
+def _allow_base(policy: CausalLM, incompatible: Any) -> None:
+    left_out = {f"model.{name}" for name in policy._frozen}
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if not key.endswith(tuple(left_out))]
 
 
 def _log_prob(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:

@@ -19,12 +19,16 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Stoppi
 
 from unified_rl.errors import ConfigError
 from unified_rl.policies.cuda_graph_step import ReplayedStep
+from unified_rl.policies.heads import read_head
 from unified_rl.policies.kv_cache import FixedCache, SlabCache, count_layers, visible_columns
 from unified_rl.policies.sampling import Sampling, draw, token_log_prob
 from unified_rl.policies.stop_strings import StopStrings
 
 COMPACT_BELOW = 0.8
 """Finished rows leave the cache when the share of live rows falls below this."""
+
+UNMASKED = ("recurrent_gemma", "rwkv", "xlstm")
+"""Architectures whose state takes in padding, whatever the attention mask says."""
 
 CHECK_EVERY_ON_DEVICE = 8
 """On an accelerator, how many tokens pass between two looks at how many rows are still alive (each look waits)."""
@@ -136,6 +140,8 @@ def generate(
             )
         if own:
             return _Loop(model, tokens, lengths, job, _on_device(generator, model.device)).run()
+        if model.config.model_type in UNMASKED and len(lengths.unique()) > 1:
+            return _by_length(model, tokens, lengths, job, generator)
         return _generate_hf(model, tokens, lengths, job, generator)
     finally:
         model.train(was_training)
@@ -253,14 +259,12 @@ class _Loop:
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None, last: Tensor | None = None) -> Tensor:
         """Logits ``[b, V]`` at the last column, or at column ``last[b]`` of each row."""
         inputs = {"attention_mask": mask, "position_ids": positions, "past_key_values": self.cache, "use_cache": True}
-        if not getattr(self.model, "plain_head", False):
+        if getattr(self.model, "logit_shape", None) is None:
             logits: Tensor = self.model(tokens, **inputs).logits
             return logits[:, -1] if last is None else logits[torch.arange(len(tokens), device=self.device), last]
         hidden = self.model.base_model(tokens, **inputs).last_hidden_state
         at = hidden[:, -1] if last is None else hidden[torch.arange(len(tokens), device=self.device), last]
-        head: Any = self.model.get_output_embeddings()
-        read: Tensor = head(at)
-        return read
+        return read_head(self.model, at)
 
     def _record(self, step: int, logits: Tensor) -> Tensor:
         """Draws a token for every row in the cache and writes those of live rows."""
@@ -345,6 +349,21 @@ class _JustMade:
     def __call__(self, ids: Tensor, scores: Any, **unused: Any) -> Tensor:
         sampled = ids[:, self.prompt :]
         return self.texts.find(sampled, sampled.shape[1] - 1) <= sampled.shape[1]
+
+
+def _by_length(
+    model: Any, prompts: Tensor, lengths: Tensor, job: _Job, generator: torch.Generator | None
+) -> Generation:
+    """:func:`_generate_hf` of the prompts of each length apart, so that none is padded."""
+    rows = torch.arange(len(prompts) * job.repeats, device=prompts.device).view(len(prompts), job.repeats)
+    taken, parts = [], []
+    for length in lengths.unique().tolist():
+        chosen = lengths == length
+        taken.append(rows[chosen].flatten())
+        parts.append(_generate_hf(model, prompts[chosen, :length], lengths[chosen], job, generator))
+    order = torch.cat(taken).argsort()
+    names = ("tokens", "log_prob", "length", "finished")
+    return Generation(*(torch.cat([getattr(part, name) for part in parts])[order] for name in names))
 
 
 def _warpers(sampling: Sampling) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 from unified_rl.errors import ConfigError
@@ -33,8 +36,18 @@ def known_settings(model_type: Any, where: str) -> PretrainedConfig:
         near = nearest(model_type, CONFIG_MAPPING_NAMES)
         hint = near if near.startswith("did") else "llama and qwen3 are two that it has"
         raise ConfigError(f"{where}.model_type {shown(model_type)} is unknown to transformers; {hint}")
-    known: PretrainedConfig = AutoConfig.for_model(model_type)
+    try:
+        known: PretrainedConfig = AutoConfig.for_model(model_type)
+    except Exception as error:  # an architecture without defaults, with an error of its own
+        raise ConfigError(
+            f"{where}.model_type {model_type} has no defaults to start from: {one_line(error)}"
+        ) from error
     return known
+
+
+def one_line(error: Exception) -> str:
+    """The text of somebody else's error, cut; its type where it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def check_model_config(config: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
@@ -53,13 +66,44 @@ def check_model_config(config: Mapping[str, Any] | None, where: str) -> dict[str
     known = known_settings(config.get("model_type"), where)
     sizes: dict[str, Any] = {}
     for key, value in config.items():
-        if key.startswith("_") or not hasattr(known, key):
-            raise ConfigError(f"{where}: {config['model_type']} has no setting {key}; {nearest(key, vars(known))}")
-        sizes[key] = check_type(value, _hint(key, getattr(known, key)), f"{where}.{key}")
+        if key.startswith("_") or not (has_setting(known, key) or _read_anyway(known, key)):
+            names = vars(known).keys() - vars(PretrainedConfig()).keys()
+            raise ConfigError(f"{where}: {config['model_type']} has no setting {key}; {nearest(key, names)}")
+        sizes[key] = check_type(value, _hint(key, setting_of(known, key)), f"{where}.{key}")
     rotary = hasattr(known, "rope_parameters") or hasattr(known, "rope_theta")
-    defaults = {key: getattr(known, key, None) for key in _HEADS[:2]}
+    defaults = {key: setting_of(known, key) for key in _HEADS[:2]}
     _check_heads({**defaults, **sizes}, "head_dim" in sizes, rotary, where)
     return sizes
+
+
+def setting_of(config: PretrainedConfig, name: str) -> Any:
+    """A setting of an architecture; None where it has none, or one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # architectures whose layers differ refuse the question with errors of their own
+        return None
+
+
+def has_setting(config: PretrainedConfig, name: str) -> bool:
+    """Whether a name of an architecture can be set: it exists, and is not worked out from others."""
+    found = getattr(type(config), name, None)
+    if isinstance(found, property) and found.fset is None:
+        return False
+    try:
+        return hasattr(config, name)
+    except Exception:  # as above
+        return True
+
+
+def _read_anyway(known: PretrainedConfig, name: str) -> bool:
+    """Whether an architecture reads a width of its heads that its configuration does not declare, as Qwen3-MoE does."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    made = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(known.model_type)
+    if name != "head_dim" or hasattr(type(known), name) or not isinstance(made, str):
+        return False
+    source = inspect.getsource(sys.modules[getattr(transformers, made).__module__])
+    return 'getattr(config, "head_dim"' in source
 
 
 _HEADS = ("hidden_size", "num_attention_heads", "num_key_value_heads")
@@ -94,7 +138,8 @@ def check_model_memory(config: PretrainedConfig, where: str) -> None:
     Raises:
         ConfigError: gives the estimate and what the machine has.
     """
-    width, layers = (getattr(config, key, None) or 1 for key in ("hidden_size", "num_hidden_layers"))
-    inner, words = (getattr(config, key, None) or 1 for key in ("intermediate_size", "vocab_size"))
+    names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    found = (setting_of(config, name) for name in names)
+    width, layers, inner, words = (x if isinstance(x, int) and x else 1 for x in found)
     count = math.prod((words, width)) + layers * (2 * width * width + 2 * width * inner)
     require_memory(4 * count, f"{where} (hidden_size={width}, num_hidden_layers={layers}, intermediate_size={inner})")

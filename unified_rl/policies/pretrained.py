@@ -5,20 +5,22 @@ No code from a model folder is ever run, and only safetensors weights are read.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from unified_rl.errors import CheckpointError, ConfigError
-from unified_rl.policies.model_sizes import check_model_config, check_model_memory
+from unified_rl.policies.adapters import add_adapters, base_folder, is_adapter_folder, load_adapters, model_and_adapter
+from unified_rl.policies.model_folder import DTYPES, Origin, dtype_of_folder, quiet, stored_dtypes
+from unified_rl.policies.model_sizes import check_model_config, check_model_memory, has_setting, one_line, setting_of
 from unified_rl.ranges import shown
 from unified_rl.untrusted import read_json
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build_model(
@@ -27,21 +29,26 @@ def build_model(
     max_length: int,
     *,
     path: str | None = None,
+    adapter: str | None = None,
     config: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
     allow_hub: bool = False,
     dtype: str = "float32",
     seed: int = 0,
     setting: str = "policy.config",
 ) -> PreTrainedModel:
-    """A model from exactly one of ``path`` and ``config``, dropout off.
+    """A model from exactly one of ``path`` and ``config``, dropout off, frozen where it has adapters.
 
     Args:
         auto_class: ``AutoModelForCausalLM`` (or ``AutoModel`` for a trunk without a head).
         tokenizer: gives the vocabulary and the special tokens.
         max_length: longest row.
-        path: folder with ``config.json`` and safetensors; a hub name only with ``allow_hub``.
+        path: folder with ``config.json`` and safetensors, or of an adapter that names such a folder; a hub name only
+            with ``allow_hub``.
+        adapter: folder of an adapter for ``path``.
         config: ``model_type`` (``llama``, ``qwen3``, ...) and that architecture's own settings. ``initializer_range``
             is ``hidden_size ** -0.5`` unless given: small models hardly learn with the usual 0.02.
+        lora: fresh adapters, see :func:`~unified_rl.policies.adapters.check_lora`.
         allow_hub: look on the hub for a ``path`` that is no folder.
         dtype: of the weights: float32, bfloat16 or float16.
         seed: of random initial weights; the global generator is left as it was.
@@ -54,19 +61,26 @@ def build_model(
     """
     if (path is None) == (config is None):
         raise ConfigError(
-            "give exactly one of path (a model folder) and config (model_type and sizes): policy=causal_lm_path takes "
-            "policy.path=FOLDER, policy=causal_lm takes policy.config"
+            "give exactly one of path (a model folder) and config (model_type and sizes): policy=causal_lm "
+            "policy.path=FOLDER, or policy=causal_lm policy.config.hidden_size=256"
         )
     if dtype not in DTYPES:
         raise ConfigError(f"dtype '{dtype}' is unknown; use one of {', '.join(DTYPES)}")
+    path, adapter = model_and_adapter(path, adapter)
+    if adapter is not None and lora is not None:
+        raise ConfigError(f"policy.lora makes fresh adapters, and {adapter} holds trained ones: give one of them")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if path is not None:
             model = load_folder(auto_class, path, allow_hub, dtype)
         else:
-            made = make_config(config or {}, tokenizer, max_length, setting)
-            check_model_memory(made, setting)
-            model = auto_class.from_config(made, dtype=DTYPES[dtype])
+            settings = make_config(config or {}, tokenizer, max_length, setting)
+            check_model_memory(settings, setting)
+            try:
+                model = auto_class.from_config(settings, dtype=DTYPES[dtype])
+            except Exception as error:  # each architecture fails in its own way on sizes that do not fit together
+                kind = settings.model_type
+                raise ConfigError(f"{setting}: no {kind} can be made of these settings: {one_line(error)}") from error
     if path is not None and Path(path).is_dir():
         check_tokenizer(path, tokenizer)
     _check_fit(model.config, tokenizer, max_length)
@@ -75,9 +89,13 @@ def build_model(
         model.generation_config = GenerationConfig(
             eos_token_id=eos, pad_token_id=pad, bos_token_id=tokenizer.bos_token_id
         )
-    made_with: Any = model
-    made_with.saved_generation = (model.generation_config or GenerationConfig()).to_json_string()
+    made: Any = model
+    made.origin = origin_of(model, path, dtype)
     model.generation_config = GenerationConfig()  # a folder's sampling defaults must not leak into generation
+    if adapter is not None:
+        load_adapters(model, adapter, path)
+    elif lora is not None:
+        add_adapters(model, lora, seed + 1, path)
     model.eval()  # dropout, layerdrop and router noise off, in a fresh model as in one from a folder
     return model
 
@@ -106,15 +124,16 @@ def check_tokenizer(path: str, tokenizer: Any) -> None:
 
 
 def tokenizer_folder(path: str) -> str | None:
-    """The model folder ``path`` where it holds a tokenizer too, else None.
+    """The model folder ``path`` where it holds a tokenizer too, or the base model's for an adapter folder; else None.
 
     Raises:
         CheckpointError: a folder whose model is refused.
     """
-    if not _has_tokenizer(Path(path)):
-        return None
-    _check_folder(path, False)
-    return path
+    holders = [path, base_folder(path)] if is_adapter_folder(path) else [path]
+    found = next((folder for folder in holders if _has_tokenizer(Path(folder))), None)
+    if found is not None:
+        _check_folder(holders[-1], False)
+    return found
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -130,6 +149,12 @@ def _tokenizer_of(folder: Path) -> Any:
     except Exception as error:  # transformers, tokenizers and json each raise their own kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"the tokenizer of the model folder {folder} cannot be read ({first})") from error
+
+
+def same_tokenizer(folder: Path, tokenizer: Any) -> bool:
+    """Whether a folder holds this tokenizer, its chat template too."""
+    own = _tokenizer_of(folder)
+    return own is not None and not _difference(own, tokenizer) and own.chat_template == tokenizer.chat_template
 
 
 def _difference(own: Any, given: Any) -> str:
@@ -176,12 +201,13 @@ def make_config(
         "pad_token_id": None if pad == eos else pad,  # the pad row of the embedding gets no gradient
     }
     plain = _made(setting, model_type, given)  # resolves an architecture's own names, such as n_embd
-    hidden, heads = getattr(plain, "hidden_size", None), getattr(plain, "num_attention_heads", None)
+    hidden, heads = setting_of(plain, "hidden_size"), setting_of(plain, "num_attention_heads")
     if hidden is not None:
         derived["initializer_range"] = hidden**-0.5
-    if heads is not None and hasattr(known, "num_key_value_heads"):
+    if heads is not None and has_setting(known, "num_key_value_heads"):
         derived["num_key_value_heads"] = heads
-    if hidden is not None and heads is not None and hasattr(known, "head_dim"):
+    split = hasattr(known, "qk_rope_head_dim")  # DeepSeek's attention: its head_dim is the rotary part alone
+    if hidden is not None and heads is not None and has_setting(known, "head_dim") and not split:
         derived["head_dim"] = hidden // heads
     return without_dropout(_made(setting, model_type, {**derived, **given}))
 
@@ -190,16 +216,51 @@ def _made(setting: str, model_type: str, values: Mapping[str, Any]) -> Pretraine
     try:
         made: PretrainedConfig = AutoConfig.for_model(model_type, **values)
     except Exception as error:  # each architecture checks its own settings, with errors of its own
-        raise ConfigError(f"{setting}: {' '.join(str(error).split())[:200]}") from error
+        raise ConfigError(f"{setting}: {one_line(error)}") from error
     return made
 
 
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """Sets every rate of dropout, layerdrop and router noise to 0: the ratio of a policy to itself must be 1."""
-    for name, value in vars(config).items():
-        if any(part in name for part in ("dropout", "layerdrop", "jitter", "_pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)
+    for name in rates_of(config):
+        setattr(config, name, 0.0)
     return config
+
+
+def rates_of(config: PretrainedConfig) -> dict[str, float]:
+    """The rates of dropout, layerdrop and router noise in a configuration that are not 0."""
+    parts = ("dropout", "layerdrop", "jitter", "_pdrop", "drop_path")
+    named = {name: value for name, value in vars(config).items() if any(part in name for part in parts)}
+    return {name: value for name, value in named.items() if isinstance(value, float) and value != 0}
+
+
+def origin_of(model: PreTrainedModel, path: str | None, dtype: str) -> Origin:
+    """How a model was in its folder: what a copy of it is written with."""
+    generation = (model.generation_config or GenerationConfig()).to_json_string()
+    if path is None or not Path(path).is_dir():
+        return Origin(dtype, generation=json.loads(generation))
+    folder, file = Path(path), Path(path) / "generation_config.json"
+    dtypes = stored_dtypes(folder)
+    rates = rates_of(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+    said = read_json(file) if file.is_file() else json.loads(generation)
+    return Origin(dtype_of_folder(folder, dtypes), dtypes, said, rates)
+
+
+def folder_digest(folder: str) -> Tensor:
+    """SHA-256 ``[32]`` uint8 of the sizes, and of a sample of the content, of a folder's configuration and weights."""
+    found = hashlib.sha256()
+    for file in [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]:
+        size = file.stat().st_size
+        found.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as opened:
+            for part in range(min(SAMPLES, size // BLOCK + 1)):
+                opened.seek(part * size // SAMPLES if size > SAMPLES * BLOCK else part * BLOCK)
+                found.update(opened.read(BLOCK))
+    return torch.tensor(list(found.digest()), dtype=torch.uint8)
+
+
+SAMPLES, BLOCK = 512, 4096
+"""How many blocks of how many bytes of a file :func:`folder_digest` reads: a second training changes all of them."""
 
 
 def load_folder(auto_class: Any, path: str, allow_hub: bool, dtype: str) -> PreTrainedModel:
@@ -208,14 +269,10 @@ def load_folder(auto_class: Any, path: str, allow_hub: bool, dtype: str) -> PreT
     local = {"local_files_only": not allow_hub, "trust_remote_code": False}
     try:
         config = without_dropout(AutoConfig.from_pretrained(path, **local))
-        model, report = auto_class.from_pretrained(
-            path,
-            config=config,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            output_loading_info=True,
-            **local,
-        )
+        with quiet():
+            model, report = auto_class.from_pretrained(
+                path, config=config, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **local
+            )
     except Exception as error:  # transformers, safetensors and json each raise their own kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"the model folder {path} cannot be loaded ({first}); is it complete?") from error
@@ -233,7 +290,11 @@ def _check_folder(path: str, allow_hub: bool) -> None:
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"the model folder {path} has no config.json")
+            run = next((str(f) for f in (folder, *folder.resolve().parents[:2]) if (f / "config.yaml").is_file()), None)
+            hint = (
+                "" if run is None else f"; {run} is a run: unified-rl export {run} FOLDER writes its model to a folder"
+            )
+            raise CheckpointError(f"the model folder {path} has no config.json{hint}")
         if not any(folder.glob("*.safetensors")):
             raise CheckpointError(f"the model folder {path} has no *.safetensors weights (other formats are not read)")
         for file in (*folder.glob("*.safetensors"), *folder.glob("*.json")):
@@ -286,21 +347,6 @@ def _check_fit(config: PretrainedConfig, tokenizer: Any, max_length: int) -> Non
         raise ConfigError(f"the model takes {longest} positions, but rows are up to {max_length} tokens (max_length)")
 
 
-@torch.no_grad()
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """True where logits are just the output layer of the trunk's last hidden state (no soft cap, no scale)."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Module) or model.base_model is model:
-        return False
-    tokens = torch.arange(2, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
-    logits = model(input_ids=tokens, use_cache=False).logits
-    try:
-        rebuilt = head(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
-    except (AttributeError, TypeError):
-        return False
-    return rebuilt.shape == logits.shape and bool(torch.allclose(rebuilt, logits, rtol=1e-4, atol=1e-4))
-
-
 def trunk_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Last hidden states ``[B, N, d]`` of right-padded ``tokens [B, N]``.
 
@@ -320,6 +366,8 @@ def end_ids_of_folder(folder: str) -> set[int]:
         CheckpointError: one is no whole number of at least 0.
     """
     found: set[int] = set()
+    if folder and is_adapter_folder(folder):
+        folder = base_folder(folder)
     for name in ("generation_config.json", "config.json"):
         file = Path(folder) / name
         if folder and file.is_file():

@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 
 from unified_rl import __version__
-from unified_rl.config import build, compose, flatten, resolve_defaults
+from unified_rl.config import build, compose, flatten, resolve_defaults, shipped_choices
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.instantiate import check_value, is_node, locate
 from unified_rl.protocols import HasDiscount, Stateful
 from unified_rl.replay import Replay, Sampler
 from unified_rl.rollout import as_environment
+from unified_rl.settling import suggest_rates
 from unified_rl.training.checkpoint import FOLDER, checkpoints, intact_checkpoint, lock_run
 from unified_rl.training.provenance import CONFIG, META, check_run, meta_text, write_run
 from unified_rl.training.run import Job
@@ -249,6 +250,7 @@ def _configuration(
     for group, node in own.items():
         cfg[group] = check_value(node, group, allow)
         cfg["choices"][group] = getattr(node["_target_"], "__name__", str(node["_target_"]))
+    suggest_rates(cfg, flat, shipped_choices(cfg) - set(own), allow)
     cfg = resolve_defaults(cfg, allow=allow)
     return cfg, [group for group, node in own.items() if not isinstance(node["_target_"], str)]
 
@@ -277,6 +279,7 @@ def _always(value: Any) -> Callable[..., Any]:
     give.__name__ = give.__qualname__ = type(value).__name__
     give.__module__ = type(value).__module__
     give.domain = getattr(value, "domain", None)  # type: ignore[attr-defined]
+    give.learning_rates = lambda settings: getattr(value, "rates", None)  # type: ignore[attr-defined]
     return give
 
 

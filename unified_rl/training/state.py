@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,25 +17,36 @@ from unified_rl.errors import DamageError
 _TENSOR, _ARRAY, _TUPLE, _INT_KEYS = "__tensor__", "__array__", "__tuple__", "__int_keys__"
 
 
-def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+Held: TypeAlias = dict[Any, str]
+"""Paths of tensors that are packed already, by the memory that they show."""
+
+
+def pack(value: Any, tensors: dict[str, Tensor], path: str = "", held: Held | None = None) -> Any:
     """The JSON side of ``value``; tensors and arrays move into ``tensors`` under their path.
+
+    Tensors that show the same memory, such as tied weights, are stored once, under the path of the first.
 
     Raises:
         TypeError: a value that is neither plain nor a tensor; the message names its path.
     """
+    held = {} if held is None else held
     if isinstance(value, Tensor):
+        memory = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if value.numel() and memory in held:
+            return {_TENSOR: held[memory]}
+        held[memory] = path
         tensors[path] = value.detach().to("cpu").clone().contiguous()
         return {_TENSOR: path}
     if isinstance(value, np.ndarray):
         tensors[path] = torch.from_numpy(np.array(value, copy=True, order="C"))
         return {_ARRAY: path}
     if isinstance(value, dict):
-        packed = {str(k): pack(v, tensors, f"{path}/{k}") for k, v in value.items()}
+        packed = {str(k): pack(v, tensors, f"{path}/{k}", held) for k, v in value.items()}
         return {_INT_KEYS: packed} if value and all(isinstance(k, int) for k in value) else packed
     if isinstance(value, tuple):
-        return {_TUPLE: [pack(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]}
+        return {_TUPLE: [pack(v, tensors, f"{path}/{i}", held) for i, v in enumerate(value)]}
     if isinstance(value, list):
-        return [pack(v, tensors, f"{path}/{i}") for i, v in enumerate(value)]
+        return [pack(v, tensors, f"{path}/{i}", held) for i, v in enumerate(value)]
     if isinstance(value, np.generic):
         return value.item()
     if value is None or isinstance(value, bool | int | float | str):
@@ -43,21 +54,25 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     raise TypeError(f"state{path} is a {type(value).__name__}, which a checkpoint cannot hold")
 
 
-def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The inverse of :func:`pack`."""
+def unpack(value: Any, tensors: dict[str, Tensor], given: set[str] | None = None) -> Any:
+    """The inverse of :func:`pack`; of what was stored once for several places, each gets its own."""
+    given = set() if given is None else given
     if isinstance(value, list):
-        return [unpack(v, tensors) for v in value]
+        return [unpack(v, tensors, given) for v in value]
     if not isinstance(value, dict):
         return value
     if _TENSOR in value:
-        return tensors[value[_TENSOR]]
+        name = value[_TENSOR]
+        found = tensors[name].clone() if name in given else tensors[name]
+        given.add(name)
+        return found
     if _ARRAY in value:
         return tensors[value[_ARRAY]].numpy()
     if _TUPLE in value:
-        return tuple(unpack(v, tensors) for v in value[_TUPLE])
+        return tuple(unpack(v, tensors, given) for v in value[_TUPLE])
     if _INT_KEYS in value:
-        return {int(k): unpack(v, tensors) for k, v in value[_INT_KEYS].items()}
-    return {k: unpack(v, tensors) for k, v in value.items()}
+        return {int(k): unpack(v, tensors, given) for k, v in value[_INT_KEYS].items()}
+    return {k: unpack(v, tensors, given) for k, v in value.items()}
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

@@ -1,0 +1,71 @@
+"""A run's language model as a folder that other programs load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.instantiate import nearest
+from unified_rl.policies.causal_lm import CausalLM
+from unified_rl.policies.model_folder import DTYPES
+from unified_rl.training.verbs import restored
+
+ASIDE = ".writing_"
+"""Begins the name of a folder that is half written."""
+
+
+def export(
+    run: str,
+    folder: str,
+    checkpoint: str | int | None = None,
+    *,
+    merge: bool = False,
+    dtype: str | None = None,
+    allow: Sequence[str] = (),
+) -> Path:
+    """Writes the policy of a run as a Hugging Face model folder, or an adapter folder where adapters were trained.
+
+    Args:
+        run: the run folder.
+        folder: is made; it may exist if it is empty.
+        checkpoint: the number of updates behind it, its name, or its folder; by default the newest intact one.
+        merge: write the whole model where adapters were trained.
+        dtype: of the weights; by default that of the folder that the model came from, and float32 for adapters.
+        allow: prefixes that configuration may build.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: the policy is no language model, the folder holds something, or there is nothing to merge.
+        CheckpointError: no such run or checkpoint, a damaged one, or a folder that cannot be written.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype!r} is none that is written; {nearest(dtype, DTYPES)}")
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{folder} exists and is not empty: export writes a new folder, so choose another name")
+    policy = restored(run, checkpoint, allow, {"device": "cpu"}).policy
+    if not isinstance(policy, CausalLM):
+        raise ConfigError(
+            f"{run} trained a {type(policy).__name__}, and export writes language models: load it in Python with "
+            f"unified_rl.load_policy({run!r})"
+        )
+    if merge and not policy.adapted:
+        raise ConfigError(f"{run} trained the whole model, so there is no adapter to merge; leave --merge out")
+    aside = target.with_name(f"{ASIDE}{target.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        policy.save(str(aside), merge=merge, dtype=dtype)
+        os.replace(aside, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
