@@ -18,7 +18,7 @@ from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
 from unified_rl.interop.guard import one_line
 from unified_rl.policies.pretrained import tokenizer_folder
-from unified_rl.protocols import ChecksIdentity, ChecksReplay, Demonstrates, EndsPretraining
+from unified_rl.protocols import ChecksIdentity, ChecksReplay, Demonstrates, EndsPretraining, PlansUpdates
 from unified_rl.replay import WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
 from unified_rl.rollout.feed import LocalFeed
@@ -230,6 +230,8 @@ class Job:
             length=rollout.length,
             device=str(self.device),
         )
+        if isinstance(agent, PlansUpdates):
+            agent.plan_updates(math.ceil(self.settings.steps / rollout.steps_per_collect))
         self._check_random_steps(rollout, agent)
         replay = self._replay(rollout.rows, rollout.length) if replay is None else replay
         if isinstance(agent, ChecksReplay):
