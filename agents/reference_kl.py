@@ -20,10 +20,11 @@ from unified_rl.units import Steps
 class ReferenceKl:
     """``coefficient`` times an estimate of KL(policy || reference) a unit.
 
-    In the loss it is a penalty of the correction and follows the present weights. In the reward it is of the policy that
-    sampled, so only rows whose sampler is known have it; a token critic's tokens are rewarded one by one, everybody
-    else's units step by step. On fresh samples k1 in the reward and k2 in the loss have the gradient of the KL; k3 in the
-    loss, GRPO's choice, has it to first order; and the gradient of k1 in the loss is 0 on average.
+    In the loss it is a penalty of the correction and follows the present weights. In the reward it is of the policy
+    that sampled, so only rows whose sampler is known have it; a token critic's tokens are rewarded one by one,
+    everybody else's units step by step. On fresh samples k1 in the reward and k2 in the loss have the gradient of the
+    KL; k3 in the loss, GRPO's choice, has it to first order; the gradient of k1 in the loss is 0 on average. John
+    Schulman, "Approximating KL Divergence"; "Rethinking KL Regularization in RLHF", arXiv:2510.01555.
 
     Args:
         coefficient: 0 switches it off.

@@ -145,7 +145,7 @@ def test_a_schedule_without_a_length_is_refused_and_a_constant_rate_needs_none()
         ("agent.lr_schedule={name: cosine, cycles: 3}", r"agent\.lr_schedule: cosine: .* 'cycles'"),
         (
             "agent.lr_schedule={name: constant, power: 3}",
-            r"agent\.lr_schedule=constant has no settings; take out power",
+            r"lr_schedule=constant has no settings; take out power",
         ),
         ("agent.lr_schedule=my_rates.wave", r"agent\.lr_schedule 'my_rates\.wave' is outside .* --allow my_rates"),
         ("agent.lr_schedule=torch.optim.lr_scheduler.ReduceLROnPlateau", r"whose step\(\) takes nothing"),

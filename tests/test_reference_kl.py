@@ -36,6 +36,13 @@ def agent_of(moved: Any, correction: Any = "grpo", **options: Any) -> PolicyGrad
     return agent
 
 
+def plain(moved: Any) -> PolicyGradient:
+    """The agent without a reference."""
+    return PolicyGradient(
+        copy.deepcopy(moved[0]), load_correction("grpo"), stream(), rows=len(moved[2]), max_grad_norm=None
+    )
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 @pytest.mark.parametrize("micro_batch", [None, 5])
 def test_it_is_the_penalty_that_one_would_set_by_hand(moved: Any, estimator: str, micro_batch: int | None) -> None:
@@ -69,10 +76,7 @@ def test_in_the_reward_it_changes_what_groups_compare(moved: Any) -> None:
     agent = agent_of(moved, kl=0.3, kl_in="reward")
     changed = rows.clone()
     changed["reward"] = rows["reward"] - 0.3 * log_ratio(rows, moved[1]).sum(-1, keepdim=True)
-    want = gradients(
-        PolicyGradient(copy.deepcopy(moved[0]), load_correction("grpo"), stream(), rows=len(rows), max_grad_norm=None),
-        filled(changed, 1),
-    )
+    want = gradients(plain(moved), filled(changed, 1))
     got = gradients(agent, filled(rows, 1))
     close(got, want)
     assert not agent.correction.penalties
