@@ -25,7 +25,7 @@ from unified_rl.agents.anchors import PROVIDERS, Anchors, check_anchors
 from unified_rl.agents.baselines import Baseline, make_baseline, update_moments
 from unified_rl.agents.batches import Batches, Draw, choose_steps
 from unified_rl.agents.estimate import Estimate, make_advantage, make_gates, make_maps
-from unified_rl.agents.loss import anchors_of, attach, make_terms
+from unified_rl.agents.loss import anchors_of, attach, make_terms, refuse_memory
 from unified_rl.agents.reference_kl import ReferenceKl, check_kl
 from unified_rl.agents.scoring import identity_check, scoring
 from unified_rl.configurable import configurable
@@ -192,6 +192,7 @@ class PolicyGradient:
         reshaped = make_maps(maps)
         needs = anchors_of(terms.values(), reshaped)
         needs[0].update(reference_kl.anchors)
+        refuse_memory(policy, needs[1])
         self.anchors = Anchors(
             policy, correction, self.wrapper, anchors, teacher, micro_batch, *needs, off_policy_targets
         )
