@@ -164,6 +164,7 @@ class BehaviorCloning:
         return {
             "policy": dict(self.policy.state_dict()),
             "optimizer": self.optimizer.state_dict(),
+            "micro_batch": self.micro_batch,
             "generator": self.generator.get_state(),
             "version": self.version,
         }
@@ -172,5 +173,6 @@ class BehaviorCloning:
         """Restores :meth:`state_dict`."""
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.micro_batch = state.get("micro_batch", self.micro_batch)
         self.generator.set_state(state["generator"])
         self.version = state["version"]

@@ -334,6 +334,7 @@ class PolicyGradient:
             "groups": self.estimate.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "micro_batch": self.micro_batch,
             "generator": self.generator.get_state(),
             "version": self.version,
             "checked": self.checked,
@@ -348,5 +349,7 @@ class PolicyGradient:
         for part, key in ((self.wrapper, "wrapper"), (self.estimate, "groups"), (self.objective, "objective")):
             part.load_state_dict(state[key])
         self.optimizer.load_state_dict(state["optimizer"])
+        # a run that chose its micro-batches by this machine's memory keeps them on another one
+        self.micro_batch = self.anchors.micro_batch = state.get("micro_batch", self.micro_batch)
         self.generator.set_state(state["generator"])
         self.version, self.checked = state["version"], state["checked"]
