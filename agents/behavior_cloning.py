@@ -131,7 +131,8 @@ class BehaviorCloning:
         total = max(total, 1) if isinstance(total, int) else total.clamp(min=1)
         gradients = [p.grad for p in self.optimizer.parameters if p.grad is not None]
         torch._foreach_div_(gradients, total)
-        return loss / total
+        mean: Tensor = loss / total
+        return mean
 
     def update(self, replay: Replay, progress: float = 0.0) -> dict[str, Any]:
         """``updates`` optimiser steps on rows drawn from the replay."""

@@ -197,11 +197,9 @@ def check_learning(settings: Mapping[str, Any], lr: float = 1e-3, where: str = "
         ConfigError: under the setting's full name.
     """
     optimizer_class(settings.get("optimizer") or "adamw", f"{where}.optimizer")
-    given = [settings.get(key, default) for key, default in (("warmup_steps", 0), ("warmup_ratio", 0.0))]
-    annealed = bool(settings.get("anneal_lr"))
-    LearningRate(
-        settings.get("lr") or lr, settings.get("lr_schedule") or "constant", *given, where=where, annealed=annealed
-    )
+    steps, ratio = settings.get("warmup_steps") or 0, settings.get("warmup_ratio") or 0.0
+    schedule, annealed = settings.get("lr_schedule") or "constant", bool(settings.get("anneal_lr"))
+    LearningRate(settings.get("lr") or lr, schedule, steps, ratio, where, annealed)
 
 
 def _unset(parameter: inspect.Parameter) -> bool:

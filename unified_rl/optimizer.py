@@ -152,11 +152,9 @@ class Optimizer:
         """The weights, in groups with and without decay where there is any."""
         if not weight_decay:
             return self.parameters
-        names = [(p, decays(name, p)) for name, p in self.named]
-        groups = [
-            {"params": [p for p, yes in names if yes]},
-            {"params": [p for p, yes in names if not yes], "weight_decay": 0.0},
-        ]
+        decayed = [p for name, p in self.named if decays(name, p)]
+        spared = [p for name, p in self.named if not decays(name, p)]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 
     def _refuse_half(self) -> None:
