@@ -17,7 +17,7 @@ from unified_rl.protocols import Agent, Collects, Rollout, Store, TellsResumable
 from unified_rl.rollout.control import STEPS
 from unified_rl.rollout.feed import Feed, LocalFeed
 from unified_rl.stopping import Interrupted, StopSignal, say, stopping
-from unified_rl.training.checkpoint import EXTENSION, FOLDER, checkpoint_name, set_aside_newer, write_checkpoint
+from unified_rl.training.checkpoint import EXTENSION, FOLDER, checkpoint_name, set_aside_newer, tidy, write_checkpoint
 from unified_rl.training.failures import RunFolder, foreign
 from unified_rl.training.metrics import Means, MetricLog
 from unified_rl.training.restoring import policy_state, restoring
@@ -100,6 +100,8 @@ class Trainer:
             try:
                 with self.present.writes():
                     if self.folder is not None:
+                        for place in (FOLDER, EXTENSION):
+                            tidy(self.folder / place)  # a run that is killed behind its last checkpoint writes no other
                         set_aside_newer(self.folder / FOLDER, self.updates)
                     self.log = MetricLog(self.folder, keep_until=self.updates - (not self._logged))
                 self._clock = time.monotonic() - self.elapsed
