@@ -68,6 +68,8 @@ class TokenBaseline:
         place = last.clamp(min=0)
         zeros = torch.zeros_like(value)
         reward = zeros.scatter_add(1, place, torch.where(said, record["reward"], 0.0))
+        if "unit_reward" in record.keys():
+            reward = reward + record["unit_reward"]
         discount = torch.where(said, record["discount"], 1.0)
         gamma = torch.ones_like(value).scatter_reduce(1, place, discount, "prod")
         end = (column == last.amax(-1, keepdim=True)) & mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
+from unified_rl.learning_rate import LearningRate, check_learning
 from unified_rl.optimizer import Optimizer
 from unified_rl.protocols import HasGenerator, Trainable, layout_of
-from unified_rl.ranges import Count, NonNegative, UnitInterval, UpperBound, ranged
+from unified_rl.ranges import Count, NonNegative, UnitInterval, UpperBound, Whole, ranged
 from unified_rl.replay import Fresh, Replay
 from unified_rl.replay.fit import check_replay
 from unified_rl.units import trim_units
@@ -31,12 +33,16 @@ class BehaviorCloning:
         generator: stream of losses that draw noise (flow and diffusion).
         rows: rows of one collection; the default batch.
         lr: learning rate.
+        lr_schedule, warmup_steps, warmup_ratio, optimizer: as of
+            :class:`~unified_rl.agents.policy_gradient.PolicyGradient`.
         batch_size: rows of one optimiser step; by default ``rows``.
+        micro_batch: rows of one forward pass; their gradients add up to that of the whole batch (with losses that draw
+            noise, up to the noise). None takes all.
         updates: optimiser steps per call of :meth:`update`.
         gamma: discount of what a run records of this policy (``unified-rl evaluate --record``), and of the rewards
             within a chunk of actions; supervised rows have no return.
         max_grad_norm: bound of the gradient norm.
-        weight_decay: decoupled weight decay.
+        weight_decay: decay of matrices and embeddings, not of biases and norms; decoupled with AdamW.
         device: where updates run.
     """
 
@@ -52,7 +58,12 @@ class BehaviorCloning:
         generator: torch.Generator,
         rows: Count = 256,
         lr: NonNegative = 1e-3,
+        lr_schedule: str | dict[str, Any] = "constant",
+        warmup_steps: Whole = 0,
+        warmup_ratio: UnitInterval = 0.0,
+        optimizer: str | dict[str, Any] = "adamw",
         batch_size: Count | None = None,
+        micro_batch: Count | None = None,
         updates: Count = 1,
         gamma: UnitInterval = 0.99,
         max_grad_norm: UpperBound | None = 1.0,
@@ -61,24 +72,70 @@ class BehaviorCloning:
     ) -> None:
         self.policy, self.generator, self.gamma = policy, generator, gamma
         self.rows, self.batch_size, self.updates = rows, batch_size or rows, updates
-        self.device = torch.device(device)
-        self.optimizer = Optimizer({"policy": policy}, lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        self.micro_batch, self.device = micro_batch, torch.device(device)
+        self.learning_rate = LearningRate(lr, lr_schedule, warmup_steps, warmup_ratio)
+        self.optimizer = Optimizer(
+            {"policy": policy}, lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, kind=optimizer
+        )
         if isinstance(policy, HasGenerator):
             policy.generator = generator
         self.version = 0
 
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Refuses an optimiser or a schedule that cannot be made, when a run is composed.
+
+        Raises:
+            ConfigError: under the setting's full name.
+        """
+        check_learning(settings)
+
+    def plan_updates(self, updates: int) -> None:
+        """Tells the learning rate's schedule how many updates the run has.
+
+        Raises:
+            ConfigError: its warm-up is longer.
+        """
+        self.learning_rate.plan(updates, self.updates)
+
     def step(self, batch: TensorDictBase) -> dict[str, Tensor]:
         """One optimiser step on a batch of demonstrations; returns ``loss/nll`` (mean over supervised units)."""
         batch = batch.to(self.device)
-        if layout_of(batch) == "language":
-            batch = trim_units(batch, int(batch["token_mask"].sum(-1).max()))
-        nll = self.policy.nll(batch)
-        mask = batch["mask"] if "mask" in batch.keys() and batch["mask"].shape == nll.shape else None
-        loss = nll.mean() if mask is None else torch.where(mask, nll, 0.0).sum() / mask.sum().clamp(min=1)
+        if self.learning_rate.moves:
+            self.optimizer.set_lr(self.learning_rate(self.optimizer.steps))
         self.optimizer.zero_grad()
-        loss.backward()
+        if self.micro_batch is None or self.micro_batch >= len(batch):
+            total, count = self._loss(batch)
+            loss = total / (count if isinstance(count, int) else count.clamp(min=1))
+            loss.backward()
+        else:
+            loss = self._accumulated(batch)
         norm = self.optimizer.step(loss)
         return {"loss/nll": loss.detach(), "grad/norm": norm}
+
+    def _loss(self, rows: TensorDictBase) -> tuple[Tensor, Tensor | int]:
+        """The summed loss of the rows, and over how many entries the mean is."""
+        if layout_of(rows) == "language":
+            rows = trim_units(rows, int(rows["token_mask"].sum(-1).max()))
+        nll = self.policy.nll(rows)
+        mask = rows["mask"] if "mask" in rows.keys() and rows["mask"].shape == nll.shape else None
+        if mask is None:
+            return nll.sum(), nll.numel()
+        return torch.where(mask, nll, 0.0).sum(), mask.sum()
+
+    def _accumulated(self, batch: TensorDictBase) -> Tensor:
+        """Gradients of the mean over all supervised entries, ``micro_batch`` rows at a time; the loss, detached."""
+        total: Any = 0
+        loss = torch.zeros((), device=self.device)
+        for rows in batch.split(self.micro_batch or len(batch)):
+            part, count = self._loss(rows)
+            part.backward()
+            loss, total = loss + part.detach(), total + count
+        total = max(total, 1) if isinstance(total, int) else total.clamp(min=1)
+        gradients = [p.grad for p in self.optimizer.parameters if p.grad is not None]
+        torch._foreach_div_(gradients, total)
+        mean: Tensor = loss / total
+        return mean
 
     def update(self, replay: Replay, progress: float = 0.0) -> dict[str, Any]:
         """``updates`` optimiser steps on rows drawn from the replay."""
@@ -86,7 +143,8 @@ class BehaviorCloning:
             self.check_replay(replay)
         metrics: dict[str, Any] = {}
         for _ in range(self.updates):
-            metrics = self.step(replay.sample(self.batch_size, version=self.version))
+            metrics = dict(self.step(replay.sample(self.batch_size, version=self.version)))
+        metrics["agent/lr"] = self.optimizer.rate
         self.version += 1
         return metrics
 
@@ -110,6 +168,7 @@ class BehaviorCloning:
         return {
             "policy": dict(self.policy.state_dict()),
             "optimizer": self.optimizer.state_dict(),
+            "micro_batch": self.micro_batch,
             "generator": self.generator.get_state(),
             "version": self.version,
         }
@@ -118,5 +177,6 @@ class BehaviorCloning:
         """Restores :meth:`state_dict`."""
         self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.micro_batch = state.get("micro_batch", self.micro_batch)
         self.generator.set_state(state["generator"])
         self.version = state["version"]

@@ -10,7 +10,8 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.agents.baselines import CREDITS, Baseline, GroupBaseline
+from unified_rl.agents.baselines import CREDITS, Baseline, GroupBaseline, TokenBaseline
+from unified_rl.agents.reference_kl import ReferenceKl
 from unified_rl.correction import Correction
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
@@ -38,6 +39,7 @@ class CriticAdvantage:
         self, baseline: Baseline, credit: str, lam: float, off_policy: bool, normalize: bool, rows: Any = None
     ) -> None:
         self.baseline, self.credit = baseline, CREDITS[credit]
+        self.by_token = isinstance(baseline, TokenBaseline) and credit != "step"
         self.settings = (lam, off_policy, normalize)
         self.rows = Rows.of(rows, "correction.advantage.rows")
 
@@ -73,6 +75,7 @@ class Estimate:
         drop_equal_groups: leave out rows of groups whose rewards are all equal.
         gates: bool columns by name, see :func:`make_gates`.
         maps: of the advantages, in order, see :func:`make_maps`.
+        reference_kl: reported, and taken from the rewards where it stands there.
     """
 
     def __init__(
@@ -83,11 +86,13 @@ class Estimate:
         drop_equal_groups: bool = False,
         gates: Mapping[str, Callable[[TensorDict], Tensor]] | None = None,
         maps: Sequence[Callable[..., Tensor]] = (),
+        reference_kl: ReferenceKl | None = None,
     ) -> None:
         self.policy, self.anchors, self.wrapper, self.objective = parts.policy, parts.anchors, parts.wrapper, objective
         self.groups = advantage
         self.drop_equal_groups = drop_equal_groups
         self.gates, self.maps = dict(gates or {}), maps
+        self.reference_kl = reference_kl or ReferenceKl(0.0)
 
     @torch.no_grad()
     def __call__(self, record: TensorDict, version: int, metrics: dict[str, Any]) -> TensorDict:
@@ -112,6 +117,7 @@ class Estimate:
             return record
         self.objective.check(record)
         self.anchors.annotate(record, version)
+        self.reference_kl(record, metrics, getattr(self.groups, "by_token", False))
         score = partial(self.anchors.chunked, self.policy, record)
         weight = self.wrapper.row_weight(record) if isinstance(self.groups, GroupBaseline) else None
         record["advantage"] = self.groups(record, score, weight)

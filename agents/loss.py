@@ -13,6 +13,8 @@ from unified_rl.objectives.divergence import DivergenceTerm
 from unified_rl.objectives.objective import Parts, Term
 from unified_rl.objectives.preference import PreferenceTerm
 from unified_rl.objectives.terms import EntropyTerm, NllTerm, PolicyGradientTerm, ValueTerm
+from unified_rl.policies.sampling import HasSampling
+from unified_rl.protocols import Trainable
 
 Node = Mapping[str, Any]
 TERMS: dict[str, type[Term]] = {
@@ -83,6 +85,24 @@ def anchors_of(terms: Iterable[Term], maps: Iterable[partial[Any]]) -> tuple[dic
         wanted = getattr(reshape.func, "anchors", ())  # what a function declares of itself
         log_probs |= {anchor: f"agent.maps[{number}]" for anchor in wanted if anchor not in log_probs}
     return log_probs, {anchor: term.where for term in terms for anchor in sorted(term.distributions)}
+
+
+def refuse_memory(policy: Trainable, distributions: Mapping[str, str]) -> None:
+    """Refuses to compare whole distributions that depend on what came before: they are made from hidden states alone.
+
+    Args:
+        policy: that is trained.
+        distributions: names of policies whose distributions are compared with, and the setting that does so.
+
+    Raises:
+        ConfigError: names both settings.
+    """
+    if distributions and isinstance(policy, HasSampling) and policy.sampling.remembers:
+        raise ConfigError(
+            f"{next(iter(distributions.values()))} compares whole distributions, which policy.repetition_penalty="
+            f"{policy.sampling.repetition_penalty} makes depend on every earlier token: set "
+            "policy.repetition_penalty=1, or use a penalty of the correction"
+        )
 
 
 def attach(terms: Mapping[str, Term], parts: Parts, *, compiled: bool, target_kl: float | None) -> None:

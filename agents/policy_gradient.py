@@ -25,15 +25,17 @@ from unified_rl.agents.anchors import PROVIDERS, Anchors, check_anchors
 from unified_rl.agents.baselines import Baseline, make_baseline, update_moments
 from unified_rl.agents.batches import Batches, Draw, choose_steps
 from unified_rl.agents.estimate import Estimate, make_advantage, make_gates, make_maps
-from unified_rl.agents.loss import anchors_of, attach, make_terms
+from unified_rl.agents.loss import anchors_of, attach, make_terms, refuse_memory
+from unified_rl.agents.reference_kl import ReferenceKl, check_kl
 from unified_rl.agents.scoring import identity_check, scoring
 from unified_rl.configurable import configurable
 from unified_rl.correction import Correction
 from unified_rl.interventions import WRAPPERS, make_wrapper
+from unified_rl.learning_rate import LearningRate, check_learning
 from unified_rl.objectives.objective import Objective, Parts
 from unified_rl.optimizer import Optimizer
 from unified_rl.protocols import EndsPretraining, HasWeights, Trainable, domain_of, is_discrete
-from unified_rl.ranges import Count, NonNegative, Seed, UnitInterval, UpperBound, ranged
+from unified_rl.ranges import Count, NonNegative, Seed, UnitInterval, UpperBound, Whole, ranged
 from unified_rl.replay import Replay
 from unified_rl.replay.fit import check_replay
 from unified_rl.units import split_steps
@@ -51,6 +53,13 @@ class PolicyGradient:
         rows: rows of one update where the replay is no queue; a queue gives what one collection wrote.
         length: steps of a control row (the rollout's horizon); None for language.
         lr: learning rate of policy and critic.
+        lr_schedule: how the rate moves over the gradient steps of the run: ``constant``, ``linear``, ``cosine`` or
+            another name of :data:`~unified_rl.learning_rate.SCHEDULES`, a dotted path, or a mapping with ``name`` and
+            the schedule's own settings.
+        warmup_steps: gradient steps in which the rate first rises from 0.
+        warmup_ratio: their share of the run, instead.
+        optimizer: ``adamw`` or another name of :data:`~unified_rl.optimizer.OPTIMIZERS`, a dotted path
+            (``torch.optim:SGD``), or a mapping with ``name`` and the optimiser's own options.
         epochs: passes over the rows of an update.
         minibatch: rows (or steps, see ``shuffle_steps``) of one optimiser step; None takes all.
         micro_batch: rows of one forward pass; gradients accumulate to the same gradient.
@@ -71,16 +80,23 @@ class PolicyGradient:
         critic_config: model configuration of the token critic's own transformer (language); None puts a linear head
             on the policy's own features.
         entropy_coef: weight of the policy's entropy; needs a policy with ``entropy`` or ``read_logits``.
+        kl: weight of the KL divergence to the reference, the policy at the start of the run
+            (``anchors={"reference": ...}`` names another); 0 needs none.
+        kl_in: ``loss`` adds it there, as ``correction.penalty`` does; ``reward`` takes it from the rewards of the units
+            before advantages are computed. None is loss.
+        kl_estimator: ``k1``, ``k2`` or ``k3`` of a unit's log-ratio, see :mod:`unified_rl.correction.penalties`; None
+            is k3 in the loss and k1 in the reward.
         normalize_advantage: standardise advantages once an update, over all of its rows (not over each minibatch).
         drop_equal_groups: leave out rows of groups whose rewards are all equal (DAPO's filter; they have no
             gradient, but they count in the denominators unless dropped).
         max_grad_norm: bound of the gradient norm.
         target_kl: stop the epochs of an update where the KL estimate k3 to the behaviour policy exceeds this.
-        anneal_lr: decay the learning rate linearly to 0 over the run.
+        anneal_lr: decay the learning rate linearly to 0 over the run, update by update (``lr_schedule=linear`` does so
+            step by step).
         shuffle_steps: minibatches of single steps instead of whole rows; None does so for control where the
             correction's level allows it.
-        adam_eps: Adam's denominator offset.
-        weight_decay: decoupled weight decay.
+        adam_eps: Adam's denominator offset; optimisers without one do not read it.
+        weight_decay: decay of matrices and embeddings, not of biases and norms; decoupled with AdamW.
         device: where updates run.
         compile: compile the policy's scoring function with ``torch.compile``.
         cuda_graph: compile it so that its forward and backward passes are replayed from CUDA graphs (mode
@@ -108,6 +124,10 @@ class PolicyGradient:
         rows: Count,
         length: Count | None = None,
         lr: NonNegative = 3e-4,
+        lr_schedule: str | dict[str, Any] = "constant",
+        warmup_steps: Whole = 0,
+        warmup_ratio: UnitInterval = 0.0,
+        optimizer: str | dict[str, Any] = "adamw",
         epochs: Count = 1,
         minibatch: Count | None = None,
         micro_batch: Count | None = None,
@@ -123,6 +143,9 @@ class PolicyGradient:
         critic_hidden: tuple[Count, ...] = (64, 64),
         critic_config: dict[str, Any] | None = None,
         entropy_coef: float = 0.0,
+        kl: NonNegative = 0.0,
+        kl_in: Literal["loss", "reward"] | None = None,
+        kl_estimator: Literal["k1", "k2", "k3"] | None = None,
         normalize_advantage: bool | None = None,
         drop_equal_groups: bool = False,
         max_grad_norm: UpperBound | None = 1.0,
@@ -142,12 +165,15 @@ class PolicyGradient:
         self.language, discrete = domain_of(policy) == "language", is_discrete(policy)
         correction.check_domain(discrete=discrete)
         correction.require_support(wrappers=[*WRAPPERS, *CREDIT_OF], providers=PROVIDERS)
+        reference_kl = ReferenceKl(kl, kl_in, kl_estimator)
+        correction = reference_kl.in_loss(correction)
         self.use_critic, self.credit = choose_credit(correction, advantage, credit, language=self.language)
         check_unread(self.use_critic, self.language, critic_config=critic_config, drop_equal_groups=drop_equal_groups)
         self.policy, self.correction, self.generator = policy, correction, generator
         if isinstance(policy, EndsPretraining):
             policy.end_pretraining()
         self.lr, self.anneal_lr, self.micro_batch, self.device = lr, anneal_lr, micro_batch, torch.device(device)
+        self.learning_rate = LearningRate(lr, lr_schedule, warmup_steps, warmup_ratio, annealed=anneal_lr)
         self.gamma = gamma if gamma is not None else (1.0 if self.language else 0.99)
         self.wrapper = make_wrapper(policy, correction)
         terms = make_terms(objectives, value_coef if self.use_critic else None, value_clip, entropy_coef)
@@ -159,10 +185,14 @@ class PolicyGradient:
             self.baseline = make_baseline(policy, critic_hidden, critic_config, seed)
             modules["critic"] = self.baseline.module.to(self.device)
         extra = self.wrapper.modules()
-        self.optimizer = Optimizer(modules, lr, weight_decay, eps=adam_eps, max_grad_norm=max_grad_norm, extra=extra)
+        self.optimizer = Optimizer(
+            modules, lr, weight_decay, eps=adam_eps, max_grad_norm=max_grad_norm, extra=extra, kind=optimizer
+        )
         self.wrapper.attach(self.optimizer)
         reshaped = make_maps(maps)
         needs = anchors_of(terms.values(), reshaped)
+        needs[0].update(reference_kl.anchors)
+        refuse_memory(policy, needs[1])
         self.anchors = Anchors(
             policy, correction, self.wrapper, anchors, teacher, micro_batch, *needs, off_policy_targets
         )
@@ -171,9 +201,12 @@ class PolicyGradient:
         plain = scoring(policy, compile, cuda_graph, self.device)
         self.objective = Objective(policy, terms, lambda rows: self.wrapper.score(rows, plain), generator)
         source = make_advantage(correction, self.baseline, self.credit, lam, off_policy_targets, normalize_advantage)
-        self.estimate = Estimate(parts, self.objective, source, drop_equal_groups, make_gates(gates), reshaped)
+        self.estimate = Estimate(
+            parts, self.objective, source, drop_equal_groups, make_gates(gates), reshaped, reference_kl
+        )
         self.draw = Draw(rows, length, self.language, discrete, not self.shuffle_steps, self.device)
         self.batches = Batches(generator, epochs, minibatch, target_kl)
+        self.rows, self.length = rows, length
         self.version, self.checked, self.verify_identity = 0, False, True  # identity_check=false sets the last
 
     @classmethod
@@ -183,6 +216,8 @@ class PolicyGradient:
         Raises:
             ConfigError: an unknown term, gate, map, source or anchor, or a wrong setting of one; by its full name.
         """
+        check_learning(settings)
+        check_kl(settings)
         taken = {key: settings[key] for key in ("value_clip", "entropy_coef") if key in settings}
         terms = make_terms(settings.get("objectives"), 1.0, **{"value_clip": None, "entropy_coef": 0.0, **taken})
         if settings.get("critic_config") is not None:
@@ -192,6 +227,15 @@ class PolicyGradient:
         make_gates(settings.get("gates"))
         needs = anchors_of(terms.values(), make_maps(settings.get("maps")))
         check_anchors(settings.get("anchors") or {}, {**needs[0], **needs[1]})
+
+    def plan_updates(self, updates: int) -> None:
+        """Tells the learning rate's schedule how many updates the run has.
+
+        Raises:
+            ConfigError: its warm-up is longer.
+        """
+        pieces = self.rows * (self.length or 1) if self.shuffle_steps else self.rows
+        self.learning_rate.plan(updates, self.batches.epochs * -(-pieces // (self.batches.minibatch or pieces)))
 
     def update(self, replay: Replay, progress: float = 0.0) -> dict[str, Any]:
         """Trains on one batch of rows from the replay; returns metrics, scalar tensors or floats.
@@ -215,6 +259,7 @@ class PolicyGradient:
             metrics |= self._optimize(split_steps(record) if self.shuffle_steps else record)
             if not self.language:
                 update_moments(record, policy=self.policy, baseline=self.baseline)
+        metrics["agent/lr"] = self.optimizer.rate
         self.version += 1
         if trained:
             self.anchors.update(self.version)
@@ -260,7 +305,15 @@ class PolicyGradient:
         return self.estimate(record, self.version, metrics)
 
     def _optimize(self, rows: TensorDict) -> dict[str, Any]:
-        around = lambda batch: self.wrapper.around(partial(self._step, batch), batch)  # noqa: E731
+        taken = 0
+
+        def around(batch: TensorDict) -> dict[str, Any]:
+            nonlocal taken
+            if self.learning_rate.moves:
+                self.optimizer.set_lr(self.learning_rate.of_update(self.version, taken))
+            taken += 1
+            return self.wrapper.around(partial(self._step, batch), batch)
+
         means = self.batches.run(rows, around, self.objective.whole_groups)
         finished = self.wrapper.finish(rows.split(self.micro_batch or self.batches.size(rows)))
         return {**means, **self.objective.summary(), **finished}
@@ -281,6 +334,7 @@ class PolicyGradient:
             "groups": self.estimate.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "micro_batch": self.micro_batch,
             "generator": self.generator.get_state(),
             "version": self.version,
             "checked": self.checked,
@@ -295,5 +349,7 @@ class PolicyGradient:
         for part, key in ((self.wrapper, "wrapper"), (self.estimate, "groups"), (self.objective, "objective")):
             part.load_state_dict(state[key])
         self.optimizer.load_state_dict(state["optimizer"])
+        # a run that chose its micro-batches by this machine's memory keeps them on another one
+        self.micro_batch = self.anchors.micro_batch = state.get("micro_batch", self.micro_batch)
         self.generator.set_state(state["generator"])
         self.version, self.checked = state["version"], state["checked"]

@@ -20,6 +20,7 @@ ORDER = (
     "replay",
     "objectives",
     "interventions",
+    "learning_rate",
     "optimizer",
     "correction",
     "returns",

@@ -694,6 +694,10 @@ VALUES_OF: dict[str, Any] = {
     "policy_gradient.micro_batch": 2,
     "policy_gradient.advantage": "group",
     "policy_gradient.credit": "nowhere",
+    "policy_gradient.lr_schedule": "linear",
+    "policy_gradient.optimizer": "sgd",
+    "policy_gradient.kl_in": "reward",
+    "policy_gradient.kl_estimator": "k1",
     "policy_gradient.teacher": "TEACHER",
     "policy_gradient.anchors": {"other": {"ema": 0.9}},
     "policy_gradient.gamma": 0.5,
@@ -722,6 +726,9 @@ VALUES_OF: dict[str, Any] = {
     "actor_critic.learning_starts": 16,
     "behavior_cloning.correction": 3,
     "behavior_cloning.batch_size": 4,
+    "behavior_cloning.micro_batch": 3,
+    "behavior_cloning.lr_schedule": "linear",
+    "behavior_cloning.optimizer": "sgd",
     "behavior_cloning.max_grad_norm": 0.01,
     "behavior_cloning.device": "nowhere",
     "control.num_envs": 3,
@@ -948,6 +955,8 @@ def further_cases() -> Iterator[Case]:
     yield Case("reward_weights of rewards", (*STALE, "reward=[task, length]"), ("reward_weights=[1.0, 9.0]",))
     yield Case("direct_share of mixture", mixed, ("env.direct_share=0.1",))
     yield Case("style for language", SUPERVISED_LM, ("rollout.style=direct",))
+    for key, value in {"kl_in": "reward", "kl_estimator": "k1"}.items():
+        yield Case(f"{key} of kl", (*STALE, "agent.kl=0.5"), (f"agent.{key}={value}",))
     yield Case("critic_config for language", (*LM, "agent.advantage=critic"), (f"agent.critic_config={text(TINY)}",))
 
 

@@ -27,6 +27,8 @@ def train(arguments: argparse.Namespace) -> int:
     if resumed is not None:
         if arguments.cfg:
             raise ConfigError(f"--cfg shows a new run's configuration; that of this run is {resumed[0]}/config.yaml")
+        if arguments.plan:
+            raise ConfigError("--plan is of a new run; leave out resume=")
         from unified_rl.training.run import resume
 
         folder, steps, env = resumed
@@ -39,6 +41,11 @@ def train(arguments: argparse.Namespace) -> int:
     config = resolve_defaults(config, allow=arguments.allow)
     if arguments.cfg:
         return _print_yaml(config)
+    if arguments.plan:
+        from unified_rl.training.memory_plan import plan_run
+
+        print(plan_run(config, arguments.allow))
+        return 0
     from unified_rl.training.run import train as run
 
     print(f"run folder: {run(config, arguments.allow)}")
@@ -140,6 +147,7 @@ EXAMPLES = {
   unified-rl train env=chain_mod policy=causal_lm agent=policy_gradient correction=dapo seed=1
   unified-rl train env=half_cheetah agent=sac steps=1e5 agent.lr=1e-3
   unified-rl train env=two_route policy=flow agent=policy_gradient correction=tis rollout.staleness=8
+  unified-rl train env=chain_mod --plan        prints the memory that the run will take
   unified-rl train resume=RUN [steps=N]        continues a run; resume_env=restart begins new episodes
   unified-rl train resume=RUN --checkpoint 400 goes back to the checkpoint after 400 updates""",
     "compare": """examples:
@@ -227,6 +235,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--config-dir", action="append", default=[], metavar="DIR", help="a folder of your own groups"
         )
+    if verb == "train":
+        parser.add_argument("--plan", action="store_true", help="print what it will take in memory and stop")
     if verb == "evaluate":
         parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
         parser.add_argument("--episodes", type=int, help="episodes or prompts; by default as in the run")

@@ -128,6 +128,24 @@ def train(
     return Run(run(_composed(overrides, "train", allow, config_dirs), allow, progress=progress), allow)
 
 
+def memory_plan(overrides: Overrides = (), *, allow: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> Any:
+    """What a run will take in memory, as ``unified-rl train ... --plan`` prints it; nothing is trained.
+
+    Args:
+        overrides, allow, config_dirs: as of :func:`train`.
+
+    Returns:
+        A :class:`~unified_rl.training.memory_plan.MemoryPlan`: ``peak`` and ``needed`` in bytes, its parts, and a table
+        as text; a line that says so for a policy that is no language model.
+
+    Raises:
+        ConfigError: parts that do not fit together. A run that does not fit is planned all the same.
+    """
+    from unified_rl.training.memory_plan import plan_run
+
+    return plan_run(_composed(overrides, "train", allow, config_dirs), allow)
+
+
 def resume(
     run: RunLike,
     steps: int | None = None,

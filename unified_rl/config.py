@@ -26,6 +26,7 @@ from unified_rl.instantiate import (
     check_value,
     is_node,
     is_plain,
+    locate,
     nearest,
     parameters,
     plain,
@@ -62,6 +63,8 @@ CHECKS = {"correction": "unified_rl.objectives.correction_settings.check_correct
 """Functions that check a node for what its own class, further down, cannot know."""
 
 CHOICES = "choices"
+BY_DOMAIN = "by_domain"
+"""Settings by group for rollouts of a domain, where nothing else sets them: ``{control: {agent: {...}}}``."""
 REQUIRED_GROUPS = ("policy", "agent")
 """Groups without which nothing can be made of a run."""
 GROUP = re.compile(r"((override|optional) +)*/?[\w-]+")
@@ -318,6 +321,7 @@ def compose(
     for override in parsed:
         if override.key not in groups:
             _set(config, override)
+    _fill_by_domain(config, allow)
     check_size(config, "the configuration")
     given = {override.key for override in parsed if override.value is not None}
     keep_one_way(config, given, allow)
@@ -330,6 +334,17 @@ def shipped_choices(config: Mapping[str, Any]) -> set[str]:
     """The groups whose option is one of the built-in files."""
     choices = config.get(CHOICES) or {}
     return {group for group, name in choices.items() if name is not None and name in preset_names(group)}
+
+
+def _fill_by_domain(config: dict[str, Any], allow: Sequence[str]) -> None:
+    """Takes over what :data:`BY_DOMAIN` says of the rollout's domain, where nobody has set it."""
+    settings, rollout = config.pop(BY_DOMAIN, None), config.get("rollout")
+    if not isinstance(settings, dict) or not isinstance(rollout, dict) or "_target_" not in rollout:
+        return
+    domain = getattr(locate(rollout["_target_"], allow, "rollout"), "domain", None)
+    for group, node in (settings.get(domain) or {}).items():
+        if isinstance(config.get(group), dict):
+            config[group] |= {key: value for key, value in node.items() if key not in config[group]}
 
 
 @contextmanager

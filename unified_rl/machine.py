@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from unified_rl.errors import ConfigError
 
@@ -21,6 +22,37 @@ def memory() -> int:
         text = path.read_text().strip() if path.is_file() else ""
         total = min(total, int(text)) if text.isdigit() else total
     return total
+
+
+def available(device: Any = "cpu") -> int | None:
+    """Bytes that can still be allocated on a device; None where nobody knows.
+
+    Of main memory: what the kernel says is available, within what the container may still use. Of a CUDA device: what
+    is free, and what torch has reserved and does not use.
+    """
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    if device.type != "cpu":
+        return None
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return min([*found, *_left_in_container()], default=None)
+
+
+def _left_in_container(folder: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What a container's limit leaves, the cache of files not counted; empty where there is no limit."""
+    limit, used, stat = (folder / name for name in ("memory.max", "memory.current", "memory.stat"))
+    text = limit.read_text().strip() if limit.is_file() and used.is_file() else ""
+    if not text.isdigit():
+        return []
+    lines = stat.read_text().splitlines() if stat.is_file() else []
+    cached = sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
+    return [max(0, int(text) - int(used.read_text()) + cached)]
 
 
 def cores() -> int:

@@ -1,7 +1,8 @@
-"""One optimiser step that refuses NaN: fused AdamW, clipped gradients, a check before the parameters move."""
+"""One optimiser step that refuses NaN: AdamW or another, clipped gradients, a check before the parameters move."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from unified_rl.errors import ConfigError, NonFiniteError
+from unified_rl.instantiate import allowed, locate, nearest
 from unified_rl.protocols import HasWeights
+from unified_rl.ranges import shown
+
+NAMES = ("AdamW", "Adam", "NAdam", "RAdam", "Adamax", "Adafactor", "Adagrad", "Adadelta", "RMSprop", "SGD")
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {name.lower(): getattr(torch.optim, name) for name in NAMES}
+"""Optimisers of torch by name; those that need a closure, sparse gradients or matrices alone are left out."""
+FUSED = ("adamw", "adam", "sgd")
+"""Those whose one kernel for all weights is used unless ``fused: false`` is set."""
+TORCH = "torch.optim."
+
+Node = str | Mapping[str, Any]
 
 
 def first_non_finite(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
@@ -21,24 +33,75 @@ def first_non_finite(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
     return None
 
 
+def decays(name: str, weight: Tensor) -> bool:
+    """Whether weight decay is meant for a weight: for matrices and embeddings, not for biases and gains of norms.
+
+    As in the Trainer of transformers, embeddings decay, and biases and norms do not; neither does any other vector,
+    such as a standard deviation.
+    """
+    return weight.ndim >= 2 and not name.endswith("bias")
+
+
+def optimizer_class(node: Node, where: str = "agent.optimizer") -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The optimiser that a setting names, and its options.
+
+    Args:
+        node: a name of :data:`OPTIMIZERS`, a dotted path (``torch.optim:SGD``; others under ``--allow``), or a mapping
+            with ``name`` and the optimiser's own options.
+        where: the full name of the setting, for errors.
+
+    Raises:
+        ConfigError: an unknown optimiser or option (names the nearest), or one that the agent sets itself.
+    """
+    options = {"name": node} if isinstance(node, str) else dict(node)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"{where} needs a name, got {shown(node)}; known: {', '.join(OPTIMIZERS)}")
+    found = _optimizer_named(name.replace(":", "."), where)
+    known = [key for key in inspect.signature(found).parameters if key != "params"]
+    for key in options:
+        if key in ("lr", "weight_decay", "capturable", "differentiable"):
+            agents = f"set {where.split('.')[0]}.{key} instead" if key in ("lr", "weight_decay") else "leave it out"
+            raise ConfigError(f"{where} {name!r}: {key} is not set here; {agents}")
+        if key not in known:
+            raise ConfigError(f"{where} {name!r} has no option {key!r}; {nearest(key, known)}")
+    return found, {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+
+
+def _optimizer_named(name: str, where: str) -> type[torch.optim.Optimizer]:
+    short = name.removeprefix(TORCH).lower()
+    if short in OPTIMIZERS and (name.startswith(TORCH) or "." not in name):
+        return OPTIMIZERS[short]
+    if "." not in name or name.startswith(TORCH):
+        raise ConfigError(f"{where} {shown(name)} is unknown; {nearest(short, OPTIMIZERS)}")
+    found = locate(name, allowed(), where, key="")
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise ConfigError(f"{where} {shown(name)} is no torch.optim.Optimizer; derive it from that class")
+    return found
+
+
 class Optimizer:
-    """AdamW over named modules, with a global gradient-norm bound and a finiteness check before every step.
+    """AdamW, or another, over named modules: a global gradient-norm bound, and a finiteness check before every step.
 
     Args:
         modules: modules by name; names appear in errors.
         lr: learning rate.
-        weight_decay: decoupled weight decay.
+        weight_decay: decay of the weights that :func:`decays` names; decoupled with AdamW.
         betas: Adam's decay rates.
         eps: Adam's denominator offset.
         max_grad_norm: bound of the global gradient norm; None for no bound.
         capturable: needed inside a captured CUDA graph.
         extra: further modules by name, each with a learning rate of its own, which :meth:`set_lr` leaves alone.
+        kind: the optimiser, see :func:`optimizer_class`; ``betas`` and ``eps`` are for those that take them, and the
+            mapping's own win.
 
     Attributes:
+        adam: the optimiser of torch, whichever it is.
         after_clip: called between the bound on the gradient's norm and the step, with the factor that it applied.
 
     Raises:
-        ConfigError: half-precision parameters: a step of the usual size is below their last digit.
+        ConfigError: half-precision parameters (a step of the usual size is below their last digit), or an optimiser
+            that refuses its options.
     """
 
     def __init__(
@@ -51,6 +114,7 @@ class Optimizer:
         max_grad_norm: float | None = None,
         capturable: bool = False,
         extra: Mapping[str, tuple[HasWeights, float]] | None = None,
+        kind: Node = "adamw",
     ) -> None:
         self.named = [
             (f"{prefix}.{name}", parameter)
@@ -60,9 +124,20 @@ class Optimizer:
         ]
         self.parameters = [parameter for _, parameter in self.named]
         self.lr, self.max_grad_norm = lr, max_grad_norm
-        self.adam = torch.optim.AdamW(
-            self.parameters, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=True, capturable=capturable
-        )
+        found, options = optimizer_class(kind)
+        taken = inspect.signature(found).parameters
+        own: dict[str, Any] = {"betas": betas, "eps": eps, "fused": found.__name__.lower() in FUSED or None}
+        if isinstance(getattr(taken.get("eps"), "default", None), tuple):
+            del own["eps"]
+        if capturable:
+            own["capturable"] = True
+        given = {"lr": lr, "weight_decay": weight_decay, **own, **options}
+        if weight_decay and "weight_decay" not in taken:
+            raise ConfigError(f"agent.weight_decay={weight_decay}, but {found.__name__} has none; set it to 0")
+        try:
+            self.adam = found(self._groups(weight_decay), **{k: v for k, v in given.items() if k in taken})
+        except (TypeError, ValueError, RuntimeError) as error:  # each checks its options with errors of its own
+            raise ConfigError(f"agent.optimizer {found.__name__}: {str(error).splitlines()[0][:200]}") from error
         for name, (module, own_lr) in (extra or {}).items():
             added = [(f"{name}.{key}", parameter) for key, parameter in module.named_parameters()]
             self.named += added
@@ -72,6 +147,15 @@ class Optimizer:
         self._refuse_half()
         self.after_clip: Callable[[float], None] | None = None
         self.steps = 0
+
+    def _groups(self, weight_decay: float) -> Any:
+        """The weights, in groups with and without decay where there is any."""
+        if not weight_decay:
+            return self.parameters
+        decayed = [p for name, p in self.named if decays(name, p)]
+        spared = [p for name, p in self.named if not decays(name, p)]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
 
     def _refuse_half(self) -> None:
         for name, parameter in self.named:
@@ -108,6 +192,11 @@ class Optimizer:
         self.steps += 1
         return norm
 
+    @property
+    def rate(self) -> float:
+        """The present learning rate of the weights that :meth:`set_lr` moves."""
+        return float(self.adam.param_groups[0]["lr"])
+
     def set_lr(self, lr: float) -> None:
         """Sets the learning rate of every group."""
         for group in self.adam.param_groups:
@@ -128,13 +217,18 @@ class Optimizer:
 
     def moments(self) -> dict[Tensor, dict[str, Tensor]]:
         """A copy of the moments and step counts of every parameter that has taken a step."""
-        return {p: {key: x.clone() for key, x in state.items()} for p, state in self.adam.state.items()}
+        return {
+            p: {key: x.clone() for key, x in state.items() if isinstance(x, Tensor)}
+            for p, state in self.adam.state.items()
+        }
 
     @torch.no_grad()
     def mix_moments(self, before: dict[Tensor, dict[str, Tensor]], share: float) -> None:
         """Moves moments and step counts to ``before + share * (now - before)``; what was not there before was 0."""
         for p, state in self.adam.state.items():
             for key, now in state.items():
+                if not isinstance(now, Tensor):
+                    continue
                 old = before[p][key] if p in before else torch.zeros_like(now)
                 now.copy_(torch.lerp(old, now, share))
 

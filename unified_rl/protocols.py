@@ -630,6 +630,15 @@ class ChecksIdentity(Protocol):
 
 
 @runtime_checkable
+class PlansUpdates(Protocol):
+    """An agent whose learning rate follows the length of the run."""
+
+    def plan_updates(self, updates: int) -> None:
+        """Says how many updates the run has; raises ConfigError where a schedule does not fit into it."""
+        ...
+
+
+@runtime_checkable
 class Agent(Stateful, Protocol):
     """Improves a policy from a replay. ``gamma``, where it has one, is the discount that its rollout writes."""
 

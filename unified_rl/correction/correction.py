@@ -242,6 +242,17 @@ class Correction:
         other._kernel, other._kernel_name = _kernel_of(kernel)
         return other
 
+    def with_penalty(self, node: Node) -> Correction:
+        """A copy with one penalty more, behind the others; everything else is shared.
+
+        Raises:
+            ConfigError: an unknown penalty or setting.
+        """
+        other = copy.copy(self)
+        more = Penalty(node, f"correction.penalty.{len(self._penalties)}", self.anchors)
+        other._penalties = (*self._penalties, more)
+        return other
+
     @property
     def needs_full_pass(self) -> bool:
         """Whether ``prepare`` must see the current log-probs of the whole optimiser batch."""

@@ -97,6 +97,6 @@ class Forward:
     def nll(self) -> Tensor:
         """Supervised loss ``[B, N']``: minus the log-probs where the policy is a plain categorical, else its own."""
         sampling = self.sampling
-        if sampling is not None and sampling.temperature == 1 and not sampling.truncates:
+        if sampling is not None and sampling.plain:
             return -self.log_prob
         return self.policy.nll(self.rows, self.generator)

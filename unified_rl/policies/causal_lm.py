@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -29,11 +30,11 @@ from unified_rl.policies.pretrained import (
     special_ids,
     trunk_states,
 )
-from unified_rl.policies.sampling import Sampling, entropy_of, token_log_prob
+from unified_rl.policies.sampling import Sampling, entropy_of, seen_before, token_log_prob
 from unified_rl.policies.shared_prompt import find_shared, shared_states
 from unified_rl.policies.stop_strings import StopStrings
 from unified_rl.protocols import Domain, Reader
-from unified_rl.ranges import Count, Fraction, Positive, Seed, Whole, ranged
+from unified_rl.ranges import Count, Fraction, Positive, Seed, Share, Whole, ranged
 from unified_rl.units import UnitLogProb
 
 LOGITS_AT_ONCE = 2**25
@@ -62,6 +63,9 @@ class CausalLM(TensorDictModuleBase):
         top_k: keep the most likely tokens only; 0 keeps all.
         top_p: keep the nucleus of this probability only; 1 keeps all. A stored token that has left the support of the
             present weights scores ``-inf``; the correction rejects and counts it.
+        min_p: drop tokens below this share of the most probable one's probability; 0 keeps all.
+        repetition_penalty: of tokens that came before, in prompt or answer (CTRL, as in transformers); 1 is none.
+            Scoring then looks up what came before every token, which costs some passes over the logits more.
         dtype: of the weights. Only float32 weights are trained: half precision rounds small steps away. Under adapters
             the weights are not trained, and may be bfloat16.
         autocast: run matrix products in bfloat16.
@@ -102,6 +106,8 @@ class CausalLM(TensorDictModuleBase):
         temperature: Positive = 1.0,
         top_k: Whole = 0,
         top_p: Fraction = 1.0,
+        min_p: Share = 0.0,
+        repetition_penalty: Positive = 1.0,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         autocast: bool = False,
         logit_chunk: Whole = 0,
@@ -114,7 +120,7 @@ class CausalLM(TensorDictModuleBase):
         super().__init__()
         self.in_keys = ["tokens", "token_mask"]
         self.out_keys = ["action", "action_mask", "behavior_log_prob"]
-        self.sampling = Sampling(temperature, top_k, top_p, len(tokenizer))
+        self.sampling = Sampling(temperature, top_k, top_p, len(tokenizer), min_p, repetition_penalty)
         self.tokenizer, self.max_length, self.max_new_tokens = tokenizer, max_length, max_new_tokens
         self.pad_id, self.eos_id = special_ids(tokenizer)
         self.autocast, self.logit_chunk, self.cuda_graph, self.seed = autocast, logit_chunk, cuda_graph, seed
@@ -249,11 +255,15 @@ class CausalLM(TensorDictModuleBase):
         backend: str = "own",
         lengths: Tensor | None = None,
         stop_strings: StopStrings | None = None,
+        sampling: Sampling | None = None,
     ) -> Generation:
         """Samples continuations; see :func:`unified_rl.policies.generation.generate`.
 
-        ``stop_ids`` defaults to the tokenizer's end-of-text id and :attr:`end_ids`.
+        ``stop_ids`` defaults to the tokenizer's end-of-text id and :attr:`end_ids`, ``sampling`` to the policy's own;
+        another one is for evaluation, since rows of it are scored under the policy's. Ids beyond the tokenizer are
+        never sampled.
         """
+        sampling = dataclasses.replace(sampling or self.sampling, vocabulary=self.sampling.vocabulary)
         if stop_ids is None:
             stop_ids = sorted({*self.end_ids, *([] if self.eos_id is None else [self.eos_id])})
         if generator is None and not greedy:
@@ -268,7 +278,7 @@ class CausalLM(TensorDictModuleBase):
                 stop_ids=stop_ids,
                 pad_id=self.pad_id,
                 lengths=lengths,
-                sampling=self.sampling,
+                sampling=sampling,
                 samples_per_prompt=samples_per_prompt,
                 greedy=greedy,
                 generator=generator,
@@ -335,7 +345,14 @@ class CausalLM(TensorDictModuleBase):
         picked = [extra[row, column] for extra in extras]
 
         def read(logits: Tensor, target: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-            return reader(sampling.logits(logits), target, *more)
+            seen = None
+            if sampling.remembers:
+                *more_, at_row, at_column = more
+                more, seen = tuple(more_), seen_before(tokens, at_row, at_column, sampling.words(logits))
+            return reader(sampling.logits(logits, seen), target, *more)
+
+        if sampling.remembers:
+            picked += [row, column]
 
         with self._precision(), self._recomputing():
             found = self._read_at(tokens, mask, row, column, read, picked)

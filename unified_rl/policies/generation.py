@@ -11,17 +11,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
 from unified_rl.errors import ConfigError
 from unified_rl.policies.cuda_graph_step import ReplayedStep
 from unified_rl.policies.heads import read_head
 from unified_rl.policies.kv_cache import FixedCache, SlabCache, count_layers, visible_columns
-from unified_rl.policies.sampling import Sampling, draw, token_log_prob
+from unified_rl.policies.sampling import Sampling, draw, seen_before, token_log_prob
 from unified_rl.policies.stop_strings import StopStrings
 
 COMPACT_BELOW = 0.8
@@ -109,7 +116,7 @@ def generate(
         stop_ids: ids that end a row; the id is part of the row and carries its log-prob.
         pad_id: fills what lies after the end of a row.
         lengths: ``[P]`` real tokens of a padded prompt tensor.
-        sampling: temperature, top-k, top-p. Log-probs are those of this distribution.
+        sampling: temperature, truncations and repetition penalty. Log-probs are those of this distribution.
         samples_per_prompt: each prompt is encoded once and sampled this often.
         greedy: takes the most likely token; ``log_prob`` is still the token's under ``sampling``.
         generator: of the model's device, or of the CPU (then one number seeds a stream on the device). Needed unless
@@ -172,11 +179,26 @@ class _Job:
         tokens = torch.full((rows, self.max_new_tokens), self.pad_id, dtype=torch.int64, device=device)
         return tokens, torch.zeros(rows, self.max_new_tokens, device=device)
 
-    def pick(self, logits: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """The next token ``[b]`` and its log-prob ``[b]`` from the model's logits ``[b, V]``."""
-        logits = self.sampling.logits(logits)
+    def pick(
+        self, logits: Tensor, generator: torch.Generator | None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The next token ``[b]`` and its log-prob ``[b]`` from the model's logits ``[b, V]``.
+
+        ``seen [b, V]``, of a sampling that remembers, takes the token in.
+        """
+        logits = self.sampling.logits(logits, seen)
         token = logits.argmax(-1) if self.greedy else draw(logits, generator)
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
         return token, token_log_prob(logits, token)
+
+    def seen_in(self, prompts: Tensor, lengths: Tensor, logits: Tensor) -> Tensor | None:
+        """Which ids stand in each row's prompt, ``[B, V]``; None where the sampling does not remember."""
+        if not self.sampling.remembers:
+            return None
+        rows = torch.arange(len(prompts), device=prompts.device)
+        seen = seen_before(prompts, rows, lengths, self.sampling.words(logits))
+        return seen.repeat_interleave(self.repeats, 0)
 
 
 class _Loop:
@@ -196,6 +218,7 @@ class _Loop:
         self.position = lengths.repeat_interleave(job.repeats)[:, None]
         self.cache: FixedCache | SlabCache = SlabCache(count_layers(model.config), job.repeats)
         self.visible: Tensor | None = None
+        self.seen: Tensor | None = None
         self.replayed: ReplayedStep | None = None
         if job.replay or bool((lengths < width).any()):
             self.visible = visible_columns(self.position[:, 0], width, width + job.max_new_tokens)
@@ -213,6 +236,7 @@ class _Loop:
     def run(self) -> Generation:
         job, width, step = self.job, self.prompts.shape[1], -1
         logits = self._prefill()
+        self.seen = job.seen_in(self.prompts, self.lengths, logits)
         for step in range(job.max_new_tokens):
             token = self._record(step, logits)
             if step + 1 == job.max_new_tokens:
@@ -268,7 +292,7 @@ class _Loop:
 
     def _record(self, step: int, logits: Tensor) -> Tensor:
         """Draws a token for every row in the cache and writes those of live rows."""
-        token, log_prob = self.job.pick(logits, self.generator)
+        token, log_prob = self.job.pick(logits, self.generator, self.seen)
         token = torch.where(self.alive, token, self.job.pad_id)
         log_prob = log_prob.masked_fill(~self.alive, 0.0)
         if self.row is None:
@@ -290,6 +314,8 @@ class _Loop:
         self.watched = self.alive
         if self.visible is not None:
             self.visible = self.visible[kept]
+        if self.seen is not None:
+            self.seen = self.seen[kept]
         if live:
             self.cache.batch_select_indices(kept)
         return kept
@@ -313,6 +339,7 @@ def _generate_hf(
     source = (columns - shift).clamp_min(0)
     real = columns >= shift
     ids = torch.where(real, prompts.gather(1, source), job.pad_id).repeat_interleave(job.repeats, 0)
+    remembers = job.sampling.remembers
     config = GenerationConfig(
         max_new_tokens=job.max_new_tokens,
         do_sample=not job.greedy,
@@ -320,10 +347,10 @@ def _generate_hf(
         pad_token_id=job.pad_id,
         return_dict_in_generate=True,
         output_logits=True,
-        **({} if job.greedy else _warpers(job.sampling)),
+        **({} if job.greedy or remembers else _warpers(job.sampling)),
     )
     padded = model.config.get_text_config(decoder=True).vocab_size
-    if 0 < job.sampling.vocabulary < padded:
+    if 0 < job.sampling.vocabulary < padded and not remembers:
         config.suppress_tokens = list(range(job.sampling.vocabulary, padded))
     criteria = StoppingCriteriaList()
     if (texts := job.stop_strings) is not None:
@@ -331,13 +358,35 @@ def _generate_hf(
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         if generator is not None:
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+        more = {"logits_processor": LogitsProcessorList([_Transform(prompts, lengths, job)])} if remembers else {}
         out: Any = model.generate(
             ids,
             attention_mask=real.repeat_interleave(job.repeats, 0).long(),
             generation_config=config,
             stopping_criteria=criteria,
+            **more,
         )
-    return _pack(out.sequences[:, width:], torch.stack(out.logits, 1), job)
+    raw = torch.stack(out.logits, 1)
+    seen = job.seen_in(prompts, lengths, raw[:, 0])
+    return _pack(out.sequences[:, width:], raw, job, seen)
+
+
+class _Transform(LogitsProcessor):
+    """The whole sampling transform inside transformers' ``generate``, whose own penalty would count padding too."""
+
+    def __init__(self, prompts: Tensor, lengths: Tensor, job: _Job) -> None:
+        self.prompts, self.lengths, self.job = prompts, lengths, job
+        self.seen: Tensor | None = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Transformed scores ``[B, V]``, whatever lies beyond the vocabulary out of reach."""
+        if self.seen is None:
+            self.seen = self.job.seen_in(self.prompts, self.lengths, scores)
+        else:
+            last = input_ids[:, -1:].clamp(max=self.job.sampling.words(scores) - 1)  # finished rows hold padding
+            cast(Tensor, self.seen).scatter_(1, last, True)
+        out = self.job.sampling.logits(scores, self.seen)
+        return torch.nn.functional.pad(out, (0, scores.shape[-1] - out.shape[-1]), value=float("-inf"))
 
 
 class _JustMade:
@@ -367,15 +416,26 @@ def _by_length(
 
 
 def _warpers(sampling: Sampling) -> dict[str, Any]:
-    return {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p}
+    least = {"min_p": sampling.min_p} if sampling.min_p > 0 else {}
+    return {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p, **least}
 
 
-def _pack(sampled: Tensor, logits: Tensor, job: _Job) -> Generation:
-    """Pads ``sampled [B, m]`` to the full width and scores it from the raw ``logits [B, m, V]``."""
+def _pack(sampled: Tensor, logits: Tensor, job: _Job, seen: Tensor | None = None) -> Generation:
+    """Pads ``sampled [B, m]`` to the full width and scores it from the raw ``logits [B, m, V]``.
+
+    ``seen [B, V]``: ids in the prompts, of a sampling that remembers.
+    """
     tokens, log_prob = job.empty(len(sampled), sampled.device)
     length, finished = ends(sampled, job.stop_ids, job.max_new_tokens)
     live = torch.arange(sampled.shape[1], device=sampled.device) < length[:, None]
-    score = token_log_prob(job.sampling.logits(logits), sampled)
+    if seen is None:
+        score = token_log_prob(job.sampling.logits(logits), sampled)
+    else:
+        scores = []
+        for said, read in zip(sampled.unbind(1), logits.unbind(1), strict=True):
+            scores.append(token_log_prob(job.sampling.logits(read, seen), said))
+            seen.scatter_(1, said.clamp(max=seen.shape[1] - 1)[:, None], True)
+        score = torch.stack(scores, 1)
     tokens[:, : sampled.shape[1]] = torch.where(live, sampled, job.pad_id)
     log_prob[:, : sampled.shape[1]] = score.masked_fill(~live, 0.0)
     cut = length + 1 if job.stop_strings is None else job.stop_strings.find(sampled)

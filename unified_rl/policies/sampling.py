@@ -1,24 +1,29 @@
 """The sampling transform: how logits become the distribution that tokens are drawn from.
 
 Generation and re-scoring share it, so that a log-prob is always the one of the distribution that really sampled
-(temperature, then top-k, then top-p, each renormalised).
+(repetition penalty, temperature, then top-k, top-p and min-p, each renormalised: the order of transformers).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from unified_rl.ranges import Fraction, Positive, Whole, ranged
+from unified_rl.errors import ConfigError
+from unified_rl.ranges import Fraction, Positive, Share, Whole, ranged
+
+SEEN_AT_ONCE = 2**22
+"""Ids of prefixes that are looked at together (32 MiB)."""
 
 
 @ranged()
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature, top-k and nucleus (top-p) truncation, applied in this order.
+    """Repetition penalty, temperature, top-k, nucleus (top-p) and min-p truncation, applied in this order.
 
     Attributes:
         temperature: divides the logits; above 0.
@@ -26,6 +31,10 @@ class Sampling:
         top_p: keeps the smallest set of tokens whose probability reaches ``top_p``; 1 keeps all. "The Curious Case of
             Neural Text Degeneration", arXiv:1904.09751.
         vocabulary: ids below this one exist; an output layer padded beyond it loses the rest. 0 keeps all.
+        min_p: drops tokens whose probability is below this share of the most probable one's; 0 keeps all. "Turning Up
+            the Heat: Min-p Sampling for Creative and Coherent LLM Outputs", arXiv:2407.01082.
+        repetition_penalty: of tokens that stand in the prompt or in what was sampled so far: positive logits are
+            divided by it, negative ones multiplied; 1 is none. CTRL, arXiv:1909.05858.
 
     Raises:
         ConfigError: a value out of range.
@@ -35,23 +44,57 @@ class Sampling:
     top_k: Whole = 0
     top_p: Fraction = 1.0
     vocabulary: Whole = 0
+    min_p: Share = 0.0
+    repetition_penalty: Positive = 1.0
 
     @property
     def truncates(self) -> bool:
         """True where some tokens get probability 0."""
-        return self.top_k > 0 or self.top_p < 1
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
-    def logits(self, logits: Tensor) -> Tensor:
-        """Transformed float32 logits ``[..., V]``, ids beyond the vocabulary cut off; ``-inf`` outside the support."""
+    @property
+    def remembers(self) -> bool:
+        """True where the distribution depends on which tokens came before."""
+        return self.repetition_penalty != 1
+
+    @property
+    def plain(self) -> bool:
+        """True where it is the model's own distribution (over the ids that exist)."""
+        return self.temperature == 1 and not self.truncates and not self.remembers
+
+    def words(self, logits: Tensor) -> int:
+        """``V`` of the transformed logits."""
+        return min(self.vocabulary or logits.shape[-1], logits.shape[-1])
+
+    def logits(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Transformed float32 logits ``[..., V]``, ids beyond the vocabulary cut off; ``-inf`` outside the support.
+
+        Args:
+            logits: of the model.
+            seen: ``[..., V]`` bool, which ids came before; needed where :attr:`remembers`.
+
+        Raises:
+            ConfigError: a repetition penalty where nobody knows what came before.
+        """
         if 0 < self.vocabulary < logits.shape[-1]:
             logits = logits[..., : self.vocabulary]
         logits = logits.float()
+        if self.remembers:
+            if seen is None:
+                raise ConfigError(
+                    f"policy.repetition_penalty={self.repetition_penalty} needs the tokens before each unit, which "
+                    "what compares whole distributions does not have: set policy.repetition_penalty=1"
+                )
+            logits = penalise(logits, seen, self.repetition_penalty)
         if self.temperature != 1:
             logits = logits / self.temperature
         if self.top_k:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p < 1:
             logits = keep_top_p(logits, self.top_p)
+        if self.min_p > 0:
+            least = logits.detach().amax(-1, keepdim=True) + math.log(self.min_p)
+            logits = logits.masked_fill(logits < least, float("-inf"))
         return logits
 
 
@@ -64,6 +107,29 @@ class HasSampling(Protocol):
     """A categorical policy that says how it turns logits into the distribution that it samples and scores."""
 
     sampling: Sampling
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """``logits [..., V]`` of the ids ``seen [..., V]`` divided by the penalty where positive, else multiplied."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def seen_before(tokens: Tensor, row: Tensor, column: Tensor, words: int) -> Tensor:
+    """Which ids stand in ``tokens [B, N]`` before each unit, ``[n, words]`` bool.
+
+    Args:
+        tokens: right-padded rows.
+        row, column: ``[n]``, the units; no column is 0.
+        words: ids there are.
+    """
+    seen = torch.zeros(len(row), words, dtype=torch.bool, device=tokens.device)
+    width = int(column.max()) if len(column) else 1
+    at = torch.arange(width, device=tokens.device)
+    size = max(1, SEEN_AT_ONCE // width)
+    for part, r, c in zip(seen.split(size), row.split(size), column.split(size), strict=True):
+        ids = tokens[r, :width]
+        part.scatter_(1, torch.where(at < c[:, None], ids, ids[:, :1]), True)  # the first one is always before
+    return seen
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:

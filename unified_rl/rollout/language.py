@@ -55,8 +55,9 @@ class LanguageRollout:
         columns: further entries of the record, made of the environment's own numbers: a name gives ``[B]`` int64, a
             list of names ``[B, K]`` float32 (several rewards, strata).
         privileged: style of the solution that a teacher sees behind the prompt (``privileged_tokens``, ``_mask``).
-        generation_batch: conversations that are sampled together, in whole groups; null samples all of a collection at
-            once. It bounds the memory of the key-value cache, in evaluation too.
+        generation_batch: conversations that are sampled together, in whole groups. It bounds the memory of the
+            key-value cache, in evaluation too. Null samples all of a collection at once; a run chooses fewer where
+            their cache would take more than a quarter of the memory, or 8 GB.
         device: where the policy samples.
         streams: ``name -> stream``, one for each source (``sources/NAME``) and one for the context.
 
@@ -197,6 +198,7 @@ class LanguageRollout:
             "streams": {name: stream.get_state() for name, stream in self._streams.items()},
             "sources": {name: source.state_dict() for name, source in self.sources.items()},
             "steps": self.steps,
+            "generation_batch": self.generation_batch,
             **self.builder.state_dict(),
             "env": self.env.state_dict(),
         }
@@ -210,6 +212,7 @@ class LanguageRollout:
         for name, source in self.sources.items():
             source.load_state_dict(state["sources"][name])
         self.steps = state["steps"]
+        self.generation_batch = state.get("generation_batch", self.generation_batch)
         self.builder.load_state_dict(state)
         self.env.load_state_dict(state["env"])
 

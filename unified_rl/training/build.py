@@ -17,6 +17,7 @@ from unified_rl.devices import device_of
 from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
 from unified_rl.interop.guard import one_line
+from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.pretrained import tokenizer_folder
 from unified_rl.protocols import (
     ChecksIdentity,
@@ -24,6 +25,7 @@ from unified_rl.protocols import (
     Demonstrates,
     EndsPretraining,
     HasSplits,
+    PlansUpdates,
     Rewarded,
 )
 from unified_rl.replay import WithDataset
@@ -32,7 +34,14 @@ from unified_rl.rollout.feed import LocalFeed
 from unified_rl.rollout.recorded import fitted
 from unified_rl.spaces import Space
 from unified_rl.training.evaluation import evaluate_control, evaluate_imitation, evaluate_language
-from unified_rl.training.limits import check_machine, check_replay_memory, check_rows, row_size
+from unified_rl.training.limits import check_machine, check_model_folder, check_replay_memory, check_rows, row_size
+from unified_rl.training.memory_plan import (
+    MemoryPlan,
+    evaluated_rows,
+    generation_batch_for,
+    memory_plan,
+    micro_batch_for,
+)
 from unified_rl.training.seeding import derive, generator, scoped
 from unified_rl.training.settings import TrainSettings
 from unified_rl.training.trainer import Trainer
@@ -96,7 +105,10 @@ class Job:
         self._check_domains()
         self.eval_env: Any = None
         self._waiting: tuple[Any, Any] | None = None
+        self.memory: MemoryPlan | None = None
+        self.fits: Callable[[MemoryPlan], None] = MemoryPlan.require
         self.row_size = row_size(self.env.policy_inputs())
+        check_model_folder(cfg["policy"].get("path"))
         with scoped(self.seed, "policy"):
             inputs = self._policy_inputs(cfg["policy"])
             seed = self._integer("policy")
@@ -274,12 +286,15 @@ class Job:
         check_rows(self.row_size, rollout.rows, rollout.length, self._default)
         agent = self._agent(
             policy,
+            **self._micro_batch(policy, rollout.rows),
             correction=self.correction,
             generator=generator(self.seed, "agent", self.device),
             rows=rollout.rows,
             length=rollout.length,
             device=str(self.device),
         )
+        if isinstance(agent, PlansUpdates):
+            agent.plan_updates(math.ceil(self.settings.steps / rollout.steps_per_collect))
         self._check_random_steps(rollout, agent)
         replay = self._replay(rollout.rows, rollout.length) if replay is None else replay
         if isinstance(agent, ChecksReplay):
@@ -291,6 +306,9 @@ class Job:
             if isinstance(replay, WithDataset):
                 space = Space.of(self.env.policy_inputs())
                 replay.stored = fitted(replay.stored, space, f"replay.data={self.cfg['replay']['data']}")
+        self.memory = memory_plan(policy, agent, rollout, self.env, self._evaluated_rows(), self.row_size)
+        if self.memory is not None:
+            self.fits(self.memory)
         refuse_idle_terms(agent, rollout, replay)
         check_rollout(agent, rollout, replay)
         return rollout, agent, replay
@@ -338,8 +356,25 @@ class Job:
             agent.verify_identity = False
         return agent
 
+    def _micro_batch(self, policy: Any, rows: int) -> dict[str, int]:
+        """``micro_batch`` for an agent of a language model, where nobody sets it and memory asks for one."""
+        takes = "micro_batch" in self._parameters(self.cfg["agent"])[0]
+        if not takes or not isinstance(policy, CausalLM) or self._default("agent", "micro_batch") is not None:
+            return {}
+        batch = self._default("agent", "batch_size") or self._default("agent", "minibatch") or rows
+        found = micro_batch_for(policy, min(batch, rows), self.env.max_length)
+        return {} if found is None else {"micro_batch": found}
+
     def make_rollout(self) -> Any:
         """The rollout, with streams of its own. It says ``rows`` and ``length``: of one collection, of a row."""
+        rollout = self._made_rollout()
+        samples = isinstance(rollout, LanguageRollout) and isinstance(self.policy, CausalLM)
+        if samples and rollout.generation_batch is None:
+            sizes = (rollout.steps_per_collect, self.env.max_length, rollout.group_size)
+            rollout.generation_batch = generation_batch_for(self.policy, *sizes)
+        return rollout
+
+    def _made_rollout(self) -> Any:
         drawn = {"problem_generator": generator(self.seed, "problems")} if self.language else {}
         return self.build(
             self.cfg["rollout"],
@@ -388,11 +423,10 @@ class Job:
         if self.eval_env is None:
             self.eval_env = self._evaluation_env(count)
         if self.language:
-            at_once = (self.cfg.get("rollout") or {}).get("generation_batch")
             told = evaluate_imitation(self.eval_env, self.policy, count) if self._imitates else {}
             if told and "eval" in getattr(self.eval_env, "unjudged", {}):
                 return {"eval/score": -told["eval/nll"], **told}  # free text: nothing tells right from wrong
-            return {**evaluate_language(self.eval_env, self.policy, count, seed, at_once), **told}
+            return {**evaluate_language(self.eval_env, self.policy, count, seed, self._evaluated_rows()), **told}
         stream = generator(self.seed, "evaluation", self.device)
         greedy, device = self.settings.eval_deterministic, str(self.device)
         with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds the global stream, which training may use
@@ -403,6 +437,14 @@ class Job:
         if isinstance(self.env, HasSplits):
             return self.env.twin()
         return self._environment("evaluation", count if self.language else self._copies(count))
+
+    def _evaluated_rows(self) -> int:
+        """Conversations of an evaluation that are sampled together: as the rollout's, or as many as memory holds."""
+        given = self._default("rollout", "generation_batch")
+        rows = evaluated_rows(self.settings.eval_episodes, given)
+        if given is None and isinstance(self.policy, CausalLM) and rows:
+            return generation_batch_for(self.policy, rows, self.env.max_length) or rows
+        return rows
 
     def _copies(self, episodes: int) -> int:
         """Simulations for evaluation: one an episode in batches of our own, else no more than a run trains in."""
@@ -435,7 +477,11 @@ class Job:
         def make_agent(lr: float) -> Any:
             target = {"_target_": "unified_rl.agents.behavior_cloning.BehaviorCloning", "lr": lr}
             stream = generator(self.seed, "warm_start_loss", self.device)
-            return build(target, policy=self.policy, generator=stream, rows=stage.batch_size, device=str(self.device))
+            chunk = None
+            if isinstance(self.policy, CausalLM):
+                chunk = micro_batch_for(self.policy, stage.batch_size, self.env.max_length)
+            given = {"rows": stage.batch_size, "device": str(self.device), "micro_batch": chunk}
+            return build(target, policy=self.policy, generator=stream, **given)
 
         stage.fit(self.env, make_agent, generator(self.seed, "demonstrations"), report)
 

@@ -35,6 +35,16 @@ def check_machine(threads: int, episodes: int, num_envs: int, read: Read, contro
         require_memory(SIMULATION * episodes, f"eval_episodes={episodes} simulations of the evaluation")
 
 
+def check_model_folder(path: Any) -> None:
+    """The weights in a model folder against the memory, before they are read.
+
+    Raises:
+        ConfigError: gives the size of the files and what there is.
+    """
+    files = list(Path(path).glob("*.safetensors")) if isinstance(path, str) and Path(path).is_dir() else []
+    require_memory(sum(file.stat().st_size for file in files), f"the weights in policy.path={path}")
+
+
 def row_size(inputs: Mapping[str, Any]) -> int:
     """Bytes of one stored row at least, from what an environment gives to its policy; 0 where that says nothing.
 
