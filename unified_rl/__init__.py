@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         load_policy,
         recipes,
         resume,
+        samples,
         train,
         verify,
     )
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from unified_rl.rollout import ControlRollout, LanguageRollout
     from unified_rl.spaces import Space
     from unified_rl.training.assemble import Assembled, assemble, make_env
+    from unified_rl.training.callbacks import Callback
     from unified_rl.units import Source, Steps, UnitLogProb, validate_record
 
 PUBLIC: dict[str, tuple[str, ...]] = {
@@ -82,6 +84,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "train",
         "resume",
         "evaluate",
+        "samples",
         "compare",
         "lab",
         "corrections",
@@ -91,6 +94,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "load_policy",
         "Run",
     ),
+    "unified_rl.training.callbacks": ("Callback",),
     "unified_rl.training.assemble": ("assemble", "Assembled", "make_env"),
     "unified_rl.config": ("compose",),
     "unified_rl.correction": ("Correction", "load_correction", "correction_names", "effective_sample_size"),
@@ -156,6 +160,7 @@ __all__ = [
     "AutoregressivePolicy",
     "BehaviorCloning",
     "Buckets",
+    "Callback",
     "CausalLM",
     "CheckpointError",
     "ConfigError",
@@ -219,6 +224,7 @@ __all__ = [
     "recipes",
     "resume",
     "retrace",
+    "samples",
     "td_lambda",
     "train",
     "validate_record",

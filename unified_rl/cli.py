@@ -61,11 +61,21 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Evaluates a run on held-out problems or seeds: its newest intact checkpoint, or a chosen one."""
+    """Evaluates a run, one of its checkpoints, or a model's folder on held-out problems or seeds."""
     from unified_rl.training.run import evaluate_run
 
     given = (arguments.episodes, arguments.allow, arguments.record)
-    evaluate_run(arguments.run, *given, checkpoint=arguments.checkpoint, rows=arguments.rows)
+    more = {key: getattr(arguments, key) for key in ("words", "out") if getattr(arguments, key)}
+    evaluate_run(arguments.run, *given, checkpoint=arguments.checkpoint, rows=arguments.rows, **more)
+    return 0
+
+
+def samples(arguments: argparse.Namespace) -> int:
+    """Shows conversations that a run wrote down: the latest, the best, the worst, some, or one prompt over time."""
+    from unified_rl.training.show_samples import show
+
+    order = next((name for name in ("best", "worst", "random") if getattr(arguments, name)), "latest")
+    show(arguments.run, order, arguments.count, arguments.prompt, arguments.split, as_json=arguments.json)
     return 0
 
 
@@ -118,6 +128,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
     "compare": compare,
     "evaluate": evaluate,
+    "samples": samples,
     "lab": lab,
     "corrections": corrections,
     "recipes": recipes,
@@ -137,7 +148,14 @@ EXAMPLES = {
   unified-rl compare study=quickstart study.seeds=[1,2,3]""",
     "evaluate": """examples:
   unified-rl evaluate runs/NAME --episodes 256
-  unified-rl evaluate runs/NAME --checkpoint 400""",
+  unified-rl evaluate runs/NAME --checkpoint 400        or best, where the run has keep_best=METRIC
+  unified-rl evaluate runs/NAME samples=16 temperature=0.6 top_p=0.95 --out scores.json
+  unified-rl evaluate runs/NAME env.path=other.jsonl    another file of problems; env=NAME another task
+  unified-rl evaluate MODEL_FOLDER env=jsonl env.path=problems.jsonl samples=4""",
+    "samples": """examples:
+  unified-rl samples runs/NAME
+  unified-rl samples runs/NAME --worst -n 10 --split eval
+  unified-rl samples runs/NAME --prompt 1234567890      one prompt over time""",
     "lab": """examples:
   unified-rl lab
   unified-rl lab --corrections ppo,tis,sequence_is --out my_lab
@@ -215,13 +233,31 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             "--config-dir", action="append", default=[], metavar="DIR", help="a folder of your own groups"
         )
     if verb == "evaluate":
-        parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
+        parser.add_argument("run", metavar="RUN", nargs="?", help="a run's folder, or a model's")
+        parser.add_argument(
+            "words",
+            nargs="*",
+            metavar="KEY=VALUE",
+            help="another task (env=, env.KEY=), sampling (samples, temperature, top_p, ...), "
+            "rollout.generation_batch, seed, device, threads",
+        )
+        parser.add_argument("--out", metavar="FILE", help="also write the result there, as .json or .csv")
         parser.add_argument("--episodes", type=int, help="episodes or prompts; by default as in the run")
         parser.add_argument("--record", metavar="DIR", help="also write the policy's rows there, as a replay")
         parser.add_argument("--rows", type=int, metavar="N", help="how many to record; else whole --episodes, if given")
+    if verb == "samples":
+        parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
+        which = parser.add_mutually_exclusive_group()
+        which.add_argument("--best", action="store_true", help="of the highest reward")
+        which.add_argument("--worst", action="store_true", help="of the lowest reward")
+        which.add_argument("--random", action="store_true", help="some of all")
+        parser.add_argument("--prompt", type=int, metavar="ID", help="of one prompt alone, over time")
+        parser.add_argument("-n", dest="count", type=int, default=5, metavar="N", help="how many; by default 5")
+        parser.add_argument("--split", choices=("train", "eval"), help="of training, or of evaluations, alone")
+        parser.add_argument("--json", action="store_true", help="print JSON lines")
     if verb in ("train", "evaluate"):
         parser.add_argument(
-            "--checkpoint", metavar="STEP", help="number of updates, or folder; by default the newest intact one"
+            "--checkpoint", metavar="STEP", help="number of updates, folder or best; by default the newest intact one"
         )
     if verb == "verify":
         parser.add_argument("folder", metavar="FOLDER", nargs="?", help="a run, a study, a saved replay or a dataset")
@@ -240,7 +276,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("words", nargs="*", metavar="show NAME", help="show one; without it, list all")
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument("--write", metavar="DIR", help="write the page of recipes there")
-    if verb not in ("lab", "recipes", "verify", "doctor"):
+    if verb not in ("samples", "lab", "recipes", "verify", "doctor"):
         parser.add_argument(
             "--allow",
             action="append",
@@ -296,6 +332,8 @@ def _dispatch(argv: Sequence[str]) -> int:
         return _show_help(verb, arguments)
     if verb == "evaluate" and arguments.run is None:
         raise ConfigError("evaluate needs a run folder: unified-rl evaluate RUN")
+    if verb == "samples" and arguments.run is None:
+        raise ConfigError("samples needs a run folder: unified-rl samples RUN")
     if verb == "verify" and arguments.folder is None:
         raise ConfigError("verify needs a folder: unified-rl verify RUN")
     if getattr(arguments, "allow", None):

@@ -247,6 +247,20 @@ class MatchesPrompts(Protocol):
 
 
 @runtime_checkable
+class Votes(Protocol):
+    """A token task that knows what an answer says, for majority votes."""
+
+    def vote(self, problem: dict[str, Any], turns: list[list[int]]) -> str | None:
+        """What a conversation's answer says: equal texts for equal answers, None where it says nothing.
+
+        Args:
+            problem: as :meth:`LanguageEnv.problems` made it.
+            turns: the sampled token ids of every turn.
+        """
+        ...
+
+
+@runtime_checkable
 class ReportsColumns(Protocol):
     """A token task that tells beforehand what its ``TurnResult.info`` holds."""
 
@@ -546,6 +560,14 @@ class ChecksIdentity(Protocol):
     """An agent that checks on its first update that fresh samples have ratio 1, unless it is told not to."""
 
     verify_identity: bool
+
+
+@runtime_checkable
+class ShowsRows(Protocol):
+    """An agent that shows the rows of an update, advantages included, to whoever asks."""
+
+    watch: Callable[[TensorDict], None] | None
+    """Called in :meth:`Agent.update` with the rows that it trains on."""
 
 
 @runtime_checkable

@@ -253,9 +253,19 @@ def _fault(result: Any, rows: int) -> str:
 
 
 def summary(talk: Conversations, info: dict[str, Tensor]) -> dict[str, float]:
-    """Means over the conversations, ``rollout/reward`` and so on."""
+    """Means over the conversations, ``rollout/reward`` and so on, and quantiles of their rewards.
+
+    ``rollout/entropy_estimate`` is the mean of minus the log-prob of every sampled token: an unbiased estimate, in nats
+    a token, of the entropy of the distribution that sampled them, for which no logits are read again.
+    """
+    reward = talk.reward.sum(-1)
+    low, middle, high = reward.quantile(torch.tensor([0.1, 0.5, 0.9]))
     out = {
-        "rollout/reward": talk.reward.sum(-1).mean(),
+        "rollout/reward": reward.mean(),
+        "rollout/reward_p10": low,
+        "rollout/reward_p50": middle,
+        "rollout/reward_p90": high,
+        "rollout/entropy_estimate": -talk.log_prob.sum() / talk.mask.sum().clamp(min=1),
         "rollout/length": talk.mask.sum(-1).float().mean(),
         "rollout/turns": talk.step_mask.sum(-1).float().mean(),
         "rollout/truncated": talk.truncated.any(-1).float().mean(),

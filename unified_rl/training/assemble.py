@@ -127,6 +127,7 @@ def assemble(
     folder: str | Path | None = None,
     allow: Sequence[str] = (),
     config_dirs: Sequence[str] = (),
+    callbacks: Sequence[Any] = (),
     **settings: Any,
 ) -> Assembled:
     """Puts a run together without a configuration file.
@@ -153,6 +154,7 @@ def assemble(
             that holds a run is continued from its last checkpoint.
         allow: packages beside this one that dotted paths may name.
         config_dirs: folders with options of your own.
+        callbacks: objects or classes with hooks, see :class:`~unified_rl.training.callbacks.Callback`.
         settings: the scalars of :class:`~unified_rl.training.settings.TrainSettings`, such as ``eval_episodes``, and
             dotted settings of a part that is an option: ``**{"agent.lr": 1e-3}``.
 
@@ -178,7 +180,7 @@ def assemble(
     if holds and target is not None:
         check_run(target)
         found = intact_checkpoint(target)
-    job = Job(cfg, allow)
+    job = Job(cfg, allow, callbacks)
     job.found_rows = "refuse" if found is None else "keep"
     if found is None:
         job.warm_start(lambda *progress: None)

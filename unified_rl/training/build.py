@@ -24,10 +24,13 @@ from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEn
 from unified_rl.rollout.feed import LocalFeed
 from unified_rl.rollout.recorded import fitted
 from unified_rl.spaces import Space
-from unified_rl.training.evaluation import evaluate_control, evaluate_language
+from unified_rl.training.callbacks import make_callbacks
+from unified_rl.training.evaluation import Scores, evaluate_control, evaluate_language
 from unified_rl.training.limits import check_machine, check_replay_memory, check_rows, row_size
+from unified_rl.training.loggers import make_loggers
+from unified_rl.training.samples import SampleBook
 from unified_rl.training.seeding import derive, generator, scoped
-from unified_rl.training.settings import TrainSettings
+from unified_rl.training.settings import TrainSettings, check_eval_sampling
 from unified_rl.training.trainer import Trainer
 from unified_rl.training.written import check_rollout
 from unified_rl.units import Source
@@ -50,8 +53,10 @@ class Job:
         cfg: a composed configuration: nodes of :data:`NODES` and the scalars of
             :class:`~unified_rl.training.settings.TrainSettings`.
         allow: prefixes beside ``unified_rl.`` that configuration may build.
+        objects: callbacks that are objects already.
 
     Attributes:
+        callbacks: of the run, those of the configuration and behind them ``objects``.
         found_rows: what becomes of rows that ``replay.path`` holds already: ``refuse`` (a new run), ``drop`` (a run
             that begins once more) or ``keep`` (one that goes on from a checkpoint).
 
@@ -59,7 +64,7 @@ class Job:
         ConfigError: parts that do not fit together.
     """
 
-    def __init__(self, cfg: dict[str, Any], allow: Sequence[str] = ()) -> None:
+    def __init__(self, cfg: dict[str, Any], allow: Sequence[str] = (), objects: Sequence[Any] = ()) -> None:
         cfg = check_run(cfg, allow)
         self.cfg, self.allow = cfg, list(allow)
         self.found_rows: Literal["refuse", "drop", "keep"] = "refuse"
@@ -67,6 +72,8 @@ class Job:
         self.settings = TrainSettings(**{k: v for k, v in cfg.items() if k in names})
         if self.settings.steps == 0 and not cfg.get("warm_start"):
             raise ConfigError("steps=0 must be at least 1, or the run needs a warm_start to make")
+        self.loggers = make_loggers(self.settings.logger, self.allow)
+        self.callbacks = make_callbacks(self.settings.callbacks, objects, self.allow)
         self.device = device_of(self.settings.device)
         self.seed = self.settings.seed
         self.collects = bool(cfg.get("rollout"))
@@ -81,6 +88,12 @@ class Job:
         self.language = self.env.domain == "language"
         self.gamma: float = DISCOUNTS[self.env.domain] if given is None else given
         self._check_domains()
+        self.book: SampleBook | None = None
+        if self.language and self.settings.samples_rows:
+            self.book = SampleBook(self.env, self.settings.samples_rows, self.seed)
+        if not self.language and self.settings.eval_sampling:
+            raise ConfigError("eval_sampling is of language models' answers, and this run is of control: leave it out")
+        self.scores: Scores | None = None
         self.eval_env: Any = None
         self._waiting: tuple[Any, Any] | None = None
         self.row_size = row_size(self.env.policy_inputs())
@@ -213,10 +226,26 @@ class Job:
         if not self.collects:
             agent = self._agent(self.policy, env=self.env, budget=self.settings.steps)
             self.policy = agent.policy
-            return Trainer(self.settings, folder, agent, None, None, self.evaluate, display)
+            return self._trainer(folder, agent, None, None, display)
         rollout, agent, replay = self._collecting(self.policy)
         self._waiting = None
-        return Trainer(self.settings, folder, agent, LocalFeed(rollout), replay, self.evaluate, display)
+        return self._trainer(folder, agent, LocalFeed(rollout), replay, display)
+
+    def _trainer(self, folder: Path, agent: Any, feed: Any, replay: Any, display: Any) -> Trainer:
+        return Trainer(
+            self.settings,
+            folder,
+            agent,
+            feed,
+            replay,
+            self.evaluate,
+            display,
+            samples=self.book,
+            answered=lambda: None if self.scores is None else self.scores.shown,
+            callbacks=self.callbacks,
+            loggers=self.loggers,
+            config=self.cfg,
+        )
 
     def _collecting(self, policy: Any) -> tuple[Any, Any, Any]:
         """Rollout, agent and replay, checked against one another; what a rehearsal made is taken up."""
@@ -316,7 +345,7 @@ class Job:
             replay.empty(seed)
         return replay
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, intervals: bool = False) -> Scores:
         """Held-out evaluation with streams of its own, the same at every call."""
         seed = self._integer("evaluation")
         count = self.settings.eval_episodes
@@ -324,11 +353,23 @@ class Job:
             self.eval_env = self._environment("evaluation", count if self.language else self._copies(count))
         if self.language:
             at_once = (self.cfg.get("rollout") or {}).get("generation_batch")
-            return evaluate_language(self.eval_env, self.policy, count, seed, at_once)
+            sampling = check_eval_sampling(self.settings.eval_sampling or {})
+            self.scores = evaluate_language(
+                self.eval_env,
+                self.policy,
+                count,
+                seed,
+                at_once,
+                samples=sampling.pop("samples", 1),
+                sampling=sampling,
+                keep=() if self.book is None else self.book.of_prompts(count),
+                intervals=intervals,
+            )
+            return self.scores
         stream = generator(self.seed, "evaluation", self.device)
         greedy, device = self.settings.eval_deterministic, str(self.device)
         with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds the global stream, which training may use
-            return evaluate_control(self.eval_env, self.policy, seed, stream, greedy, device, count)
+            return Scores(evaluate_control(self.eval_env, self.policy, seed, stream, greedy, device, count))
 
     def _copies(self, episodes: int) -> int:
         """Simulations for evaluation: one an episode in batches of our own, else no more than a run trains in."""
