@@ -114,10 +114,11 @@ def _job_of_model(folder: Path, asked: Asked, settings: dict[str, Any], allow: S
     given = {"policy": "causal_lm_path", "policy.path": str(folder), **asked.env, **asked.policy, **settings}
     if asked.batch is not None:
         given[BATCH] = asked.batch
-    job = Job(resolve_defaults(compose(given, allow=allow), allow=allow), allow)
-    if not job.language:
+    cfg = resolve_defaults(compose(given, allow=allow), allow=allow)
+    domains = [getattr(locate(cfg[g]["_target_"], allow, g), "domain", None) for g in ("env", "rollout") if cfg.get(g)]
+    if "control" in domains:
         raise ConfigError(f"env={asked.env['env']} is of control, and {folder} is a language model's folder")
-    return job
+    return Job(cfg, allow)
 
 
 def _job_of_run(
@@ -148,8 +149,9 @@ def _other_env(job: Job, keys: Mapping[str, Any]) -> None:
     count = job.settings.eval_episodes
     with TemporaryDirectory() as place:
         taken = parameters(locate(node["_target_"], job.allow), job.allow)[0]
-        free = "tokenizer" in taken and node.get("tokenizer") is None and "tokenizer" not in job._env_options
-        if job.language and free:
+        if node.get("tokenizer") is not None:
+            job._env_options = {key: value for key, value in job._env_options.items() if key != "tokenizer"}
+        elif job.language and "tokenizer" in taken and "tokenizer" not in job._env_options:
             own.tokenizer.save_pretrained(place)  # the policy knows no other
             job._env_options = {**job._env_options, "tokenizer": place}
         job.eval_env = job._environment("evaluation", count if job.language else job._copies(count))

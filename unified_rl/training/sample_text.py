@@ -36,7 +36,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        return ", ".join(f"{plain_text(key)} {item:.4g}" for key, item in value.items())
+        return ", ".join(f"{_cell(str(key))} {_cell(item)}" for key, item in value.items())
     if isinstance(value, float):
         return f"{value:.4g}"
     text = str(plain_text(str(value))).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "&#92;")

@@ -383,10 +383,14 @@ class Trainer:
             drop_best(self.folder, lambda update: update not in kept)
 
     def _find_best(self, folder: Path) -> None:
-        """Removes best checkpoints of a future that is made again, and forgets a best one that is gone."""
+        """Removes best checkpoints of a future that is made again, and forgets a best one that is lost."""
         drop_best(folder, lambda update: update > self.updates)
         best = self.watch.best
-        if best is not None and best.value is not None and not has_best(folder, best.update):
+        if best is None or best.value is None or has_best(folder, best.update):
+            return
+        if best.update == self.updates:  # the disk was full when it was to be written
+            self._save_best()
+        else:
             self.watch.forget_best()
 
     def _tell_inexact(self) -> None:
