@@ -74,7 +74,7 @@ def samples(arguments: argparse.Namespace) -> int:
     """Shows conversations that a run wrote down: the latest, the best, the worst, some, or one prompt over time."""
     from unified_rl.training.show_samples import show
 
-    order = next((name for name in ("best", "worst", "random") if getattr(arguments, name)), "latest")
+    order = arguments.order or "latest"
     show(arguments.run, order, arguments.count, arguments.prompt, arguments.split, as_json=arguments.json)
     return 0
 
@@ -248,9 +248,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     if verb == "samples":
         parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
         which = parser.add_mutually_exclusive_group()
-        which.add_argument("--best", action="store_true", help="of the highest reward")
-        which.add_argument("--worst", action="store_true", help="of the lowest reward")
-        which.add_argument("--random", action="store_true", help="some of all")
+        for name, told in (("best", "of the highest reward"), ("worst", "of the lowest reward"), ("random", "any")):
+            which.add_argument(f"--{name}", action="store_const", dest="order", const=name, help=told)
         parser.add_argument("--prompt", type=int, metavar="ID", help="of one prompt alone, over time")
         parser.add_argument("-n", dest="count", type=int, default=5, metavar="N", help="how many; by default 5")
         parser.add_argument("--split", choices=("train", "eval"), help="of training, or of evaluations, alone")

@@ -23,13 +23,14 @@ from unified_rl.training.checkpoint import BEST, FOLDER
 from unified_rl.training.dataset import check_rows, record_dataset
 from unified_rl.training.evaluation import Scores
 from unified_rl.training.provenance import CONFIG, read_config
-from unified_rl.training.settings import check_eval_sampling
+from unified_rl.training.settings import TrainSettings, check_eval_sampling
 from unified_rl.training.verbs import restored
 
 MODEL = ("config.json", "adapter_config.json")
 """What a model's folder holds, one of them."""
 SAMPLING = ("samples", *(field.name for field in dataclasses.fields(Sampling) if field.name != "vocabulary"))
-SETTINGS = ("seed", "device", "threads")
+REWARDS = tuple(field.name for field in dataclasses.fields(TrainSettings) if field.name.startswith("reward"))
+SETTINGS = ("seed", "device", "threads", *REWARDS)
 BATCH = "rollout.generation_batch"
 Words = Sequence[str] | Mapping[str, Any]
 """``["env.path=FILE", "samples=16"]``, or a mapping of the same."""
@@ -128,7 +129,7 @@ def _job_of_run(
         raise ConfigError(f"{next(iter(asked.policy))}= is of a model's folder; a run's policy is as it was trained")
     if not (run / CONFIG).is_file() and run.is_dir():
         raise CheckpointError(
-            f"{run} is neither a run folder (it holds no {CONFIG}) nor a model's folder (no {' or '.join(MODEL)})"
+            f"{run} is not a run folder (it holds no {CONFIG}), nor a model's (no {' or '.join(MODEL)})"
         )
     if asked.batch is not None:
         settings["rollout"] = {**(read_config(run).get("rollout") or {}), "generation_batch": asked.batch}

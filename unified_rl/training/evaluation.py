@@ -22,6 +22,8 @@ from unified_rl.rollout.conversation import COLUMNS, Problems, Told, converse, j
 
 Array = NDArray[np.float64]
 
+SCORES = "rewards/"
+"""Begins the names of what single reward functions gave; NaN where one gave nothing."""
 AT_ONCE = 256
 """Conversations of an evaluation that are sampled together where nobody says how many fit."""
 
@@ -229,7 +231,8 @@ class Tally:
         for name, value in numbers.items():
             getattr(self, name)[at] = value.float().view(prompts, width)
         for name, value in info.items():
-            self.info.setdefault(name, torch.zeros_like(self.reward))[at] = value.float().view(prompts, width)
+            empty = math.nan if name.startswith(SCORES) else 0.0
+            self.info.setdefault(name, torch.full_like(self.reward, empty))[at] = value.float().view(prompts, width)
         if self.votes is not None:
             for row, (problem, said) in enumerate(zip(talk.problems, talk.said, strict=True)):
                 self.votes[first + row // width][column + row % width] = env.vote(problem, said)
@@ -240,6 +243,13 @@ class Tally:
     def kept(self) -> Told | None:
         """The conversations that were to be kept."""
         return joined(self._kept) if self._kept else None
+
+    def mean_reward(self) -> Tensor:
+        """The mean reward of the answers that have one, a scalar; 0 where none has."""
+        if "scored" not in self.info:
+            return self.reward.mean()
+        scored = self.info["scored"] > 0
+        return self.reward[scored].sum() / scored.sum().clamp(min=1)
 
     @property
     def correct(self) -> Tensor | None:
@@ -292,14 +302,27 @@ def picked(told: Told, rows: Tensor) -> Told:
 
 def metrics_of(tally: Tally, best: Tally) -> dict[str, float]:
     """The metrics of sampled answers and of the most likely ones, see :func:`evaluate_language`."""
-    reward = tally.reward.mean()
-    out = {"score": reward, "reward": reward, "reward_greedy": best.reward.mean()}
+    reward = tally.mean_reward()
+    out = {"score": reward, "reward": reward, "reward_greedy": best.mean_reward()}
     if tally.correct is not None and best.correct is not None:
         out |= {"accuracy": tally.correct.mean(), "accuracy_greedy": best.correct.mean()}
-    out |= {key: value.mean() for key, value in tally.info.items() if key not in ("correct", "truncated")}
+    out |= _means({key: value for key, value in tally.info.items() if key not in ("correct", "truncated", "counted")})
     out |= {"length": tally.length.mean(), "truncated": tally.truncated.mean()}
     found = {f"eval/{key}": float(value) for key, value in out.items()}
     return found | {f"eval/{key}": float(np.mean(values)) for key, values in of_several(tally).items()}
+
+
+def _means(info: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of each of the task's numbers; of a reward function over the answers that it scored, with its spread."""
+    out: dict[str, Tensor] = {}
+    for key, value in info.items():
+        if not key.startswith(SCORES):
+            out[key] = value.mean()
+        elif len(scored := value[~value.isnan()]):
+            out[key] = scored.mean()
+            if not key.endswith("_none"):
+                out[f"{key}_std"] = scored.std(correction=0)
+    return out
 
 
 def of_several(tally: Tally) -> dict[str, Array]:

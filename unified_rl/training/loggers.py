@@ -213,7 +213,7 @@ class TrackioLogger:
 
 
 class MlflowLogger:
-    """A run of mlflow in the run folder (SQLite where SQLAlchemy is there), unless ``MLFLOW_TRACKING_URI`` is set."""
+    """A run of mlflow in ``mlruns/`` of the run folder unless ``MLFLOW_TRACKING_URI`` is set."""
 
     def begin(self, kept: Kept) -> None:
         """Begins the run, or goes on with the one whose id the run folder holds."""
@@ -251,11 +251,8 @@ class MlflowLogger:
 
 
 def _local_store(folder: Path) -> str:
-    folder = folder.resolve()
-    if importlib.util.find_spec("sqlalchemy") is not None:
-        return f"sqlite:///{folder / 'mlflow.db'}"
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # which mlflow wants to be asked for
-    return (folder / "mlruns").as_uri()
+    return (folder.resolve() / "mlruns").as_uri()
 
 
 class Guarded:

@@ -11,6 +11,8 @@ from unified_rl.training.growing import Row
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Cn")
 """Categories of characters that are shown as escapes: they move a terminal's cursor, or turn a line around."""
 
+_MARKS = {ord(character): f"&#{ord(character)};" for character in "&<>\\|`*_[]~#"}
+"""Characters that mean something in Markdown or HTML, as references."""
 COLUMNS = ("prompt", "answer", "reference", "reward", "rewards", "advantage", "truncated", "policy_version")
 
 
@@ -36,10 +38,8 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, dict):
-        return ", ".join(f"{_cell(str(key))} {_cell(item)}" for key, item in value.items())
+        return ", ".join(f"{_cell(str(key))} {_cell(item) or 'none'}" for key, item in value.items())
     if isinstance(value, float):
         return f"{value:.4g}"
-    text = str(plain_text(str(value))).replace("&", "&amp;").replace("<", "&lt;").replace("\\", "&#92;")
-    for character in "|`*_[]~#":
-        text = text.replace(character, f"&#{ord(character)};")
+    text = str(plain_text(str(value))).translate(_MARKS)
     return text.replace("\n", "<br>")

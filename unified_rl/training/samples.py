@@ -56,8 +56,16 @@ def reference_of(problem: Mapping[str, Any]) -> str | None:
 
 
 def numbers_of(info: Mapping[str, Tensor], row: int) -> dict[str, float]:
-    """The task's numbers of one conversation, but for ``truncated``, which a sample has of its own."""
-    return {key: float(value[row]) for key, value in info.items() if key != "truncated"}
+    """The task's numbers of one conversation, those of reward functions by the functions' names.
+
+    ``truncated`` is not among them, which a sample has of its own; NaN stands where a function gave nothing.
+    """
+    left_out = ("truncated", "counted", "scored")
+    return {
+        key.removeprefix("rewards/"): float(value[row])
+        for key, value in info.items()
+        if key not in left_out and not (key.startswith("rewards/") and key.endswith("_none"))
+    }
 
 
 class SampleBook:

@@ -75,4 +75,4 @@ def _plain(value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else _plain(value)
+    return f"{value:.4g}" if isinstance(value, int | float) else "none" if value is None else _plain(value)

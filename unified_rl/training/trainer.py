@@ -218,15 +218,16 @@ class Trainer:
         last = self.updates == self.planned or (bool(self.stopped) and not first)
         if self.updates == self.planned:
             self._open = self._pending()
-        evaluate = first or last or self._crossed(settings.eval_every)
+        evaluate = settings.eval_episodes > 0 and (first or last or self._crossed(settings.eval_every))
+        logs = evaluate or (not first and (last or self._crossed(settings.log_every)))
         row: dict[str, float] | None = None
         is_best, why = False, ""
-        if evaluate or self._crossed(settings.log_every) or self._unwritten:
+        if logs or self._unwritten:
             found = self._evaluated() if evaluate else {}
             means, pending = copy(self.means), self._pending(means=False)
             try:
                 self._write_samples(evaluate)
-                if evaluate or self._crossed(settings.log_every):
+                if logs:
                     row = {**({} if first else self.means.pop()), **found}
                     self._log(row)
                     is_best, why = self.watch.see(row, self.updates, evaluate)
