@@ -158,6 +158,7 @@ class SB3Agent:
         budget: int | None = None,
     ) -> None:
         import stable_baselines3
+        from stable_baselines3.common.logger import Logger
 
         if algorithm not in ALGORITHMS:
             raise ConfigError(f"agent.algorithm={algorithm} is not one of {', '.join(ALGORITHMS)}")
@@ -170,6 +171,7 @@ class SB3Agent:
         try:
             self._vec = make_vec_env(env)
             self.model = cls("MlpPolicy", self._vec, gamma=gamma, seed=seed, device=device, **(options or {}))
+            self.model.set_logger(Logger(None, []))  # else SB3 leaves an empty folder among the temporary files
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(
                 f"Stable-Baselines3's {algorithm} cannot be made: {' '.join(str(error).split())}"

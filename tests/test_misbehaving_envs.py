@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gymnasium
@@ -14,6 +17,7 @@ from torchrl.envs import EnvBase
 
 from unified_rl.envs.control import ActionChunk, GymnasiumEnv
 from unified_rl.errors import ConfigError, EnvError, NonFiniteError, UnifiedRLError
+from unified_rl.interop.deadline import deadline, seconds_of
 from unified_rl.protocols import StepResult
 from unified_rl.rollout import ControlRollout, TorchRLControlEnv, as_environment
 from unified_rl.spaces import PolicyInputs, Space
@@ -283,6 +287,82 @@ class Loose:
 def test_an_environment_of_ones_own_protocol_is_checked(changed: Any, words: str, play: Any) -> None:
     with pytest.raises(UnifiedRLError, match=rf"^Loose .*{words}"):
         play(Loose(**changed))
+
+
+# ------------------------------------------------------------------------------------------------------------- hangs
+
+
+class Sleeper(Rogue):
+    """Never returns from its third step."""
+
+    def _bad(self) -> Any:
+        time.sleep(60)
+
+
+class WildSleeper(Wild):
+    """Likewise, as TorchRL has it."""
+
+    step_seconds = 0.2
+
+    def _answer(self, proper: dict[str, Any]) -> Any:
+        if self.count == self.at:
+            time.sleep(60)
+        return super()._answer(proper)
+
+
+class LooseSleeper(Loose):
+    """Likewise, in the library's own protocol."""
+
+    def __init__(self, step_seconds: float | None) -> None:
+        super().__init__()
+        self.step_seconds, self.count = step_seconds, 0
+
+    def step_batch(self, action: Any) -> Any:
+        self.count += 1
+        time.sleep(60 if self.count == 3 else 0)
+        return super().step_batch(action)
+
+
+if "Sleeper-v0" not in gymnasium.registry:
+    gymnasium.register("Sleeper-v0", entry_point=Sleeper, max_episode_steps=6)
+SLEEPERS: dict[str, Any] = {
+    "Sleeper-v0": lambda: GymnasiumEnv("Sleeper-v0", make_kwargs={"answer": None}, step_seconds=0.2),
+    "WildSleeper": lambda: TorchRLControlEnv(WildSleeper({})),
+    "LooseSleeper": lambda: LooseSleeper(0.2),
+    "ActionChunk": lambda: ActionChunk(SLEEPERS["Sleeper-v0"](), horizon=2),
+}
+
+
+@pytest.mark.parametrize("name", SLEEPERS)
+@pytest.mark.parametrize("play", [collect, evaluate])
+def test_a_step_that_does_not_return_is_given_up(name: str, play: Any) -> None:
+    env, wide = SLEEPERS[name](), Still()
+    if name == "ActionChunk":
+        assert env.step_seconds == 0.4
+        zeros = {"action": torch.zeros(1, 2), "behavior_log_prob": torch.zeros(1, 1)}
+        wide.sample = lambda *_, **__: TensorDict(zeros, [1])  # type: ignore[method-assign, assignment]
+    with pytest.raises(EnvError, match=r"raised in step \d.*TimeoutError: it has not returned after 0\.[24] s"):
+        if play is evaluate:
+            evaluate_control(env, wide, 0, torch.Generator())
+        else:
+            ControlRollout(env, wide, 0.99, torch.Generator(), horizon=8).collect(0)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_time_limits_can_be_off_and_leave_other_timers_alone() -> None:
+    assert seconds_of(Loose()) == 600 and seconds_of(LooseSleeper(None)) is None
+    with deadline(None):
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    before = signal.getsignal(signal.SIGALRM)
+    signal.setitimer(signal.ITIMER_REAL, 50)
+    try:
+        with deadline(0.01):
+            time.sleep(0.05)
+        assert 40 < signal.getitimer(signal.ITIMER_REAL)[0] < 50 and signal.getsignal(signal.SIGALRM) is before
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    with ThreadPoolExecutor(1) as pool, deadline(5):
+        pool.submit(lambda: deadline(0.01).__enter__()).result()
 
 
 def test_new_episodes_of_a_continued_rollout_are_checked_and_counted_anew() -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ from faults.scenarios import differences, litter, metrics_of, rows_result
 from run_cases import LANGUAGE, EasyChain, remembered
 
 from unified_rl import cli
+from unified_rl.agents.behavior_cloning import BehaviorCloning
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.errors import CheckpointError, NonFiniteError, RestoreError, RolloutError, UnifiedRLError
 from unified_rl.rollout import feed
@@ -113,6 +116,14 @@ def saved(run: Path) -> int:
     return int(read_checkpoint(checkpoints(run / "checkpoints")[-1])["updates"])
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """The hang-up signal has its default action, also where the tests were started to outlive their terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The undisturbed run."""
@@ -146,6 +157,15 @@ def test_the_first_signal_ends_a_run_after_the_update_under_way(
     assert command(run, capsys) == (128 + number, "unified-rl: interrupted\n")
     assert (status(run), saved(run)) == ("interrupted", 6)
     check_it_goes_on(run, whole)
+
+
+def test_a_run_that_shall_outlive_its_terminal_does(
+    tmp_path: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    at(84, send(signal.SIGHUP))
+    assert command(tmp_path / "run", capsys) == (0, "")
+    assert differences(final(tmp_path / "run"), whole) == []
 
 
 @pytest.mark.parametrize("signals", [2, 4])
@@ -203,6 +223,68 @@ def test_signals_at_every_stage_are_one_line_and_lose_nothing(
     assert command(run, capsys) == (130, "unified-rl: interrupted\n")
     assert status(run) == "interrupted"
     monkeypatch.undo()
+    check_it_goes_on(run, whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks at the maps of a process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_is_one_line_and_leaves_no_folder(number: int, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = [sys.executable, "-m", "unified_rl.cli", "train", *PPO, f"run_dir={run}"]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        maps, end = Path(f"/proc/{process.pid}/maps"), time.monotonic() + 60
+        while "libtorch" not in maps.read_text() and time.monotonic() < end:
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (128 + number, "unified-rl: interrupted\n")
+    assert not run.exists()
+
+
+FLOW = ["env=two_route", "policy=flow", "policy.hidden=[8]", "agent=policy_gradient", "agent.critic_hidden=[8]"]
+FLOW += ["warm_start=demonstrations", "warm_start.stages=[{updates: 20}]", "warm_start.batch_size=16", "seed=1"]
+FLOW += ["rollout.num_envs=2", "rollout.horizon=4", "correction=ppo", "steps=32", "eval_episodes=1", "progress=false"]
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_during_the_warm_start_is_one_line_and_the_same_command_begins_again(
+    signals: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = train(resolve_defaults(compose([*FLOW, f"run_dir={tmp_path / 'once'}"])))
+    real, calls = BehaviorCloning.step, [0]
+
+    def noisy(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 7:
+            send(*[signal.SIGTERM] * signals)()
+        return real(*args, **kwargs)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(BehaviorCloning, "step", noisy)
+        assert cli.main(["train", *FLOW, f"run_dir={run}"]) == 143
+    assert capsys.readouterr().err == "unified-rl: interrupted\n" and calls[0] < 20
+    assert cli.main(["train", *FLOW, f"run_dir={run}", "resume_existing=true"]) == 0
+    assert differences(final(run), final(once)) == []
+
+
+def test_what_a_kill_behind_the_last_checkpoint_leaves_is_cleared_when_the_run_is_resumed(
+    tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from unified_rl.training import checkpoint
+
+    class Killed(BaseException):
+        """In place of a kill."""
+
+    def die(path: Path) -> None:
+        raise Killed
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # the first that is dropped, when the last is written
+        patch.setattr(checkpoint, "remove_checkpoint", die)
+        train(resolve_defaults(compose([*PPO, f"run_dir={run}"])))
+    assert saved(run) == 8
+    os.replace(run / "checkpoints" / checkpoint.checkpoint_name(3), run / "checkpoints" / ".writing_half_removed")
     check_it_goes_on(run, whole)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import gymnasium
@@ -31,6 +32,13 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     common = ["env=inverted_pendulum", "steps=200", "eval_every=100", "eval_episodes=2", "progress=false"]
     overrides = [f"agent=sb3_{request.param}", "agent.slice_steps=100", *OPTIONS[request.param]]
     return train(compose([*common, *overrides, f"run_dir={folder}"]))
+
+
+def test_nothing_is_left_among_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    agent = SB3Agent(None, GymnasiumEnv("Pendulum-v1"), "a2c", slice_steps=10)
+    assert any(key.startswith("sb3/") for key in agent.update())
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluations_and_their_own_numbers_are_logged(run: Path) -> None:

@@ -116,13 +116,17 @@ def stopping(leaves: bool = False) -> Iterator[StopSignal]:
 
 @contextmanager
 def raising() -> Iterator[StopSignal]:
-    """As :func:`stopping`, and signals raise from here on, since there is something to save."""
+    """As :func:`stopping`, and signals raise from here on, since there is something to save.
+
+    What is shielded in it is written when it ends, so signals behind it raise again.
+    """
     with stopping() as stop:
-        before, stop.leaves = stop.leaves, False
+        before = stop.leaves, stop.shielded
+        stop.leaves = False
         try:
             yield stop
         finally:
-            stop.leaves = before
+            stop.leaves, stop.shielded = before
 
 
 def say(text: str) -> None:

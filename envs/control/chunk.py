@@ -11,6 +11,7 @@ from torch import Tensor
 from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.errors import ConfigError
+from unified_rl.interop.deadline import seconds_of
 from unified_rl.protocols import Demonstrates, StepResult
 from unified_rl.ranges import Count, UnitInterval, ranged
 from unified_rl.spaces import Box, Space
@@ -46,6 +47,12 @@ class ActionChunk(ControlEnvBase):
         if isinstance(env, Demonstrates):
             self.demonstrations = env.demonstrations
         self._gamma = 0.99 if gamma is None else gamma
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Time limit of a step: that of the environment inside, for each of its steps."""
+        seconds = seconds_of(self.inner)
+        return None if seconds is None else seconds * self.horizon
 
     def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
         """Executes the chunk ``[K, h * a]`` in every running simulation until its end or the episode's."""

@@ -14,8 +14,9 @@ from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase, raise_non_finite
 from unified_rl.envs.control.gymnasium_copy import Copy, make_copies
 from unified_rl.errors import CheckpointError, ConfigError, RestoreError
+from unified_rl.interop.deadline import STEP_SECONDS
 from unified_rl.protocols import StepResult
-from unified_rl.ranges import Count, Seed, ranged
+from unified_rl.ranges import Count, Positive, Seed, ranged
 from unified_rl.spaces import Box, Discrete, Space
 
 UNLIKE = (
@@ -51,6 +52,7 @@ class GymnasiumEnv(ControlEnvBase):
         flatten: flatten dict, image or discrete observations to one vector.
         max_episode_steps: the time limit; the registered one if None.
         make_kwargs: further arguments of ``gymnasium.make``.
+        step_seconds: how long a step of all copies, or a reset, may take before it is given up; null waits for ever.
 
     Raises:
         ConfigError: an unknown id (names the nearest), a package that is missing or not allowed, an environment that
@@ -72,6 +74,7 @@ class GymnasiumEnv(ControlEnvBase):
         flatten: bool = False,
         max_episode_steps: Count | None = None,
         make_kwargs: dict[str, Any] | None = None,
+        step_seconds: Positive | None = STEP_SECONDS,
     ) -> None:
         options = {**(make_kwargs or {}), "max_episode_steps": max_episode_steps}
         self._make_copy: Callable[[], Copy] = lambda: make_copies(id, 1, flatten, options)[0]
@@ -81,7 +84,7 @@ class GymnasiumEnv(ControlEnvBase):
             raise ConfigError(f"{id} has no time limit; set env.max_episode_steps")
         space = _space(id, copies[0])
         super().__init__(num_envs, space, limit)
-        self.name, self._copies = id, copies
+        self.name, self._copies, self.step_seconds = id, copies, step_seconds
         self._seeds = np.zeros(num_envs, dtype=np.int64)
         self._played: list[list[np.ndarray[Any, Any]]] = [[] for _ in range(num_envs)]
         self._observation = torch.zeros(num_envs, space.observation_dim)

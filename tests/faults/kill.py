@@ -6,8 +6,9 @@
 
 Half of the kills come at a moment spread evenly over the program's time, half at a fault point of
 :mod:`tests.faults.points`, taken in turn from all of them. What goes on after a kill is killed again, in the same way,
-up to three times. With ``--errors`` a share of the fault points raise what a full, a read-only or a broken disk raises,
-once or from then on; the program must then end with an error of the library's own. Exit code 0 where no result differs.
+up to three times. Of a program with processes of its own, any of them may be the one that is killed, at any moment.
+With ``--errors`` a share of the fault points raise what a full, a read-only or a broken disk raises, once or from then
+on; the program must then end with an error of the library's own. Exit code 0 where no result differs.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import Process, SimpleQueue
 from pathlib import Path
@@ -124,6 +126,14 @@ def wait(pid: int, seconds: float) -> int | None:
         time.sleep(0.002)
 
 
+def workers_of(pid: int) -> list[int]:
+    """The processes that a study under way trains in."""
+    with suppress(OSError):
+        children = [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return []
+
+
 def undisturbed(scenario: Scenario, place: Path) -> Reference:
     """Runs a program to its end in a child, and reads what it left.
 
@@ -211,7 +221,7 @@ def _attempt(
     """One process; counts in ``out`` what was done to it, or says there what went wrong."""
     draw, shared = plan.random.random, Shared()
     fails = disturb and draw() < errors
-    by_point = fails or (disturb and draw() >= plan.timed)
+    by_point = fails or (disturb and not scenario.spawns and draw() >= plan.timed)
     points = Points(folder, int(plan.point() * share) if by_point else None, shared=shared)
     if fails:
         points.act, points.stays = failing(plan.random.choice(DISKS)), draw() < 0.5
@@ -219,11 +229,16 @@ def _attempt(
     timed = disturb and not by_point
     code = wait(pid, plan.moment() * share if timed else LIMIT)
     if code is None:
-        os.kill(pid, signal.SIGKILL)
+        victim = plan.random.choice([pid, *workers_of(pid)]) if timed and scenario.spawns else pid
+        os.kill(victim, signal.SIGKILL)
         code = wait(pid, LIMIT)
-        if not timed:
+        if not timed or code is None:
+            os.kill(pid, signal.SIGKILL)
             out.problem = f"did not end within {LIMIT:.0f} s after {shared.label}"
             return code
+        if victim != pid:
+            out.kills, out.by_time = out.kills + 1, out.by_time + 1
+            out.places.append("time, a worker")
     if code == -signal.SIGKILL:
         out.kills += 1
         out.by_point += by_point

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ class Scenario:
         result: what the work left behind, for comparison.
         prepare: made once, beside the folders, before anything is killed.
         whole: another program with the same result, to compare with.
+        spawns: it works in processes of its own, each of which may be killed as well.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Scenario:
     result: Callable[[Path], Any]
     prepare: Callable[[Path], None] = lambda place: None
     whole: Callable[[Path], None] | None = None
+    spawns: bool = False
 
 
 def scenarios() -> dict[str, Scenario]:
@@ -87,6 +89,7 @@ def scenarios() -> dict[str, Scenario]:
     found += [
         Scenario("extended", _extended, run_result, whole=_run(EXTENDED)),
         Scenario("study", _study, study_result),
+        Scenario("study_workers", partial(_study, workers=2), study_result, spawns=True),
         Scenario("recording", _recording, lambda folder: rows_result(folder / "recorded"), _train_source),
         Scenario("replay", _replay, lambda folder: rows_result(folder / "saved")),
     ]
@@ -133,11 +136,11 @@ def _extended(folder: Path) -> None:
     train_or_resume([], run, steps=72)
 
 
-def _study(folder: Path) -> None:
-    """A grid of two runs in this process, and its report."""
+def _study(folder: Path, workers: int = 0) -> None:
+    """A grid of two runs, in this process or in others, and its report."""
     from unified_rl.study.compare import compare
 
-    node = {"name": "s", "folder": str(folder / "study"), "domains": {"control": list(STUDY)}, "workers": 0}
+    node = {"name": "s", "folder": str(folder / "study"), "domains": {"control": list(STUDY)}, "workers": workers}
     compare({"study": {**node, "corrections": ["ppo", "tis"], "seeds": [1]}}, progress=False)
 
 

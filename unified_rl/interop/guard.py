@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unified_rl.errors import EnvError, NonFiniteError, UnifiedRLError
+from unified_rl.interop.deadline import deadline, seconds_of
 from unified_rl.protocols import ControlEnv, StepResult
 
 OWN_NAMES = frozenset({"return", "length", "score", "return_std", "episodes"})
@@ -31,11 +32,12 @@ def reset_env(env: ControlEnv, seed: int | None = None) -> Tensor:
     """``env.reset_batch(seed)``, checked; ``[K, d]`` float32.
 
     Raises:
-        EnvError: it raised, or returned something else than such a tensor.
+        EnvError: it raised, returned something else than such a tensor, or not within its ``step_seconds``.
         NonFiniteError: an observation with a NaN or infinity.
     """
     try:
-        observation = env.reset_batch(seed)
+        with deadline(seconds_of(env)):
+            observation = env.reset_batch(seed)
     except UnifiedRLError:
         raise
     except (Exception, SystemExit) as error:
@@ -54,11 +56,13 @@ def step_env(env: ControlEnv, action: Tensor, number: int) -> StepResult:
         number: of the call since the environment was made or reset, for errors.
 
     Raises:
-        EnvError: it raised, or returned something else than a :class:`~unified_rl.protocols.StepResult`.
+        EnvError: it raised, returned something else than a :class:`~unified_rl.protocols.StepResult`, or not within
+            its ``step_seconds`` (600 where it has none; None is without a limit).
         NonFiniteError: a NaN or infinity in observation or reward.
     """
     try:
-        result = env.step_batch(action)
+        with deadline(seconds_of(env)):
+            result = env.step_batch(action)
     except UnifiedRLError:
         raise
     except (Exception, SystemExit) as error:

@@ -14,6 +14,7 @@ from torchrl.envs import EnvBase
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, EnvError, RestoreError
+from unified_rl.interop.deadline import seconds_of
 from unified_rl.interop.guard import OWN_NAMES, describe, one_line
 from unified_rl.protocols import ControlEnv, LanguageEnv, StepResult
 from unified_rl.spaces import Box, Discrete, MultiDiscrete, Part, PolicyInputs, Space
@@ -45,6 +46,7 @@ class TorchRLControlEnv:
                 f"the environment has no 'observation' ({keys}); append a CatTensors transform that makes it"
             )
         self.env, self.max_steps, self.name = env, max_steps, type(env).__name__
+        self.step_seconds = seconds_of(env)
         if "action" not in env.full_action_spec.keys():
             keys = ", ".join(map(str, env.full_action_spec.keys()))
             raise ConfigError(f"the environment has no 'action' ({keys}); append a RenameTransform that makes it")

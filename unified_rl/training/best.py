@@ -10,15 +10,14 @@ from typing import Any
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
 from unified_rl.stopping import say
-from unified_rl.training.checkpoint import BEST, checkpoints, clear, remove_checkpoint, step_of
+from unified_rl.training.checkpoint import BEST, checkpoints, remove_checkpoint, step_of
 from unified_rl.training.settings import TrainSettings, check_early_stopping, check_keep_best
 
 __all__ = ["BEST", "Best", "Watch", "drop_best", "has_best"]
 
 
 def drop_best(run: Path, which: Callable[[int], bool]) -> None:
-    """Removes the best checkpoints of the updates for which ``which`` says so, and what a killed process left there."""
-    clear(run / BEST)
+    """Removes the best checkpoints of the updates for which ``which`` says so."""
     for path in checkpoints(run / BEST):
         if which(step_of(path)):
             remove_checkpoint(path)

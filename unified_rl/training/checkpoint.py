@@ -64,7 +64,7 @@ def write_checkpoint(
     target, aside = folder / checkpoint_name(step), folder / f"{_WRITING}{step:012d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        clear(folder)
+        tidy(folder)
         _write_aside(aside, {"format": FORMAT, **state}, replay)
         _put(aside, target)
     except BaseException as error:
@@ -131,7 +131,7 @@ def _put(aside: Path, target: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def clear(folder: Path) -> None:
+def tidy(folder: Path) -> None:
     """Removes what a killed process left half done; a checkpoint that it was about to replace gets its name back."""
     for replaced in folder.glob(f"{_REPLACED}*"):
         target = folder / replaced.name.removeprefix(_REPLACED)

@@ -21,7 +21,7 @@ from unified_rl.rollout.feed import Feed, LocalFeed
 from unified_rl.stopping import Interrupted, StopSignal, say, stopping
 from unified_rl.training.best import BEST, Watch, drop_best, has_best
 from unified_rl.training.callbacks import Callbacks
-from unified_rl.training.checkpoint import EXTENSION, FOLDER, checkpoint_name, set_aside_newer, write_checkpoint
+from unified_rl.training.checkpoint import EXTENSION, FOLDER, checkpoint_name, set_aside_newer, tidy, write_checkpoint
 from unified_rl.training.failures import RunFolder, foreign
 from unified_rl.training.growing import Row
 from unified_rl.training.loggers import Logger
@@ -132,6 +132,8 @@ class Trainer:
             try:
                 with self.present.writes():
                     if self.folder is not None:
+                        for place in (FOLDER, EXTENSION, BEST):
+                            tidy(self.folder / place)  # a run that is killed behind its last checkpoint writes no other
                         set_aside_newer(self.folder / FOLDER, self.updates)
                         self._find_best(self.folder)
                     until = self.updates - (not self._logged)
