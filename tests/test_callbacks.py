@@ -104,6 +104,13 @@ def test_what_is_no_callback_is_refused_when_a_run_is_composed(callbacks: str, a
         ur.compose([*SMALL, f"callbacks={callbacks}"], allow=allow)
 
 
+def test_evaluating_a_run_makes_none_of_its_callbacks(tmp_path: Path) -> None:
+    words = [*SMALL, f"run_dir={tmp_path / 'run'}", "callbacks=[callback_cases:Notes]"]
+    run = train(composed_with(words), (*ALLOW, HERE))
+    CALLS.clear()
+    assert ur.evaluate(run, episodes=2, allow=ALLOW)["eval/score"] is not None and not CALLS  # HERE is not allowed
+
+
 def test_an_object_without_a_hook_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has none of the hooks"):
         ur.train([*SMALL, "progress=false", f"run_dir={tmp_path / 'run'}"], callbacks=[Nothing()])

@@ -181,6 +181,7 @@ def assemble(
         check_run(target)
         found = intact_checkpoint(target)
     job = Job(cfg, allow, callbacks)
+    job.watchers()
     job.found_rows = "refuse" if found is None else "keep"
     if found is None:
         job.warm_start(lambda *progress: None)

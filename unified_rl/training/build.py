@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,10 +24,10 @@ from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEn
 from unified_rl.rollout.feed import LocalFeed
 from unified_rl.rollout.recorded import fitted
 from unified_rl.spaces import Space
-from unified_rl.training.callbacks import make_callbacks
+from unified_rl.training.callbacks import Callbacks, make_callbacks
 from unified_rl.training.evaluation import Scores, evaluate_control, evaluate_language
 from unified_rl.training.limits import check_machine, check_replay_memory, check_rows, row_size
-from unified_rl.training.loggers import make_loggers
+from unified_rl.training.loggers import Logger, make_loggers
 from unified_rl.training.samples import SampleBook
 from unified_rl.training.seeding import derive, generator, scoped
 from unified_rl.training.settings import TrainSettings, check_eval_sampling
@@ -56,7 +56,6 @@ class Job:
         objects: callbacks that are objects already.
 
     Attributes:
-        callbacks: of the run, those of the configuration and behind them ``objects``.
         found_rows: what becomes of rows that ``replay.path`` holds already: ``refuse`` (a new run), ``drop`` (a run
             that begins once more) or ``keep`` (one that goes on from a checkpoint).
 
@@ -72,8 +71,7 @@ class Job:
         self.settings = TrainSettings(**{k: v for k, v in cfg.items() if k in names})
         if self.settings.steps == 0 and not cfg.get("warm_start"):
             raise ConfigError("steps=0 must be at least 1, or the run needs a warm_start to make")
-        self.loggers = make_loggers(self.settings.logger, self.allow)
-        self.callbacks = make_callbacks(self.settings.callbacks, objects, self.allow)
+        self._objects = list(objects)
         self.device = device_of(self.settings.device)
         self.seed = self.settings.seed
         self.collects = bool(cfg.get("rollout"))
@@ -104,6 +102,24 @@ class Job:
         self.policy = self.policy.to(self.device)
         node = cfg.get("correction")
         self.correction = build(node, allow=self.allow, setting="correction") if node else None
+
+    @cached_property
+    def loggers(self) -> list[Logger]:
+        """Where metrics go. Evaluating a run makes none."""
+        return make_loggers(self.settings.logger, self.allow)
+
+    @cached_property
+    def callbacks(self) -> Callbacks:
+        """Of the configuration, and behind them ``objects``. Evaluating a run makes none."""
+        return make_callbacks(self.settings.callbacks, self._objects, self.allow)
+
+    def watchers(self) -> tuple[list[Logger], Callbacks]:
+        """Both, made before anything is spent, so that what is missing is told then.
+
+        Raises:
+            ConfigError: a package that is not installed, or a class that is not allowed or not found.
+        """
+        return self.loggers, self.callbacks
 
     # ------------------------------------------------------------------ what the configuration says
 

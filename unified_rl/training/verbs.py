@@ -181,6 +181,7 @@ def _train_in(
         with status(folder), display or nullcontext():
             forget_report(folder)
             job = Job(cfg, allow, callbacks)
+            job.watchers()
             if not fresh:
                 job.found_rows = "drop" if found is None else "keep"
             if found is None:
