@@ -252,3 +252,14 @@ def test_a_wrong_sampling_is_refused_when_a_run_is_composed(words: list[str], sa
 def test_a_run_of_control_has_no_sampling_of_answers() -> None:
     with pytest.raises(ConfigError, match="eval_sampling is of language"):
         Job(composed([*CONTROL, "eval_sampling={samples: 2}"]))
+
+
+def test_a_control_run_is_evaluated_in_its_environment_with_other_settings(tmp_path: Path) -> None:
+    words = [*CONTROL, "steps=128", "eval_episodes=8", f"run_dir={tmp_path / 'run'}"]
+    run = ur.Run(train(composed(words)))
+    own = run.evaluate()
+    assert dict(own) == dict(run.evaluate(**{"env.chunk": 4})) and own.samples == 0 and not own.intervals
+    assert run.evaluate(**{"env.max_steps": 8})["eval/length"] <= 8 < own["eval/length"]
+    assert dict(run.evaluate(seed=9)) != dict(own)
+    with pytest.raises(ConfigError, match="the run's policy has .* observations"):
+        run.evaluate(env="pendulum")
