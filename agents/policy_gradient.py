@@ -5,7 +5,7 @@ PPO, GRPO, DAPO, V-trace actor-critics and their relatives are this agent with a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -208,6 +208,8 @@ class PolicyGradient:
         self.batches = Batches(generator, epochs, minibatch, target_kl)
         self.rows, self.length = rows, length
         self.version, self.checked, self.verify_identity = 0, False, True  # identity_check=false sets the last
+        self.watch: Callable[[TensorDict], None] | None = None
+        """Is shown the annotated rows of an update, see :class:`~unified_rl.protocols.ShowsRows`."""
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
@@ -254,6 +256,8 @@ class PolicyGradient:
             check_rows(record, self.objective.terms, self.correction, self.use_critic)
             metrics = self.identity_check(record)
         record = self._annotate(record, metrics)
+        if self.watch is not None:
+            self.watch(record)
         trained = len(record) > 0
         if trained:
             metrics |= self._optimize(split_steps(record) if self.shuffle_steps else record)

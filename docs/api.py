@@ -21,7 +21,7 @@ docstrings by `python docs/api.py`; a test fails where it is out of date. Shapes
 row, `K` simulations, `d` and `a` widths of observation and action.
 """
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Runs": ("unified_rl.commands",),
+    "Runs": ("unified_rl.commands", "unified_rl.training.callbacks"),
     "Assembling a run in a script": ("unified_rl.training.assemble", "unified_rl.config"),
     "Corrections": ("unified_rl.correction",),
     "Replay and its samplers": ("unified_rl.replay",),

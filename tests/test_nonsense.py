@@ -172,13 +172,14 @@ def test_nonsense_is_refused_by_name_or_meant() -> None:
     ]
 
 
-RUN = ("steps", "seed", "threads", "eval_every", "eval_episodes", "log_every", "checkpoint_every", "keep_checkpoints")
+RUN = ("steps", "seed", "threads", "eval_every", "eval_episodes", "log_every", "checkpoint_every", "keep_checkpoints",
+       "samples_rows", "samples_every")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUN)
 def test_settings_of_the_run_are_whole_numbers_of_their_range(name: str) -> None:
-    zero = {"steps", "seed", "eval_every", "checkpoint_every"}
-    null = {"eval_every", "log_every", "checkpoint_every"}
+    zero = {"steps", "seed", "eval_every", "checkpoint_every", "samples_rows", "samples_every"}
+    null = {"eval_every", "log_every", "checkpoint_every", "samples_every"}
     with remembered():
         for label, value in VALUES.items():
             if (label == "0" and name in zero) or (label == "null" and name in null):

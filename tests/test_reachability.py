@@ -869,7 +869,7 @@ def other_of(key: str, parameter: Any) -> Any:
 
 SETTINGS: dict[str, Any] = {
     "seed": 1, "eval_episodes": 3, "eval_deterministic": False, "device": "nowhere", "reward": ["length"],
-    "reward_weights": [2.0], "reward_errors": "skip",
+    "reward_weights": [2.0], "reward_errors": "skip", "eval_sampling": {"samples": 2},
 }  # fmt: skip
 """Settings of a run that change what comes out, and a changed value."""
 
@@ -886,6 +886,12 @@ HOW = {
     "keep_checkpoints": "how many files stay",
     "checkpoint_replay": "what a checkpoint holds; test_damage.py",
     "progress": "a display",
+    "samples_rows": "how much is written; test_samples.py",
+    "samples_every": "how often; test_samples.py",
+    "logger": "where metrics go; test_loggers.py",
+    "callbacks": "code of the user's own; test_callbacks.py",
+    "keep_best": "which checkpoint is kept; test_best.py",
+    "early_stopping": "when a run ends; test_best.py",
 }
 """Settings of a run that change how it is made, and not its results."""
 
@@ -894,7 +900,8 @@ def settings_cases() -> Iterator[Case]:
     for field in dataclasses.fields(TrainSettings):
         if field.name not in HOW:
             value = SETTINGS[field.name] if field.name in SETTINGS else other(field.default)
-            yield Case(field.name, (*CONTROL, "eval_episodes=2"), (f"{field.name}={text(value)}",), evaluated=True)
+            base = LANGUAGE if field.name == "eval_sampling" else CONTROL
+            yield Case(field.name, (*base, "eval_episodes=2"), (f"{field.name}={text(value)}",), evaluated=True)
 
 
 SAMPLERS = {

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         memory_plan,
         recipes,
         resume,
+        samples,
         train,
         verify,
     )
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from unified_rl.rollout import ControlRollout, LanguageRollout
     from unified_rl.spaces import Space
     from unified_rl.training.assemble import Assembled, assemble, make_env
+    from unified_rl.training.callbacks import Callback
     from unified_rl.units import Source, Steps, UnitLogProb, validate_record
 
 PUBLIC: dict[str, tuple[str, ...]] = {
@@ -85,6 +87,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "resume",
         "evaluate",
         "export",
+        "samples",
         "compare",
         "lab",
         "corrections",
@@ -95,6 +98,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "memory_plan",
         "Run",
     ),
+    "unified_rl.training.callbacks": ("Callback",),
     "unified_rl.training.assemble": ("assemble", "Assembled", "make_env"),
     "unified_rl.config": ("compose",),
     "unified_rl.correction": ("Correction", "load_correction", "correction_names", "effective_sample_size"),
@@ -160,6 +164,7 @@ __all__ = [
     "AutoregressivePolicy",
     "BehaviorCloning",
     "Buckets",
+    "Callback",
     "CausalLM",
     "CheckpointError",
     "ConfigError",
@@ -225,6 +230,7 @@ __all__ = [
     "recipes",
     "resume",
     "retrace",
+    "samples",
     "td_lambda",
     "train",
     "validate_record",

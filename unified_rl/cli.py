@@ -68,11 +68,21 @@ def compare(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Evaluates a run on held-out problems or seeds: its newest intact checkpoint, or a chosen one."""
+    """Evaluates a run, one of its checkpoints, or a model's folder on held-out problems or seeds."""
     from unified_rl.training.run import evaluate_run
 
     given = (arguments.episodes, arguments.allow, arguments.record)
-    evaluate_run(arguments.run, *given, checkpoint=arguments.checkpoint, rows=arguments.rows)
+    more = {key: getattr(arguments, key) for key in ("words", "out") if getattr(arguments, key)}
+    evaluate_run(arguments.run, *given, checkpoint=arguments.checkpoint, rows=arguments.rows, **more)
+    return 0
+
+
+def samples(arguments: argparse.Namespace) -> int:
+    """Shows conversations that a run wrote down: the latest, the best, the worst, some, or one prompt over time."""
+    from unified_rl.training.show_samples import show
+
+    order = arguments.order or "latest"
+    show(arguments.run, order, arguments.count, arguments.prompt, arguments.split, as_json=arguments.json)
     return 0
 
 
@@ -135,6 +145,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "compare": compare,
     "evaluate": evaluate,
     "export": export,
+    "samples": samples,
     "lab": lab,
     "corrections": corrections,
     "recipes": recipes,
@@ -155,10 +166,17 @@ EXAMPLES = {
   unified-rl compare study=quickstart study.seeds=[1,2,3]""",
     "evaluate": """examples:
   unified-rl evaluate runs/NAME --episodes 256
-  unified-rl evaluate runs/NAME --checkpoint 400""",
+  unified-rl evaluate runs/NAME --checkpoint 400        or best, where the run has keep_best=METRIC
+  unified-rl evaluate runs/NAME samples=16 temperature=0.6 top_p=0.95 --out scores.json
+  unified-rl evaluate runs/NAME env.path=other.jsonl    another file of problems; env=NAME another task
+  unified-rl evaluate MODEL_FOLDER env=jsonl env.path=problems.jsonl samples=4""",
     "export": """examples:
   unified-rl export runs/NAME my_model
   unified-rl export runs/NAME my_model --checkpoint 400 --merge --dtype bfloat16""",
+    "samples": """examples:
+  unified-rl samples runs/NAME
+  unified-rl samples runs/NAME --worst -n 10 --split eval
+  unified-rl samples runs/NAME --prompt 1234567890      one prompt over time""",
     "lab": """examples:
   unified-rl lab
   unified-rl lab --corrections ppo,tis,sequence_is --out my_lab
@@ -238,7 +256,15 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     if verb == "train":
         parser.add_argument("--plan", action="store_true", help="print what it will take in memory and stop")
     if verb == "evaluate":
-        parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
+        parser.add_argument("run", metavar="RUN", nargs="?", help="a run's folder, or a model's")
+        parser.add_argument(
+            "words",
+            nargs="*",
+            metavar="KEY=VALUE",
+            help="another task (env=, env.KEY=), sampling (samples, temperature, top_p, ...), "
+            "rollout.generation_batch, seed, device, threads",
+        )
+        parser.add_argument("--out", metavar="FILE", help="also write the result there, as .json or .csv")
         parser.add_argument("--episodes", type=int, help="episodes or prompts; by default as in the run")
         parser.add_argument("--record", metavar="DIR", help="also write the policy's rows there, as a replay")
         parser.add_argument("--rows", type=int, metavar="N", help="how many to record; else whole --episodes, if given")
@@ -247,9 +273,18 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("folder", metavar="FOLDER", nargs="?", help="where the model goes; it is made")
         parser.add_argument("--merge", action="store_true", help="write a whole model where adapters were trained")
         parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; by default as it came")
+    if verb == "samples":
+        parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
+        which = parser.add_mutually_exclusive_group()
+        for name, told in (("best", "of the highest reward"), ("worst", "of the lowest reward"), ("random", "any")):
+            which.add_argument(f"--{name}", action="store_const", dest="order", const=name, help=told)
+        parser.add_argument("--prompt", type=int, metavar="ID", help="of one prompt alone, over time")
+        parser.add_argument("-n", dest="count", type=int, default=5, metavar="N", help="how many; by default 5")
+        parser.add_argument("--split", choices=("train", "eval"), help="of training, or of evaluations, alone")
+        parser.add_argument("--json", action="store_true", help="print JSON lines")
     if verb in ("train", "evaluate", "export"):
         parser.add_argument(
-            "--checkpoint", metavar="STEP", help="number of updates, or folder; by default the newest intact one"
+            "--checkpoint", metavar="STEP", help="number of updates, folder or best; by default the newest intact one"
         )
     if verb == "verify":
         parser.add_argument("folder", metavar="FOLDER", nargs="?", help="a run, a study, a saved replay or a dataset")
@@ -268,7 +303,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("words", nargs="*", metavar="show NAME", help="show one; without it, list all")
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument("--write", metavar="DIR", help="write the page of recipes there")
-    if verb not in ("lab", "recipes", "verify", "doctor"):
+    if verb not in ("samples", "lab", "recipes", "verify", "doctor"):
         parser.add_argument(
             "--allow",
             action="append",
@@ -326,6 +361,8 @@ def _dispatch(argv: Sequence[str]) -> int:
         raise ConfigError("evaluate needs a run folder: unified-rl evaluate RUN")
     if verb == "export" and arguments.folder is None:
         raise ConfigError("export needs a run folder and a new folder: unified-rl export RUN FOLDER")
+    if verb == "samples" and arguments.run is None:
+        raise ConfigError("samples needs a run folder: unified-rl samples RUN")
     if verb == "verify" and arguments.folder is None:
         raise ConfigError("verify needs a folder: unified-rl verify RUN")
     if getattr(arguments, "allow", None):

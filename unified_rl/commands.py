@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from unified_rl.config import CHOICES, compose, flatten, resolve_defaults
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.instantiate import allowing
+
+if TYPE_CHECKING:
+    from unified_rl.training.evaluation import Scores
 
 Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
 """``["env=two_route", "agent.lr=1e-3"]``, a mapping of the same, or a composed configuration."""
@@ -59,6 +62,10 @@ class Run:
 
         return read_metrics(self.folder / "metrics.jsonl")
 
+    def samples(self, order: str = "latest", **options: Any) -> list[dict[str, Any]]:
+        """Conversations that the run wrote down, see :func:`samples`."""
+        return samples(self, order, **options)
+
     def policy(self, checkpoint: Checkpoint | None = None) -> Any:
         """The trained policy, see :func:`load_policy`."""
         return load_policy(self, checkpoint, allow=self.allow)
@@ -70,9 +77,11 @@ class Run:
         episodes: int | None = None,
         record: str | os.PathLike[str] | None = None,
         rows: int | None = None,
-    ) -> dict[str, float]:
+        **overrides: Any,
+    ) -> Scores:
         """Held-out evaluation, see :func:`evaluate`."""
-        return evaluate(self, checkpoint=checkpoint, episodes=episodes, record=record, rows=rows, allow=self.allow)
+        options: dict[str, Any] = {"episodes": episodes, "record": record, "rows": rows, "allow": self.allow}
+        return evaluate(self, checkpoint=checkpoint, **options, **overrides)
 
     def export(
         self,
@@ -92,10 +101,11 @@ class Run:
         checkpoint: Checkpoint | None = None,
         progress: bool | None = None,
         resume_env: str | None = None,
+        callbacks: Sequence[Any] = (),
     ) -> Run:
         """Goes on from the newest intact checkpoint or the chosen one, see :func:`resume`."""
-        options = {"checkpoint": checkpoint, "allow": self.allow, "progress": progress, "resume_env": resume_env}
-        return resume(self, steps, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"checkpoint": checkpoint, "progress": progress, "resume_env": resume_env}
+        return resume(self, steps, allow=self.allow, callbacks=callbacks, **options)
 
 
 def train(
@@ -104,6 +114,7 @@ def train(
     allow: Sequence[str] = (),
     config_dirs: Sequence[str] = (),
     progress: bool | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Run:
     """Trains one run to its budget, as ``unified-rl train`` does.
 
@@ -114,6 +125,7 @@ def train(
         allow: packages beside this one that configuration may build.
         config_dirs: folders with options of your own.
         progress: show a progress display; by default as the configuration says.
+        callbacks: objects (or classes) with hooks, see :class:`~unified_rl.training.callbacks.Callback`.
 
     Returns:
         The finished run.
@@ -125,7 +137,8 @@ def train(
     from unified_rl.training.run import train as run
 
     overrides, allow = _by_name(overrides, allow)
-    return Run(run(_composed(overrides, "train", allow, config_dirs), allow, progress=progress), allow)
+    cfg = _composed(overrides, "train", allow, config_dirs)
+    return Run(run(cfg, allow, progress=progress, callbacks=callbacks), allow)
 
 
 def memory_plan(overrides: Overrides = (), *, allow: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> Any:
@@ -154,18 +167,20 @@ def resume(
     allow: Sequence[str] = (),
     progress: bool | None = None,
     resume_env: str | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Run:
     """Continues a run from its newest intact checkpoint, bit for bit as if it had never stopped.
 
     Args:
         run: its folder.
         steps: a new budget; by default the run's own.
-        checkpoint: go back to this one: the number of updates behind it. Later ones are renamed, and their rows of
-            metrics are made again.
+        checkpoint: go back to this one: the number of updates behind it, or ``best``. Later ones are renamed, and
+            their rows of metrics are made again.
         allow: packages beside this one that its configuration names.
         progress: show a progress display; by default as the configuration says.
         resume_env: ``exact`` puts the environment back to where it was, or refuses; ``restart`` begins new episodes;
             by default the first where it is possible, else the second, with a line that says so.
+        callbacks: objects (or classes), as in :func:`train`.
 
     Raises:
         CheckpointError: no such run, one that only a script can build again, or one in use; or a damaged file, which
@@ -174,8 +189,8 @@ def resume(
     from unified_rl.training.run import resume as continued
 
     at = _chosen(checkpoint)
-    run = continued(os.fspath(run), steps, allow, checkpoint=at, progress=progress, resume_env=resume_env)
-    return Run(run, allow)
+    options: dict[str, Any] = {"checkpoint": at, "progress": progress, "resume_env": resume_env}
+    return Run(continued(os.fspath(run), steps, allow, **options, callbacks=callbacks), allow)
 
 
 def evaluate(
@@ -186,28 +201,63 @@ def evaluate(
     record: str | os.PathLike[str] | None = None,
     rows: int | None = None,
     allow: Sequence[str] = (),
-) -> dict[str, float]:
-    """Evaluates a checkpoint of a run on held-out prompts or seeds; prints no metrics.
+    out: str | os.PathLike[str] | None = None,
+    **overrides: Any,
+) -> Scores:
+    """Evaluates a checkpoint of a run, or a language model's folder, on held-out prompts or seeds; prints no metrics.
 
     Args:
         run: its folder.
-        checkpoint: the number of updates behind it, or its folder; by default the newest intact one.
+        checkpoint: the number of updates behind it, its folder, or ``best``; by default the newest intact one.
         episodes: episodes or prompts; by default as in the run.
         record: also write the policy's rows to this folder, as a replay that other runs train on: whole ``episodes``
             where they are given, else 2,048 steps of every simulation.
         rows: how many rows, instead.
         allow: packages beside this one that its configuration names.
+        out: also write the result to this file, ``.json`` or ``.csv``.
+        overrides: another task (``env="jsonl", **{"env.path": FILE}``, or ``env={"name": "jsonl", "path": FILE}``), how
+            answers are sampled (``samples=16, temperature=0.6, top_p=0.95``), ``seed``, ``device``, and
+            ``**{"rollout.generation_batch": 64}`` for the conversations that are sampled together.
 
     Returns:
-        ``eval/score`` and what else the domain measures, see :mod:`unified_rl.training.evaluation`.
+        ``eval/score`` and what else the domain measures, see :mod:`unified_rl.training.evaluation`; a dictionary that
+        also has ``intervals`` (95 %, of language), ``samples`` and ``problems``.
 
     Raises:
         CheckpointError: no such run, no such checkpoint, or none that is intact.
+        ConfigError: an override that means nothing here, or an environment that the policy cannot act in.
     """
     from unified_rl.training.run import evaluated
 
-    to = None if record is None else os.fspath(record)
-    return evaluated(os.fspath(run), episodes, allow, to, _chosen(checkpoint), rows)[0]
+    to, file = (None if path is None else os.fspath(path) for path in (record, out))
+    words = flatten(overrides)
+    return evaluated(os.fspath(run), episodes, allow, to, _chosen(checkpoint), rows, words, file)[0]
+
+
+def samples(
+    run: RunLike, order: str = "latest", *, count: int | None = 5, prompt: int | None = None, split: str | None = None
+) -> list[dict[str, Any]]:
+    """Conversations that a run of a language task wrote down, as ``unified-rl samples`` shows them.
+
+    Args:
+        run: its folder.
+        order: ``latest`` (of the last update that wrote any), ``best`` and ``worst`` by reward, or ``random``.
+        count: how many; None gives all.
+        prompt: those of one ``prompt_id`` alone, in the order of their updates unless ``order`` says otherwise.
+        split: ``train`` or ``eval``; None takes both.
+
+    Returns:
+        Mappings with ``update``, ``steps``, ``split``, ``prompt_id``, ``prompt``, ``answer``, ``reference``,
+        ``reward``, ``rewards`` (by name), ``advantage`` (of rows that were trained on), ``truncated``, ``tokens``,
+        ``policy_version`` and ``source``.
+
+    Raises:
+        CheckpointError: no such run, or it wrote none.
+        ConfigError: an unknown order or split, or nothing is left.
+    """
+    from unified_rl.training.samples import read_samples, select
+
+    return select(read_samples(Path(run)), order, count=count, prompt=prompt, split=split)
 
 
 def load_policy(run: RunLike, checkpoint: Checkpoint | None = None, *, allow: Sequence[str] = ()) -> Any:

@@ -59,8 +59,14 @@ IMPLIED = {
 DESCRIBED = ("correction",)
 """Groups whose ``name`` and ``summary`` are those of the option's file (its stem and first comment) if not given."""
 
-CHECKS = {"correction": "unified_rl.objectives.correction_settings.check_correction"}
-"""Functions that check a node for what its own class, further down, cannot know."""
+CHECKS = {
+    "correction": "unified_rl.objectives.correction_settings.check_correction",
+    **{
+        key: f"unified_rl.training.settings.check_{key}"
+        for key in ("logger", "callbacks", "keep_best", "early_stopping", "eval_sampling")
+    },
+}
+"""Functions that check a node for what its own class, further down, cannot know, and settings that hold several."""
 
 CHOICES = "choices"
 BY_DOMAIN = "by_domain"

@@ -286,6 +286,20 @@ class HasSplits(Protocol):
 
 
 @runtime_checkable
+class Votes(Protocol):
+    """A token task that knows what an answer says, for majority votes."""
+
+    def vote(self, problem: dict[str, Any], turns: list[list[int]]) -> str | None:
+        """What a conversation's answer says: equal texts for equal answers, None where it says nothing.
+
+        Args:
+            problem: as :meth:`LanguageEnv.problems` made it.
+            turns: the sampled token ids of every turn.
+        """
+        ...
+
+
+@runtime_checkable
 class CountsEpochs(Protocol):
     """A token task with a finite set of problems, each of which is drawn once before any comes again."""
 
@@ -636,6 +650,14 @@ class PlansUpdates(Protocol):
     def plan_updates(self, updates: int) -> None:
         """Says how many updates the run has; raises ConfigError where a schedule does not fit into it."""
         ...
+
+
+@runtime_checkable
+class ShowsRows(Protocol):
+    """An agent that shows the rows of an update, advantages included, to whoever asks."""
+
+    watch: Callable[[TensorDict], None] | None
+    """Called in :meth:`Agent.update` with the rows that it trains on."""
 
 
 @runtime_checkable

@@ -81,7 +81,7 @@ class ChainMod(LanguageTask):
         signed = torch.cat([numbers[:, :1], numbers[:, 1:] * signs], 1)
         totals = signed.cumsum(1).remainder(self.modulus)
         return [
-            {"text": self._prompt(row, sign), "totals": total[1:]}
+            {"text": self._prompt(row, sign), "totals": total[1:], "reference": self._spelled[total[-1]]}
             for row, sign, total in zip(numbers.tolist(), signs.tolist(), totals.tolist(), strict=True)
         ]
 
@@ -94,6 +94,11 @@ class ChainMod(LanguageTask):
         _, arrow, answer = text.rpartition(">")
         right = bool(arrow) and bool(_NUMBER.fullmatch(answer)) and int(answer) == problem["totals"][-1]
         return Verdict(reward=float(right), correct=right)
+
+    def vote(self, problem: dict[str, Any], turns: list[list[int]]) -> str | None:
+        """The number behind the last arrow."""
+        _, arrow, answer = self._turn_text(turns[-1]).rpartition(">")
+        return str(int(answer)) if arrow and _NUMBER.fullmatch(answer) else None
 
     def _styles_of(self, count: int, style: str | None, generator: torch.Generator) -> Sequence[str | None]:
         if style != "mixture":

@@ -23,6 +23,7 @@ from unified_rl.envs.language.verifiers import (
     parse_number,
     strip_calculations,
 )
+from unified_rl.envs.language.votes import ballot
 from unified_rl.errors import ConfigError, DataError
 from unified_rl.prompts import (
     ANSWERS,
@@ -424,6 +425,10 @@ class JsonlProblems(PooledTask):
     def _begin_batch(self) -> None:
         if self._math is not None:
             self._math.renew()
+
+    def vote(self, problem: dict[str, Any], turns: list[list[int]]) -> str | None:
+        """The number or formula that an answer gives, see :func:`~unified_rl.envs.language.votes.ballot`."""
+        return ballot(self._turn_text(turns[-1]), self.verifier)
 
     def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:
         goes_on = turn < self.max_turns and not self._cut

@@ -20,6 +20,7 @@ LANGUAGE = (
     "policy.config.hidden_size=16", "policy.config.num_attention_heads=2", "policy.config.num_hidden_layers=1",
     "policy.config.intermediate_size=32", "rollout.prompts=2", "rollout.group_size=4", "agent=policy_gradient",
     "correction=decoupled_ppo", "steps=72", "log_every=8", "eval_every=32", "checkpoint_every=16",
+    "samples_every=8", "samples_rows=2", "keep_best=eval/length",
 )  # fmt: skip
 SAC = (
     "agent=sac", "agent.learning_starts=8", "agent.batch_size=8", "rollout.random_steps=8", "rollout.horizon=1",
@@ -50,7 +51,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         "env=two_route", "policy=flow", "policy.hidden=[16]", "agent=behavior_cloning", "rollout.rows=16",
         "steps=160", "log_every=16", "eval_every=64", "checkpoint_every=48",
     ),
-    "fine_tuning": (*LANGUAGE[:9], "agent=sft", "rollout.rows=8", *LANGUAGE[-4:]),
+    "fine_tuning": (*LANGUAGE[:9], "agent=sft", "rollout.rows=8", *LANGUAGE[-7:]),
     "memory_mapped_sac": ("env=pendulum", *SAC, "replay.storage=memmap", "replay.path={folder}/rows"),
 }  # fmt: skip
 EXTENDED = RUNS["language_stale3"]
@@ -186,6 +187,8 @@ def run_result(folder: Path) -> dict[str, Any]:
         "state": state,
         "replay": rows_result(last / "replay"),
         "metrics": metrics_of(run),
+        "samples": (run / "samples.jsonl").read_text() if (run / "samples.jsonl").exists() else None,
+        "best": [path.name for path in checkpoints(run / "best")],
         "status": json.loads((run / "meta.json").read_text())["status"],
         "litter": litter(run),
     }

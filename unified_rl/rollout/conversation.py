@@ -259,9 +259,19 @@ def _fault(result: Any, rows: int) -> str:
 
 
 def summary(talk: Conversations, info: dict[str, Tensor]) -> dict[str, float]:
-    """Means over the conversations, ``rollout/reward`` and so on."""
+    """Means over the conversations, ``rollout/reward`` and so on, and quantiles of their rewards.
+
+    ``rollout/entropy_estimate`` is the mean of minus the log-prob of every sampled token: an unbiased estimate, in nats
+    a token, of the entropy of the distribution that sampled them, for which no logits are read again.
+    """
+    reward = scored_rewards(talk, info)
+    low, middle, high = reward.quantile(torch.tensor([0.1, 0.5, 0.9])) if len(reward) else torch.zeros(3)
     out = {
-        "rollout/reward": mean_reward(talk, info),
+        "rollout/reward": reward.mean() if len(reward) else torch.zeros(()),
+        "rollout/reward_p10": low,
+        "rollout/reward_p50": middle,
+        "rollout/reward_p90": high,
+        "rollout/entropy_estimate": -talk.log_prob.sum() / talk.mask.sum().clamp(min=1),
         "rollout/length": talk.mask.sum(-1).float().mean(),
         "rollout/turns": talk.step_mask.sum(-1).float().mean(),
         "rollout/truncated": talk.truncated.any(-1).float().mean(),
@@ -270,13 +280,10 @@ def summary(talk: Conversations, info: dict[str, Tensor]) -> dict[str, float]:
     return {key: float(value) for key, value in out.items()}
 
 
-def mean_reward(talk: Conversations, info: dict[str, Tensor]) -> Tensor:
-    """The mean return of the conversations that have one, a scalar; 0 where none has."""
+def scored_rewards(talk: Conversations, info: dict[str, Tensor]) -> Tensor:
+    """The returns of the conversations that have one, ``[n]``."""
     total = talk.reward.sum(-1)
-    if "scored" not in info:
-        return total.mean()
-    scored = info["scored"] > 0
-    return total[scored].sum() / scored.sum().clamp(min=1)
+    return total if "scored" not in info else total[info["scored"] > 0]
 
 
 def means(info: dict[str, Tensor]) -> dict[str, Tensor]:

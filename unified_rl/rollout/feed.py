@@ -13,8 +13,8 @@ from torch import Tensor
 from unified_rl.errors import CheckpointError, ConfigError, RestoreError
 from unified_rl.protocols import Restarts, Rollout
 
-Batch = tuple[TensorDict, dict[str, float]]
-"""What one collection brought: its rows and its metrics."""
+Batch = tuple[TensorDict, dict[str, Any]]
+"""What one collection brought: its rows and its metrics (and ``samples``, where somebody asked for them)."""
 
 
 @runtime_checkable
@@ -39,6 +39,10 @@ class Feed(Protocol):
 
     def take(self) -> Batch:
         """The next batch, in the order of tickets; waits for it. Every admitted batch is returned exactly once."""
+        ...
+
+    def peek(self) -> Batch:
+        """The batch that :meth:`take` returns next; it stays."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,6 +116,10 @@ class LocalFeed:
         admitted, waiting, under_way = self._tickets
         self._tickets = (admitted, waiting[1:], under_way)
         return waiting[0]
+
+    def peek(self) -> Batch:
+        """The oldest batch that waits, which goes on waiting."""
+        return self._tickets[1][0]
 
     def _keep_state(self) -> None:
         now = time.monotonic()

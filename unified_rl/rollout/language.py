@@ -64,6 +64,8 @@ class LanguageRollout:
     Attributes:
         rows: rows of one collection at most.
         length: None; a row is a whole conversation.
+        shows: ``(conversations, episode of the first) -> what is written of them``, which :meth:`collect` then adds to
+            its metrics as ``samples``; None by default.
 
     Raises:
         ConfigError: a size below 1, or the task lacks what a source, the context or a column needs.
@@ -105,6 +107,7 @@ class LanguageRollout:
             _require_part(source, f"rollout.sources.{name}", "unified_rl.rollout.sources.Demonstrations")
             source.check(env, policy, f"rollout.sources.{name}")
         self._streams = {name: streams(name) for name in ("context", *(f"sources/{name}" for name in self.sources))}
+        self.shows: Callable[[Told, int], list[list[Any]]] | None = None
         self.steps_per_collect = prompts * group_size
         self.rows = self.steps_per_collect + sum(source.most(prompts) for source in self.sources.values())
         self.steps = 0
@@ -136,6 +139,8 @@ class LanguageRollout:
         groups = self.builder.groups(self.prompts)
         rows = self.builder.rows(told, version, groups.repeat_interleave(self.group_size), Source.ONLINE)
         self.steps += len(repeated)
+        if self.shows is not None:
+            metrics["samples"] = self.shows(told, int(rows["episode"][0, 0]))  # type: ignore[assignment]
         return self._joined(rows, problems, groups, version, metrics), metrics
 
     def _again(self, context: Context, repeated: Problems, told: Told) -> dict[str, float]:

@@ -128,6 +128,7 @@ def assemble(
     folder: str | Path | None = None,
     allow: Sequence[str] = (),
     config_dirs: Sequence[str] = (),
+    callbacks: Sequence[Any] = (),
     **settings: Any,
 ) -> Assembled:
     """Puts a run together without a configuration file.
@@ -154,6 +155,7 @@ def assemble(
             that holds a run is continued from its last checkpoint.
         allow: packages beside this one that dotted paths may name.
         config_dirs: folders with options of your own.
+        callbacks: objects or classes with hooks, see :class:`~unified_rl.training.callbacks.Callback`.
         settings: the scalars of :class:`~unified_rl.training.settings.TrainSettings`, such as ``eval_episodes``,
             ``reward`` (also functions themselves), and dotted settings of a part that is an option:
             ``**{"agent.lr": 1e-3}``.
@@ -180,7 +182,8 @@ def assemble(
     if holds and target is not None:
         check_run(target)
         found = intact_checkpoint(target)
-    job = Job(cfg, allow)
+    job = Job(cfg, allow, callbacks)
+    job.watchers()
     job.found_rows = "refuse" if found is None else "keep"
     if found is None:
         job.warm_start(lambda *progress: None)

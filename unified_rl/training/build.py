@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,8 +33,10 @@ from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEn
 from unified_rl.rollout.feed import LocalFeed
 from unified_rl.rollout.recorded import fitted
 from unified_rl.spaces import Space
-from unified_rl.training.evaluation import evaluate_control, evaluate_imitation, evaluate_language
+from unified_rl.training.callbacks import Callbacks, make_callbacks
+from unified_rl.training.evaluation import Scores, evaluate_control, evaluate_imitation, evaluate_language
 from unified_rl.training.limits import check_machine, check_model_folder, check_replay_memory, check_rows, row_size
+from unified_rl.training.loggers import Logger, make_loggers
 from unified_rl.training.memory_plan import (
     MemoryPlan,
     evaluated_rows,
@@ -42,8 +44,9 @@ from unified_rl.training.memory_plan import (
     memory_plan,
     micro_batch_for,
 )
+from unified_rl.training.samples import SampleBook
 from unified_rl.training.seeding import derive, generator, scoped
-from unified_rl.training.settings import TrainSettings
+from unified_rl.training.settings import TrainSettings, check_eval_sampling
 from unified_rl.training.trainer import Trainer
 from unified_rl.training.written import check_rollout
 from unified_rl.units import Source
@@ -66,6 +69,7 @@ class Job:
         cfg: a composed configuration: nodes of :data:`NODES` and the scalars of
             :class:`~unified_rl.training.settings.TrainSettings`.
         allow: prefixes beside ``unified_rl.`` that configuration may build.
+        objects: callbacks that are objects already.
 
     Attributes:
         found_rows: what becomes of rows that ``replay.path`` holds already: ``refuse`` (a new run), ``drop`` (a run
@@ -75,7 +79,7 @@ class Job:
         ConfigError: parts that do not fit together.
     """
 
-    def __init__(self, cfg: dict[str, Any], allow: Sequence[str] = ()) -> None:
+    def __init__(self, cfg: dict[str, Any], allow: Sequence[str] = (), objects: Sequence[Any] = ()) -> None:
         cfg = check_run(cfg, allow)
         self.cfg, self.allow = cfg, list(allow)
         self.found_rows: Literal["refuse", "drop", "keep"] = "refuse"
@@ -83,6 +87,7 @@ class Job:
         self.settings = TrainSettings(**{k: v for k, v in cfg.items() if k in names})
         if self.settings.steps == 0 and not cfg.get("warm_start"):
             raise ConfigError("steps=0 must be at least 1, or the run needs a warm_start to make")
+        self._objects = list(objects)
         self.device = device_of(self.settings.device)
         self.seed = self.settings.seed
         self.collects = bool(cfg.get("rollout"))
@@ -103,6 +108,12 @@ class Job:
             )
         self.gamma: float = DISCOUNTS[self.env.domain] if given is None else given
         self._check_domains()
+        self.book: SampleBook | None = None
+        if self.language and self.settings.samples_rows:
+            self.book = SampleBook(self.env, self.settings.samples_rows, self.seed)
+        if not self.language and self.settings.eval_sampling:
+            raise ConfigError("eval_sampling is of language models' answers, and this run is of control: leave it out")
+        self.scores: Scores | None = None
         self.eval_env: Any = None
         self._waiting: tuple[Any, Any] | None = None
         self.memory: MemoryPlan | None = None
@@ -116,6 +127,24 @@ class Job:
         self.policy = self.policy.to(self.device)
         node = cfg.get("correction")
         self.correction = build(node, allow=self.allow, setting="correction") if node else None
+
+    @cached_property
+    def loggers(self) -> list[Logger]:
+        """Where metrics go. Evaluating a run makes none."""
+        return make_loggers(self.settings.logger, self.allow)
+
+    @cached_property
+    def callbacks(self) -> Callbacks:
+        """Of the configuration, and behind them ``objects``. Evaluating a run makes none."""
+        return make_callbacks(self.settings.callbacks, self._objects, self.allow)
+
+    def watchers(self) -> tuple[list[Logger], Callbacks]:
+        """Both, made before anything is spent, so that what is missing is told then.
+
+        Raises:
+            ConfigError: a package that is not installed, or a class that is not allowed or not found.
+        """
+        return self.loggers, self.callbacks
 
     # ------------------------------------------------------------------ what the configuration says
 
@@ -274,10 +303,26 @@ class Job:
         if not self.collects:
             agent = self._agent(self.policy, env=self.env, budget=self.settings.steps)
             self.policy = agent.policy
-            return Trainer(self.settings, folder, agent, None, None, self.evaluate, display)
+            return self._trainer(folder, agent, None, None, display)
         rollout, agent, replay = self._collecting(self.policy)
         self._waiting = None
-        return Trainer(self.settings, folder, agent, LocalFeed(rollout), replay, self.evaluate, display)
+        return self._trainer(folder, agent, LocalFeed(rollout), replay, display)
+
+    def _trainer(self, folder: Path, agent: Any, feed: Any, replay: Any, display: Any) -> Trainer:
+        return Trainer(
+            self.settings,
+            folder,
+            agent,
+            feed,
+            replay,
+            self.evaluate,
+            display,
+            samples=self.book,
+            answered=lambda: None if self.scores is None else self.scores.shown,
+            callbacks=self.callbacks,
+            loggers=self.loggers,
+            config=self.cfg,
+        )
 
     def _collecting(self, policy: Any) -> tuple[Any, Any, Any]:
         """Rollout, agent and replay, checked against one another; what a rehearsal made is taken up."""
@@ -414,7 +459,7 @@ class Job:
             replay.empty(seed)
         return replay
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self, intervals: bool = False) -> Scores:
         """Held-out evaluation with streams of its own, the same at every call."""
         seed = self._integer("evaluation")
         count = self.settings.eval_episodes
@@ -425,12 +470,26 @@ class Job:
         if self.language:
             told = evaluate_imitation(self.eval_env, self.policy, count) if self._imitates else {}
             if told and "eval" in getattr(self.eval_env, "unjudged", {}):
-                return {"eval/score": -told["eval/nll"], **told}  # free text: nothing tells right from wrong
-            return {**evaluate_language(self.eval_env, self.policy, count, seed, self._evaluated_rows()), **told}
+                self.scores = Scores({"eval/score": -told["eval/nll"], **told})
+                return self.scores  # free text: nothing tells right from wrong
+            sampling = check_eval_sampling(self.settings.eval_sampling or {})
+            self.scores = evaluate_language(
+                self.eval_env,
+                self.policy,
+                count,
+                seed,
+                self._evaluated_rows(),
+                samples=sampling.pop("samples", 1),
+                sampling=sampling,
+                keep=() if self.book is None else self.book.of_prompts(count),
+                intervals=intervals,
+            )
+            self.scores.update(told)
+            return self.scores
         stream = generator(self.seed, "evaluation", self.device)
         greedy, device = self.settings.eval_deterministic, str(self.device)
         with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds the global stream, which training may use
-            return evaluate_control(self.eval_env, self.policy, seed, stream, greedy, device, count)
+            return Scores(evaluate_control(self.eval_env, self.policy, seed, stream, greedy, device, count))
 
     def _evaluation_env(self, count: int) -> Any:
         """An environment of its own; a task whose files were gone through shares what was found in them."""

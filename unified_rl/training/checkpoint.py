@@ -29,6 +29,8 @@ NEWEST = "newest_checkpoint"
 """Note of a run's manifest: the name of the newest checkpoint; two while the second is being written."""
 NONE = ""
 """Stands in that note for the checkpoint before the first one."""
+BEST = "best"
+"""Folder of the checkpoint with the best value of the metric that ``keep_best`` names, and word for it."""
 EXTENSION = "extension"
 """Folder of the checkpoint that a run with stale rows is extended from."""
 _NAME = re.compile(r"step_(\d{12,})")
@@ -84,6 +86,26 @@ def remove_checkpoint(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(path, aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def adopt(path: Path, folder: Path) -> Path:
+    """Makes a checkpoint one of a run's own by copying it into ``folder``, where there is none of its name.
+
+    Raises:
+        CheckpointError: the disk is full.
+    """
+    target, aside = folder / path.name, folder / f"{_WRITING}{path.name}"
+    if target.is_dir():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(path, aside)
+        _put(aside, target)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{path} could not be copied to {target}: {error}") from error
+    return target
 
 
 def _write_aside(aside: Path, state: dict[str, Any], replay: Store | None) -> None:
@@ -192,12 +214,16 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def chosen_checkpoint(run: Path, choice: str | int) -> Path:
-    """The folder of a checkpoint by its number of updates, its name, or its path.
+    """The folder of a checkpoint by its number of updates, its name, its path, or the word ``best``.
 
     Raises:
         CheckpointError: there is none; the message lists what the run holds.
     """
     text = str(choice)
+    if text == BEST:
+        if not (kept := checkpoints(run / BEST)):
+            raise CheckpointError(f"{run} keeps no best checkpoint; a run does with keep_best=eval/accuracy")
+        return kept[-1]
     if text.isdecimal():
         text = checkpoint_name(int(text))
     found = {path.name.removeprefix(_REPLACED): path for path in checkpoints(run / FOLDER)}
@@ -213,7 +239,7 @@ def intact_checkpoint(run: Path, choice: str | int | None = None, replay: bool =
 
     Args:
         run: the run folder.
-        choice: the number of updates behind it, its name or its path; damage is then an error.
+        choice: the number of updates behind it, its name, its path or ``best``; damage is then an error.
         replay: also check the files of its replay.
 
     Returns:

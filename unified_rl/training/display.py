@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 SHOWN = {
     "eval/score": "score",
+    "eval/accuracy": "accuracy",
     "rollout/return": "return",
     "rollout/reward": "reward",
     "ess/unit": "ESS",

@@ -1,12 +1,9 @@
-"""Metrics of a run: JSONL (the record), CSV (for tables) and TensorBoard (for curves), always all three."""
+"""Metrics of a run: JSONL is the record; CSV, TensorBoard and others are told of every row."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
-import io
-import json
-import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +11,12 @@ import torch
 from torch import Tensor
 
 from unified_rl.errors import CheckpointError
-from unified_rl.files import Entry, Manifest, check_listed, entry, flush, write_atomically
+from unified_rl.files import Manifest, check_listed, entry, flush, write_atomically
 from unified_rl.training.checkpoint import FOLDER, NEWEST, NONE, checkpoint_name, checkpoints, step_of
+from unified_rl.training.growing import GrowingFile, Row, parse
+from unified_rl.training.loggers import BOARD, TABLE, Guarded, Kept, Logger, make_loggers, read_notes, write_notes
 
-RECORD, TABLE, BOARD = "metrics.jsonl", "metrics.csv", "tensorboard"
-FIRST = ("update", "steps", "wall_seconds")
+RECORD, SAMPLES = "metrics.jsonl", "samples.jsonl"
 EPISODES = "rollout/episodes"
 """Episodes that ended in a collection, or between two logged rows."""
 STANDS = ("rollout/epoch",)
@@ -85,58 +83,85 @@ class Means:
 
 
 class MetricLog:
-    """Appends rows to ``metrics.jsonl``, ``metrics.csv`` and TensorBoard.
+    """Appends rows to ``metrics.jsonl`` and conversations to ``samples.jsonl``, and hands them to loggers.
 
-    ``metrics.jsonl`` is the record. The run's manifest lists the part of it that belongs to a checkpoint (see
-    :meth:`record`); what lies behind that part is made again by a resumed run. The CSV is written anew from the record.
+    The two files are the record. The run's manifest lists the part of them that belongs to a checkpoint (see
+    :meth:`record`); what lies behind that part is made again by a resumed run.
 
     Args:
         folder: the run folder; None keeps the rows in memory alone.
         keep_until: on resume, drop rows with a larger ``update``, and those that the manifest does not list (both will
             be made again).
+        loggers: what is told of every row; by default TensorBoard and CSV.
+        config: the run's configuration, for loggers that show it.
+
+    Attributes:
+        rows: the logged rows.
+        samples: conversations; of a run with a folder those before it was opened.
 
     Raises:
         CheckpointError: the folder is not writable.
     """
 
-    def __init__(self, folder: Path | None, keep_until: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        keep_until: int | None = None,
+        loggers: Sequence[Logger] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.in_memory = folder is None
         if folder is None:
-            self.rows: list[dict[str, Any]] = []
+            self.rows: list[Row] = []
+            self.samples: list[Row] = []
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder, self.jsonl, self.csv = folder, folder / RECORD, folder / TABLE
-        kept = self._take_over(keep_until)
-        self._digest, self._size = hashlib.sha256(kept), len(kept)
-        self.columns = list(FIRST)
-        for row in self.rows:
-            self.columns += [key for key in row if key not in self.columns]
-        self._write_csv()
-        # readers of TensorBoard drop what an interrupted run wrote behind the rows that are kept: it is made again
-        first = self.rows[-1]["steps"] + 1 if self.rows else 0
-        board = folder / BOARD
-        self.board = SummaryWriter(str(board), purge_step=first if board.exists() else None)
+        self.folder = folder
+        self.files = [GrowingFile(folder / RECORD), GrowingFile(folder / SAMPLES, keep=False)]
+        self.loggers = make_loggers(("tensorboard", "csv")) if loggers is None else list(loggers)
+        handed, ids = read_notes(folder)
+        handed = self._take_over(keep_until, handed, ids)
+        self.rows, self.samples = self.files[0].rows, self.files[1].rows
+        known = dict(ids)
+        kept = Kept(folder, self.rows, handed, dict(config or {}), ids)
+        for logger in self.loggers:
+            logger.begin(kept)
+        if ids != known:
+            self._note(handed, ids)
 
     def write(self, update: int, steps: int, wall_seconds: float, metrics: dict[str, float]) -> None:
-        """Appends one row; new columns extend the CSV's header.
+        """Appends one row.
 
         Raises:
             CheckpointError: the disk is full or the folder is gone.
         """
-        row: dict[str, Any] = {"update": update, "steps": steps, "wall_seconds": round(wall_seconds, 3), **metrics}
-        self.rows.append(row)
+        row: Row = {"update": update, "steps": steps, "wall_seconds": round(wall_seconds, 3), **metrics}
         if self.in_memory:
+            self.rows.append(row)
             return
-        line = _line(row)
+        with self._writing():
+            self.files[0].append(row)
+            for logger in self.loggers:
+                logger.log(row)
+
+    def write_samples(self, rows: Sequence[Row]) -> None:
+        """Appends conversations, each with its ``update``, ``steps`` and ``split``.
+
+        Raises:
+            CheckpointError: the disk is full or the folder is gone.
+        """
+        if self.in_memory:
+            self.samples += rows
+            return
+        with self._writing():
+            self.files[1].append(*rows)
+            for split in dict.fromkeys(row["split"] for row in rows):
+                for logger in self.loggers:
+                    logger.samples([row for row in rows if row["split"] == split])
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            with open(self.jsonl, "ab") as handle:
-                handle.write(line)
-            self._digest.update(line)
-            self._size += len(line)
-            self._extend_csv(row)
-            for key, value in metrics.items():
-                self.board.add_scalar(key, value, steps)
+            yield
         except OSError as error:
             raise CheckpointError(f"{self.folder} cannot take a row of metrics: {error}") from error
 
@@ -148,12 +173,14 @@ class MetricLog:
         """
         if self.in_memory:
             return
-        try:
-            flush(self.jsonl)
-        except OSError as error:
-            raise CheckpointError(f"{self.jsonl} cannot be written: {error}") from error
+        there = [file for file in self.files if file.name == RECORD or file.path.is_file()]
+        for file in there:
+            try:
+                file.flush()
+            except OSError as error:
+                raise CheckpointError(f"{file.path} cannot be written: {error}") from error
         manifest = Manifest.find(self.folder) or Manifest(self.folder)
-        manifest.files[RECORD] = [self._entry()]
+        manifest.files.update({file.name: [file.entry()] for file in there})
         # either name may be the newest when a process is killed before the new checkpoint is complete
         manifest.notes[NEWEST] = [*(manifest.notes.get(NEWEST, [])[-1:] or [NONE]), checkpoint]
         manifest.write()
@@ -170,51 +197,43 @@ class MetricLog:
             manifest.write()
 
     def close(self) -> None:
-        """Flushes TensorBoard."""
-        if not self.in_memory:
-            self.board.close()
+        """Ends the loggers."""
+        for logger in () if self.in_memory else self.loggers:
+            logger.end()
 
-    def _entry(self) -> Entry:
-        return {"size": self._size, "sha256": self._digest.hexdigest(), "grows": True}
+    def _note(self, handed: int, ids: dict[str, str]) -> None:
+        """Remembers what loggers of others were given: they cannot take it back when the run goes on before it."""
+        if any(isinstance(logger, Guarded) for logger in self.loggers):
+            write_notes(self.folder, handed, ids)
 
-    def _take_over(self, keep_until: int | None) -> bytes:
-        """Takes over the rows of the record that stay, and cuts the others off; returns the record."""
-        if not self.jsonl.is_file():
-            write_atomically(self.jsonl, b"")  # before the manifest lists it: a listed file that is missing is damage
-        data = self.jsonl.read_bytes()
+    def _take_over(self, keep_until: int | None, handed: int, ids: dict[str, str]) -> int:
+        """Takes over the rows of the record that stay, and cuts the others off; the last update that loggers know."""
+        metrics, samples = self.files
+        if not metrics.path.is_file():
+            write_atomically(metrics.path, b"")  # before the manifest lists it: a listed file that is missing is damage
         manifest = Manifest.find(self.folder)
-        listed = data if manifest is None else data[: manifest.files.get(RECORD, [{"size": 0}])[-1]["size"]]
-        self.rows, kept = _parse(listed, keep_until)
-        if manifest is not None:
-            self._reopen(manifest, kept, keep_until)
-        if kept != data:
-            write_atomically(self.jsonl, kept)
-        return kept
 
-    def _reopen(self, manifest: Manifest, kept: bytes, keep_until: int | None) -> None:
+        def listed(file: GrowingFile) -> int | None:
+            return None if manifest is None else int(manifest.files.get(file.name, [{"size": 0}])[-1]["size"])
+
+        data = {file.name: file.read(listed(file), keep_until) for file in self.files}
+        whole = parse(data[RECORD])[0]
+        handed = max([handed, *(int(row["update"]) for row in whole[-1:])])
+        self._note(handed, ids)
+        if manifest is not None:
+            self._reopen(manifest)
+        metrics.cut(data[RECORD])
+        samples.cut(data[SAMPLES])
+        return handed
+
+    def _reopen(self, manifest: Manifest) -> None:
         """Lists the kept rows alone, before the others are cut off: a longer file agrees with that too."""
         files = {name: entries for name, entries in manifest.files.items() if not _is_derived(name)}
-        files[RECORD] = [{"size": len(kept), "sha256": hashlib.sha256(kept).hexdigest(), "grows": True}]
+        files |= {file.name: [file.entry()] for file in self.files if file.path.is_file()}
         newest = [checkpoint_name(step_of(path)) for path in checkpoints(self.folder / FOLDER)[-1:]]
         notes = {**manifest.notes, NEWEST: newest}
         if (files, notes) != (manifest.files, manifest.notes):
             Manifest(self.folder, files, notes).write()
-
-    def _extend_csv(self, row: dict[str, Any]) -> None:
-        fresh = [key for key in row if key not in self.columns]
-        if fresh:
-            self.columns += fresh
-            self._write_csv()
-            return
-        with open(self.csv, "a", newline="") as handle:
-            csv.DictWriter(handle, self.columns).writerow(row)
-
-    def _write_csv(self) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns)
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_atomically(self.csv, text.getvalue())
 
 
 def _is_derived(name: str) -> bool:
@@ -226,35 +245,11 @@ def list_finished(manifest: Manifest) -> None:
     """Lists every metrics file of a run that has ended as it is now."""
     folder = manifest.folder
     boards = [path.relative_to(folder).as_posix() for path in (folder / BOARD).rglob("*") if path.is_file()]
-    for name in (RECORD, TABLE, *sorted(boards)):
+    for name in (RECORD, SAMPLES, TABLE, *sorted(boards)):
         if (folder / name).is_file():
             flush(folder / name)
             manifest.files[name] = [entry(folder / name)]
     manifest.notes[NEWEST] = [path.name for path in checkpoints(folder / FOLDER)[-1:]]
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps({k: _plain(v) for k, v in row.items()}).encode() + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _parse(data: bytes, keep_until: int | None = None) -> tuple[list[dict[str, Any]], bytes]:
-    """The rows up to an update and their bytes; a last line cut by a crash ends them."""
-    rows: list[dict[str, Any]] = []
-    size = 0
-    for line in data.splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-            if not line.endswith(b"\n") or (keep_until is not None and row["update"] > keep_until):
-                break
-        except (ValueError, TypeError, KeyError):
-            break
-        rows.append(row)
-        size += len(line)
-    return rows, data[:size]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -264,4 +259,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         DamageError: the run's manifest lists the file, and it is missing or altered.
     """
     check_listed(path)
-    return _parse(path.read_bytes() if path.is_file() else b"")[0]
+    return parse(path.read_bytes() if path.is_file() else b"")[0]

@@ -2,8 +2,9 @@
 
 from unified_rl.training.build import NODES, Job
 from unified_rl.training.dataset import record_dataset
+from unified_rl.training.evaluating import evaluate_run, evaluated
 from unified_rl.training.provenance import PACKAGES, read_config, run_folder, stored_config
-from unified_rl.training.verbs import evaluate_run, evaluated, load_policy, restored, resume, train
+from unified_rl.training.verbs import load_policy, restored, resume, train
 
 __all__ = [
     "NODES",

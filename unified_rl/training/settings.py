@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from unified_rl.ranges import Count, Float32, Name, Positive, Seed, Whole, ranged
+from unified_rl.errors import ConfigError
+from unified_rl.instantiate import allowed, check_type, nearest
+from unified_rl.ranges import Count, Float32, Name, NonNegative, Positive, Seed, Whole, ranged
+
+LOGGERS = ("tensorboard", "csv", "wandb", "trackio", "mlflow")
+"""What metrics are written to by name, beside ``metrics.jsonl``."""
+MODES = ("max", "min")
 
 
 @ranged()
@@ -42,6 +49,19 @@ class TrainSettings:
             out of the update.
         identity_check: verify on the first update that fresh data has ratio 1.
         progress: show a progress display.
+        samples_rows: language: conversations that are written to ``samples.jsonl`` at a time; 0 writes none.
+        samples_every: language: steps between written conversations of training; those of every evaluation are written
+            anyway. By default as ``eval_every``; 0 writes evaluations alone.
+        logger: where metrics go beside ``metrics.jsonl``: ``tensorboard``, ``csv``, ``wandb``, ``trackio``, ``mlflow``,
+            or the dotted path of a class with the methods of :class:`~unified_rl.training.loggers.Logger`.
+        callbacks: dotted paths of classes with the hooks of :class:`~unified_rl.training.callbacks.Callback`, or
+            mappings with ``_target_`` and arguments.
+        keep_best: metric whose best checkpoint is kept, for example ``eval/accuracy``, or a mapping ``{metric, mode}``
+            with ``mode`` max or min.
+        early_stopping: mapping ``{metric, patience, min_delta, mode}``: the run ends after ``patience`` values of the
+            metric (5) of which none was better than the best before by more than ``min_delta`` (0).
+        eval_sampling: language: how evaluation samples, ``{samples, temperature, top_p, ...}``: answers to each prompt
+            (1) and settings that replace the policy's own sampling.
     """
 
     steps: Whole = 100_000
@@ -67,6 +87,13 @@ class TrainSettings:
     reward_errors: Literal["stop", "skip"] = "stop"
     identity_check: bool = True
     progress: bool = True
+    samples_rows: Whole = 8
+    samples_every: Whole | None = None
+    logger: tuple[str, ...] = ("tensorboard", "csv")
+    callbacks: tuple[Any, ...] = ()
+    keep_best: str | dict[str, Any] | None = None
+    early_stopping: dict[str, Any] | None = None
+    eval_sampling: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Fills the intervals that follow from ``steps``."""
@@ -76,3 +103,99 @@ class TrainSettings:
             self.log_every = max(1, self.steps // 200)
         if self.checkpoint_every is None:
             self.checkpoint_every = max(1, self.steps // 5)
+        if self.samples_every is None:
+            self.samples_every = self.eval_every or max(1, self.steps // 20)
+        check_logger(self.logger)
+        for name, check in (
+            ("keep_best", check_keep_best),
+            ("early_stopping", check_early_stopping),
+            ("eval_sampling", check_eval_sampling),
+        ):
+            if getattr(self, name) is not None:
+                check(getattr(self, name))
+
+
+def check_logger(names: Sequence[str]) -> None:
+    """Refuses a name that is no logger's, and one that is given twice.
+
+    Raises:
+        ConfigError: names the nearest.
+    """
+    for name in names:
+        if name not in LOGGERS and "." not in name and ":" not in name:
+            raise ConfigError(f"logger has no {name!r}; {nearest(name, LOGGERS)}")
+        if list(names).count(name) > 1:
+            raise ConfigError(f"logger names {name!r} twice; give it once")
+
+
+def check_callbacks(nodes: Sequence[Any]) -> None:
+    """Finds every class that is named.
+
+    Raises:
+        ConfigError: a path outside the allowed packages, or one that leads nowhere.
+    """
+    from unified_rl.training.callbacks import check_nodes
+
+    check_nodes(nodes, allowed())
+
+
+def check_keep_best(value: str | Mapping[str, Any]) -> dict[str, Any]:
+    """``metric`` and ``mode`` of ``keep_best``.
+
+    Raises:
+        ConfigError: another key, no metric, or a mode that is none.
+    """
+    given = {"metric": value} if isinstance(value, str) else dict(value)
+    return _checked({"metric": "", "mode": "max", **_known(given, ("metric", "mode"), "keep_best")}, "keep_best")
+
+
+def check_early_stopping(value: Mapping[str, Any]) -> dict[str, Any]:
+    """``metric``, ``patience``, ``min_delta`` and ``mode`` of ``early_stopping``.
+
+    Raises:
+        ConfigError: another key, no metric, or a value out of its range.
+    """
+    defaults = {"metric": "", "patience": 5, "min_delta": 0.0, "mode": "max"}
+    found = _checked({**defaults, **_known(value, defaults, "early_stopping")}, "early_stopping")
+    found["patience"] = check_type(found["patience"], Count, "early_stopping.patience")
+    found["min_delta"] = check_type(found["min_delta"], NonNegative, "early_stopping.min_delta")
+    return found
+
+
+def check_eval_sampling(value: Mapping[str, Any]) -> dict[str, Any]:
+    """``samples`` of ``eval_sampling``, and the fields of :class:`~unified_rl.policies.sampling.Sampling` it replaces.
+
+    Raises:
+        ConfigError: an unknown key, or a value out of its range.
+    """
+    import dataclasses
+    import typing
+
+    from unified_rl.policies.sampling import Sampling  # torch is slow to import
+
+    hints = typing.get_type_hints(Sampling, include_extras=True)
+    own = [field.name for field in dataclasses.fields(Sampling) if field.name != "vocabulary"]
+    found = _known(value, ("samples", *own), "eval_sampling")
+    if found.get("temperature") == 0:
+        raise ConfigError(
+            "eval_sampling.temperature=0 is the most likely answer, which every evaluation gives as "
+            "eval/reward_greedy and eval/accuracy_greedy: leave it out"
+        )
+    return {key: check_type(item, hints.get(key, Count), f"eval_sampling.{key}") for key, item in found.items()}
+
+
+def _known(given: Mapping[str, Any], names: Iterable[str], where: str) -> dict[str, Any]:
+    for key in given:
+        if key not in names:
+            raise ConfigError(f"{where} has no key {key!r}; {nearest(key, names)}")
+    return dict(given)
+
+
+def _checked(found: dict[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(found["metric"], str) or not found["metric"]:
+        raise ConfigError(
+            f"{where}.metric is {found['metric']!r}; name a metric, for example eval/score or eval/accuracy"
+        )
+    if found["mode"] not in MODES:
+        raise ConfigError(f"{where}.mode is {found['mode']!r}; it must be max or min")
+    return found

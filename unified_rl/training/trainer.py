@@ -1,26 +1,33 @@
-"""One loop for every agent and domain: collect, store, update, log, evaluate, checkpoint."""
+"""One loop for every agent and domain: collect, store, update, log, evaluate, checkpoint; and stop when told to."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from pathlib import Path
 from typing import Any
 
+from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import CheckpointError, ConfigError, NonFiniteError, UnifiedRLError
-from unified_rl.protocols import Agent, Collects, Rollout, Store, TellsResumable
+from unified_rl.protocols import Agent, Collects, Rollout, ShowsRows, Store, TellsResumable
 from unified_rl.rollout.control import STEPS
+from unified_rl.rollout.conversation import Told
 from unified_rl.rollout.feed import Feed, LocalFeed
 from unified_rl.stopping import Interrupted, StopSignal, say, stopping
+from unified_rl.training.best import BEST, Watch, drop_best, has_best
+from unified_rl.training.callbacks import Callbacks
 from unified_rl.training.checkpoint import EXTENSION, FOLDER, checkpoint_name, set_aside_newer, tidy, write_checkpoint
 from unified_rl.training.failures import RunFolder, foreign
+from unified_rl.training.growing import Row
+from unified_rl.training.loggers import Logger
 from unified_rl.training.metrics import Means, MetricLog
 from unified_rl.training.restoring import policy_state, restoring
+from unified_rl.training.samples import SampleBook
 from unified_rl.training.settings import TrainSettings
 
 
@@ -39,6 +46,15 @@ class Trainer:
         replay: the replay, or None likewise.
         evaluate: ``() -> metrics`` on held-out problems or seeds.
         display: called with ``(steps, metrics)`` for progress.
+        samples: makes the rows of ``samples.jsonl``; None writes none.
+        answered: the conversations of the last evaluation, for ``samples``.
+        callbacks: the user's own code, see :mod:`unified_rl.training.callbacks`.
+        loggers: where metrics go beside the record; by default TensorBoard and CSV.
+        config: the run's configuration, for loggers that show it.
+
+    Attributes:
+        log: the logged rows.
+        stopped: why the run ends before its budget; empty where it does not.
     """
 
     def __init__(
@@ -50,10 +66,20 @@ class Trainer:
         replay: Store | None,
         evaluate: Callable[[], dict[str, float]],
         display: Callable[[int, dict[str, float]], None] | None = None,
+        *,
+        samples: SampleBook | None = None,
+        answered: Callable[[], Told | None] = lambda: None,
+        callbacks: Callbacks | None = None,
+        loggers: Sequence[Logger] | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings, self.folder, self.agent = settings, folder, agent
         self.feed, self.replay, self.evaluate = feed, replay, evaluate
         self.display = display or (lambda steps, metrics: None)
+        self.samples, self.answered, self.callbacks = samples, answered, callbacks or Callbacks()
+        self.loggers, self.config = loggers, config
+        self.watch = Watch(settings)
+        self.stopped = ""
         self.per_update = _per_update(agent, feed)
         self.planned = math.ceil(settings.steps / self.per_update)
         self.updates = 0
@@ -70,6 +96,12 @@ class Trainer:
         """Whether the row of the last update, if it is due, is in the metrics."""
         self._open: dict[str, Any] | None = None
         self._told = False
+        self._known: list[Any] = []
+        """What the rollout tells of some rows of the batch that was taken last."""
+        self._unwritten: list[Row] = []
+        """Samples of the last update that wait for its row."""
+        if samples is not None and hasattr(self.rollout, "shows"):
+            self.rollout.shows = samples.of_collection  # type: ignore[union-attr]
 
     @property
     def steps(self) -> int:
@@ -82,7 +114,7 @@ class Trainer:
         return self.feed.rollout if isinstance(self.feed, LocalFeed) else None
 
     def run(self) -> None:
-        """Trains until the budget is used, from wherever the state is.
+        """Trains until the budget is used or somebody asks for a :meth:`stop`, from wherever the state is.
 
         Whatever ends it early, the state after the last whole update is saved: only inside an update, between the
         replay's write and the optimiser's last step, there is none, and the checkpoint before it stands.
@@ -100,10 +132,12 @@ class Trainer:
             try:
                 with self.present.writes():
                     if self.folder is not None:
-                        for place in (FOLDER, EXTENSION):
+                        for place in (FOLDER, EXTENSION, BEST):
                             tidy(self.folder / place)  # a run that is killed behind its last checkpoint writes no other
                         set_aside_newer(self.folder / FOLDER, self.updates)
-                    self.log = MetricLog(self.folder, keep_until=self.updates - (not self._logged))
+                        self._find_best(self.folder)
+                    until = self.updates - (not self._logged)
+                    self.log = MetricLog(self.folder, until, self.loggers, self.config)
                 self._clock = time.monotonic() - self.elapsed
                 with stop.tolerating(1):
                     self._loop(stop)
@@ -116,15 +150,25 @@ class Trainer:
                 self._close()
 
     def _loop(self, stop: StopSignal) -> None:
+        self.callbacks("on_run_begin", self)
         if not self._logged:
             self._finish_update()
-        while self.updates < self.planned:
+        while self.updates < self.planned and not self.stopped:
             self._iterate()
             if stop.requested:
                 raise stop.error()
+        if self.stopped:
+            say(f"{self.folder or 'the run'} ends at update {self.updates} of {self.planned}: {self.stopped}")
         if self._saved != self.updates:
             self.save()
             self._tell_inexact()
+        if self.watch.best is not None and self.watch.best.value is None:
+            say(f"keep_best={self.watch.best.metric} was in no logged row: there is no best checkpoint")
+        self.callbacks("on_run_end", self)
+
+    def stop(self, reason: str = "a stop was asked for") -> None:
+        """Ends the run after the update under way, with an evaluation and a checkpoint, as if its budget were used."""
+        self.stopped = self.stopped or reason
 
     def _iterate(self) -> None:
         self._keep_for_extension()
@@ -134,31 +178,97 @@ class Trainer:
     def update(self) -> None:
         """Collects what is missing and trains once; the metrics wait in :attr:`means` to be logged."""
         self._admit()  # until it ends, the state is that after the last update: see LocalFeed
+        if self.feed is not None and self.callbacks.members:
+            rows, told = self.feed.peek()
+            self.callbacks("on_rollout_end", self, rows, {k: v for k, v in told.items() if k != "samples"})
         self._clean = self._logged = False
-        self._take()
+        taken = self._take()
         # counted before it runs: rows that met a NaN are spent, and a resumed run goes on behind them
         self.updates += 1
-        self.means.add(self.agent.update(self.replay, (self.updates - 1) / self.planned))
+        due = self.samples is not None and self._crossed(self.settings.samples_every)
+        with self._watching(due) as trained:
+            metrics = self.agent.update(self.replay, (self.updates - 1) / self.planned)
+        self.means.add(metrics)
         self._clean = True
+        if due:
+            self._unwritten = self._samples_of(taken, trained)
+        self.callbacks("on_update_end", self, metrics)
+
+    @contextmanager
+    def _watching(self, due: bool) -> Iterator[list[TensorDict]]:
+        """The rows that the agent trains on within it, where they are wanted."""
+        seen: list[TensorDict] = []
+        if not due or not isinstance(self.agent, ShowsRows):
+            yield seen
+            return
+        self.agent.watch = seen.append
+        try:
+            yield seen
+        finally:
+            self.agent.watch = None
+
+    def _samples_of(self, taken: TensorDict | None, trained: list[TensorDict]) -> list[Row]:
+        assert self.samples is not None
+        if taken is None or "tokens" not in taken.keys() or "episode" not in taken.keys():  # of supervised rows
+            return []
+        with foreign("writing samples"):
+            return self.samples.of_update(taken, self._known, trained[-1] if trained else None, self.updates)
 
     def _finish_update(self) -> None:
         """Evaluates, logs and saves where the intervals say so; until then the update's row counts as not logged."""
-        first, last, settings = self.updates == 0, self.updates == self.planned, self.settings
-        if last:
-            self._open = self.means.state_dict()
+        first, settings = self.updates == 0, self.settings
+        last = self.updates == self.planned or (bool(self.stopped) and not first)
+        if self.updates == self.planned:
+            self._open = self._pending()
         evaluate = settings.eval_episodes > 0 and (first or last or self._crossed(settings.eval_every))
-        if evaluate or (not first and (last or self._crossed(settings.log_every))):
+        logs = evaluate or (not first and (last or self._crossed(settings.log_every)))
+        row: dict[str, float] | None = None
+        is_best, why = False, ""
+        if logs or self._unwritten:
             found = self._evaluated() if evaluate else {}
-            waiting, metrics = copy(self.means), {} if first else self.means.pop()
+            means, pending = copy(self.means), self._pending(means=False)
             try:
-                self._log({**metrics, **found})
+                self._write_samples(evaluate)
+                if logs:
+                    row = {**({} if first else self.means.pop()), **found}
+                    self._log(row)
+                    is_best, why = self.watch.see(row, self.updates, evaluate)
             except BaseException:
-                self.means = waiting
+                self.means = means
+                self._restore_pending(pending)
                 raise
         self._logged = True
+        if is_best:
+            self._save_best()
+        if why:
+            self.stop(why)
+        if evaluate and row is not None:
+            self.callbacks("on_evaluation_end", self, row)
         if not first and not last and self._crossed(settings.checkpoint_every):
             self.save()
             self._tell_inexact()
+
+    def _write_samples(self, evaluated: bool) -> None:
+        """Writes the samples that wait, and those of the evaluation that was just made."""
+        rows = self._unwritten
+        told = self.answered() if evaluated and self.samples is not None else None
+        if told is not None and self.samples is not None:
+            with foreign("writing samples"):
+                rows = [*rows, *self.samples.of_evaluation(told, self.agent.version)]
+        if rows:
+            assert self.log is not None
+            with self.present.writes():
+                self.log.write_samples([{"update": self.updates, "steps": self.steps, **row} for row in rows])
+        self._unwritten = []
+
+    def _pending(self, means: bool = True) -> dict[str, Any]:
+        """What waits for the next row, and what the watch knew before it."""
+        waits = {"samples": self._unwritten, "watch": self.watch.state_dict()}
+        return {**waits, "means": self.means.state_dict()} if means else waits
+
+    def _restore_pending(self, state: Mapping[str, Any]) -> None:
+        self._unwritten = list(state["samples"])
+        self.watch.load_state_dict(state["watch"])
 
     def _evaluated(self) -> dict[str, float]:
         """Evaluation reads the policy and streams of its own, so the first signal ends it."""
@@ -178,15 +288,17 @@ class Trainer:
         with foreign("collecting rows"):
             feed.admit(min(self.planned, self.updates + 1 + feed.staleness))
 
-    def _take(self) -> None:
+    def _take(self) -> TensorDict | None:
         if self.feed is None:
-            return
+            return None
         assert self.replay is not None
         rows, metrics = self.feed.take()
         with self.present.writes():  # a memory-mapped replay may meet a full disk
             self.replay.extend(rows)
         self._steps += int(metrics.get(STEPS, self.per_update))
-        self.means.add({key: value for key, value in metrics.items() if key != STEPS})
+        self._known = metrics.get("samples", [])  # type: ignore[assignment]
+        self.means.add({key: value for key, value in metrics.items() if key not in (STEPS, "samples")})
+        return rows
 
     def _crossed(self, every: int | None) -> bool:
         """Whether the last update passed a multiple of ``every`` steps of the budget."""
@@ -253,7 +365,36 @@ class Trainer:
         if self.log is not None:
             self.log.complete(path.name)
         self._saved = self.updates
+        self._prune_best()
         return path
+
+    def _save_best(self) -> None:
+        """Writes the best checkpoint; those before it stay until a checkpoint is saved that knows of this one."""
+        if self.folder is None:
+            return
+        self._write(BEST, keep=2**31)
+        if self._saved < 0:
+            self._prune_best()
+
+    def _prune_best(self) -> None:
+        if self.folder is None or self.watch.best is None:
+            return
+        kept = {self.watch.best.update}
+        if self._open is not None and self.updates == self.planned:  # a longer run goes back to what was known before
+            kept.add((self._open["watch"]["best"] or {}).get("update", -1))
+        with suppress(OSError):  # the next checkpoint finds what stays
+            drop_best(self.folder, lambda update: update not in kept)
+
+    def _find_best(self, folder: Path) -> None:
+        """Removes best checkpoints of a future that is made again, and forgets a best one that is lost."""
+        drop_best(folder, lambda update: update > self.updates)
+        best = self.watch.best
+        if best is None or best.value is None or has_best(folder, best.update):
+            return
+        if best.update == self.updates:  # the disk was full when it was to be written
+            self._save_best()
+        else:
+            self.watch.forget_best()
 
     def _tell_inexact(self) -> None:
         """Says once, at the first checkpoint, that a resumed run will begin new episodes."""
@@ -292,9 +433,9 @@ class Trainer:
         return bool(state["feed"]["admitted"] < min(self.planned, state["updates"] + self.feed.staleness))
 
     def state_dict(self) -> dict[str, Any]:
-        """Agent, feed, counters, the means that wait for the next logged row, and whether the last one is logged.
+        """Agent, feed, counters, what waits for the next logged row and whether the last one is logged, and callbacks.
 
-        ``open`` are the means before the row that a used-up budget asks for, where a longer run may have none.
+        ``open`` is what waited before the row that a used-up budget asks for, where a longer run may have none.
         """
         return {
             "agent": self.agent.state_dict(),
@@ -305,6 +446,11 @@ class Trainer:
             "means": self.means.state_dict(),
             "logged": self._logged,
             "open": self._open if self.updates == self.planned else None,
+            "samples": self._unwritten,
+            "watch": self.watch.state_dict(),
+            "callbacks": self.callbacks.state_dict(),
+            "stopped": self.stopped,
+            "planned": self.planned,
             "has_replay": self.replay is not None and self.settings.checkpoint_replay,
         }
 
@@ -332,9 +478,28 @@ class Trainer:
             self._steps = int(state.get("steps", self.updates * self.per_update))
             self.means.load_state_dict(state["means"])
             self._logged, self._saved = bool(state.get("logged", True)), self.updates
+            if "watch" in state:
+                self._restore_pending(state)
+                self.callbacks.load_state_dict(state["callbacks"])
+            self._stop_again(state)
             if state.get("open") is not None and self.updates < self.planned:  # the row of an end that is none any more
-                self.means.load_state_dict(state["open"])
-                self._logged = False
+                self._reopen(state["open"])
+
+    def _stop_again(self, state: Mapping[str, Any]) -> None:
+        """A run that was stopped stays so until it is given more steps."""
+        if not state.get("stopped"):
+            return
+        if self.planned > state["planned"]:
+            self.watch.go_on()
+        else:
+            self.stopped = str(state["stopped"])
+
+    def _reopen(self, pending: Mapping[str, Any]) -> None:
+        """Goes back to before the row of a smaller budget's end."""
+        if "means" in pending:
+            self._restore_pending(pending)
+        self.means.load_state_dict(dict(pending.get("means", pending)))
+        self._logged = False
 
 
 def _finite(agent: Agent) -> bool:

@@ -23,8 +23,10 @@ from unified_rl.files import Manifest
 from unified_rl.stopping import StopSignal, raising, say
 from unified_rl.training.build import Job
 from unified_rl.training.checkpoint import (
+    BEST,
     EXTENSION,
     FOLDER,
+    adopt,
     checkpoints,
     intact_checkpoint,
     lock_run,
@@ -32,7 +34,6 @@ from unified_rl.training.checkpoint import (
     remove_checkpoint,
     wrote_checkpoint,
 )
-from unified_rl.training.dataset import check_rows, record_dataset
 from unified_rl.training.display import Display
 from unified_rl.training.failures import foreign, forget_report, write_report
 from unified_rl.training.metrics import RECORD, read_metrics
@@ -57,17 +58,21 @@ Found: TypeAlias = tuple[Path, dict[str, Any]]
 """A checkpoint's folder and state."""
 
 
-def train(cfg: dict[str, Any], allow: Sequence[str] = (), *, progress: bool | None = None) -> Path:
+def train(
+    cfg: dict[str, Any], allow: Sequence[str] = (), *, progress: bool | None = None, callbacks: Sequence[Any] = ()
+) -> Path:
     """Trains one run to its budget.
 
     Args:
         cfg: composed configuration.
         allow: prefixes that configuration may build beside ``unified_rl.``.
         progress: show a progress display; by default as the configuration says.
+        callbacks: objects, see :mod:`unified_rl.training.callbacks`; they come behind those of the configuration.
 
     Returns:
-        The run folder: ``config.yaml``, ``meta.json``, ``metrics.csv``, ``metrics.jsonl``, ``tensorboard/`` and
-        ``checkpoints/``.
+        The run folder: ``config.yaml``, ``meta.json``, ``metrics.jsonl``, ``checkpoints/``, what the loggers write
+        (``metrics.csv`` and ``tensorboard/`` by default), of language runs ``samples.jsonl``, and ``best/`` where
+        ``keep_best`` names a metric.
 
     Raises:
         CheckpointError: the folder is in use, holds a run already, or cannot be written.
@@ -89,7 +94,7 @@ def train(cfg: dict[str, Any], allow: Sequence[str] = (), *, progress: bool | No
             return folder
         else:
             check_run(folder)
-        _train_in(folder, cfg, allow, progress, stop, _start(folder), fresh=not begun)
+        _train_in(folder, cfg, allow, progress, stop, _start(folder), fresh=not begun, callbacks=callbacks)
     return folder
 
 
@@ -101,6 +106,7 @@ def resume(
     checkpoint: str | int | None = None,
     progress: bool | None = None,
     resume_env: str | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Path:
     """Continues a run from its newest intact checkpoint, or from the chosen one, to ``steps`` if given.
 
@@ -111,10 +117,11 @@ def resume(
         steps: a new budget. The longer run is the one that had this budget from the start, but for what follows a
             budget (annealed rates, schedules, intervals that are not set).
         allow: prefixes that configuration may build.
-        checkpoint: the number of updates behind it, or its name; it must be one of the run's own.
+        checkpoint: the number of updates behind it, its name, or ``best``; it must be one of the run's own.
         progress: show a progress display; by default as the configuration says.
         resume_env: ``exact`` puts the environment back to where it was, or refuses; ``restart`` begins new episodes;
             by default the first where it is possible, else the second, and says so.
+        callbacks: objects, as when the run began: they are no part of its configuration.
 
     Raises:
         RestoreError: the environment cannot be put back, and ``resume_env`` is ``exact``.
@@ -131,7 +138,7 @@ def resume(
         if steps is not None:
             cfg["steps"] = steps
             write_run(folder, {CONFIG: yaml.safe_dump(cfg, sort_keys=False)})
-        _train_in(folder, cfg, allow, progress, stop, found, resume_env)
+        _train_in(folder, cfg, allow, progress, stop, found, resume_env, callbacks=callbacks)
     return folder
 
 
@@ -148,6 +155,8 @@ def _start(folder: Path, choice: str | int | None = None) -> Found | None:
     if choice is None and not checkpoints(folder / FOLDER) and not wrote_checkpoint(folder):
         return None
     path, state = intact_checkpoint(folder, choice)
+    if path.parent.resolve() == (folder / BEST).resolve():
+        path = adopt(path, folder / FOLDER)
     if path.resolve() not in [own.resolve() for own in checkpoints(folder / FOLDER)]:
         raise CheckpointError(f"{path} is not a checkpoint of the run {folder}; a run goes on from one of its own")
     if read_meta(folder).get("status") == "running":
@@ -164,13 +173,15 @@ def _train_in(
     found: Found | None,
     resume_env: str | None = None,
     fresh: bool = False,
+    callbacks: Sequence[Any] = (),
 ) -> None:
     shown = cfg.get("progress", True) if progress is None else progress
     display = Display(folder.name, int(cfg.get("steps", 100_000))) if shown else None
     try:
         with status(folder), display or nullcontext():
             forget_report(folder)
-            job = Job(cfg, allow)
+            job = Job(cfg, allow, callbacks)
+            job.watchers()
             if not fresh:
                 job.found_rows = "drop" if found is None else "keep"
             if found is None:
@@ -276,53 +287,6 @@ def restored(
     job = Job({**cfg, **(changed or {})}, allow)
     job.policy = load_policy(job, state, path)
     return job
-
-
-def evaluated(
-    run: str,
-    episodes: int | None = None,
-    allow: Sequence[str] = (),
-    record: str | None = None,
-    checkpoint: str | int | None = None,
-    rows: int | None = None,
-) -> tuple[dict[str, float], int | None]:
-    """Evaluates a checkpoint of a run on held-out problems or seeds.
-
-    Args:
-        run: the run folder.
-        episodes: episodes or prompts, by default as the run's evaluation.
-        allow: prefixes that configuration may build.
-        record: folder to write the evaluated policy's rows to, as a replay that other runs can train on: whole
-            ``episodes`` where they are given.
-        checkpoint: the number of updates behind it, its name, or its folder; by default the newest intact one.
-        rows: how many rows, instead.
-
-    Returns:
-        The metrics, and how many rows were recorded, if any.
-    """
-    job = restored(run, checkpoint, allow, {} if episodes is None else {"eval_episodes": episodes})
-    if rows is not None and record is None:
-        raise ConfigError(f"--rows {rows} says how much to record; add --record FOLDER")
-    check_rows(job, rows)
-    metrics = job.evaluate()
-    return metrics, None if record is None else record_dataset(job, Path(record), rows=rows, episodes=episodes)
-
-
-def evaluate_run(
-    run: str,
-    episodes: int | None = None,
-    allow: Sequence[str] = (),
-    record: str | None = None,
-    checkpoint: str | int | None = None,
-    rows: int | None = None,
-) -> dict[str, float]:
-    """As :func:`evaluated`, and prints the result; returns the metrics."""
-    metrics, recorded = evaluated(run, episodes, allow, record, checkpoint, rows)
-    for key, value in metrics.items():
-        print(f"{key:28s} {value:.4f}")
-    if recorded is not None:
-        print(f"{'recorded rows':28s} {recorded}")
-    return metrics
 
 
 def load_policy(job: Job, state: dict[str, Any], where: str | Path = "the checkpoint") -> Any:

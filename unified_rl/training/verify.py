@@ -9,7 +9,15 @@ from unified_rl.errors import ConfigError, DamageError
 from unified_rl.files import Manifest
 from unified_rl.replay.persist import Saved
 from unified_rl.replay.store import verify_memmap
-from unified_rl.training.checkpoint import EXTENSION, FOLDER, checkpoints, latest_checkpoint, lock_run, read_checkpoint
+from unified_rl.training.checkpoint import (
+    BEST,
+    EXTENSION,
+    FOLDER,
+    checkpoints,
+    latest_checkpoint,
+    lock_run,
+    read_checkpoint,
+)
 from unified_rl.training.metrics import RECORD, list_finished
 from unified_rl.training.provenance import CONFIG, META, check_run
 
@@ -55,7 +63,7 @@ def _parts(path: Path) -> Iterator[tuple[Path, Check]]:
     """What a folder holds, each with the function that checks it."""
     if (path / CONFIG).exists() or (path / META).exists():
         yield path, _check_run
-        for place in (FOLDER, EXTENSION):
+        for place in (FOLDER, EXTENSION, BEST):
             yield from ((checkpoint, read_checkpoint) for checkpoint in checkpoints(path / place))
     elif (path / "state.json").exists():
         yield path, read_checkpoint
