@@ -18,7 +18,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.interop.guard import reset_env, step_env
 from unified_rl.policies.sampling import HasSampling
 from unified_rl.protocols import ControlEnv, Generates, HoldsOutAnswers, LanguageEnv, LanguagePolicy, Samples, Votes
-from unified_rl.rollout.conversation import COLUMNS, Problems, Told, converse, joined, means
+from unified_rl.rollout.conversation import COLUMNS, SCORES, Problems, Told, converse, joined, means
 from unified_rl.units import trim_units
 
 Array = NDArray[np.float64]
