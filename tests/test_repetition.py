@@ -123,7 +123,7 @@ def test_sampled_log_probs_are_the_truth_and_scoring_finds_them_again(settings: 
         torch.testing.assert_close(scored, rows["log_prob"], atol=1e-5, rtol=0)
         policy.share_prompts, policy.logit_chunk = False, 3
         torch.testing.assert_close(policy.log_prob(rows).log_prob, scored, atol=1e-5, rtol=0)
-        policy.model.plain_head = False
+        policy.model.logit_shape = None
         torch.testing.assert_close(policy.log_prob(rows).log_prob, scored, atol=1e-5, rtol=0)
     plain = policy_of()
     assert float((plain.log_prob(rows).log_prob.detach() - scored).abs().max()) > 0.1

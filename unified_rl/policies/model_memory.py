@@ -148,7 +148,7 @@ def _saved(policy: Any, rows: int, width: int) -> int:
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
-        (policy.unit_states if policy.model.plain_head else policy.log_prob)(batch)
+        (policy.unit_states if policy.model.logit_shape else policy.log_prob)(batch)
     return sum(size for address, size in storages(kept).items() if address not in own)
 
 
@@ -166,5 +166,5 @@ def logits(policy: Any, units: int, training: bool) -> int:
 
     words = Shape.of(policy.model).words
     chunk = policy.logit_chunk or max(1, LOGITS_AT_ONCE // words)
-    held = min(units, chunk) if training and policy.model.plain_head else units
+    held = min(units, chunk) if training and policy.model.logit_shape else units
     return held * words * bytes_a_logit(policy.sampling)
