@@ -176,7 +176,7 @@ RUN = ("steps", "seed", "threads", "eval_every", "eval_episodes", "log_every", "
 
 @pytest.mark.parametrize("name", RUN)
 def test_settings_of_the_run_are_whole_numbers_of_their_range(name: str) -> None:
-    zero = {"steps", "seed", "eval_every", "checkpoint_every"}
+    zero = {"steps", "seed", "eval_every", "eval_episodes", "checkpoint_every"}
     null = {"eval_every", "log_every", "checkpoint_every"}
     with remembered():
         for label, value in VALUES.items():
