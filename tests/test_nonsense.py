@@ -178,7 +178,7 @@ RUN = ("steps", "seed", "threads", "eval_every", "eval_episodes", "log_every", "
 
 @pytest.mark.parametrize("name", RUN)
 def test_settings_of_the_run_are_whole_numbers_of_their_range(name: str) -> None:
-    zero = {"steps", "seed", "eval_every", "checkpoint_every", "samples_rows", "samples_every"}
+    zero = {"steps", "seed", "eval_every", "eval_episodes", "checkpoint_every", "samples_rows", "samples_every"}
     null = {"eval_every", "log_every", "checkpoint_every", "samples_every"}
     with remembered():
         for label, value in VALUES.items():
