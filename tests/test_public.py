@@ -91,7 +91,10 @@ def test_every_command_has_its_twin_with_the_same_options() -> None:
         taken = twin.__code__.co_varnames[: twin.__code__.co_argcount + twin.__code__.co_kwonlyargcount]
         options = {action.dest for action in cli._parser(verb)._actions} - {"help", *renamed}
         missing = {o for o in options if o.removesuffix("s") not in {name.removesuffix("s") for name in taken}}
-        elsewhere = {"corrections": {"out"}, "train": {"checkpoint", "plan"}}  # a picture's file; `resume`, `memory_plan`
+        elsewhere = {
+            "corrections": {"out"},
+            "train": {"checkpoint", "plan"},
+        }  # a picture's file; `resume`, `memory_plan`
         assert missing <= elsewhere.get(verb, set()), (verb, missing)
 
 
