@@ -89,9 +89,10 @@ def test_recomputing_layers_keeps_less_and_holds_one_layer_for_a_moment() -> Non
 
 def test_logits_are_those_of_a_chunk() -> None:
     policy = policy_of({"vocab_size": 1000}, logit_chunk=16)
-    assert logits(policy, 10, training=True) == 10 * 1000 * bytes_a_logit(policy.sampling)
-    assert logits(policy, 100, training=True) == 16 * 1000 * bytes_a_logit(policy.sampling)
-    assert logits(policy, 100, training=False) == 100 * 1000 * bytes_a_logit(policy.sampling)
+    assert logits(policy, 10, training=True) == 10 * 1000 * 12
+    assert logits(policy, 100, training=True) == 16 * 1000 * 12
+    assert logits(policy, 100, training=False) == 100 * 1000 * 12
+    assert bytes_a_logit(Sampling(top_p=0.9), training=True) == 24
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.9}, {"repetition_penalty": 1.5}, {"min_p": 0.1}])
@@ -105,7 +106,7 @@ def test_what_a_draw_takes_is_counted(settings: dict[str, Any]) -> None:
     with Meter() as meter, torch.no_grad():
         read = sampling.logits(raw, seen)
         token_log_prob(read, draw(read, stream()))
-    counted = bytes_a_logit(sampling) - 4  # the raw ones were there
+    counted = bytes_a_logit(sampling, training=False) - 4  # the raw ones were there
     assert meter.peak / raw.numel() / 1.6 <= counted <= 1.6 * meter.peak / raw.numel()
 
 

@@ -152,12 +152,13 @@ def _saved(policy: Any, rows: int, width: int) -> int:
     return sum(size for address, size in storages(kept).items() if address not in own)
 
 
-def bytes_a_logit(sampling: Sampling) -> int:
-    """Bytes held at once for every logit that is looked at: itself, its transform, and what a draw or gradient adds."""
-    size = 12
-    size += 8 if sampling.top_k else 0
-    size += 20 if sampling.top_p < 1 else 0
-    return size + (9 if sampling.remembers else 0)
+def bytes_a_logit(sampling: Sampling, training: bool) -> int:
+    """Bytes held at once for every logit that is looked at: itself, what its transform makes, a draw or a gradient.
+
+    A gradient comes after the transform's own tensors are gone; a draw, beside them.
+    """
+    made = (8 if sampling.top_k else 0) + (20 if sampling.top_p < 1 else 0) + (9 if sampling.remembers else 0)
+    return max(12, 4 + made) if training else 12 + made
 
 
 def logits(policy: Any, units: int, training: bool) -> int:
@@ -167,4 +168,4 @@ def logits(policy: Any, units: int, training: bool) -> int:
     words = Shape.of(policy.model).words
     chunk = policy.logit_chunk or max(1, LOGITS_AT_ONCE // words)
     held = min(units, chunk) if training and policy.model.logit_shape else units
-    return held * words * bytes_a_logit(policy.sampling)
+    return held * words * bytes_a_logit(policy.sampling, training)
