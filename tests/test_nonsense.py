@@ -73,7 +73,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.outer_high policy.clip_prediction"),
     ("1e30 2**63", "a positive number of any size",
      "agent.objectives.prefer.link.beta agent.updates_per_step correction.horizon correction.kernel.floor "
-     "env.batch_seconds "
+     "env.batch_seconds env.step_seconds "
      "correction.kernel.gamma correction.kernel.scale correction.kernel.step correction.kernel.temperature "
      "correction.wrapper.bound correction.wrapper.target env.score_seconds env.tool_seconds policy.std_max "
      "policy.std_min policy.temperature"),
