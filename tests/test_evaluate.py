@@ -261,5 +261,5 @@ def test_a_control_run_is_evaluated_in_its_environment_with_other_settings(tmp_p
     assert dict(own) == dict(run.evaluate(**{"env.chunk": 4})) and own.samples == 0 and not own.intervals
     assert run.evaluate(**{"env.max_steps": 8})["eval/length"] <= 8 < own["eval/length"]
     assert dict(run.evaluate(seed=9)) != dict(own)
-    with pytest.raises(ConfigError, match="the run's policy has .* observations"):
+    with pytest.raises(ConfigError, match=r"the run's policy has .* observations"):
         run.evaluate(env="pendulum")
