@@ -392,17 +392,20 @@ def once(values: Array, prompts: Sequence[int]) -> Array:
     return np.asarray(np.bincount(place, weights=values) / np.bincount(place), dtype=np.float64)
 
 
-def interval(values: Array) -> tuple[float, float]:
-    """95 % interval of the mean of ``[P]``: Wilson's where every value is 0 or 1, else a bootstrap."""
-    from scipy.stats import binomtest
+RESAMPLINGS = 2000
 
-    from unified_rl.study.statistics import mean, stratified_bootstrap
+
+def interval(values: Array) -> tuple[float, float]:
+    """95 % interval of the mean of ``[P]``: Wilson's where every value is 0 or 1, else a bootstrap (percentiles)."""
+    from scipy.stats import binomtest
 
     if bool(np.isin(values, (0.0, 1.0)).all()):
         found = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
         return float(found.low), float(found.high)
-    bounds = stratified_bootstrap([values], mean)
-    return bounds.low, bounds.high
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLINGS)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def _mean(values: Tensor) -> Array:
