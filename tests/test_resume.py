@@ -172,8 +172,10 @@ def test_a_finished_run_is_not_trained_again_and_a_taken_folder_is_refused(tmp_p
     with pytest.raises(CheckpointError, match="holds a run already"):
         train(cfg)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    left = tmp_path / "run" / ".writing-MANIFEST.json"
+    left.touch()  # by a process that was killed when all but a rename was done
     train({**cfg, "resume_existing": True})
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before and not left.exists()
 
 
 def test_resume_goes_on_to_more_steps(tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def clear_aside(folder: Path) -> None:
+    """Removes what a process that was killed left of files of ``folder`` that it was about to replace."""
+    for aside in folder.glob(".writing-*"):
+        with suppress(OSError):
+            aside.unlink()
+
+
 def flush(path: Path) -> None:
     """Makes a file's content, or a folder's list of names, outlast a failure of the machine."""
     handle = os.open(path, os.O_RDONLY)

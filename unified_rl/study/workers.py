@@ -16,6 +16,7 @@ from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
+from unified_rl.files import clear_aside
 from unified_rl.study.grid import Job
 from unified_rl.training.failures import write_report
 
@@ -77,7 +78,10 @@ class Schedule:
     """Which jobs wait, which are under way, which failed. A job whose process dies runs once more."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
-        self.done = {job.slug for job in jobs if status_of(job.folder) == "finished"}
+        finished = [job for job in jobs if status_of(job.folder) == "finished"]
+        for job in finished:
+            clear_aside(job.folder)  # nothing is written there any more that would
+        self.done = {job.slug for job in finished}
         self.waiting = [job for job in jobs if job.slug not in self.done]
         self.retried: set[str] = set()
         self.failed: dict[str, str] = {}

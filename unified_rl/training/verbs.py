@@ -19,7 +19,7 @@ from unified_rl.errors import (
     RolloutError,
     UnifiedRLError,
 )
-from unified_rl.files import Manifest
+from unified_rl.files import Manifest, clear_aside
 from unified_rl.stopping import StopSignal, raising, say
 from unified_rl.training.build import Job
 from unified_rl.training.checkpoint import (
@@ -91,6 +91,7 @@ def train(
             meta = meta_text({**provenance(cfg), "status": "running"})
             write_run(folder, {CONFIG: yaml.safe_dump(cfg, sort_keys=False), META: meta})
         elif read_meta(folder).get("status") == "finished":
+            clear_aside(folder)
             return folder
         else:
             check_run(folder)
