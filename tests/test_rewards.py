@@ -476,8 +476,23 @@ def test_functions_are_given_in_python_too(module: Any, tmp_path: Path) -> None:
              "run_dir": str(tmp_path / "r")}  # fmt: skip
     first = ur.train(given)
     assert "own_rewards:length" in (first.folder / "config.yaml").read_text()
+    plan = ur.memory_plan(given)
+    assert plan.peak > 0
+    other = ur.evaluate(first, reward=[module.some], allow=["own_rewards"])
+    assert "eval/rewards/some" in other and "eval/rewards/length" not in other
     with pytest.raises(ConfigError, match=r"reward.*lambda.* no function of a module"):
         ur.train({**given, "reward": [lambda completions: [0.0]]})
+
+
+def test_an_evaluation_environment_of_ones_own_is_rewarded_too(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = ChainMod(max_turn_tokens=6)
+    made = ur.assemble(env, "causal_lm_tiny", eval_env=ChainMod(max_turn_tokens=6), reward=[module.length], steps=4,
+                       eval_episodes=2, **{"rollout.prompts": 2, "rollout.group_size": 2})  # fmt: skip
+    assert made.evaluate()["eval/rewards/length"] > 0
+    closed: list[Job] = []
+    monkeypatch.setattr(Rewards, "close", lambda self: closed.append(self))
+    made.run()
+    assert len(closed) == 1
 
 
 def test_a_function_that_raises_loses_nothing(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
