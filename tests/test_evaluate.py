@@ -325,6 +325,14 @@ def test_workers_of_rewards_end_with_an_evaluation(place: Path, monkeypatch: pyt
     assert len(closed) == 2
 
 
+def test_words_change_a_runs_own_sampling_and_leave_the_rest_of_it(tmp_path: Path) -> None:
+    words = [*LANGUAGE, "steps=16", "eval_episodes=2", "eval_sampling={samples: 3, top_k: 1}"]
+    run = train(composed([*words, f"run_dir={tmp_path / 'run'}"]), ALLOW)
+    got = ur.evaluate(run, allow=ALLOW, temperature=0.5)
+    assert got.samples == 3 and got["eval/accuracy"] == got["eval/accuracy_greedy"]  # still the most likely tokens
+    assert ur.evaluate(run, allow=ALLOW, samples=2).samples == 2
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

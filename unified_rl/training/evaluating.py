@@ -132,6 +132,8 @@ def _job_of_run(
         raise CheckpointError(
             f"{run} is not a run folder (it holds no {CONFIG}), nor a model's (no {' or '.join(MODEL)})"
         )
+    if asked.sampling:
+        settings["eval_sampling"] = {**(read_config(run).get("eval_sampling") or {}), **asked.sampling}
     if asked.batch is not None:
         settings["rollout"] = {**(read_config(run).get("rollout") or {}), "generation_batch": asked.batch}
     job = restored(str(run), checkpoint, allow, settings)
