@@ -16,7 +16,7 @@ import torch
 
 import unified_rl as ur
 from unified_rl.config import compose, resolve_defaults
-from unified_rl.envs.language import Calculator, ChainMod, JsonlProblems
+from unified_rl.envs.language import Calculator, ChainMod, GuessNumber, JsonlProblems
 from unified_rl.envs.language.rewards import Rewards
 from unified_rl.errors import ConfigError, DataError, RolloutError
 from unified_rl.training.checkpoint import checkpoints
@@ -413,7 +413,7 @@ def test_a_column_that_the_records_do_not_have_is_refused_before_the_first_step(
     with pytest.raises(ConfigError, match=r"takes 'colour', which is no column of this task's records; known: "):
         task(own("needs"))
     with pytest.raises(ConfigError, match=r"takes 'reference'"):
-        task(Rewards(["exact"]))
+        GuessNumber().reward_with(Rewards(["exact"]))
 
 
 # ---------------------------------------------------------------------------------------------- whole runs

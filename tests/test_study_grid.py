@@ -105,7 +105,7 @@ def test_a_bad_study_is_refused_before_anything_runs(changes: dict[str, Any], me
 
 
 def test_a_study_of_runs_without_evaluation_is_refused() -> None:
-    with pytest.raises(ConfigError, match="^control-ppo-staleness0-seed1: eval_episodes=0, but a study compares"):
+    with pytest.raises(ConfigError, match=r"^control-ppo-staleness0-seed1: eval_episodes=0, but a study compares"):
         make_jobs(study(domains={"control": ["env=route"]}), lambda o: {**fake_compose(o), "eval_episodes": 0})
 
 
