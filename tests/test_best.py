@@ -16,7 +16,7 @@ from unified_rl import cli
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.training.best import Best, Watch
 from unified_rl.training.checkpoint import checkpoints, latest_checkpoint, read_checkpoint, step_of
-from unified_rl.training.run import resume, train
+from unified_rl.training.run import Job, resume, train
 from unified_rl.training.settings import TrainSettings
 
 UPDATE = {"control": 128, "language": 16}
@@ -182,6 +182,15 @@ def test_a_metric_that_no_row_holds_is_told_at_the_end(tmp_path: Path, capsys: p
 def test_wrong_settings_are_refused_when_a_run_is_composed(setting: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         composed([*CONTROL, setting])
+
+
+@pytest.mark.parametrize("setting", ["keep_best=eval/score", "early_stopping={metric: eval/accuracy}"])
+def test_a_metric_of_an_evaluation_that_is_off_is_refused(setting: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"^{setting.split('=')[0]} watches eval/.* eval_episodes=0 evaluates nothing"
+    ):
+        Job(composed([*LANGUAGE, "eval_episodes=0", setting]), ALLOW)
+    assert Watch(TrainSettings(eval_episodes=0, early_stopping={"metric": "rollout/reward"})).stopper is not None
 
 
 def test_a_watch_of_nothing_does_nothing() -> None:

@@ -14,6 +14,7 @@ import unified_rl as ur
 from unified_rl.errors import ConfigError, RolloutError
 from unified_rl.training.checkpoint import latest_checkpoint, read_checkpoint
 from unified_rl.training.run import resume, train
+from unified_rl.training.verbs import restored
 
 HERE = "callback_cases"
 SMALL = (*CONTROL, "steps=768", "eval_every=256", "log_every=128", "checkpoint_every=256", "eval_episodes=2")
@@ -109,6 +110,13 @@ def test_evaluating_a_run_makes_none_of_its_callbacks(tmp_path: Path) -> None:
     run = train(composed_with(words), (*ALLOW, HERE))
     CALLS.clear()
     assert ur.evaluate(run, episodes=2, allow=ALLOW)["eval/score"] is not None and not CALLS  # HERE is not allowed
+
+
+def test_loading_a_policy_of_an_agent_that_collects_by_itself_makes_no_watchers(tmp_path: Path) -> None:
+    words = ["env=two_route", "agent=sb3_ppo", "steps=64", "eval_episodes=2"]
+    run = train(composed([*words, f"run_dir={tmp_path / 'run'}"]))
+    job = restored(str(run), allow=ALLOW, changed={"logger": ["wandb"], "callbacks": ["callback_cases:Notes"]})
+    assert not {"loggers", "callbacks"} & vars(job).keys() and job.evaluate()["eval/score"] is not None
 
 
 def test_an_object_without_a_hook_is_refused(tmp_path: Path) -> None:

@@ -20,9 +20,21 @@ import unified_rl as ur
 from unified_rl import cli
 from unified_rl.envs.language.tokenizer import train_bpe
 from unified_rl.envs.language.votes import ballot
-from unified_rl.errors import ConfigError
+from unified_rl.errors import ConfigError, RolloutError
 from unified_rl.policies.sampling import Sampling
-from unified_rl.training.evaluation import evaluate_language, interval, majority, once, pass_at_k
+from unified_rl.training import build
+from unified_rl.training.evaluating import write_scores
+from unified_rl.training.evaluation import (
+    Scores,
+    Tally,
+    add_intervals,
+    evaluate_language,
+    interval,
+    majority,
+    metrics_of,
+    once,
+    pass_at_k,
+)
 from unified_rl.training.run import Job, train
 
 # ------------------------------------------------------------------------------------------------- numbers
@@ -132,6 +144,55 @@ def test_kept_conversations_are_those_of_their_prompts() -> None:
     assert talk.said[1][0] == policy.tokens[4][0].tolist()[: len(talk.said[1][0])] and len(info["correct"]) == 2
 
 
+def test_answers_without_a_reward_are_in_no_mean_and_no_interval() -> None:
+    tally, best = Tally(3, 2, votes=False), Tally(3, 1, votes=False)
+    tally.reward = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 3.0]])
+    tally.info = {"scored": torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])}
+    assert metrics_of(tally, best)["eval/reward"] == 2.0  # of 1 and 3
+    scores = Scores(metrics_of(tally, best))
+    add_intervals(scores, tally, best, [7, 8, 9])
+    assert scores.intervals["eval/reward"] == interval(np.array([1.0, 3.0]))
+    assert scores.intervals["eval/length"] == interval(np.zeros(3))
+    lines = tally.by_problem([{"prompt_id": n} for n in (7, 8, 9)])
+    assert lines[0]["reward"] == 1.0 and math.isnan(lines[1]["reward"]) and lines[2]["reward"] == 3.0
+
+
+def test_what_json_has_no_number_for_is_null(tmp_path: Path) -> None:
+    scores = Scores({"eval/reward": 1.0, "eval/known": math.nan})
+    scores.problems = [{"prompt_id": 7, "reward": math.nan}]
+    write_scores(tmp_path / "a.json", scores, {})
+    told = json.loads((tmp_path / "a.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert told["metrics"] == {"eval/reward": 1.0, "eval/known": None} and told["problems"][0]["reward"] is None
+
+
+def free_text(folder: Path) -> list[str]:
+    """A task that reward functions alone can judge."""
+    records = [json.dumps({"prompt": f"Capital {n}?", "completion": f" City {n}."}) for n in range(30)]
+    (folder / "a.jsonl").write_text("\n".join(records) + "\n")
+    return [
+        "env=jsonl",
+        f"env.path={folder / 'a.jsonl'}",
+        "env.vocabulary_size=270",
+        "env.held_out=0.3",
+        "env.max_turn_tokens=24",
+        "policy=causal_lm_tiny",
+        "eval_episodes=4",
+        "reward={name: length, cost: 0.5}",
+    ]
+
+
+def test_what_only_reward_functions_judge_has_rewards_and_no_accuracy(tmp_path: Path) -> None:
+    got = Job(composed([*free_text(tmp_path), "eval_sampling={samples: 2}"]), ALLOW).evaluate(intervals=True)
+    assert got["eval/rewards/length"] == got["eval/score"] < 0
+    assert not any("accuracy" in key or "pass_at" in key or "maj_at" in key for key in got)
+    assert all("correct" not in line for line in got.problems) and "correct" not in got.shown[1]  # type: ignore[index]
+
+
+def test_imitated_free_text_is_judged_by_reward_functions_where_there_are_any(tmp_path: Path) -> None:
+    got = Job(composed([*free_text(tmp_path), "agent=sft"]), ALLOW).evaluate()
+    assert got["eval/score"] == got["eval/rewards/length"] and got["eval/nll"] > 0 and got.samples == 1
+
+
 # ------------------------------------------------------------------------------------------------- the verb
 
 
@@ -234,6 +295,42 @@ def test_a_run_evaluates_with_a_sampling_of_its_own(tmp_path: Path) -> None:
     first = job.evaluate()
     assert {"eval/pass_at_2", "eval/pass_at_4", "eval/maj_at_4"} <= first.keys() and dict(job.evaluate()) == dict(first)
     assert job.policy.sampling.temperature == 1.0
+
+
+def test_all_answers_of_a_few_prompts_are_sampled_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(
+        build,
+        "evaluate_language",
+        lambda env, policy, count, seed, at_once, **options: (sizes.append(at_once), Scores())[1],
+    )
+    job = Job(composed([*LANGUAGE, "eval_episodes=4", "eval_sampling={samples: 8}"]), ALLOW)
+    job.evaluate()
+    Job(composed([*LANGUAGE, "eval_episodes=4", "rollout.generation_batch=6"]), ALLOW).evaluate()
+    assert sizes == [32, 4]
+
+
+def test_workers_of_rewards_end_with_an_evaluation(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[Job] = []
+    monkeypatch.setattr(Job, "close", lambda self: closed.append(self))
+    ur.evaluate(place / "run", episodes=1)
+    assert len(closed) == 1
+
+    def broken(self: Job, intervals: bool = False) -> Scores:
+        raise RolloutError("the judge is down")
+
+    monkeypatch.setattr(Job, "evaluate", broken)
+    with pytest.raises(RolloutError):
+        ur.evaluate(place / "run", episodes=1)
+    assert len(closed) == 2
+
+
+def test_words_change_a_runs_own_sampling_and_leave_the_rest_of_it(tmp_path: Path) -> None:
+    words = [*LANGUAGE, "steps=16", "eval_episodes=2", "eval_sampling={samples: 3, top_k: 1}"]
+    run = train(composed([*words, f"run_dir={tmp_path / 'run'}"]), ALLOW)
+    got = ur.evaluate(run, allow=ALLOW, temperature=0.5)
+    assert got.samples == 3 and got["eval/accuracy"] == got["eval/accuracy_greedy"]  # still the most likely tokens
+    assert ur.evaluate(run, allow=ALLOW, samples=2).samples == 2
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,13 @@ def test_a_folder_larger_than_the_memory_is_refused_before_it_is_read(
     monkeypatch.setattr(machine, "memory", lambda: 1000)
     with pytest.raises(ConfigError, match=r"^the weights in policy\.path=.* would take 2 kB at least"):
         check_model_folder(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"0")
+    with pytest.raises(ConfigError, match=r"would take 2 kB at least"):
+        check_model_folder(str(adapter))
 
 
 def test_what_a_container_leaves(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 
 import unified_rl as ur
 from unified_rl.config import compose, resolve_defaults
-from unified_rl.envs.language import Calculator, ChainMod, JsonlProblems
+from unified_rl.envs.language import Calculator, ChainMod, GuessNumber, JsonlProblems
 from unified_rl.envs.language.rewards import Rewards
 from unified_rl.errors import ConfigError, DataError, RolloutError
 from unified_rl.training.checkpoint import checkpoints
@@ -413,7 +413,7 @@ def test_a_column_that_the_records_do_not_have_is_refused_before_the_first_step(
     with pytest.raises(ConfigError, match=r"takes 'colour', which is no column of this task's records; known: "):
         task(own("needs"))
     with pytest.raises(ConfigError, match=r"takes 'reference'"):
-        task(Rewards(["exact"]))
+        GuessNumber().reward_with(Rewards(["exact"]))
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
@@ -476,8 +476,23 @@ def test_functions_are_given_in_python_too(module: Any, tmp_path: Path) -> None:
              "run_dir": str(tmp_path / "r")}  # fmt: skip
     first = ur.train(given)
     assert "own_rewards:length" in (first.folder / "config.yaml").read_text()
+    plan = ur.memory_plan(given)
+    assert plan.peak > 0
+    other = ur.evaluate(first, reward=[module.some], allow=["own_rewards"])
+    assert "eval/rewards/some" in other and "eval/rewards/length" not in other
     with pytest.raises(ConfigError, match=r"reward.*lambda.* no function of a module"):
         ur.train({**given, "reward": [lambda completions: [0.0]]})
+
+
+def test_an_evaluation_environment_of_ones_own_is_rewarded_too(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = ChainMod(max_turn_tokens=6)
+    made = ur.assemble(env, "causal_lm_tiny", eval_env=ChainMod(max_turn_tokens=6), reward=[module.length], steps=4,
+                       eval_episodes=2, **{"rollout.prompts": 2, "rollout.group_size": 2})  # fmt: skip
+    assert made.evaluate()["eval/rewards/length"] > 0
+    closed: list[Job] = []
+    monkeypatch.setattr(Rewards, "close", lambda self: closed.append(self))
+    made.run()
+    assert len(closed) == 1
 
 
 def test_a_function_that_raises_loses_nothing(module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

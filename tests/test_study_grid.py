@@ -104,6 +104,11 @@ def test_a_bad_study_is_refused_before_anything_runs(changes: dict[str, Any], me
         make_jobs(study(**changes), fake_compose)
 
 
+def test_a_study_of_runs_without_evaluation_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^control-ppo-staleness0-seed1: eval_episodes=0, but a study compares"):
+        make_jobs(study(domains={"control": ["env=route"]}), lambda o: {**fake_compose(o), "eval_episodes": 0})
+
+
 def test_the_shipped_quickstart_composes() -> None:
     cfg = resolve_defaults(compose(["study=quickstart"], primary="compare"), primary="compare")
     found = Study.from_config(cfg)

@@ -156,6 +156,7 @@ def memory_plan(overrides: Overrides = (), *, allow: Sequence[str] = (), config_
     """
     from unified_rl.training.memory_plan import plan_run
 
+    overrides, allow = _by_name(overrides, allow)
     return plan_run(_composed(overrides, "train", allow, config_dirs), allow)
 
 
@@ -230,7 +231,7 @@ def evaluate(
     from unified_rl.training.run import evaluated
 
     to, file = (None if path is None else os.fspath(path) for path in (record, out))
-    words = flatten(overrides)
+    words, allow = _by_name(flatten(overrides), allow)
     return evaluated(os.fspath(run), episodes, allow, to, _chosen(checkpoint), rows, words, file)[0]
 
 

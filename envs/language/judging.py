@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unified_rl.envs.language.codec import Codec
 from unified_rl.envs.language.rewards import Ended, Rewards, plain_value
+from unified_rl.rollout.conversation import SCORES
 
 OWN = frozenset(
     ("prompt", "prompt_id", "text", "split", "key", "record", "columns", "asked", "messages", "completions", "fault")
@@ -18,7 +19,6 @@ OWN = frozenset(
 """Entries of a problem that are no column of its record."""
 REMEMBERED = 65536
 """Replies of the environment that are kept for the transcripts of conversations that go on."""
-PREFIX = "rewards/"
 Truncated: TypeAlias = Literal["score", "zero", "mask"]
 """What becomes of a turn that ran out of its budget."""
 
@@ -48,7 +48,7 @@ class Judge:
 
     def __init__(self, task: TakesRewards, rewards: Rewards) -> None:
         self.task, self.rewards = task, rewards
-        self.names = tuple(PREFIX + label for label in rewards.labels)
+        self.names = tuple(SCORES + label for label in rewards.labels)
         self.columns = (*self.names, *(f"{name}_none" for name in self.names), "scored", "reward_errors")
         self._replies: OrderedDict[tuple[Any, ...], str] = OrderedDict()
         given = task.truncated_reward

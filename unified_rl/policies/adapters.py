@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.instantiate import check_type, nearest
+from unified_rl.policies.model_sizes import one_line
 from unified_rl.ranges import Count, Name, shown
 from unified_rl.untrusted import read_json
 
@@ -134,7 +135,7 @@ def load_adapters(model: PreTrainedModel, folder: str, base: str | None) -> None
     try:
         report = peft.set_peft_model_state_dict(model, weights)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"the adapter folder {folder} does not fit the model: {_line(error)}") from error
+        raise CheckpointError(f"the adapter folder {folder} does not fit the model: {one_line(error)}") from error
     lacking = sorted(key for key in report.missing_keys if LORA in key)
     for names, what in ((lacking, "lacks"), (sorted(report.unexpected_keys), "holds for parts the model has not:")):
         if names:
@@ -153,7 +154,7 @@ def _inject(model: PreTrainedModel, settings: Mapping[str, Any], seed: int, base
         try:
             model.add_adapter(config)
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"{where}: {_line(error)}") from error
+            raise ConfigError(f"{where}: {one_line(error)}") from error
     config.base_model_name_or_path = None if base is None else str(Path(base).resolve())
     config.target_modules = _short_names(model)
     for name, weight in model.named_parameters():
@@ -264,7 +265,7 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
             try:
                 module.merge(safe_merge=True)
             except ValueError as error:
-                raise CheckpointError(f"the adapter of {name} cannot be merged: {_line(error)}") from error
+                raise CheckpointError(f"the adapter of {name} cannot be merged: {one_line(error)}") from error
             holder, _, last = name.rpartition(".")
             setattr(whole.get_submodule(holder), last, module.get_base_layer())
     whole._hf_peft_config_loaded = False
@@ -279,7 +280,3 @@ def _peft(setting: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{setting} needs peft: pip install 'unified-rl[lora]'") from error
     return peft
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

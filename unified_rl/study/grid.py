@@ -204,6 +204,8 @@ def _run(
     cell = f"{domain}-{label}-staleness{staleness}-seed{seed}"
     overrides = merge_overrides(shared, own, [f"rollout.staleness={staleness}", f"seed={seed}"])
     cfg = _compose(compose, overrides, cell)
+    if cfg.get("eval_episodes") == 0:
+        raise ConfigError(f"{cell}: eval_episodes=0, but a study compares held-out scores; set it to at least 1")
     if start is not None:
         cfg["warm_start"] = {**cfg["warm_start"], "run": str(start.folder)}
     labels = {"domain": domain, "correction": label, "staleness": int(staleness), "seed": int(seed)}

@@ -43,6 +43,7 @@ class Assembled:
 
     def __init__(self, job: Job, trainer: Any, objects: Sequence[str]) -> None:
         self.trainer, self.config, self.folder, self.objects = trainer, job.cfg, trainer.folder, list(objects)
+        self._close = job.close
         self.env, self.policy, self.agent = job.env, job.policy, trainer.agent
         self.rollout, self.replay = trainer.rollout, trainer.replay
 
@@ -83,6 +84,8 @@ class Assembled:
             except BaseException as error:
                 self._describe("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
                 raise
+            finally:
+                self._close()
             self._describe("finished")
         return list(self.trainer.log.rows)
 
@@ -190,7 +193,7 @@ def assemble(
     trainer = job.make_trainer(target)  # type: ignore[arg-type]
     _check_parts(parts, job, trainer)
     if eval_env is not None:
-        job.eval_env = as_environment(eval_env)
+        job.eval_env = job.rewarded(as_environment(eval_env))
     elif _is_object(env) and job.env.domain == "control":
         trainer.evaluate = _undisturbed(job.env, job.evaluate)
     if found is not None:

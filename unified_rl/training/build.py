@@ -260,6 +260,14 @@ class Job:
             raise ConfigError(f"env: {node['_target_']} could not be made: {one_line(error)}") from error
         if isinstance(env, TorchRLControlEnv):
             env.seed(seed)
+        return self.rewarded(env)
+
+    def rewarded(self, env: Any) -> Any:
+        """An environment with the reward functions of the run, where it has any.
+
+        Raises:
+            ConfigError: there are some, and the environment is no token task.
+        """
         if self.rewards is not None:
             if not isinstance(env, Rewarded):
                 raise ConfigError(
@@ -301,12 +309,16 @@ class Job:
     def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
         """Agent, rollout and replay around the policy as it is now (after any warm start)."""
         if not self.collects:
-            agent = self._agent(self.policy, env=self.env, budget=self.settings.steps)
-            self.policy = agent.policy
-            return self._trainer(folder, agent, None, None, display)
+            return self._trainer(folder, self.collecting_agent(), None, None, display)
         rollout, agent, replay = self._collecting(self.policy)
         self._waiting = None
         return self._trainer(folder, agent, LocalFeed(rollout), replay, display)
+
+    def collecting_agent(self) -> Any:
+        """An agent that collects by itself, whose policy becomes the job's."""
+        agent = self._agent(self.policy, env=self.env, budget=self.settings.steps)
+        self.policy = agent.policy
+        return agent
 
     def _trainer(self, folder: Path, agent: Any, feed: Any, replay: Any, display: Any) -> Trainer:
         return Trainer(
@@ -469,7 +481,8 @@ class Job:
             self.eval_env = self._evaluation_env(count)
         if self.language:
             told = evaluate_imitation(self.eval_env, self.policy, count) if self._imitates else {}
-            if told and "eval" in getattr(self.eval_env, "unjudged", {}):
+            unjudged = "eval" in getattr(self.eval_env, "unjudged", {})
+            if told and unjudged and getattr(self.eval_env, "compares", True):
                 self.scores = Scores({"eval/score": -told["eval/nll"], **told})
                 return self.scores  # free text: nothing tells right from wrong
             sampling = check_eval_sampling(self.settings.eval_sampling or {})
@@ -500,7 +513,8 @@ class Job:
     def _evaluated_rows(self) -> int:
         """Conversations of an evaluation that are sampled together: as the rollout's, or as many as memory holds."""
         given = self._default("rollout", "generation_batch")
-        rows = evaluated_rows(self.settings.eval_episodes, given)
+        samples = (self.settings.eval_sampling or {}).get("samples", 1)
+        rows = evaluated_rows(self.settings.eval_episodes * samples, given)
         if given is None and isinstance(self.policy, CausalLM) and rows:
             return generation_batch_for(self.policy, rows, self.env.max_length) or rows
         return rows

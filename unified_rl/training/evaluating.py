@@ -22,6 +22,7 @@ from unified_rl.training.build import Job
 from unified_rl.training.checkpoint import BEST, FOLDER
 from unified_rl.training.dataset import check_rows, record_dataset
 from unified_rl.training.evaluation import Scores
+from unified_rl.training.growing import plain
 from unified_rl.training.provenance import CONFIG, read_config
 from unified_rl.training.settings import TrainSettings, check_eval_sampling
 from unified_rl.training.verbs import restored
@@ -112,7 +113,7 @@ def _job_of_model(folder: Path, asked: Asked, settings: dict[str, Any], allow: S
         raise ConfigError(
             f"{folder} is a model's folder, which has no task of its own: add one, for example env=jsonl env.path=FILE"
         )
-    given = {"policy": "causal_lm_path", "policy.path": str(folder), **asked.env, **asked.policy, **settings}
+    given = {"policy": "causal_lm", "policy.path": str(folder), **asked.env, **asked.policy, **settings}
     if asked.batch is not None:
         given[BATCH] = asked.batch
     cfg = resolve_defaults(compose(given, allow=allow), allow=allow)
@@ -131,6 +132,8 @@ def _job_of_run(
         raise CheckpointError(
             f"{run} is not a run folder (it holds no {CONFIG}), nor a model's (no {' or '.join(MODEL)})"
         )
+    if asked.sampling:
+        settings["eval_sampling"] = {**(read_config(run).get("eval_sampling") or {}), **asked.sampling}
     if asked.batch is not None:
         settings["rollout"] = {**(read_config(run).get("rollout") or {}), "generation_batch": asked.batch}
     job = restored(str(run), checkpoint, allow, settings)
@@ -233,11 +236,14 @@ def evaluated(
     if rows is not None and record is None:
         raise ConfigError(f"--rows {rows} says how much to record; add --record FOLDER")
     check_rows(job, rows)
-    scores = job.evaluate(intervals=True)
-    if out is not None:
-        said = {word.key: word.value for word in parse_overrides(words)}
-        write_scores(Path(out), scores, {"evaluated": str(run), "checkpoint": checkpoint, "words": said})
-    return scores, None if record is None else record_dataset(job, Path(record), rows=rows, episodes=episodes)
+    try:
+        scores = job.evaluate(intervals=True)
+        if out is not None:
+            said = {word.key: word.value for word in parse_overrides(words)}
+            write_scores(Path(out), scores, {"evaluated": str(run), "checkpoint": checkpoint, "words": said})
+        return scores, None if record is None else record_dataset(job, Path(record), rows=rows, episodes=episodes)
+    finally:
+        job.close()
 
 
 def evaluate_run(
@@ -311,4 +317,4 @@ def write_scores(path: Path, scores: Scores, about: Mapping[str, Any]) -> None:
             "samples": scores.samples,
             "problems": scores.problems,
         }
-        aside.write_text(json.dumps(body, indent=1) + "\n")
+        aside.write_text(json.dumps(plain(body), indent=1, allow_nan=False) + "\n")

@@ -250,6 +250,12 @@ class Tally:
         scored = self.info["scored"] > 0
         return self.reward[scored].sum() / scored.sum().clamp(min=1)
 
+    def rewards(self) -> Array:
+        """The mean reward of each prompt's answers that have one, ``[P]``; NaN where none has."""
+        if "scored" not in self.info:
+            return _mean(self.reward)
+        return _mean(self.reward.masked_fill(self.info["scored"] <= 0, math.nan), given=True)
+
     @property
     def correct(self) -> Tensor | None:
         """``[P, k]``, what the task calls correct."""
@@ -259,7 +265,7 @@ class Tally:
         """A line of numbers for each prompt."""
         lines = [
             {"prompt_id": problem["prompt_id"], "reward": reward}
-            for problem, reward in zip(problems, self.reward.mean(1).tolist(), strict=True)
+            for problem, reward in zip(problems, self.rewards().tolist(), strict=True)
         ]
         if self.correct is not None:
             for line, count in zip(lines, self.correct.sum(1).tolist(), strict=True):
@@ -278,12 +284,15 @@ def ask(
 ) -> Tally:
     """Answers to every problem, at most ``at_once`` conversations together; greedy ones without a generator."""
     tally = Tally(len(problems), samples, votes=isinstance(env, Votes) and samples > 1)
+    unknown = "eval" in getattr(env, "unjudged", {})  # reward functions judge: nobody knows what is correct
     for column in range(0, samples, at_once):
         width = min(at_once, samples - column)  # a group larger than what fits is asked in parts
         size = max(1, at_once // width)
         for first in range(0, len(problems), size):
             repeated = [problem for problem in problems[first : first + size] for _ in range(width)]
             told = converse(env, policy, repeated, generator, greedy=generator is None, group_size=width)
+            if unknown:
+                told[1].pop("correct", None)
             tally.add(told, first, column, width, env, keep)
     return tally
 
@@ -372,14 +381,17 @@ BOOTSTRAP = "bootstrap over prompts (percentiles of 2,000 resamplings; Wilson's 
 
 def add_intervals(scores: Scores, tally: Tally, best: Tally, prompts: Sequence[int]) -> None:
     """Gives scores their 95 % intervals: prompts are what is drawn, so they are resampled and not their answers."""
-    values: dict[str, Array] = {"score": _mean(tally.reward), "reward": _mean(tally.reward)}
-    values |= {"reward_greedy": _mean(best.reward), "length": _mean(tally.length), "truncated": _mean(tally.truncated)}
+    values: dict[str, Array] = {"score": tally.rewards(), "reward": tally.rewards()}
+    values |= {"reward_greedy": best.rewards(), "length": _mean(tally.length), "truncated": _mean(tally.truncated)}
     if tally.correct is not None and best.correct is not None:
         values |= {"accuracy": _mean(tally.correct), "accuracy_greedy": _mean(best.correct)}
     values |= of_several(tally)
     values.pop("maj_ties", None)
-    if len(set(prompts)) > 1:
-        scores.intervals = {f"eval/{key}": interval(once(value, prompts)) for key, value in values.items()}
+    for key, value in values.items():
+        given = ~np.isnan(value)  # prompts of which no answer has a reward
+        asked = [prompt for prompt, has in zip(prompts, given, strict=True) if has]
+        if len(set(asked)) > 1:
+            scores.intervals[f"eval/{key}"] = interval(once(value[given], asked))
     repeated = len(set(prompts)) < len(prompts)
     scores.method = (
         BOOTSTRAP if tally.reward.shape[1] > 1 or repeated else f"{WILSON} of shares, of others a {BOOTSTRAP}"
@@ -408,8 +420,10 @@ def interval(values: Array) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _mean(values: Tensor) -> Array:
-    return np.asarray(values.double().mean(1).numpy(), dtype=np.float64)
+def _mean(values: Tensor, given: bool = False) -> Array:
+    """The mean of each row; with ``given`` over the values that are not NaN."""
+    values = values.double()
+    return np.asarray((values.nanmean(1) if given else values.mean(1)).numpy(), dtype=np.float64)
 
 
 NLL_ROWS = 16

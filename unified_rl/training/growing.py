@@ -73,12 +73,15 @@ class GrowingFile:
 
 def line_of(row: Row) -> bytes:
     """A row as its line; what JSON has no number for is null."""
-    return json.dumps(_plain(row)).encode() + b"\n"
+    return json.dumps(plain(row), allow_nan=False).encode() + b"\n"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value with None for every number that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unified_rl.machine import require_cores, require_disk, require_memory
+from unified_rl.policies.adapters import base_folder, is_adapter_folder
 
 SIMULATION = 20_000
 """Bytes of the smallest simulation that an environment of this library keeps."""
@@ -36,11 +37,13 @@ def check_machine(threads: int, episodes: int, num_envs: int, read: Read, contro
 
 
 def check_model_folder(path: Any) -> None:
-    """The weights in a model folder against the memory, before they are read.
+    """The weights in a model folder, or in that of an adapter's base model, against the memory, before they are read.
 
     Raises:
         ConfigError: gives the size of the files and what there is.
     """
+    if isinstance(path, str) and is_adapter_folder(path):
+        path = base_folder(path)
     files = list(Path(path).glob("*.safetensors")) if isinstance(path, str) and Path(path).is_dir() else []
     require_memory(sum(file.stat().st_size for file in files), f"the weights in policy.path={path}")
 

@@ -242,6 +242,6 @@ def plan_run(cfg: dict[str, Any], allow: Sequence[str] = ()) -> MemoryPlan | str
     return job.memory or f"no plan: policies of {job.env.domain} such as this one are small"
 
 
-def evaluated_rows(episodes: int, at_once: int | None) -> int:
-    """Conversations of an evaluation that are sampled together."""
-    return min(episodes, AT_ONCE if at_once is None else at_once)
+def evaluated_rows(answers: int, at_once: int | None) -> int:
+    """Conversations of an evaluation of so many answers that are sampled together."""
+    return min(answers, AT_ONCE if at_once is None else at_once)

@@ -14,7 +14,7 @@ from torch import Tensor
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.files import check_listed
 from unified_rl.protocols import LanguageEnv
-from unified_rl.rollout.conversation import Told
+from unified_rl.rollout.conversation import SCORES, Told
 from unified_rl.training.growing import Row, parse
 from unified_rl.training.seeding import generator
 from unified_rl.units import Source
@@ -62,9 +62,9 @@ def numbers_of(info: Mapping[str, Tensor], row: int) -> dict[str, float]:
     """
     left_out = ("truncated", "counted", "scored")
     return {
-        key.removeprefix("rewards/"): float(value[row])
+        key.removeprefix(SCORES): float(value[row])
         for key, value in info.items()
-        if key not in left_out and not (key.startswith("rewards/") and key.endswith("_none"))
+        if key not in left_out and not (key.startswith(SCORES) and key.endswith("_none"))
     }
 
 

@@ -112,7 +112,16 @@ class TrainSettings:
             ("eval_sampling", check_eval_sampling),
         ):
             if getattr(self, name) is not None:
-                check(getattr(self, name))
+                self._refuse_unseen(name, check(getattr(self, name)))
+
+    def _refuse_unseen(self, name: str, found: Mapping[str, Any]) -> None:
+        """Raises ConfigError for a metric of an evaluation that is switched off."""
+        metric = str(found.get("metric", ""))
+        if self.eval_episodes == 0 and metric.startswith("eval/"):
+            raise ConfigError(
+                f"{name} watches {metric}, and eval_episodes=0 evaluates nothing: name a metric of training, such as "
+                "rollout/reward, or raise eval_episodes"
+            )
 
 
 def check_logger(names: Sequence[str]) -> None:

@@ -293,7 +293,7 @@ def restored(
 def load_policy(job: Job, state: dict[str, Any], where: str | Path = "the checkpoint") -> Any:
     """The policy of a checkpoint, in the job's device; ``where`` names it in errors."""
     if not job.collects:
-        job.make_trainer(Path(job.cfg.get("run_dir") or "."))  # such agents bring their own policy
+        job.collecting_agent()  # such agents bring their own policy
     with restoring(where):
         job.policy.load_state_dict(policy_state(state, where))
     return job.policy
