@@ -126,7 +126,7 @@ class PooledTask(LanguageTask):
         self._digest = blake2b(self._hashes.tobytes(), digest_size=8).hexdigest()
         self._sorted: np.ndarray | None = None
         self._pools = {"train": Side(problems, train), "eval": Side(held_out or problems, evaluation)}
-        if not train and not (held_out is not None and others):  # a file may hold out its own problems: evaluation alone
+        if not train and not others:  # a file may hold out its own problems, where it is evaluated and nothing else
             raise ConfigError(
                 f"no training problem is left of {count}; lower env.held_out or raise env.max_prompt_length="
                 f"{self.max_prompt_length}"
