@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -14,6 +15,7 @@ from unified_rl import config as configuration
 from unified_rl import instantiate
 from unified_rl.config import build, compose, group_options, reading_once, resolve_defaults
 from unified_rl.errors import ConfigError
+from unified_rl.peer_names import PEER_NAMES
 
 TOYS = '''
 from __future__ import annotations
@@ -433,3 +435,23 @@ def test_a_grid_reads_files_once_and_composes_the_same(tmp_path: Path) -> None:
         assert compose(grid[0], config_dirs=[str(tmp_path)]) == alone[0]
     assert together == alone
     assert compose(grid[0], config_dirs=[str(tmp_path)])["env"]["id"] == "Hopper-v5"
+
+
+def test_a_name_of_another_library_is_told_what_it_is_called_here() -> None:
+    cfg = compose(
+        ["env=jsonl", "env.path=a.jsonl", "policy=causal_lm_path", "policy.path=m", "policy.lora={r: 8, lora_alpha: 8}"]
+    )
+    cfg = resolve_defaults(cfg)
+    for name, here in PEER_NAMES.items():
+        node: Any = cfg
+        for part in here.split("."):
+            assert part in node, (name, here)
+            node = node[part]
+    for given, said in (
+        ("num_generations=8", "no group or key 'num_generations'; here it is called rollout.group_size"),
+        ("env.max_completion_length=8", "no key 'max_completion_length'; here it is called env.max_turn_tokens"),
+        ("agent=dpo", "agent has no option 'dpo'; there is recipe=dpo"),
+        ("recipe=dapo", "recipe has no option 'dapo'; there is correction=dapo"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            resolve_defaults(compose(["env=jsonl", "env.path=a.jsonl", given]))

@@ -242,6 +242,22 @@ def test_a_run_is_evaluated_as_it_logged_itself_and_on_other_files(place: Path) 
     assert chunks["eval/length"] > 0 and chunks["eval/accuracy_greedy"] == logged["eval/accuracy_greedy"]
 
 
+def test_a_file_named_for_an_evaluation_is_asked_whole(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = {"env.path": str(place / "b.jsonl")}
+    whole = ur.evaluate(place / "run", episodes=80, **file)
+    assert len({p["prompt_id"] for p in whole.problems}) == 80  # not the tenth that training would hold out
+    model = {"env": "jsonl", "env.max_turn_tokens": 4, "env.verifier": "last", **file}
+    assert len({p["prompt_id"] for p in ur.evaluate(place / "model", episodes=80, **model).problems}) == 80
+    some = ur.evaluate(place / "model", episodes=80, **model, **{"env.held_out": 0.1})
+    assert len({p["prompt_id"] for p in some.problems}) < 40
+    words = [*TASK, f"env.path={file['env.path']}", "--episodes", "160"]
+    assert cli.main(["evaluate", str(place / "model"), *words]) == 0
+    assert "160 prompts (80 different ones), " in capsys.readouterr().out
+    same = [*TASK, f"env.path={file['env.path']}", f"env.eval_path={file['env.path']}", "policy=causal_lm_path"]
+    with pytest.raises(ConfigError, match=r"no training problem is left: every one .* is in env\.eval_path too"):
+        train(ur.compose([*same, f"policy.path={place / 'model'}", f"run_dir={place / 'none'}", "progress=false"]))
+
+
 def test_a_checkpoint_is_evaluated_by_its_folder(place: Path) -> None:
     save = place / "run" / "checkpoints" / "step_000000000001"
     assert dict(ur.evaluate(save)) == dict(ur.evaluate(place / "run", checkpoint=1))

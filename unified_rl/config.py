@@ -28,6 +28,7 @@ from unified_rl.instantiate import (
     is_plain,
     locate,
     nearest,
+    nearest_setting,
     parameters,
     plain,
     with_defaults,
@@ -425,7 +426,9 @@ def _description(group: str, option: str | None, groups: Mapping[str, Mapping[st
 def _group_text(override: Override, groups: Mapping[str, Mapping[str, str]], listed: Sequence[str]) -> str:
     group, option = override.key, override.value
     if option is not None and str(option) not in groups[group]:
-        raise ConfigError(f"{group} has no option {str(option)!r}; {nearest(option, groups[group])}")
+        others = [f"{other}={option}" for other in sorted(groups) if str(option) in groups[other]]
+        hint = f"there is {' and '.join(others)}" if others else nearest(option, groups[group])
+        raise ConfigError(f"{group} has no option {str(option)!r}; {hint}")
     return f"~{group}" if option is None else f"{'' if group in listed else '+'}{group}={option}"
 
 
@@ -435,7 +438,7 @@ def _check_top(overrides: Iterable[Override], groups: Iterable[str], primary: st
     for override in overrides:
         top = override.key.split(".")[0]
         if top not in known:
-            raise ConfigError(f"there is no group or key {top!r}; {nearest(top, known)}")
+            raise ConfigError(f"there is no group or key {top!r}; {nearest_setting(top, known)}")
 
 
 def _set(config: dict[str, Any], override: Override) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from unified_rl.configurable import is_configurable, marked
 from unified_rl.errors import ConfigError, UnifiedRLError
+from unified_rl.peer_names import PEER_NAMES
 from unified_rl.ranges import OutOfRangeError, bare, check_bounds, shown, words
 
 PACKAGE = "unified_rl"
@@ -54,6 +55,11 @@ def nearest(name: object, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}"
+
+
+def nearest_setting(name: str, known: Iterable[str]) -> str:
+    """As :func:`nearest`, but a name of TRL's or verl's is told what it is called here."""
+    return f"here it is called {PEER_NAMES[name]}" if name in PEER_NAMES else nearest(name, known)
 
 
 # ---------------------------------------------------------------------------------------------- signatures
@@ -213,7 +219,7 @@ def _check_node(node: Mapping[str, Any], path: str, allow: Sequence[str]) -> dic
         if key == "_target_" or (is_open and key not in known and not key.startswith("_")):
             checked[key] = value
         elif key not in known:
-            raise ConfigError(f"{path} ({_name(target)}) has no key {key!r}; {nearest(key, known)}")
+            raise ConfigError(f"{path} ({_name(target)}) has no key {key!r}; {nearest_setting(key, known)}")
         elif value is None and known[key].default is None:  # written out; other people's annotations leave it out
             checked[key] = None
         else:

@@ -98,7 +98,7 @@ class PooledTask(LanguageTask):
         the numbers of a side's problems are what is kept.
 
         Raises:
-            ConfigError: no training problem is left.
+            ConfigError: no training problem is left, and none is held out by another file.
         """
         self.unjudged: dict[str, str] = {}
         self._epochs: WeakKeyDictionary[torch.Generator, dict[str, Epochs]] = WeakKeyDictionary()
@@ -126,7 +126,7 @@ class PooledTask(LanguageTask):
         self._digest = blake2b(self._hashes.tobytes(), digest_size=8).hexdigest()
         self._sorted: np.ndarray | None = None
         self._pools = {"train": Side(problems, train), "eval": Side(held_out or problems, evaluation)}
-        if not train:
+        if not train and not others:  # a file may hold out its own problems, where it is evaluated and nothing else
             raise ConfigError(
                 f"no training problem is left of {count}; lower env.held_out or raise env.max_prompt_length="
                 f"{self.max_prompt_length}"
@@ -217,6 +217,11 @@ class PooledTask(LanguageTask):
         """Refuses a split without problems, and one that cannot be judged where that is wanted."""
         if judged and self.compares and split in self.unjudged:
             raise DataError(self.unjudged[split] + UNJUDGED)
+        if not self._pools[split] and split == "train":
+            raise ConfigError(
+                "no training problem is left: every one that fits env.max_prompt_length="
+                f"{self.max_prompt_length} is in env.eval_path too; give another file"
+            )
         if not self._pools[split]:
             raise ConfigError(
                 f"the pool of {split} problems is empty; raise env.held_out, name a file of held-out problems "

@@ -116,7 +116,9 @@ def _job_of_model(folder: Path, asked: Asked, settings: dict[str, Any], allow: S
     given = {"policy": "causal_lm", "policy.path": str(folder), **asked.env, **asked.policy, **settings}
     if asked.batch is not None:
         given[BATCH] = asked.batch
-    cfg = resolve_defaults(compose(given, allow=allow), allow=allow)
+    composed = compose(given, allow=allow)
+    composed["env"] = _whole_file(composed["env"], asked.env, allow)
+    cfg = resolve_defaults(composed, allow=allow)
     domains = [getattr(locate(cfg[g]["_target_"], allow, g), "domain", None) for g in ("env", "rollout") if cfg.get(g)]
     if "control" in domains:
         raise ConfigError(f"env={asked.env['env']} is of control, and {folder} is a language model's folder")
@@ -166,7 +168,7 @@ def _other_env(job: Job, keys: Mapping[str, Any]) -> None:
 
 def _env_node(job: Job, keys: Mapping[str, Any]) -> dict[str, Any]:
     if "env" in keys:
-        return dict(compose(dict(keys), allow=job.allow)["env"] or {})
+        return _whole_file(dict(compose(dict(keys), allow=job.allow)["env"] or {}), keys, job.allow)
     node = copy.deepcopy(job.cfg["env"])
     for key, value in keys.items():
         *path, last = key.split(".")[1:]
@@ -174,7 +176,15 @@ def _env_node(job: Job, keys: Mapping[str, Any]) -> dict[str, Any]:
         for part in path:
             inner = inner.setdefault(part, {}) if isinstance(inner, dict) else {}
         inner[last] = value
-    return dict(check_value(node, "env", job.allow))
+    return dict(check_value(_whole_file(node, keys, job.allow), "env", job.allow))
+
+
+def _whole_file(node: dict[str, Any], keys: Mapping[str, Any], allow: Sequence[str]) -> dict[str, Any]:
+    """A file that is named for an evaluation is evaluated whole, unless the words say what of it is held out."""
+    path, own = keys.get("env.path"), {"env.eval_path", "env.held_out"} & keys.keys()
+    if path is None or own or "eval_path" not in parameters(locate(node["_target_"], allow, "env"), allow)[0]:
+        return node
+    return {**node, "eval_path": path}
 
 
 def _check_length(policy: Any, length: int) -> None:
@@ -285,7 +295,9 @@ def print_table(title: str, scores: Scores) -> None:
     console = Console(markup=False, highlight=False)
     console.print(table)
     if scores.samples:
-        asked = f"{len(scores.problems)} prompts, {scores.samples} sampled answer(s) and the most likely one to each"
+        count, different = len(scores.problems), len({problem["prompt_id"] for problem in scores.problems})
+        prompts = f"{count} prompts" if count == different else f"{count} prompts ({different} different ones)"
+        asked = f"{prompts}, {scores.samples} sampled answer(s) and the most likely one to each"
         console.print(f"{asked}; intervals: {scores.method}", soft_wrap=True)
 
 
