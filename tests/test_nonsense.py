@@ -58,7 +58,7 @@ MEANT: list[tuple[str, str, str]] = [
     ("0 1e30 inf 2**63", "a bound of a ratio or of a mean square; large is none",
      "correction.kernel.budget correction.kernel.low"),
     ("0 1e30 2**63", "a factor: 0 turns it off, and a large one is finite (what becomes infinite ends the run)",
-     "agent.actor.policy.beta agent.adam_eps agent.alpha agent.lr agent.value_coef agent.weight_decay "
+     "agent.actor.policy.beta agent.adam_eps agent.alpha agent.kl agent.lr agent.value_coef agent.weight_decay "
      "correction.advantage.eps correction.kernel.beta correction.kernel.k_negative correction.kernel.k_positive "
      "correction.kernel.lam_negative correction.kernel.lam_positive correction.kernel.power correction.kernel.target "
      "correction.kernel.tau_negative correction.kernel.tau_positive correction.thin.surplus correction.wrapper.end "
@@ -76,10 +76,12 @@ MEANT: list[tuple[str, str, str]] = [
      "env.batch_seconds env.step_seconds "
      "correction.kernel.gamma correction.kernel.scale correction.kernel.step correction.kernel.temperature "
      "correction.wrapper.bound correction.wrapper.target env.score_seconds env.tool_seconds policy.std_max "
+     "policy.repetition_penalty "
      "policy.std_min policy.temperature"),
-    ("true", "null decides by itself", "agent.normalize_advantage agent.shuffle_steps"),
+    ("0", "none", "agent.warmup_ratio agent.warmup_steps policy.min_p"),
+    ("true", "null decides by itself", "agent.normalize_advantage agent.shuffle_steps env.chat"),
     ("abc long", "a file, a name or a style: looked up when the run is built, before its first step",
-     "env.template env.stop "
+     "env.answer_key env.question_key env.stop env.system_prompt env.template "
      "agent.credit agent.teacher env.eval_path env.prompt_key env.solution_key env.tokenizer policy.adapter "
      "policy.path replay.path replay.trim_key rollout.context.style rollout.data rollout.privileged "
      "rollout.sources.demonstrations.style rollout.style warm_start.run"),
@@ -89,7 +91,8 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),
     ("[] {}", "every row", "agent.objectives.policy.rows correction.advantage.rows"),
     ("{}", "a mapping may be empty",
-     "agent.actor agent.anchors agent.critic agent.gates agent.objectives agent.objectives.policy agent.options "
+     "agent.actor agent.anchors agent.critic agent.gates agent.lr_schedule agent.objectives agent.objectives.policy "
+     "agent.optimizer agent.options env.chat_template_kwargs "
      "correction.advantage correction.proximal correction.wrapper env.make_kwargs env.options policy.lora "
      "replay.sampler.samplers "
      "rollout.columns rollout.sources"),

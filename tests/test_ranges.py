@@ -175,7 +175,7 @@ def test_a_study_checks_every_variant_before_the_first_run(tmp_path: Path) -> No
         (merged(CONTROL, ["replay=mixture"]), ["'demonstration'", "replay=uniform"]),
         (merged(CONTROL, ["correction=nft"]), ["alone in its own", "rollout.group_size"]),
         (merged(LANGUAGE, ["correction=luffy"]), ["learns from demonstrations", "correction=dapo"]),
-        (["env=chain_mod", "agent=ppo"], ["rollout=control", "env=chain_mod", "rollout=language"]),
+        (["env=chain_mod", "agent=ppo", "rollout=control"], ["rollout=control", "env=chain_mod", "rollout=language"]),
         (["env=two_route", "agent=sb3_sac", "replay=fresh"], ["replay=fresh", "agent=sb3_sac"]),
         (["env=two_route", "agent=sac", "replay=fresh"], ["replay=fresh", "agent=sac"]),
         (merged(LANGUAGE, ["agent.gates={failed: success_at_most}"]), ["agent.gates.failed", "take it out"]),

@@ -1010,6 +1010,7 @@ ASIDE: dict[str, str] = {
     "warm_start(smoothing)": "decides when a stage with until_loss ends",
     "behavior_cloning(gamma)": "the discount of rows that are recorded; test_refused_early.py",
     "jsonl(eval_path)": "held-out problems; test_language_jsonl.py",
+    "gymnasium(step_seconds)": "a limit; test_misbehaving_envs.py",
     "jsonl(score_seconds)": "of verifier=math; test_language_jsonl.py",
     "jsonl(batch_seconds)": "of verifier=math; test_language_scoring.py",
     "jsonl(truncated_reward)": "of sampled answers; test_language_jsonl.py",

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
-from unified_rl.configurable import configurable
 from unified_rl.envs.language.reward_calls import RESERVED, TASK, Failure, Function, Spec, Values, run_here
 from unified_rl.envs.language.reward_calls import Task as Call
 from unified_rl.envs.language.reward_pool import RewardPool
@@ -67,7 +66,6 @@ class Scored(NamedTuple):
     failed: list[bool]
 
 
-@configurable
 @ranged("reward")
 class Rewards:
     """The reward functions of a run.
