@@ -182,7 +182,10 @@ def free_text(folder: Path) -> list[str]:
 
 
 def test_what_only_reward_functions_judge_has_rewards_and_no_accuracy(tmp_path: Path) -> None:
-    got = Job(composed([*free_text(tmp_path), "eval_sampling={samples: 2}"]), ALLOW).evaluate(intervals=True)
+    job = Job(composed([*free_text(tmp_path), "eval_sampling={samples: 2}", "rollout.prompts=2"]), ALLOW)
+    told = job.make_rollout().collect(0)[1]
+    assert told["rollout/rewards/length"] == told["rollout/reward"] < 0 and "rollout/correct" not in told
+    got = job.evaluate(intervals=True)
     assert got["eval/rewards/length"] == got["eval/score"] < 0
     assert not any("accuracy" in key or "pass_at" in key or "maj_at" in key for key in got)
     assert all("correct" not in line for line in got.problems) and "correct" not in got.shown[1]  # type: ignore[index]

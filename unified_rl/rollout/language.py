@@ -130,6 +130,8 @@ class LanguageRollout:
         repeated = [problem for problem in problems for _ in range(self.group_size)]
         told = self._converse(self.policy, repeated, self.generator, group_size=self.group_size)
         metrics = summary(*told) | epoch_of(self.env, self.problem_generator)
+        if "train" in getattr(self.env, "unjudged", {}):  # reward functions judge: nobody knows what is correct
+            metrics.pop("rollout/correct", None)
         if self.context is not None:
             metrics |= self._again(self.context, repeated, told)
             problems = repeated[:: self.group_size]
