@@ -444,6 +444,15 @@ def test_a_run_logs_each_function_by_name_and_evaluates_with_it(module: Any, tmp
     assert last["rollout/rewards/short"] < 0 and last["rollout/counted"] == 1.0
 
 
+def test_a_run_that_learns_nothing_for_want_of_scores_says_so_once(
+    module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, "reward=own_rewards:nothing")
+    assert capsys.readouterr().err.count("no answer took part (rollout/counted=0), so nothing is learnt") == 1
+    run(tmp_path / "b", "reward=own_rewards:length")
+    assert "took part" not in capsys.readouterr().err
+
+
 def test_the_tasks_verifier_by_name_is_the_run_without_functions(tmp_path: Path) -> None:
     plain, named = (run(tmp_path / str(at), *more, allow=()) for at, more in enumerate(([], ["reward=task"])))
     for one, other in zip(plain, named, strict=True):
