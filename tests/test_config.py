@@ -209,6 +209,7 @@ def test_users_folder_may_add_a_group_that_fills_a_known_node(toys: Path, tmp_pa
         (["seed=1", "agent=sac", "seed=2"], ["seed is given twice"]),
         (["agent=sac", "agent=driver"], ["agent is given twice"]),
         (["seed=1,2"], ["compare"]),
+        (["agent.name=a,b"], ["""agent.name="'a,b'\""""]),
         (["seed=range(3)"], ["compare"]),
         (["agent.name=a=b"], ["unquoted '='", "quote it: agent.name=\"'a=b'\""]),
         (["agent.tags=[a=b]"], ["unquoted '='", "quote"]),

@@ -22,6 +22,7 @@ from unified_rl.correction.kernels import KERNELS
 from unified_rl.correction.levels import LEVELS
 from unified_rl.correction.lookup import find
 from unified_rl.correction.penalties.penalty import PENALTIES
+from unified_rl.envs.language.rewards import Rewards
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import locate, parameters
 from unified_rl.objectives.coefficients import COEFFICIENTS
@@ -44,6 +45,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "rollout": lambda part: hasattr(part, "collect"),
     "source of rows": lambda part: hasattr(part, "rows") and hasattr(part, "check"),
     "context of prompts": lambda part: hasattr(part, "check") and "__call__" in vars(part),
+    "reward functions": lambda part: part is Rewards,
     "plain settings": lambda part: part in (Correction, Study, Recipe, WarmStart),
 }
 """What a part may be. A class of none of these kinds has no place in a file; a loader or a verb least of all."""

@@ -78,6 +78,21 @@ def test_what_was_handed_out_is_remembered_over_two_kills(tmp_path: Path) -> Non
     assert [what for kind, what in SEEN if kind == "log"] == [5, 6]
 
 
+def test_one_logger_may_be_named_without_a_list(tmp_path: Path) -> None:
+    run = train(ur.compose([*SMALL, "logger=csv", f"run_dir={tmp_path / 'run'}"], allow=ALLOW), ALLOW)
+    names = {path.name for path in run.iterdir()}
+    assert "metrics.csv" in names and "tensorboard" not in names
+    with pytest.raises(ConfigError, match="logger has no 'csw'; did you mean 'csv'"):
+        train(ur.compose([*SMALL, "logger=csw", f"run_dir={tmp_path / 'none'}"], allow=ALLOW), ALLOW)
+
+
+def test_a_budget_that_is_spent_already_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(ur.compose([*SMALL, "logger=csv", f"run_dir={tmp_path / 'run'}"], allow=ALLOW), ALLOW)
+    capsys.readouterr()
+    resume(str(run), 1, ALLOW)
+    assert "steps already, so nothing is left up to steps=1" in capsys.readouterr().err
+
+
 def test_a_logger_that_fails_is_one_line_and_the_run_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

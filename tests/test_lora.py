@@ -332,7 +332,10 @@ def test_an_adapter_made_by_peft_loads(base: str, tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"alpha_pattern": {"(a+)+$": 3}}, "no patterns"),
         ({"r": -1}, "r=-1 must be at least 1"),
-        ({"r": 3}, "does not fit the model"),
+        (
+            {"r": 3},
+            r"does not fit the model: .*lora_A.weight is \[4, 32\] in it and \[3, 32\] in the model, which is another",
+        ),
         ({"r": 10**9}, "r=1000000000 is more than 32"),
         ({"target_modules": ["q_proj"]}, "holds for parts the model has not"),
         ({"base_model_name_or_path": "meta/x"}, r"policy\.path=BASE policy\.adapter="),

@@ -19,6 +19,7 @@ from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import Calculator, ChainMod, GuessNumber, JsonlProblems
 from unified_rl.envs.language.rewards import Rewards
 from unified_rl.errors import ConfigError, DataError, RolloutError
+from unified_rl.instantiate import allowing
 from unified_rl.training.checkpoint import checkpoints
 from unified_rl.training.metrics import read_metrics
 from unified_rl.training.run import Job, train
@@ -107,7 +108,8 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def own(*names: Any, **settings: Any) -> Rewards:
     named = [f"own_rewards:{name}" if isinstance(name, str) and name.islower() else name for name in names]
-    return Rewards(named, allow=["own_rewards"], **settings)
+    with allowing(["own_rewards"]):
+        return Rewards(named, **settings)
 
 
 def task(rewards: Rewards | None = None, **settings: Any) -> ChainMod:
@@ -242,7 +244,8 @@ def test_rows_of_sources_are_rewarded_too(module: Any) -> None:
 def test_what_becomes_of_cut_answers(
     module: Any, settings: Any, reward: float, task_part: float, counted: float
 ) -> None:
-    env = task(Rewards(["task", "own_rewards:accuracy"], allow=["own_rewards"]), **settings)
+    with allowing(["own_rewards"]):
+        env = task(Rewards(["task", "own_rewards:accuracy"]), **settings)
     row = problem(env, reference=">")
     said = f">{env._spelled[row['totals'][-1]]}"
     result = answer(env, [said, said], [row, row], cut=[0])
@@ -363,7 +366,8 @@ def test_worker_processes_give_the_same_in_the_same_order_and_one_that_dies_is_r
     assert set(told(outside, other, "pids")) <= {float(process.pid) for process in workers}
     outside._judge_rewards.rewards.close()
     assert all(process.poll() is not None for process in workers)
-    foreign = Rewards(["own_rewards:length"], allow=["own_rewards"], workers=1)
+    with allowing(["own_rewards"]):
+        foreign = Rewards(["own_rewards:length"], workers=1)
     foreign.allow = []  # the workers ask for themselves
     with pytest.raises(ConfigError, match="outside the allowed packages; start with --allow own_rewards"):
         answer(task(foreign), [">1"])
@@ -405,8 +409,9 @@ def test_worker_processes_give_the_same_in_the_same_order_and_one_that_dies_is_r
 def test_what_cannot_be_had_is_refused_by_its_full_name(
     module: Any, functions: Any, settings: Any, message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Rewards(functions, **{"allow": ["own_rewards"], **settings})
+    kept = {key: value for key, value in settings.items() if key != "allow"}
+    with allowing(settings.get("allow", ["own_rewards"])), pytest.raises(ConfigError, match=message):
+        Rewards(functions, **kept)
 
 
 def test_a_column_that_the_records_do_not_have_is_refused_before_the_first_step(module: Any) -> None:
@@ -442,6 +447,15 @@ def test_a_run_logs_each_function_by_name_and_evaluates_with_it(module: Any, tmp
         assert f"eval/rewards/{name}" in last
     assert last["rollout/rewards/some_none"] == 0.5 and last["rollout/rewards/some"] == 1.0
     assert last["rollout/rewards/short"] < 0 and last["rollout/counted"] == 1.0
+
+
+def test_a_run_that_learns_nothing_for_want_of_scores_says_so_once(
+    module: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, "reward=own_rewards:nothing")
+    assert capsys.readouterr().err.count("no answer took part (rollout/counted=0), so nothing is learnt") == 1
+    run(tmp_path / "b", "reward=own_rewards:length")
+    assert "took part" not in capsys.readouterr().err
 
 
 def test_the_tasks_verifier_by_name_is_the_run_without_functions(tmp_path: Path) -> None:

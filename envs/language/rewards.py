@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
+from unified_rl.configurable import configurable
 from unified_rl.envs.language.reward_calls import RESERVED, TASK, Failure, Function, Spec, Values, run_here
 from unified_rl.envs.language.reward_calls import Task as Call
 from unified_rl.envs.language.reward_pool import RewardPool
@@ -66,6 +67,7 @@ class Scored(NamedTuple):
     failed: list[bool]
 
 
+@configurable
 @ranged("reward")
 class Rewards:
     """The reward functions of a run.
@@ -82,7 +84,6 @@ class Rewards:
         retries: further tries of a call that raised, hung or returned no list of numbers.
         errors: what then becomes of the rows on which a function fails alone: ``stop`` ends the run with the function,
             the row and its prompt in the message, ``skip`` leaves the row out of the update.
-        allow: packages that dotted paths may name; None: those that the run allows.
 
     Attributes:
         labels: of the functions, in order: :data:`~.reward_calls.TASK` for the task's own.
@@ -100,9 +101,8 @@ class Rewards:
         seconds: Positive = 600.0,
         retries: Whole = 1,
         errors: Literal["stop", "skip"] = "stop",
-        allow: Sequence[str] | None = None,
     ) -> None:
-        allow = allowed() if allow is None else allow
+        allow = allowed()
         self.specs = specs_of(functions, weights)
         self.labels, self.weights = [s.label for s in self.specs], [s.weight for s in self.specs]
         self.seconds, self.retries, self.errors, self.allow = seconds, retries, errors, list(allow)

@@ -44,6 +44,7 @@ HARMLESS = {
 LORA = "lora_"
 """In the name of every weight of an adapter."""
 PREFIX = "base_model.model."
+MISFIT = re.compile(r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) .* torch\.Size\((.*?)\)")
 PLAIN = re.compile(r"[\w.]+")
 
 
@@ -135,11 +136,19 @@ def load_adapters(model: PreTrainedModel, folder: str, base: str | None) -> None
     try:
         report = peft.set_peft_model_state_dict(model, weights)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"the adapter folder {folder} does not fit the model: {one_line(error)}") from error
+        raise CheckpointError(f"the adapter folder {folder} does not fit the model: {_misfit(error)}") from error
     lacking = sorted(key for key in report.missing_keys if LORA in key)
     for names, what in ((lacking, "lacks"), (sorted(report.unexpected_keys), "holds for parts the model has not:")):
         if names:
             raise CheckpointError(f"the adapter folder {folder} {what} {len(names)} weights, the first {names[0]}")
+
+
+def _misfit(error: Exception) -> str:
+    """What torch says of weights that do not fit, by the first of them."""
+    found = MISFIT.search(str(error))
+    if found is None:
+        return one_line(error)
+    return f"{found[1].replace('.default', '')} is {found[2]} in it and {found[3]} in the model, which is another one"
 
 
 def _inject(model: PreTrainedModel, settings: Mapping[str, Any], seed: int, base: str | None, where: str) -> None:

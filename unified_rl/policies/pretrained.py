@@ -308,7 +308,8 @@ def _check_folder(path: str, allow_hub: bool) -> None:
         raise CheckpointError(f"the model folder {path} does not exist")
     if not allow_hub:
         raise ConfigError(
-            f"'{path}' is not a folder here; models are never fetched from a hub unless allow_hub=true is set"
+            f"policy.path: '{path}' is not a folder here; models are never fetched from a hub unless "
+            "policy.allow_hub=true is set"
         )
 
 
@@ -344,7 +345,10 @@ def _check_fit(config: PretrainedConfig, tokenizer: Any, max_length: int) -> Non
         raise ConfigError(f"the model's vocabulary of {text.vocab_size} is below the tokenizer's {len(tokenizer)}")
     longest = getattr(text, "max_position_embeddings", None)
     if longest is not None and longest < max_length:
-        raise ConfigError(f"the model takes {longest} positions, but rows are up to {max_length} tokens (max_length)")
+        raise ConfigError(
+            f"the model takes {longest} positions, but rows are up to {max_length} tokens (max_length); lower "
+            "env.max_turn_tokens or env.max_prompt_length"
+        )
 
 
 def trunk_states(model: PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class TrainSettings:
     progress: bool = True
     samples_rows: Whole = 8
     samples_every: Whole | None = None
-    logger: tuple[str, ...] = ("tensorboard", "csv")
+    logger: tuple[str, ...] | str = ("tensorboard", "csv")
     callbacks: tuple[Any, ...] = ()
     keep_best: str | dict[str, Any] | None = None
     early_stopping: dict[str, Any] | None = None
@@ -106,6 +106,7 @@ class TrainSettings:
         if self.samples_every is None:
             self.samples_every = self.eval_every or max(1, self.steps // 20)
         check_logger(self.logger)
+        self.logger = (self.logger,) if isinstance(self.logger, str) else self.logger
         for name, check in (
             ("keep_best", check_keep_best),
             ("early_stopping", check_early_stopping),
@@ -124,12 +125,13 @@ class TrainSettings:
             )
 
 
-def check_logger(names: Sequence[str]) -> None:
+def check_logger(names: Sequence[str] | str) -> None:
     """Refuses a name that is no logger's, and one that is given twice.
 
     Raises:
         ConfigError: names the nearest.
     """
+    names = (names,) if isinstance(names, str) else names
     for name in names:
         if name not in LOGGERS and "." not in name and ":" not in name:
             raise ConfigError(f"logger has no {name!r}; {nearest(name, LOGGERS)}")

@@ -93,6 +93,7 @@ class Trainer:
         self._clean = True
         """Whether the state is that after a whole update."""
         self._logged = False
+        self._told_idle = False
         """Whether the row of the last update, if it is due, is in the metrics."""
         self._open: dict[str, Any] | None = None
         self._told = False
@@ -214,6 +215,15 @@ class Trainer:
         with foreign("writing samples"):
             return self.samples.of_update(taken, self._known, trained[-1] if trained else None, self.updates)
 
+    def _tell_idle(self, row: Mapping[str, float]) -> None:
+        """Says once that no row took part since the last logged one: nothing fails then, and nothing is learnt."""
+        if row.get("rollout/counted") == 0.0 and not self._told_idle:
+            self._told_idle = True
+            say(
+                f"update {self.updates}: no answer took part (rollout/counted=0), so nothing is learnt: every reward "
+                "was None, or every answer was cut under env.truncated=mask"
+            )
+
     def _finish_update(self) -> None:
         """Evaluates, logs and saves where the intervals say so; until then the update's row counts as not logged."""
         first, settings = self.updates == 0, self.settings
@@ -232,6 +242,7 @@ class Trainer:
                 if logs:
                     row = {**({} if first else self.means.pop()), **found}
                     self._log(row)
+                    self._tell_idle(row)
                     is_best, why = self.watch.see(row, self.updates, evaluate)
             except BaseException:
                 self.means = means

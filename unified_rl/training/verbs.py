@@ -84,8 +84,8 @@ def train(
         begun = has_begun(folder)
         if begun and not cfg.get("resume_existing"):
             raise CheckpointError(
-                f"{folder} holds a run already; continue it with 'unified-rl train resume={folder}' "
-                "or choose another name="
+                f"{folder} holds a run already; continue it with 'unified-rl train resume={folder}', choose another "
+                "run_dir= (or name=), or remove the folder"
             )
         if not begun:
             meta = meta_text({**provenance(cfg), "status": "running"})
@@ -138,9 +138,16 @@ def resume(
         found = _start(folder, checkpoint)
         if steps is not None:
             cfg["steps"] = steps
+            _tell_done(folder, found, steps)
             write_run(folder, {CONFIG: yaml.safe_dump(cfg, sort_keys=False)})
         _train_in(folder, cfg, allow, progress, stop, found, resume_env, callbacks=callbacks)
     return folder
+
+
+def _tell_done(folder: Path, found: Found | None, steps: int) -> None:
+    made = 0 if found is None else found[1].get("steps", 0)
+    if made >= steps:
+        say(f"{folder} has made {made:,} steps already, so nothing is left up to steps={steps:,}")
 
 
 def has_begun(folder: Path) -> bool:
