@@ -421,3 +421,14 @@ def test_evaluation_does_not_go_through_the_file_again(tmp_path: Path, letters: 
     other = env.twin()
     assert other._pools is env._pools and [p["text"] for p in other.problems(3, stream)] == [p["text"] for p in drawn]
     assert env.epoch(stream) is None and other.epoch(stream)
+
+
+def test_nothing_to_imitate_and_nothing_that_fits_are_told_apart(tmp_path: Path) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": f"Say {i}"}) + "\n" for i in range(30)))
+    with pytest.raises(ConfigError, match=r"no record holds what is to be imitated.*env\.solution_key"):
+        JsonlProblems(str(asked)).demonstrations(2, torch.Generator())
+    said = tmp_path / "said.jsonl"
+    said.write_text("".join(json.dumps({"prompt": f"Say {i}", "completion": "so it is"}) + "\n" for i in range(30)))
+    with pytest.raises(ConfigError, match=r"no solution fits env\.max_turn_tokens=1; raise it"):
+        JsonlProblems(str(said), max_turn_tokens=1).demonstrations(2, torch.Generator())

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from unified_rl.config import compose
-from unified_rl.errors import CheckpointError
+from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.training.checkpoint import checkpoints, read_checkpoint
+from unified_rl.training.provenance import read_meta
 from unified_rl.training.run import Job, resume, train
+from unified_rl.training.verify import verify_folder
 
 COMMON = ["progress=false", "eval_every=0", "eval_episodes=2", "keep_checkpoints=100", "seed=3"]
 LANGUAGE = [
@@ -182,3 +185,18 @@ def test_resume_goes_on_to_more_steps(tmp_path: Path) -> None:
     folder = train(config("pusher", tmp_path / "run"))
     resume(str(folder), steps=384)
     assert rows_of(folder)[-1]["steps"] == 384
+
+
+def test_a_run_that_was_refused_before_its_first_update_is_begun_anew(tmp_path: Path) -> None:
+    cfg = {**config("language", tmp_path / "run"), "keep_best": "eval/acuracy"}
+    with pytest.raises(ConfigError, match="did you mean 'eval/accuracy'"):
+        train(cfg)
+    folder = train({**cfg, "keep_best": "eval/accuracy", "seed": 5})
+    whole = train({**config("language", tmp_path / "whole"), "keep_best": "eval/accuracy", "seed": 5})
+    assert [r["update"] for r in rows_of(folder)] == [r["update"] for r in rows_of(whole)]
+    assert (folder / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+    assert read_meta(folder)["status"] == "finished"
+    verify_folder(str(folder))
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    steps = [event.step for event in events.Scalars("eval/score")]
+    assert steps == sorted(set(steps))

@@ -240,20 +240,25 @@ class PooledTask(LanguageTask):
     def _draw_demonstrated(self, count: int, generator: torch.Generator) -> list[Problem]:
         pool = self._shows("train")
         if not pool:
+            problems = self._pools["train"].take(range(min(AT_ONCE, len(self._pools["train"]))))
+            if not any(problem.get("solution") for problem in problems):
+                raise ConfigError(
+                    "the pool of demonstration problems is empty: no record holds what is to be imitated, a "
+                    "completion, an assistant's message or a solution; name its column with env.solution_key, or imitate nothing "
+                    "(agent=policy_gradient warm_start=none)"
+                )
             raise ConfigError(
-                "the pool of demonstration problems is empty; no solution fits env.max_turn_tokens="
-                f"{self.max_turn_tokens}, or there is none: raise it, or set warm_start=none"
+                "the pool of demonstration problems is empty: no solution fits env.max_turn_tokens="
+                f"{self.max_turn_tokens}; raise it"
             )
         return pool.take(self._visited(count, generator, "demonstration", len(pool)))
 
     def held_out_demonstrations(self, count: int) -> TensorDict | None:
         """Supervised rows of the first ``count`` held-out problems with a solution that fits; None without any."""
         pool = self._shows("eval")[:count]
-        return (
-            self.codec.rows([[Segment(p["text"]), *self._demonstrate(p, None)] for p in pool], self.max_length)
-            if (pool)
-            else None
-        )
+        if not pool:
+            return None
+        return self.codec.rows([[Segment(p["text"]), *self._demonstrate(p, None)] for p in pool], self.max_length)
 
     def _demonstrate(self, problem: Problem, style: str | None) -> list[Segment]:
         return [Segment(problem["solution"], trained=True, end=True)]

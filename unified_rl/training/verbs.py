@@ -151,11 +151,18 @@ def _tell_done(folder: Path, found: Found | None, steps: int) -> None:
 
 
 def has_begun(folder: Path) -> bool:
-    """Whether a folder holds a run that logged something."""
+    """Whether a folder holds a run of which something would be lost: a checkpoint, or a logged update.
+
+    One that was refused before its first update has at most the evaluation that comes before it.
+    """
     if not (folder / META).exists():
         return False
+    if checkpoints(folder / FOLDER) or wrote_checkpoint(folder):
+        return True
     manifest = Manifest.find(folder)
-    return (folder / RECORD).exists() or (manifest is not None and RECORD in manifest.files)
+    if not (folder / RECORD).exists():
+        return manifest is not None and RECORD in manifest.files
+    return any(row.get("update", 0) > 0 for row in read_metrics(folder / RECORD))
 
 
 def _start(folder: Path, choice: str | int | None = None) -> Found | None:
