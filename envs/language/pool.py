@@ -244,8 +244,8 @@ class PooledTask(LanguageTask):
             if not any(problem.get("solution") for problem in problems):
                 raise ConfigError(
                     "the pool of demonstration problems is empty: no record holds what is to be imitated, a "
-                    "completion, an assistant's message or a solution; name its column with env.solution_key, or imitate nothing "
-                    "(agent=policy_gradient warm_start=none)"
+                    "completion, an assistant's message or a solution; name its column with env.solution_key, or "
+                    "imitate nothing (agent=policy_gradient warm_start=none)"
                 )
             raise ConfigError(
                 "the pool of demonstration problems is empty: no solution fits env.max_turn_tokens="
