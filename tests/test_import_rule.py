@@ -43,6 +43,7 @@ ORDER = (
     "stopping",
     "configurable",
     "lazy",
+    "peer_names",
 )
 """Rooms of the core from the top floor to the ground; a room imports itself and those after it."""
 MAPPED = ("envs", "agents", "configs")
