@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unified_rl.envs.language.codec import Codec, Segment
 from unified_rl.envs.language.judging import Judge, Truncated
+from unified_rl.envs.language.reward_calls import TimeUp, in_thread
 from unified_rl.envs.language.rewards import Rewards
 from unified_rl.errors import ConfigError, RolloutError, UnifiedRLError
 from unified_rl.policies.stop_strings import StopStrings
@@ -450,18 +450,9 @@ def within(seconds: float, act: Callable[[], None], where: Callable[[], str]) ->
     Raises:
         RolloutError: it has not returned after ``seconds``; ``where()`` begins the message. The thread is left behind.
     """
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            act()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise RolloutError(f"{where()} after {seconds:g} s; raise judge_seconds of the task if it may take so long")
-    if raised:
-        raise raised[0]
+    try:
+        in_thread(act, seconds)
+    except TimeUp:
+        raise RolloutError(
+            f"{where()} after {seconds:g} s; raise judge_seconds of the task if it may take so long"
+        ) from None

@@ -235,7 +235,7 @@ class _Alarm:
         """
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "pthread_kill"):
             return self._in_main(call, seconds)
-        return _in_thread(call, seconds)
+        return in_thread(call, seconds)
 
     def _in_main(self, call: Callable[[], Any], seconds: float) -> Any:
         if not self._installed:  # and never taken out again: a late signal finds it disarmed
@@ -258,7 +258,12 @@ class _Alarm:
             raise TimeUp
 
 
-def _in_thread(call: Callable[[], Any], seconds: float) -> Any:
+def in_thread(call: Callable[[], Any], seconds: float) -> Any:
+    """What ``call`` returns in a thread of its own, which is left behind where it does not return in time.
+
+    Raises:
+        TimeUp: it has not returned after ``seconds``.
+    """
     found: list[Any] = []
     raised: list[BaseException] = []
 
