@@ -9,12 +9,14 @@ Writes a file of random word problems with worked answers into a temporary folde
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import random
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 TEXT = """farmer apples sells each remaining baskets how many does half total price buys then twice costs dollars
 between friends weeks more than fewer together what is the of and"""
@@ -67,8 +69,8 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def measure(path: Path, count: int) -> None:
-    """Opens a file and draws from it."""
+def measure(path: Path, count: int) -> dict[str, Any]:
+    """Opens a file and draws from it; what was measured."""
     import torch
 
     from unified_rl.envs.language import JsonlProblems
@@ -80,11 +82,16 @@ def measure(path: Path, count: int) -> None:
     for _ in range(32):
         env.problems(32, stream)
     drawn = (time.perf_counter() - start) / 32
-    print(
-        f"{path.name:16s} {path.stat().st_size / 1e9:5.2f} GB, {count:,} records: opened in {seconds:.0f} s "
-        f"({count / seconds:,.0f} records/s); resident {before:.0f} MB before, {opened:.0f} MB opened, "
-        f"{resident():.0f} MB after draws; {1000 * drawn:.1f} ms for 32 problems"
-    )
+    return {
+        "file": path.suffix[1:],
+        "gigabytes": round(path.stat().st_size / 1e9, 2),
+        "records": count,
+        "opened_s": round(seconds),
+        "before_mb": round(before),
+        "opened_mb": round(opened),
+        "drawn_mb": round(resident()),
+        "draw_of_32_ms": round(1000 * drawn, 1),
+    }
 
 
 def main() -> None:
@@ -92,13 +99,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.5)
     parser.add_argument("--parquet", action="store_true", help="measure the same records as Parquet instead")
+    parser.add_argument("--csv", help="append a row to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompts.jsonl"
         count = write_file(path, int(options.gigabytes * 1e9))
         if options.parquet:
             to_parquet(path, path := path.with_suffix(".parquet"))
-        measure(path, count)
+        row = measure(path, count)
+    print(", ".join(f"{name} {value}" for name, value in row.items()))
+    if options.csv:
+        with open(options.csv, "a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if not file.tell():
+                writer.writeheader()
+            writer.writerow(row)
 
 
 if __name__ == "__main__":
