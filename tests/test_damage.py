@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faults.points import Points, failing
 from safetensors import SafetensorError
 
 import unified_rl as ur
 from unified_rl import cli, files
 from unified_rl.config import compose
-from unified_rl.errors import CheckpointError, ConfigError, DamageError
+from unified_rl.errors import CheckpointError, ConfigError, DamageError, UnifiedRLError
 from unified_rl.files import MANIFEST, Manifest, read_sealed, write_sealed
 from unified_rl.replay import Priority, Replay, Uniform, read_rows
 from unified_rl.replay.journal import Journal
@@ -536,6 +538,33 @@ def test_a_live_replay_is_verified_on_demand(tmp_path: Path) -> None:
             handle.write(data)
     replay.verify()
     Replay(8, sampler=Uniform()).verify()  # in memory: nothing to compare
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_disk_that_fails_at_any_point_of_a_replay_is_one_clear_error(stays: bool, tmp_path: Path) -> None:
+    def work(folder: Path) -> None:
+        for rows in (5, 40):  # made, and opened again
+            with closing(Replay(60, sampler=Priority(), storage="memmap", path=str(folder / "live"), seed=5)) as replay:
+                while replay.write_count < rows:
+                    replay.extend({"x": torch.arange(3)})
+                    batch = replay.sample(2)
+                    replay.update_priority(batch["index"], torch.ones(2))
+                replay.verify()
+        replay.dumps(folder / "saved")
+
+    (tmp_path / "all").mkdir()
+    with Points(tmp_path / "all") as points:
+        work(tmp_path / "all")
+    assert points.count > 60
+    for number in range(points.count):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with Points(folder, number, failing(errno.ENOSPC), stays=stays):
+            try:
+                work(folder)
+            except UnifiedRLError as error:
+                assert str(folder) in str(error)
+        work(folder)  # nothing was lost that a second try would miss
 
 
 def test_a_kill_at_any_line_never_makes_whole_data_look_damaged(tmp_path: Path) -> None:

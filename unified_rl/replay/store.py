@@ -278,6 +278,7 @@ class MemmapStore(MemoryStore):
 
     # -- commits ---------------------------------------------------------------------------------------------------
 
+    @_on_disk
     def restore(self, payload: Mapping[str, Any]) -> None:
         """Takes over the checksums of a commit, and compares everything with them.
 
@@ -333,6 +334,7 @@ class MemmapStore(MemoryStore):
         payload = f'{{{small}, "rows": {self.sums.state()}, "columns": {{{sums}}}}}'
         self.journal.commit(payload.encode(), durable=self.durable)
 
+    @_on_disk
     def change(self, name: str, positions: IntArray, added: int, small: str) -> None:
         """Commits a change in place of a column in memory, which adds ``added`` to the column's sum."""
         if self.journal is None:
@@ -345,6 +347,7 @@ class MemmapStore(MemoryStore):
         self.commit(small)
         self._column_files[name][positions] = values
 
+    @_on_disk
     def changed(self, positions: IntArray, small: str) -> None:
         """Commits whatever has changed in the columns at these positions."""
         positions = np.sort(positions)
@@ -365,6 +368,7 @@ class MemmapStore(MemoryStore):
         for file in self._files:
             flush(file)
 
+    @_on_disk
     def verify(self) -> None:
         """Compares every live row, and the columns, with their checksums, and reads the small files again.
 
