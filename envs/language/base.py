@@ -60,8 +60,9 @@ class LanguageTask:
         max_reply_length: tokens of the longest reply.
         stop_text: also ends a turn, beside the end-of-text token: every token that ends with it.
         stop: one text or several, of any length, that end a turn too, whatever tokens make them up. They are part of
-            the turn, with the rest of the token that completes them. ``\\n`` and ``\\t``, as the command line writes
-            them, are a line end and a tab.
+            the turn that is trained on, with the rest of the token that completes them; what judges or counts an
+            answer reads it up to there, and with the stop text where that closes a tag or a bracket (``</answer>``).
+            ``\\n`` and ``\\t``, as the command line writes them, are a line end and a tab.
         held_out: share of prompts kept for evaluation.
         truncated_reward: of a turn that ran out of its budget; null lets the task judge what there is of it, as it
             would judge a finished turn.
@@ -191,6 +192,11 @@ class LanguageTask:
         """Names in ``TurnResult.info`` of what each function of :meth:`reward_with` gave."""
         return () if self._judge_rewards is None else self._judge_rewards.names
 
+    @property
+    def reward_weights(self) -> tuple[float, ...]:
+        """The weight of each function of :attr:`reward_names` in the reward."""
+        return () if self._judge_rewards is None else tuple(self._judge_rewards.rewards.weights)
+
     def _replies(
         self,
         problems: list[dict[str, Any]],
@@ -295,6 +301,23 @@ class LanguageTask:
         ids = self.codec.encode([segment.text for segment in said])
         return [[*own, self.codec.end_id] if s.end else own for own, s in zip(ids, said, strict=True)]
 
+    def turn_texts(self, turns: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
+        """The texts of turns as everything that judges or counts reads them: each ends before what ended it.
+
+        That is the end-of-turn token (which stays with ``skip_special_tokens=False``), or a text of ``stop``; one that
+        closes a tag or a bracket is part of the answer. What comes behind it in its last token is left out too.
+        """
+        ends = self.codec.end_ids
+        ended = [bool(len(turn)) and turn[-1] in ends for turn in turns]
+        bare = [t[:-1] if over and skip_special_tokens else t for t, over in zip(turns, ended, strict=True)]
+        texts = self.codec.decode_all(bare, skip_special_tokens)
+        if self.stop_strings is not None:
+            rows = [row for row, over in enumerate(ended) if not over and len(turns[row])]
+            unended = self.codec.decode_all([turns[row][:-1] for row in rows], skip_special_tokens)
+            for row, without in zip(rows, unended, strict=True):
+                texts[row] = self.stop_strings.before(texts[row], without)
+        return texts
+
     def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
         """Token ids of each answer, the end of text included."""
         return self.encode_completions(answers)
@@ -372,9 +395,7 @@ class LanguageTask:
             raise ConfigError(f"split {split!r} is neither of {', '.join(SPLITS)}")
 
     def _turn_text(self, ids: Sequence[int]) -> str:
-        if len(ids) and ids[-1] in self.codec.end_ids:
-            ids = ids[:-1]
-        text = self.codec.decode(ids).strip()
+        text = self.turn_texts([ids])[0].strip()
         return text.removesuffix(self.stop_text) if self.stop_text else text
 
     def _shuffled(

@@ -9,7 +9,6 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from unified_rl.envs.language.codec import Codec
 from unified_rl.envs.language.rewards import Ended, Rewards, plain_value
 from unified_rl.rollout.conversation import SCORES
 
@@ -26,12 +25,15 @@ Truncated: TypeAlias = Literal["score", "zero", "mask"]
 class TakesRewards(Protocol):
     """What a judge asks of a task."""
 
-    codec: Codec
     max_turn_tokens: int
     max_turns: int
     truncated: Truncated | None
     truncated_reward: float | None
     reply_role: str
+
+    def turn_texts(self, turns: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
+        """The texts of turns as they are judged."""
+        ...
 
 
 class Judge:
@@ -139,9 +141,7 @@ class Judge:
         self, problems: Sequence[dict[str, Any]], turns: Sequence[Sequence[Sequence[int]]], skip: bool
     ) -> list[Any]:
         """Texts; of problems that came as messages, messages."""
-        ends = self.task.codec.end_ids
-        ids = [turn[:-1] if skip and len(turn) and turn[-1] in ends else turn for said in turns for turn in said]
-        texts = iter(self.task.codec.decode_all(ids, skip))
+        texts = iter(self.task.turn_texts([turn for said in turns for turn in said], skip))
         out: list[Any] = []
         for problem, said in zip(problems, turns, strict=True):
             spoken = [next(texts) for _ in said]
