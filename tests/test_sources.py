@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import ChainMod, GuessNumber, JsonlProblems
 from unified_rl.envs.language.base import LanguageTask, Verdict
+from unified_rl.envs.language.rewards import Rewards
 from unified_rl.errors import ConfigError, DataError
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.generation import Generation
@@ -185,6 +186,36 @@ def test_a_files_log_probs_are_the_behaviours_and_its_rewards_replace_the_enviro
     lines[0] |= {"log_probs": [-0.5], "completion_ids": [10**6]}
     with pytest.raises(DataError, match=r"line 1: token 1000000 is beyond the \d+ of the tokenizer"):
         rollout(env, sources={"x": ExpertFile(file_of(tmp_path, lines), rows=2)})
+
+
+def none_for_long(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
+    """No opinion on anything that a file says."""
+    return [None for _ in completion_ids]
+
+
+def test_the_reward_of_a_file_stands_for_the_environments_everywhere(tmp_path: Path) -> None:
+    env = sums(tmp_path)
+    env.reward_with(Rewards([none_for_long], weights=[0.5]))
+    known = [problem["text"] for problem in env._pools["train"]]
+    path = file_of(tmp_path, [{"prompt": one, "completion": " 7", "r": n / 8} for n, one in enumerate(known)])
+    made = rollout(env, prompts=len(known), sources={"x": ExpertFile(path, per_group=1, reward_key="r")})
+    rows = made.collect(0)[0]
+    own, shown = rows[rows["source"] == Source.ONLINE], others(rows)
+    assert not bool(own["counted"].any()) and bool(own["rewards"].isnan().all())  # the function has no opinion
+    assert bool(shown["counted"].all()) and len(shown) == len(known)
+    assert sorted(shown["reward"].sum(-1).tolist()) == [n / 8 for n in range(len(known))]
+    assert torch.equal(0.5 * shown["rewards"], shown["reward"])
+    env.reward_with(Rewards([none_for_long, "task"]))
+    with pytest.raises(
+        ConfigError, match=r"rollout.sources.x.reward_key=r is one .* as rewards \(rewards/none_for_long, "
+    ):
+        rollout(env, sources={"x": ExpertFile(path, rows=2, reward_key="r")})
+    with pytest.raises(ConfigError, match=r"as scores \(correct, truncated\); .* leave out rollout.columns.scores"):
+        rollout(
+            sums(tmp_path),
+            sources={"x": ExpertFile(path, rows=2, reward_key="r")},
+            columns={"scores": ["correct", "truncated"]},
+        )
 
 
 def test_a_batch_of_a_file_takes_each_answer_once_before_any_again(tmp_path: Path) -> None:

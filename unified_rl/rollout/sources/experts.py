@@ -27,9 +27,10 @@ from unified_rl.protocols import (
 from unified_rl.ranges import Positive, Whole, ranged
 from unified_rl.rollout.conversation import Problems
 from unified_rl.rollout.epochs import Epochs
+from unified_rl.rollout.rows import REWARDS
 from unified_rl.rollout.sources.answers import Answer, Answers
 from unified_rl.rollout.sources.base import Joining, Request, require_one_turn
-from unified_rl.units import Source
+from unified_rl.units import COUNTED, Source
 
 AT_ONCE = 1024
 """Answers that are matched together while a file is gone through."""
@@ -84,7 +85,9 @@ class ExpertFile(Joining):
         rows: instead: records as a batch of their own, each once before any comes again.
         partial: pass over records whose prompt is no training problem of the task (held-out ones, for example); they
             are refused otherwise.
-        reward_key: a column of rewards that stand in the place of the environment's.
+        reward_key: a column of rewards that stand in the place of the environment's, also where the run's reward
+            function is read by name (``rewards``); rows that it scores count in the update. Several rewards, which one
+            number cannot stand for, are refused.
 
     Raises:
         ConfigError: not exactly one of ``per_group`` and ``rows``.
@@ -100,7 +103,7 @@ class ExpertFile(Joining):
         reward_key: str | None = None,
     ) -> None:
         super().__init__(per_group, rows)
-        self.path, self.partial = path, partial
+        self.path, self.partial, self.reward_key = path, partial, reward_key
         self.answers = Answers(path, reward_key)
 
     def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
@@ -190,8 +193,13 @@ class ExpertFile(Joining):
         spoken = self._spoken(answers)
         ids, log_probs = [ids for ids, _ in spoken], [log_probs for _, log_probs in spoken]
         rows = request.recite(problems, ids, groups, Source.EXPERT, log_probs)
-        if rows is not None and self.answers.reward_key is not None:
+        if rows is not None and self.reward_key is not None:
             rows["reward"] = torch.tensor([[answer.reward] for answer in answers], dtype=torch.float32)
+            if REWARDS in rows.keys():  # of one function, see the rollout
+                (weight,) = getattr(request.env, "reward_weights", (1.0,))
+                rows[REWARDS] = rows["reward"] / (weight or 1.0)
+            if COUNTED in rows.keys():
+                rows[COUNTED] = torch.ones(len(rows), dtype=torch.bool)
         return rows
 
     def state_dict(self) -> dict[str, Any]:
