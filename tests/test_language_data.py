@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import pickle
 import tracemalloc
@@ -16,6 +17,7 @@ import torch
 
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import JsonlProblems, character_tokenizer
+from unified_rl.envs.language.tokenizer import load_tokenizer
 from unified_rl.errors import CheckpointError, ConfigError, DataError
 from unified_rl.records import open_records
 from unified_rl.training.checkpoint import checkpoints, read_checkpoint
@@ -239,6 +241,59 @@ def test_prompts_and_completions_are_found_by_their_usual_names(
     found = shown(env)
     ends = "<end>" if env._chat else eos  # without a template an answer ends as the tokenizer says
     assert found == (prompt, target.replace("<end>", ends))
+
+
+SEA, GREEN = {"role": "user", "content": "Sea?"}, {"role": "assistant", "content": "Green."}
+MARKING = TEMPLATE.replace(
+    "{{ m.content }}<end>", "{% if m.role == 'assistant' %}({% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}<end>"
+)  # fmt: skip
+
+
+def trained(env: JsonlProblems) -> list[str]:
+    """The runs of trained tokens of the only demonstration."""
+    row = env.demonstrations(1, torch.Generator())[0]
+    mask, ids = row["mask"].tolist(), row["tokens"].tolist()
+    runs = [list(group) for own, group in itertools.groupby(range(len(ids)), mask.__getitem__) if own]
+    return [env.tokenizer.decode([ids[at] for at in run], skip_special_tokens=False) for run in runs]
+
+
+def test_every_turn_of_the_assistant_is_imitated_and_nothing_else(tmp_path: Path, letters: str) -> None:
+    talk = [{"role": "system", "content": "Own."}, USER, BLUE, SEA, {"role": "tool", "content": "x"}, GREEN]
+    path = lines(tmp_path / "a.jsonl", {"messages": talk})
+    env = make(path, letters)
+    assert trained(env) == ["Blue, mostly.<end>", "Green.<end>"]
+    whole = "".join(f"<|{one['role']}|>{one['content']}<end>\n" for one in talk)
+    row = env.demonstrations(1, torch.Generator())[0]
+    assert env.tokenizer.decode(row["tokens"][row["token_mask"]], skip_special_tokens=False) == whole.rstrip()
+    assert trained(make(path, letters, assistant_only_loss=False)) == ["Green.<end>"]
+    # a prompt stays a prompt, and what a tool says in a completion is not imitated
+    path = lines(tmp_path / "b.jsonl", {"prompt": [USER, BLUE, USER], "completion": [BLUE, talk[-2], GREEN]})
+    assert trained(make(path, letters)) == ["Blue, mostly.<end>", "Green.<end>"]
+    env.tokenizer.chat_template = MARKING  # the template says itself what is the assistant's: not the bracket
+    env.tokenizer.save_pretrained(tmp_path / "marking")
+    (tmp_path / "marking/generation_config.json").write_text((Path(letters) / "generation_config.json").read_text())
+    path = lines(tmp_path / "a.jsonl", {"messages": talk})
+    assert trained(make(path, str(tmp_path / "marking"))) == ["Blue, mostly.<end>", "Green.<end>"]
+
+
+def test_a_template_that_writes_earlier_turns_otherwise_is_refused_by_name(tmp_path: Path, letters: str) -> None:
+    tokenizer = load_tokenizer(letters)
+    tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "counting")
+    (tmp_path / "counting/generation_config.json").write_text((Path(letters) / "generation_config.json").read_text())
+    path = lines(tmp_path / "a.jsonl", {"messages": [USER, BLUE, SEA, GREEN]})
+    with pytest.raises(DataError, match=r"a.jsonl, line 1: .* comes before message 2 .*env.assistant_only_loss=false"):
+        make(path, str(tmp_path / "counting")).demonstrations(1, torch.Generator())
+
+
+def test_conversations_that_nobody_answers_are_told_by_name(tmp_path: Path, letters: str) -> None:
+    env = make(lines(tmp_path / "a.jsonl", {"messages": [USER, BLUE, SEA]}), letters)
+    with pytest.raises(ConfigError, match=r"ends with role 'user'.*end each with a message of role 'assistant'"):
+        env.demonstrations(1, torch.Generator())
+    env = make(lines(tmp_path / "a.jsonl", {"prompt": "Sea?"}), letters)
+    with pytest.raises(ConfigError, match=r"name its column with env.solution_key"):
+        env.demonstrations(1, torch.Generator())
 
 
 def test_a_prompt_that_is_begun_by_the_assistant_is_gone_on_with(tmp_path: Path, letters: str) -> None:

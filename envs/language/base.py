@@ -279,10 +279,7 @@ class LanguageTask:
             raise ConfigError(f"demonstration style {style!r} is unknown; this task has {known}")
         problems = self._draw_demonstrated(count, generator)
         chosen = self._styles_of(count, style, generator)
-        parts = [
-            [Segment(problem["text"]), *self._demonstrate(problem, one)]
-            for problem, one in zip(problems, chosen, strict=True)
-        ]
+        parts = [self._imitated(problem, one) for problem, one in zip(problems, chosen, strict=True)]
         return self.codec.rows(parts, self.max_length)
 
     def solve(self, problems: Sequence[dict[str, Any]], style: str | None = None) -> list[list[int]]:
@@ -364,6 +361,10 @@ class LanguageTask:
     def _demonstrate(self, problem: dict[str, Any], style: str | None) -> list[Segment]:
         """What follows the prompt in a correct conversation."""
         raise ConfigError(f"{type(self).__name__} has no demonstrations; set warm_start=none")
+
+    def _imitated(self, problem: dict[str, Any], style: str | None) -> list[Segment]:
+        """A whole supervised conversation, the prompt first."""
+        return [Segment(problem["text"]), *self._demonstrate(problem, style)]
 
     def _styles_of(self, count: int, style: str | None, generator: torch.Generator) -> Sequence[str | None]:
         return [style or (self.styles[0] if self.styles else None)] * count

@@ -7,17 +7,25 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from unified_rl.envs.language.codec import Codec
 from unified_rl.errors import ConfigError, DataError
 from unified_rl.prompts import Message
 
 _CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""Begins what the assistant says, in a template that marks it."""
 _OWN = frozenset(
     ("conversation", "messages", "tools", "chat_template", "tokenize", "add_generation_prompt",
      "continue_final_message", "return_dict", "return_tensors", "return_assistant_tokens_mask",
      "padding", "truncation", "max_length")
 )  # fmt: skip
 """Arguments of a chat template that the task gives itself."""
+
+ONE_TURN = (
+    "env.assistant_only_loss=false imitates the last turn alone; a template with {% generation %} marks every turn"
+)
 
 
 class Chat:
@@ -105,6 +113,66 @@ class Chat:
         text = whole[len(before) :]
         head, end, rest = text.rpartition(self.end)
         return head if end and not rest.strip() else text
+
+    def pieces(self, messages: Sequence[Message], since: int, where: str = "") -> list[tuple[str, bool]]:
+        """A conversation in pieces, in their order: text, and whether the assistant says it.
+
+        A piece of the assistant's ends with the end of its turn, and the last one, which ends the conversation, before
+        that. Where the template marks what the assistant says (``{% generation %}``), this is it; else it is found
+        between what the template makes of the messages before, and the end of the turn.
+
+        Args:
+            messages: the conversation, an assistant's message last.
+            since: number of the first message that counts as the assistant's.
+            where: place of the record, for errors.
+
+        Raises:
+            DataError: the template refuses the conversation, or writes messages otherwise once others follow.
+        """
+        led = self._led(messages)
+        since += len(led) - len(messages)
+        whole = self._render(led, where, add_generation_prompt=False)
+        marks = _GENERATION.search(self.template) is not None
+        spans = self._marked(led, since, where) if marks else self._between(led, since, whole, where)
+        out: list[tuple[str, bool]] = []
+        at = 0
+        for start, end in spans:
+            out += [(whole[at:start], False), (whole[start:end], True)]
+            at = end
+        if not out:
+            raise DataError(f"{where}: the chat template marks nothing as the assistant's ({ONE_TURN})")
+        out[0] = (self._bare(out[0][0]), False)
+        out[-1] = (out[-1][0].removesuffix(self.end), True)
+        return [piece for piece in out if piece[0]]
+
+    def _marked(self, led: list[Message], since: int, where: str) -> list[tuple[int, int]]:
+        """Where in the text the template's own marks stand, with the end of the turn behind each."""
+        options = {**self.tokenizer.special_tokens_map, **self.options}
+        rendered, marks = render_jinja_template(
+            [led], chat_template=self.template, return_assistant_tokens_mask=True, **options
+        )
+        (whole,), (spans,) = rendered, marks
+        first = len(self._render(led[:since], where, add_generation_prompt=False)) if since else 0
+        ends = [end + len(self.end) * whole.startswith(self.end, end) for _, end in spans]
+        return [(start, end) for (start, _), end in zip(spans, ends, strict=True) if start >= first]
+
+    def _between(self, led: list[Message], since: int, whole: str, where: str) -> list[tuple[int, int]]:
+        """Where the assistant's messages stand in the text, by what the template makes of those before each."""
+        spans: list[tuple[int, int]] = []
+        for number, message in enumerate(led):
+            if message["role"] != "assistant" or number < since:
+                continue
+            before = self._render(led[:number], where, add_generation_prompt=True) if number else ""
+            end = whole.find(self.end, len(before)) + len(self.end)
+            if end < len(self.end):  # turns without an end of their own
+                end = len(self._render(led[: number + 1], where, add_generation_prompt=False).rstrip())
+            if not number or not whole.startswith(before) or (spans and len(before) < spans[-1][1]):
+                raise DataError(
+                    f"{where}: the chat template writes what comes before message {number + 1} otherwise once the "
+                    f"conversation goes on, so what the assistant says cannot be told apart ({ONE_TURN})"
+                )
+            spans.append((len(before), end))
+        return spans
 
     def _led(self, messages: Sequence[Message]) -> list[Message]:
         own = any(message["role"] == "system" for message in messages)

@@ -11,6 +11,7 @@ from unified_rl.configurable import configurable
 from unified_rl.envs.language.answers import marked_answer
 from unified_rl.envs.language.base import Verdict
 from unified_rl.envs.language.chat import Chat, check_options, day_of
+from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.judging import Truncated
 from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.tokenizer import load_tokenizer, train_bpe
@@ -121,6 +122,8 @@ class JsonlProblems(PooledTask):
         solution_key: field of what demonstrations say, word for word; by default as above, where an answer or solution
             loses its calculation marks and gets the reference, in the form that the verifier reads, where it lacks it
             (a bare number becomes ``#### 42``, or a box for ``math``; several words stay as they are).
+        assistant_only_loss: imitate every turn of the assistant in ``messages`` (and in a ``completion`` of several)
+            and nothing else; false imitates the last one alone, in a ``completion`` all of it. Prompts stay prompts.
         verifier: how an answer is compared: ``numeric`` (the last box, answer tag or ``####`` line of the text holds
             the number), ``last`` (as that; without a mark, the last number of the text) or ``math`` (math-verify, free
             form).
@@ -165,6 +168,7 @@ class JsonlProblems(PooledTask):
         question_key: str | None = None,
         answer_key: str | None = None,
         solution_key: str | None = None,
+        assistant_only_loss: bool = True,
         verifier: str = "numeric",
         template: str | None = None,
         chat: bool | None = None,
@@ -194,6 +198,7 @@ class JsonlProblems(PooledTask):
         if template is not None and "{question}" not in template:
             raise ConfigError("env.template must contain {question}")
         self.verifier = verifier
+        self.assistant_only_loss = assistant_only_loss
         self._keys = (question_key, answer_key, solution_key)
         self._template, self._wraps = template, system_prompt is not None if chat is None else chat
         self._tools = None if tools is None else Tools(tools, tool_seconds)
@@ -267,7 +272,10 @@ class JsonlProblems(PooledTask):
         problem = self._outline(record, prompt, where)
         said = self._said(record, prompt, problem, where)
         problem["columns"] = other_columns(record)
-        return problem if said is None else {**problem, "solution": said}
+        if said is None:
+            return problem
+        pieces = self._pieces(record, prompt, problem, where) if self.assistant_only_loss else None
+        return {**problem, "solution": said, **({} if pieces is None else {"pieces": pieces})}
 
     def outline_of(self, record: Record, where: str) -> dict[str, Any]:
         """As :meth:`problem_of`, without what is imitated and the further columns."""
@@ -358,6 +366,29 @@ class JsonlProblems(PooledTask):
             return None
         solution = self._solution(worked, problem["reference"])
         return solution if messages is not None else _led(solution, problem["text"])
+
+    def _pieces(
+        self, record: Record, prompt: Prompt, problem: dict[str, Any], where: str
+    ) -> list[tuple[str, bool]] | None:
+        """What is imitated of a conversation in which the assistant speaks more than once; None for other records."""
+        messages = problem.get("messages")
+        if messages is None or not self._rendering:
+            return None
+        found = find_completion(record, self._keys[2], where)
+        said = list(prompt.said) if found is None else found
+        if not isinstance(said, list) or not said or said[-1]["role"] != "assistant":
+            return None
+        since = 0 if found is None else len(messages)
+        if sum(one["role"] == "assistant" for one in [*messages, *said][since:]) < 2 and len(said) == 1:
+            return None
+        return self._template_for(where).pieces([*messages, *said], since, where)
+
+    def _imitated(self, problem: dict[str, Any], style: str | None) -> list[Segment]:
+        """As of every task; of a conversation with every turn of the assistant's."""
+        if "pieces" not in problem:
+            return super()._imitated(problem, style)
+        *before, (last, _) = problem["pieces"]
+        return [*(Segment(text, trained=own) for text, own in before), Segment(last, trained=True, end=True)]
 
     def _solution(self, worked: str, reference: str | None) -> str:
         """``worked`` without calculation marks, ending in the form that the verifier reads."""

@@ -13,8 +13,9 @@ from unified_rl.envs.language.rewards import Ended, Rewards, plain_value
 from unified_rl.rollout.conversation import SCORES
 
 OWN = frozenset(
-    ("prompt", "prompt_id", "text", "split", "key", "record", "columns", "asked", "messages", "completions", "fault")
-)
+    ("prompt", "prompt_id", "text", "split", "key", "record", "columns", "asked", "messages", "completions", "fault",
+     "pieces")
+)  # fmt: skip
 """Entries of a problem that are no column of its record."""
 REMEMBERED = 65536
 """Replies of the environment that are kept for the transcripts of conversations that go on."""

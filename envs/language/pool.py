@@ -164,11 +164,18 @@ class PooledTask(LanguageTask):
                 solved = [place for place, problem in enumerate(batch, at) if problem.get("solution")]
                 texts = [batch[place - at]["solution"] for place in solved]
                 for place, ids in zip(solved, self.codec.encode(texts), strict=True):
-                    if len(ids) < self.max_turn_tokens:
+                    if len(ids) < self.max_turn_tokens and self._whole_fits(batch[place - at]):
                         numbers.append(int(side.numbers[place]))
                 at += len(batch)
             self._shown[split] = Side(side.problems, numbers)
         return self._shown[split]
+
+    def _whole_fits(self, problem: Problem) -> bool:
+        """Whether a conversation that is imitated in pieces fits a row; others do where prompt and solution do."""
+        if "pieces" not in problem:
+            return True
+        ids = self.codec.encode([text for text, _ in problem["pieces"]])
+        return len(self.codec.prefix) + sum(map(len, ids)) < self.max_length
 
     def find_problems(self, prompts: Sequence[str]) -> list[Problem | None]:
         """The training problem with each prompt, None where there is none (a held-out prompt, for example).
@@ -242,11 +249,7 @@ class PooledTask(LanguageTask):
         if not pool:
             problems = self._pools["train"].take(range(min(AT_ONCE, len(self._pools["train"]))))
             if not any(problem.get("solution") for problem in problems):
-                raise ConfigError(
-                    "the pool of demonstration problems is empty: no record holds what is to be imitated, a "
-                    "completion, an assistant's message or a solution; name its column with env.solution_key, or "
-                    "imitate nothing (agent=policy_gradient warm_start=none)"
-                )
+                raise ConfigError(_nothing_said(problems))
             raise ConfigError(
                 "the pool of demonstration problems is empty: no solution fits env.max_turn_tokens="
                 f"{self.max_turn_tokens}; raise it"
@@ -258,7 +261,7 @@ class PooledTask(LanguageTask):
         pool = self._shows("eval")[:count]
         if not pool:
             return None
-        return self.codec.rows([[Segment(p["text"]), *self._demonstrate(p, None)] for p in pool], self.max_length)
+        return self.codec.rows([self._imitated(problem, None) for problem in pool], self.max_length)
 
     def _demonstrate(self, problem: Problem, style: str | None) -> list[Segment]:
         return [Segment(problem["solution"], trained=True, end=True)]
@@ -322,6 +325,25 @@ UNJUDGED = (
     "; imitation needs no reference, but rollouts and evaluation compare answers with it: choose another env.verifier, "
     "or a reward that reads none"
 )
+
+
+def _nothing_said(problems: Sequence[Problem]) -> str:
+    """Why there is nothing to imitate in problems without a solution, and what would mend that."""
+    start, end = (
+        "the pool of demonstration problems is empty: ",
+        "imitate nothing (agent=policy_gradient warm_start=none)",
+    )
+    talk = next((problem["messages"] for problem in problems if problem.get("messages")), None)
+    if talk is not None:
+        return (
+            f"{start}no conversation ends with what the assistant said (the first one ends with role "
+            f"{talk[-1]['role']!r}), and no record has a completion; end each with a message of role 'assistant', put "
+            f"what is to be said into a column completion, or {end}"
+        )
+    return (
+        f"{start}no record holds what is to be imitated, a completion, an assistant's message or a solution; name its "
+        f"column with env.solution_key, or {end}"
+    )
 
 
 def _record(problem: Problem) -> int:
