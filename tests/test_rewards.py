@@ -146,7 +146,7 @@ def test_functions_get_what_their_signature_takes_and_are_added_up_by_weight(mod
     assert result.reward.tolist() == pytest.approx([2.3, 0.15])
     seen = module.SEEN[-1]
     assert seen["prompts"] == [row["text"] for row in rows] and seen["completions"] == ["1,2>5", ">5"]
-    assert seen["columns"] == ["completion_ids", "level", "prompt_ids", "totals", "truncated"]
+    assert seen["columns"] == ["completion_ids", "level", "max_completion_length", "prompt_ids", "totals", "truncated"]
     assert result.done.tolist() == [True, True] and env.reward_names == ("rewards/accuracy", "rewards/length")
 
 

@@ -66,7 +66,12 @@ class Judge:
         Raises:
             ConfigError: a function takes what the records do not have.
         """
-        self.rewards.check(list(_columns([problem])), self.task.max_turn_tokens * self.task.max_turns)
+        self.rewards.check(list(_columns([problem])), self._budget)
+
+    @property
+    def _budget(self) -> int:
+        """Tokens that a conversation may have sampled."""
+        return self.task.max_turn_tokens * self.task.max_turns
 
     def __call__(
         self,
@@ -132,6 +137,7 @@ class Judge:
             completion_ids=[[token for turn in own for token in turn] for own in said],
             prompt_ids=[list(problem.get("prompt", ())) for problem in chosen],
             truncated=[bool(flags[row]) for row in rows],
+            max_completion_length=[self._budget] * len(rows),
             columns=columns,
             task=[own[row] for row in rows],
             places=[int(problem.get("prompt_id", at)) for at, problem in enumerate(chosen)],
