@@ -88,6 +88,8 @@ class LanguageTask:
     """Names beyond ``correct`` and ``truncated`` in ``TurnResult.info``."""
     compares = True
     """Answers are compared with references by the task's own verifier; not so under reward functions without it."""
+    answer_mark = ""
+    """What the answer stands behind in a turn, where that is a mark of the task's own."""
     reply_role = "user"
     """Who speaks in its replies, for reward functions that see messages."""
     judge_seconds = 600.0

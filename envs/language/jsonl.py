@@ -52,6 +52,8 @@ SEAM = 2
 CUT = " ... (cut)"
 """Ends a result that did not fit."""
 VERIFIERS = ("numeric", "last", "math")
+BY_TEXT = "for text set reward=exact, for formulas env.verifier=math"
+"""What compares a reference that is no number."""
 TEMPLATE = "Question: {question}\nAnswer:"
 """The default prompt without a chat template. It ends without a blank: the blank belongs to an answer's first token."""
 _PLAIN = re.compile(r"-?[0-9]{1,15}(?:\.[0-9]{1,15})?")
@@ -285,12 +287,12 @@ class JsonlProblems(PooledTask):
     def _outline(self, record: Record, prompt: Prompt, where: str) -> dict[str, Any]:
         messages = self._messages(prompt)
         text = self._question(prompt) if messages is None else self._rendered(messages, where)
-        reference, fault = self._reference(record, prompt, where)
+        reference, fault, unread = self._reference(record, prompt, where)
         problem: dict[str, Any] = {"text": text, "record": prompt.identity, "reference": reference}
         if messages is not None:
             problem["messages"] = messages
         if fault is not None:
-            problem["fault"] = fault
+            problem |= {"fault": fault, "unread": unread}
         return problem
 
     def _question(self, prompt: Prompt) -> str:
@@ -316,8 +318,9 @@ class JsonlProblems(PooledTask):
                 raise ConfigError(f"{where} holds a conversation: {error}") from error
         return self._chat
 
-    def _reference(self, record: Record, prompt: Prompt, where: str) -> tuple[str | None, str | None]:
-        """What answers are compared with, or None and what is wrong with it."""
+    def _reference(self, record: Record, prompt: Prompt, where: str) -> tuple[str | None, str | None, str]:
+        """What answers are compared with, or None, what is wrong with it and the text that it is all the same."""
+        reference = ""
         try:
             key = self._keys[1] or first_of(record, ANSWERS)
             worked = self._worked(record, key, prompt, where)
@@ -326,12 +329,14 @@ class JsonlProblems(PooledTask):
                 reference = marked_answer(worked) or reference
             if not reference or (self.verifier != "math" and not _is_number(reference)):
                 wanted = "an answer" if self.verifier == "math" else "a number"
+                way = f" ({BY_TEXT})" if reference else ""
                 raise DataError(
-                    f"{where}: field {key or prompt.column!r} holds no reference: expected {wanted}, got {worked!r:.80}"
+                    f"{where}: field {key or prompt.column!r} holds no reference: expected {wanted}, got "
+                    f"{worked!r:.80}{way}"
                 )
         except DataError as error:
-            return None, str(error)
-        return reference, None
+            return None, str(error), reference
+        return reference, None, reference
 
     @staticmethod
     def _worked(record: Record, key: str | None, prompt: Prompt, where: str) -> str:

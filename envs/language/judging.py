@@ -14,7 +14,7 @@ from unified_rl.rollout.conversation import SCORES
 
 OWN = frozenset(
     ("prompt", "prompt_id", "text", "split", "key", "record", "columns", "asked", "messages", "completions", "fault",
-     "pieces")
+     "pieces", "unread")
 )  # fmt: skip
 """Entries of a problem that are no column of its record."""
 REMEMBERED = 65536
@@ -31,6 +31,7 @@ class TakesRewards(Protocol):
     truncated: Truncated | None
     truncated_reward: float | None
     reply_role: str
+    answer_mark: str
 
     def turn_texts(self, turns: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
         """The texts of turns as they are judged."""
@@ -66,7 +67,7 @@ class Judge:
         Raises:
             ConfigError: a function takes what the records do not have.
         """
-        self.rewards.check(list(_columns([problem])), self._budget)
+        self.rewards.check(list(_columns([problem])), self._budget, self.task.answer_mark)
 
     @property
     def _budget(self) -> int:
@@ -191,9 +192,7 @@ def _text(problem: dict[str, Any]) -> str:
 
 def _referred(problem: dict[str, Any]) -> dict[str, Any]:
     """The reference of a record whose answer the task's own verifier cannot read."""
-    columns = problem.get("columns") or {}
-    found = next((columns[name] for name in ("answer", "solution", "completion") if columns.get(name)), None)
-    return {"reference": found.rpartition("####")[2].strip()} if isinstance(found, str) else {}
+    return {"reference": problem["unread"]} if problem.get("unread") else {}
 
 
 def _columns(problems: Sequence[dict[str, Any]], rewards: Rewards | None = None) -> dict[str, list[Any]]:

@@ -322,8 +322,8 @@ class PooledTask(LanguageTask):
 
 
 UNJUDGED = (
-    "; imitation needs no reference, but rollouts and evaluation compare answers with it: choose another env.verifier, "
-    "or a reward that reads none"
+    "; imitation needs no reference, but rollouts and evaluation compare answers with it: give one, or a reward that "
+    "reads none"
 )
 
 

@@ -21,6 +21,8 @@ from unified_rl.ranges import Float32, Name, Positive, Whole, ranged
 
 GIVEN = ("prompts", "completions", "completion_ids", "prompt_ids", "truncated", "max_completion_length")
 """What every function can take beside the columns of the records."""
+READERS = ("exact", "numeric", "math")
+"""Shipped rewards that look for the answer in the text, to compare it with ``reference``."""
 MAX_HUNG = 3
 """Rows whose calls may hang before the rest of a failed call is given up too."""
 
@@ -144,11 +146,16 @@ class Rewards:
         functions = [self.functions[at] for at in self._called]
         return [n for n in known if any(f is not None and (f.open or n in f.takes) for f in functions)]
 
-    def check(self, columns: Sequence[str], budget: int) -> None:
-        """Looks at a task before the first step: the columns of its records, and its budget of sampled tokens.
+    def check(self, columns: Sequence[str], budget: int, mark: str = "") -> None:
+        """Looks at a task before the first step.
+
+        Args:
+            columns: of its records.
+            budget: of sampled tokens.
+            mark: what its answers stand behind, where that is a mark of its own.
 
         Raises:
-            ConfigError: a function needs what the records do not have, or does not go with the budget.
+            ConfigError: a function needs what the records do not have, or does not go with the budget or the mark.
         """
         for at in self._called:
             function = self.functions[at]
@@ -158,6 +165,11 @@ class Rewards:
                 raise ConfigError(
                     f"{self.specs[at].where} ({self.specs[at].path}) takes {missing[0]!r}, which is no column of this "
                     f"task's records; {nearest(missing[0], [*GIVEN, *columns])}"
+                )
+            if mark and self.specs[at].path in READERS:
+                raise ConfigError(
+                    f"{self.specs[at].where} ({self.specs[at].path}) finds answers as people mark them, and this "
+                    f"task's stand behind {mark!r}, so all would be wrong; use reward=task, the task's own verifier"
                 )
             if isinstance(function.object, Budgeted):
                 function.object.check_budget(budget)
