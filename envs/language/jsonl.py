@@ -70,7 +70,7 @@ class FileProblems(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, task: JsonlProblems, records: Records) -> None:
-        self.task, self.records = task, records
+        self.task, self.records, self.place = task, records, str(records.path)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from hashlib import blake2b
 from itertools import islice
+from os.path import realpath
 from typing import Any, Protocol, Self, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -27,7 +28,13 @@ Problem = dict[str, Any]
 
 @runtime_checkable
 class Takes(Protocol):
-    """A sequence of problems that makes several of them at once."""
+    """The problems of a file, which makes several of them at once.
+
+    Attributes:
+        place: of the file.
+    """
+
+    place: str
 
     def outlines(self) -> Iterator[Problem]:
         """Every problem with what a split needs: its text, ``record`` and ``fault``."""
@@ -105,15 +112,16 @@ class PooledTask(LanguageTask):
         self._waiting: list[dict[str, Any]] = []
         self._shown: dict[str, Side] = {}
         train, evaluation, others = array("q"), array("q"), set()
+        told: set[str] = set()
         if held_out is not None:
-            for number, problem, fits in self._measured(held_out):
+            for number, problem, fits in self._measured(held_out, told):
                 others.add(_record(problem))
                 if fits:
                     evaluation.append(number)
                     self._note_fault("eval", problem)
         hashes = array("Q")
         count = 0
-        for number, problem, fits in self._measured(problems):
+        for number, problem, fits in self._measured(problems, told):
             count += 1
             away = self._belongs(problem) if held_out is None else _record(problem) in others
             if not fits or (away and held_out is not None):
@@ -136,8 +144,13 @@ class PooledTask(LanguageTask):
         if "fault" in problem:
             self.unjudged.setdefault(split, problem["fault"])
 
-    def _measured(self, problems: Iterable[Problem]) -> Iterator[tuple[int, Problem, bool]]:
-        """Number and problem, and whether the prompt fits."""
+    def _measured(self, problems: Iterable[Problem], told: set[str]) -> Iterator[tuple[int, Problem, bool]]:
+        """Number and problem, and whether the prompt fits; of each file one warning counts those that do not.
+
+        Args:
+            problems: all of a file, or a generated set.
+            told: files that the warning was given of.
+        """
         room = self.max_prompt_length - len(self.codec.prefix)
         number = long = 0
         waiting = problems.outlines() if isinstance(problems, Takes) else iter(problems)
@@ -147,10 +160,13 @@ class PooledTask(LanguageTask):
                 long += not fits
                 yield number, problem, fits
                 number += 1
-        if long:
+        place = problems.place if isinstance(problems, Takes) else ""
+        if long and realpath(place) not in told:
+            told.add(realpath(place))
             logging.getLogger(__name__).warning(
-                "%d of %d prompts are longer than env.max_prompt_length=%d and are left out", long, number, room
-            )
+                "%d of %d prompts%s are longer than env.max_prompt_length=%d and are left out",
+                long, number, place and f" of {place}", room,
+            )  # fmt: skip
 
     def pool_sizes(self) -> dict[str, int]:
         """How many problems there are to train on, to evaluate on, and to imitate."""
