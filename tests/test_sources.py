@@ -408,6 +408,14 @@ def test_another_language_model_answers_the_same_prompts(tmp_path: Path) -> None
         sure = CausalLM(**env.policy_inputs(), path=folder, temperature=1e-4).log_prob(answers).log_prob
     assert float((sure * answers["mask"]).abs().max()) < 1e-2
     assert torch.equal(own(rows)["tokens"], rollout().collect(0)[0]["tokens"])
+    for settings in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.999}):  # each leaves the likeliest token alone
+        sharp = rollout(sources={"teacher": Model(folder, per_group=2, **settings)})
+        assert torch.equal(others(sharp.collect(0)[0])["tokens"], answers["tokens"])
+    half = Model(folder, per_group=2, top_k=1, dtype="bfloat16", autocast=True, repetition_penalty=30.0)
+    said = others(rollout(sources={"teacher": half}).collect(0)[0])
+    assert half.model.model.dtype == torch.bfloat16 and half.model.autocast
+    spoken = [row["tokens"][row["mask"]].tolist() for row in said]
+    assert all(len(set(ids)) == len(ids) for ids in spoken) and not torch.equal(said["tokens"], answers["tokens"])
 
 
 # ------------------------------------------------------------------------------------------------ refusals
