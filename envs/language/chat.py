@@ -10,6 +10,8 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from unified_rl.envs.language.codec import Codec
+from unified_rl.envs.language.tool_formats import PROBE
+from unified_rl.envs.language.tools import Asked
 from unified_rl.errors import ConfigError, DataError
 from unified_rl.prompts import Message
 
@@ -80,15 +82,32 @@ class Chat:
                 "results; use a folder whose template does (Qwen, Hermes), or leave env.tools out"
             )
 
-    def reply(self, results: Sequence[str], ended: bool) -> str:
+    def written_call(self) -> str | None:
+        """What the template makes of a turn that calls a tool; None where it refuses one."""
+        asked: list[Message] = [{"role": "user", "content": "?"}]
+        call = {"id": call_id("", 0), "type": "function", "function": PROBE}
+        try:
+            whole = self._render([*asked, {"role": "assistant", "content": "", "tool_calls": [call]}], "")
+            before = self._render(asked, "", add_generation_prompt=True)
+        except DataError:
+            return None
+        written = whole[len(before) :] if whole.startswith(before) else whole.rpartition("?")[2]
+        return written.rstrip().removesuffix(self.end)
+
+    def reply(self, results: Sequence[str], ended: bool, calls: Sequence[Asked] = ()) -> str:
         """What the template puts between a turn that called tools and the next one: their results, one message each.
 
         Args:
             results: of the calls of the turn.
             ended: the turn ends with the end-of-turn token already.
+            calls: the calls, for templates that show a result with the name or the number of its call.
         """
+        asked = [*calls, *(Asked("", {}) for _ in range(len(results) - len(calls)))]
         called: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "qzq"}]
-        told: list[Message] = [{"role": "tool", "content": text} for text in results]
+        told: list[Message] = [
+            {"role": "tool", "name": call.name, "tool_call_id": call_id(call.id, at), "content": text}
+            for at, (call, text) in enumerate(zip(asked, results, strict=True))
+        ]
         whole = self._render([*called, *told], "env.tools", add_generation_prompt=True)
         _, _, after = whole.partition("qzq")
         return after.removeprefix(self.end) if ended else after
@@ -179,10 +198,10 @@ class Chat:
         lead = [] if own or self.system is None else [{"role": "system", "content": self.system}]
         return [*lead, *messages]
 
-    def _render(self, messages: list[Message], where: str, **options: Any) -> str:
+    def _render(self, messages: Sequence[Message], where: str, **options: Any) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, **options, **self.options
+                list(messages), chat_template=self.template, tokenize=False, **options, **self.options
             )
         except Exception as error:  # jinja's own kinds, and raise_exception of the template
             reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -199,6 +218,11 @@ class Chat:
         text = self._render([{"role": "user", "content": "?"}, {"role": "assistant", "content": said}], "")
         ids = self.codec.encode([text.rpartition(said)[2].strip()])[0]
         return ids[0] if ids and ids[0] in self.codec.end_ids else self.codec.eos_id
+
+
+def call_id(given: str, number: int) -> str:
+    """The number of a call in a turn, of nine letters and digits, which Mistral's templates ask for."""
+    return given if len(given) == 9 and given.isalnum() else f"{number:09d}"
 
 
 def check_options(options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.judging import Truncated
 from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.tokenizer import load_tokenizer, train_bpe
+from unified_rl.envs.language.tool_formats import FORMS, ToolFormat, form_of, own_form
 from unified_rl.envs.language.tools import Asked, Tools
 from unified_rl.envs.language.verifiers import (
     MathVerifier,
@@ -137,6 +138,8 @@ class JsonlProblems(PooledTask):
         chat_template_kwargs: further arguments of the chat template, such as ``{enable_thinking: false}``.
         tools: functions that the model may call (``[my_tools:add]``), see :mod:`unified_rl.envs.language.tools`; their
             schemas go into the chat template, and their results are messages that no loss is over.
+        tool_format: how the model writes calls: ``hermes`` (Qwen too), ``llama3_json``, ``mistral``, or
+            ``response_template`` of the tokenizer's folder; by default as the chat template writes them.
         max_turns: turns of a conversation, the last of which answers; with tools 4 by default, else 1.
         max_reply_length: tokens of the results of one turn, with the template's marks; longer ones are cut.
         tool_seconds: wall time of one call.
@@ -177,6 +180,7 @@ class JsonlProblems(PooledTask):
         system_prompt: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         tools: Some | None = None,
+        tool_format: ToolFormat | None = None,
         max_turns: Count | None = None,
         max_reply_length: Count = 256,
         tool_seconds: Positive = 10.0,
@@ -204,6 +208,9 @@ class JsonlProblems(PooledTask):
         self._keys = (question_key, answer_key, solution_key)
         self._template, self._wraps = template, system_prompt is not None if chat is None else chat
         self._tools = None if tools is None else Tools(tools, tool_seconds)
+        if tools is None and tool_format is not None:
+            raise ConfigError(f"env.tool_format={tool_format} would be of no effect: there are no env.tools")
+        self._tool_format = tool_format
         if tools is None and max_turns not in (None, 1):
             raise ConfigError(
                 f"env.max_turns={max_turns} would be of no effect: without env.tools an answer is one turn"
@@ -234,6 +241,7 @@ class JsonlProblems(PooledTask):
             self._chat = Chat(self.codec, *self._chat_settings)
         self._fill(problems, None if eval_path is None else FileProblems(self, open_records(eval_path)))
         self._refuse_idle_chat()
+        self._choose_form()
         self._check_room()
         self._math = MathVerifier(score_seconds, batch_seconds) if verifier == "math" else None
         self._verify: Verifier = self._math or (last if verifier == "last" else numeric)
@@ -246,6 +254,22 @@ class JsonlProblems(PooledTask):
                 raise ConfigError(
                     f"env.{name} would be of no effect: prompts are text and env.chat is off; set env.chat=true"
                 )
+
+    def _choose_form(self) -> None:
+        """How calls are read, as somebody says or the folder does."""
+        if self._tools is None or self._chat is None:
+            return
+        name = self._tool_format
+        if name is None and getattr(self.tokenizer, "response_template", None) is not None:
+            name = "response_template"
+        if name is None:
+            self._tools.form = form_of(self._chat.written_call())
+        elif name == "response_template":
+            self._tools.form = own_form(
+                self.tokenizer, self._tools.schemas, self._chat.prompt([{"role": "user", "content": "?"}])
+            )
+        else:
+            self._tools.form = FORMS[name]
 
     def _check_room(self) -> None:
         """Raises ConfigError where not even a short result of a tool fits."""
@@ -425,9 +449,11 @@ class JsonlProblems(PooledTask):
     reply_role = "tool"
     _cut = False
     """Whether the turn that is being judged ran out of its budget: no tool is called from it."""
+    _said_last: Sequence[int] = ()
+    """Its tokens."""
 
     def _verdict(self, problem: dict[str, Any], said: list[list[int]], complete: bool, row: int) -> Verdict:
-        self._cut = not complete
+        self._cut, self._said_last = not complete, said[-1]
         return super()._verdict(problem, said, complete, row)
 
     def _called(self, calls: list[Asked]) -> Verdict:
@@ -439,7 +465,7 @@ class JsonlProblems(PooledTask):
             made -= 1
         room = self._room(chat, made)
         results = [self._fitted(tools.run(call), room) for call in calls[:made]]
-        return Verdict(done=False, reply=chat.reply(results, True), shown="\n".join(results))
+        return Verdict(done=False, reply=chat.reply(results, True, calls[:made]), shown="\n".join(results))
 
     def _fitted(self, text: str, room: int) -> str:
         """A result in ``room`` tokens at most, without special tokens, which only the template may put."""
@@ -458,6 +484,11 @@ class JsonlProblems(PooledTask):
             return reply
         return self._chat.end + reply
 
+    def _whole_turn(self) -> str:
+        """The turn that is being judged with its special tokens, which may mark calls, but for the end of the turn."""
+        ids = self._said_last
+        return self.turn_texts([ids[:-1] if len(ids) and ids[-1] in self.codec.end_ids else ids], False)[0]
+
     def _begin_batch(self) -> None:
         if self._math is not None:
             self._math.renew()
@@ -468,7 +499,7 @@ class JsonlProblems(PooledTask):
 
     def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:
         goes_on = turn < self.max_turns and not self._cut
-        if self._tools is not None and goes_on and (calls := self._tools.calls(text)):
+        if self._tools is not None and goes_on and (calls := self._tools.calls(self._whole_turn())):
             return self._called(calls)
         if problem["reference"] is None:  # reward functions judge, and what is correct is unknown
             return Verdict(info={"scorer_error": 0.0})
