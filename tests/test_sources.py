@@ -232,25 +232,33 @@ def test_a_batch_of_a_file_takes_each_answer_once_before_any_again(tmp_path: Pat
     assert torch.equal(again.collect(5)[0]["tokens"], want["tokens"])
 
 
-def test_luffy_trains_from_a_file_of_a_teachers_answers(tmp_path: Path) -> None:
-    env = sums(tmp_path)
-    lines = [{"prompt": p["record"], "completion": f"#### {p['reference']}"} for p in env._pools["train"]]
-    path, data = file_of(tmp_path, lines), str(tmp_path / "problems.jsonl")
-    source = f"{{_target_: unified_rl.rollout.sources.ExpertFile, path: {path}, per_group: 1}}"
-    run = [
-        "env=jsonl", f"env.path={data}", "env.template='Q {question} A '", "env.max_turn_tokens=12", "env.held_out=0.5",
-        "env.vocabulary_size=280", "recipe=luffy", f"rollout.sources={{demonstrations: null, teacher: {source}}}",
-        "policy=causal_lm_tiny", "rollout.prompts=4", "rollout.group_size=3", "agent.lr=0.01", "steps=96",
-        "eval_episodes=2", "progress=false",
+def test_luffy_learns_a_teachers_answers_that_nobody_else_teaches(tmp_path: Path) -> None:
+    """Eight updates towards one answer to every question, and the same without the teacher's rows."""
+    questions = [f"{number} + 1" for number in range(24)]
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"question": "{q}", "answer": "#### 7"}}\n' for q in questions))
+    teacher = file_of(tmp_path, [{"prompt": question, "completion": "#### 7"} for question in questions])
+    source = f"{{_target_: unified_rl.rollout.sources.ExpertFile, path: {teacher}, per_group: 1, partial: true}}"
+    shared = [
+        "env=jsonl", f"env.path={tmp_path / 'data.jsonl'}", "env.template='Q {question} A '", "env.held_out=0.3",
+        "env.max_turn_tokens=12", "env.vocabulary_size=280", "policy=causal_lm_tiny", "rollout.prompts=4",
+        "rollout.group_size=3", "agent.lr=0.01", "correction.horizon=12", "steps=96", "eval_episodes=2",
+        "progress=false",
     ]  # fmt: skip
-    job = Job(resolve_defaults(compose(run)))
-    trainer = job.make_trainer(tmp_path / "run")
-    taught = job.env.demonstrations(8, stream())
-    before = job.policy.nll(taught).sum().item()
-    for _ in range(8):
-        trainer.update()
-        assert trainer.means.pop()["rollout/joined/teacher"] == 4.0
-    assert job.policy.nll(taught).sum().item() < 0.95 * before
+    alone = ["correction=dr_grpo", "correction.kernel.clip_low=1.0", "correction.kernel.clip_high=1e6"]
+    left = {}
+    for name, own in (
+        ("luffy", ["recipe=luffy", f"rollout.sources={{demonstrations: null, teacher: {source}}}"]),
+        ("control", alone),
+    ):
+        job = Job(resolve_defaults(compose([*shared, *own])))
+        trainer = job.make_trainer(tmp_path / name)
+        taught = job.env.demonstrations(8, stream())
+        before = job.policy.nll(taught).sum().item()
+        for _ in range(8):
+            trainer.update()
+            assert trainer.means.pop().get("rollout/joined/teacher", 0.0) == (4.0 if name == "luffy" else 0.0)
+        left[name] = job.policy.nll(taught).sum().item() / before
+    assert left["luffy"] < 0.6 and left["control"] > 0.9, left
 
 
 def test_a_files_answers_are_a_batch_of_their_own(tmp_path: Path) -> None:
