@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from unified_rl import records as reading
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import JsonlProblems, character_tokenizer
 from unified_rl.envs.language.tokenizer import load_tokenizer
@@ -466,6 +467,59 @@ def test_what_stays_in_memory_of_a_file_are_numbers(tmp_path: Path, letters: str
     try:
         JsonlProblems(path, vocabulary_size=270).problems(32, torch.Generator())
         assert tracemalloc.get_traced_memory()[1] < 4e6
+    finally:
+        tracemalloc.stop()
+
+
+ARRAY = (
+    '\ufeff [\n {"prompt": "ä \\" ] [ \\ud83d\\ude00", "answer": "1"},\n\n'
+    '{"prompt": "x\\n}", "answer": 22}  , {"a": {"b": [1, null,  true, -1.5e3]}} ]\n'
+)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 2**20])
+def test_an_array_is_read_item_by_item_wherever_its_pieces_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(reading, "PIECE", piece)
+    (tmp_path / "a.json").write_text(ARRAY, encoding="utf-8")
+    found = open_records(tmp_path / "a.json")
+    values = [value for _, value in found]
+    assert values == json.loads(ARRAY.removeprefix("\ufeff")) and len(found) == 3
+    assert [value for _, value in found.read([2, 0])] == [values[2], values[0]]
+    assert found.read([1])[0][0].endswith("a.json, item 2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1},\n {"a": tru}]', r"item 2, line 2: not JSON \(Expecting value at column 8\)"),
+        ('[{"a": 1}\n {"a": 2}]', r"a\.json, line 2: not JSON \(Expecting ',' delimiter at column 2\)"),
+        ('[{"a": 1},]', r"item 2, line 1: not JSON \(Expecting value at column 11\)"),
+        ('[{"a": 1}', r"line 1: not JSON \(Expecting ',' delimiter at column 10\)"),
+        ('[{"a": 1}] x', r"line 1: not JSON \(Extra data at column 12\)"),
+        ('[{"a": "x', r"item 1, line 1: not JSON \(Unterminated string starting at at column 8\)"),
+        ('[{"a": 1, "a": 2}]', r"item 1: not usable JSON \(the key 'a' is given twice\)"),
+    ],
+)
+def test_a_fault_in_an_array_is_named_with_item_line_and_column(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        list(open_records(tmp_path / "a.json"))
+
+
+def test_a_fault_in_a_large_array_is_found_without_reading_on(tmp_path: Path) -> None:
+    rows = ",\n".join(json.dumps({"prompt": f"{n}", "filler": "x" * 4000}) for n in range(4000))
+    (tmp_path / "a.json").write_text(f"[{rows}]")
+    tracemalloc.start()
+    try:
+        found = open_records(tmp_path / "a.json")
+        assert sum(1 for _ in found) == 4000 and found.read([3999])[0][1]["prompt"] == "3999"
+        (tmp_path / "b.json").write_text(f'[{{"prompt": "x", "y": }},{rows}]')
+        tracemalloc.reset_peak()
+        with pytest.raises(DataError, match="item 1, line 1"):
+            list(open_records(tmp_path / "b.json"))
+        assert tracemalloc.get_traced_memory()[1] < 6e6 + len(rows)  # rows is held by this test
     finally:
         tracemalloc.stop()
 

@@ -352,5 +352,5 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path: Path, folder: Path) -> N
 
 def test_answers_that_are_nested_without_end_are_named(tmp_path: Path) -> None:
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
-    with pytest.raises(DataError, match=r"deep\.jsonl: not usable JSON"):
+    with pytest.raises(DataError, match=r"deep\.jsonl, item 1: not usable JSON"):
         read_answers(tmp_path / "deep.jsonl")
