@@ -1021,6 +1021,8 @@ ASIDE: dict[str, str] = {
     },
     "jsonl(max_reply_length)": "of env.tools; test_tools.py",
     "jsonl(tool_seconds)": "of env.tools; test_tools.py",
+    "jsonl(tool_format)": "of env.tools; test_tools.py",
+    "jsonl(assistant_only_loss)": "of conversations; test_language_data.py",
     "jsonl(drop_last)": "at an epoch's end; test_language_data.py",
     "jsonl(date)": "of a chat template that prints the day; test_language_jsonl.py",
     "jsonl(max_turn_tokens)": "a budget of sampled answers; chain_mod shows it",
