@@ -20,6 +20,7 @@ from unified_rl.agents.graphed import GraphedStep
 from unified_rl.agents.phases import Node, Phases
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
+from unified_rl.instantiate import is_ours
 from unified_rl.objectives.summands import Scales
 from unified_rl.objectives.transitions import KEYS, Networks, Transitions, prepare_batch
 from unified_rl.policies.base import Policy
@@ -175,6 +176,16 @@ class ActorCritic:
         given: dict[str, Any] = {"target": "soft", "aggregate": "least", **dict.fromkeys(keys[2:])}
         parts = make_phases(**given | {key: settings[key] for key in keys if key in settings})
         parts.check_members(settings.get("critics", 2))
+
+    @property
+    def metric_names(self) -> frozenset[str] | None:
+        """What updates may report; None where a part of the user's own has names that nobody knows."""
+        parts = self.phases_of.parts.values()
+        if not is_ours(self) or not all(part.func.__module__.startswith("unified_rl.") for part in parts):
+            return None
+        entropy = {"policy/alpha", "policy/entropy"} if self.reads_alpha else set()
+        weight = {"policy/weight"} if self.phases_of.needing("advantage") else set()
+        return frozenset({LABELS[name] for name in self.phases_of.losses()} | entropy | weight)
 
     def _parts(
         self,

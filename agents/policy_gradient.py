@@ -30,6 +30,7 @@ from unified_rl.agents.reference_kl import ReferenceKl, check_kl
 from unified_rl.agents.scoring import identity_check, scoring
 from unified_rl.configurable import configurable
 from unified_rl.correction import Correction
+from unified_rl.instantiate import is_ours
 from unified_rl.interventions import WRAPPERS, make_wrapper
 from unified_rl.learning_rate import LearningRate, check_learning
 from unified_rl.objectives.objective import Objective, Parts
@@ -229,6 +230,15 @@ class PolicyGradient:
         make_gates(settings.get("gates"))
         needs = anchors_of(terms.values(), make_maps(settings.get("maps")))
         check_anchors(settings.get("anchors") or {}, {**needs[0], **needs[1]})
+
+    @property
+    def metric_names(self) -> frozenset[str] | None:
+        """What updates may report; None where a part of the user's own has names that nobody knows."""
+        terms = self.objective.terms.values()
+        if not all(map(is_ours, (self, self.wrapper, *terms))):
+            return None
+        own = {"agent/lr", "loss/total", "grad/norm", "identity/max_log_ratio", *self.estimate.reports}
+        return frozenset(own.union(self.wrapper.reports, *(term.metric_names for term in terms)))
 
     def plan_updates(self, updates: int) -> None:
         """Tells the learning rate's schedule how many updates the run has.

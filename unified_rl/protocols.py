@@ -653,6 +653,16 @@ class PlansUpdates(Protocol):
 
 
 @runtime_checkable
+class NamesMetrics(Protocol):
+    """An agent that tells beforehand which metrics its updates have, for those who wait for one."""
+
+    @property
+    def metric_names(self) -> Collection[str] | None:
+        """Names such as ``loss/policy``; None where a part of the user's own has metrics that nobody knows."""
+        ...
+
+
+@runtime_checkable
 class ShowsRows(Protocol):
     """An agent that shows the rows of an update, advantages included, to whoever asks."""
 

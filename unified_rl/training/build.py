@@ -33,6 +33,7 @@ from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEn
 from unified_rl.rollout.feed import LocalFeed
 from unified_rl.rollout.recorded import fitted
 from unified_rl.spaces import Space
+from unified_rl.training.best import Watch
 from unified_rl.training.callbacks import Callbacks, make_callbacks
 from unified_rl.training.evaluation import Scores, evaluate_control, evaluate_imitation, evaluate_language
 from unified_rl.training.limits import check_machine, check_model_folder, check_replay_memory, check_rows, row_size
@@ -44,6 +45,7 @@ from unified_rl.training.memory_plan import (
     memory_plan,
     micro_batch_for,
 )
+from unified_rl.training.metric_names import MetricNames, names_of
 from unified_rl.training.samples import SampleBook
 from unified_rl.training.seeding import derive, generator, scoped
 from unified_rl.training.settings import TrainSettings, check_eval_sampling
@@ -114,6 +116,7 @@ class Job:
         if not self.language and self.settings.eval_sampling:
             raise ConfigError("eval_sampling is of language models' answers, and this run is of control: leave it out")
         self.scores: Scores | None = None
+        self._names: MetricNames | None = None
         self.eval_env: Any = None
         self._waiting: tuple[Any, Any] | None = None
         self.memory: MemoryPlan | None = None
@@ -321,7 +324,9 @@ class Job:
         return agent
 
     def _trainer(self, folder: Path, agent: Any, feed: Any, replay: Any, display: Any) -> Trainer:
-        return Trainer(
+        if feed is None:
+            self._check_metrics(agent, None)
+        trainer = Trainer(
             self.settings,
             folder,
             agent,
@@ -335,6 +340,29 @@ class Job:
             loggers=self.loggers,
             config=self.cfg,
         )
+        trainer.watch.names = self._names
+        return trainer
+
+    def _check_metrics(self, agent: Any, rollout: Any) -> None:
+        """Raises ConfigError where ``keep_best`` or ``early_stopping`` waits for a metric that will not come.
+
+        A run that goes on is not refused: what it has waited for in vain, it says at its end.
+        """
+        if (self.settings.keep_best is None and self.settings.early_stopping is None) or self.found_rows == "keep":
+            return
+        samples = (self.settings.eval_sampling or {}).get("samples", 1)
+        callbacks = self.callbacks.members
+        self._names = names_of(self.env, agent, rollout, callbacks, samples, self._imitates)
+        Watch(self.settings).check(self._names)
+
+    def _check_late_metrics(self) -> None:
+        """As :meth:`_check_metrics`, for names that an evaluation tells: one is made before a warm start is."""
+        if self._names is None or not self._names.late or not self.settings.eval_episodes:
+            return
+        watch = Watch(self.settings)
+        if any(one is not None and one.metric not in self._names.known for one in (watch.best, watch.stopper)):
+            watch.names = self._names
+            watch.see(self.evaluate(), 0, evaluated=True)
 
     def _collecting(self, policy: Any) -> tuple[Any, Any, Any]:
         """Rollout, agent and replay, checked against one another; what a rehearsal made is taken up."""
@@ -363,6 +391,7 @@ class Job:
             if isinstance(replay, WithDataset):
                 space = Space.of(self.env.policy_inputs())
                 replay.stored = fitted(replay.stored, space, f"replay.data={self.cfg['replay']['data']}")
+        self._check_metrics(agent, rollout)
         self.memory = memory_plan(policy, agent, rollout, self.env, self._evaluated_rows(), self.row_size)
         if self.memory is not None:
             self.fits(self.memory)
@@ -388,6 +417,7 @@ class Job:
         if self.collects:
             rollout, _, replay = self._collecting(copy.deepcopy(self.policy))
             self._waiting = rollout, replay
+            self._check_late_metrics()
 
     @property
     def _agent_name(self) -> str:

@@ -286,6 +286,14 @@ class Trainer:
         with stopping() as stop, stop.tolerating(0), foreign("the evaluation"):
             return self.evaluate()
 
+    def add_metrics(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Metrics of somebody else's, a callback's for example: the next logged row has the mean of each.
+
+        Args:
+            metrics: floats or scalar tensors by name, such as ``mine/share``; not ``eval/`` ones.
+        """
+        self.means.add(dict(metrics))
+
     def collect(self) -> None:
         """Admits the tickets that the next update allows, and puts the oldest batch into the replay."""
         self._admit()
