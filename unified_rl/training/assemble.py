@@ -187,6 +187,7 @@ def assemble(
         found = intact_checkpoint(target)
     job = Job(cfg, allow, callbacks)
     job.watchers()
+    job.tell_null_control()
     job.found_rows = "refuse" if found is None else "keep"
     if found is None:
         job.warm_start(lambda *progress: None)

@@ -33,6 +33,7 @@ from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEn
 from unified_rl.rollout.feed import LocalFeed
 from unified_rl.rollout.recorded import fitted
 from unified_rl.spaces import Space
+from unified_rl.stopping import say
 from unified_rl.training.best import Watch
 from unified_rl.training.callbacks import Callbacks, make_callbacks
 from unified_rl.training.evaluation import Scores, evaluate_control, evaluate_imitation, evaluate_language
@@ -140,6 +141,11 @@ class Job:
     def callbacks(self) -> Callbacks:
         """Of the configuration, and behind them ``objects``. Evaluating a run makes none."""
         return make_callbacks(self.settings.callbacks, self._objects, self.allow)
+
+    def tell_null_control(self) -> None:
+        """Says so where nothing will be learnt: meant as a control, but a long run for a slip of the pen."""
+        if self.settings.steps and self._default("agent", "lr") == 0:
+            say("agent.lr=0: this run learns nothing (a null control); leave agent.lr out, or raise it, to train")
 
     def watchers(self) -> tuple[list[Logger], Callbacks]:
         """Both, made before anything is spent, so that what is missing is told then.

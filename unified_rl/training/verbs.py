@@ -197,6 +197,7 @@ def _train_in(
             forget_report(folder)
             job = Job(cfg, allow, callbacks)
             job.watchers()
+            job.tell_null_control()
             if not fresh:
                 job.found_rows = "drop" if found is None else "keep"
             if found is None:
