@@ -874,6 +874,8 @@ SETTINGS: dict[str, Any] = {
 """Settings of a run that change what comes out, and a changed value."""
 
 HOW = {
+    "epochs": "how long a run is; test_budget.py",
+    "updates": "how long a run is; test_budget.py",
     "steps": "how long a run is; these cases make two updates whatever it says",
     "threads": "torch's threads",
     "runs": "where run folders are",

@@ -98,6 +98,8 @@ class Run:
         self,
         steps: int | None = None,
         *,
+        epochs: float | None = None,
+        updates: int | None = None,
         checkpoint: Checkpoint | None = None,
         progress: bool | None = None,
         resume_env: str | None = None,
@@ -105,6 +107,7 @@ class Run:
     ) -> Run:
         """Goes on from the newest intact checkpoint or the chosen one, see :func:`resume`."""
         options: dict[str, Any] = {"checkpoint": checkpoint, "progress": progress, "resume_env": resume_env}
+        options |= {"epochs": epochs, "updates": updates}
         return resume(self, steps, allow=self.allow, callbacks=callbacks, **options)
 
 
@@ -164,6 +167,8 @@ def resume(
     run: RunLike,
     steps: int | None = None,
     *,
+    epochs: float | None = None,
+    updates: int | None = None,
     checkpoint: Checkpoint | None = None,
     allow: Sequence[str] = (),
     progress: bool | None = None,
@@ -174,7 +179,7 @@ def resume(
 
     Args:
         run: its folder.
-        steps: a new budget; by default the run's own.
+        steps, epochs, updates: a new budget, said in one of them; by default the run's own.
         checkpoint: go back to this one: the number of updates behind it, or ``best``. Later ones are renamed, and
             their rows of metrics are made again.
         allow: packages beside this one that its configuration names.
@@ -191,6 +196,7 @@ def resume(
 
     at = _chosen(checkpoint)
     options: dict[str, Any] = {"checkpoint": at, "progress": progress, "resume_env": resume_env}
+    options |= {"epochs": epochs, "updates": updates}
     return Run(continued(os.fspath(run), steps, allow, **options, callbacks=callbacks), allow)
 
 

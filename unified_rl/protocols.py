@@ -309,6 +309,15 @@ class CountsEpochs(Protocol):
 
 
 @runtime_checkable
+class HasPools(Protocol):
+    """A token task with a finite set of problems."""
+
+    def pool_sizes(self) -> dict[str, int]:
+        """How many problems there are by name: ``train``, ``eval``, and ``demonstration`` (to imitate)."""
+        ...
+
+
+@runtime_checkable
 class ReportsColumns(Protocol):
     """A token task that tells beforehand what its ``TurnResult.info`` holds."""
 

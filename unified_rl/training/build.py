@@ -35,6 +35,7 @@ from unified_rl.rollout.recorded import fitted
 from unified_rl.spaces import Space
 from unified_rl.stopping import say
 from unified_rl.training.best import Watch
+from unified_rl.training.budget import open_budget, steps_of
 from unified_rl.training.callbacks import Callbacks, make_callbacks
 from unified_rl.training.evaluation import Scores, evaluate_control, evaluate_imitation, evaluate_language
 from unified_rl.training.limits import check_machine, check_model_folder, check_replay_memory, check_rows, row_size
@@ -83,11 +84,22 @@ class Job:
     """
 
     def __init__(self, cfg: dict[str, Any], allow: Sequence[str] = (), objects: Sequence[Any] = ()) -> None:
+        self._begin(cfg, allow, objects)
+        check_model_folder(self.cfg["policy"].get("path"))
+        with scoped(self.seed, "policy"):
+            inputs = self._policy_inputs(self.cfg["policy"])
+            seed = self._integer("policy")
+            self.policy = build(self.cfg["policy"], allow=self.allow, setting="policy", seed=seed, **inputs)
+        self.policy = self.policy.to(self.device)
+        node = self.cfg.get("correction")
+        self.correction = build(node, allow=self.allow, setting="correction") if node else None
+
+    def _begin(self, cfg: dict[str, Any], allow: Sequence[str], objects: Sequence[Any]) -> None:
+        """Settings and environment."""
         cfg = check_run(cfg, allow)
         self.cfg, self.allow = cfg, list(allow)
         self.found_rows: Literal["refuse", "drop", "keep"] = "refuse"
-        names = {field.name for field in dataclasses.fields(TrainSettings)}
-        self.settings = TrainSettings(**{k: v for k, v in cfg.items() if k in names})
+        self.settings = _settings_of(cfg)
         if self.settings.steps == 0 and not cfg.get("warm_start"):
             raise ConfigError("steps=0 must be at least 1, or the run needs a warm_start to make")
         self._objects = list(objects)
@@ -103,6 +115,8 @@ class Job:
         self._env_options |= self._tokenizer_of_model()
         self.rewards = self._rewards()
         self.env = self._environment("env", self._num_envs())
+        self._check_domains()
+        self._settle_budget()
         self.language = self.env.domain == "language"
         if not self.language and self.settings.eval_episodes == 0:
             raise ConfigError(
@@ -110,7 +124,6 @@ class Job:
                 "evaluates at the end alone); language runs may do without"
             )
         self.gamma: float = DISCOUNTS[self.env.domain] if given is None else given
-        self._check_domains()
         self.book: SampleBook | None = None
         if self.language and self.settings.samples_rows:
             self.book = SampleBook(self.env, self.settings.samples_rows, self.seed)
@@ -123,14 +136,6 @@ class Job:
         self.memory: MemoryPlan | None = None
         self.fits: Callable[[MemoryPlan], None] = MemoryPlan.require
         self.row_size = row_size(self.env.policy_inputs())
-        check_model_folder(cfg["policy"].get("path"))
-        with scoped(self.seed, "policy"):
-            inputs = self._policy_inputs(cfg["policy"])
-            seed = self._integer("policy")
-            self.policy = build(cfg["policy"], allow=self.allow, setting="policy", seed=seed, **inputs)
-        self.policy = self.policy.to(self.device)
-        node = cfg.get("correction")
-        self.correction = build(node, allow=self.allow, setting="correction") if node else None
 
     @cached_property
     def loggers(self) -> list[Logger]:
@@ -141,6 +146,32 @@ class Job:
     def callbacks(self) -> Callbacks:
         """Of the configuration, and behind them ``objects``. Evaluating a run makes none."""
         return make_callbacks(self.settings.callbacks, self._objects, self.allow)
+
+    def _settle_budget(self) -> None:
+        """The steps that ``epochs`` or ``updates`` come to, where the configuration does not say them.
+
+        Raises:
+            ConfigError: the run has no such thing, or ``steps`` is another number.
+        """
+        name = open_budget(self.cfg)
+        if name is not None:
+            self.cfg = {**self.cfg, "steps": self._steps_of(name)}
+            self.settings = _settings_of(self.cfg)
+
+    def _steps_of(self, name: str) -> int:
+        target = locate(self.cfg["rollout"]["_target_"], self.allow) if self.collects else None
+        return steps_of(name, self.cfg[name], self.env, target, self._default)
+
+    def _check_budget(self) -> None:
+        """Raises ConfigError where a script gives ``steps`` beside epochs or updates that come to another number."""
+        for name in ("epochs", "updates"):
+            if self.cfg.get(name) is not None and self.found_rows != "keep":
+                found = self._steps_of(name)
+                if found != self.settings.steps:
+                    raise ConfigError(
+                        f"{name}={self.cfg[name]} comes to {found} steps, and steps={self.settings.steps} says how "
+                        "long the run is too: give one of them"
+                    )
 
     def tell_null_control(self) -> None:
         """Says so where nothing will be learnt: meant as a control, but a long run for a slip of the pen."""
@@ -317,6 +348,7 @@ class Job:
 
     def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
         """Agent, rollout and replay around the policy as it is now (after any warm start)."""
+        self._check_budget()
         if not self.collects:
             return self._trainer(folder, self.collecting_agent(), None, None, display)
         rollout, agent, replay = self._collecting(self.policy)
@@ -593,6 +625,21 @@ class Job:
             return build(target, policy=self.policy, generator=stream, **given)
 
         stage.fit(self.env, make_agent, generator(self.seed, "demonstrations"), report)
+
+
+def with_steps(cfg: dict[str, Any], allow: Sequence[str] = ()) -> dict[str, Any]:
+    """A composed configuration with the ``steps`` that its ``epochs`` or ``updates`` come to; makes its environment."""
+    if open_budget(cfg) is None:
+        return cfg
+    job = Job.__new__(Job)
+    job._begin(cfg, allow, ())
+    job.close()
+    return {**cfg, "steps": job.settings.steps}
+
+
+def _settings_of(cfg: Mapping[str, Any]) -> TrainSettings:
+    names = {field.name for field in dataclasses.fields(TrainSettings)}
+    return TrainSettings(**{k: v for k, v in cfg.items() if k in names})
 
 
 def check_recorded_discount(rows: Any, setting: str, gamma: float) -> None:

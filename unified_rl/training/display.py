@@ -22,10 +22,10 @@ class Display:
 
     Args:
         name: the run's name.
-        steps: the budget.
+        steps: the budget, which is known before the first row.
     """
 
-    def __init__(self, name: str, steps: int) -> None:
+    def __init__(self, name: str, steps: int = 0) -> None:
         cut: Any = {"overflow": "ellipsis", "no_wrap": True}
         named = Column(**cut, min_width=min(len(name), 16), max_width=20)
         self.progress = Progress(

@@ -23,6 +23,8 @@ class TrainSettings:
     Attributes:
         steps: budget of environment steps (control; a chunk of actions counts as those it has) or sampled
             conversations (language); 0 makes the warm start alone.
+        epochs: the budget as visits of each training prompt, in place of ``steps``; of runs with a finite set of them.
+        updates: the budget as a number of updates, in place of ``steps``.
         seed: the one seed; every random stream is derived from it.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads of torch.
@@ -65,6 +67,8 @@ class TrainSettings:
     """
 
     steps: Whole = 100_000
+    epochs: Positive | None = None
+    updates: Count | None = None
     seed: Seed = 0
     device: str = "cpu"
     threads: Count = 1

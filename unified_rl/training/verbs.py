@@ -20,6 +20,7 @@ from unified_rl.errors import (
     UnifiedRLError,
 )
 from unified_rl.files import Manifest, clear_aside
+from unified_rl.settling import BUDGETS, keep_one_budget
 from unified_rl.stopping import StopSignal, raising, say
 from unified_rl.training.build import Job
 from unified_rl.training.checkpoint import (
@@ -47,6 +48,7 @@ from unified_rl.training.provenance import (
     read_meta,
     run_folder,
     status,
+    stored_config,
     write_run,
 )
 from unified_rl.training.restoring import policy_state, restoring
@@ -104,12 +106,14 @@ def resume(
     steps: int | None = None,
     allow: Sequence[str] = (),
     *,
+    epochs: float | None = None,
+    updates: int | None = None,
     checkpoint: str | int | None = None,
     progress: bool | None = None,
     resume_env: str | None = None,
     callbacks: Sequence[Any] = (),
 ) -> Path:
-    """Continues a run from its newest intact checkpoint, or from the chosen one, to ``steps`` if given.
+    """Continues a run from its newest intact checkpoint, or from the chosen one, to another budget if given.
 
     Later checkpoints are renamed to ``set_aside_step_...``, and rows of metrics behind it are made again.
 
@@ -117,6 +121,7 @@ def resume(
         run: the run folder.
         steps: a new budget. The longer run is the one that had this budget from the start, but for what follows a
             budget (annealed rates, schedules, intervals that are not set).
+        epochs, updates: a new budget, said in one of these.
         allow: prefixes that configuration may build.
         checkpoint: the number of updates behind it, its name, or ``best``; it must be one of the run's own.
         progress: show a progress display; by default as the configuration says.
@@ -132,16 +137,21 @@ def resume(
     if resume_env not in (None, *RESUME_ENV):
         raise ConfigError(f"resume_env={resume_env} must be one of {', '.join(RESUME_ENV)}")
     folder = Path(run)
-    cfg = read_config(folder)
+    cfg = _with_budget(read_config(folder), {"steps": steps, "epochs": epochs, "updates": updates})
     with raising() as stop, lock_run(folder):
         check_run(folder)
         found = _start(folder, checkpoint)
-        if steps is not None:
-            cfg["steps"] = steps
-            _tell_done(folder, found, steps)
-            write_run(folder, {CONFIG: yaml.safe_dump(cfg, sort_keys=False)})
         _train_in(folder, cfg, allow, progress, stop, found, resume_env, callbacks=callbacks)
     return folder
+
+
+def _with_budget(cfg: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration, with another budget where one is given."""
+    given = {key: value for key, value in given.items() if value is not None}
+    if not given:
+        return cfg
+    keep_one_budget({**given}, given)
+    return {**{key: value for key, value in cfg.items() if key not in BUDGETS}, **given}
 
 
 def _tell_done(folder: Path, found: Found | None, steps: int) -> None:
@@ -191,11 +201,14 @@ def _train_in(
     callbacks: Sequence[Any] = (),
 ) -> None:
     shown = cfg.get("progress", True) if progress is None else progress
-    display = Display(folder.name, int(cfg.get("steps", 100_000))) if shown else None
+    display = Display(folder.name) if shown else None
     try:
         with status(folder), display or nullcontext():
             forget_report(folder)
             job = Job(cfg, allow, callbacks)
+            _write_budget(folder, cfg, job, found)
+            if display is not None:
+                display.steps = job.settings.steps
             job.watchers()
             job.tell_null_control()
             if not fresh:
@@ -218,6 +231,17 @@ def _train_in(
         if stop.requested and not isinstance(error, UnifiedRLError):
             raise stop.error() from error  # what a signal became inside a library
         raise
+
+
+def _write_budget(folder: Path, cfg: Mapping[str, Any], job: Job, found: Found | None) -> None:
+    """Writes the configuration anew where its budget is another one, or only known now."""
+    stored = stored_config(folder)
+    budget = {name: cfg.get(name) for name in BUDGETS} | {"steps": job.settings.steps}
+    if {name: stored.get(name) for name in BUDGETS} == budget:
+        return
+    if found is not None:
+        _tell_done(folder, found, job.settings.steps)
+    write_run(folder, {CONFIG: yaml.safe_dump({**stored, **budget}, sort_keys=False)})
 
 
 def _tell_new_start(folder: Path) -> None:
