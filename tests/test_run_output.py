@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from run_cases import ALLOW, CONTROL, LANGUAGE, composed, merged
 
 import unified_rl as ur
+from unified_rl.training.display import Display, Lines, make_display
 from unified_rl.training.run import resume, train
 
 
-def small(base: tuple[str, ...], folder: Path, *more: str) -> Path:
+def small(base: tuple[str, ...], folder: Path, *more: str, progress: bool = False) -> Path:
     steps = ("steps=32", "log_every=16") if base is LANGUAGE else ("steps=64",)
-    return train(composed(merged(base, [*steps, "eval_episodes=2", f"run_dir={folder}"], more)), ALLOW)
+    return train(
+        composed(merged(base, [*steps, "eval_episodes=2", f"run_dir={folder}"], more)), ALLOW, progress=progress
+    )
 
 
 @pytest.mark.parametrize("base", [CONTROL, LANGUAGE], ids=["control", "language"])
@@ -40,3 +46,48 @@ def test_a_learning_rate_of_0_is_said_of_assembled_runs_and_again_where_one_goes
     warm = ("warm_start=demonstrations", "warm_start.stages=[{updates: 1}]", "warm_start.dataset=8")
     small(CONTROL, tmp_path / "warm", "agent.lr=0", "steps=0", *warm)
     assert "learns nothing" not in capsys.readouterr().err
+
+
+EVERY = ("eval_every=128", "log_every=128", "steps=256")
+
+
+def test_without_a_terminal_every_logged_row_is_one_line_on_standard_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small(CONTROL, tmp_path / "run", *EVERY, progress=True)
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert said.out == "" and len(lines) == len(ur.Run(run).metrics()) == 3
+    assert re.fullmatch(r"update 0/2  steps 0/256  eval score -?[\d.e-]+", lines[0])
+    number = r"-?[\d.e-]+"
+    last = rf"update 2/2  steps 256/256  return {number}  loss {number}  eval score {number}  left 0:00:00"
+    assert re.fullmatch(last, lines[2]) and "left 0:00:0" in lines[1]
+    small(CONTROL, tmp_path / "quiet", *EVERY)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_resumed_run_and_a_warm_start_are_told_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    warm = ("warm_start=demonstrations", "warm_start.stages=[{updates: 3}]", "warm_start.dataset=8")
+    run = small(CONTROL, tmp_path / "run", *EVERY, *warm, progress=True)
+    assert re.match(r"warm start 1  step 1/3  loss -?[\d.]+\nupdate 0/2", capsys.readouterr().err)
+    resume(str(run), steps=384, progress=True)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("update 3/3  steps 38")
+
+
+def test_a_terminal_has_a_bar_and_no_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert isinstance(make_display("run"), Lines)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    display = make_display("run")
+    assert isinstance(display, Display)
+    with display:
+        display.update(4, {"eval/score": 0.5})
+    assert capsys.readouterr().err == ""
+
+
+def test_lines_are_flushed_at_once_and_a_log_that_is_gone_stops_nothing() -> None:
+    code = (
+        "import os, sys; from unified_rl.training.display import Lines; lines = Lines(); lines.update(1, {}); "
+        "os.write(2, b'behind\\n'); sys.stderr.close(); lines.update(2, {})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "steps 1/0\nbehind\n"

@@ -50,7 +50,7 @@ class TrainSettings:
         reward_errors: what becomes of a row on which a function fails: ``stop`` ends the run, ``skip`` leaves the row
             out of the update.
         identity_check: verify on the first update that fresh data has ratio 1.
-        progress: show a progress display.
+        progress: show a progress bar at a terminal, and elsewhere a line on standard error for each logged row.
         samples_rows: language: conversations that are written to ``samples.jsonl`` at a time; 0 writes none.
         samples_every: language: steps between written conversations of training; those of every evaluation are written
             anyway. By default as ``eval_every``; 0 writes evaluations alone.

@@ -35,7 +35,7 @@ from unified_rl.training.checkpoint import (
     remove_checkpoint,
     wrote_checkpoint,
 )
-from unified_rl.training.display import Display
+from unified_rl.training.display import make_display
 from unified_rl.training.failures import foreign, forget_report, write_report
 from unified_rl.training.metrics import RECORD, read_metrics
 from unified_rl.training.provenance import (
@@ -201,7 +201,7 @@ def _train_in(
     callbacks: Sequence[Any] = (),
 ) -> None:
     shown = cfg.get("progress", True) if progress is None else progress
-    display = Display(folder.name) if shown else None
+    display = make_display(folder.name) if shown else None
     try:
         with status(folder), display or nullcontext():
             forget_report(folder)
@@ -220,6 +220,8 @@ def _train_in(
             trainer = job.make_trainer(folder, display.update if display else None)
             if found is not None:
                 restore(trainer, folder, found, resume_env)
+            if display is not None:
+                display.follow(trainer)
             try:
                 trainer.run()
             finally:
