@@ -7,6 +7,7 @@ PEER_NAMES = {
     "algorithm": "correction",
     "beta": "agent.kl",
     "bf16": "policy.autocast",
+    "critic": "agent.critic_lr",
     "data": "env.path",
     "dataset": "env.path",
     "dataset_name": "env.path",

@@ -83,6 +83,10 @@ def suggest_rates(
     if is_node(agent) and "lr" not in agent and _takes_rate(agent, allow):
         supervised = getattr(locate(agent["_target_"], allow), "supervised", False)
         agent["lr"] = rates["supervised" if supervised else "reinforcement"]
+    critic = getattr(locate(agent["_target_"], allow), "trains_critic", None) if is_node(agent) else None
+    fresh = rates.get("fresh")
+    if critic is not None and fresh and "critic_lr" not in agent and critic(agent, config.get("correction")):
+        agent["critic_lr"] = fresh
     if is_node(stage) and "warm_start" in shipped and _takes_rate(stage, allow):
         for number, one in enumerate([] if "warm_start.stages" in given else stage.get("stages") or []):
             if f"warm_start.stages.{number}.lr" not in given:

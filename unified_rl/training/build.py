@@ -176,7 +176,7 @@ class Job:
     def tell_null_control(self) -> None:
         """Says so where nothing will be learnt: meant as a control, but a long run for a slip of the pen."""
         if self.settings.steps and self._default("agent", "lr") == 0:
-            say("agent.lr=0: this run learns nothing (a null control); leave agent.lr out, or raise it, to train")
+            say("agent.lr=0: the policy learns nothing (a null control); leave agent.lr out, or raise it, to train")
 
     def watchers(self) -> tuple[list[Logger], Callbacks]:
         """Both, made before anything is spent, so that what is missing is told then.
