@@ -238,6 +238,10 @@ def _count(name: str, text: str) -> int:
     raise ConfigError(f"{name}={text} is not a positive whole number")
 
 
+def _episodes(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
 def _positive(name: str, text: str) -> float:
     with suppress(ValueError):
         if 0 < (value := float(text)) < float("inf"):
@@ -283,7 +287,12 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             "rollout.generation_batch, seed, device, threads",
         )
         parser.add_argument("--out", metavar="FILE", help="also write the result there, as .json or .csv")
-        parser.add_argument("--episodes", type=int, help="episodes or prompts; by default as in the run")
+        parser.add_argument(
+            "--episodes",
+            type=_episodes,
+            metavar="N",
+            help="episodes or prompts, or all held-out prompts; by default as in the run, and all of a file named here",
+        )
         parser.add_argument("--record", metavar="DIR", help="also write the policy's rows there, as a replay")
         parser.add_argument("--rows", type=int, metavar="N", help="how many to record; else whole --episodes, if given")
     if verb == "export":

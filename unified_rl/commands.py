@@ -74,7 +74,7 @@ class Run:
         self,
         *,
         checkpoint: Checkpoint | None = None,
-        episodes: int | None = None,
+        episodes: int | str | None = None,
         record: str | os.PathLike[str] | None = None,
         rows: int | None = None,
         **overrides: Any,
@@ -204,7 +204,7 @@ def evaluate(
     run: RunLike,
     *,
     checkpoint: Checkpoint | None = None,
-    episodes: int | None = None,
+    episodes: int | str | None = None,
     record: str | os.PathLike[str] | None = None,
     rows: int | None = None,
     allow: Sequence[str] = (),
@@ -216,7 +216,8 @@ def evaluate(
     Args:
         run: its folder.
         checkpoint: the number of updates behind it, its folder, or ``best``; by default the newest intact one.
-        episodes: episodes or prompts; by default as in the run.
+        episodes: episodes or prompts, or ``"all"`` held-out prompts; by default as in the run, and all of a file that
+            ``overrides`` name.
         record: also write the policy's rows to this folder, as a replay that other runs train on: whole ``episodes``
             where they are given, else 2,048 steps of every simulation.
         rows: how many rows, instead.

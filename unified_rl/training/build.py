@@ -24,6 +24,7 @@ from unified_rl.protocols import (
     ChecksReplay,
     Demonstrates,
     EndsPretraining,
+    HasPools,
     HasSplits,
     PlansUpdates,
     Rewarded,
@@ -395,7 +396,7 @@ class Job:
 
     def _check_late_metrics(self) -> None:
         """As :meth:`_check_metrics`, for names that an evaluation tells: one is made before a warm start is."""
-        if self._names is None or not self._names.late or not self.settings.eval_episodes:
+        if self._names is None or not self._names.late or self.settings.eval_episodes == 0:
             return
         watch = Watch(self.settings)
         if any(one is not None and one.metric not in self._names.known for one in (watch.best, watch.stopper)):
@@ -447,7 +448,7 @@ class Job:
         if isinstance(self.env, HasSplits):
             if not self._imitates:
                 self.env.require("train", judged=True)
-            if self.settings.eval_episodes:
+            if self.settings.eval_episodes != 0:
                 self.env.require("eval", judged=not self._imitates)
 
     def _rehearse(self) -> None:
@@ -542,11 +543,11 @@ class Job:
     def evaluate(self, intervals: bool = False) -> Scores:
         """Held-out evaluation with streams of its own, the same at every call."""
         seed = self._integer("evaluation")
-        count = self.settings.eval_episodes
-        if count == 0:
+        if self.settings.eval_episodes == 0:
             raise ConfigError("this run has eval_episodes=0; say how many prompts or episodes with --episodes N")
         if self.eval_env is None:
-            self.eval_env = self._evaluation_env(count)
+            self.eval_env = self._evaluation_env()
+        count = self.episodes
         if self.language:
             told = evaluate_imitation(self.eval_env, self.policy, count) if self._imitates else {}
             unjudged = "eval" in getattr(self.eval_env, "unjudged", {})
@@ -566,23 +567,51 @@ class Job:
                 intervals=intervals,
             )
             self.scores.update(told)
+            self.scores.held_out = self._held_out(self.eval_env)
             return self.scores
         stream = generator(self.seed, "evaluation", self.device)
         greedy, device = self.settings.eval_deterministic, str(self.device)
         with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds the global stream, which training may use
             return Scores(evaluate_control(self.eval_env, self.policy, seed, stream, greedy, device, count))
 
-    def _evaluation_env(self, count: int) -> Any:
+    @property
+    def episodes(self) -> int:
+        """Episodes or prompts of an evaluation: of a finite set all, or so many that each is asked equally often.
+
+        Raises:
+            ConfigError: ``all`` of a task that makes problems without end.
+        """
+        wanted, env = self.settings.eval_episodes, self.env if self.eval_env is None else self.eval_env
+        there = self._held_out(env)
+        if wanted != "all":
+            return wanted // there * there if 0 < there < wanted else wanted
+        if not isinstance(env, HasPools):
+            raise ConfigError(
+                f"eval_episodes=all asks every held-out prompt, and {type(env).__name__} makes new ones without end: "
+                "set a number of them"
+            )
+        return there
+
+    @staticmethod
+    def _held_out(env: Any) -> int:
+        """Held-out problems of a finite set; 0 of one without end."""
+        return env.pool_sizes()["eval"] if isinstance(env, HasPools) else 0
+
+    def evaluation_env(self) -> Any:
+        """Made anew."""
+        return self._environment("evaluation", 1 if self.language else self._copies(self.episodes))
+
+    def _evaluation_env(self) -> Any:
         """An environment of its own; a task whose files were gone through shares what was found in them."""
         if isinstance(self.env, HasSplits):
             return self.env.twin()
-        return self._environment("evaluation", count if self.language else self._copies(count))
+        return self.evaluation_env()
 
     def _evaluated_rows(self) -> int:
         """Conversations of an evaluation that are sampled together: as the rollout's, or as many as memory holds."""
         given = self._default("rollout", "generation_batch")
         samples = (self.settings.eval_sampling or {}).get("samples", 1)
-        rows = evaluated_rows(self.settings.eval_episodes * samples, given)
+        rows = evaluated_rows(self.episodes * samples, given)
         if given is None and isinstance(self.policy, CausalLM) and rows:
             return generation_batch_for(self.policy, rows, self.env.max_length) or rows
         return rows

@@ -34,7 +34,8 @@ class TrainSettings:
         resume_existing: continue an unfinished run that ``run_dir`` holds instead of refusing it.
         eval_every: steps between evaluations; by default a twentieth of ``steps``; 0 evaluates at the end only.
         eval_episodes: held-out episodes (control) or prompts (language) of one evaluation; 0 (language)
-            evaluates nothing.
+            evaluates nothing. ``all`` asks every held-out prompt of a finite set once; a number above theirs asks each
+            equally often.
         eval_deterministic: control: evaluate the policy without its sampling noise.
         log_every: steps between logged rows; by default a two-hundredth of ``steps``.
         checkpoint_every: steps between checkpoints; by default a fifth of ``steps``; 0 keeps the final one only.
@@ -77,7 +78,7 @@ class TrainSettings:
     run_dir: str | None = None
     resume_existing: bool = False
     eval_every: Whole | None = None
-    eval_episodes: Whole = 64
+    eval_episodes: Whole | Literal["all"] = 64
     eval_deterministic: bool = True
     log_every: Count | None = None
     checkpoint_every: Whole | None = None

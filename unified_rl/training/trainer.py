@@ -230,7 +230,7 @@ class Trainer:
         last = self.updates == self.planned or (bool(self.stopped) and not first)
         if self.updates == self.planned:
             self._open = self._pending()
-        evaluate = settings.eval_episodes > 0 and (first or last or self._crossed(settings.eval_every))
+        evaluate = settings.eval_episodes != 0 and (first or last or self._crossed(settings.eval_every))
         logs = evaluate or (not first and (last or self._crossed(settings.log_every)))
         row: dict[str, float] | None = None
         is_best, why = False, ""
