@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from test_model_folder import model_folder, problems
 
 import unified_rl as ur
 from unified_rl import cli
+from unified_rl.envs.language import JsonlProblems
 from unified_rl.envs.language.tokenizer import train_bpe
 from unified_rl.envs.language.votes import ballot
 from unified_rl.errors import ConfigError, RolloutError
@@ -303,6 +305,27 @@ def test_a_run_may_ask_all_at_every_evaluation_and_who_has_no_end_refuses(place:
         Job(composed([*CONTROL, "eval_episodes=all"]), ALLOW)
     with pytest.raises(ConfigError, match=r"^eval_episodes"):
         composed([*CONTROL, "eval_episodes=every"])
+
+
+def test_errors_of_scorers_are_shown_where_there_are_any_and_files_hold_them_always(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(*words: str) -> str:
+        assert cli.main(["evaluate", str(place / "run"), *words]) == 0
+        return capsys.readouterr().out
+
+    assert "scorer_error" not in said() and "scorer_error" not in said("samples=2")
+    said("--out", str(place / "errors.csv"))
+    assert "eval/scorer_error,0.0" in (place / "errors.csv").read_text()
+    respond = JsonlProblems.respond
+
+    def failing(self: JsonlProblems, *given: Any) -> Any:
+        result = respond(self, *given)
+        result.info["scorer_error"] = torch.ones(len(result.reward))
+        return result
+
+    monkeypatch.setattr(JsonlProblems, "respond", failing)
+    assert re.search(r"eval/scorer_error +1\.0000", said()) and "eval/scorer_error" in said("samples=2")
 
 
 def test_a_checkpoint_is_evaluated_by_its_folder(place: Path) -> None:

@@ -34,6 +34,8 @@ MODEL = ("config.json", "adapter_config.json")
 SAMPLING = ("samples", *(field.name for field in dataclasses.fields(Sampling) if field.name != "vocabulary"))
 REWARDS = tuple(field.name for field in dataclasses.fields(TrainSettings) if field.name.startswith("reward"))
 SETTINGS = ("seed", "device", "threads", *REWARDS)
+FAULTS = ("eval/scorer_error", "eval/reward_errors")
+"""Shares that are 0 where all is well, and are shown only where something is not; files hold them always."""
 BATCH = "rollout.generation_batch"
 Episodes: TypeAlias = int | str | None
 """How many, or ``all``; None leaves it to the run, or to the file."""
@@ -279,7 +281,7 @@ def evaluate_run(
     if words or sys.stdout.isatty():
         print_table(run, scores)
     else:
-        for key, value in scores.items():
+        for key, value in shown(scores).items():
             print(f"{key:28s} {value:.4f}")
         if scores.held_out:
             say(f"asked {asked_of(scores)}")
@@ -298,15 +300,20 @@ def print_table(title: str, scores: Scores) -> None:
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
-    for key, value in scores.items():
+    for key, value in shown(scores).items():
         bounds = scores.intervals.get(key)
-        shown = "" if bounds is None else f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"
-        table.add_row(_shown(key, scores.samples), f"{value:.4f}", shown)
+        interval = "" if bounds is None else f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"
+        table.add_row(_shown(key, scores.samples), f"{value:.4f}", interval)
     console = Console(markup=False, highlight=False)
     console.print(table)
     if scores.samples:
         asked = f"{asked_of(scores)}, {scores.samples} sampled answer(s) and the most likely one to each"
         console.print(f"{asked}; intervals: {scores.method}", soft_wrap=True)
+
+
+def shown(scores: Mapping[str, float]) -> dict[str, float]:
+    """What is printed: all but :data:`FAULTS` that are 0."""
+    return {key: value for key, value in scores.items() if value or key not in FAULTS}
 
 
 def asked_of(scores: Scores) -> str:
