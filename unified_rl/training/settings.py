@@ -58,7 +58,7 @@ class TrainSettings:
         logger: where metrics go beside ``metrics.jsonl``: ``tensorboard``, ``csv``, ``wandb``, ``trackio``, ``mlflow``,
             or the dotted path of a class with the methods of :class:`~unified_rl.training.loggers.Logger`.
         callbacks: dotted paths of classes with the hooks of :class:`~unified_rl.training.callbacks.Callback`, or
-            mappings with ``_target_`` and arguments.
+            mappings with ``_target_`` and arguments; one alone needs no list.
         keep_best: metric whose best checkpoint is kept, for example ``eval/accuracy``, or a mapping ``{metric, mode}``
             with ``mode`` max or min.
         early_stopping: mapping ``{metric, patience, min_delta, mode}``: the run ends after ``patience`` values of the
@@ -95,7 +95,7 @@ class TrainSettings:
     samples_rows: Whole = 8
     samples_every: Whole | None = None
     logger: tuple[str, ...] | str = ("tensorboard", "csv")
-    callbacks: tuple[Any, ...] = ()
+    callbacks: tuple[Any, ...] | str | dict[str, Any] = ()
     keep_best: str | dict[str, Any] | None = None
     early_stopping: dict[str, Any] | None = None
     eval_sampling: dict[str, Any] | None = None
@@ -112,6 +112,7 @@ class TrainSettings:
             self.samples_every = self.eval_every or max(1, self.steps // 20)
         check_logger(self.logger)
         self.logger = (self.logger,) if isinstance(self.logger, str) else self.logger
+        self.callbacks = (self.callbacks,) if isinstance(self.callbacks, str | dict) else self.callbacks
         for name, check in (
             ("keep_best", check_keep_best),
             ("early_stopping", check_early_stopping),
@@ -144,7 +145,7 @@ def check_logger(names: Sequence[str] | str) -> None:
             raise ConfigError(f"logger names {name!r} twice; give it once")
 
 
-def check_callbacks(nodes: Sequence[Any]) -> None:
+def check_callbacks(nodes: Sequence[Any] | str | dict[str, Any]) -> None:
     """Finds every class that is named.
 
     Raises:
@@ -152,7 +153,7 @@ def check_callbacks(nodes: Sequence[Any]) -> None:
     """
     from unified_rl.training.callbacks import check_nodes
 
-    check_nodes(nodes, allowed())
+    check_nodes([nodes] if isinstance(nodes, str | dict) else nodes, allowed())
 
 
 def check_keep_best(value: str | Mapping[str, Any]) -> dict[str, Any]:
