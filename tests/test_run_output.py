@@ -11,6 +11,7 @@ import pytest
 from run_cases import ALLOW, CONTROL, LANGUAGE, composed, merged
 
 import unified_rl as ur
+from unified_rl.errors import ConfigError
 from unified_rl.training.display import Display, Lines, make_display
 from unified_rl.training.run import resume, train
 
@@ -46,6 +47,30 @@ def test_a_learning_rate_of_0_is_said_of_assembled_runs_and_again_where_one_goes
     warm = ("warm_start=demonstrations", "warm_start.stages=[{updates: 1}]", "warm_start.dataset=8")
     small(CONTROL, tmp_path / "warm", "agent.lr=0", "steps=0", *warm)
     assert "policy learns nothing" not in capsys.readouterr().err
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for more in ("keep_best=rollout/rewrad", "epochs=1", "rollout=control"):
+        with pytest.raises(ConfigError):
+            train(composed([*LANGUAGE[:-2], more]), ALLOW)
+    assert not any((tmp_path / "runs").iterdir())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("kept")
+    for place in ("mine", "new/deep"):
+        with pytest.raises(ConfigError, match="rewrad"):
+            small(LANGUAGE, tmp_path / place, "keep_best=rollout/rewrad")
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "kept" and not (tmp_path / "new" / "deep").exists()
+
+
+def test_what_was_trained_before_a_refusal_stays_to_be_looked_at(tmp_path: Path) -> None:
+    stages = ("warm_start=demonstrations", "warm_start.dataset=8", "warm_start.stages=[{updates: 2, until_loss: 1e-9}]")
+    with pytest.raises(ConfigError, match="above until_loss"):
+        small(CONTROL, tmp_path / "warm", *stages)
+    assert "above until_loss" in (tmp_path / "warm" / "meta.json").read_text()
+    with pytest.raises(ConfigError, match="did you mean 'rollout/return'"):  # known from the first evaluation
+        small(CONTROL, tmp_path / "evaluated", "keep_best=rollout/retrun")
+    assert (tmp_path / "evaluated" / "metrics.jsonl").stat().st_size > 0
 
 
 EVERY = ("eval_every=128", "log_every=128", "steps=256")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,12 +14,13 @@ from unified_rl.errors import (
     CheckpointError,
     ConfigError,
     DamageError,
+    DataError,
     EnvError,
     RestoreError,
     RolloutError,
     UnifiedRLError,
 )
-from unified_rl.files import Manifest, clear_aside
+from unified_rl.files import MANIFEST, Manifest, clear_aside
 from unified_rl.settling import BUDGETS, keep_one_budget
 from unified_rl.stopping import StopSignal, raising, say
 from unified_rl.training.build import Job
@@ -82,7 +83,7 @@ def train(
         Interrupted: a signal; the last whole update is saved.
     """
     folder = run_folder(cfg)
-    with raising() as stop, lock_run(folder):
+    with _leaving_nothing(folder) as warmed, raising() as stop, lock_run(folder):
         begun = has_begun(folder)
         if begun and not cfg.get("resume_existing"):
             raise CheckpointError(
@@ -97,8 +98,40 @@ def train(
             return folder
         else:
             check_run(folder)
-        _train_in(folder, cfg, allow, progress, stop, _start(folder), fresh=not begun, callbacks=callbacks)
+        found = _start(folder)
+        _train_in(folder, cfg, allow, progress, stop, found, fresh=not begun, callbacks=callbacks, warmed=warmed)
     return folder
+
+
+OF_START = (CONFIG, META, MANIFEST, RECORD, ".lock")
+"""Files that a run has before anything of it was made."""
+
+
+@contextmanager
+def _leaving_nothing(folder: Path) -> Iterator[list[int]]:
+    """Removes the folder of a run that is refused before anything was spent, where nothing was in it before.
+
+    Yields:
+        A list that holds the stages of a warm start once they begin: they are spent though no file shows it.
+    """
+    held, warmed = folder.is_dir() and any(folder.iterdir()), list[int]()
+    try:
+        yield warmed
+    except (ConfigError, DataError):
+        if not held and not warmed and not is_spent(folder):
+            with suppress(OSError):
+                for path in folder.iterdir():
+                    path.unlink()
+                folder.rmdir()
+        raise
+
+
+def is_spent(folder: Path) -> bool:
+    """Whether a run folder holds more than the files of a start, or a row of metrics."""
+    if any(path.name not in OF_START for path in folder.glob("*")):
+        return True
+    record = folder / RECORD
+    return record.is_file() and record.stat().st_size > 0
 
 
 def resume(
@@ -199,6 +232,7 @@ def _train_in(
     resume_env: str | None = None,
     fresh: bool = False,
     callbacks: Sequence[Any] = (),
+    warmed: list[int] | None = None,
 ) -> None:
     shown = cfg.get("progress", True) if progress is None else progress
     display = make_display(folder.name) if shown else None
@@ -216,7 +250,7 @@ def _train_in(
             if found is None:
                 _tell_new_start(folder)
                 with foreign("the warm start"):
-                    job.warm_start(display.warm_start if display else lambda *args: None)
+                    job.warm_start(_reporting(display, [] if warmed is None else warmed))
             trainer = job.make_trainer(folder, display.update if display else None)
             if found is not None:
                 restore(trainer, folder, found, resume_env)
@@ -233,6 +267,18 @@ def _train_in(
         if stop.requested and not isinstance(error, UnifiedRLError):
             raise stop.error() from error  # what a signal became inside a library
         raise
+
+
+def _reporting(display: Any, warmed: list[int]) -> Callable[..., None]:
+    """Shows the steps of a warm start, and notes its stages."""
+
+    def report(stage: int, *given: Any) -> None:
+        if stage not in warmed:
+            warmed.append(stage)
+        if display is not None:
+            display.warm_start(stage, *given)
+
+    return report
 
 
 def _write_budget(folder: Path, cfg: Mapping[str, Any], job: Job, found: Found | None) -> None:
