@@ -695,6 +695,7 @@ VALUES_OF: dict[str, Any] = {
     "policy_gradient.advantage": "group",
     "policy_gradient.credit": "nowhere",
     "policy_gradient.lr_schedule": "linear",
+    "policy_gradient.critic_lr": 0.01,
     "policy_gradient.optimizer": "sgd",
     "policy_gradient.kl_in": "reward",
     "policy_gradient.kl_estimator": "k1",
@@ -724,6 +725,8 @@ VALUES_OF: dict[str, Any] = {
     "actor_critic.target_entropy": -3.0,
     "actor_critic.device": "nowhere",
     "actor_critic.learning_starts": 16,
+    "actor_critic.lr_schedule": "linear",
+    "actor_critic.optimizer": "sgd",
     "behavior_cloning.correction": 3,
     "behavior_cloning.batch_size": 4,
     "behavior_cloning.micro_batch": 3,
@@ -874,6 +877,8 @@ SETTINGS: dict[str, Any] = {
 """Settings of a run that change what comes out, and a changed value."""
 
 HOW = {
+    "epochs": "how long a run is; test_budget.py",
+    "updates": "how long a run is; test_budget.py",
     "steps": "how long a run is; these cases make two updates whatever it says",
     "threads": "torch's threads",
     "runs": "where run folders are",

@@ -50,6 +50,11 @@ def allowed() -> tuple[str, ...]:
     return _ALLOWED.get()
 
 
+def is_ours(part: object) -> bool:
+    """Whether the class of an object is one of this library's."""
+    return type(part).__module__.startswith(f"{PACKAGE}.")
+
+
 def nearest(name: object, known: Iterable[str], ranked: bool = False) -> str:
     """The end of an error message: the known name closest to ``name``, or all of them, with ``ranked`` by closeness."""
     names = sorted(known)

@@ -24,7 +24,14 @@ class Callback:
     A hook that returns False asks for a stop, as ``trainer.stop("why")`` does: the run ends after the update under way
     with an evaluation and a checkpoint. What a callback keeps between updates goes into ``state_dict`` and
     ``load_state_dict`` (plain values and tensors), so that a resumed run goes on with it.
+
+    Attributes:
+        metrics: names of metrics of its own, which it hands to
+            :meth:`~unified_rl.training.trainer.Trainer.add_metrics` in ``on_update_end``, so that ``keep_best`` and
+            ``early_stopping`` may watch them.
     """
+
+    metrics: Sequence[str] = ()
 
     def on_run_begin(self, trainer: Trainer) -> bool | None:
         """Before the first update, also where a run goes on: ``trainer.updates`` says from where."""
