@@ -166,6 +166,10 @@ class JsonlProblems(PooledTask):
 
     info_names = ("scorer_error",)
 
+    _chat: Chat | None = None
+    _rendering = False
+    """Prompts are rendered; not yet while an encoding is trained on what will be."""
+
     def __init__(
         self,
         path: str,
@@ -199,26 +203,16 @@ class JsonlProblems(PooledTask):
         shuffle_rewards: bool = False,
         seed: Seed = 0,
     ) -> None:
-        if verifier not in VERIFIERS:
-            raise ConfigError(f"env.verifier={verifier} is none of {', '.join(VERIFIERS)}")
-        if template is not None and "{question}" not in template:
-            raise ConfigError("env.template must contain {question}")
+        _check_choices(verifier, template)
         self.verifier = verifier
         self.assistant_only_loss = assistant_only_loss
         self._keys = (question_key, answer_key, solution_key)
         self._template, self._wraps = template, system_prompt is not None if chat is None else chat
-        self._tools = None if tools is None else Tools(tools, tool_seconds)
-        if tools is None and tool_format is not None:
-            raise ConfigError(f"env.tool_format={tool_format} would be of no effect: there are no env.tools")
-        self._tool_format = tool_format
-        if tools is None and max_turns not in (None, 1):
-            raise ConfigError(
-                f"env.max_turns={max_turns} would be of no effect: without env.tools an answer is one turn"
-            )
+        if tools is None:
+            _refuse_idle_tools(tool_format, max_turns)
+        self._tools, self._tool_format = None if tools is None else Tools(tools, tool_seconds), tool_format
         schemas = None if self._tools is None else self._tools.schemas
         self._chat_settings = (date, system_prompt, check_options(chat_template_kwargs), schemas)
-        self._chat: Chat | None = None
-        self._rendering = False
         day_of(date)
         problems = FileProblems(self, open_records(path))
         own = load_tokenizer(tokenizer) if tokenizer else train_bpe(_texts(problems), vocabulary_size)
@@ -506,6 +500,22 @@ class JsonlProblems(PooledTask):
         score, failed = self._verify(problem["reference"], text)
         right = score >= 1.0
         return Verdict(float(right), correct=right, info={"scorer_error": float(failed)})
+
+
+def _check_choices(verifier: str, template: str | None) -> None:
+    """Raises ConfigError for an unknown verifier, and a template without a place for the question."""
+    if verifier not in VERIFIERS:
+        raise ConfigError(f"env.verifier={verifier} is none of {', '.join(VERIFIERS)}")
+    if template is not None and "{question}" not in template:
+        raise ConfigError("env.template must contain {question}")
+
+
+def _refuse_idle_tools(tool_format: str | None, max_turns: int | None) -> None:
+    """Raises ConfigError for settings of tools where there are none."""
+    if tool_format is not None:
+        raise ConfigError(f"env.tool_format={tool_format} would be of no effect: there are no env.tools")
+    if max_turns not in (None, 1):
+        raise ConfigError(f"env.max_turns={max_turns} would be of no effect: without env.tools an answer is one turn")
 
 
 def _is_number(text: str) -> bool:
