@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import value_cases as values
 from agent_cases import LANES, control_agent, filled, gaussian, language, language_agent, stream, transitions
+from run_cases import CONTROL, composed
 from tensordict import TensorDict
 from torch import Tensor, nn
 from transformers import get_scheduler
@@ -19,6 +21,7 @@ from unified_rl.config import compose
 from unified_rl.errors import ConfigError
 from unified_rl.learning_rate import SCHEDULES, LearningRate
 from unified_rl.optimizer import Optimizer
+from unified_rl.training.run import Job
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "cosine_with_min_lr": {"min_lr_rate": 0.1},
@@ -371,3 +374,44 @@ def test_value_based_agents_refuse_what_they_cannot_follow() -> None:
     with pytest.raises(ConfigError, match=r"agent\.warmup_steps=9000 is more than the"):
         agent = values.make(lr_schedule="linear", warmup_steps=9000)
         agent.plan_updates(4)
+
+
+# ------------------------------------------------------------------ stages of a warm start
+
+
+def test_a_stage_of_a_warm_start_has_a_schedule_over_its_own_updates(tmp_path: Path) -> None:
+    stages = "[{updates: 4, lr: 0.1, lr_schedule: linear, warmup_steps: 2}, {updates: 2, lr: 0.3}, "
+    stages += "{updates: 3, lr: 0.2, lr_schedule: cosine}]"
+    words = [*CONTROL, "warm_start=demonstrations", "warm_start.dataset=8", f"warm_start.stages={stages}", "steps=0"]
+    seen: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = BehaviorCloning.step
+
+        def spy(self: BehaviorCloning, batch: Any) -> Any:
+            found = step(self, batch)
+            seen.append(self.optimizer.rate)
+            return found
+
+        patch.setattr(BehaviorCloning, "step", spy)
+        Job(composed([*words, "eval_episodes=2"])).warm_start(lambda *given: None)
+    assert seen == [*expected("linear", 0.1, 2, 4), 0.3, 0.3, *expected("cosine", 0.2, 0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        (
+            "until_loss: 0.1, lr_schedule: linear",
+            r"lr_schedule follows the length of the stage: set warm_start\.stages\[0\]",
+        ),
+        (
+            "updates: 3, lr_schedule: linaer",
+            r"warm_start\.stages\[0\]\.lr_schedule 'linaer' is unknown; did you mean 'linear'",
+        ),
+        ("updates: 3, warmup_steps: 9", r"warm_start\.stages\[0\]\.warmup_steps=9 is more than the 3 gradient steps"),
+        ("updates: 3, warmup_ratio: 2", r"warm_start\.stages\[0\]\.warmup_ratio=2"),
+    ],
+)
+def test_a_schedule_of_a_stage_that_cannot_be_is_refused_when_a_run_is_composed(stage: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose([*CONTROL, "warm_start=demonstrations", f"warm_start.stages=[{{{stage}}}]"])

@@ -644,8 +644,8 @@ class Job:
 
         self._rehearse()
 
-        def make_agent(lr: float) -> Any:
-            target = {"_target_": "unified_rl.agents.behavior_cloning.BehaviorCloning", "lr": lr}
+        def make_agent(lr: float, **schedule: Any) -> Any:
+            target = {"_target_": "unified_rl.agents.behavior_cloning.BehaviorCloning", "lr": lr, **schedule}
             stream = generator(self.seed, "warm_start_loss", self.device)
             chunk = None
             if isinstance(self.policy, CausalLM):
