@@ -27,7 +27,7 @@ from transformers import (
 
 from unified_rl.errors import ConfigError
 from unified_rl.policies.cuda_graph_step import ReplayedStep
-from unified_rl.policies.group_cache import NAME, GroupCache, group_attention
+from unified_rl.policies.group_cache import GroupCache, group_attention
 from unified_rl.policies.heads import read_head
 from unified_rl.policies.kv_cache import FixedCache, SlabCache, count_layers, visible_columns
 from unified_rl.policies.packed_weights import packed_weights
@@ -165,8 +165,9 @@ def has_plain_cache(model: PreTrainedModel) -> bool:
     """True where every layer attends to every earlier position (no sliding window, no recurrent state)."""
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
-    plain = all(type(layer).__name__ == "DynamicLayer" for layer in layers)
-    return plain and model.config._attn_implementation in ("sdpa", NAME)
+    return (
+        all(type(layer).__name__ == "DynamicLayer" for layer in layers) and model.config._attn_implementation == "sdpa"
+    )
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ class _Loop:
         return _shortened(out, self.cut, job)
 
     def _attention(self) -> AbstractContextManager[None]:
-        return group_attention(self.model, self.cache) if isinstance(self.cache, GroupCache) else nullcontext()
+        return group_attention(self.cache) if isinstance(self.cache, GroupCache) else nullcontext()
 
     def _decode(self, logits: Tensor) -> None:
         """Samples until every row has ended, from the first ``logits [B, V]`` on."""

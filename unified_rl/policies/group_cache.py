@@ -15,15 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unified_rl.policies.kv_cache import SlabCache
 
-NAME = "unified_rl_group"
-"""The attention implementation that :func:`group_attention` switches on."""
 RECENT = 16
 """Columns written one by one, before they join the others in one piece."""
 
@@ -127,18 +124,18 @@ class Groups:
         by_row = x.unflatten(2, (self.repeats, count)).transpose(1, 2).flatten(0, 1)
         return by_row if self.slot_of is None else by_row.index_select(0, self.slot_of)
 
-    def keep(self, rows: Tensor, total: int) -> Tensor:
-        """Keeps some of ``total`` rows, in order; returns which prompts still have any."""
+    def keep(self, rows: Tensor, prompts: int) -> Tensor:
+        """Keeps some rows of ``prompts`` prompts, in order; returns which prompts still have any."""
         if self.prompt_of is None:
-            self.prompt_of = torch.arange(total, device=rows.device) // self.repeats
-        prompts, self.prompt_of = torch.unique(self.prompt_of[rows], return_inverse=True)
+            self.prompt_of = torch.arange(prompts, device=rows.device).repeat_interleave(self.repeats)
+        kept, self.prompt_of = torch.unique(self.prompt_of[rows], return_inverse=True)
         count = torch.bincount(self.prompt_of)
         self.repeats = int(count.max())
         place = torch.arange(len(rows), device=rows.device) - (count.cumsum(0) - count)[self.prompt_of]
         self.slot_of = self.prompt_of * self.repeats + place
-        self.row_of = torch.zeros(len(prompts) * self.repeats, dtype=torch.int64, device=rows.device)
+        self.row_of = torch.zeros(len(kept) * self.repeats, dtype=torch.int64, device=rows.device)
         self.row_of[self.slot_of] = torch.arange(len(rows), device=rows.device)
-        return prompts
+        return kept
 
 
 class GroupCache(Cache):
@@ -151,8 +148,7 @@ class GroupCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps only some rows, in order."""
-        total = len(self.group_layers[0].recent[0])
-        prompts = self.groups.keep(indices, total)
+        prompts = self.groups.keep(indices, len(self.group_layers[0].prompt[0]))
         for layer in self.group_layers:
             layer.keep(prompts, indices)
 
@@ -171,33 +167,29 @@ class GroupCache(Cache):
         return cache
 
 
-_here, _lock = threading.local(), threading.Lock()
+_here = threading.local()
 
 
 @contextmanager
-def group_attention(model: Any, cache: GroupCache) -> Iterator[None]:
-    """Attention of this thread's calls goes to ``cache`` inside the block; others' is as ever."""
+def group_attention(cache: GroupCache) -> Iterator[None]:
+    """Scaled dot-product attention of this thread looks into ``cache`` inside the block; others' is as ever.
+
+    The function behind transformers' ``sdpa`` is exchanged rather than given another name, since architectures branch
+    on the name.
+    """
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not _attend:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = _attend
     _here.cache = cache
-    _count_users(model, 1)
     try:
         yield
     finally:
-        _count_users(model, -1)
         _here.cache = None
-
-
-def _count_users(model: Any, change: int) -> None:
-    """Switches the implementation on for the first thread that decodes, and off after the last one."""
-    with _lock:
-        model.group_users = getattr(model, "group_users", 0) + change
-        name = NAME if model.group_users else "sdpa"
-        model.config._attn_implementation = model.config.get_text_config(decoder=True)._attn_implementation = name
 
 
 def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The attention function: a decoding step of a :class:`GroupLayer`, and else that of transformers."""
+    """Transformers' attention, but for the decoding steps of a :class:`GroupLayer`."""
     cache = getattr(_here, "cache", None)
     index = getattr(module, "layer_idx", None)
     layer = None if cache is None or index is None else cache.group_layers[index]
@@ -211,7 +203,3 @@ def _attend(
         raise RuntimeError(f"{type(module).__name__} does not attend to what its cache returned; use backend='hf'")
     out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return out
-
-
-AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)

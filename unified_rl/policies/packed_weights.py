@@ -27,11 +27,11 @@ MOST_BYTES = 2**32
 """No packed copy of a larger model."""
 
 
-def packed_bytes(model: nn.Module, rows: int, tokens: int, device: str = "cpu") -> int:
+def packed_bytes(model: nn.Module, rows: int, tokens: int, device: str = "cpu", autocast: bool = False) -> int:
     """Bytes that :func:`packed_weights` would take for ``tokens`` steps of ``rows`` rows; 0 where it would not pack."""
     if not (can_pack() and device == "cpu" and tokens >= LEAST_TOKENS and 1 < rows <= MOST_ROWS):
         return 0
-    size = sum(layer.weight.nbytes for layer in _layers(model))
+    size = sum(layer.weight.numel() * (2 if autocast else layer.weight.element_size()) for layer in _layers(model))
     return size if size <= MOST_BYTES else 0
 
 
@@ -55,7 +55,7 @@ def packed_weights(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
     """
     device = next(model.parameters()).device.type
     autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    layers = _layers(model) if packed_bytes(model, rows, tokens, device) else []
+    layers = _layers(model) if packed_bytes(model, rows, tokens, device, autocast) else []
     if (autocast or any(x.weight.dtype == torch.bfloat16 for x in layers)) and not _has_bfloat16():
         layers = []
     packed = []

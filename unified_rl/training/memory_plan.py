@@ -13,6 +13,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.machine import available, memory, readable
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.model_memory import Activations, Shape, activations_of, logits, module_bytes
+from unified_rl.policies.packed_weights import packed_bytes
 from unified_rl.training.evaluation import AT_ONCE
 
 CHUNK = 8e9
@@ -149,10 +150,11 @@ def _update(policy: CausalLM, found: Activations, rows: int, length: int) -> flo
 
 
 def _generation(policy: CausalLM, found: Activations, rows: int, length: int, prompts: int) -> float:
-    """Cache, a copy of one layer of it as it grows, and the larger of prefill and draw."""
+    """Cache, a copy of one layer of it as it grows, packed weights, and the larger of prefill and draw."""
     shape = Shape.of(policy.model, policy.autocast)
     cache = shape.cache(rows, length) * (1 + 1 / shape.layers)
-    return PIECES * (cache + found.scoring(prompts * length) + logits(policy, rows, training=False))
+    packed = packed_bytes(policy.model, rows, length, policy.device.type, policy.autocast)
+    return packed + PIECES * (cache + found.scoring(prompts * length) + logits(policy, rows, training=False))
 
 
 def memory_plan(
