@@ -140,7 +140,7 @@ def form_of(written: str | None) -> Form:
 
 
 def _same(call: dict[str, Any]) -> bool:
-    return call.get("name") == PROBE["name"] and arguments_of(call) == PROBE["arguments"]
+    return bool(call.get("name") == PROBE["name"] and arguments_of(call) == PROBE["arguments"])
 
 
 def arguments_of(call: Mapping[str, Any]) -> Any:
