@@ -30,6 +30,7 @@ from unified_rl.errors import CheckpointError, NonFiniteError, RestoreError, Rol
 from unified_rl.rollout import feed
 from unified_rl.training import trainer as loop
 from unified_rl.training.checkpoint import checkpoints, read_checkpoint
+from unified_rl.training.metrics import MetricLog
 from unified_rl.training.run import Job, resume, train
 
 PPO = [
@@ -414,6 +415,25 @@ def test_a_disk_that_fails_is_one_error_and_costs_nothing_that_was_saved(
     again()
     resume(str(run))
     assert differences(final(run), whole) == []
+
+
+def test_a_run_whose_last_row_could_not_be_written_ends_as_if_it_had(
+    tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = MetricLog.write
+
+    def failing(log: MetricLog, update: int, *rest: Any) -> None:
+        write(log, update, *rest)
+        if update == whole["metrics"][-1]["update"]:
+            raise CheckpointError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricLog, "write", failing)
+        with pytest.raises(CheckpointError, match="the disk is full"):
+            train(resolve_defaults(compose([*PPO, f"run_dir={tmp_path / 'run'}"])))
+    for _ in range(2):  # the second one has nothing to do
+        resume(str(tmp_path / "run"))
+        assert differences(final(tmp_path / "run"), whole) == []
 
 
 def test_a_folder_that_cannot_be_made_or_written_is_one_error(

@@ -92,6 +92,12 @@ def test_results_hold_a_row_for_each_run_and_evaluation_with_the_nearest_diagnos
     last = rows[-1]
     assert [last[k] for k in ("correction", "seed", "update", "steps", "score")] == ["tis", "2", "4", "40", "6"]
     assert (rows[0]["ess/unit"], last["ess/unit"]) == ("0.1", "0.3")  # logged at updates 1 and 3
+    with open(tmp_path / "s" / "training.csv", newline="") as handle:
+        logged = list(csv.DictReader(handle))
+    mine = [row for row in logged if (row["correction"], row["seed"]) == ("tis", "2")]
+    assert [(row["update"], row["ess/unit"], row["eval/score"]) for row in mine] == [
+        ("0", "", "2"), ("1", "0.1", ""), ("2", "0.2", ""), ("3", "0.3", ""), ("4", "", "6"),
+    ]  # fmt: skip
     with open(tmp_path / "s" / "summary.csv", newline="") as handle:
         cell = next(csv.DictReader(handle))
     assert (cell["seeds"], cell["start"], cell["final_iqm"], cell["ess/unit"]) == ("2", "1.5", "5.5", "0.2")

@@ -347,7 +347,7 @@ def compare(
         progress: show progress bars.
 
     Returns:
-        The study's folder: ``results.csv``, ``summary.csv``, ``report.html`` and pictures.
+        The study's folder: ``results.csv``, ``training.csv``, ``summary.csv``, ``report.html`` and pictures.
 
     Raises:
         ConfigError: a study that cannot be composed; nothing has run then.

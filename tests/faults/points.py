@@ -58,6 +58,10 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 class Points:
     """Counts fault points below a folder, and acts at one of them.
 
@@ -95,7 +99,7 @@ class Points:
             self.act()
 
     def inside(self, path: Any) -> bool:
-        if threading.current_thread() is not threading.main_thread():
+        if not _in_main_thread():
             return False
         try:
             text = os.path.abspath(os.fspath(path))
@@ -125,8 +129,9 @@ class Points:
     def _changing(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def changed(*args: Any, **kwargs: Any) -> Any:
             target = args[-1] if name in ("replace", "rename", "link") and len(args) > 1 else args[0]
-            descriptor = name in ("fsync", "ftruncate") or kwargs.get("dir_fd") is not None
-            if not (descriptor or self.inside(target)) or threading.current_thread() is not threading.main_thread():
+            # a descriptor may be one of shared memory, which is no file of the program's
+            file = os.path.realpath(f"/proc/self/fd/{target}") if isinstance(target, int) else target
+            if not (self.inside(file) or kwargs.get("dir_fd") is not None) or not _in_main_thread():
                 return real(*args, **kwargs)
             label = f"{name} {'' if isinstance(target, int) else os.path.basename(os.fspath(target))}"
             self.point(f"{label} before")

@@ -21,7 +21,7 @@ from unified_rl.files import write_atomically
 from unified_rl.study.display import StudyDisplay
 from unified_rl.study.grid import Compose, Job, Study, make_jobs
 from unified_rl.study.report import write_report
-from unified_rl.study.results import Cell, read_runs, summarise, write_results, write_summary
+from unified_rl.study.results import Cell, read_runs, summarise, write_results, write_summary, write_training
 from unified_rl.study.workers import Train, run_jobs
 
 
@@ -38,7 +38,7 @@ def compare(
     train: Train | None = None,
     compose: Compose | None = None,
 ) -> Path:
-    """Trains every run of a study and writes ``results.csv``, ``summary.csv``, ``report.html`` and PNGs.
+    """Trains every run of a study and writes its tables (``results``, ``training``, ``summary``), report and PNGs.
 
     Args:
         cfg: a configuration with a ``study`` node (see :class:`~unified_rl.study.grid.Study`).
@@ -97,6 +97,7 @@ def _report(study: Study, warm: Sequence[Job], jobs: Sequence[Job], failed: dict
         return
     cells = summarise(runs)
     write_results(study.path / "results.csv", runs)
+    write_training(study.path / "training.csv", runs)
     write_summary(study.path / "summary.csv", cells)
     command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
     report = write_report(study, runs, command=command, failed=failed)

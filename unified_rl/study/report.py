@@ -28,6 +28,12 @@ LIMIT = 5 * 2**20
 CURVES = (
     ("learning_curves", SCORE, "Learning curves", "Score on held-out problems or seeds during training."),
     (
+        "training",
+        "train/reward",
+        "Reward in training",
+        "Mean reward of the rows that each update trained on; with staleness, of an earlier policy's.",
+    ),
+    (
         "ess",
         "ess/unit",
         "Effective sample size",

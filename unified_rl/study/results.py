@@ -21,6 +21,11 @@ PLACE = ("update", "steps", "wall_seconds")
 LABELS = ("domain", "correction", "staleness", "seed")
 SUMMARY = ("ess/unit", "kl/k3", "clip/fraction", "staleness/mean")
 """Diagnostics of the summary, averaged over each run's logged rows."""
+TRAINING = (
+    "train/reward", "rollout/length", "rollout/truncated", "rollout/entropy_estimate", "ess/unit", "ess/sequence",
+    "kl/k3", "clip/fraction", "grad/norm", SCORE,
+)  # fmt: skip
+"""What ``training.csv`` holds of every logged row."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,22 @@ def write_results(path: Path, runs: Sequence[RunData]) -> None:
         writer.writerow(columns)
         for run in runs:
             writer.writerows(_evaluations(run, metrics))
+
+
+def write_training(path: Path, runs: Sequence[RunData]) -> None:
+    """Writes ``training.csv``: a row for each run and logged update, with what was logged of :data:`TRAINING`."""
+    logged = {key for run in runs for row in run.rows for key in row}
+    columns = [*PLACE, *(key for key in TRAINING if key in logged)]
+    with replacing(path) as aside, open(aside, "w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow([*LABELS, *columns])
+        for run in runs:
+            labels = [run.labels[key] for key in LABELS]
+            writer.writerows([*labels, *(_text(row.get(key)) for key in columns)] for row in run.rows)
+
+
+def _text(value: Any) -> str:
+    return _digits(value) if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _evaluations(run: RunData, metrics: Sequence[str]) -> Iterable[list[Any]]:

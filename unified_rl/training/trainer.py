@@ -152,6 +152,7 @@ class Trainer:
 
     def _loop(self, stop: StopSignal) -> None:
         self.callbacks("on_run_begin", self)
+        relogged = -1 if self._logged else self.updates  # its checkpoint still holds what waited for the row
         if not self._logged:
             self._finish_update()
         while self.updates < self.planned and not self.stopped:
@@ -160,7 +161,7 @@ class Trainer:
                 raise stop.error()
         if self.stopped:
             say(f"{self.folder or 'the run'} ends at update {self.updates} of {self.planned}: {self.stopped}")
-        if self._saved != self.updates:
+        if self._saved != self.updates or relogged == self.updates:
             self.save()
             self._tell_inexact()
         if self.watch.best is not None and self.watch.best.value is None:
