@@ -47,6 +47,7 @@ from unified_rl.training.memory_plan import (
     generation_batch_for,
     memory_plan,
     micro_batch_for,
+    prefill_of,
 )
 from unified_rl.training.metric_names import MetricNames, names_of
 from unified_rl.training.samples import SampleBook
@@ -497,7 +498,7 @@ class Job:
         samples = isinstance(rollout, LanguageRollout) and isinstance(self.policy, CausalLM)
         if samples and rollout.generation_batch is None:
             sizes = (rollout.steps_per_collect, self.env.max_length, rollout.group_size)
-            rollout.generation_batch = generation_batch_for(self.policy, *sizes)
+            rollout.generation_batch = generation_batch_for(self.policy, *sizes, prompt=prefill_of(self.env))
         return rollout
 
     def _made_rollout(self) -> Any:
@@ -613,7 +614,7 @@ class Job:
         samples = (self.settings.eval_sampling or {}).get("samples", 1)
         rows = evaluated_rows(self.episodes * samples, given)
         if given is None and isinstance(self.policy, CausalLM) and rows:
-            return generation_batch_for(self.policy, rows, self.env.max_length) or rows
+            return generation_batch_for(self.policy, rows, self.env.max_length, prompt=prefill_of(self.env)) or rows
         return rows
 
     def _copies(self, episodes: int) -> int:
