@@ -21,7 +21,8 @@ DISK = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT)
 
 def train(arguments: argparse.Namespace) -> int:
     """Trains one run, or goes on with one."""
-    from unified_rl.config import BUDGETS, compose, resolve_defaults
+    from unified_rl.config import compose, resolve_defaults
+    from unified_rl.settling import BUDGETS
 
     resumed = _resumed(arguments.overrides)
     if resumed is not None:

@@ -167,10 +167,10 @@ class Chat:
     def _marked(self, led: list[Message], since: int, where: str) -> list[tuple[int, int]]:
         """Where in the text the template's own marks stand, with the end of the turn behind each."""
         options = {**self.tokenizer.special_tokens_map, **self.options}
-        rendered, marks = render_jinja_template(
+        rendered: Any = render_jinja_template(
             [led], chat_template=self.template, return_assistant_tokens_mask=True, **options
         )
-        (whole,), (spans,) = rendered, marks
+        (whole,), (spans,) = rendered
         first = len(self._render(led[:since], where, add_generation_prompt=False)) if since else 0
         ends = [end + len(self.end) * whole.startswith(self.end, end) for _, end in spans]
         return [(start, end) for (start, _), end in zip(spans, ends, strict=True) if start >= first]

@@ -116,18 +116,19 @@ class Groups:
         """``x [B, heads, n, width]`` by prompt, ``[P, heads, repeats * n, width]``."""
         if self.row_of is not None:
             x = x.index_select(0, self.row_of)
-        by_prompt = x.unflatten(0, (-1, self.repeats)).transpose(1, 2)
+        by_prompt: Tensor = x.unflatten(0, (-1, self.repeats)).transpose(1, 2)
         return by_prompt.reshape(*by_prompt.shape[:2], -1, x.shape[-1])
 
     def scatter(self, x: Tensor, count: int) -> Tensor:
         """The other way, ``count`` entries a row."""
-        by_row = x.unflatten(2, (self.repeats, count)).transpose(1, 2).flatten(0, 1)
+        by_row: Tensor = x.unflatten(2, (self.repeats, count)).transpose(1, 2).flatten(0, 1)
         return by_row if self.slot_of is None else by_row.index_select(0, self.slot_of)
 
     def keep(self, rows: Tensor, prompts: int) -> Tensor:
         """Keeps some rows of ``prompts`` prompts, in order; returns which prompts still have any."""
         if self.prompt_of is None:
             self.prompt_of = torch.arange(prompts, device=rows.device).repeat_interleave(self.repeats)
+        kept: Tensor
         kept, self.prompt_of = torch.unique(self.prompt_of[rows], return_inverse=True)
         count = torch.bincount(self.prompt_of)
         self.repeats = int(count.max())
@@ -163,7 +164,8 @@ class GroupCache(Cache):
         """The same prompts in the cache that any attention can read."""
         cache = SlabCache(len(self.group_layers), self.groups.repeats)
         for index, layer in enumerate(self.group_layers):
-            cache.update(*layer.prompt, index)
+            keys, values = layer.prompt
+            cache.update(keys, values, index)
         return cache
 
 

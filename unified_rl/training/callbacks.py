@@ -95,11 +95,13 @@ class Callbacks:
                     self.members[int(place)].load_state_dict(own)
 
 
-def make_callbacks(nodes: Sequence[Any], objects: Sequence[Any] = (), allow: Sequence[str] = ()) -> Callbacks:
+def make_callbacks(
+    nodes: Sequence[Any] | str | Mapping[str, Any], objects: Sequence[Any] = (), allow: Sequence[str] = ()
+) -> Callbacks:
     """The callbacks that a configuration names, and behind them those given as objects.
 
     Args:
-        nodes: dotted paths (``my.module:MyCallback``), or mappings with ``_target_`` and arguments.
+        nodes: dotted paths (``my.module:MyCallback``), or mappings with ``_target_`` and arguments; or one of them.
         objects: from Python; a class is made without arguments.
         allow: packages that paths may name.
 
@@ -107,7 +109,7 @@ def make_callbacks(nodes: Sequence[Any], objects: Sequence[Any] = (), allow: Seq
         ConfigError: a path that is not allowed or not found, or what has no hook.
     """
     members, names = [], []
-    for number, node in enumerate(nodes):
+    for number, node in enumerate([nodes] if isinstance(nodes, str | Mapping) else nodes):
         where = f"callbacks[{number}]"
         if is_node(node):
             members.append(build({**node, "_target_": _dotted(node["_target_"])}, allow=allow, setting=where))

@@ -260,7 +260,7 @@ def evaluated(
         if out is not None:
             said = {word.key: word.value for word in parse_overrides(words)}
             write_scores(Path(out), scores, {"evaluated": str(run), "checkpoint": checkpoint, "words": said})
-        wanted = job.episodes if episodes == "all" else episodes
+        wanted = job.episodes if isinstance(episodes, str) else episodes
         return scores, None if record is None else record_dataset(job, Path(record), rows=rows, episodes=wanted)
     finally:
         job.close()
