@@ -197,7 +197,7 @@ def test_what_an_environment_tells_is_known_from_an_evaluation_before_the_warm_s
 
 
 RUNS = [
-    [*LANGUAGE, "reward=[exact,repetition]"],
+    [*LANGUAGE, "reward=[task,repetition]"],
     [*LANGUAGE, "eval_sampling={samples: 3}", "agent=ppo", "agent.entropy_coef=0.01"],
     [*LANGUAGE, "agent.kl=0.01", "agent.drop_equal_groups=true", "correction=vcpo"],
     [*LANGUAGE, "rollout.context={_target_: unified_rl.rollout.context.Refill}", "correction=troll"],

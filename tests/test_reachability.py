@@ -686,6 +686,7 @@ CLASSES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 VALUES_OF: dict[str, Any] = {
     **{f"{task}.truncated": "mask" for task in ("calculator", "chain_mod", "countdown", "guess_number", "jsonl")},
     "jsonl.tools": ["own_tools:add"],
+    "jsonl.tool_format": "mistral",
     "jsonl.max_turns": 2,
     **{f"{task}.stop": "1" for task in ("calculator", "chain_mod", "countdown", "guess_number", "jsonl")},
     # what no rule gives, by class and parameter
