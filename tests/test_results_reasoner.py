@@ -56,7 +56,7 @@ def test_the_commands_of_the_page_run_in_small(place: Path, source: Path) -> Non
     for verb, *words in page_commands(source / "docs" / "results" / "reasoner.md"):
         done.append(verb)
         if verb == "train":
-            tiny = [word for word in words if not word.startswith(("steps=", "rollout.rows="))]
+            tiny = [word for word in words if not word.startswith(("steps=", "rollout.rows=", "policy.autocast="))]
             train(resolve_defaults(compose([*tiny, "steps=8", "rollout.rows=4", "policy.autocast=false"])))
         elif verb == "compare":
             assert words == ["study=reasoner"]
@@ -64,6 +64,7 @@ def test_the_commands_of_the_page_run_in_small(place: Path, source: Path) -> Non
         else:
             runs = sorted(Path("runs/reasoner/runs").glob("fresh-grpo*"))
             words = [str(runs[0]) if "fresh-grpo" in word else word for word in words]
+            words = [word for word in words if not word.startswith("env.max_turn_tokens=")]
             words += ["env.max_turn_tokens=4"] if verb == "evaluate" else []
             assert cli.main([verb, *words]) == 0, (verb, words)
     assert done[:4] == ["train", "export", "compare", "evaluate"]
