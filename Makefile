@@ -6,7 +6,7 @@ TEST_WORKERS ?= 2
 TESTS ?= tests
 INPUTS := pyproject.toml setup.py constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-BENCHMARKS := $(filter-out gpu table endurance memory_plan prompt_files study_many,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
+BENCHMARKS := $(filter-out gpu table endurance memory_plan prompt_files study_many bf16,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 BENCH_OUT ?= build/benchmarks
 # One thread a process, and waiting threads that sleep: shared cores stay usable, runs are up to 4x faster on them.
 export OMP_WAIT_POLICY ?= PASSIVE

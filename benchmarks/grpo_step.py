@@ -91,7 +91,7 @@ def small_task(bf16: bool) -> Task:
 
 def model_task(folder: str, bf16: bool) -> Task:
     """A model folder on sums in its chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
 
     def question(stream: random.Random) -> str:
         terms = [str(stream.randrange(10, 1000)) for _ in range(stream.randrange(2, 5))]

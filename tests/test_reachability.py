@@ -229,6 +229,7 @@ def correction_cases() -> Iterator[Case]:
             "searched_ppo.low": 0.7,
             "searched_ppo.high_max": 1.5,
             "searched_ppo.target": 2.2,
+            "clip_cov.clip_high": 0.001,
             "clip_cov.cov_low": 0.0,
             "clip_cov.cov_high": 0.0,
         },
