@@ -42,9 +42,7 @@ def load_teacher(
         raise ConfigError(f"{where}.{key} is of language models, and this policy is none")
     if (path / "config.yaml").is_file():
         if "adapter" in options:
-            raise ConfigError(
-                f"{setting.removesuffix('.folder')}.adapter is of a model's folder, and {folder} is a run"
-            )
+            raise ConfigError(f"{where}.adapter is of a model's folder, and {folder} is a run")
         teacher = _from_run(path, student, options)
     elif isinstance(student, CausalLM) and ((path / "config.json").is_file() or is_adapter_folder(path)):
         options = {"temperature": student.sampling.temperature, **options}

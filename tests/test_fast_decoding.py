@@ -8,8 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from test_generation import letter_tokenizer, ragged_prompts, small, stream, teacher_forced
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from unified_rl.policies import generation, packed_weights
+from unified_rl.policies import generation, group_cache, packed_weights
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.group_cache import RECENT, GroupCache, GroupLayer, group_attention
 from unified_rl.policies.kv_cache import SlabCache
@@ -116,6 +118,23 @@ def test_threads_that_decode_at_once_do_not_meet():
         together = list(pool.map(sample, policies * 3))
     for i, found in enumerate(together):
         assert torch.equal(found.tokens, alone[i % 2].tokens)
+
+
+def test_attention_that_somebody_else_put_there_is_still_called(monkeypatch):
+    calls = []
+
+    def theirs(*args, **options):
+        calls.append(len(args))
+        return sdpa_attention_forward(*args, **options)
+
+    policy = small("llama")
+    monkeypatch.setattr(group_cache, "_other", group_cache._other)  # put back afterwards
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", theirs)
+    sample(policy)
+    prefills = len(calls)
+    assert prefills == 2  # layers; steps are the cache's
+    policy.log_prob({"tokens": torch.arange(3, 15).view(2, 6), "mask": torch.arange(6).expand(2, 6) > 1})
+    assert len(calls) > prefills
 
 
 def test_attention_that_reads_something_else_than_the_cache_gave_is_an_error():

@@ -30,12 +30,17 @@ def keep_one_way(config: dict[str, Any], given: Collection[str], allow: Sequence
             continue
         for ways in getattr(locate(node["_target_"], allow, group), "alternatives", ()):
             named = [way for way in ways if any(f"{key}.".startswith(f"{group}.{way}.") for key in given)]
-            if len(named) > 1:
-                names = " and ".join(f"{group}.{way}" for way in named)
-                raise ConfigError(f"{names} are two ways to say where the {group} comes from: give one of them")
-            for way in ways if named else ():
-                if way not in named:
-                    node.pop(way, None)
+            said = " and ".join(f"{group}.{way}" for way in named)
+            _keep(node, ways, named, f"{said} are two ways to say where the {group} comes from: give one of them")
+
+
+def _keep(node: dict[str, Any], ways: Sequence[str], named: Sequence[str], fault: str) -> None:
+    """Leaves the way that is named, if one is; two are refused as ``fault`` says."""
+    if len(named) > 1:
+        raise ConfigError(fault)
+    for way in ways if named else ():
+        if way not in named:
+            node.pop(way, None)
 
 
 BUDGETS = ("steps", "epochs", "updates")
@@ -54,12 +59,8 @@ def keep_one_budget(config: dict[str, Any], given: Collection[str]) -> None:
     """
     mine = [name for name in BUDGETS if name in given]
     named = mine or [name for name in BUDGETS if config.get(name) is not None]
-    if len(named) > 1:
-        said = " and ".join(f"{name}={config[name]}" for name in named)
-        raise ConfigError(f"{said} both say how long the run is: give one of them")
-    for name in BUDGETS if named else ():
-        if name not in named:
-            config.pop(name, None)
+    said = " and ".join(f"{name}={config[name]}" for name in named)
+    _keep(config, BUDGETS, named, f"{said} both say how long the run is: give one of them")
 
 
 def suggest_rates(

@@ -32,7 +32,7 @@ class GroupLayer(DynamicLayer):
         prompt: ``[P, heads, L, width]`` each.
         older: ``[B, heads, n, width]`` each, without gaps; empty at first.
         recent: ``[B, heads, RECENT, width]`` each, of which ``written`` columns are filled.
-        attended: whether attention read what the last :meth:`update` returned by way of :func:`attend`.
+        attended: whether attention asked for what the last :meth:`update` returned, and so comes here.
     """
 
     def __init__(self, groups: Groups, **kwargs: Any) -> None:
@@ -170,6 +170,8 @@ class GroupCache(Cache):
 
 
 _here = threading.local()
+_other: Any = sdpa_attention_forward
+"""The attention that ``sdpa`` named before."""
 
 
 @contextmanager
@@ -177,10 +179,11 @@ def group_attention(cache: GroupCache) -> Iterator[None]:
     """Scaled dot-product attention of this thread looks into ``cache`` inside the block; others' is as ever.
 
     The function behind transformers' ``sdpa`` is exchanged rather than given another name, since architectures branch
-    on the name.
+    on the name. It stays exchanged, since other threads may be decoding; whatever stood there is called for all else.
     """
+    global _other
     if ALL_ATTENTION_FUNCTIONS["sdpa"] is not _attend:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = _attend
+        _other, ALL_ATTENTION_FUNCTIONS["sdpa"] = ALL_ATTENTION_FUNCTIONS["sdpa"], _attend
     _here.cache = cache
     try:
         yield
@@ -203,5 +206,5 @@ def _attend(
             return layer.attend(query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     if layer is not None and layer.written and layer.newest is not None:
         raise RuntimeError(f"{type(module).__name__} does not attend to what its cache returned; use backend='hf'")
-    out: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    out: tuple[Tensor, None] = _other(module, query, key, value, attention_mask, **kwargs)
     return out
