@@ -264,9 +264,15 @@ def samples(
 def load_policy(run: RunLike, checkpoint: Checkpoint | None = None, *, allow: Sequence[str] = ()) -> Any:
     """The policy of a run of either domain, in evaluation mode on the CPU.
 
+    One of control acts when it is called, ``action = policy(observation)``: an observation ``[d]`` or a batch
+    ``[K, d]``, NumPy or torch, of any real dtype, to an action of the same kind in shape, dtype, bounds and numbering
+    of the environment's action space; a chunk of ``h`` actions is ``[h, a]``, first action first. It has its own
+    observation moments, and no environment is made for it. Calls are deterministic;
+    ``policy(observation, deterministic=False)`` samples from its seeded stream.
+
     Args:
         run: its folder.
-        checkpoint: the number of updates behind it, or its folder; by default the newest intact one.
+        checkpoint: the number of updates behind it, its folder, or ``best``; by default the newest intact one.
         allow: packages beside this one that its configuration names.
 
     Returns:
@@ -275,12 +281,9 @@ def load_policy(run: RunLike, checkpoint: Checkpoint | None = None, *, allow: Se
     Raises:
         CheckpointError: no such run, no such checkpoint, or a run that only a script can build again.
     """
-    from torch import nn
+    from unified_rl.training.loading import policy_of
 
-    from unified_rl.training.run import restored
-
-    policy = restored(os.fspath(run), _chosen(checkpoint), allow, {"device": "cpu"}).policy
-    return policy.eval() if isinstance(policy, nn.Module) else policy
+    return policy_of(os.fspath(run), _chosen(checkpoint), allow)
 
 
 def export(

@@ -79,8 +79,8 @@ class ChainPolicy(Policy):
             after them. None trains all. "Diffusion Policy Policy Optimization" (arXiv:2409.00588).
         mean_over_dims: log-probs are means over the action's dimensions instead of sums, as in that paper. Ratios
             are then no importance weights (``exact`` is False).
-        zero_start: deterministic use starts from 0 instead of from drawn noise. One action per observation, but a
-            multi-modal policy then shows one mode only.
+        zero_start: deterministic use starts from 0 instead of from drawn noise: one action per observation, which may
+            lie between two modes. Without it :meth:`deterministic_action` starts from one noise, drawn for good.
         hidden: widths of the hidden layers.
         activation: a name in :data:`unified_rl.policies.networks.ACTIVATIONS`.
         seed: of the initial weights.
@@ -93,6 +93,8 @@ class ChainPolicy(Policy):
     rescoring_keys = ("chain",)
     outputs: ClassVar[int] = 1
     """Numbers that the network gives for every entry of the action."""
+    start: Tensor
+    """``[a]``, the noise that :meth:`deterministic_action` starts from."""
     times: Tensor
     prefix_frozen: Tensor
 
@@ -118,6 +120,8 @@ class ChainPolicy(Policy):
         self.num_units = trained_steps or steps
         self.mean_over_dims, self.zero_start = mean_over_dims, zero_start
         self.exact = not mean_over_dims
+        start = torch.zeros(self.action_dim) if zero_start else typical_noise(self.action_dim, seed)
+        self.register_buffer("start", start, persistent=False)
         self.register_buffer("times", torch.arange(steps) / steps, persistent=False)
         with seeded(seed):
             outputs = self.outputs * self.action_dim
@@ -200,6 +204,10 @@ class ChainPolicy(Policy):
             log_prob = self._reduce(normal_log_prob(chain[:, 1:], mean, log_std))
         return {"action": self.to_env(chain[:, -1]), "chain": chain, "behavior_log_prob": log_prob}
 
+    def _deterministic_action(self, observation: Tensor) -> Tensor:
+        start = self.start.expand(observation.shape[0], -1)
+        return self.to_env(self._run(observation, [start], deterministic=True)[0][:, -1])
+
     def transitions(self, observation: Tensor, chain: Tensor) -> tuple[Tensor, Tensor]:
         """Means and log standard deviations ``[M, K', a]`` of all stored transitions, in one pass of the network.
 
@@ -227,6 +235,12 @@ class ChainPolicy(Policy):
 
     def _reduce(self, per_dimension: Tensor) -> Tensor:
         return per_dimension.mean(-1) if self.mean_over_dims else per_dimension.sum(-1)
+
+
+def typical_noise(width: int, seed: int) -> Tensor:
+    """A draw ``[width]`` from a standard normal that depends on the seed alone, of 65 the one of median length."""
+    drawn = torch.randn(65, width, generator=torch.Generator().manual_seed(seed))
+    return drawn[drawn.norm(dim=-1).median(0).indices]
 
 
 def _fill_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

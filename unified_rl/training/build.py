@@ -120,11 +120,7 @@ class Job:
         self.fits: Callable[[MemoryPlan], None] = MemoryPlan.require
         self.row_size = row_size(self.env.policy_inputs())
         check_model_folder(cfg["policy"].get("path"))
-        with scoped(self.seed, "policy"):
-            inputs = self._policy_inputs(cfg["policy"])
-            seed = self._integer("policy")
-            self.policy = build(cfg["policy"], allow=self.allow, setting="policy", seed=seed, **inputs)
-        self.policy = self.policy.to(self.device)
+        self.policy = make_policy(cfg, self.env.policy_inputs(), self.allow).to(self.device)
         node = cfg.get("correction")
         self.correction = build(node, allow=self.allow, setting="correction") if node else None
 
@@ -231,12 +227,6 @@ class Job:
 
     # ------------------------------------------------------------------ building
 
-    def _policy_inputs(self, node: Mapping[str, Any]) -> dict[str, Any]:
-        """What the environment gives to the policy: its space, as sizes and bounds where the class takes those only."""
-        inputs: dict[str, Any] = self.env.policy_inputs()
-        taken, takes_any = self._parameters(node)
-        return inputs["space"].sizes() if "space" in inputs and not (takes_any or "space" in taken) else inputs
-
     def build(self, node: Mapping[str, Any], setting: str, **offered: Any) -> Any:
         """The object of the node ``setting``, given what its signature takes of what is offered."""
         taken, takes_any = self._parameters(node)
@@ -334,6 +324,7 @@ class Job:
             callbacks=self.callbacks,
             loggers=self.loggers,
             config=self.cfg,
+            space=space_of(self.env),
         )
 
     def _collecting(self, policy: Any) -> tuple[Any, Any, Any]:
@@ -557,6 +548,31 @@ class Job:
             return build(target, policy=self.policy, generator=stream, **given)
 
         stage.fit(self.env, make_agent, generator(self.seed, "demonstrations"), report)
+
+
+def make_policy(cfg: Mapping[str, Any], inputs: Mapping[str, Any], allow: Sequence[str] = ()) -> Any:
+    """The policy that a run begins with.
+
+    Args:
+        cfg: the run's configuration.
+        inputs: what the environment gives to policies: its space, of which a class that takes sizes and bounds gets
+            those.
+        allow: prefixes that configuration may build.
+    """
+    node, seed = cfg["policy"], cfg.get("seed", 0)
+    taken, takes_any = parameters(locate(node["_target_"], allow), allow)
+    if "space" in inputs and not (takes_any or "space" in taken):
+        inputs = inputs["space"].sizes()
+    with scoped(seed, "policy"):
+        return build(node, allow=allow, setting="policy", seed=derive(seed, "policy") % 2**31, **inputs)
+
+
+def space_of(env: Any) -> Space | None:
+    """What a policy in it sees and does; None of language, and of an environment that says more than a space."""
+    try:
+        return Space.of(env.policy_inputs()) if env.domain == "control" else None
+    except (ConfigError, TypeError):
+        return None
 
 
 def check_recorded_discount(rows: Any, setting: str, gamma: float) -> None:
