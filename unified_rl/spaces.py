@@ -590,7 +590,7 @@ def _multi_discrete(space: Any) -> Part:
     return MultiDiscrete(counts, start, tuple(map(int, space.shape)), str(space.dtype))
 
 
-KINDS: dict[str, type[Part]] = {
+KINDS: dict[str, Callable[..., Part]] = {
     kind.__name__: kind for kind in (Box, Image, Discrete, MultiDiscrete, MultiBinary, DictSpace, TupleSpace)
 }
 """Every part by its name in plain data."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import mujoco
@@ -50,7 +51,8 @@ def _renderer(model: mujoco.MjModel, height: int, width: int) -> Any:
     said = []
     chosen = os.environ.get("MUJOCO_GL")
     shown = chosen or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform != "linux"
-    for backend in (None,) if shown else BACKENDS:
+    tried: Sequence[str | None] = (None,) if shown else BACKENDS
+    for backend in tried:
         try:
             if backend is not None:
                 _contexts().GLContext = importlib.import_module(f"mujoco.{backend}").GLContext

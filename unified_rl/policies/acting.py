@@ -47,11 +47,14 @@ class InSpace(nn.Module):
         if choices is None and not isinstance(part, Box):
             raise ConfigError(f"an action cannot be {part.describe()}: arrays of numbers and choices can")
         self.shape, self.dtype = part.shape, getattr(torch, part.dtype)
-        low = high = first = None
+        first: Tensor | None = None
+        low: Tensor | None = None
+        high: Tensor | None = None
         if choices is not None:
             first = torch.tensor(_first(part, len(choices)), dtype=torch.int64)
         elif isinstance(part, Box):
-            low, high = (torch.tensor(bound.ravel(), dtype=self.dtype) for bound in (part.low_array, part.high_array))
+            low = torch.tensor(part.low_array.ravel(), dtype=self.dtype)
+            high = torch.tensor(part.high_array.ravel(), dtype=self.dtype)
         for name, value in (("first", first), ("low", low), ("high", high)):
             self.register_buffer(name, value, persistent=False)
 

@@ -562,7 +562,8 @@ def make_policy(cfg: Mapping[str, Any], inputs: Mapping[str, Any], allow: Sequen
     Raises:
         ConfigError: a policy that cannot be built, or that cannot act in the space.
     """
-    node, seed = cfg.get("policy"), cfg.get("seed", 0)
+    node: Any = cfg.get("policy")
+    seed = cfg.get("seed", 0)
     if not is_node(node):
         raise ConfigError(f"policy is {str(node)[:80]}; it must describe a part, with _target_ and its settings")
     taken, takes_any = parameters(locate(node["_target_"], allow), allow)

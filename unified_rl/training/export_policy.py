@@ -143,8 +143,15 @@ def _write_torch(module: nn.Module, rows: Tensor, path: Path, about: str) -> Non
 
 
 def _write_onnx(module: nn.Module, rows: Tensor, path: Path, about: str) -> None:
-    names = {"input_names": ["observation"], "output_names": ["action"]}
-    written = torch.onnx.export(module, (rows,), dynamo=True, dynamic_shapes=({0: "K"},), verbose=False, **names)
+    written = torch.onnx.export(
+        module,
+        (rows,),
+        dynamo=True,
+        dynamic_shapes=({0: "K"},),
+        input_names=["observation"],
+        output_names=["action"],
+        verbose=False,
+    )
     assert written is not None
     written.model.metadata_props[ABOUT] = about
     written.save(str(path), external_data=False)
