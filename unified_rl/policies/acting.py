@@ -12,7 +12,6 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from unified_rl.errors import ConfigError, NonFiniteError, RecordError
-from unified_rl.protocols import Samples
 from unified_rl.spaces import Box, Discrete, MultiDiscrete, Part, Space
 
 
@@ -148,7 +147,7 @@ class Actor:
         space: of the environment.
     """
 
-    def __init__(self, policy: Samples, space: Space) -> None:
+    def __init__(self, policy: Any, space: Space) -> None:
         self.policy, self.space = policy, space
 
     def __call__(
@@ -160,7 +159,7 @@ class Actor:
     ) -> Any:
         """See :func:`act`; a TensorDict goes to the policy itself."""
         if isinstance(observation, TensorDictBase):
-            return self.policy(observation)  # type: ignore[operator]
+            return self.policy(observation)
         return act(self.policy, self.space, observation, deterministic, generator)
 
     def __getattr__(self, name: str) -> Any:

@@ -38,6 +38,7 @@ def policy_of(run: str, checkpoint: str | int | None = None, allow: Sequence[str
     """
     folder = Path(run)
     cfg = {**read_config(folder), "device": "cpu"}
+    policy: Any
     path, state = intact_checkpoint(folder, checkpoint, replay=False)
     if state.get("space") is not None:
         with restoring(path):
@@ -49,7 +50,8 @@ def policy_of(run: str, checkpoint: str | int | None = None, allow: Sequence[str
     else:
         job = Job(_single(cfg), allow)
         policy, space = load_policy(job, state, path), space_of(job.env)
-    policy = policy.eval() if isinstance(policy, nn.Module) else policy
+    if isinstance(policy, nn.Module):
+        policy.eval()
     if space is None or domain_of(policy) != "control":
         return policy
     if isinstance(policy, Policy):
