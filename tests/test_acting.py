@@ -109,18 +109,31 @@ def test_calls_are_deterministic_unless_asked_and_samples_come_from_a_seeded_str
             assert torch.equal(policy.deterministic_action(torch.from_numpy(rows)), best)
 
 
-def test_a_chain_starts_from_its_noise_and_from_zero_where_it_is_told_to() -> None:
-    space, rows = SPACES[0], torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    for zero in (False, True):
-        policy = settled(FlowPolicy(space, steps=3, hidden=[8], zero_start=zero, seed=1))
-        start = torch.zeros(2) if zero else policy.start
-        assert (start.norm() > 0) is not zero or zero
-        expected = policy.to_env(policy.integrate(rows, start.expand(5, -1)))
-        assert torch.equal(policy.deterministic_action(rows), expected.detach()) or torch.allclose(
-            policy.deterministic_action(rows), expected
-        )
-    assert not torch.equal(FlowPolicy(space, seed=2).start, FlowPolicy(space, seed=1).start)
-    assert "start" not in policy.state_dict(), "it follows from the seed"
+def test_a_chain_takes_the_action_around_which_most_of_its_ends_lie() -> None:
+    space, rows = SPACES[5], torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    policy = settled(FlowPolicy(space, steps=3, hidden=[8], seed=1))
+    chosen = policy.deterministic_action(rows)
+    for row, action in zip(rows, chosen, strict=True):
+        ends = policy.integrate(row.expand(32, -1), policy.starts).detach().clamp(-1, 1)
+        gaps = torch.cdist(ends, ends).square().sort().values[:, :9].sum(-1)
+        assert torch.allclose(action, policy.to_env(ends[gaps.argmin()]), atol=1e-5)
+    assert not torch.equal(FlowPolicy(space, seed=2).starts, FlowPolicy(space, seed=1).starts)
+    assert "starts" not in policy.state_dict(), "they follow from the seed"
+    zero = settled(FlowPolicy(space, steps=3, hidden=[8], zero_start=True, seed=1))
+    expected = zero.to_env(zero.integrate(rows, torch.zeros(5, 8)))
+    assert torch.allclose(zero.deterministic_action(rows), expected, atol=1e-5)
+
+
+def test_of_two_modes_the_one_with_more_starts_is_kept() -> None:
+    class Sided(FlowPolicy):
+        """Goes to 0.8 from starts above -0.5, else to -0.8; close to the border it ends between."""
+
+        def _noiseless(self, output: Any, state: Any, index: Any) -> Any:
+            return 0.8 * torch.tanh(20 * (state + 0.5)) if index == 0 else state
+
+    policy = Sided(Space(Box((3,)), Box((1,), low=-1.0, high=1.0)), steps=2, hidden=[8])
+    assert ((policy.starts > -0.5).float().mean()) > 0.5
+    assert torch.allclose(policy.deterministic_action(torch.zeros(2, 3)), torch.full((2, 1), 0.8), atol=1e-3)
 
 
 @pytest.mark.parametrize("space", SPACES, ids=lambda space: space.action.describe())
