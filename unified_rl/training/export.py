@@ -6,16 +6,24 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
+from unified_rl.config import build
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.instantiate import nearest
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.model_folder import DTYPES
+from unified_rl.policies.pretrained import read_tokenizer, tokenizer_folder
+from unified_rl.training.checkpoint import intact_checkpoint
 from unified_rl.training.export_policy import FORMATS, export_policy
 from unified_rl.training.loading import policy_of
+from unified_rl.training.provenance import read_config
+from unified_rl.training.restoring import policy_state, restoring
 
+OWN = f"{CausalLM.__module__}.{CausalLM.__qualname__}"
+"""The policy that is exported, as a configuration names it."""
 ASIDE = ".writing_"
 """Begins the name of a folder that is half written."""
 
@@ -57,7 +65,7 @@ def export(
         return _export_file(run, target, checkpoint, allow, merge or dtype is not None)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{folder} exists and is not empty: export writes a new folder, so choose another name")
-    policy = policy_of(run, checkpoint, allow)
+    policy = _of_model_folder(run, checkpoint, allow) or policy_of(run, checkpoint, allow)
     if not isinstance(policy, CausalLM):
         raise ConfigError(
             f"{run} trained a {type(policy).__name__}, which is exported as one file: name it FILE.pt2 (torch.export) "
@@ -90,3 +98,24 @@ def _export_file(run: str, target: Path, checkpoint: str | int | None, allow: Se
     if options:
         raise ConfigError("--merge and --dtype are of language models; leave them out for a control policy")
     return export_policy(policy, target, run)
+
+
+def _of_model_folder(run: str, checkpoint: str | int | None, allow: Sequence[str]) -> Any:
+    """The policy of a run that began from a model folder: of this and the checkpoint alone, since data may have moved.
+
+    None for a fresh model, and beside a task of somebody else, which may have a tokenizer of its own.
+    """
+    cfg = read_config(Path(run))
+    node, env = cfg.get("policy") or {}, cfg.get("env") or {}
+    path = node.get("path")
+    known = str(env.get("_target_", "")).startswith("unified_rl.envs.language.")
+    if not known or not isinstance(path, str) or node.get("_target_") != OWN or not Path(path).is_dir():
+        return None
+    place = env.get("tokenizer") or tokenizer_folder(path)
+    if place is None or not Path(place).is_dir():
+        return None
+    where, state = intact_checkpoint(Path(run), checkpoint, replay=False)
+    policy = build(node, allow=allow, seed=0, tokenizer=read_tokenizer(place), max_length=1)
+    with restoring(where):
+        policy.load_state_dict(policy_state(state, where))
+    return policy
