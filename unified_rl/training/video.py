@@ -78,7 +78,7 @@ def show(job: Job, video: str | None = None, plot: str | None = None) -> int:
         CheckpointError: a file cannot be written.
     """
     check_pictures(job, video, plot)
-    count = min(job.settings.eval_episodes, TILES)
+    count = min(job.episodes, TILES)
     env = _environment(job, count, pictures=video is not None)
     stage = innermost(env)
     try:
