@@ -186,8 +186,9 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     capsys.readouterr()
     new = str(tmp_path / "new")
     for words, message in (
-        ([robot, new], "load it in Python with unified_rl.load_policy("),
+        ([robot, new], "name it FILE.pt2 (torch.export) or FILE.onnx"),
         ([made["whole"], str(tmp_path / "full")], "exists and is not empty"),
+        ([made["whole"], f"{new}.onnx"], "a name that does not end in .onnx"),
         ([made["whole"], new, "--merge"], "no adapter to merge; leave --merge out"),
         ([made["whole"], new, "--dtype", "bf16"], "did you mean 'bfloat16'?"),
         ([made["whole"], new, "--checkpoint", "77"], "has no checkpoint 77"),

@@ -76,7 +76,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from unified_rl.training.run import evaluate_run
 
     given = (arguments.episodes, arguments.allow, arguments.record)
-    more = {key: getattr(arguments, key) for key in ("words", "out") if getattr(arguments, key)}
+    more = {key: getattr(arguments, key) for key in ("words", "out", "video", "plot") if getattr(arguments, key)}
     evaluate_run(arguments.run, *given, checkpoint=arguments.checkpoint, rows=arguments.rows, **more)
     return 0
 
@@ -91,11 +91,12 @@ def samples(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Writes a run's language model as a Hugging Face folder, or as an adapter folder where adapters were trained."""
+    """Writes a run's control policy as one file (.pt2, .onnx), or its language model as a Hugging Face folder."""
     from unified_rl.training.export import export as write
 
     given = (arguments.run, arguments.folder, arguments.checkpoint)
-    print(f"model folder: {write(*given, merge=arguments.merge, dtype=arguments.dtype, allow=arguments.allow)}")
+    written = write(*given, merge=arguments.merge, dtype=arguments.dtype, allow=arguments.allow)
+    print(f"{'model folder' if written.is_dir() else 'policy file'}: {written}")
     return 0
 
 
@@ -172,10 +173,12 @@ EXAMPLES = {
     "evaluate": """examples:
   unified-rl evaluate runs/NAME --episodes 256
   unified-rl evaluate runs/NAME --checkpoint 400        or best, where the run has keep_best=METRIC
+  unified-rl evaluate runs/NAME --video out.mp4 --plot out.png
   unified-rl evaluate runs/NAME samples=16 temperature=0.6 top_p=0.95 --out scores.json
   unified-rl evaluate runs/NAME env.path=other.jsonl    another file of problems; env=NAME another task
   unified-rl evaluate MODEL_FOLDER env=jsonl env.path=problems.jsonl samples=4""",
     "export": """examples:
+  unified-rl export runs/NAME policy.onnx      a control policy; or policy.pt2, for torch.export.load
   unified-rl export runs/NAME my_model
   unified-rl export runs/NAME my_model --checkpoint 400 --merge --dtype bfloat16""",
     "samples": """examples:
@@ -288,6 +291,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             "rollout.generation_batch, seed, device, threads",
         )
         parser.add_argument("--out", metavar="FILE", help="also write the result there, as .json or .csv")
+        parser.add_argument("--video", metavar="FILE", help="film the first episodes, as .mp4 or .gif")
+        parser.add_argument("--plot", metavar="FILE", help="draw their returns over time, as .png, .svg or .pdf")
         parser.add_argument(
             "--episodes",
             type=_episodes,
@@ -298,7 +303,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--rows", type=int, metavar="N", help="how many to record; else whole --episodes, if given")
     if verb == "export":
         parser.add_argument("run", metavar="RUN", nargs="?", help="a run folder")
-        parser.add_argument("folder", metavar="FOLDER", nargs="?", help="where the model goes; it is made")
+        parser.add_argument(
+            "folder", metavar="FOLDER", nargs="?", help="where it goes: FILE.pt2, FILE.onnx, or a folder"
+        )
         parser.add_argument("--merge", action="store_true", help="write a whole model where adapters were trained")
         parser.add_argument("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; by default as it came")
     if verb == "samples":
@@ -388,7 +395,9 @@ def _dispatch(argv: Sequence[str]) -> int:
     if verb == "evaluate" and arguments.run is None:
         raise ConfigError("evaluate needs a run folder: unified-rl evaluate RUN")
     if verb == "export" and arguments.folder is None:
-        raise ConfigError("export needs a run folder and a new folder: unified-rl export RUN FOLDER")
+        raise ConfigError(
+            "export needs a run folder and a new name: unified-rl export RUN FOLDER, or FILE.pt2, or FILE.onnx"
+        )
     if verb == "samples" and arguments.run is None:
         raise ConfigError("samples needs a run folder: unified-rl samples RUN")
     if verb == "verify" and arguments.folder is None:

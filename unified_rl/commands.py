@@ -77,10 +77,13 @@ class Run:
         episodes: int | str | None = None,
         record: str | os.PathLike[str] | None = None,
         rows: int | None = None,
+        video: str | os.PathLike[str] | None = None,
+        plot: str | os.PathLike[str] | None = None,
         **overrides: Any,
     ) -> Scores:
         """Held-out evaluation, see :func:`evaluate`."""
         options: dict[str, Any] = {"episodes": episodes, "record": record, "rows": rows, "allow": self.allow}
+        options |= {"video": video, "plot": plot}
         return evaluate(self, checkpoint=checkpoint, **options, **overrides)
 
     def export(
@@ -91,7 +94,7 @@ class Run:
         merge: bool = False,
         dtype: str | None = None,
     ) -> Path:
-        """Writes the trained language model as a Hugging Face folder, see :func:`export`."""
+        """Writes the trained policy as a file, or a language model as a folder, see :func:`export`."""
         return export(self, folder, checkpoint=checkpoint, merge=merge, dtype=dtype, allow=self.allow)
 
     def resume(
@@ -209,6 +212,8 @@ def evaluate(
     rows: int | None = None,
     allow: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
+    video: str | os.PathLike[str] | None = None,
+    plot: str | os.PathLike[str] | None = None,
     **overrides: Any,
 ) -> Scores:
     """Evaluates a checkpoint of a run, or a language model's folder, on held-out prompts or seeds; prints no metrics.
@@ -223,6 +228,9 @@ def evaluate(
         rows: how many rows, instead.
         allow: packages beside this one that its configuration names.
         out: also write the result to this file, ``.json`` or ``.csv``.
+        video: also film the first episodes of a control run, at most nine beside one another, to this ``.mp4`` (extra
+            ``video``) or ``.gif``, with step, return and success over each.
+        plot: also draw their returns over time to this ``.png``, ``.svg`` or ``.pdf``.
         overrides: another task (``env="jsonl", **{"env.path": FILE}``, or ``env={"name": "jsonl", "path": FILE}``), how
             answers are sampled (``samples=16, temperature=0.6, top_p=0.95``), ``seed``, ``device``, and
             ``**{"rollout.generation_batch": 64}`` for the conversations that are sampled together.
@@ -237,9 +245,9 @@ def evaluate(
     """
     from unified_rl.training.run import evaluated
 
-    to, file = (None if path is None else os.fspath(path) for path in (record, out))
+    to, file, film, drawn = (None if path is None else os.fspath(path) for path in (record, out, video, plot))
     words, allow = _by_name(flatten(overrides), allow)
-    return evaluated(os.fspath(run), episodes, allow, to, _chosen(checkpoint), rows, words, file)[0]
+    return evaluated(os.fspath(run), episodes, allow, to, _chosen(checkpoint), rows, words, file, film, drawn)[0]
 
 
 def samples(
@@ -271,9 +279,15 @@ def samples(
 def load_policy(run: RunLike, checkpoint: Checkpoint | None = None, *, allow: Sequence[str] = ()) -> Any:
     """The policy of a run of either domain, in evaluation mode on the CPU.
 
+    One of control acts when it is called, ``action = policy(observation)``: an observation ``[d]`` or a batch
+    ``[K, d]``, NumPy or torch, of any real dtype, to an action of the same kind in shape, dtype, bounds and numbering
+    of the environment's action space; a chunk of ``h`` actions is ``[h, a]``, first action first. It has its own
+    observation moments, and no environment is made for it. Calls are deterministic;
+    ``policy(observation, deterministic=False)`` samples from its seeded stream.
+
     Args:
         run: its folder.
-        checkpoint: the number of updates behind it, or its folder; by default the newest intact one.
+        checkpoint: the number of updates behind it, its folder, or ``best``; by default the newest intact one.
         allow: packages beside this one that its configuration names.
 
     Returns:
@@ -282,12 +296,9 @@ def load_policy(run: RunLike, checkpoint: Checkpoint | None = None, *, allow: Se
     Raises:
         CheckpointError: no such run, no such checkpoint, or a run that only a script can build again.
     """
-    from torch import nn
+    from unified_rl.training.loading import policy_of
 
-    from unified_rl.training.run import restored
-
-    policy = restored(os.fspath(run), _chosen(checkpoint), allow, {"device": "cpu"}).policy
-    return policy.eval() if isinstance(policy, nn.Module) else policy
+    return policy_of(os.fspath(run), _chosen(checkpoint), allow)
 
 
 def export(
@@ -299,25 +310,32 @@ def export(
     dtype: str | None = None,
     allow: Sequence[str] = (),
 ) -> Path:
-    """Writes the language model of a run as a folder that transformers, TRL and vLLM load.
+    """Writes the policy of a run as other programs load it.
 
-    It holds the weights in the dtype of the folder that the model came from (tied ones once), its configuration, the
-    tokenizer with its chat template, and the generation configuration that it came with. A run that trained adapters
-    gives an adapter folder that names its base model, or with ``merge`` the whole model.
+    A control policy becomes one file: ``policy.pt2`` (``torch.export.load``) or ``policy.onnx`` (extra ``onnx``), with
+    the input ``observation [K, d]`` float32 for any ``K`` and the output ``action``, in shape, dtype, bounds and
+    numbering of the environment's action space. It holds the observation moments and acts as
+    ``load_policy(run)(observation)`` does, to 1e-5.
+
+    A language model becomes a folder that transformers, TRL and vLLM load. It holds the weights in the dtype of the
+    folder that the model came from (tied ones once), its configuration, the tokenizer with its chat template, and the
+    generation configuration that it came with. A run that trained adapters gives an adapter folder that names its base
+    model, or with ``merge`` the whole model.
 
     Args:
         run: its folder.
-        folder: is made; it may exist if it is empty.
+        folder: is made; it may exist if it is empty. Of a control policy the file, which does not exist yet.
         checkpoint: the number of updates behind it, or its folder; by default the newest intact one.
         merge: write the whole model where adapters were trained.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default as above, and float32 for adapters.
         allow: packages beside this one that its configuration names.
 
     Returns:
-        The folder.
+        The folder, or the file.
 
     Raises:
-        ConfigError: the policy is no language model, the folder holds something, or there is nothing to merge.
+        ConfigError: a name that is of the other domain, the folder holds something, there is nothing to merge, or a
+            control policy that cannot be exported.
         CheckpointError: no such run, no such checkpoint, or none that is intact.
     """
     from unified_rl.training.export import export as write

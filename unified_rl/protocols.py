@@ -14,7 +14,9 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
@@ -353,6 +355,22 @@ class HasSpace(Protocol):
     """Knows the space it acts in: control environments and policies."""
 
     space: Space
+
+
+@runtime_checkable
+class Renders(Protocol):
+    """A control environment that draws its simulations."""
+
+    frames_per_second: float
+    """Steps in a second of the simulated time."""
+
+    def render_lane(self, lane: int) -> NDArray[np.uint8]:
+        """A picture ``[H, W, 3]`` of a simulation as it stands.
+
+        Raises:
+            ConfigError: this machine cannot draw; says what is missing.
+        """
+        ...
 
 
 # --------------------------------------------------------------------------------------------- abilities of policies

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -456,6 +456,23 @@ class Space:
             return Space.flat(**self.sizes())
         return Space(observation, Discrete(choices[0]) if len(choices) == 1 else MultiDiscrete(choices))
 
+    def plain(self) -> dict[str, Any]:
+        """As lists, names and numbers that JSON holds; :meth:`from_plain` of it is equal to this one."""
+        return {"observation": _plain(self.observation), "action": _plain(self.action)}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Space:
+        """The inverse of :meth:`plain`.
+
+        Raises:
+            ConfigError: it describes no space.
+        """
+        try:
+            found = cls(_part(plain["observation"]), _part(plain["action"]))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"this describes no space: {str(plain)[:80]} ({error!r})") from error
+        return found
+
     @property
     def observation_dim(self) -> int:
         """Width ``d`` of the flat observation."""
@@ -571,6 +588,34 @@ def _box(space: Any) -> Part:
 def _multi_discrete(space: Any) -> Part:
     counts, start = (tuple(map(int, x.ravel())) for x in (space.nvec, space.start))
     return MultiDiscrete(counts, start, tuple(map(int, space.shape)), str(space.dtype))
+
+
+KINDS: dict[str, Callable[..., Part]] = {
+    kind.__name__: kind for kind in (Box, Image, Discrete, MultiDiscrete, MultiBinary, DictSpace, TupleSpace)
+}
+"""Every part by its name in plain data."""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Part) and is_dataclass(value):
+        own = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {"kind": type(value).__name__, **own}
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value  # JSON has no infinity
+
+
+def _part(plain: Mapping[str, Any]) -> Part:
+    own = {key: _value(key, value) for key, value in plain.items() if key != "kind"}
+    return KINDS[plain["kind"]](**own)
+
+
+def _value(key: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return _part(value)
+    if isinstance(value, list):
+        return tuple(_value(key, entry) for entry in value)
+    return float(value) if key in ("low", "high") and isinstance(value, str) else value
 
 
 def _many(bound: Bound) -> bool:

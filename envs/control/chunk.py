@@ -40,7 +40,7 @@ class ActionChunk(ControlEnvBase):
         if not isinstance(one, Box) or one.integer:
             raise ConfigError(f"a chunk needs real-valued actions, got {one.describe()}")
         low, high = (tuple(bound.ravel().tolist()) * horizon for bound in (one.low_array, one.high_array))
-        plan = Box((one.width * horizon,), one.dtype, low, high)
+        plan = Box((horizon, *one.shape), one.dtype, low, high)
         super().__init__(env.num_envs, Space(env.space.observation, plan), -(-env.max_steps // horizon))
         self.inner, self.horizon, self._action_dim = env, horizon, one.width
         self.steps_per_action = horizon * env.steps_per_action

@@ -208,6 +208,25 @@ class GymnasiumEnv(ControlEnvBase):
             copy.close()
         return same or UNLIKE
 
+    @property
+    def frames_per_second(self) -> float:
+        """As the environment's metadata say; 30 where they say nothing."""
+        return float(self._copies[0].env.metadata.get("render_fps") or 30.0)
+
+    def render_lane(self, lane: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """What a copy draws, ``[H, W, 3]``; it must be made with ``render_mode: rgb_array``.
+
+        Raises:
+            ConfigError: it was made to draw nothing.
+        """
+        env = self._copies[lane].env
+        if env.render_mode != "rgb_array":
+            raise ConfigError(
+                f"{self.name} was made without render_mode=rgb_array, so it draws nothing: add it to env.make_kwargs"
+            )
+        drawn: np.ndarray[Any, np.dtype[np.uint8]] = env.render()
+        return drawn
+
     def _replay(self, lane: int, copy: Copy | None = None) -> np.ndarray[Any, Any]:
         copy = self._copies[lane] if copy is None else copy
         observation = copy.reset(int(self._seeds[lane]))

@@ -17,6 +17,7 @@ from unified_rl.envs.control.base import ControlEnvBase, raise_non_finite
 from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.locomotion import Ant, Humanoid
 from unified_rl.envs.control.manipulation import InvertedDoublePendulum, InvertedPendulum, Pusher, Reacher
+from unified_rl.envs.control.rendering import Camera
 from unified_rl.envs.control.simulation import Simulations
 from unified_rl.envs.control.tasks import HalfCheetah, Hopper, Scene, Swimmer, Task, Walker2d
 from unified_rl.errors import CheckpointError, ConfigError
@@ -66,6 +67,7 @@ class BatchedMujocoEnv(ControlEnvBase):
         self._scene = Scene(simulations.dt, model.body_mass / model.body_mass.sum())
         self._memory = task.memory(self._scene, simulations.read(np.arange(num_envs)))
         self._ones = torch.ones(num_envs, dtype=torch.int64)
+        self._camera: Camera | None = None
         self.seed_streams(seed)
         self.reset_batch()
 
@@ -150,8 +152,30 @@ class BatchedMujocoEnv(ControlEnvBase):
         self._elapsed[:] = state["elapsed"].numpy()
         self._rng.bit_generator.state = json.loads(state["rng"])
 
+    @property
+    def frames_per_second(self) -> float:
+        """Control steps in a second of simulated time."""
+        return 1.0 / self.simulations.dt
+
+    def render_lane(self, lane: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """A picture ``[H, W, 3]`` of a simulation: the task's own drawing, else MuJoCo's.
+
+        Raises:
+            ConfigError: this machine has no offscreen renderer.
+        """
+        data = self.simulations.data[lane]
+        own = self.task.draw(data)
+        if own is not None:
+            return own
+        if self._camera is None:
+            self._camera = Camera(self.model)
+        return self._camera.picture(data)
+
     def close(self, *, raise_if_closed: bool = True) -> None:
-        """Stops the worker threads."""
+        """Stops the worker threads, and gives a graphics context back."""
+        if self._camera is not None:
+            self._camera.close()
+            self._camera = None
         self.simulations.close()
         super().close(raise_if_closed=False)
 

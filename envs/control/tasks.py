@@ -108,6 +108,10 @@ class Task:
         """Named one-dimensional views of the arrays that the other functions read."""
         return {"qpos": data.qpos, "qvel": data.qvel}
 
+    def draw(self, data: mujoco.MjData) -> NDArray[np.uint8] | None:
+        """A picture ``[H, W, 3]`` of one simulation that needs no graphics library; None leaves it to MuJoCo."""
+        return None
+
     def initial(self, model: mujoco.MjModel, rng: np.random.Generator, count: int) -> tuple[Array, Array]:
         """Draws ``count`` start states: ``qpos [count, nq]``, ``qvel [count, nv]``. Default: uniform noise on both."""
         scale = self.reset_noise_scale

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import mujoco
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -25,6 +26,9 @@ START, GOAL = np.array([-0.8, 0.0]), np.array([0.8, 0.0])
 POINT_RADIUS, OBSTACLE_RADIUS, GOAL_RADIUS = 0.05, 0.3, 0.1
 FAR, NEAR, SWERVE = 0.52, 0.24, 0.44
 """Where, in |x|, the expert begins and ends its swerve, and how far to the side it goes; metres."""
+
+SCALE = 130
+"""Pixels of a metre in a picture."""
 
 MODEL = f"""
 <mujoco model="two_route">
@@ -95,6 +99,22 @@ class TwoRoute(Task):
         reward = memory[:, 0] - here[:, 0] - self.time_penalty - self.crash_penalty * touching
         reward += (self.success_bonus + self.left_bonus * (route > 0)) * success
         return Outcome(reward, success | touching, here, {"success": success, "collision": touching, "route": route})
+
+    def draw(self, data: mujoco.MjData) -> NDArray[np.uint8]:
+        """The plane from above, ``[240, 320, 3]``: x to the right and y up."""
+        from PIL import Image, ImageDraw
+
+        page = Image.new("RGB", (320, 240), (245, 245, 245))
+        pen = ImageDraw.Draw(page)
+        discs = (
+            (np.zeros(2), OBSTACLE_RADIUS, (205, 80, 80)),
+            (GOAL, GOAL_RADIUS, (120, 205, 130)),
+            (data.qpos, POINT_RADIUS, (50, 90, 220)),
+        )
+        for place, radius, color in discs:
+            x, y, r = 160 + SCALE * place[0], 120 - SCALE * place[1], SCALE * radius
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=color)
+        return np.array(page)
 
 
 def expert(place: Array, side: Array, speed: float = 0.8) -> Array:

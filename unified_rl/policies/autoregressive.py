@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,24 +151,35 @@ class AutoregressivePolicy(Policy):
             return logits.argmax(-1)
         return draw(logits.to(generator.device), generator).to(logits.device)
 
+    def _deterministic_action(self, observation: Tensor) -> Tensor:
+        return self.action_of(self._choose(observation, lambda logits: logits.argmax(-1)))
+
     def _sample(self, observation: Tensor, generator: torch.Generator, deterministic: bool) -> dict[str, Tensor]:
-        context = self.trunk(observation)
-        earlier = torch.zeros_like(context)
-        bins, log_probs = [], []
-        for i in range(self.num_units):
-            given = context if self.position is None else context + self.position[i] + earlier
-            logits = self._open(self.head(given), None if self.closed is None else self.closed[i])
+        log_probs: list[Tensor] = []
+
+        def pick(logits: Tensor) -> Tensor:
             logits = self.sampling.logits(logits)
             chosen = self._draw(logits, generator, deterministic)
-            bins.append(chosen)
             log_probs.append(token_log_prob(logits, chosen))
-            if self.embedding is not None and i + 1 < self.num_units:
-                earlier = earlier + self.embedding(chosen + i * self.bins)
-        stored, log_prob = torch.stack(bins, -1), torch.stack(log_probs, -1)
+            return chosen
+
+        stored, log_prob = self._choose(observation, pick), torch.stack(log_probs, -1)
         if deterministic:
             log_prob = torch.full_like(log_prob, torch.nan)
         out = {"action": self.action_of(stored), "behavior_log_prob": log_prob}
         return out if self.discrete else out | {"action_bins": stored}
+
+    def _choose(self, observation: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        """Bins ``[M, U]``, one dimension after another, as ``pick`` chooses them from plain ``logits [M, V]``."""
+        context = self.trunk(observation)
+        earlier = torch.zeros_like(context)
+        bins = []
+        for i in range(self.num_units):
+            given = context if self.position is None else context + self.position[i] + earlier
+            bins.append(pick(self._open(self.head(given), None if self.closed is None else self.closed[i])))
+            if self.embedding is not None and i + 1 < self.num_units:
+                earlier = earlier + self.embedding(bins[-1] + i * self.bins)
+        return torch.stack(bins, -1)
 
     def _stored_bins(self, stored: Mapping[str, Tensor]) -> Tensor:
         return stored[self.rescoring_keys[0]].reshape(-1, self.num_units).to(torch.int64)

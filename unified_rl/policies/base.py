@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from numpy.typing import ArrayLike
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from unified_rl.errors import ConfigError, RecordError
+from unified_rl.policies.acting import act
 from unified_rl.policies.normalizer import MOMENTS, RunningNormalizer
 from unified_rl.protocols import Domain
 from unified_rl.ranges import Seed
@@ -139,6 +141,7 @@ class Policy(TensorDictModuleBase):
         if normalize_observation:
             self.out_keys.append(MOMENTS)
         self._generator: torch.Generator | None = None
+        self._acts_in: Space | None = None
         if self.space.action.choices is None:
             self._register_bounds()
 
@@ -205,10 +208,54 @@ class Policy(TensorDictModuleBase):
     def generator(self, value: torch.Generator) -> None:
         self._generator = value
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Samples for ``observation [..., d]`` and writes the out keys (TorchRL's entry point)."""
-        deterministic = exploration_type() in DETERMINISTIC
-        return tensordict.update(self.sample(tensordict["observation"], deterministic=deterministic))
+    def forward(
+        self,
+        observation: ArrayLike | Tensor | TensorDictBase,
+        *,
+        deterministic: bool | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """The action for an observation, as the environment takes it; of a TensorDict, TorchRL's entry point.
+
+        Args:
+            observation: one ``[d]`` or a batch ``[..., d]``, raw: a tensor, or what NumPy makes an array of, of any
+                real dtype. A TensorDict with ``observation [..., d]`` is sampled for, and gets the out keys.
+            deterministic: leave sampling noise out: :meth:`deterministic_action`. By default so, and of a TensorDict as
+                TorchRL's exploration type says.
+            generator: stream of samples; :attr:`generator` if None.
+
+        Returns:
+            The action, of the kind that came (array or tensor), in shape, dtype, bounds and numbering of the action
+            space: ``[*shape]``, or ``[..., *shape]`` of a batch. The TensorDict, where one came.
+
+        Raises:
+            RecordError: an observation of another width.
+            NonFiniteError: a NaN or infinity in it.
+        """
+        if not isinstance(observation, TensorDictBase):
+            return act(self, self.acts_in, observation, deterministic is not False, generator)
+        best = exploration_type() in DETERMINISTIC if deterministic is None else deterministic
+        return observation.update(self.sample(observation["observation"], generator, best))
+
+    @property
+    def acts_in(self) -> Space:
+        """The environment's space, where the policy was made of less: of sizes and bounds alone."""
+        return self._acts_in or self.space
+
+    @acts_in.setter
+    def acts_in(self, space: Space) -> None:
+        self._acts_in = space
+
+    def deterministic_action(self, observation: Tensor) -> Tensor:
+        """The best single guess as a function of the observation alone, ``[M, d]`` raw to ``[M, a]`` as of a sample.
+
+        No random stream moves, and a row's action does not depend on the others'. With gradients.
+        """
+        return self._deterministic_action(self.normalize(self._real(observation)))
+
+    def _deterministic_action(self, observation: Tensor) -> Tensor:
+        """For normalised ``observation [M, d]``."""
+        return self._sample(observation, torch.Generator().manual_seed(self.seed), True)["action"]
 
     @torch.no_grad()
     def sample(

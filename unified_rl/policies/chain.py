@@ -23,6 +23,8 @@ from unified_rl.ranges import Count, Seed, ranged
 from unified_rl.spaces import Space
 
 TIME_FEATURES = 8
+GUESSES, NEIGHBOURS = 32, 8
+"""Starts that a deterministic action is chosen from, and how many ends near one make it dense."""
 
 
 class ChainNetwork(nn.Module):
@@ -79,8 +81,8 @@ class ChainPolicy(Policy):
             after them. None trains all. "Diffusion Policy Policy Optimization" (arXiv:2409.00588).
         mean_over_dims: log-probs are means over the action's dimensions instead of sums, as in that paper. Ratios
             are then no importance weights (``exact`` is False).
-        zero_start: deterministic use starts from 0 instead of from drawn noise. One action per observation, but a
-            multi-modal policy then shows one mode only.
+        zero_start: deterministic use starts from 0 instead of from drawn noise: one action per observation, which may
+            lie between two modes. Without it :meth:`deterministic_action` takes the densest of several noises' actions.
         hidden: widths of the hidden layers.
         activation: a name in :data:`unified_rl.policies.networks.ACTIVATIONS`.
         seed: of the initial weights.
@@ -93,6 +95,8 @@ class ChainPolicy(Policy):
     rescoring_keys = ("chain",)
     outputs: ClassVar[int] = 1
     """Numbers that the network gives for every entry of the action."""
+    starts: Tensor
+    """``[G, a]``, the noises that :meth:`deterministic_action` starts from."""
     times: Tensor
     prefix_frozen: Tensor
 
@@ -118,6 +122,8 @@ class ChainPolicy(Policy):
         self.num_units = trained_steps or steps
         self.mean_over_dims, self.zero_start = mean_over_dims, zero_start
         self.exact = not mean_over_dims
+        drawn = torch.randn(GUESSES, self.action_dim, generator=torch.Generator().manual_seed(seed))
+        self.register_buffer("starts", torch.zeros(1, self.action_dim) if zero_start else drawn, persistent=False)
         self.register_buffer("times", torch.arange(steps) / steps, persistent=False)
         with seeded(seed):
             outputs = self.outputs * self.action_dim
@@ -199,6 +205,20 @@ class ChainPolicy(Policy):
         else:
             log_prob = self._reduce(normal_log_prob(chain[:, 1:], mean, log_std))
         return {"action": self.to_env(chain[:, -1]), "chain": chain, "behavior_log_prob": log_prob}
+
+    def _deterministic_action(self, observation: Tensor) -> Tensor:
+        """The noiseless end of the start around which most ends lie: the densest of :data:`GUESSES` actions.
+
+        One start for good would be one mode at best, and somewhere between the modes at worst, at every observation.
+        """
+        rows, guesses = observation.shape[0], len(self.starts)
+        seen = observation.unsqueeze(1).expand(-1, guesses, -1).reshape(rows * guesses, -1)
+        start = self.starts.unsqueeze(0).expand(rows, -1, -1).reshape(rows * guesses, -1)
+        ends = self._run(seen, [start], deterministic=True)[0][:, -1].clamp(-1, 1).reshape(rows, guesses, -1)
+        gaps = (ends.unsqueeze(2) - ends.unsqueeze(1)).square().sum(-1)
+        crowded = gaps.topk(min(NEIGHBOURS + 1, guesses), largest=False).values.sum(-1)
+        densest = crowded.argmin(-1).reshape(rows, 1, 1).expand(-1, 1, self.action_dim)
+        return self.to_env(ends.gather(1, densest).squeeze(1))
 
     def transitions(self, observation: Tensor, chain: Tensor) -> tuple[Tensor, Tensor]:
         """Means and log standard deviations ``[M, K', a]`` of all stored transitions, in one pass of the network.

@@ -166,6 +166,9 @@ class GaussianPolicy(Policy):
         log_prob = self._units(normal_log_prob(raw, mean, log_std))
         return {"action": self._action(raw), "raw_action": raw, "behavior_log_prob": log_prob}
 
+    def _deterministic_action(self, observation: Tensor) -> Tensor:
+        return self._action(self.mean_and_log_std(observation)[0])
+
     def _log_prob(self, observation: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         mean, log_std = self.mean_and_log_std(observation)
         return self._units(normal_log_prob(stored["raw_action"], mean, log_std))

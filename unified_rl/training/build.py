@@ -15,7 +15,7 @@ import torch
 from unified_rl.config import build, check_run
 from unified_rl.devices import device_of
 from unified_rl.errors import ConfigError, UnifiedRLError
-from unified_rl.instantiate import REQUIRED, Parameter, locate, parameters
+from unified_rl.instantiate import REQUIRED, Parameter, is_node, locate, parameters
 from unified_rl.interop.guard import one_line
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.pretrained import tokenizer_folder
@@ -88,11 +88,7 @@ class Job:
     def __init__(self, cfg: dict[str, Any], allow: Sequence[str] = (), objects: Sequence[Any] = ()) -> None:
         self._begin(cfg, allow, objects)
         check_model_folder(self.cfg["policy"].get("path"))
-        with scoped(self.seed, "policy"):
-            inputs = self._policy_inputs(self.cfg["policy"])
-            seed = self._integer("policy")
-            self.policy = build(self.cfg["policy"], allow=self.allow, setting="policy", seed=seed, **inputs)
-        self.policy = self.policy.to(self.device)
+        self.policy = make_policy(self.cfg, self.env.policy_inputs(), self.allow).to(self.device)
         node = self.cfg.get("correction")
         self.correction = build(node, allow=self.allow, setting="correction") if node else None
 
@@ -273,12 +269,6 @@ class Job:
 
     # ------------------------------------------------------------------ building
 
-    def _policy_inputs(self, node: Mapping[str, Any]) -> dict[str, Any]:
-        """What the environment gives to the policy: its space, as sizes and bounds where the class takes those only."""
-        inputs: dict[str, Any] = self.env.policy_inputs()
-        taken, takes_any = self._parameters(node)
-        return inputs["space"].sizes() if "space" in inputs and not (takes_any or "space" in taken) else inputs
-
     def build(self, node: Mapping[str, Any], setting: str, **offered: Any) -> Any:
         """The object of the node ``setting``, given what its signature takes of what is offered."""
         taken, takes_any = self._parameters(node)
@@ -379,6 +369,7 @@ class Job:
             callbacks=self.callbacks,
             loggers=self.loggers,
             config=self.cfg,
+            space=space_of(self.env),
         )
         trainer.watch.names = self._names
         return trainer
@@ -655,6 +646,37 @@ class Job:
             return build(target, policy=self.policy, generator=stream, **given)
 
         stage.fit(self.env, make_agent, generator(self.seed, "demonstrations"), report)
+
+
+def make_policy(cfg: Mapping[str, Any], inputs: Mapping[str, Any], allow: Sequence[str] = ()) -> Any:
+    """The policy that a run begins with.
+
+    Args:
+        cfg: the run's configuration.
+        inputs: what the environment gives to policies: its space, of which a class that takes sizes and bounds gets
+            those.
+        allow: prefixes that configuration may build.
+
+    Raises:
+        ConfigError: a policy that cannot be built, or that cannot act in the space.
+    """
+    node: Any = cfg.get("policy")
+    seed = cfg.get("seed", 0)
+    if not is_node(node):
+        raise ConfigError(f"policy is {str(node)[:80]}; it must describe a part, with _target_ and its settings")
+    taken, takes_any = parameters(locate(node["_target_"], allow), allow)
+    if "space" in inputs and not (takes_any or "space" in taken):
+        inputs = inputs["space"].sizes()
+    with scoped(seed, "policy"):
+        return build(node, allow=allow, setting="policy", seed=derive(seed, "policy") % 2**31, **inputs)
+
+
+def space_of(env: Any) -> Space | None:
+    """What a policy in it sees and does; None of language, and of an environment that says more than a space."""
+    try:
+        return Space.of(env.policy_inputs()) if env.domain == "control" else None
+    except (ConfigError, TypeError):
+        return None
 
 
 def with_steps(cfg: dict[str, Any], allow: Sequence[str] = ()) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from unified_rl.training.growing import plain
 from unified_rl.training.provenance import CONFIG, read_config
 from unified_rl.training.settings import TrainSettings, check_eval_sampling
 from unified_rl.training.verbs import restored
+from unified_rl.training.video import show
 
 MODEL = ("config.json", "adapter_config.json")
 """What a model's folder holds, one of them."""
@@ -226,6 +227,8 @@ def evaluated(
     rows: int | None = None,
     words: Words = (),
     out: str | None = None,
+    video: str | None = None,
+    plot: str | None = None,
 ) -> tuple[Scores, int | None]:
     """Evaluates a run's checkpoint, or a model's folder, on held-out problems or seeds.
 
@@ -241,6 +244,8 @@ def evaluated(
         words: another task (``env=NAME``, ``env.KEY=VALUE``), how answers are sampled (``samples=16``,
             ``temperature=0.6``, ``top_p=0.95``, ...), ``rollout.generation_batch``, ``seed``, ``device``, ``threads``.
         out: file to write the result to, ``.json`` or ``.csv``.
+        video: file to film the first episodes to, ``.mp4`` or ``.gif``.
+        plot: file to draw their returns over time to, ``.png``, ``.svg`` or ``.pdf``.
 
     Returns:
         The metrics, and how many rows were recorded, if any.
@@ -256,6 +261,8 @@ def evaluated(
         raise ConfigError(f"--rows {rows} says how much to record; add --record FOLDER")
     check_rows(job, rows)
     try:
+        if video is not None or plot is not None:
+            show(job, video, plot)
         scores = job.evaluate(intervals=True)
         if out is not None:
             said = {word.key: word.value for word in parse_overrides(words)}
@@ -275,9 +282,11 @@ def evaluate_run(
     rows: int | None = None,
     words: Words = (),
     out: str | None = None,
+    video: str | None = None,
+    plot: str | None = None,
 ) -> Scores:
     """As :func:`evaluated`, and prints the result: a table at a terminal and where words ask for more, else lines."""
-    scores, recorded = evaluated(run, episodes, allow, record, checkpoint, rows, words, out)
+    scores, recorded = evaluated(run, episodes, allow, record, checkpoint, rows, words, out, video, plot)
     if words or sys.stdout.isatty():
         print_table(run, scores)
     else:
@@ -287,6 +296,9 @@ def evaluate_run(
             say(f"asked {asked_of(scores)}")
     if recorded is not None:
         print(f"{'recorded rows':28s} {recorded}")
+    for name, file in (("video", video), ("plot", plot)):
+        if file is not None:
+            print(f"{name:28s} {file}")
     return scores
 
 

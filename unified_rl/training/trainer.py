@@ -18,6 +18,7 @@ from unified_rl.protocols import Agent, Collects, Rollout, ShowsRows, Store, Tel
 from unified_rl.rollout.control import STEPS
 from unified_rl.rollout.conversation import Told
 from unified_rl.rollout.feed import Feed, LocalFeed
+from unified_rl.spaces import Space
 from unified_rl.stopping import Interrupted, StopSignal, say, stopping
 from unified_rl.training.best import BEST, Watch, drop_best, has_best
 from unified_rl.training.callbacks import Callbacks
@@ -51,6 +52,7 @@ class Trainer:
         callbacks: the user's own code, see :mod:`unified_rl.training.callbacks`.
         loggers: where metrics go beside the record; by default TensorBoard and CSV.
         config: the run's configuration, for loggers that show it.
+        space: of a control environment; checkpoints hold it, so that a policy acts where its environment is not.
 
     Attributes:
         log: the logged rows.
@@ -72,12 +74,13 @@ class Trainer:
         callbacks: Callbacks | None = None,
         loggers: Sequence[Logger] | None = None,
         config: Mapping[str, Any] | None = None,
+        space: Space | None = None,
     ) -> None:
         self.settings, self.folder, self.agent = settings, folder, agent
         self.feed, self.replay, self.evaluate = feed, replay, evaluate
         self.display = display or (lambda steps, metrics: None)
         self.samples, self.answered, self.callbacks = samples, answered, callbacks or Callbacks()
-        self.loggers, self.config = loggers, config
+        self.loggers, self.config, self.space = loggers, config, space
         self.watch = Watch(settings)
         self.stopped = ""
         self.per_update = _per_update(agent, feed)
@@ -471,6 +474,7 @@ class Trainer:
             "callbacks": self.callbacks.state_dict(),
             "stopped": self.stopped,
             "planned": self.planned,
+            "space": None if self.space is None else self.space.plain(),
             "has_replay": self.replay is not None and self.settings.checkpoint_replay,
         }
 

@@ -1,0 +1,47 @@
+"""The page on robots: the commands and snippets of these sections run in their order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from docs_cases import blocks, commands
+
+import unified_rl as ur
+from unified_rl.cli import main
+
+SECTIONS = ("Look at it", "Leave with it")
+SMALL = ["env=two_route", "env.max_steps=8", "policy=flow", "policy.steps=2", "policy.hidden=[8]", "agent=ppo",
+         "agent.critic_hidden=[8]", "rollout.num_envs=2", "rollout.horizon=8", "steps=32", "eval_episodes=2",
+         "keep_best=eval/score", "progress=false"]  # fmt: skip
+
+
+def test_everything_under_look_and_leave_runs(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = [block for block in blocks(source / "docs" / "robot.md") if block.section in SECTIONS]
+    monkeypatch.chdir(tmp_path)
+    run = str(ur.train([*SMALL, "run_dir=runs/NAME"]))
+    asked = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".mp4": ("imageio_ffmpeg",)}
+    acted, files = 0, []
+    for block in page:
+        missing = [ending for ending, needs in asked.items() if ending in block.text and not _installed(needs)]
+        for words in commands(block.text):
+            if not any(ending in " ".join(words) for ending in missing):
+                assert main(words) == 0, words
+                files += [word for word in words if word.startswith(("out.", "policy."))]
+        if block.language == "python" and not missing:
+            space: dict[str, Any] = {}
+            exec(block.text, space)
+            expected = ur.load_policy(run, "best" if ".onnx" in block.text else None)(np.zeros(4))
+            np.testing.assert_allclose(np.asarray(space["action"]).reshape(4, 2), expected, atol=1e-5)
+            acted += 1
+    assert acted >= 2 and {"out.gif", "out.png", "policy.pt2"} <= set(files)
+    assert all((tmp_path / file).stat().st_size > 0 for file in files)
+
+
+def _installed(packages: tuple[str, ...]) -> bool:
+    try:
+        return all(__import__(package) for package in packages)
+    except ImportError:
+        return False
