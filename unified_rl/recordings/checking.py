@@ -111,10 +111,10 @@ def _actions(action: Tensor, space: Space) -> Iterator[Finding]:
             column = action[:, worst]
             yield Finding(
                 "warning",
-                f"{100 * float(beyond.any(-1).float().mean()):.2g} % of the actions lie outside the environment's "
+                f"{100 * float(beyond.any(-1).float().mean()):.3g} % of the actions lie outside the environment's "
                 f"bounds, which executes others: entry {worst} is between {float(column.min()):g} and "
-                f"{float(column.max()):g}, its bounds are {float(low[worst]):g} and {float(high[worst]):g} "
-                f"({named(beyond.any(-1))}); clip or scale them",
+                f"{float(column.max()):g}, its bounds are {float(low[worst]):g} and {float(high[worst]):g}: "
+                f"{named(beyond.any(-1))}; clip or scale them",
             )
     still = [k for k in range(action.shape[1]) if len(action) > 1 and bool((action[:, k] == action[0, k]).all())]
     if still:
@@ -170,7 +170,7 @@ def _continuity(rows: TensorDict, episodes: Episodes) -> Iterator[Finding]:
     if share > 0:
         yield Finding(
             "error" if share > HALF else "warning",
-            f"in {100 * share:.2g} % of the steps inside episodes the next observation is not that of the next row: "
+            f"in {100 * share:.3g} % of the steps inside episodes the next observation is not that of the next row: "
             f"{named(apart)}; is it shifted, or are the rows out of order?",
         )
 

@@ -67,7 +67,9 @@ class Asked:
         kept = {key: value for key, value in options.items() if value not in (None, (), [], {})}
         wrong = [key for key in kept if key not in TAKES[action]]
         if wrong:
-            raise ConfigError(f"data {action} takes no --{wrong[0].removesuffix('s')}: {USAGE[action]}")
+            raise ConfigError(
+                f"data {action} takes no --{'part' if wrong[0] == 'parts' else wrong[0]}: {USAGE[action]}"
+            )
         given = parse_overrides([word for word in rest if KEY.match(word)]) + parse_overrides(overrides or {})
         return cls(action, places, given, kept, allow)
 

@@ -168,15 +168,23 @@ def _by_run(
 
     job = restored(run, checkpoint, allow, {"device": "cpu"})
     wanted, own = compose(dict(words), allow=allow)["env"], job.cfg["env"]
-    for key in ("_target_", "id"):
-        if own.get(key) != wanted.get(key):
-            raise ConfigError(f"{run} was trained in {own.get(key)}, and env={words['env']} is {wanted.get(key)}")
+    if _names(own) != _names(wanted):
+        raise ConfigError(f"{run} was trained in {_said(own)}, and env={words['env']} is {_said(wanted)}")
     named = {key.removeprefix("env.").split(".")[0] for key in words if key != "env"}
     node = {**own, **{key: value for key, value in wanted.items() if key in named}}
     env = built(node, allow, lanes(steps), seed, "data make")
     if env.num_envs != lanes(steps):
         raise ConfigError(f"env={words['env']} makes {env.num_envs} simulations: choose --steps as a multiple of them")
     return rolled(env, job.policy.eval(), steps, seed), run
+
+
+def _names(node: Mapping[str, Any]) -> dict[str, str]:
+    """What an environment is: its class, and settings that are names; sizes and weights may be the run's own."""
+    return {key: value for key, value in node.items() if isinstance(value, str)}
+
+
+def _said(node: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in sorted(_names(node).items()))
 
 
 # ---------------------------------------------------------------------------------------------------- mixtures
