@@ -21,6 +21,7 @@ RUN_ELSEWHERE = {
     "docs/extending.md": "test_docs_extending",
     "docs/losses.md": "test_docs_losses",
     "docs/rewards.md": "test_docs_rewards",
+    "docs/robot.md": "test_docs_robot",
     "docs/watching.md": "test_docs_watching",
 }
 """Pages whose commands a test of their own runs."""
