@@ -157,6 +157,7 @@ def test_columns_are_chosen_joined_and_whole_numbers_stay(tmp_path: Path) -> Non
         ({"obs": OBSERVATION, "acts": ACTION[:5], "rews": REWARD}, "observation has 7 rows, and action 5|reward has 7"),
         ({"obs": OBSERVATION, "acts": np.array(["a"] * 7)}, "column 'acts' holds <U1, which are no numbers"),
         ({"obs": OBSERVATION[:0], "acts": ACTION[:0]}, "holds no steps"),
+        ({**FLAT, "episode_ids": np.arange(7)}, "only episodes of one step that were cut"),
         (
             {"obs": np.array([{}] * 7, dtype=object), "acts": ACTION},
             "column 'obs' can only be read by pickle.* refused",

@@ -237,10 +237,9 @@ def transitions(raw: Raw, where: str, dones: str = "terminated") -> tuple[Tensor
             gone = int((~keep).sum())
             notes.append(f"left out {gone} last step(s) of episodes that were cut: their next observation is not there")
     flags = {"terminated": terminated, "truncated": truncated, "episode": episode, "step": step}
-    rows = _tensors(columns, flags, keep)
-    if not len(rows):
+    if not keep.any():
         raise DataError(f"{where} holds only episodes of one step that were cut: no step has a next observation")
-    return rows, notes
+    return _tensors(columns, flags, keep), notes
 
 
 def _unlaned(columns: dict[str, Array]) -> Array | None:
@@ -279,19 +278,24 @@ def _split(columns: dict[str, Array], where: str) -> None:
 
 def _flags(columns: dict[str, Array], count: int, dones: str) -> tuple[Array, Array, list[str]]:
     """``terminated`` and ``truncated [N]``; of ``done`` alone nobody knows which it was."""
-    found = {key: columns.pop(key).reshape(count, -1).any(1) for key in ("terminated", "truncated", "done")
-             if key in columns}  # fmt: skip
-    none = np.zeros(count, dtype=bool)
-    terminated, truncated, done = (found.get(key) for key in ("terminated", "truncated", "done"))
-    if done is None:
-        return none if terminated is None else terminated, none if truncated is None else truncated, []
-    if terminated is None and truncated is None:
+    none: Array = np.zeros(count, dtype=bool)
+    given = [columns.pop(key, None) for key in ("terminated", "truncated", "done")]
+    terminated, truncated, done = (None if one is None else _any(one, count) for one in given)
+    if done is not None and terminated is None and truncated is None:
         other = "truncated" if dones == "terminated" else "terminated"
         note = f"dones were taken as {dones} in {int(done.sum())} step(s); dones={other} takes them as {other}"
         return (done, none, [note]) if dones == "terminated" else (none, done, [note])
-    if terminated is None:
-        return done & ~truncated, truncated if truncated is not None else none, []
-    return terminated, truncated if truncated is not None else done & ~terminated, []
+    if done is not None and truncated is not None and terminated is None:
+        terminated = done & ~truncated
+    elif done is not None and terminated is not None and truncated is None:
+        truncated = done & ~terminated
+    return none if terminated is None else terminated, none if truncated is None else truncated, []
+
+
+def _any(values: Array, count: int) -> Array:
+    """``[N]`` bool."""
+    flags: Array = values.reshape(count, -1).astype(bool).any(axis=1)
+    return flags
 
 
 def _ends(columns: dict[str, Array], count: int, flagged: Array, lanes: Array | None) -> tuple[Array, Array, list[str]]:
