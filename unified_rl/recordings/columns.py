@@ -294,7 +294,7 @@ def _flags(columns: dict[str, Array], count: int, dones: str) -> tuple[Array, Ar
 
 def _any(values: Array, count: int) -> Array:
     """``[N]`` bool."""
-    flags: Array = values.reshape(count, -1).astype(bool).any(axis=1)
+    flags: Array = np.asarray(values.reshape(count, -1).astype(bool).any(axis=1))
     return flags
 
 
