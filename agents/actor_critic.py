@@ -20,8 +20,11 @@ from unified_rl.agents.graphed import GraphedStep
 from unified_rl.agents.phases import Node, Phases
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
+from unified_rl.instantiate import is_ours
+from unified_rl.learning_rate import LearningRate, check_learning
 from unified_rl.objectives.summands import Scales
 from unified_rl.objectives.transitions import KEYS, Networks, Transitions, prepare_batch
+from unified_rl.optimizer import make_optimizer
 from unified_rl.policies.base import Policy
 from unified_rl.policies.critics import QEnsemble, ValueCritic
 from unified_rl.protocols import BoxPolicy, standardises
@@ -39,7 +42,7 @@ class Phase:
 
     loss: Callable[..., tuple[Tensor, Metrics]]
     parameters: list[Tensor]
-    adam: torch.optim.Adam
+    adam: torch.optim.Optimizer
     through: bool = False
     """Whether gradients pass through networks of other phases, whose weights then get none."""
 
@@ -81,6 +84,9 @@ class ActorCritic:
         actor: terms of the actor's loss by name, likewise of ``ACTORS``. None is ``pathwise`` alone.
         n_step: rewards summed in front of the bootstrap, without importance weights.
         lr: learning rate of actor, critics, state value and entropy weight.
+        lr_schedule, warmup_steps, warmup_ratio: how it moves over the gradient steps of the run, as of
+            :class:`~unified_rl.agents.policy_gradient.PolicyGradient`.
+        optimizer: of all of them, likewise.
         batch_size: transitions of one gradient step.
         updates_per_step: gradient steps per environment step.
         learning_starts: environment steps before the first gradient step.
@@ -118,6 +124,10 @@ class ActorCritic:
         actor: dict[str, Any] | None = None,
         n_step: Count = 1,
         lr: NonNegative = 3e-4,
+        lr_schedule: str | dict[str, Any] = "constant",
+        warmup_steps: Whole = 0,
+        warmup_ratio: UnitInterval = 0.0,
+        optimizer: str | dict[str, Any] = "adam",
         batch_size: Count = 256,
         updates_per_step: Positive = 1.0,
         learning_starts: Whole = 1000,
@@ -141,6 +151,7 @@ class ActorCritic:
         self.rows, self.n_step, self.batch_size = rows * (length or 1), n_step, batch_size
         self.updates_per_step, self.learning_starts = updates_per_step, learning_starts
         self.policy_delay, self.device = policy_delay, torch.device(device)
+        self.learning_rate = LearningRate(lr, lr_schedule, warmup_steps, warmup_ratio)
         self.phases_of = self._parts(target, aggregate, value, critic, actor)
         self.phases_of.check_members(critics)
         self.phases_of.check_alpha(alpha, tune_alpha, target_entropy)
@@ -148,12 +159,17 @@ class ActorCritic:
             raise ConfigError("agent.cuda_graph needs device=cuda")
         if cuda_graph:
             self.phases_of.check_graph(policy)
+        if cuda_graph and self.learning_rate.moves:
+            raise ConfigError(
+                "agent.lr_schedule moves the rate between gradient steps, which a CUDA graph would not see; set "
+                "agent.cuda_graph=false"
+            )
         log_alpha = torch.tensor(math.log(alpha) if alpha else -math.inf, device=self.device, requires_grad=tune_alpha)
         shape: dict[str, Any] = {"critics": critics, "hidden": critic_hidden, "layer_norm": layer_norm, "seed": seed}
         self.nets = make_networks(policy, log_alpha, self.device, value is not None, **shape)
         self.slow_parameters: list[Tensor] = list(self.nets.target.parameters())
         self.target_entropy = -float(policy.action_dim) if target_entropy is None else target_entropy
-        self.phases, self.alpha_adam = self._optimisers(lr, compile, tune_alpha)
+        self.phases, self.alpha_adam = self._optimisers(lr, optimizer, compile, tune_alpha)
         self.standardised = standardises(policy)
         self.draws_members = critics if self.phases_of.needing("members") else 0
         self.reads_alpha = bool(self.phases_of.needing("entropy"))
@@ -171,10 +187,21 @@ class ActorCritic:
         Raises:
             ConfigError: an unknown part, a wrong setting of one, or a value that is missing or unread.
         """
+        check_learning({"optimizer": "adam", **settings})
         keys = ("target", "aggregate", "value", "critic", "actor")
         given: dict[str, Any] = {"target": "soft", "aggregate": "least", **dict.fromkeys(keys[2:])}
         parts = make_phases(**given | {key: settings[key] for key in keys if key in settings})
         parts.check_members(settings.get("critics", 2))
+
+    @property
+    def metric_names(self) -> frozenset[str] | None:
+        """What updates may report; None where a part of the user's own has names that nobody knows."""
+        parts = self.phases_of.parts.values()
+        if not is_ours(self) or not all(part.func.__module__.startswith("unified_rl.") for part in parts):
+            return None
+        entropy = {"policy/alpha", "policy/entropy"} if self.reads_alpha else set()
+        weight = {"policy/weight"} if self.phases_of.needing("advantage") else set()
+        return frozenset({LABELS[name] for name in self.phases_of.losses()} | entropy | weight | {"agent/lr"})
 
     def _parts(
         self,
@@ -188,17 +215,18 @@ class ActorCritic:
         parts.check_policy(self.policy)
         return parts
 
-    def _optimisers(self, lr: float, compiled: bool, tune_alpha: bool) -> tuple[dict[str, Phase], Any]:
-        """A phase for each loss, in the order of a gradient step, and Adam for the entropy weight if it is tuned."""
-        nets = self.nets
-        options: dict[str, Any] = {"lr": lr, "fused": True, "capturable": self.device.type == "cuda"}
+    def _optimisers(
+        self, lr: float, kind: Node, compiled: bool, tune_alpha: bool
+    ) -> tuple[dict[str, Phase], torch.optim.Optimizer | None]:
+        """A phase for each loss, in the order of a gradient step, and an optimiser of the entropy weight if tuned."""
+        nets, capturable = self.nets, self.device.type == "cuda"
         moved: dict[str, Any] = {"value": nets.value, "critic": nets.critic, "actor": self.policy}
         phases = {}
         for name in self.phases_of.losses():
             loss, parameters = self._loss(name), [p for p in moved[name].parameters() if p.requires_grad]
             loss = torch.compile(loss) if compiled else loss
-            phases[name] = Phase(loss, parameters, torch.optim.Adam(parameters, **options), name == "actor")
-        return phases, torch.optim.Adam([nets.log_alpha], **options) if tune_alpha else None
+            phases[name] = Phase(loss, parameters, make_optimizer(parameters, lr, kind, capturable), name == "actor")
+        return phases, make_optimizer([nets.log_alpha], lr, kind, capturable) if tune_alpha else None
 
     def _loss(self, name: str) -> Callable[..., tuple[Tensor, Metrics]]:
         """A phase's loss as a function of tensors: ``(batch, noise, alpha, scales) -> (scalar, metrics)``."""
@@ -264,6 +292,7 @@ class ActorCritic:
             standardise = False
             self._due -= 1.0
         self._refuse_non_finite(metrics)
+        metrics["agent/lr"] = self.phases["critic"].adam.param_groups[0]["lr"]
         for summands in self.phases_of.sums.values():
             summands.observe(metrics)
         self.version += 1
@@ -282,6 +311,24 @@ class ActorCritic:
         check_replay(replay, self.option, keys=keys, length=length, priorities=True, reuses=True)
         self.checked = replay.write_count > 0
 
+    def plan_updates(self, updates: int) -> None:
+        """Tells the learning rate's schedule how many updates the run has.
+
+        Raises:
+            ConfigError: its warm-up is longer than the gradient steps that they make.
+        """
+        trained = updates - max(0, -(-self.learning_starts // self.rows) - 1)
+        self.learning_rate.plan(max(1, int(trained * self.updates_per_step * self.rows)))
+
+    def _set_rate(self) -> None:
+        """The rate of the gradient step that comes next."""
+        if not self.learning_rate.moves:
+            return
+        last = (self.learning_rate.total or math.inf) - 1  # a replay that was full at once makes more steps
+        rate = self.learning_rate(int(min(self.gradient_steps, last)))
+        for group in [group for adam in self._adams().values() for group in adam.param_groups]:
+            group["lr"] = rate
+
     def _train_once(self, replay: Replay, standardise: bool) -> Metrics:
         sample = self._draw(replay)
         batch = prepare_batch(sample, self.device, *self.extra)
@@ -291,6 +338,7 @@ class ActorCritic:
             batch["members"] = torch.randperm(self.draws_members, generator=self.generator, device=self.device)
         if standardise:
             self._update_normalizers(batch["observation"])
+        self._set_rate()
         self.gradient_steps += 1
         step = self.gradient_step if self.graph is None else self.graph
         metrics = step(batch, noise, self.gradient_steps % self.policy_delay == 0)
@@ -327,7 +375,7 @@ class ActorCritic:
         nets = {"policy": self.policy, "critic": self.nets.critic, "target": self.nets.target, "value": self.nets.value}
         return {name: module for name, module in nets.items() if module is not None}
 
-    def _adams(self) -> dict[str, torch.optim.Adam]:
+    def _adams(self) -> dict[str, torch.optim.Optimizer]:
         adams = {name: phase.adam for name, phase in self.phases.items()}
         return adams if self.alpha_adam is None else {**adams, "alpha": self.alpha_adam}
 

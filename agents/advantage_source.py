@@ -36,8 +36,9 @@ def choose_credit(correction: Correction, advantage: str, credit: str | None, *,
         raise ConfigError(f"agent.advantage is {advantage!r}; it is one of auto, critic, group")
     if credit is not None and credit not in CREDITS:
         raise ConfigError(f"agent.credit is {credit!r}; it is one of {', '.join(CREDITS)}")
-    wanted = credit or CREDIT_OF.get(correction.wrapper.get("name", ""))
-    critic = advantage == "critic" or (advantage == "auto" and (not language or wanted is not None))
+    name = correction.wrapper.get("name", "")
+    wanted = credit or CREDIT_OF.get(name)
+    critic = wants_critic(advantage, credit, name, language=language)
     if wanted is not None and not critic:
         raise ConfigError(
             f"correction {correction.name} with credit {wanted!r} takes its advantages from a critic; set "
@@ -49,6 +50,12 @@ def choose_credit(correction: Correction, advantage: str, credit: str | None, *,
             "knows; control records hold it: use correction=ppo"
         )
     return critic, wanted or "unit"
+
+
+def wants_critic(advantage: str, credit: str | None, wrapper: str, *, language: bool) -> bool:
+    """Whether advantages come from a critic; ``wrapper`` is the name that the correction's node gives."""
+    wanted = credit or CREDIT_OF.get(wrapper)
+    return advantage == "critic" or (advantage == "auto" and (not language or wanted is not None))
 
 
 def check_unread(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -20,7 +20,7 @@ from unified_rl.instantiate import check_type, nearest
 from unified_rl.interventions import Wrapper
 from unified_rl.policies.normalizer import MOMENTS
 from unified_rl.protocols import RestsAdapters, Scores, ShowsLogits, ShowsNormals, Trainable, UnitStates, standardises
-from unified_rl.ranges import Count, Name, Share, shown
+from unified_rl.ranges import Count, Name, Positive, Share, shown
 
 PROVIDERS = ("snapshot", "average", "interpolated")
 """Where the proximal policy of a decoupled correction comes from."""
@@ -28,7 +28,14 @@ RECORDED = ("behavior", "proximal", "proxy")
 """Anchors that no entry of ``agent.anchors`` makes: the sampler, the start of the update, a wrapper."""
 BUILT_IN = ("reference", "self", "old")
 """Anchors that are made where something asks for them; every other one must be given."""
-SETTINGS: dict[str, Any] = {"folder": Name, "sync_every": Count, "ema": Share, "view": Name}
+OF_FOLDER: dict[str, Any] = {
+    "temperature": Positive,
+    "dtype": Literal["float32", "bfloat16", "float16"],
+    "autocast": bool,
+    "adapter": Name,
+}
+"""Settings of a language model that is read from a folder, named as the policy's own."""
+SETTINGS: dict[str, Any] = {"folder": Name, "sync_every": Count, "ema": Share, "view": Name, **OF_FOLDER}
 
 
 class Provider:
@@ -165,9 +172,12 @@ def provider_settings(name: str, node: Any) -> dict[str, Any]:
     given = {
         key: check_type(value, SETTINGS[key], f"{where}.{key}") for key, value in node.items() if value is not None
     }
-    makers = [key for key in given if key != "view"]
+    makers = [key for key in given if key in ("folder", "sync_every", "ema")]
     if len(makers) > 1:
         raise ConfigError(f"{where} is made by one of folder, sync_every and ema, got {', '.join(makers)}")
+    idle = next((key for key in given if key in OF_FOLDER), None)
+    if idle is not None and "folder" not in given:
+        raise ConfigError(f"{where}.{idle} would be of no effect: it is of a model that is read from {where}.folder")
     return given
 
 
@@ -177,7 +187,8 @@ def make_provider(name: str, node: Any, policy: Any) -> Provider:
     Args:
         name: of the anchor; ``self`` is by default the policy as it is, ``old`` as it was at the start of the update.
         node: ``{folder: RUN}``, ``{sync_every: N}``, ``{ema: DECAY}`` or ``{}`` (as at the start of the run), each with
-            an optional ``view``.
+            an optional ``view``; a language model's folder also with ``temperature``, ``dtype``, ``autocast`` and
+            ``adapter``.
         policy: the policy that is trained.
 
     Raises:
@@ -187,7 +198,9 @@ def make_provider(name: str, node: Any, policy: Any) -> Provider:
     given = provider_settings(name, node)
     view = given.pop("view", None)
     if "folder" in given:
-        return Provider(load_teacher(given["folder"], policy, f"agent.anchors.{name}.folder"), view, foreign=True)
+        options = {key: value for key, value in given.items() if key in OF_FOLDER}
+        made = load_teacher(given["folder"], policy, f"agent.anchors.{name}.folder", options)
+        return Provider(made, view, foreign=True)
     if "ema" in given:
         return Averaged(policy, view, given["ema"])
     if name == "self" and not given:

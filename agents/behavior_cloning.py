@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
+from unified_rl.instantiate import is_ours
 from unified_rl.learning_rate import LearningRate, check_learning
 from unified_rl.optimizer import Optimizer
 from unified_rl.protocols import HasGenerator, Trainable, layout_of
@@ -89,6 +90,11 @@ class BehaviorCloning:
             ConfigError: under the setting's full name.
         """
         check_learning(settings)
+
+    @property
+    def metric_names(self) -> frozenset[str] | None:
+        """What updates report; None of a class of the user's own."""
+        return frozenset({"loss/nll", "grad/norm", "agent/lr"}) if is_ours(self) else None
 
     def plan_updates(self, updates: int) -> None:
         """Tells the learning rate's schedule how many updates the run has.

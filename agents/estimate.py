@@ -94,6 +94,13 @@ class Estimate:
         self.gates, self.maps = dict(gates or {}), maps
         self.reference_kl = reference_kl or ReferenceKl(0.0)
 
+    @property
+    def reports(self) -> set[str]:
+        """Names of the metrics that it adds."""
+        kl = {"kl/reference"} if self.reference_kl.coefficient else set()
+        kept = {"train/groups_kept"} if self.drop_equal_groups else set()
+        return {"train/reward", "train/zero_advantage", "train/counted", *kl, *kept}
+
     @torch.no_grad()
     def __call__(self, record: TensorDict, version: int, metrics: dict[str, Any]) -> TensorDict:
         """The rows that count, annotated."""

@@ -20,6 +20,7 @@ from unified_rl.agents.advantage_source import (
     check_unread,
     choose_credit,
     refuse_lone,
+    wants_critic,
 )
 from unified_rl.agents.anchors import PROVIDERS, Anchors, check_anchors
 from unified_rl.agents.baselines import Baseline, make_baseline, update_moments
@@ -30,6 +31,8 @@ from unified_rl.agents.reference_kl import ReferenceKl, check_kl
 from unified_rl.agents.scoring import identity_check, scoring
 from unified_rl.configurable import configurable
 from unified_rl.correction import Correction
+from unified_rl.errors import ConfigError
+from unified_rl.instantiate import is_ours
 from unified_rl.interventions import WRAPPERS, make_wrapper
 from unified_rl.learning_rate import LearningRate, check_learning
 from unified_rl.objectives.objective import Objective, Parts
@@ -52,7 +55,9 @@ class PolicyGradient:
         generator: stream of the minibatch order.
         rows: rows of one update where the replay is no queue; a queue gives what one collection wrote.
         length: steps of a control row (the rollout's horizon); None for language.
-        lr: learning rate of policy and critic.
+        lr: learning rate of the policy, and of the critic without ``critic_lr``.
+        critic_lr: learning rate of the critic, by the same schedule; None is ``lr``. A run gives the critic of a
+            pretrained policy, whose weights are fresh, the rate of fresh weights (3e-4) where nobody sets it.
         lr_schedule: how the rate moves over the gradient steps of the run: ``constant``, ``linear``, ``cosine`` or
             another name of :data:`~unified_rl.learning_rate.SCHEDULES`, a dotted path, or a mapping with ``name`` and
             the schedule's own settings.
@@ -124,6 +129,7 @@ class PolicyGradient:
         rows: Count,
         length: Count | None = None,
         lr: NonNegative = 3e-4,
+        critic_lr: NonNegative | None = None,
         lr_schedule: str | dict[str, Any] = "constant",
         warmup_steps: Whole = 0,
         warmup_ratio: UnitInterval = 0.0,
@@ -169,11 +175,15 @@ class PolicyGradient:
         correction = reference_kl.in_loss(correction)
         self.use_critic, self.credit = choose_credit(correction, advantage, credit, language=self.language)
         check_unread(self.use_critic, self.language, critic_config=critic_config, drop_equal_groups=drop_equal_groups)
+        if critic_lr is not None and not self.use_critic:
+            raise ConfigError("agent.critic_lr is of a critic, and there is none: set agent.advantage=critic")
         self.policy, self.correction, self.generator = policy, correction, generator
         if isinstance(policy, EndsPretraining):
             policy.end_pretraining()
         self.lr, self.anneal_lr, self.micro_batch, self.device = lr, anneal_lr, micro_batch, torch.device(device)
-        self.learning_rate = LearningRate(lr, lr_schedule, warmup_steps, warmup_ratio, annealed=anneal_lr)
+        schedule = partial(LearningRate, schedule=lr_schedule, warmup_steps=warmup_steps, warmup_ratio=warmup_ratio)
+        self.learning_rate = schedule(lr, annealed=anneal_lr)
+        self.critic_rate = None if critic_lr is None else schedule(critic_lr, annealed=anneal_lr)
         self.gamma = gamma if gamma is not None else (1.0 if self.language else 0.99)
         self.wrapper = make_wrapper(policy, correction)
         terms = make_terms(objectives, value_coef if self.use_critic else None, value_clip, entropy_coef)
@@ -185,9 +195,9 @@ class PolicyGradient:
             self.baseline = make_baseline(policy, critic_hidden, critic_config, seed)
             modules["critic"] = self.baseline.module.to(self.device)
         extra = self.wrapper.modules()
-        self.optimizer = Optimizer(
-            modules, lr, weight_decay, eps=adam_eps, max_grad_norm=max_grad_norm, extra=extra, kind=optimizer
-        )
+        options: dict[str, Any] = {"eps": adam_eps, "max_grad_norm": max_grad_norm, "extra": extra, "kind": optimizer}
+        rates = None if critic_lr is None else {"critic": critic_lr}
+        self.optimizer = Optimizer(modules, lr, weight_decay, rates=rates, **options)
         self.wrapper.attach(self.optimizer)
         reshaped = make_maps(maps)
         needs = anchors_of(terms.values(), reshaped)
@@ -212,6 +222,17 @@ class PolicyGradient:
         """Is shown the annotated rows of an update, see :class:`~unified_rl.protocols.ShowsRows`."""
 
     @classmethod
+    def trains_critic(cls, settings: Mapping[str, Any], correction: Mapping[str, Any] | None) -> bool:
+        """Whether these settings have a critic of tokens, known when a run is composed.
+
+        Args:
+            settings: of the agent, for a language model.
+            correction: of the run.
+        """
+        name = ((correction or {}).get("wrapper") or {}).get("name", "")
+        return wants_critic(settings.get("advantage") or "auto", settings.get("credit"), name, language=True)
+
+    @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
         """Refuses settings that no agent can be made of, when a run is composed: before a policy, before a warm start.
 
@@ -230,6 +251,16 @@ class PolicyGradient:
         needs = anchors_of(terms.values(), make_maps(settings.get("maps")))
         check_anchors(settings.get("anchors") or {}, {**needs[0], **needs[1]})
 
+    @property
+    def metric_names(self) -> frozenset[str] | None:
+        """What updates may report; None where a part of the user's own has names that nobody knows."""
+        terms = self.objective.terms.values()
+        if not all(map(is_ours, (self, self.wrapper, *terms))):
+            return None
+        critic = set() if self.critic_rate is None else {"agent/critic_lr"}
+        own = {*critic, "agent/lr", "loss/total", "grad/norm", "identity/max_log_ratio", *self.estimate.reports}
+        return frozenset(own.union(self.wrapper.reports, *(term.metric_names for term in terms)))
+
     def plan_updates(self, updates: int) -> None:
         """Tells the learning rate's schedule how many updates the run has.
 
@@ -237,7 +268,10 @@ class PolicyGradient:
             ConfigError: its warm-up is longer.
         """
         pieces = self.rows * (self.length or 1) if self.shuffle_steps else self.rows
-        self.learning_rate.plan(updates, self.batches.epochs * -(-pieces // (self.batches.minibatch or pieces)))
+        steps = self.batches.epochs * -(-pieces // (self.batches.minibatch or pieces))
+        for rate in (self.learning_rate, self.critic_rate):
+            if rate is not None:
+                rate.plan(updates, steps)
 
     def update(self, replay: Replay, progress: float = 0.0) -> dict[str, Any]:
         """Trains on one batch of rows from the replay; returns metrics, scalar tensors or floats.
@@ -245,7 +279,7 @@ class PolicyGradient:
         ``progress`` is the share of the run that is done, for whatever is annealed.
         """
         if self.anneal_lr:
-            self.optimizer.set_lr(self.lr * (1.0 - progress))
+            self._set_rates(lambda rate: rate.lr * (1.0 - progress))
         self.wrapper.start(progress)
         self.objective.start(progress, self.version)
         metrics: dict[str, Any] = {}
@@ -264,6 +298,8 @@ class PolicyGradient:
             if not self.language:
                 update_moments(record, policy=self.policy, baseline=self.baseline)
         metrics["agent/lr"] = self.optimizer.rate
+        if self.critic_rate is not None:
+            metrics["agent/critic_lr"] = self.optimizer.rate_of("critic")
         self.version += 1
         if trained:
             self.anchors.update(self.version)
@@ -314,13 +350,19 @@ class PolicyGradient:
         def around(batch: TensorDict) -> dict[str, Any]:
             nonlocal taken
             if self.learning_rate.moves:
-                self.optimizer.set_lr(self.learning_rate.of_update(self.version, taken))
+                step = taken
+                self._set_rates(lambda rate: rate.of_update(self.version, step))
             taken += 1
             return self.wrapper.around(partial(self._step, batch), batch)
 
         means = self.batches.run(rows, around, self.objective.whole_groups)
         finished = self.wrapper.finish(rows.split(self.micro_batch or self.batches.size(rows)))
         return {**means, **self.objective.summary(), **finished}
+
+    def _set_rates(self, present: Callable[[LearningRate], float]) -> None:
+        """Moves the rates of policy and critic alike."""
+        rates = None if self.critic_rate is None else {"critic": present(self.critic_rate)}
+        self.optimizer.set_lr(present(self.learning_rate), rates)
 
     def _step(self, batch: TensorDict) -> dict[str, Any]:
         """One gradient and one optimiser step."""

@@ -1,10 +1,13 @@
 """What a GPU does with this package, in one call of under ten minutes.
 
     python benchmarks/gpu.py [--only NAME ...] [--csv FILE]      on a machine with a CUDA device
+    python benchmarks/gpu.py --only language --profile FOLDER    also which kernels and calls take the time
     python benchmarks/gpu.py --smoke                             tiny sizes on the CPU: shows that everything runs
 
 Parts: ``language`` (a GRPO step of a 0.5B-class Qwen3 configuration in bf16), ``sac`` and ``replay``.
-Every figure is a line ``part, setting, quantity, value, unit``.
+Every figure is a line ``part, setting, quantity, value, unit``. The update's share of the device's arithmetic is 6
+floating point operations a weight and token (output layer included, attention and recomputation not) over the rate of a
+large bf16 product measured on the same device.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast
 
 from unified_rl.agents.actor_critic import ActorCritic
@@ -154,13 +159,36 @@ def language_update(policy: CausalLM, optimizer: Optimizer, batch: TensorDict, m
     optimizer.step(total)
 
 
+def product_rate(device: torch.device, size: int) -> float:
+    """Floating point operations a second of a square bf16 matrix product."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    repeat(functools.partial(torch.mm, a, b), 3)
+    spent = min(timed(functools.partial(repeat, functools.partial(torch.mm, a, b), 10), device)[0] for _ in range(3))
+    return 10 * 2 * size**3 / spent
+
+
+def write_profile(folder: Path | None, name: str, call: Callable[[], object], device: torch.device) -> None:
+    """What one call spends on the device and on the host, by operation, as ``folder/name.txt``."""
+    if folder is None:
+        return
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=kinds) as found:
+        timed(call, device)
+    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name.replace(' ', '_').replace(',', '')}.txt"
+    file.write_text(found.key_averages().table(sort_by=order, row_limit=40))
+
+
 def described(policy: CausalLM, size: LanguageSize, rows: int, how: str) -> str:
     """The setting column of a language figure."""
     count = sum(p.numel() for p in policy.parameters())
     return f"{count / 1e9:.2f}B bf16, {rows} rows of {size.prompt}+{size.new}, {how}"
 
 
-def generation_figures(size: LanguageSize, device: torch.device) -> Generator[Figure, None, TensorDict]:
+def generation_figures(
+    size: LanguageSize, device: torch.device, folder: Path | None
+) -> Generator[Figure, None, TensorDict]:
     """Tokens a second and peak memory of generation, for a step's rows and four times as many; returns the rows."""
     step = None
     for how in ("launched one by one", "replayed from a CUDA graph") if device.type == "cuda" else ("on the CPU",):
@@ -178,12 +206,22 @@ def generation_figures(size: LanguageSize, device: torch.device) -> Generator[Fi
             yield Figure("language", setting, "generation rate", rows * size.new / min(spent), "tokens/s")
             yield Figure("language", setting, "generation peak memory", peak_memory(device), "GiB")
             yield Figure("language", setting, "generation", min(spent), "s")
+            yield Figure("language", setting, "decoding step, prefill shared out", 1e3 * min(spent) / size.new, "ms")
+        brief = dataclasses.replace(size, new=max(2, size.new // 8))  # a whole one would fill the profile's memory
+        record = functools.partial(language_record, policy, brief, generator)
+        write_profile(folder, f"generation {how}", record, device)
     assert step is not None
     return step
 
 
 def update_figures(
-    name: str, size: LanguageSize, device: torch.device, batch: TensorDict, settings: dict[str, Any]
+    name: str,
+    size: LanguageSize,
+    device: torch.device,
+    batch: TensorDict,
+    settings: dict[str, Any],
+    peak: float,
+    folder: Path | None,
 ) -> Iterator[Figure]:
     """Tokens a second, peak memory and seconds of the update of one variant, for two sizes of micro-batch."""
     policy = language_policy(size, device, **settings)
@@ -197,20 +235,25 @@ def update_figures(
         yield Figure("language", setting, "update rate", batch["tokens"].numel() / spent, "tokens/s")
         yield Figure("language", setting, "update peak memory", peak_memory(device), "GiB")
         yield Figure("language", setting, "update", spent, "s")
+        needed = 6 * sum(p.numel() for p in policy.parameters()) * batch["tokens"].numel()
+        yield Figure("language", setting, "share of the rate of a large bf16 product", needed / spent / peak, "")
+        write_profile(folder, f"update {name} {micro_batch}", update, device)
 
 
-def bench_language(device: torch.device, smoke: bool) -> Iterator[Figure]:
+def bench_language(device: torch.device, smoke: bool, folder: Path | None = None) -> Iterator[Figure]:
     """A GRPO step, the logits of a few positions held at a time, in the ways that trade memory for time."""
+    peak = product_rate(device, 256 if smoke else 8192)
+    yield Figure("language", "bf16 product of large squares", "rate", peak / 1e12, "TFLOP/s")
     size = SMOKE if smoke else LanguageSize()
     chunk = {"logit_chunk": 5} if smoke else {}
-    batch = yield from generation_figures(size, device)
+    batch = yield from generation_figures(size, device, folder)
     ways: dict[str, dict[str, Any]] = {
         "prompts encoded once a group": {},
         "every row whole": {"share_prompts": False},
         "layers recomputed": {"gradient_checkpointing": True},
     }
     for name, settings in ways.items():
-        yield from update_figures(name, size, device, batch, {**settings, **chunk})
+        yield from update_figures(name, size, device, batch, {**settings, **chunk}, peak, folder)
 
 
 # ---------------------------------------------------------------------------------------------------- control
@@ -342,11 +385,17 @@ def repeat(call: Callable[[], object], count: int) -> None:
         call()
 
 
-PARTS: dict[str, Callable[[torch.device, bool], Iterator[Figure]]] = {
+PARTS: dict[str, Callable[..., Iterator[Figure]]] = {
     "language": bench_language,
     "sac": bench_sac,
     "replay": bench_replay,
 }
+
+
+def run_part(name: str, device: torch.device, args: argparse.Namespace) -> Iterator[Figure]:
+    """The figures of a part."""
+    more = {"folder": args.profile} if name == "language" else {}
+    return PARTS[name](device, args.smoke, **more)
 
 
 def main() -> None:
@@ -354,6 +403,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, on the CPU")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--profile", type=Path, help="folder for tables of what the language part spends")
     parser.add_argument("--csv")
     args = parser.parse_args()
     if not args.smoke and not torch.cuda.is_available():
@@ -365,7 +415,7 @@ def main() -> None:
     ) as file:  # written as it goes: a run that is cut off loses little
         writer = csv.writer(file)
         writer.writerow(Figure._fields)
-        for figure in (figure for name in args.only for figure in PARTS[name](device, args.smoke)):
+        for figure in (figure for name in args.only for figure in run_part(name, device, args)):
             print(f"{figure.part}: {figure.setting}: {figure.quantity} {figure.value:,.3f} {figure.unit}", flush=True)
             writer.writerow(figure)
             file.flush()

@@ -1,20 +1,26 @@
 """A GRPO step against TRL's ``GRPOTrainer``: same model, same batch, interleaved step by step in one process.
 
     python benchmarks/grpo_step.py [--steps 12] [--threads 1] [--csv FILE]       (needs trl, datasets, accelerate)
+    python benchmarks/grpo_step.py --model FOLDER --steps 4 --warm-up 1          a real model, such as SmolLM2-135M
 
 Qwen3 of 5M parameters (6 layers, width 256, 4 heads of 64, MLP 768, 256 tokens), 4 prompts of 16 tokens x 8 completions
 forced to 64 tokens, float32, DAPO loss, no reference model, one AdamW update a batch. A step is generation, reward,
 group advantages, log-probs, loss, backward, clipping and update. Ours reuses the sampler's log-probs as those of the
 behaviour policy; TRL needs no second forward pass on policy either. Both start from the same weights.
+
+With ``--model`` the prompts are questions of about 40 tokens in the model's chat template, of different lengths, and
+completions are forced to 24 tokens. ``--bf16`` gives both bfloat16 matrix products over float32 weights (autocast).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,13 +28,13 @@ import torch
 from tensordict import TensorDict
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
 
 from unified_rl.correction import load_correction
 from unified_rl.optimizer import Optimizer
 from unified_rl.policies.causal_lm import CausalLM
 
-VOCABULARY, PROMPT, NEW, PROMPTS, GROUP, LR = 256, 16, 64, 4, 8, 3e-4
+VOCABULARY, PROMPT, PROMPTS, GROUP = 256, 16, 4, 8
 SHAPE = {
     "model_type": "qwen3",
     "hidden_size": 256,
@@ -36,6 +42,64 @@ SHAPE = {
     "num_attention_heads": 4,
     "intermediate_size": 768,
 }
+
+
+@dataclass(frozen=True)
+class Task:
+    """What both sides train on.
+
+    Attributes:
+        policy: settings of :class:`CausalLM`.
+        tokenizer: of both.
+        new: tokens of every completion.
+        lr: learning rate.
+        question: the text of a random prompt.
+        low: ids below it are rewarded.
+        bf16: matrix products in bfloat16.
+    """
+
+    policy: dict[str, Any]
+    tokenizer: Any
+    new: int
+    lr: float
+    question: Callable[[random.Random], str]
+    low: int
+    bf16: bool
+
+    def make(self) -> CausalLM:
+        """A policy with the weights that both start from."""
+        return CausalLM(self.tokenizer, 128, autocast=self.bf16, **self.policy)
+
+    def prompts(self, count: int, stream: random.Random) -> list[str]:
+        """``count`` prompts."""
+        return [self.question(stream) for _ in range(count)]
+
+    def reward(self, tokens: Tensor) -> Tensor:
+        """Share of completion tokens ``[B, new]`` below ``low``."""
+        return (tokens < self.low).float().mean(-1)
+
+
+def small_task(bf16: bool) -> Task:
+    """The 5M model on random letters."""
+    tokenizer = make_tokenizer()
+
+    def question(stream: random.Random) -> str:
+        return str(tokenizer.decode([stream.randrange(2, VOCABULARY) for _ in range(PROMPT)]))
+
+    return Task({"config": SHAPE}, tokenizer, 64, 3e-4, question, VOCABULARY // 2, bf16)
+
+
+def model_task(folder: str, bf16: bool) -> Task:
+    """A model folder on sums in its chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+    def question(stream: random.Random) -> str:
+        terms = [str(stream.randrange(10, 1000)) for _ in range(stream.randrange(2, 5))]
+        said = f"What is {' + '.join(terms)}? Answer with only the number."
+        turn = [{"role": "system", "content": "You are good at sums."}, {"role": "user", "content": said}]
+        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+    return Task({"path": folder}, tokenizer, 24, 1e-6, question, len(tokenizer) // 50, bf16)
 
 
 @dataclass
@@ -67,41 +131,39 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def reward_of(tokens: Tensor) -> Tensor:
-    """Share of completion tokens ``[B, NEW]`` in the lower half of the vocabulary."""
-    return (tokens < VOCABULARY // 2).float().mean(-1)
-
-
 class Ours:
     """One GRPO step with this package's parts."""
 
-    def __init__(self, policy: CausalLM) -> None:
-        self.policy, self.timer = policy, Timer()
+    def __init__(self, task: Task) -> None:
+        self.task, self.policy, self.timer = task, task.make(), Timer()
         self.correction = load_correction("dapo")
-        self.optimizer = Optimizer({"policy": policy}, LR, max_grad_norm=1.0)
-        self.generator = torch.Generator().manual_seed(0)
-        rows, width = PROMPTS * GROUP, PROMPT + NEW
-        self.mask = torch.zeros(rows, width, dtype=torch.bool)
-        self.mask[:, PROMPT:] = True
+        self.optimizer = Optimizer({"policy": self.policy}, task.lr, max_grad_norm=1.0)
+        self.generator, self.stream = torch.Generator().manual_seed(0), random.Random(0)
         self.group = torch.arange(PROMPTS).repeat_interleave(GROUP)
 
     def collect(self) -> TensorDict:
         """A record of sampled rows with rewards and group advantages."""
-        prompts = torch.randint(2, VOCABULARY, (PROMPTS, PROMPT), generator=self.generator)
+        new, texts = self.task.new, self.task.prompts(PROMPTS, self.stream)
+        prompts = [torch.tensor(ids) for ids in self.task.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         out = self.policy.generate(
-            prompts, max_new_tokens=NEW, stop_ids=[], samples_per_prompt=GROUP, generator=self.generator
+            prompts, max_new_tokens=new, stop_ids=[], samples_per_prompt=GROUP, generator=self.generator
         )
-        reward = reward_of(out.tokens)
+        reward = self.task.reward(out.tokens)
         self.timer.reward.append(float(reward.mean()))
         grouped = reward.view(PROMPTS, GROUP)
         advantage = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)
-        behavior = torch.zeros(self.mask.shape)
-        behavior[:, PROMPT:] = out.log_prob
-        step = torch.zeros_like(self.mask, dtype=torch.int64)
+        length = torch.tensor([len(prompt) for prompt in prompts]).repeat_interleave(GROUP)
+        columns = torch.arange(int(length.max()) + new)
+        real, asked = columns < length[:, None] + new, columns < length[:, None]
+        mask = real & ~asked
+        tokens = torch.full(mask.shape, self.policy.pad_id)
+        behavior, step = torch.zeros(mask.shape), torch.zeros(mask.shape, dtype=torch.int64)
+        tokens[asked] = torch.cat([p for p in prompts for _ in range(GROUP)])
+        tokens[mask], behavior[mask] = out.tokens.flatten(), out.log_prob.flatten()
         items = {
-            "tokens": torch.cat([prompts.repeat_interleave(GROUP, 0), out.tokens], 1),
-            "token_mask": torch.ones_like(self.mask),
-            "mask": self.mask,
+            "tokens": tokens,
+            "token_mask": real,
+            "mask": mask,
             "behavior_log_prob": behavior,
             "step_index": step,
             "policy_version": step,
@@ -109,7 +171,7 @@ class Ours:
             "advantage": advantage.view(-1, 1),
             "group": self.group,
         }
-        return TensorDict(items, batch_size=[len(self.mask)])
+        return TensorDict(items, batch_size=[len(mask)])
 
     def step(self) -> None:
         """Collects and updates once."""
@@ -138,35 +200,31 @@ class Interleave(TrainerCallback):
         self.ours.step()
 
 
-def run(steps: int, warm_up: int) -> tuple[Timer, Timer]:
+def run(task: Task, steps: int, warm_up: int) -> tuple[Timer, Timer]:
     """Both trainers for ``warm_up + steps`` steps; returns our timer and TRL's."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    tokenizer = make_tokenizer()
-    policy = CausalLM(tokenizer, 128, config=SHAPE)
-    twin = CausalLM(tokenizer, 128, config=SHAPE).model
-    interleave = Interleave(Ours(policy))
+    interleave = Interleave(Ours(task))
+    twin = task.make().model
     total = warm_up + steps
-    generator = torch.Generator().manual_seed(1)
-    prompts = torch.randint(2, VOCABULARY, (total * PROMPTS, PROMPT), generator=generator)
 
     def reward(completion_ids: list[list[int]], **unused: Any) -> list[float]:
-        values = reward_of(torch.tensor(completion_ids))
+        values = task.reward(torch.tensor(completion_ids))
         interleave.timer.reward.append(float(values.mean()))
         return list(values.tolist())
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             output_dir=folder, max_steps=total, per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP,
-            max_completion_length=NEW, generation_kwargs={"min_new_tokens": NEW}, temperature=1.0, beta=0.0,
-            loss_type="dapo", learning_rate=LR, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
-            optim="adamw_torch_fused", bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none",
+            max_completion_length=task.new, generation_kwargs={"min_new_tokens": task.new}, temperature=1.0, beta=0.0,
+            loss_type="dapo", learning_rate=task.lr, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
+            optim="adamw_torch_fused", bf16=task.bf16, use_cpu=True, gradient_checkpointing=False, report_to="none",
             save_strategy="no", logging_steps=10_000, disable_tqdm=True, seed=0,
         )  # fmt: skip
-        data = Dataset.from_dict({"prompt": tokenizer.batch_decode(prompts)})
+        data = Dataset.from_dict({"prompt": task.prompts(total * PROMPTS, random.Random(1))})
         trainer = GRPOTrainer(
-            model=twin, reward_funcs=reward, args=config, train_dataset=data, processing_class=tokenizer,
+            model=twin, reward_funcs=reward, args=config, train_dataset=data, processing_class=task.tokenizer,
             callbacks=[interleave],
         )  # fmt: skip
         trainer.train()
@@ -179,10 +237,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", help="folder of a model; the 5M one where absent")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products on both sides")
     parser.add_argument("--csv")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    ours, trl = run(args.steps, args.warm_up)
+    task = model_task(args.model, args.bf16) if args.model else small_task(args.bf16)
+    ours, trl = run(task, args.steps, args.warm_up)
     rows = [
         {"step": i, "ours_cpu_s": oc, "trl_cpu_s": tc, "ours_wall_s": ow, "trl_wall_s": tw, "threads": args.threads}
         for i, (oc, tc, ow, tw) in enumerate(zip(ours.cpu, trl.cpu, ours.wall, trl.wall, strict=True))

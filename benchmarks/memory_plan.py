@@ -44,6 +44,13 @@ RUNS: dict[str, list[str]] = {
         "rollout.prompts=64",
         "env.max_turn_tokens=40",
     ],
+    "evaluation of 256 rows, llama 2M": [
+        *LONG,
+        *SMALL,
+        "agent.micro_batch=4",
+        "rollout.prompts=1",
+        "eval_episodes=256",
+    ],
     "micro-batches and a reference, qwen3 19M": [*SHORT, *QWEN, "agent.micro_batch=8", "agent.kl=0.01"],
     "top-p, qwen3 19M": [*SHORT, *QWEN, "agent.micro_batch=8", "policy.top_p=0.9"],
     "fine-tuning, qwen3 19M": ["env=chain_mod", "agent=sft", *QWEN, "rollout.rows=64", "eval_episodes=1"],

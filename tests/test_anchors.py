@@ -104,6 +104,48 @@ def test_the_flat_setting_is_the_provider_named_teacher(tmp_path: Path) -> None:
         agent_of(policy, rows, "erpd", teacher=str(tmp_path), anchors={"teacher": {"folder": str(tmp_path)}})
 
 
+def test_a_teacher_from_a_folder_takes_the_settings_of_a_model(tmp_path: Path) -> None:
+    policy, rows = joined()
+    other = copy.deepcopy(policy)
+    nudge(other, 0.1)
+    other.save(str(tmp_path / "model"))
+    base = {"folder": str(tmp_path / "model")}
+
+    def shown(**settings: Any) -> tuple[Any, torch.Tensor]:
+        agent = agent_of(policy, rows, objectives=compared("base"), anchors={"base": {**base, **settings}})
+        provider = agent.anchors["base"]
+        return provider.policy, provider.log_prob(rows) * rows["mask"]
+
+    teacher, plain = shown()
+    with torch.no_grad():
+        hot = type(policy)(policy.tokenizer, policy.max_length, path=base["folder"], temperature=2.0).log_prob(rows)
+    torch.testing.assert_close(shown(temperature=2.0)[1], hot.log_prob, atol=1e-6, rtol=0.0)
+    half, rounded = shown(dtype="bfloat16")
+    assert teacher.model.dtype == torch.float32 and half.model.dtype == torch.bfloat16
+    apart = [(value - plain).abs().max() for value in (rounded, shown(autocast=True)[1])]
+    assert all(1e-5 < float(one) < 0.3 for one in apart)
+    gradients(agent_of(policy, rows, objectives=compared("base"), anchors={"base": {**base, "dtype": "bfloat16"}}),
+              filled(rows, 1))  # fmt: skip
+
+
+def test_a_teacher_may_be_an_adapter_on_a_model(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    policy, rows = joined()
+    policy.save(str(tmp_path / "model"))
+    adapted = type(policy)(policy.tokenizer, policy.max_length, path=str(tmp_path / "model"), lora={"r": 2})
+    with torch.no_grad():
+        for weight in adapted.parameters():
+            if weight.requires_grad:
+                weight.add_(0.1)
+    adapted.save(str(tmp_path / "adapter"))
+    node = {"folder": str(tmp_path / "model"), "adapter": str(tmp_path / "adapter")}
+    agent = agent_of(policy, rows, objectives=compared("base"), anchors={"base": node})
+    with torch.no_grad():
+        want, plain = adapted.log_prob(rows).log_prob, policy.log_prob(rows).log_prob
+    torch.testing.assert_close(agent.anchors["base"].log_prob(rows), want, atol=1e-5, rtol=0.0)
+    assert float((want - plain).abs().max()) > 1e-2
+
+
 @pytest.mark.parametrize("lam", [0.0, 1.0, 1.25])
 def test_a_penalty_may_compare_with_any_provider(lam: float) -> None:
     """Reward extrapolation, ``lam (teacher - base) - (policy - base)`` a token; G-OPD and ExOPD.
@@ -203,6 +245,10 @@ def test_a_control_policy_has_providers_too() -> None:
         (
             {"objectives": compared("base"), "anchors": {"base": {"ema": 0.5, "sync_every": 2}}},
             "one of folder, sync_every",
+        ),
+        (
+            {"objectives": compared("base"), "anchors": {"base": {"ema": 0.5, "dtype": "bfloat16"}}},
+            r"base\.dtype would be of no effect: .* agent\.anchors\.base\.folder",
         ),
         (
             {"objectives": compared("base"), "anchors": {"base": "runs/x"}},

@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import ALLOW, CONTROL, LANGUAGE, composed
+from run_cases import ALLOW, CONTROL, LANGUAGE, EasyChain, composed
 
 import unified_rl as ur
 from unified_rl import cli
+from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.training.best import Best, Watch
 from unified_rl.training.checkpoint import checkpoints, latest_checkpoint, read_checkpoint, step_of
+from unified_rl.training.metric_names import names_of
 from unified_rl.training.run import Job, resume, train
 from unified_rl.training.settings import TrainSettings
+from unified_rl.training.warm_start import WarmStart
 
 UPDATE = {"control": 128, "language": 16}
 """Steps of one update."""
@@ -156,15 +159,99 @@ def test_values_that_are_not_finite_are_never_the_best() -> None:
     assert best.better({"x": math.inf}, 3) is False and best.update == 2
 
 
-def test_a_metric_that_evaluation_does_not_give_is_refused_at_the_first_one(tmp_path: Path) -> None:
-    for setting in ("keep_best=eval/acuracy", "early_stopping={metric: eval/acuracy}"):
-        name = setting.split("=")[0]
-        with pytest.raises(ConfigError, match=f"{name}.*eval/acuracy is no metric of this evaluation; did you mean"):
-            train(composed([*LANGUAGE, "steps=32", "eval_episodes=2", f"run_dir={tmp_path / name}", setting]), ALLOW)
+WARM = ("warm_start=demonstrations", "warm_start.stages=[{updates: 3}]", "warm_start.dataset=8")
 
 
-def test_a_metric_that_no_row_holds_is_told_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(words(tmp_path / "run", "keep_best=rollout/retrun"))
+@pytest.mark.parametrize(
+    ("setting", "near"),
+    [
+        ("keep_best=eval/acuracy", "eval/accuracy"),
+        ("early_stopping={metric: eval/pass_at_2}", "eval/"),
+        ("keep_best=rollout/rewrad", "rollout/reward"),
+        ("keep_best=loss/polcy", "loss/policy"),
+        ("keep_best=loss/value", "loss/"),
+        ("early_stopping={metric: kl/k8}", "kl/k"),
+        ("keep_best=evl/score", "eval/score"),
+    ],
+)
+def test_a_metric_that_a_run_will_not_have_is_refused_before_anything_is_spent(
+    setting: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Job, "evaluate", lambda *given, **more: pytest.fail("the run evaluated"))
+    monkeypatch.setattr(WarmStart, "fit", lambda *given: pytest.fail("the run made its warm start"))
+    cfg = composed([*LANGUAGE, "steps=32", f"run_dir={tmp_path / 'run'}", *WARM, setting])
+    with pytest.raises(ConfigError, match=rf"^{setting.split('=')[0]}.*is no metric of this run; .*{near}"):
+        train(cfg, ALLOW)
+
+
+@pytest.mark.parametrize(("metric", "near"), [("eval/sucess", "eval/success"), ("rollout/retrun", "rollout/return")])
+def test_what_an_environment_tells_is_known_from_an_evaluation_before_the_warm_start(
+    metric: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WarmStart, "fit", lambda *given: pytest.fail("the run made its warm start"))
+    with pytest.raises(ConfigError, match=f"is no metric of this .*did you mean '{near}'"):
+        train(words(tmp_path / "run", *WARM, f"keep_best={metric}"))
+    with pytest.raises(ConfigError, match=f"is no metric of this .*did you mean '{near}'"):  # at the first evaluation
+        train(words(tmp_path / "cold", f"keep_best={metric}"))
+    assert [row["update"] for row in ur.Run(tmp_path / "cold").metrics()] == [0]
+
+
+RUNS = [
+    [*LANGUAGE, "reward=[task,repetition]"],
+    [*LANGUAGE, "eval_sampling={samples: 3}", "agent=ppo", "agent.entropy_coef=0.01"],
+    [*LANGUAGE, "agent.kl=0.01", "agent.drop_equal_groups=true", "correction=vcpo"],
+    [*LANGUAGE, "rollout.context={_target_: unified_rl.rollout.context.Refill}", "correction=troll"],
+    [*LANGUAGE, "recipe=chord"],
+    [*LANGUAGE[:-2], "agent=sft", "rollout.rows=8"],
+    [*CONTROL, "correction=fixpo", "agent.objectives={second: {name: policy_gradient}}"],
+    [*CONTROL[:1], "agent=sac", "agent.learning_starts=0", "agent.critic_hidden=[8]", "rollout.num_envs=4"],
+]
+
+
+@pytest.mark.parametrize("given", RUNS, ids=lambda words: " ".join(words[-2:]))
+def test_every_metric_of_a_run_is_known_before_it_begins(given: list[str], tmp_path: Path) -> None:
+    job = Job(composed([*given, "eval_episodes=4", "keep_best=eval/score"]), ALLOW)
+    trainer = job.make_trainer(tmp_path)
+    names, logged = trainer.watch.names, set()
+    trainer.planned, trainer.display = 2, lambda steps, metrics: logged.update(metrics)
+    trainer.run()
+    late = {name for name in logged if name.split("/")[0] in names.late}
+    assert logged - late <= names.known and not names.open and "eval/score" in names.known
+    assert late <= trainer.watch.names.known and not trainer.watch.names.late
+
+
+def test_a_callback_names_a_metric_of_its_own(tmp_path: Path) -> None:
+    class Mine(ur.Callback):
+        metrics = ("mine/update",)
+
+        def on_update_end(self, trainer: Any, metrics: dict[str, Any]) -> None:
+            trainer.add_metrics({"mine/update": float(trainer.updates)})
+
+    run = train(words(tmp_path / "run", "keep_best=mine/update"), callbacks=[Mine()])
+    assert best_of(run)[-1] == 6 and ur.Run(run).metrics()[-1]["mine/update"] == 6.0
+    Mine.metrics = ()
+    with pytest.raises(ConfigError, match=r"keep_best=mine/update is no metric of this run.*attribute metrics"):
+        train(words(tmp_path / "other", "keep_best=mine/update"), callbacks=[Mine()])
+
+
+def test_agents_of_others_may_have_any_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Other(PolicyGradient):
+        pass
+
+    names = Job(composed([*CONTROL]), ALLOW).make_trainer(tmp_path).agent
+    names.__class__ = Other
+    assert names.metric_names is None
+    found = names_of(EasyChain(modulus=5, terms=3), names, None, ())
+    assert not found.fault("mine/x") and not found.fault("loss/mine") and "reward" in found.fault("rollout/rewrad")
+
+
+def test_a_run_that_goes_on_with_a_metric_it_never_had_is_not_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "check", lambda *given: None)
+        run = train(words(tmp_path / "run", "keep_best=rollout/retrun", updates=4))
+    resume(str(run), steps=6 * UPDATE["control"])
     assert "keep_best=rollout/retrun was in no logged row" in capsys.readouterr().err
 
 

@@ -43,7 +43,12 @@ def composed_with(words: list[str]) -> dict[str, Any]:
 
 def test_what_a_callback_keeps_goes_on_in_a_resumed_run(tmp_path: Path) -> None:
     CALLS.clear()
-    node = "callbacks=[{_target_: callback_cases.Notes, word: hello}]"
+    one = ur.train(
+        [*SMALL, "callbacks=callback_cases:Notes", f"run_dir={tmp_path / 'one'}", "progress=false"],
+        allow=["callback_cases"],
+    )
+    assert one.config["callbacks"] == "callback_cases:Notes" and one.metrics()
+    node = "callbacks={_target_: callback_cases.Notes, word: hello}"
     whole = train(composed_with([*SMALL, node, f"run_dir={tmp_path / 'whole'}"]), (*ALLOW, HERE))
     words = [*(w for w in SMALL if not w.startswith("steps=")), "steps=384", node, f"run_dir={tmp_path / 'part'}"]
     part = train(composed_with(words), (*ALLOW, HERE))

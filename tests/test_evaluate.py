@@ -6,6 +6,8 @@ import csv
 import itertools
 import json
 import math
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from test_model_folder import model_folder, problems
 
 import unified_rl as ur
 from unified_rl import cli
+from unified_rl.envs.language import JsonlProblems
 from unified_rl.envs.language.tokenizer import train_bpe
 from unified_rl.envs.language.votes import ballot
 from unified_rl.errors import ConfigError, RolloutError
@@ -259,6 +262,70 @@ def test_a_file_named_for_an_evaluation_is_asked_whole(place: Path, capsys: pyte
     same = [*TASK, f"env.path={file['env.path']}", f"env.eval_path={file['env.path']}", "policy=causal_lm_path"]
     with pytest.raises(ConfigError, match=r"no training problem is left: every one .* is in env\.eval_path too"):
         train(ur.compose([*same, f"policy.path={place / 'model'}", f"run_dir={place / 'none'}", "progress=false"]))
+
+
+def test_every_held_out_prompt_is_asked_once_and_the_result_says_of_how_many(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def asked(*words: str) -> dict[int, int]:
+        out = place / "asked.json"
+        assert cli.main(["evaluate", *words, "--out", str(out)]) == 0
+        return Counter(problem["prompt_id"] for problem in json.loads(out.read_text())["problems"])
+
+    file = f"env.path={place / 'b.jsonl'}"
+    found = asked(str(place / "model"), *TASK, file)
+    assert len(found) == 80 and set(found.values()) == {1}
+    assert "80 of 80 held-out prompts, 1 sampled" in capsys.readouterr().out
+    asked(str(place / "run"), file, "--episodes", "5")
+    assert "5 of 80 held-out prompts" in capsys.readouterr().out
+    whole = asked(str(place / "run"), "--episodes", "all")
+    assert whole == asked(str(place / "run"), file.replace("b.", "a."), "env.held_out=0.1")
+    capsys.readouterr()
+    asked(str(place / "run"))
+    assert f"asked 4 of {len(whole)} held-out prompts" in capsys.readouterr().err
+
+
+def test_a_number_above_what_is_held_out_asks_each_equally_often(place: Path) -> None:
+    run = ur.Run(place / "run")
+    there = run.evaluate(episodes="all").held_out
+    assert 1 < there < 20
+    found = Counter(problem["prompt_id"] for problem in run.evaluate(episodes=2 * there + 1).problems)
+    assert len(found) == there and set(found.values()) == {2}
+    assert len(run.evaluate(episodes=there - 1).problems) == there - 1
+
+
+def test_a_run_may_ask_all_at_every_evaluation_and_who_has_no_end_refuses(place: Path, tmp_path: Path) -> None:
+    words = [*TASK, f"env.path={place / 'a.jsonl'}", "policy=causal_lm_path", f"policy.path={place / 'model'}"]
+    small = ["rollout.prompts=2", "rollout.group_size=2", "steps=4", f"run_dir={tmp_path / 'run'}", "progress=false"]
+    run = ur.train([*words, *small, "eval_episodes=all"])
+    assert run.config["eval_episodes"] == "all" and len(run.evaluate().problems) == run.evaluate().held_out
+    with pytest.raises(ConfigError, match="eval_episodes=all asks every held-out prompt, and EasyChain makes new ones"):
+        Job(composed([*LANGUAGE, "eval_episodes=all"]), ALLOW).make_trainer(tmp_path)
+    with pytest.raises(ConfigError, match="eval_episodes=all asks every held-out prompt, and control has none"):
+        Job(composed([*CONTROL, "eval_episodes=all"]), ALLOW)
+    with pytest.raises(ConfigError, match=r"^eval_episodes"):
+        composed([*CONTROL, "eval_episodes=every"])
+
+
+def test_errors_of_scorers_are_shown_where_there_are_any_and_files_hold_them_always(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(*words: str) -> str:
+        assert cli.main(["evaluate", str(place / "run"), *words]) == 0
+        return capsys.readouterr().out
+
+    assert "scorer_error" not in said() and "scorer_error" not in said("samples=2")
+    said("--out", str(place / "errors.csv"))
+    assert "eval/scorer_error,0.0" in (place / "errors.csv").read_text()
+    respond = JsonlProblems.respond
+
+    def failing(self: JsonlProblems, *given: Any) -> Any:
+        result = respond(self, *given)
+        result.info["scorer_error"] = torch.ones(len(result.reward))
+        return result
+
+    monkeypatch.setattr(JsonlProblems, "respond", failing)
+    assert re.search(r"eval/scorer_error +1\.0000", said()) and "eval/scorer_error" in said("samples=2")
 
 
 def test_a_checkpoint_is_evaluated_by_its_folder(place: Path) -> None:

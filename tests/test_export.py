@@ -108,6 +108,25 @@ def test_a_folder_has_the_dtype_the_configuration_and_the_files_that_it_came_wit
     assert not list(tmp_path.glob(".writing*"))
 
 
+@pytest.mark.parametrize("name", ["whole", "lora"])
+def test_an_export_needs_the_checkpoint_and_the_model_folder_alone(
+    made: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    data, away = made["root"] / "a.jsonl", made["root"] / "away.jsonl"
+    before = ur.export(made[name], tmp_path / "before")
+    data.rename(away)
+    try:
+        after = ur.export(made[name], tmp_path / "after")
+    finally:
+        away.rename(data)
+    assert {f.name for f in before.iterdir()} == {f.name for f in after.iterdir()}
+    assert all((after / f.name).read_bytes() == f.read_bytes() for f in before.iterdir())
+    policy = ur.load_policy(made[name])
+    merged = {"merge": True} if name == "lora" else {}
+    whole = ur.export(made[name], tmp_path / "whole", dtype="float32", **merged)
+    assert [theirs(whole, text) for text in QUESTIONS] == [greedy(policy, text) for text in QUESTIONS]
+
+
 def test_an_earlier_checkpoint_is_another_model(made: dict[str, Any], tmp_path: Path) -> None:
     first = load_file(ur.export(made["whole"], tmp_path / "1", checkpoint=1) / "model.safetensors")
     last = load_file(ur.Run(made["whole"]).export(tmp_path / "2") / "model.safetensors")

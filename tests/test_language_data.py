@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import pickle
 import tracemalloc
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+from unified_rl import records as reading
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import JsonlProblems, character_tokenizer
+from unified_rl.envs.language.tokenizer import load_tokenizer
 from unified_rl.errors import CheckpointError, ConfigError, DataError
 from unified_rl.records import open_records
 from unified_rl.training.checkpoint import checkpoints, read_checkpoint
@@ -241,6 +244,59 @@ def test_prompts_and_completions_are_found_by_their_usual_names(
     assert found == (prompt, target.replace("<end>", ends))
 
 
+SEA, GREEN = {"role": "user", "content": "Sea?"}, {"role": "assistant", "content": "Green."}
+MARKING = TEMPLATE.replace(
+    "{{ m.content }}<end>", "{% if m.role == 'assistant' %}({% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}<end>"
+)  # fmt: skip
+
+
+def trained(env: JsonlProblems) -> list[str]:
+    """The runs of trained tokens of the only demonstration."""
+    row = env.demonstrations(1, torch.Generator())[0]
+    mask, ids = row["mask"].tolist(), row["tokens"].tolist()
+    runs = [list(group) for own, group in itertools.groupby(range(len(ids)), mask.__getitem__) if own]
+    return [env.tokenizer.decode([ids[at] for at in run], skip_special_tokens=False) for run in runs]
+
+
+def test_every_turn_of_the_assistant_is_imitated_and_nothing_else(tmp_path: Path, letters: str) -> None:
+    talk = [{"role": "system", "content": "Own."}, USER, BLUE, SEA, {"role": "tool", "content": "x"}, GREEN]
+    path = lines(tmp_path / "a.jsonl", {"messages": talk})
+    env = make(path, letters)
+    assert trained(env) == ["Blue, mostly.<end>", "Green.<end>"]
+    whole = "".join(f"<|{one['role']}|>{one['content']}<end>\n" for one in talk)
+    row = env.demonstrations(1, torch.Generator())[0]
+    assert env.tokenizer.decode(row["tokens"][row["token_mask"]], skip_special_tokens=False) == whole.rstrip()
+    assert trained(make(path, letters, assistant_only_loss=False)) == ["Green.<end>"]
+    # a prompt stays a prompt, and what a tool says in a completion is not imitated
+    path = lines(tmp_path / "b.jsonl", {"prompt": [USER, BLUE, USER], "completion": [BLUE, talk[-2], GREEN]})
+    assert trained(make(path, letters)) == ["Blue, mostly.<end>", "Green.<end>"]
+    env.tokenizer.chat_template = MARKING  # the template says itself what is the assistant's: not the bracket
+    env.tokenizer.save_pretrained(tmp_path / "marking")
+    (tmp_path / "marking/generation_config.json").write_text((Path(letters) / "generation_config.json").read_text())
+    path = lines(tmp_path / "a.jsonl", {"messages": talk})
+    assert trained(make(path, str(tmp_path / "marking"))) == ["Blue, mostly.<end>", "Green.<end>"]
+
+
+def test_a_template_that_writes_earlier_turns_otherwise_is_refused_by_name(tmp_path: Path, letters: str) -> None:
+    tokenizer = load_tokenizer(letters)
+    tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "counting")
+    (tmp_path / "counting/generation_config.json").write_text((Path(letters) / "generation_config.json").read_text())
+    path = lines(tmp_path / "a.jsonl", {"messages": [USER, BLUE, SEA, GREEN]})
+    with pytest.raises(DataError, match=r"a.jsonl, line 1: .* comes before message 2 .*env.assistant_only_loss=false"):
+        make(path, str(tmp_path / "counting")).demonstrations(1, torch.Generator())
+
+
+def test_conversations_that_nobody_answers_are_told_by_name(tmp_path: Path, letters: str) -> None:
+    env = make(lines(tmp_path / "a.jsonl", {"messages": [USER, BLUE, SEA]}), letters)
+    with pytest.raises(ConfigError, match=r"ends with role 'user'.*end each with a message of role 'assistant'"):
+        env.demonstrations(1, torch.Generator())
+    env = make(lines(tmp_path / "a.jsonl", {"prompt": "Sea?"}), letters)
+    with pytest.raises(ConfigError, match=r"name its column with env.solution_key"):
+        env.demonstrations(1, torch.Generator())
+
+
 def test_a_prompt_that_is_begun_by_the_assistant_is_gone_on_with(tmp_path: Path, letters: str) -> None:
     begun = {"role": "assistant", "content": "It is"}
     env = make(lines(tmp_path / "a.jsonl", {"prompt": [USER, begun], "answer": "1"}), letters)
@@ -411,6 +467,59 @@ def test_what_stays_in_memory_of_a_file_are_numbers(tmp_path: Path, letters: str
     try:
         JsonlProblems(path, vocabulary_size=270).problems(32, torch.Generator())
         assert tracemalloc.get_traced_memory()[1] < 4e6
+    finally:
+        tracemalloc.stop()
+
+
+ARRAY = (
+    '\ufeff [\n {"prompt": "ä \\" ] [ \\ud83d\\ude00", "answer": "1"},\n\n'
+    '{"prompt": "x\\n}", "answer": 22}  , {"a": {"b": [1, null,  true, -1.5e3]}} ]\n'
+)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 7, 2**20])
+def test_an_array_is_read_item_by_item_wherever_its_pieces_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(reading, "PIECE", piece)
+    (tmp_path / "a.json").write_text(ARRAY, encoding="utf-8")
+    found = open_records(tmp_path / "a.json")
+    values = [value for _, value in found]
+    assert values == json.loads(ARRAY.removeprefix("\ufeff")) and len(found) == 3
+    assert [value for _, value in found.read([2, 0])] == [values[2], values[0]]
+    assert found.read([1])[0][0].endswith("a.json, item 2")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1},\n {"a": tru}]', r"item 2, line 2: not JSON \(Expecting value at column 8\)"),
+        ('[{"a": 1}\n {"a": 2}]', r"a\.json, line 2: not JSON \(Expecting ',' delimiter at column 2\)"),
+        ('[{"a": 1},]', r"item 2, line 1: not JSON \(Expecting value at column 11\)"),
+        ('[{"a": 1}', r"line 1: not JSON \(Expecting ',' delimiter at column 10\)"),
+        ('[{"a": 1}] x', r"line 1: not JSON \(Extra data at column 12\)"),
+        ('[{"a": "x', r"item 1, line 1: not JSON \(Unterminated string starting at at column 8\)"),
+        ('[{"a": 1, "a": 2}]', r"item 1: not usable JSON \(the key 'a' is given twice\)"),
+    ],
+)
+def test_a_fault_in_an_array_is_named_with_item_line_and_column(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        list(open_records(tmp_path / "a.json"))
+
+
+def test_a_fault_in_a_large_array_is_found_without_reading_on(tmp_path: Path) -> None:
+    rows = ",\n".join(json.dumps({"prompt": f"{n}", "filler": "x" * 4000}) for n in range(4000))
+    (tmp_path / "a.json").write_text(f"[{rows}]")
+    tracemalloc.start()
+    try:
+        found = open_records(tmp_path / "a.json")
+        assert sum(1 for _ in found) == 4000 and found.read([3999])[0][1]["prompt"] == "3999"
+        (tmp_path / "b.json").write_text(f'[{{"prompt": "x", "y": }},{rows}]')
+        tracemalloc.reset_peak()
+        with pytest.raises(DataError, match="item 1, line 1"):
+            list(open_records(tmp_path / "b.json"))
+        assert tracemalloc.get_traced_memory()[1] < 6e6 + len(rows)  # rows is held by this test
     finally:
         tracemalloc.stop()
 

@@ -152,7 +152,13 @@ def test_long_prompts_are_left_out_and_counted(tmp_path: Path, folder: Path, cap
     records = [*many(3), {"question": "x" * 90, "answer": "1"}]
     env = make(write(tmp_path / "a.jsonl", *records), folder, max_prompt_length=60)
     assert env.pool_sizes()["train"] == 3
-    assert "1 of 4 prompts" in caplog.text
+    assert "1 of 4 prompts of" in caplog.text and len(caplog.records) == 1
+    caplog.clear()
+    other = write(tmp_path / "b.jsonl", *records[1:])
+    for held_out, warnings in ((str(tmp_path / "." / "a.jsonl"), 1), (other, 2)):  # one for each file
+        make(str(tmp_path / "a.jsonl"), folder, max_prompt_length=60, eval_path=held_out)
+        assert len(caplog.records) == warnings
+        caplog.clear()
     with pytest.raises(ConfigError, match="max_prompt_length"):
         make(write(tmp_path / "a.jsonl", *records), folder, max_prompt_length=10)
 
@@ -346,5 +352,5 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path: Path, folder: Path) -> N
 
 def test_answers_that_are_nested_without_end_are_named(tmp_path: Path) -> None:
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
-    with pytest.raises(DataError, match=r"deep\.jsonl: not usable JSON"):
+    with pytest.raises(DataError, match=r"deep\.jsonl, item 1: not usable JSON"):
         read_answers(tmp_path / "deep.jsonl")

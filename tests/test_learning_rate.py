@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import value_cases as values
 from agent_cases import LANES, control_agent, filled, gaussian, language, language_agent, stream, transitions
+from run_cases import CONTROL, composed
 from tensordict import TensorDict
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from unified_rl.agents.actor_critic import ActorCritic
 from unified_rl.agents.behavior_cloning import BehaviorCloning
 from unified_rl.config import compose
 from unified_rl.errors import ConfigError
 from unified_rl.learning_rate import SCHEDULES, LearningRate
 from unified_rl.optimizer import Optimizer
+from unified_rl.training.run import Job
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "cosine_with_min_lr": {"min_lr_rate": 0.1},
@@ -267,3 +272,146 @@ def test_control_rows_accumulate_too() -> None:
     torch.testing.assert_close(same, loss)
     for got, want in zip(split, whole, strict=True):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+
+
+# ------------------------------------------------------------------ a critic's rate, and value-based agents
+
+
+def test_a_critic_has_a_rate_of_its_own_that_follows_the_same_schedule() -> None:
+    policy = gaussian()
+    agent = control_agent(policy, lr=0.1, critic_lr=0.03, lr_schedule="linear", weight_decay=0.1, epochs=2)
+    agent.plan_updates(2)
+    groups = agent.optimizer.adam.param_groups
+    found: list[list[float]] = []
+    step = agent.optimizer.adam.step
+    agent.optimizer.adam.step = lambda: (found.append([group["lr"] for group in groups]), step())[1]
+    metrics = agent.update(filled(transitions(policy), LANES))
+    critic = {id(p) for p in agent.baseline.module.parameters()}
+    owned = [{id(p) in critic for p in group["params"]} for group in groups]
+    assert owned == [{False}, {False}, {True}, {True}]  # with and without decay
+    assert found == [pytest.approx([0.1 * s, 0.1 * s, 0.03 * s, 0.03 * s]) for s in (1.0, 0.75)]
+    assert (metrics["agent/lr"], metrics["agent/critic_lr"]) == pytest.approx((0.075, 0.0225))
+    other = control_agent(gaussian(), lr=0.1, critic_lr=0.03, lr_schedule="linear", weight_decay=0.1, epochs=2)
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))
+    assert other.optimizer.rate_of("critic") == pytest.approx(0.0225) and other.optimizer.rate == agent.optimizer.rate
+
+
+def test_annealing_moves_the_critic_too_and_a_rate_of_0_leaves_the_policy_alone() -> None:
+    policy = gaussian()
+    agent = control_agent(policy, lr=0.0, critic_lr=0.2, anneal_lr=True)
+    before = [p.clone() for p in policy.parameters()]
+    value = [p.clone() for p in agent.baseline.module.parameters()]
+    agent.update(filled(transitions(policy), LANES), 0.25)
+    assert all(torch.equal(p, q) for p, q in zip(before, policy.parameters(), strict=True))
+    assert not all(torch.equal(p, q) for p, q in zip(value, agent.baseline.module.parameters(), strict=True))
+    assert agent.optimizer.rate_of("critic") == pytest.approx(0.15)
+
+
+def test_a_critic_without_a_rate_of_its_own_takes_the_same_steps_as_ever() -> None:
+    one, other = (control_agent(gaussian(), lr=0.1, **more) for more in ({}, {"critic_lr": 0.1}))
+    assert len(one.optimizer.adam.param_groups) == 1 and one.critic_rate is None
+    for agent in (one, other):
+        agent.update(filled(transitions(gaussian()), LANES))
+    assert all(torch.equal(p, q) for p, q in zip(one.policy.parameters(), other.policy.parameters(), strict=True))
+    critics = [agent.baseline.module.parameters() for agent in (one, other)]
+    assert all(torch.equal(p, q) for p, q in zip(*critics, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "lr", "critic"),
+    [
+        (["agent=ppo"], 1e-6, 3e-4),
+        (["agent=ppo", "agent.critic_lr=2e-5"], 1e-6, 2e-5),
+        (["agent=ppo", "agent.critic_lr=null"], 1e-6, None),
+        (["agent=ppo", "policy.lora.r=4", "agent.lr=3e-5"], 3e-5, 3e-4),
+        (["correction=steppo"], 1e-6, 3e-4),  # it wants a critic by itself
+        (["correction=grpo"], 1e-6, None),
+    ],
+)
+def test_the_fresh_critic_of_a_model_folder_has_the_rate_of_fresh_weights(
+    words: list[str], lr: float, critic: float | None
+) -> None:
+    node = compose(["env=chain_mod", "policy=causal_lm", "policy.path=some/folder", *words])["agent"]
+    assert (node["lr"], node.get("critic_lr")) == (lr, critic)
+    fresh = compose(["env=chain_mod", "policy=causal_lm_tiny", *words[:1]])["agent"]
+    assert "critic_lr" not in fresh
+
+
+def test_a_rate_of_a_critic_that_is_not_there_is_refused() -> None:
+    policy, rows = language()
+    with pytest.raises(ConfigError, match=r"agent\.critic_lr is of a critic, and there is none"):
+        language_agent(policy, rows, critic_lr=1e-3)
+    with pytest.raises(ConfigError, match=r"here it is called agent\.critic_lr"):
+        compose(["critic.optim.lr=1e-5"])
+
+
+def test_value_based_agents_follow_a_schedule_at_every_gradient_step_and_resume_in_it() -> None:
+    options = {"lr": 0.01, "lr_schedule": "cosine", "warmup_steps": 4, "optimizer": "adamw", "learning_starts": 0}
+
+    def trained(agent: ActorCritic, first: int, last: int) -> list[float]:
+        agent.plan_updates(4)
+        logged = []
+        for _ in range(first, last):
+            logged.append(agent.update(values.filled())["agent/lr"])
+        return logged
+
+    whole, half, other = (values.make(**options) for _ in range(3))
+    seen = trained(whole, 0, 4)
+    per_update = whole.gradient_steps // 4
+    assert seen == pytest.approx(expected("cosine", 0.01, 4, 4 * per_update)[per_update - 1 :: per_update])
+    assert isinstance(whole.phases["actor"].adam, torch.optim.AdamW) and isinstance(whole.alpha_adam, torch.optim.AdamW)
+    assert whole.update(values.filled())["agent/lr"] == seen[-1]  # behind the end of the plan
+    trained(half, 0, 2)
+    other.load_state_dict(copy.deepcopy(half.state_dict()))
+    assert trained(other, 2, 4) == seen[2:]
+
+
+def test_value_based_agents_refuse_what_they_cannot_follow() -> None:
+    with pytest.raises(ConfigError, match=r"agent\.lr_schedule=linear follows the length of the run.*plan_updates"):
+        values.make(lr_schedule="linear").update(values.filled())
+    with pytest.raises(ConfigError, match=r"agent.optimizer 'adm' is unknown; did you mean 'adam'"):
+        compose(["env=pendulum", "agent=sac", "agent.optimizer=adm"])
+    with pytest.raises(ConfigError, match=r"agent\.warmup_steps=9000 is more than the"):
+        agent = values.make(lr_schedule="linear", warmup_steps=9000)
+        agent.plan_updates(4)
+
+
+# ------------------------------------------------------------------ stages of a warm start
+
+
+def test_a_stage_of_a_warm_start_has_a_schedule_over_its_own_updates(tmp_path: Path) -> None:
+    stages = "[{updates: 4, lr: 0.1, lr_schedule: linear, warmup_steps: 2}, {updates: 2, lr: 0.3}, "
+    stages += "{updates: 3, lr: 0.2, lr_schedule: cosine}]"
+    words = [*CONTROL, "warm_start=demonstrations", "warm_start.dataset=8", f"warm_start.stages={stages}", "steps=0"]
+    seen: list[float] = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = BehaviorCloning.step
+
+        def spy(self: BehaviorCloning, batch: Any) -> Any:
+            found = step(self, batch)
+            seen.append(self.optimizer.rate)
+            return found
+
+        patch.setattr(BehaviorCloning, "step", spy)
+        Job(composed([*words, "eval_episodes=2"])).warm_start(lambda *given: None)
+    assert seen == [*expected("linear", 0.1, 2, 4), 0.3, 0.3, *expected("cosine", 0.2, 0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        (
+            "until_loss: 0.1, lr_schedule: linear",
+            r"lr_schedule follows the length of the stage: set warm_start\.stages\[0\]",
+        ),
+        (
+            "updates: 3, lr_schedule: linaer",
+            r"warm_start\.stages\[0\]\.lr_schedule 'linaer' is unknown; did you mean 'linear'",
+        ),
+        ("updates: 3, warmup_steps: 9", r"warm_start\.stages\[0\]\.warmup_steps=9 is more than the 3 gradient steps"),
+        ("updates: 3, warmup_ratio: 2", r"warm_start\.stages\[0\]\.warmup_ratio=2"),
+    ],
+)
+def test_a_schedule_of_a_stage_that_cannot_be_is_refused_when_a_run_is_composed(stage: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        compose([*CONTROL, "warm_start=demonstrations", f"warm_start.stages=[{{{stage}}}]"])

@@ -175,6 +175,23 @@ def test_chunks_are_chosen_where_they_are_needed_and_nowhere_else() -> None:
     assert generation_batch_for(policy, 64, 20, 4, 1.0) == 4  # whole groups
 
 
+def test_a_prefill_reads_prompts_and_not_the_room_for_answers() -> None:
+    policy = policy_of()
+    found = activations_of(policy)
+    whole, short = (planning._generation(policy, found, 64, 40, 64, read) for read in (None, 8))
+    assert whole - short == planning.PIECES * found.scoring(64 * 32)
+    job = Job(composed(merged(LANGUAGE, ["eval_episodes=64", "env.max_turn_tokens=60"])), ALLOW)
+    assert planning.prefill_of(job.env) == job.env.max_length - 60 < 30
+    job.make_trainer(None)
+    rows = planning._generation(
+        job.policy, activations_of(job.policy), 64, job.env.max_length, 64, job.env.max_length - 60
+    )
+    part = next(part for part in job.memory.phases if part.name == "evaluation")
+    assert part.size == rows
+    job.env.max_turns = 2  # a second turn is read behind what the first one said
+    assert planning.prefill_of(job.env) == job.env.max_length
+
+
 def chunked(monkeypatch: pytest.MonkeyPatch, room: float) -> None:
     monkeypatch.setattr(planning, "budget", lambda device: room)
 

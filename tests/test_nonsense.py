@@ -58,7 +58,8 @@ MEANT: list[tuple[str, str, str]] = [
     ("0 1e30 inf 2**63", "a bound of a ratio or of a mean square; large is none",
      "correction.kernel.budget correction.kernel.low"),
     ("0 1e30 2**63", "a factor: 0 turns it off, and a large one is finite (what becomes infinite ends the run)",
-     "agent.actor.policy.beta agent.adam_eps agent.alpha agent.kl agent.lr agent.value_coef agent.weight_decay "
+     "agent.actor.policy.beta agent.adam_eps agent.alpha agent.critic_lr agent.kl agent.lr agent.value_coef "
+     "agent.weight_decay "
      "correction.advantage.eps correction.kernel.beta correction.kernel.k_negative correction.kernel.k_positive "
      "correction.kernel.lam_negative correction.kernel.lam_positive correction.kernel.power correction.kernel.target "
      "correction.kernel.tau_negative correction.kernel.tau_positive correction.thin.surplus correction.wrapper.end "

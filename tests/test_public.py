@@ -310,7 +310,8 @@ def test_a_run_of_options_alone_is_evaluated_like_any_other(tmp_path: Path) -> N
         ({"rollout": object()}, "a name, settings or a class"),
         ({"rollout": {"num_envs": 4}}, "num_envs"),
         ({"steps": "many"}, "steps is 'many'"),
-        ({"epochs": 3}, "no group or key 'epochs'"),
+        ({"epochs": 3}, "steps=512 and epochs=3 both say"),
+        ({"epocs": 3}, "no group or key 'epocs'"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(parts: dict[str, Any], words: str) -> None:

@@ -686,6 +686,7 @@ CLASSES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 VALUES_OF: dict[str, Any] = {
     **{f"{task}.truncated": "mask" for task in ("calculator", "chain_mod", "countdown", "guess_number", "jsonl")},
     "jsonl.tools": ["own_tools:add"],
+    "jsonl.tool_format": "mistral",
     "jsonl.max_turns": 2,
     **{f"{task}.stop": "1" for task in ("calculator", "chain_mod", "countdown", "guess_number", "jsonl")},
     # what no rule gives, by class and parameter
@@ -695,6 +696,7 @@ VALUES_OF: dict[str, Any] = {
     "policy_gradient.advantage": "group",
     "policy_gradient.credit": "nowhere",
     "policy_gradient.lr_schedule": "linear",
+    "policy_gradient.critic_lr": 0.01,
     "policy_gradient.optimizer": "sgd",
     "policy_gradient.kl_in": "reward",
     "policy_gradient.kl_estimator": "k1",
@@ -724,6 +726,8 @@ VALUES_OF: dict[str, Any] = {
     "actor_critic.target_entropy": -3.0,
     "actor_critic.device": "nowhere",
     "actor_critic.learning_starts": 16,
+    "actor_critic.lr_schedule": "linear",
+    "actor_critic.optimizer": "sgd",
     "behavior_cloning.correction": 3,
     "behavior_cloning.batch_size": 4,
     "behavior_cloning.micro_batch": 3,
@@ -874,6 +878,8 @@ SETTINGS: dict[str, Any] = {
 """Settings of a run that change what comes out, and a changed value."""
 
 HOW = {
+    "epochs": "how long a run is; test_budget.py",
+    "updates": "how long a run is; test_budget.py",
     "steps": "how long a run is; these cases make two updates whatever it says",
     "threads": "torch's threads",
     "runs": "where run folders are",
@@ -1021,6 +1027,8 @@ ASIDE: dict[str, str] = {
     },
     "jsonl(max_reply_length)": "of env.tools; test_tools.py",
     "jsonl(tool_seconds)": "of env.tools; test_tools.py",
+    "jsonl(tool_format)": "of env.tools; test_tools.py",
+    "jsonl(assistant_only_loss)": "of conversations; test_language_data.py",
     "jsonl(drop_last)": "at an epoch's end; test_language_data.py",
     "jsonl(date)": "of a chat template that prints the day; test_language_jsonl.py",
     "jsonl(max_turn_tokens)": "a budget of sampled answers; chain_mod shows it",

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from unified_rl.envs.language import ChainMod
 from unified_rl.envs.language.reward_functions import SHIPPED, THINK, text_of
 from unified_rl.envs.language.rewards import Rewards, plain_value
+from unified_rl.errors import ConfigError
 
 
 def made(name: str, **settings: Any) -> Any:
@@ -17,10 +20,26 @@ def made(name: str, **settings: Any) -> Any:
 def test_overlong_is_equation_13_of_dapo() -> None:
     ids = [[0] * n for n in (0, 60, 80, 85, 90, 100, 101, 500)]
     assert made("overlong", cache=20, max_length=100)(completion_ids=ids) == [0, 0, 0, -0.25, -0.5, -1, -1, -1]
-    rewards = Rewards([{"name": "overlong", "cache": 4}])
-    rewards.check([], budget=16)
-    assert rewards.functions[0] is not None
-    assert rewards.functions[0].object(completion_ids=[[0] * 12, [0] * 14, [0] * 16]) == [0.0, -0.5, -1.0]
+    say = made("overlong", cache=4)
+    budgets = [16, 16, 16, 8]
+    assert say([[0] * 12, [0] * 14, [0] * 16, [0] * 6], budgets) == [0.0, -0.5, -1.0, -0.5]
+    with pytest.raises(ConfigError, match="no max_length, and no budget"):
+        say([[0]])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_overlong_reads_the_budget_of_the_task_that_it_judges_in(workers: int) -> None:
+    rewards = Rewards([{"name": "overlong", "cache": 4}], workers=workers)
+    told = []
+    for budget in (16, 8, 16):
+        env = ChainMod(max_turn_tokens=budget)
+        env.reward_with(rewards)
+        said = [[env.codec.encode(["1" * 6])[0]]]
+        told.append(float(env.respond(env.problems(1, torch.Generator()), said, torch.tensor([True])).reward))
+    rewards.close()
+    assert told == [0.0, -0.5, 0.0]
+    with pytest.raises(ConfigError, match="cache=4 must be at most max_length=3"):
+        ChainMod(max_turn_tokens=3).reward_with(rewards)
 
 
 def test_length_charges_for_every_token_beyond_the_free_ones() -> None:

@@ -146,7 +146,7 @@ def test_functions_get_what_their_signature_takes_and_are_added_up_by_weight(mod
     assert result.reward.tolist() == pytest.approx([2.3, 0.15])
     seen = module.SEEN[-1]
     assert seen["prompts"] == [row["text"] for row in rows] and seen["completions"] == ["1,2>5", ">5"]
-    assert seen["columns"] == ["completion_ids", "level", "prompt_ids", "totals", "truncated"]
+    assert seen["columns"] == ["completion_ids", "level", "max_completion_length", "prompt_ids", "totals", "truncated"]
     assert result.done.tolist() == [True, True] and env.reward_names == ("rewards/accuracy", "rewards/length")
 
 
@@ -210,13 +210,29 @@ def test_references_that_the_verifier_cannot_read_are_for_functions(tmp_path: Pa
     file = tmp_path / "a.jsonl"
     file.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"town {i}"}) + "\n" for i in range(20)))
     env = JsonlProblems(str(file), vocabulary_size=270)
-    with pytest.raises(DataError, match="expected a number, got 'town"):
+    with pytest.raises(DataError, match=r"got 'town \d+' \(for text set reward=exact, .*verifier=math\)"):
         env.problems(1, torch.Generator())
     env.reward_with(Rewards(["exact", "numeric"]))
     row = env.problems(1, torch.Generator().manual_seed(0))[0]
     result = answer(env, [str(row["columns"]["answer"]), "town x"], [row, row])
     assert told(env, result, "exact") == [1.0, 0.0] and bool(result.info["rewards/numeric"].isnan().all())
     assert result.reward.tolist() == [1.0, 0.0] and result.info["correct"].tolist() == [0.0, 0.0]
+
+
+def test_text_is_compared_in_whatever_column_it_stands(tmp_path: Path) -> None:
+    for column, options in (("completion", {}), ("worked", {"answer_key": "worked"})):
+        file = tmp_path / f"{column}.jsonl"
+        file.write_text("".join(json.dumps({"question": f"q{i}", column: f" town {i}"}) + "\n" for i in range(20)))
+        env = JsonlProblems(str(file), vocabulary_size=270, **options)
+        env.reward_with(Rewards(["exact"]))
+        row = env.problems(1, torch.Generator().manual_seed(0))[0]
+        assert answer(env, [row["solution"], " town x"], [row, row]).reward.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["exact", "numeric", "math"])
+def test_readers_of_answers_are_refused_where_these_stand_behind_a_mark_of_the_tasks_own(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^reward \({name}\) finds .* behind '>', .*; use reward=task"):
+        task(Rewards([name]))
 
 
 def test_rows_of_sources_are_rewarded_too(module: Any) -> None:
@@ -390,6 +406,8 @@ def test_worker_processes_give_the_same_in_the_same_order_and_one_that_dies_is_r
     [
         (["own_rewards:accuracy"], {"allow": []}, r"reward 'own_rewards.accuracy' is outside .* --allow own_rewards"),
         (["own_rewards:acuracy"], {}, "did you mean 'accuracy'"),
+        (["own_rewards:zzz"], {}, "has no 'zzz'; known: (?!.*(asyncio|SEEN|os|time))"),
+        (["own_rewards:nosuch_w"], {}, "has no 'nosuch_w'; known: (nothing|slow_two|slow_one|word)"),
         (["exct"], {}, "reward 'exct' is no reward; did you mean 'exact'"),
         (["overlong"], {}, "needs cache"),
         ([{"name": "overlong", "cache": 0}], {}, "reward.cache=0 must be at least 1"),

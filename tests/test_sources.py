@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import ChainMod, GuessNumber, JsonlProblems
 from unified_rl.envs.language.base import LanguageTask, Verdict
+from unified_rl.envs.language.rewards import Rewards
 from unified_rl.errors import ConfigError, DataError
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.generation import Generation
@@ -187,6 +188,36 @@ def test_a_files_log_probs_are_the_behaviours_and_its_rewards_replace_the_enviro
         rollout(env, sources={"x": ExpertFile(file_of(tmp_path, lines), rows=2)})
 
 
+def none_for_long(completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
+    """No opinion on anything that a file says."""
+    return [None for _ in completion_ids]
+
+
+def test_the_reward_of_a_file_stands_for_the_environments_everywhere(tmp_path: Path) -> None:
+    env = sums(tmp_path)
+    env.reward_with(Rewards([none_for_long], weights=[0.5]))
+    known = [problem["text"] for problem in env._pools["train"]]
+    path = file_of(tmp_path, [{"prompt": one, "completion": " 7", "r": n / 8} for n, one in enumerate(known)])
+    made = rollout(env, prompts=len(known), sources={"x": ExpertFile(path, per_group=1, reward_key="r")})
+    rows = made.collect(0)[0]
+    own, shown = rows[rows["source"] == Source.ONLINE], others(rows)
+    assert not bool(own["counted"].any()) and bool(own["rewards"].isnan().all())  # the function has no opinion
+    assert bool(shown["counted"].all()) and len(shown) == len(known)
+    assert sorted(shown["reward"].sum(-1).tolist()) == [n / 8 for n in range(len(known))]
+    assert torch.equal(0.5 * shown["rewards"], shown["reward"])
+    env.reward_with(Rewards([none_for_long, "task"]))
+    with pytest.raises(
+        ConfigError, match=r"rollout.sources.x.reward_key=r is one .* as rewards \(rewards/none_for_long, "
+    ):
+        rollout(env, sources={"x": ExpertFile(path, rows=2, reward_key="r")})
+    with pytest.raises(ConfigError, match=r"as scores \(correct, truncated\); .* leave out rollout.columns.scores"):
+        rollout(
+            sums(tmp_path),
+            sources={"x": ExpertFile(path, rows=2, reward_key="r")},
+            columns={"scores": ["correct", "truncated"]},
+        )
+
+
 def test_a_batch_of_a_file_takes_each_answer_once_before_any_again(tmp_path: Path) -> None:
     env = sums(tmp_path)
     known = [problem["text"] for problem in env._pools["train"]][:5]
@@ -201,25 +232,33 @@ def test_a_batch_of_a_file_takes_each_answer_once_before_any_again(tmp_path: Pat
     assert torch.equal(again.collect(5)[0]["tokens"], want["tokens"])
 
 
-def test_luffy_trains_from_a_file_of_a_teachers_answers(tmp_path: Path) -> None:
-    env = sums(tmp_path)
-    lines = [{"prompt": p["record"], "completion": f"#### {p['reference']}"} for p in env._pools["train"]]
-    path, data = file_of(tmp_path, lines), str(tmp_path / "problems.jsonl")
-    source = f"{{_target_: unified_rl.rollout.sources.ExpertFile, path: {path}, per_group: 1}}"
-    run = [
-        "env=jsonl", f"env.path={data}", "env.template='Q {question} A '", "env.max_turn_tokens=12", "env.held_out=0.5",
-        "env.vocabulary_size=280", "recipe=luffy", f"rollout.sources={{demonstrations: null, teacher: {source}}}",
-        "policy=causal_lm_tiny", "rollout.prompts=4", "rollout.group_size=3", "agent.lr=0.01", "steps=96",
-        "eval_episodes=2", "progress=false",
+def test_luffy_learns_a_teachers_answers_that_nobody_else_teaches(tmp_path: Path) -> None:
+    """Eight updates towards one answer to every question, and the same without the teacher's rows."""
+    questions = [f"{number} + 1" for number in range(24)]
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"question": "{q}", "answer": "#### 7"}}\n' for q in questions))
+    teacher = file_of(tmp_path, [{"prompt": question, "completion": "#### 7"} for question in questions])
+    source = f"{{_target_: unified_rl.rollout.sources.ExpertFile, path: {teacher}, per_group: 1, partial: true}}"
+    shared = [
+        "env=jsonl", f"env.path={tmp_path / 'data.jsonl'}", "env.template='Q {question} A '", "env.held_out=0.3",
+        "env.max_turn_tokens=12", "env.vocabulary_size=280", "policy=causal_lm_tiny", "rollout.prompts=4",
+        "rollout.group_size=3", "agent.lr=0.01", "correction.horizon=12", "steps=96", "eval_episodes=2",
+        "progress=false",
     ]  # fmt: skip
-    job = Job(resolve_defaults(compose(run)))
-    trainer = job.make_trainer(tmp_path / "run")
-    taught = job.env.demonstrations(8, stream())
-    before = job.policy.nll(taught).sum().item()
-    for _ in range(8):
-        trainer.update()
-        assert trainer.means.pop()["rollout/joined/teacher"] == 4.0
-    assert job.policy.nll(taught).sum().item() < 0.95 * before
+    alone = ["correction=dr_grpo", "correction.kernel.clip_low=1.0", "correction.kernel.clip_high=1e6"]
+    left = {}
+    for name, own in (
+        ("luffy", ["recipe=luffy", f"rollout.sources={{demonstrations: null, teacher: {source}}}"]),
+        ("control", alone),
+    ):
+        job = Job(resolve_defaults(compose([*shared, *own])))
+        trainer = job.make_trainer(tmp_path / name)
+        taught = job.env.demonstrations(8, stream())
+        before = job.policy.nll(taught).sum().item()
+        for _ in range(8):
+            trainer.update()
+            assert trainer.means.pop().get("rollout/joined/teacher", 0.0) == (4.0 if name == "luffy" else 0.0)
+        left[name] = job.policy.nll(taught).sum().item() / before
+    assert left["luffy"] < 0.6 and left["control"] > 0.9, left
 
 
 def test_a_files_answers_are_a_batch_of_their_own(tmp_path: Path) -> None:
@@ -377,6 +416,14 @@ def test_another_language_model_answers_the_same_prompts(tmp_path: Path) -> None
         sure = CausalLM(**env.policy_inputs(), path=folder, temperature=1e-4).log_prob(answers).log_prob
     assert float((sure * answers["mask"]).abs().max()) < 1e-2
     assert torch.equal(own(rows)["tokens"], rollout().collect(0)[0]["tokens"])
+    for settings in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 0.999}):  # each leaves the likeliest token alone
+        sharp = rollout(sources={"teacher": Model(folder, per_group=2, **settings)})
+        assert torch.equal(others(sharp.collect(0)[0])["tokens"], answers["tokens"])
+    half = Model(folder, per_group=2, top_k=1, dtype="bfloat16", autocast=True, repetition_penalty=30.0)
+    said = others(rollout(sources={"teacher": half}).collect(0)[0])
+    assert half.model.model.dtype == torch.bfloat16 and half.model.autocast
+    spoken = [row["tokens"][row["mask"]].tolist() for row in said]
+    assert all(len(set(ids)) == len(ids) for ids in spoken) and not torch.equal(said["tokens"], answers["tokens"])
 
 
 # ------------------------------------------------------------------------------------------------ refusals

@@ -9,6 +9,7 @@ import torch
 from agent_cases import TINY, stream
 
 from unified_rl.envs.language import ChainMod, JsonlProblems, LanguageTurnEnv
+from unified_rl.envs.language.rewards import Rewards
 from unified_rl.envs.language.tokenizer import train_bpe
 from unified_rl.errors import ConfigError
 from unified_rl.policies.causal_lm import CausalLM
@@ -145,3 +146,38 @@ def test_line_ends_are_written_as_the_command_line_can_and_nothing_is_refused_by
     for wrong in ([], [""], ""):
         with pytest.raises(ConfigError, match=r"^env\.stop( is |=)"):
             ChainMod(stop=wrong)  # type: ignore[arg-type]
+
+
+def test_what_judges_and_counts_reads_an_answer_up_to_its_stop_text() -> None:
+    seen: list[str] = []
+
+    def spy(completions: list[str], **columns: Any) -> list[float]:
+        seen.extend(completions)
+        return [0.0] * len(completions)
+
+    env = ChainMod(stop=["=", ","])
+    problem = env.problems(1, stream())[0]
+    right = str(problem["totals"][-1])
+    said = env.codec.encode([f">{right}="])
+    told = env.respond([problem], [said], torch.tensor([True]))
+    assert float(told.reward) == float(told.info["correct"]) == 1.0
+    assert env.vote(problem, said) == right
+    env.reward_with(Rewards([spy]))
+    env.respond([problem], [said], torch.tensor([True]))
+    assert seen == [f">{right}"]
+    shown = [env.codec.encode(["3,4"])[0] + env.codec.encode([f">{right}="])[0]]  # a comma that was shown, not sampled
+    assert env.turn_texts(shown) == [f"3,4>{right}"]
+
+
+def test_a_stop_text_that_closes_a_tag_is_part_of_the_answer_and_the_rest_of_its_token_is_not(tmp_path: Any) -> None:
+    file = tmp_path / "a.jsonl"
+    form = " <answer>{}</answer>.\\n\\n"
+    lines = [f'{{"question": "q{i}", "answer": "{i}", "completion": "{form.format(i)}"}}\n' for i in range(60)]
+    file.write_text("".join(lines))
+    env = JsonlProblems(str(file), vocabulary_size=600, stop=["</answer>", "\n\n"])
+    (said,) = env.codec.encode([" <answer>7</answer>."])
+    assert len(env.codec.encode(["</answer>."])[0]) < 4  # the stop text's end and what follows are one token
+    assert env.turn_texts([said]) == [" <answer>7</answer>"]
+    assert env.turn_texts([[*said, env.codec.end_id]]) == [" <answer>7</answer>."]
+    assert env.turn_texts(env.codec.encode([" 7\n\n"])) == [" 7"]
+    assert env.vote({}, [said]) == "7"

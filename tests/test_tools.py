@@ -16,6 +16,7 @@ from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import JsonlProblems
 from unified_rl.envs.language.rewards import Rewards
 from unified_rl.envs.language.tokenizer import train_bpe
+from unified_rl.envs.language.tool_formats import hermes, llama3_json, mistral
 from unified_rl.envs.language.tools import Tools
 from unified_rl.errors import ConfigError
 from unified_rl.policies.causal_lm import CausalLM
@@ -226,6 +227,128 @@ def test_a_conversation_sees_its_results_and_the_loss_does_not(module: Any, fold
     (prompt, talk), *_ = talks
     assert [m["role"] for m in prompt] == ["user"] and [m["role"] for m in talk] == ["assistant", "tool", "assistant"]
     assert talk[1]["content"] == "5" and talk[2]["content"] == "It is 5."
+
+
+LLAMA = (
+    "{%- for m in messages %}<|start_header_id|>{{ 'ipython' if m.role == 'tool' else m.role }}<|end_header_id|>\n\n"
+    "{% if m.tool_calls is defined %}{% if m.tool_calls | length != 1 %}{{ raise_exception('one call') }}{% endif %}"
+    '{"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{ m.tool_calls[0].function.arguments | tojson }}}'
+    "{% elif m.role == 'tool' %}{{ m.content | tojson }}"
+    '{% elif loop.first and tools %}Respond in the format {"name": function name, "parameters": values}.'
+    "{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ m.content }}{% else %}{{ m.content }}{% endif %}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+"""Llama 3.1's form: one call a turn, whose results an ``ipython`` says, as JSON."""
+MISTRAL = (
+    "{%- for m in messages %}{% if m.role == 'user' %}{% if tools and loop.first %}[AVAILABLE_TOOLS] "
+    "{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}[INST] {{ m.content }}[/INST]{% elif m.tool_calls is defined %}"
+    "[TOOL_CALLS] [{% for call in m.tool_calls %}{% if call.id | length != 9 %}{{ raise_exception('nine') }}{% endif %}"
+    "{{ (call.function | tojson)[:-1] }}, \"id\": \"{{ call.id }}\"}{{ '' if loop.last else ', ' }}{% endfor %}]</s>"
+    "{% elif m.role == 'tool' %}{% if m.tool_call_id is not defined or m.tool_call_id | length != 9 %}"
+    '{{ raise_exception(\'nine\') }}{% endif %}[TOOL_RESULTS] {"content": {{ m.content }}, "call_id": '
+    '"{{ m.tool_call_id }}"}[/TOOL_RESULTS]{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}'
+)
+"""Mistral's form of version 3: calls in one list, with numbers of nine letters or digits."""
+QWEN = TEMPLATE.replace("{{ m.content }}<|im_end|>\n{% endif %}", (
+    "{{ m.content }}{% for call in m.tool_calls or [] %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>"
+    "{% endfor %}<|im_end|>\n{% endif %}"
+))  # fmt: skip
+SPECIAL = [
+    "<|eot_id|>",
+    "</s>",
+    "[TOOL_CALLS]",
+    "[ARGS]",
+    "[CALL_ID]",
+    "[TOOL_RESULTS]",
+    "<|python_tag|>",
+    "<|im_end|>",
+]
+ADD = '{"a": 2, "b": 3}'
+
+
+def speaking(tmp_path: Path, template: str, end: str, **extra: Any) -> str:
+    """A tokenizer whose calls are marked by special tokens."""
+    tokenizer = train_bpe([template + ADD] * 2, 400)
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer.eos_token, tokenizer.chat_template = end, template
+    for name, value in extra.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(tmp_path / "speaking")
+    return str(tmp_path / "speaking")
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "form", "call", "reply"),
+    [
+        (QWEN, "<|im_end|>", "hermes", f'<tool_call>{{"name": "add", "arguments": {ADD}}}</tool_call>',
+         "\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n<|im_start|>assistant\n"),
+        (LLAMA, "<|eot_id|>", "llama3_json", f'{{"name": "add", "parameters": {ADD}}}',
+         '<|start_header_id|>ipython<|end_header_id|>\n\n"5"<|eot_id|>'
+         "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+        (LLAMA, "<|eot_id|>", "llama3_json", f'<|python_tag|>{{"name": "add", "parameters": {ADD}}}',
+         '<|start_header_id|>ipython<|end_header_id|>\n\n"5"<|eot_id|>'
+         "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+        (MISTRAL, "</s>", "mistral", f'[TOOL_CALLS] [{{"name": "add", "arguments": {ADD}, "id": "abcdefgh1"}}]',
+         '[TOOL_RESULTS] {"content": 5, "call_id": "abcdefgh1"}[/TOOL_RESULTS]'),
+        (MISTRAL, "</s>", "mistral", f"[TOOL_CALLS]add[CALL_ID]abcdefgh2[ARGS]{ADD}",
+         '[TOOL_RESULTS] {"content": 5, "call_id": "abcdefgh2"}[/TOOL_RESULTS]'),
+        (MISTRAL, "</s>", "mistral", f"[TOOL_CALLS]add[ARGS]{ADD}",
+         '[TOOL_RESULTS] {"content": 5, "call_id": "000000000"}[/TOOL_RESULTS]'),
+    ],
+)  # fmt: skip
+def test_calls_are_read_as_the_chat_template_writes_them(
+    module: Any, file: str, tmp_path: Path, template: str, end: str, form: str, call: str, reply: str
+) -> None:
+    folder = speaking(tmp_path, template, end)
+    env = task(module, folder, file, max_prompt_length=3000)
+    assert env._tools is not None and env._tools.form.name == form
+    assert replied(env, call) == reply
+    others = {"hermes": "mistral", "llama3_json": "hermes", "mistral": "llama3_json"}
+    env = task(module, folder, file, max_prompt_length=3000, tool_format=others[form])
+    problem = env.problems(1, stream())[0]
+    assert bool(env.respond([problem], [[said(env, call)]], torch.tensor([True])).done[0])  # no call in another form
+
+
+def test_several_calls_and_wrong_ones_in_each_form() -> None:
+    one, two = '{"name": "f", "parameters": {"a": 1}}', '{"name": "g", "parameters": {}}'
+    names = [found["name"] for found in llama3_json(f"{one}; {two}") if isinstance(found, dict)]
+    assert names == ["f", "g"]
+    assert llama3_json('{"name": "Bob"}') == llama3_json('{"x": [1') == llama3_json(f"So {one}") == []  # answers
+    assert "is not JSON" in str(llama3_json('{"name": "f", "param')[0])
+    assert "is not JSON" in str(llama3_json("<|python_tag|>f.call(a=1)")[0])
+    found = mistral("[TOOL_CALLS]f{}[TOOL_CALLS]g[ARGS]{}")
+    assert [call["name"] for call in found if isinstance(call, dict)] == ["f", "g"]
+    assert "is not JSON" in str(mistral("[TOOL_CALLS] [{")[0]) and "no name" in str(mistral("[TOOL_CALLS] 3")[0])
+    assert mistral("no call") == hermes("no call") == []
+
+
+def test_a_response_template_of_the_folder_is_read_by_transformers(module: Any, file: str, tmp_path: Path) -> None:
+    fields = {
+        "content": {"content": "text"},
+        "tool_calls": {"open_pattern": r"<f=(?P<name>\w+)>", "close": "</f>", "content": "kv-lines", "repeats": True,
+                       "transform": {"type": "function",
+                                     "function": {"name": "{name}", "arguments": "{content}"}}},
+    }  # fmt: skip
+    spec = {"fields": fields, "start_anchor": "<|im_start|>assistant\n", "defaults": {"role": "assistant"}}
+    env = task(module, speaking(tmp_path, TEMPLATE, "<|im_end|>", response_template=spec), file, max_prompt_length=3000)
+    assert env._tools is not None and env._tools.form.name == "response_template"
+    assert "\n5\n" in replied(env, "I add.<f=add>\na: 2\nb: 3\n</f>")
+
+
+def test_a_template_that_writes_calls_otherwise_is_refused_by_name(module: Any, file: str, tmp_path: Path) -> None:
+    odd = QWEN.replace("<tool_call>\n{{ call.function | tojson }}\n</tool_call>", "CALL {{ call.function.name }}()")
+    folder = speaking(tmp_path, odd, "<|im_end|>")
+    with pytest.raises(
+        ConfigError,
+        match=r"^env\.tools: .* writes calls as 'CALL zqz\(\)', .* hermes, llama3_json, mistral; .*env\.tool_format",
+    ):
+        task(module, folder, file)
+    env = task(module, folder, file, max_prompt_length=3000, tool_format="llama3_json")
+    assert env._tools is not None and env._tools.form.name == "llama3_json"
+    with pytest.raises(ConfigError, match=r"tool_format=response_template, but this folder's tokenizer has none"):
+        task(module, folder, file, max_prompt_length=3000, tool_format="response_template")
+    with pytest.raises(ConfigError, match=r"env\.tool_format=hermes would be of no effect"):
+        JsonlProblems(file, tokenizer=folder, tool_format="hermes")
 
 
 def test_a_run_trains_with_tools_from_the_command_line(module: Any, folder: str, file: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ DISK = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT)
 def train(arguments: argparse.Namespace) -> int:
     """Trains one run, or goes on with one."""
     from unified_rl.config import compose, resolve_defaults
+    from unified_rl.settling import BUDGETS
 
     resumed = _resumed(arguments.overrides)
     if resumed is not None:
@@ -31,15 +32,18 @@ def train(arguments: argparse.Namespace) -> int:
             raise ConfigError("--plan is of a new run; leave out resume=")
         from unified_rl.training.run import resume
 
-        folder, steps, env = resumed
-        options = _chosen(arguments) if env is None else {**_chosen(arguments), "resume_env": env}
-        print(f"run folder: {resume(folder, steps, arguments.allow, **options)}")
+        folder, steps, options = resumed
+        print(f"run folder: {resume(folder, steps, arguments.allow, **_chosen(arguments), **options)}")
         return 0
     if arguments.checkpoint is not None:
         raise ConfigError("--checkpoint chooses where a run goes on: unified-rl train resume=RUN --checkpoint STEP")
     config = compose(arguments.overrides, config_dirs=arguments.config_dir, allow=arguments.allow)
     config = resolve_defaults(config, allow=arguments.allow)
     if arguments.cfg:
+        if any(config.get(name) is not None for name in BUDGETS):
+            from unified_rl.training.run import with_steps
+
+            config = with_steps(config, arguments.allow)
         return _print_yaml(config)
     if arguments.plan:
         from unified_rl.training.memory_plan import plan_run
@@ -169,6 +173,7 @@ EXAMPLES = {
   unified-rl train env=half_cheetah agent=sac steps=1e5 agent.lr=1e-3
   unified-rl train env=two_route policy=flow agent=policy_gradient correction=tis rollout.staleness=8
   unified-rl train env=chain_mod --plan        prints the memory that the run will take
+  unified-rl train env=jsonl env.path=train.jsonl policy.path=MODEL epochs=2
   unified-rl train resume=RUN [steps=N]        continues a run; resume_env=restart begins new episodes
   unified-rl train resume=RUN --checkpoint 400 goes back to the checkpoint after 400 updates""",
     "compare": """examples:
@@ -213,20 +218,27 @@ EXAMPLES = {
 }
 
 
-def _resumed(overrides: Sequence[str]) -> tuple[str, int | None, str | None] | None:
-    """Run, new budget and ``resume_env`` of ``resume=RUN steps=N``, or None where nothing is resumed."""
+def _resumed(overrides: Sequence[str]) -> tuple[str, int | None, dict[str, Any]] | None:
+    """Run, ``steps`` and other options of ``resume=RUN steps=N``, or None where nothing is resumed."""
     pairs = [text.partition("=")[::2] for text in overrides]
     if "resume" not in [key for key, _ in pairs]:
         return None
     values = dict(pairs)
     if len(values) < len(pairs):
         raise ConfigError("a key is given twice; give it once")
-    other = sorted(set(values) - {"resume", "steps", "resume_env"})
+    other = sorted(set(values) - {"resume", "steps", "epochs", "updates", "resume_env"})
     if other:
-        raise ConfigError(f"resume=RUN takes resume_env and no other key but steps; remove {', '.join(other)}")
+        raise ConfigError(
+            f"resume=RUN takes resume_env, epochs or updates, and no other key but steps; remove {', '.join(other)}"
+        )
     if not values["resume"]:
         raise ConfigError("resume= needs a run folder, for example resume=runs/NAME")
-    return values["resume"], _count(values["steps"]) if "steps" in values else None, values.get("resume_env")
+    counts: dict[str, Any] = {name: _count(name, values[name]) for name in ("steps", "updates") if name in values}
+    if "epochs" in values:
+        counts["epochs"] = _positive("epochs", values["epochs"])
+    if "resume_env" in values:
+        counts["resume_env"] = values["resume_env"]
+    return values["resume"], counts.pop("steps", None), counts
 
 
 def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -234,14 +246,25 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
     return {} if arguments.checkpoint is None else {"checkpoint": arguments.checkpoint}
 
 
-def _count(text: str) -> int:
+def _count(name: str, text: str) -> int:
     try:
         value = float(text)
         if value == int(value) and value > 0:
             return int(value)
     except (ValueError, OverflowError):
         pass
-    raise ConfigError(f"steps={text} is not a positive whole number")
+    raise ConfigError(f"{name}={text} is not a positive whole number")
+
+
+def _episodes(text: str) -> int | str:
+    return text if text == "all" else int(text)
+
+
+def _positive(name: str, text: str) -> float:
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise ConfigError(f"{name}={text} is not a positive number")
 
 
 def _print_yaml(config: dict[str, Any]) -> int:
@@ -282,7 +305,12 @@ def _parser(verb: str) -> argparse.ArgumentParser:
             "rollout.generation_batch, seed, device, threads",
         )
         parser.add_argument("--out", metavar="FILE", help="also write the result there, as .json or .csv")
-        parser.add_argument("--episodes", type=int, help="episodes or prompts; by default as in the run")
+        parser.add_argument(
+            "--episodes",
+            type=_episodes,
+            metavar="N",
+            help="episodes or prompts, or all held-out prompts; by default as in the run, and all of a file named here",
+        )
         parser.add_argument("--record", metavar="DIR", help="also write the policy's rows there, as a replay")
         parser.add_argument("--rows", type=int, metavar="N", help="how many to record; else whole --episodes, if given")
     if verb == "export":

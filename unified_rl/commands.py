@@ -74,7 +74,7 @@ class Run:
         self,
         *,
         checkpoint: Checkpoint | None = None,
-        episodes: int | None = None,
+        episodes: int | str | None = None,
         record: str | os.PathLike[str] | None = None,
         rows: int | None = None,
         **overrides: Any,
@@ -98,6 +98,8 @@ class Run:
         self,
         steps: int | None = None,
         *,
+        epochs: float | None = None,
+        updates: int | None = None,
         checkpoint: Checkpoint | None = None,
         progress: bool | None = None,
         resume_env: str | None = None,
@@ -105,6 +107,7 @@ class Run:
     ) -> Run:
         """Goes on from the newest intact checkpoint or the chosen one, see :func:`resume`."""
         options: dict[str, Any] = {"checkpoint": checkpoint, "progress": progress, "resume_env": resume_env}
+        options |= {"epochs": epochs, "updates": updates}
         return resume(self, steps, allow=self.allow, callbacks=callbacks, **options)
 
 
@@ -164,6 +167,8 @@ def resume(
     run: RunLike,
     steps: int | None = None,
     *,
+    epochs: float | None = None,
+    updates: int | None = None,
     checkpoint: Checkpoint | None = None,
     allow: Sequence[str] = (),
     progress: bool | None = None,
@@ -174,7 +179,7 @@ def resume(
 
     Args:
         run: its folder.
-        steps: a new budget; by default the run's own.
+        steps, epochs, updates: a new budget, said in one of them; by default the run's own.
         checkpoint: go back to this one: the number of updates behind it, or ``best``. Later ones are renamed, and
             their rows of metrics are made again.
         allow: packages beside this one that its configuration names.
@@ -191,6 +196,7 @@ def resume(
 
     at = _chosen(checkpoint)
     options: dict[str, Any] = {"checkpoint": at, "progress": progress, "resume_env": resume_env}
+    options |= {"epochs": epochs, "updates": updates}
     return Run(continued(os.fspath(run), steps, allow, **options, callbacks=callbacks), allow)
 
 
@@ -198,7 +204,7 @@ def evaluate(
     run: RunLike,
     *,
     checkpoint: Checkpoint | None = None,
-    episodes: int | None = None,
+    episodes: int | str | None = None,
     record: str | os.PathLike[str] | None = None,
     rows: int | None = None,
     allow: Sequence[str] = (),
@@ -210,7 +216,8 @@ def evaluate(
     Args:
         run: its folder.
         checkpoint: the number of updates behind it, its folder, or ``best``; by default the newest intact one.
-        episodes: episodes or prompts; by default as in the run.
+        episodes: episodes or prompts, or ``"all"`` held-out prompts; by default as in the run, and all of a file that
+            ``overrides`` name.
         record: also write the policy's rows to this folder, as a replay that other runs train on: whole ``episodes``
             where they are given, else 2,048 steps of every simulation.
         rows: how many rows, instead.

@@ -34,7 +34,7 @@ from unified_rl.instantiate import (
     with_defaults,
 )
 from unified_rl.interpolation import resolved
-from unified_rl.settling import keep_one_way, suggest_rates
+from unified_rl.settling import BUDGETS, keep_one_budget, keep_one_way, suggest_rates
 from unified_rl.untrusted import LARGE, MAX_DEPTH, check_size, read_yaml
 
 __all__ = [
@@ -333,6 +333,7 @@ def compose(
     check_size(config, "the configuration")
     given = {override.key for override in parsed if override.value is not None}
     keep_one_way(config, given, allow)
+    keep_one_budget(config, given)
     config = resolved(config)
     suggest_rates(config, given, shipped_choices(config), allow)
     return _check_config(config, groups, primary, allow)
@@ -528,7 +529,10 @@ def check_run(config: Mapping[str, Any], allow: Sequence[str] = ()) -> dict[str,
 def resolve_defaults(config: Mapping[str, Any], primary: str = "train", allow: Sequence[str] = ()) -> dict[str, Any]:
     """A composed configuration with the default of every signature written out, for the run's ``config.yaml``.
 
-    Defaults that YAML cannot hold, and parameters that only the caller can give, are left out.
+    Defaults that YAML cannot hold, and parameters that only the caller can give, are left out; so are ``steps`` where
+    ``epochs`` or ``updates`` say how long the run is, which come to a number of them once the environment is known.
     """
     settings = {name: plain(p.default) for name, p in _settings(primary).items() if is_plain(p.default)}
+    if any(config.get(name) is not None for name in BUDGETS):
+        settings.pop("steps", None)
     return {**settings, **{key: plain(with_defaults(value, allow)) for key, value in config.items()}}

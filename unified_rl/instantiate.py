@@ -50,10 +50,17 @@ def allowed() -> tuple[str, ...]:
     return _ALLOWED.get()
 
 
-def nearest(name: object, known: Iterable[str]) -> str:
-    """The end of an error message: the known name closest to ``name``, or all of them."""
+def is_ours(part: object) -> bool:
+    """Whether the class of an object is one of this library's."""
+    return type(part).__module__.startswith(f"{PACKAGE}.")
+
+
+def nearest(name: object, known: Iterable[str], ranked: bool = False) -> str:
+    """The end of an error message: the known name closest to ``name``, or all of them, with ``ranked`` by closeness."""
     names = sorted(known)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    if ranked:
+        names.sort(key=lambda one: -difflib.SequenceMatcher(None, str(name), one).ratio())
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names) or 'none'}"
 
 
@@ -336,6 +343,22 @@ def _allowed(module: str, allow: Sequence[str]) -> bool:
     return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
 
 
+def _offered(holder: Any, name: str, allow: Sequence[str]) -> list[str]:
+    """The public classes and functions of a module or class that :func:`locate` would return."""
+    own = vars(holder)
+    public = [one for one in dir(holder) if not one.startswith("_")]
+    found = []
+    for one in public:
+        value = own.get(one, _LAZY)  # a name that is imported when it is asked for is not asked for here
+        module = getattr(value, "__module__", None)
+        if value is _LAZY or (callable(value) and isinstance(module, str) and _allowed(module, allow)):
+            found.append(one)
+    return found
+
+
+_LAZY = object()
+
+
 def locate(
     path: str,
     allow: Sequence[str] = (),
@@ -373,8 +396,8 @@ def locate(
         if i and not isinstance(holder, type):
             raise ConfigError(f"{at} {path!r} reaches through {names[i - 1]!r}, which is not a class")
         if not hasattr(holder, name):
-            public = [n for n in dir(holder) if not n.startswith("_")]
-            raise ConfigError(f"{at} {path!r}: {holder.__name__} has no {name!r}; {nearest(name, public)}")
+            known = _offered(holder, name, allow)
+            raise ConfigError(f"{at} {path!r}: {holder.__name__} has no {name!r}; {nearest(name, known, ranked=True)}")
         holder = getattr(holder, name)
     module = getattr(holder, "__module__", None)
     if not callable(holder) or not isinstance(module, str) or not _allowed(module, allow):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,6 +80,34 @@ def _optimizer_named(name: str, where: str) -> type[torch.optim.Optimizer]:
     return found
 
 
+def make_optimizer(
+    parameters: Sequence[Any], lr: float, kind: Node = "adam", capturable: bool = False, **given: Any
+) -> torch.optim.Optimizer:
+    """An optimiser of torch with one kernel for all weights where it has one.
+
+    Args:
+        parameters: what it moves, tensors or groups of them.
+        lr: learning rate.
+        kind: see :func:`optimizer_class`; the mapping's own options win.
+        capturable: needed inside a captured CUDA graph.
+        given: further options, for those that take them.
+
+    Raises:
+        ConfigError: it refuses its options.
+    """
+    found, options = optimizer_class(kind)
+    taken = inspect.signature(found).parameters
+    own: dict[str, Any] = {"lr": lr, "fused": found.__name__.lower() in FUSED or None, **given}
+    if isinstance(getattr(taken.get("eps"), "default", None), tuple):
+        own.pop("eps", None)
+    if capturable:
+        own["capturable"] = True
+    try:
+        return found(parameters, **{k: v for k, v in {**own, **options}.items() if k in taken})
+    except (TypeError, ValueError, RuntimeError) as error:  # each checks its options with errors of its own
+        raise ConfigError(f"agent.optimizer {found.__name__}: {str(error).splitlines()[0][:200]}") from error
+
+
 class Optimizer:
     """AdamW, or another, over named modules: a global gradient-norm bound, and a finiteness check before every step.
 
@@ -91,6 +119,7 @@ class Optimizer:
         eps: Adam's denominator offset.
         max_grad_norm: bound of the global gradient norm; None for no bound.
         capturable: needed inside a captured CUDA graph.
+        rates: learning rates of some of ``modules``, in place of ``lr``; :meth:`set_lr` moves them where it is told to.
         extra: further modules by name, each with a learning rate of its own, which :meth:`set_lr` leaves alone.
         kind: the optimiser, see :func:`optimizer_class`; ``betas`` and ``eps`` are for those that take them, and the
             mapping's own win.
@@ -115,6 +144,7 @@ class Optimizer:
         capturable: bool = False,
         extra: Mapping[str, tuple[HasWeights, float]] | None = None,
         kind: Node = "adamw",
+        rates: Mapping[str, float] | None = None,
     ) -> None:
         self.named = [
             (f"{prefix}.{name}", parameter)
@@ -124,20 +154,11 @@ class Optimizer:
         ]
         self.parameters = [parameter for _, parameter in self.named]
         self.lr, self.max_grad_norm = lr, max_grad_norm
-        found, options = optimizer_class(kind)
-        taken = inspect.signature(found).parameters
-        own: dict[str, Any] = {"betas": betas, "eps": eps, "fused": found.__name__.lower() in FUSED or None}
-        if isinstance(getattr(taken.get("eps"), "default", None), tuple):
-            del own["eps"]
-        if capturable:
-            own["capturable"] = True
-        given = {"lr": lr, "weight_decay": weight_decay, **own, **options}
-        if weight_decay and "weight_decay" not in taken:
+        found = optimizer_class(kind)[0]
+        if weight_decay and "weight_decay" not in inspect.signature(found).parameters:
             raise ConfigError(f"agent.weight_decay={weight_decay}, but {found.__name__} has none; set it to 0")
-        try:
-            self.adam = found(self._groups(weight_decay), **{k: v for k, v in given.items() if k in taken})
-        except (TypeError, ValueError, RuntimeError) as error:  # each checks its options with errors of its own
-            raise ConfigError(f"agent.optimizer {found.__name__}: {str(error).splitlines()[0][:200]}") from error
+        options: dict[str, Any] = {"weight_decay": weight_decay, "betas": betas, "eps": eps}
+        self.adam = make_optimizer(self._groups(weight_decay, rates or {}), lr, kind, capturable, **options)
         for name, (module, own_lr) in (extra or {}).items():
             added = [(f"{name}.{key}", parameter) for key, parameter in module.named_parameters()]
             self.named += added
@@ -148,13 +169,19 @@ class Optimizer:
         self.after_clip: Callable[[float], None] | None = None
         self.steps = 0
 
-    def _groups(self, weight_decay: float) -> Any:
-        """The weights, in groups with and without decay where there is any."""
-        if not weight_decay:
+    def _groups(self, weight_decay: float, rates: Mapping[str, float]) -> Any:
+        """The weights, in groups by their learning rate, and with and without decay where there is any."""
+        if not weight_decay and not rates:
             return self.parameters
-        decayed = [p for name, p in self.named if decays(name, p)]
-        spared = [p for name, p in self.named if not decays(name, p)]
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = []
+        for role in (None, *rates):
+            own = [(n, p) for n, p in self.named if (r if (r := n.split(".")[0]) in rates else None) == role]
+            rate = {} if role is None else {"lr": rates[role], "role": role}
+            if not weight_decay:
+                groups.append({"params": [p for _, p in own], **rate})
+                continue
+            groups.append({"params": [p for n, p in own if decays(n, p)], **rate})
+            groups.append({"params": [p for n, p in own if not decays(n, p)], "weight_decay": 0.0, **rate})
         return [group for group in groups if group["params"]]
 
     def _refuse_half(self) -> None:
@@ -197,11 +224,15 @@ class Optimizer:
         """The present learning rate of the weights that :meth:`set_lr` moves."""
         return float(self.adam.param_groups[0]["lr"])
 
-    def set_lr(self, lr: float) -> None:
-        """Sets the learning rate of every group."""
+    def set_lr(self, lr: float, rates: Mapping[str, float] | None = None) -> None:
+        """Sets the learning rate of every group; of modules with a rate of their own that of ``rates``."""
         for group in self.adam.param_groups:
             if not group.get("fixed_lr", False):
-                group["lr"] = lr
+                group["lr"] = lr if group.get("role") is None else (rates or {}).get(group["role"], group["lr"])
+
+    def rate_of(self, role: str) -> float | None:
+        """The present learning rate of a module that has one of its own; None without."""
+        return next((float(g["lr"]) for g in self.adam.param_groups if g.get("role") == role), None)
 
     @contextmanager
     def scaled_lr(self, scale: float) -> Iterator[None]:

@@ -309,6 +309,15 @@ class CountsEpochs(Protocol):
 
 
 @runtime_checkable
+class HasPools(Protocol):
+    """A token task with a finite set of problems."""
+
+    def pool_sizes(self) -> dict[str, int]:
+        """How many problems there are by name: ``train``, ``eval``, and ``demonstration`` (to imitate)."""
+        ...
+
+
+@runtime_checkable
 class ReportsColumns(Protocol):
     """A token task that tells beforehand what its ``TurnResult.info`` holds."""
 
@@ -649,6 +658,16 @@ class PlansUpdates(Protocol):
 
     def plan_updates(self, updates: int) -> None:
         """Says how many updates the run has; raises ConfigError where a schedule does not fit into it."""
+        ...
+
+
+@runtime_checkable
+class NamesMetrics(Protocol):
+    """An agent that tells beforehand which metrics its updates have, for those who wait for one."""
+
+    @property
+    def metric_names(self) -> Collection[str] | None:
+        """Names such as ``loss/policy``; None where a part of the user's own has metrics that nobody knows."""
         ...
 
 

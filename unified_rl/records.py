@@ -1,8 +1,8 @@
 """Data files of others, read record by record and again on demand. Every error names the file and the line or row.
 
-A file is gone through once; what stays in memory is an int64 array of where its records begin. JSON lines, CSV and
-Parquet (by row groups) are read from the disk again whenever a record is wanted, a folder that ``datasets`` wrote is
-memory-mapped, and a JSON array, which has no lines, is held whole.
+A file is gone through once; what stays in memory are int64 arrays of where its records begin and end. JSON (a record a
+line, or one array), CSV and Parquet (by row groups) are read from the disk again whenever a record is wanted, and a
+folder that ``datasets`` wrote is memory-mapped.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -28,8 +29,8 @@ from unified_rl.errors import ConfigError, DataError
 
 MAX_EXPONENT = 300
 """Digits before or behind the point of a number in a file, about the range of a double."""
-MAX_ARRAY = 2**30
-"""Bytes of a JSON array, which is held in memory; larger files are JSON lines."""
+PIECE = 2**20
+"""Bytes of a JSON array that are looked at together, more where a record is longer."""
 IN_MEMORY = 2**26
 """Bytes of an unpacked archive that stay in memory; more lie in a temporary file."""
 GROUPS_KEPT = 2**27
@@ -367,31 +368,123 @@ class _Counted:
             raise DataError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-class _Array(Records):
-    """One JSON array, held in memory."""
+class _Array(_Lined):
+    """One JSON array, whose items are found one by one as it is gone through."""
 
     unit = "item"
 
-    def __init__(self, path: Path, source: _Source) -> None:
-        super().__init__(path)
-        with source.open() as stream:
-            data = stream.read(MAX_ARRAY + 1)
-        if len(data) > MAX_ARRAY:
-            raise DataError(
-                f"{path} is one JSON array of over {MAX_ARRAY:,} bytes; write one record a line (JSON lines)"
-            )
-        self._values: list[Any] = parse_json(str(path), data.removeprefix(b"\xef\xbb\xbf"))
-
-    def __len__(self) -> int:
-        return len(self._values)
-
     def _scan(self) -> Iterator[tuple[str, Any]]:
-        for number, value in enumerate(self._values, start=1):
-            yield self._where(number), value
+        self._begin()
+        with self.source.open() as stream:
+            window = _Window(stream, self.path)
+            window.take("[")
+            if window.peek() != "]":
+                yield from self._items(window)
+            window.take("]", "Expecting ',' delimiter")
+            if window.peek():
+                raise window.wrong(str(self.path), "Extra data")
 
-    def read(self, numbers: Sequence[int]) -> list[Placed]:
-        """As of every file."""
-        return [(self._where(number + 1), self._values[number]) for number in numbers]
+    def _items(self, window: _Window) -> Iterator[tuple[str, Any]]:
+        while True:
+            number = len(self) + 1
+            where = self._where(number)
+            start, data = window.value(where)
+            value = parse_json(where, data)
+            self._add(start, start + len(data), number)
+            yield where, value
+            if window.peek() != ",":
+                return
+            window.take(",")
+
+    def _parse(self, where: str, data: bytes) -> Any:
+        return parse_json(where, data)
+
+
+class _Window:
+    """A piece of a JSON text that moves on through the file. One character stands for one byte, so places are exact.
+
+    Args:
+        stream: the bytes.
+        path: of the file, for errors.
+    """
+
+    _decoder = json.JSONDecoder(parse_int=str, parse_float=str)  # finds ends; values are read again, as UTF-8
+
+    def __init__(self, stream: IO[bytes], path: Path) -> None:
+        self.stream, self.path = stream, path
+        self.text, self.at, self.whole = "", 0, False
+        """What is seen, and the place in it; ``whole``: nothing follows what is seen."""
+        self.before, self.line, self.line_start = 0, 1, 0
+        """Bytes before what is seen; the line that it begins in, and where that begins."""
+        if stream.read(3) == b"\xef\xbb\xbf":
+            self.before = self.line_start = 3
+        else:
+            stream.seek(0)
+        self._more()
+
+    def _more(self) -> None:
+        """Lets go of what was read, and sees as much again as is left, at least a piece."""
+        self.line, self.line_start = self._line_of(self.at)
+        self.before += self.at
+        self.text, self.at = self.text[self.at :], 0
+        data = self.stream.read(max(PIECE, len(self.text)))
+        self.text += data.decode("latin-1")
+        self.whole = not data
+
+    def peek(self) -> str:
+        """The next character but blanks; empty at the end of the file."""
+        while True:
+            found = _SOLID.search(self.text, self.at)
+            self.at = len(self.text) if found is None else found.start()
+            if found is not None or self.whole:
+                return "" if found is None else found[0]
+            self._more()
+
+    def take(self, wanted: str, reason: str = "") -> None:
+        """Goes on behind ``wanted``, which must come next."""
+        if self.peek() != wanted:
+            raise self.wrong(str(self.path), reason or f"Expecting {wanted!r}")
+        self.at += 1
+
+    def value(self, where: str) -> tuple[int, bytes]:
+        """The place of the next value and its bytes.
+
+        Raises:
+            DataError: there is none.
+        """
+        self.peek()
+        while True:
+            try:
+                _, end = self._decoder.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - CUT_SHORT
+                if self.whole or not cut:
+                    raise self.wrong(where, error.msg, error.pos) from error
+            except (RecursionError, MemoryError) as error:
+                raise DataError(f"{where}: not usable JSON (nested too deeply)") from error
+            else:
+                if self.whole or end < len(self.text):  # a number may go on
+                    start, data = self.before + self.at, self.text[self.at : end].encode("latin-1")
+                    self.at = end
+                    return start, data
+            self._more()
+
+    def wrong(self, where: str, reason: str, at: int | None = None) -> DataError:
+        """What is wrong with the next character, or the one at a place of what is seen."""
+        at = self.at if at is None else at
+        line, start = self._line_of(at)
+        return DataError(f"{where}, line {line}: not JSON ({reason} at column {self.before + at - start + 1})")
+
+    def _line_of(self, at: int) -> tuple[int, int]:
+        """The line of a place in what is seen, and where in the file it begins."""
+        last = self.text.rfind("\n", 0, at)
+        start = self.line_start if last < 0 else self.before + last + 1
+        return self.line + self.text.count("\n", 0, at), start
+
+
+_SOLID = re.compile(r"[^ \t\n\r]")
+CUT_SHORT = 16
+"""Characters at the end of a piece in which an error may be that the rest is not seen yet (an escape, a word)."""
 
 
 # ------------------------------------------------------------------------------------------------ files of columns

@@ -38,6 +38,30 @@ def keep_one_way(config: dict[str, Any], given: Collection[str], allow: Sequence
                     node.pop(way, None)
 
 
+BUDGETS = ("steps", "epochs", "updates")
+"""The ways to say how long a run is."""
+
+
+def keep_one_budget(config: dict[str, Any], given: Collection[str]) -> None:
+    """Leaves one of :data:`BUDGETS` in a configuration: the user's, where files name another.
+
+    Args:
+        config: a composed configuration, changed in place.
+        given: the keys that the user gave a value.
+
+    Raises:
+        ConfigError: two are named.
+    """
+    mine = [name for name in BUDGETS if name in given]
+    named = mine or [name for name in BUDGETS if config.get(name) is not None]
+    if len(named) > 1:
+        said = " and ".join(f"{name}={config[name]}" for name in named)
+        raise ConfigError(f"{said} both say how long the run is: give one of them")
+    for name in BUDGETS if named else ():
+        if name not in named:
+            config.pop(name, None)
+
+
 def suggest_rates(
     config: dict[str, Any], given: Collection[str], shipped: Collection[str], allow: Sequence[str] = ()
 ) -> None:
@@ -59,6 +83,10 @@ def suggest_rates(
     if is_node(agent) and "lr" not in agent and _takes_rate(agent, allow):
         supervised = getattr(locate(agent["_target_"], allow), "supervised", False)
         agent["lr"] = rates["supervised" if supervised else "reinforcement"]
+    critic = getattr(locate(agent["_target_"], allow), "trains_critic", None) if is_node(agent) else None
+    fresh = rates.get("fresh")
+    if critic is not None and fresh and "critic_lr" not in agent and critic(agent, config.get("correction")):
+        agent["critic_lr"] = fresh
     if is_node(stage) and "warm_start" in shipped and _takes_rate(stage, allow):
         for number, one in enumerate([] if "warm_start.stages" in given else stage.get("stages") or []):
             if f"warm_start.stages.{number}.lr" not in given:

@@ -60,8 +60,9 @@ class LanguageTask:
         max_reply_length: tokens of the longest reply.
         stop_text: also ends a turn, beside the end-of-text token: every token that ends with it.
         stop: one text or several, of any length, that end a turn too, whatever tokens make them up. They are part of
-            the turn, with the rest of the token that completes them. ``\\n`` and ``\\t``, as the command line writes
-            them, are a line end and a tab.
+            the turn that is trained on, with the rest of the token that completes them; what judges or counts an
+            answer reads it up to there, and with the stop text where that closes a tag or a bracket (``</answer>``).
+            ``\\n`` and ``\\t``, as the command line writes them, are a line end and a tab.
         held_out: share of prompts kept for evaluation.
         truncated_reward: of a turn that ran out of its budget; null lets the task judge what there is of it, as it
             would judge a finished turn.
@@ -87,6 +88,8 @@ class LanguageTask:
     """Names beyond ``correct`` and ``truncated`` in ``TurnResult.info``."""
     compares = True
     """Answers are compared with references by the task's own verifier; not so under reward functions without it."""
+    answer_mark = ""
+    """What the answer stands behind in a turn, where that is a mark of the task's own."""
     reply_role = "user"
     """Who speaks in its replies, for reward functions that see messages."""
     judge_seconds = 600.0
@@ -191,6 +194,11 @@ class LanguageTask:
         """Names in ``TurnResult.info`` of what each function of :meth:`reward_with` gave."""
         return () if self._judge_rewards is None else self._judge_rewards.names
 
+    @property
+    def reward_weights(self) -> tuple[float, ...]:
+        """The weight of each function of :attr:`reward_names` in the reward."""
+        return () if self._judge_rewards is None else tuple(self._judge_rewards.rewards.weights)
+
     def _replies(
         self,
         problems: list[dict[str, Any]],
@@ -273,10 +281,7 @@ class LanguageTask:
             raise ConfigError(f"demonstration style {style!r} is unknown; this task has {known}")
         problems = self._draw_demonstrated(count, generator)
         chosen = self._styles_of(count, style, generator)
-        parts = [
-            [Segment(problem["text"]), *self._demonstrate(problem, one)]
-            for problem, one in zip(problems, chosen, strict=True)
-        ]
+        parts = [self._imitated(problem, one) for problem, one in zip(problems, chosen, strict=True)]
         return self.codec.rows(parts, self.max_length)
 
     def solve(self, problems: Sequence[dict[str, Any]], style: str | None = None) -> list[list[int]]:
@@ -294,6 +299,23 @@ class LanguageTask:
         said = [next(s for s in self._demonstrate(problem, style) if s.trained) for problem in problems]
         ids = self.codec.encode([segment.text for segment in said])
         return [[*own, self.codec.end_id] if s.end else own for own, s in zip(ids, said, strict=True)]
+
+    def turn_texts(self, turns: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
+        """The texts of turns as everything that judges or counts reads them: each ends before what ended it.
+
+        That is the end-of-turn token (which stays with ``skip_special_tokens=False``), or a text of ``stop``; one that
+        closes a tag or a bracket is part of the answer. What comes behind it in its last token is left out too.
+        """
+        ends = self.codec.end_ids
+        ended = [bool(len(turn)) and turn[-1] in ends for turn in turns]
+        bare = [t[:-1] if over and skip_special_tokens else t for t, over in zip(turns, ended, strict=True)]
+        texts = self.codec.decode_all(bare, skip_special_tokens)
+        if self.stop_strings is not None:
+            rows = [row for row, over in enumerate(ended) if not over and len(turns[row])]
+            unended = self.codec.decode_all([turns[row][:-1] for row in rows], skip_special_tokens)
+            for row, without in zip(rows, unended, strict=True):
+                texts[row] = self.stop_strings.before(texts[row], without)
+        return texts
 
     def encode_answers(self, answers: Sequence[str]) -> list[list[int]]:
         """Token ids of each answer, the end of text included."""
@@ -342,6 +364,10 @@ class LanguageTask:
         """What follows the prompt in a correct conversation."""
         raise ConfigError(f"{type(self).__name__} has no demonstrations; set warm_start=none")
 
+    def _imitated(self, problem: dict[str, Any], style: str | None) -> list[Segment]:
+        """A whole supervised conversation, the prompt first."""
+        return [Segment(problem["text"]), *self._demonstrate(problem, style)]
+
     def _styles_of(self, count: int, style: str | None, generator: torch.Generator) -> Sequence[str | None]:
         return [style or (self.styles[0] if self.styles else None)] * count
 
@@ -372,9 +398,7 @@ class LanguageTask:
             raise ConfigError(f"split {split!r} is neither of {', '.join(SPLITS)}")
 
     def _turn_text(self, ids: Sequence[int]) -> str:
-        if len(ids) and ids[-1] in self.codec.end_ids:
-            ids = ids[:-1]
-        text = self.codec.decode(ids).strip()
+        text = self.turn_texts([ids])[0].strip()
         return text.removesuffix(self.stop_text) if self.stop_text else text
 
     def _shuffled(

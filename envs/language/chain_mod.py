@@ -46,6 +46,7 @@ class ChainMod(LanguageTask):
     """
 
     styles = ("chain", "direct", "mixture")
+    answer_mark = ">"
 
     def __init__(
         self,

@@ -77,6 +77,8 @@ class Codec:
 
     def decode_all(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
         """The text of each row of ids."""
+        if not ids:  # of which transformers makes one empty text
+            return []
         if self._characters is None:
             return list(
                 self.tokenizer.batch_decode([list(own) for own in ids], skip_special_tokens=skip_special_tokens)

@@ -11,9 +11,11 @@ from unified_rl.configurable import configurable
 from unified_rl.envs.language.answers import marked_answer
 from unified_rl.envs.language.base import Verdict
 from unified_rl.envs.language.chat import Chat, check_options, day_of
+from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.judging import Truncated
 from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.tokenizer import load_tokenizer, train_bpe
+from unified_rl.envs.language.tool_formats import FORMS, ToolFormat, form_of, own_form
 from unified_rl.envs.language.tools import Asked, Tools
 from unified_rl.envs.language.verifiers import (
     MathVerifier,
@@ -51,6 +53,8 @@ SEAM = 2
 CUT = " ... (cut)"
 """Ends a result that did not fit."""
 VERIFIERS = ("numeric", "last", "math")
+BY_TEXT = "for text set reward=exact, for formulas env.verifier=math"
+"""What compares a reference that is no number."""
 TEMPLATE = "Question: {question}\nAnswer:"
 """The default prompt without a chat template. It ends without a blank: the blank belongs to an answer's first token."""
 _PLAIN = re.compile(r"-?[0-9]{1,15}(?:\.[0-9]{1,15})?")
@@ -67,7 +71,7 @@ class FileProblems(Sequence[dict[str, Any]]):
     """
 
     def __init__(self, task: JsonlProblems, records: Records) -> None:
-        self.task, self.records = task, records
+        self.task, self.records, self.place = task, records, str(records.path)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -121,6 +125,8 @@ class JsonlProblems(PooledTask):
         solution_key: field of what demonstrations say, word for word; by default as above, where an answer or solution
             loses its calculation marks and gets the reference, in the form that the verifier reads, where it lacks it
             (a bare number becomes ``#### 42``, or a box for ``math``; several words stay as they are).
+        assistant_only_loss: imitate every turn of the assistant in ``messages`` (and in a ``completion`` of several)
+            and nothing else; false imitates the last one alone, in a ``completion`` all of it. Prompts stay prompts.
         verifier: how an answer is compared: ``numeric`` (the last box, answer tag or ``####`` line of the text holds
             the number), ``last`` (as that; without a mark, the last number of the text) or ``math`` (math-verify, free
             form).
@@ -132,6 +138,8 @@ class JsonlProblems(PooledTask):
         chat_template_kwargs: further arguments of the chat template, such as ``{enable_thinking: false}``.
         tools: functions that the model may call (``[my_tools:add]``), see :mod:`unified_rl.envs.language.tools`; their
             schemas go into the chat template, and their results are messages that no loss is over.
+        tool_format: how the model writes calls: ``hermes`` (Qwen too), ``llama3_json``, ``mistral``, or
+            ``response_template`` of the tokenizer's folder; by default as the chat template writes them.
         max_turns: turns of a conversation, the last of which answers; with tools 4 by default, else 1.
         max_reply_length: tokens of the results of one turn, with the template's marks; longer ones are cut.
         tool_seconds: wall time of one call.
@@ -158,6 +166,10 @@ class JsonlProblems(PooledTask):
 
     info_names = ("scorer_error",)
 
+    _chat: Chat | None = None
+    _rendering = False
+    """Prompts are rendered; not yet while an encoding is trained on what will be."""
+
     def __init__(
         self,
         path: str,
@@ -165,12 +177,14 @@ class JsonlProblems(PooledTask):
         question_key: str | None = None,
         answer_key: str | None = None,
         solution_key: str | None = None,
+        assistant_only_loss: bool = True,
         verifier: str = "numeric",
         template: str | None = None,
         chat: bool | None = None,
         system_prompt: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         tools: Some | None = None,
+        tool_format: ToolFormat | None = None,
         max_turns: Count | None = None,
         max_reply_length: Count = 256,
         tool_seconds: Positive = 10.0,
@@ -189,22 +203,16 @@ class JsonlProblems(PooledTask):
         shuffle_rewards: bool = False,
         seed: Seed = 0,
     ) -> None:
-        if verifier not in VERIFIERS:
-            raise ConfigError(f"env.verifier={verifier} is none of {', '.join(VERIFIERS)}")
-        if template is not None and "{question}" not in template:
-            raise ConfigError("env.template must contain {question}")
+        _check_choices(verifier, template)
         self.verifier = verifier
+        self.assistant_only_loss = assistant_only_loss
         self._keys = (question_key, answer_key, solution_key)
         self._template, self._wraps = template, system_prompt is not None if chat is None else chat
-        self._tools = None if tools is None else Tools(tools, tool_seconds)
-        if tools is None and max_turns not in (None, 1):
-            raise ConfigError(
-                f"env.max_turns={max_turns} would be of no effect: without env.tools an answer is one turn"
-            )
+        if tools is None:
+            _refuse_idle_tools(tool_format, max_turns)
+        self._tools, self._tool_format = None if tools is None else Tools(tools, tool_seconds), tool_format
         schemas = None if self._tools is None else self._tools.schemas
         self._chat_settings = (date, system_prompt, check_options(chat_template_kwargs), schemas)
-        self._chat: Chat | None = None
-        self._rendering = False
         day_of(date)
         problems = FileProblems(self, open_records(path))
         own = load_tokenizer(tokenizer) if tokenizer else train_bpe(_texts(problems), vocabulary_size)
@@ -227,6 +235,7 @@ class JsonlProblems(PooledTask):
             self._chat = Chat(self.codec, *self._chat_settings)
         self._fill(problems, None if eval_path is None else FileProblems(self, open_records(eval_path)))
         self._refuse_idle_chat()
+        self._choose_form()
         self._check_room()
         self._math = MathVerifier(score_seconds, batch_seconds) if verifier == "math" else None
         self._verify: Verifier = self._math or (last if verifier == "last" else numeric)
@@ -239,6 +248,22 @@ class JsonlProblems(PooledTask):
                 raise ConfigError(
                     f"env.{name} would be of no effect: prompts are text and env.chat is off; set env.chat=true"
                 )
+
+    def _choose_form(self) -> None:
+        """How calls are read, as somebody says or the folder does."""
+        if self._tools is None or self._chat is None:
+            return
+        name = self._tool_format
+        if name is None and getattr(self.tokenizer, "response_template", None) is not None:
+            name = "response_template"
+        if name is None:
+            self._tools.form = form_of(self._chat.written_call())
+        elif name == "response_template":
+            self._tools.form = own_form(
+                self.tokenizer, self._tools.schemas, self._chat.prompt([{"role": "user", "content": "?"}])
+            )
+        else:
+            self._tools.form = FORMS[name]
 
     def _check_room(self) -> None:
         """Raises ConfigError where not even a short result of a tool fits."""
@@ -267,7 +292,10 @@ class JsonlProblems(PooledTask):
         problem = self._outline(record, prompt, where)
         said = self._said(record, prompt, problem, where)
         problem["columns"] = other_columns(record)
-        return problem if said is None else {**problem, "solution": said}
+        if said is None:
+            return problem
+        pieces = self._pieces(record, prompt, problem, where) if self.assistant_only_loss else None
+        return {**problem, "solution": said, **({} if pieces is None else {"pieces": pieces})}
 
     def outline_of(self, record: Record, where: str) -> dict[str, Any]:
         """As :meth:`problem_of`, without what is imitated and the further columns."""
@@ -277,12 +305,12 @@ class JsonlProblems(PooledTask):
     def _outline(self, record: Record, prompt: Prompt, where: str) -> dict[str, Any]:
         messages = self._messages(prompt)
         text = self._question(prompt) if messages is None else self._rendered(messages, where)
-        reference, fault = self._reference(record, prompt, where)
+        reference, fault, unread = self._reference(record, prompt, where)
         problem: dict[str, Any] = {"text": text, "record": prompt.identity, "reference": reference}
         if messages is not None:
             problem["messages"] = messages
         if fault is not None:
-            problem["fault"] = fault
+            problem |= {"fault": fault, "unread": unread}
         return problem
 
     def _question(self, prompt: Prompt) -> str:
@@ -308,8 +336,9 @@ class JsonlProblems(PooledTask):
                 raise ConfigError(f"{where} holds a conversation: {error}") from error
         return self._chat
 
-    def _reference(self, record: Record, prompt: Prompt, where: str) -> tuple[str | None, str | None]:
-        """What answers are compared with, or None and what is wrong with it."""
+    def _reference(self, record: Record, prompt: Prompt, where: str) -> tuple[str | None, str | None, str]:
+        """What answers are compared with, or None, what is wrong with it and the text that it is all the same."""
+        reference = ""
         try:
             key = self._keys[1] or first_of(record, ANSWERS)
             worked = self._worked(record, key, prompt, where)
@@ -318,12 +347,14 @@ class JsonlProblems(PooledTask):
                 reference = marked_answer(worked) or reference
             if not reference or (self.verifier != "math" and not _is_number(reference)):
                 wanted = "an answer" if self.verifier == "math" else "a number"
+                way = f" ({BY_TEXT})" if reference else ""
                 raise DataError(
-                    f"{where}: field {key or prompt.column!r} holds no reference: expected {wanted}, got {worked!r:.80}"
+                    f"{where}: field {key or prompt.column!r} holds no reference: expected {wanted}, got "
+                    f"{worked!r:.80}{way}"
                 )
         except DataError as error:
-            return None, str(error)
-        return reference, None
+            return None, str(error), reference
+        return reference, None, reference
 
     @staticmethod
     def _worked(record: Record, key: str | None, prompt: Prompt, where: str) -> str:
@@ -359,6 +390,29 @@ class JsonlProblems(PooledTask):
         solution = self._solution(worked, problem["reference"])
         return solution if messages is not None else _led(solution, problem["text"])
 
+    def _pieces(
+        self, record: Record, prompt: Prompt, problem: dict[str, Any], where: str
+    ) -> list[tuple[str, bool]] | None:
+        """What is imitated of a conversation in which the assistant speaks more than once; None for other records."""
+        messages = problem.get("messages")
+        if messages is None or not self._rendering:
+            return None
+        found = find_completion(record, self._keys[2], where)
+        said = list(prompt.said) if found is None else found
+        if not isinstance(said, list) or not said or said[-1]["role"] != "assistant":
+            return None
+        since = 0 if found is None else len(messages)
+        if sum(one["role"] == "assistant" for one in [*messages, *said][since:]) < 2 and len(said) == 1:
+            return None
+        return self._template_for(where).pieces([*messages, *said], since, where)
+
+    def _imitated(self, problem: dict[str, Any], style: str | None) -> list[Segment]:
+        """As of every task; of a conversation with every turn of the assistant's."""
+        if "pieces" not in problem:
+            return super()._imitated(problem, style)
+        *before, (last, _) = problem["pieces"]
+        return [*(Segment(text, trained=own) for text, own in before), Segment(last, trained=True, end=True)]
+
     def _solution(self, worked: str, reference: str | None) -> str:
         """``worked`` without calculation marks, ending in the form that the verifier reads."""
         text = strip_calculations(worked)
@@ -389,9 +443,11 @@ class JsonlProblems(PooledTask):
     reply_role = "tool"
     _cut = False
     """Whether the turn that is being judged ran out of its budget: no tool is called from it."""
+    _said_last: Sequence[int] = ()
+    """Its tokens."""
 
     def _verdict(self, problem: dict[str, Any], said: list[list[int]], complete: bool, row: int) -> Verdict:
-        self._cut = not complete
+        self._cut, self._said_last = not complete, said[-1]
         return super()._verdict(problem, said, complete, row)
 
     def _called(self, calls: list[Asked]) -> Verdict:
@@ -403,7 +459,7 @@ class JsonlProblems(PooledTask):
             made -= 1
         room = self._room(chat, made)
         results = [self._fitted(tools.run(call), room) for call in calls[:made]]
-        return Verdict(done=False, reply=chat.reply(results, True), shown="\n".join(results))
+        return Verdict(done=False, reply=chat.reply(results, True, calls[:made]), shown="\n".join(results))
 
     def _fitted(self, text: str, room: int) -> str:
         """A result in ``room`` tokens at most, without special tokens, which only the template may put."""
@@ -422,6 +478,11 @@ class JsonlProblems(PooledTask):
             return reply
         return self._chat.end + reply
 
+    def _whole_turn(self) -> str:
+        """The turn that is being judged with its special tokens, which may mark calls, but for the end of the turn."""
+        ids = self._said_last
+        return self.turn_texts([ids[:-1] if len(ids) and ids[-1] in self.codec.end_ids else ids], False)[0]
+
     def _begin_batch(self) -> None:
         if self._math is not None:
             self._math.renew()
@@ -432,13 +493,29 @@ class JsonlProblems(PooledTask):
 
     def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:
         goes_on = turn < self.max_turns and not self._cut
-        if self._tools is not None and goes_on and (calls := self._tools.calls(text)):
+        if self._tools is not None and goes_on and (calls := self._tools.calls(self._whole_turn())):
             return self._called(calls)
         if problem["reference"] is None:  # reward functions judge, and what is correct is unknown
             return Verdict(info={"scorer_error": 0.0})
         score, failed = self._verify(problem["reference"], text)
         right = score >= 1.0
         return Verdict(float(right), correct=right, info={"scorer_error": float(failed)})
+
+
+def _check_choices(verifier: str, template: str | None) -> None:
+    """Raises ConfigError for an unknown verifier, and a template without a place for the question."""
+    if verifier not in VERIFIERS:
+        raise ConfigError(f"env.verifier={verifier} is none of {', '.join(VERIFIERS)}")
+    if template is not None and "{question}" not in template:
+        raise ConfigError("env.template must contain {question}")
+
+
+def _refuse_idle_tools(tool_format: str | None, max_turns: int | None) -> None:
+    """Raises ConfigError for settings of tools where there are none."""
+    if tool_format is not None:
+        raise ConfigError(f"env.tool_format={tool_format} would be of no effect: there are no env.tools")
+    if max_turns not in (None, 1):
+        raise ConfigError(f"env.max_turns={max_turns} would be of no effect: without env.tools an answer is one turn")
 
 
 def _is_number(text: str) -> bool:

@@ -9,13 +9,13 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from unified_rl.envs.language.codec import Codec
 from unified_rl.envs.language.rewards import Ended, Rewards, plain_value
 from unified_rl.rollout.conversation import SCORES
 
 OWN = frozenset(
-    ("prompt", "prompt_id", "text", "split", "key", "record", "columns", "asked", "messages", "completions", "fault")
-)
+    ("prompt", "prompt_id", "text", "split", "key", "record", "columns", "asked", "messages", "completions", "fault",
+     "pieces", "unread")
+)  # fmt: skip
 """Entries of a problem that are no column of its record."""
 REMEMBERED = 65536
 """Replies of the environment that are kept for the transcripts of conversations that go on."""
@@ -26,12 +26,16 @@ Truncated: TypeAlias = Literal["score", "zero", "mask"]
 class TakesRewards(Protocol):
     """What a judge asks of a task."""
 
-    codec: Codec
     max_turn_tokens: int
     max_turns: int
     truncated: Truncated | None
     truncated_reward: float | None
     reply_role: str
+    answer_mark: str
+
+    def turn_texts(self, turns: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
+        """The texts of turns as they are judged."""
+        ...
 
 
 class Judge:
@@ -63,7 +67,12 @@ class Judge:
         Raises:
             ConfigError: a function takes what the records do not have.
         """
-        self.rewards.check(list(_columns([problem])), self.task.max_turn_tokens * self.task.max_turns)
+        self.rewards.check(list(_columns([problem])), self._budget, self.task.answer_mark)
+
+    @property
+    def _budget(self) -> int:
+        """Tokens that a conversation may have sampled."""
+        return self.task.max_turn_tokens * self.task.max_turns
 
     def __call__(
         self,
@@ -129,6 +138,7 @@ class Judge:
             completion_ids=[[token for turn in own for token in turn] for own in said],
             prompt_ids=[list(problem.get("prompt", ())) for problem in chosen],
             truncated=[bool(flags[row]) for row in rows],
+            max_completion_length=[self._budget] * len(rows),
             columns=columns,
             task=[own[row] for row in rows],
             places=[int(problem.get("prompt_id", at)) for at, problem in enumerate(chosen)],
@@ -139,9 +149,7 @@ class Judge:
         self, problems: Sequence[dict[str, Any]], turns: Sequence[Sequence[Sequence[int]]], skip: bool
     ) -> list[Any]:
         """Texts; of problems that came as messages, messages."""
-        ends = self.task.codec.end_ids
-        ids = [turn[:-1] if skip and len(turn) and turn[-1] in ends else turn for said in turns for turn in said]
-        texts = iter(self.task.codec.decode_all(ids, skip))
+        texts = iter(self.task.turn_texts([turn for said in turns for turn in said], skip))
         out: list[Any] = []
         for problem, said in zip(problems, turns, strict=True):
             spoken = [next(texts) for _ in said]
@@ -184,9 +192,7 @@ def _text(problem: dict[str, Any]) -> str:
 
 def _referred(problem: dict[str, Any]) -> dict[str, Any]:
     """The reference of a record whose answer the task's own verifier cannot read."""
-    columns = problem.get("columns") or {}
-    found = next((columns[name] for name in ("answer", "solution", "completion") if columns.get(name)), None)
-    return {"reference": found.rpartition("####")[2].strip()} if isinstance(found, str) else {}
+    return {"reference": problem["unread"]} if problem.get("unread") else {}
 
 
 def _columns(problems: Sequence[dict[str, Any]], rewards: Rewards | None = None) -> dict[str, list[Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from hashlib import blake2b
 from itertools import islice
+from os.path import realpath
 from typing import Any, Protocol, Self, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -27,7 +28,13 @@ Problem = dict[str, Any]
 
 @runtime_checkable
 class Takes(Protocol):
-    """A sequence of problems that makes several of them at once."""
+    """The problems of a file, which makes several of them at once.
+
+    Attributes:
+        place: of the file.
+    """
+
+    place: str
 
     def outlines(self) -> Iterator[Problem]:
         """Every problem with what a split needs: its text, ``record`` and ``fault``."""
@@ -105,15 +112,16 @@ class PooledTask(LanguageTask):
         self._waiting: list[dict[str, Any]] = []
         self._shown: dict[str, Side] = {}
         train, evaluation, others = array("q"), array("q"), set()
+        told: set[str] = set()
         if held_out is not None:
-            for number, problem, fits in self._measured(held_out):
+            for number, problem, fits in self._measured(held_out, told):
                 others.add(_record(problem))
                 if fits:
                     evaluation.append(number)
                     self._note_fault("eval", problem)
         hashes = array("Q")
         count = 0
-        for number, problem, fits in self._measured(problems):
+        for number, problem, fits in self._measured(problems, told):
             count += 1
             away = self._belongs(problem) if held_out is None else _record(problem) in others
             if not fits or (away and held_out is not None):
@@ -136,8 +144,13 @@ class PooledTask(LanguageTask):
         if "fault" in problem:
             self.unjudged.setdefault(split, problem["fault"])
 
-    def _measured(self, problems: Iterable[Problem]) -> Iterator[tuple[int, Problem, bool]]:
-        """Number and problem, and whether the prompt fits."""
+    def _measured(self, problems: Iterable[Problem], told: set[str]) -> Iterator[tuple[int, Problem, bool]]:
+        """Number and problem, and whether the prompt fits; of each file one warning counts those that do not.
+
+        Args:
+            problems: all of a file, or a generated set.
+            told: files that the warning was given of.
+        """
         room = self.max_prompt_length - len(self.codec.prefix)
         number = long = 0
         waiting = problems.outlines() if isinstance(problems, Takes) else iter(problems)
@@ -147,10 +160,13 @@ class PooledTask(LanguageTask):
                 long += not fits
                 yield number, problem, fits
                 number += 1
-        if long:
+        place = problems.place if isinstance(problems, Takes) else ""
+        if long and realpath(place) not in told:
+            told.add(realpath(place))
             logging.getLogger(__name__).warning(
-                "%d of %d prompts are longer than env.max_prompt_length=%d and are left out", long, number, room
-            )
+                "%d of %d prompts%s are longer than env.max_prompt_length=%d and are left out",
+                long, number, place and f" of {place}", room,
+            )  # fmt: skip
 
     def pool_sizes(self) -> dict[str, int]:
         """How many problems there are to train on, to evaluate on, and to imitate."""
@@ -164,11 +180,18 @@ class PooledTask(LanguageTask):
                 solved = [place for place, problem in enumerate(batch, at) if problem.get("solution")]
                 texts = [batch[place - at]["solution"] for place in solved]
                 for place, ids in zip(solved, self.codec.encode(texts), strict=True):
-                    if len(ids) < self.max_turn_tokens:
+                    if len(ids) < self.max_turn_tokens and self._whole_fits(batch[place - at]):
                         numbers.append(int(side.numbers[place]))
                 at += len(batch)
             self._shown[split] = Side(side.problems, numbers)
         return self._shown[split]
+
+    def _whole_fits(self, problem: Problem) -> bool:
+        """Whether a conversation that is imitated in pieces fits a row; others do where prompt and solution do."""
+        if "pieces" not in problem:
+            return True
+        ids = self.codec.encode([text for text, _ in problem["pieces"]])
+        return len(self.codec.prefix) + sum(map(len, ids)) < self.max_length
 
     def find_problems(self, prompts: Sequence[str]) -> list[Problem | None]:
         """The training problem with each prompt, None where there is none (a held-out prompt, for example).
@@ -242,11 +265,7 @@ class PooledTask(LanguageTask):
         if not pool:
             problems = self._pools["train"].take(range(min(AT_ONCE, len(self._pools["train"]))))
             if not any(problem.get("solution") for problem in problems):
-                raise ConfigError(
-                    "the pool of demonstration problems is empty: no record holds what is to be imitated, a "
-                    "completion, an assistant's message or a solution; name its column with env.solution_key, or "
-                    "imitate nothing (agent=policy_gradient warm_start=none)"
-                )
+                raise ConfigError(_nothing_said(problems))
             raise ConfigError(
                 "the pool of demonstration problems is empty: no solution fits env.max_turn_tokens="
                 f"{self.max_turn_tokens}; raise it"
@@ -258,7 +277,7 @@ class PooledTask(LanguageTask):
         pool = self._shows("eval")[:count]
         if not pool:
             return None
-        return self.codec.rows([[Segment(p["text"]), *self._demonstrate(p, None)] for p in pool], self.max_length)
+        return self.codec.rows([self._imitated(problem, None) for problem in pool], self.max_length)
 
     def _demonstrate(self, problem: Problem, style: str | None) -> list[Segment]:
         return [Segment(problem["solution"], trained=True, end=True)]
@@ -319,9 +338,28 @@ class PooledTask(LanguageTask):
 
 
 UNJUDGED = (
-    "; imitation needs no reference, but rollouts and evaluation compare answers with it: choose another env.verifier, "
-    "or a reward that reads none"
+    "; imitation needs no reference, but rollouts and evaluation compare answers with it: give one, or a reward that "
+    "reads none"
 )
+
+
+def _nothing_said(problems: Sequence[Problem]) -> str:
+    """Why there is nothing to imitate in problems without a solution, and what would mend that."""
+    start, end = (
+        "the pool of demonstration problems is empty: ",
+        "imitate nothing (agent=policy_gradient warm_start=none)",
+    )
+    talk = next((problem["messages"] for problem in problems if problem.get("messages")), None)
+    if talk is not None:
+        return (
+            f"{start}no conversation ends with what the assistant said (the first one ends with role "
+            f"{talk[-1]['role']!r}), and no record has a completion; end each with a message of role 'assistant', put "
+            f"what is to be said into a column completion, or {end}"
+        )
+    return (
+        f"{start}no record holds what is to be imitated, a completion, an assistant's message or a solution; name its "
+        f"column with env.solution_key, or {end}"
+    )
 
 
 def _record(problem: Problem) -> int:

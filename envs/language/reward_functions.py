@@ -161,22 +161,36 @@ class Overlong:
 
     Args:
         cache: tokens at the end of the budget in which the punishment grows.
-        max_length: ``L``; the task's budget of sampled tokens by default.
+        max_length: ``L``; by default the budget of sampled tokens that the conversation had.
 
     Raises:
         ConfigError: ``cache`` is larger than ``max_length``.
     """
 
     def __init__(self, *, cache: Count, max_length: Count | None = None) -> None:
-        if max_length is not None and cache > max_length:
-            raise ConfigError(f"reward overlong: cache={cache} must be at most max_length={max_length}")
         self.cache, self.most = cache, max_length
+        if max_length is not None:
+            self.check_budget(max_length)
 
-    def __call__(self, completion_ids: Sequence[Sequence[int]]) -> list[float]:
-        """One number a row."""
-        assert self.most is not None
-        free = self.most - self.cache
-        return [max(-1.0, min(0.0, (free - len(ids)) / self.cache)) for ids in completion_ids]
+    def check_budget(self, budget: int) -> None:
+        """Raises ConfigError where the ramp is longer than ``budget`` and nobody has said ``max_length``."""
+        most = budget if self.most is None else self.most
+        if self.cache > most:
+            raise ConfigError(f"reward overlong: cache={self.cache} must be at most max_length={most}")
+
+    def __call__(
+        self, completion_ids: Sequence[Sequence[int]], max_completion_length: Sequence[int] | None = None
+    ) -> list[float]:
+        """One number a row.
+
+        Raises:
+            ConfigError: nobody has said ``max_length``, and the budgets are not given.
+        """
+        most = max_completion_length if self.most is None else [self.most] * len(completion_ids)
+        if most is None:
+            raise ConfigError("reward overlong: no max_length, and no budget of the conversations to take it from")
+        beyond = [len(ids) - (one - self.cache) for ids, one in zip(completion_ids, most, strict=True)]
+        return [max(-1.0, min(0.0, -tokens / self.cache)) for tokens in beyond]
 
 
 @ranged("reward")

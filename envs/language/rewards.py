@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.language.reward_calls import RESERVED, TASK, Failure, Function, Spec, Values, run_here
@@ -19,10 +19,21 @@ from unified_rl.errors import ConfigError, RolloutError
 from unified_rl.instantiate import allowed, check_type, nearest
 from unified_rl.ranges import Float32, Name, Positive, Whole, ranged
 
-GIVEN = ("prompts", "completions", "completion_ids", "prompt_ids", "truncated")
+GIVEN = ("prompts", "completions", "completion_ids", "prompt_ids", "truncated", "max_completion_length")
 """What every function can take beside the columns of the records."""
+READERS = ("exact", "numeric", "math")
+"""Shipped rewards that look for the answer in the text, to compare it with ``reference``."""
 MAX_HUNG = 3
 """Rows whose calls may hang before the rest of a failed call is given up too."""
+
+
+@runtime_checkable
+class Budgeted(Protocol):
+    """A reward whose settings must go with the budget of sampled tokens."""
+
+    def check_budget(self, budget: int) -> None:
+        """Raises ConfigError where they do not."""
+        ...
 
 
 class Ended(NamedTuple):
@@ -34,6 +45,7 @@ class Ended(NamedTuple):
         completion_ids: sampled token ids of each, the stop token included.
         prompt_ids: token ids of each prompt.
         truncated: whether its budget of tokens or turns ran out.
+        max_completion_length: the tokens that each could have had, over all its turns.
         columns: further columns of the records.
         task: the task's own reward of each.
         places: a number of its prompt, by which rows of a group are kept together.
@@ -45,6 +57,7 @@ class Ended(NamedTuple):
     completion_ids: list[list[int]]
     prompt_ids: list[list[int]]
     truncated: list[bool]
+    max_completion_length: list[int]
     columns: dict[str, list[Any]]
     task: list[float]
     places: list[int]
@@ -133,11 +146,16 @@ class Rewards:
         functions = [self.functions[at] for at in self._called]
         return [n for n in known if any(f is not None and (f.open or n in f.takes) for f in functions)]
 
-    def check(self, columns: Sequence[str], budget: int) -> None:
-        """Looks at a task before the first step: the columns of its records, and its budget of sampled tokens.
+    def check(self, columns: Sequence[str], budget: int, mark: str = "") -> None:
+        """Looks at a task before the first step.
+
+        Args:
+            columns: of its records.
+            budget: of sampled tokens.
+            mark: what its answers stand behind, where that is a mark of its own.
 
         Raises:
-            ConfigError: a function needs what the records do not have.
+            ConfigError: a function needs what the records do not have, or does not go with the budget or the mark.
         """
         for at in self._called:
             function = self.functions[at]
@@ -148,13 +166,13 @@ class Rewards:
                     f"{self.specs[at].where} ({self.specs[at].path}) takes {missing[0]!r}, which is no column of this "
                     f"task's records; {nearest(missing[0], [*GIVEN, *columns])}"
                 )
-            self._fill_budget(at, function, budget)
-
-    def _fill_budget(self, at: int, function: Function, budget: int) -> None:
-        """Gives a shipped reward the longest answer, where it wants one and nobody has said it."""
-        if self.specs[at].path == "overlong" and self.specs[at].options.get("max_length") is None:
-            spec = self.specs[at]._replace(options={**self.specs[at].options, "max_length": budget})
-            self.specs[at], self.functions[at] = spec, Function(spec, self.allow)
+            if mark and self.specs[at].path in READERS:
+                raise ConfigError(
+                    f"{self.specs[at].where} ({self.specs[at].path}) finds answers as people mark them, and this "
+                    f"task's stand behind {mark!r}, so all would be wrong; use reward=task, the task's own verifier"
+                )
+            if isinstance(function.object, Budgeted):
+                function.object.check_budget(budget)
 
     def _check_remote(self) -> None:
         for at in self._called:

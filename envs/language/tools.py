@@ -1,31 +1,31 @@
 """Tools: Python functions that a model calls in its answers, as TRL and transformers take them.
 
 A function has a docstring with an ``Args:`` section and type hints; its schema goes into the chat template. Calls are
-read in the form of Hermes and Qwen, ``<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>``, several
-in a turn. Whatever goes wrong in one is text for the model.
+read by :mod:`~unified_rl.envs.language.tool_formats`. Whatever goes wrong in one is text for the model.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from unified_rl.envs.language.reward_calls import TimeUp, ended_within
+from unified_rl.envs.language.tool_formats import FORMS, Form, Written, arguments_of
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import allowed, locate, nearest
 
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-FORM = '<tool_call>{"name": ..., "arguments": {...}}</tool_call>'
-
 
 class Asked(NamedTuple):
-    """One call of a turn: the name, and the arguments; a ``fault`` says what is wrong with it instead."""
+    """One call of a turn: the name, and the arguments; a ``fault`` says what is wrong with it instead.
+
+    ``id`` is the model's own number of the call, where it gave one.
+    """
 
     name: str
     arguments: dict[str, Any]
     fault: str = ""
+    id: str = ""
 
 
 class Tools:
@@ -34,6 +34,9 @@ class Tools:
     Args:
         functions: dotted paths (``my_tools:add``), which the run must allow, or functions themselves.
         seconds: wall time of one call.
+
+    Attributes:
+        form: how calls are written; settable.
 
     Raises:
         ConfigError: a function that cannot be had, or without docstring or type hints; two of one name.
@@ -45,6 +48,7 @@ class Tools:
         if not functions:
             raise ConfigError("env.tools is an empty list; name at least one function, or leave it out")
         self.seconds = seconds
+        self.form: Form = FORMS["hermes"]
         self.functions: dict[str, Callable[..., Any]] = {}
         self.schemas: list[dict[str, Any]] = []
         for number, given in enumerate(functions):
@@ -61,25 +65,19 @@ class Tools:
             self.schemas.append(schema)
 
     def calls(self, text: str) -> list[Asked]:
-        """The calls in what a model said, in order."""
-        return [self._read(found[1]) for found in _CALL.finditer(text)]
+        """The calls in what a model said, special tokens and all, in order."""
+        return [self._checked(call) for call in self.form.read(text)]
 
-    def _read(self, text: str) -> Asked:
-        try:
-            call = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            return Asked("", {}, f"the call is not JSON ({_line(error)}); write {FORM}")
-        arguments = call.get("arguments", call.get("parameters", {})) if isinstance(call, dict) else None
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                arguments = None
+    def _checked(self, call: Written) -> Asked:
+        if isinstance(call, str):
+            return Asked("", {}, f"{call}; write {self.form.shape}")
+        arguments, number = arguments_of(call), str(call.get("id") or "")
         if not isinstance(arguments, dict) or not isinstance(call.get("name"), str):
-            return Asked("", {}, f"the call has no name or no arguments; write {FORM}")
+            return Asked("", {}, f"the call has no name or no arguments; write {self.form.shape}", number)
         if call["name"] not in self.functions:
-            return Asked("", {}, f"there is no tool {call['name']!r}; {nearest(call['name'], self.functions)}")
-        return Asked(call["name"], arguments)
+            fault = f"there is no tool {call['name']!r}; {nearest(call['name'], self.functions)}"
+            return Asked(call["name"], {}, fault, number)
+        return Asked(call["name"], arguments, "", number)
 
     def run(self, call: Asked) -> str:
         """What the function returns, as text (JSON where it is no text); what went wrong as ``error: ...``."""

@@ -14,6 +14,14 @@ from unified_rl.correction.view import View, anchor_log_prob, difference, masked
 
 QUANTILES = (0.05, 0.5, 0.95)
 MAX_QUANTILE_UNITS = 1_000_000
+DIAGNOSTICS = (
+    *(f"ess/{name}{end}" for name in ("unit", "sequence", "processed") for end in ("", "_count")),
+    *("kl/k1", "kl/k2", "kl/k3", "drift", "chi2", "chi2/sequence", "weight/mean", "weight/max"),
+    *(f"ratio/{n}" for n in ("mean", "clamped", "max", "min", "processed_max", "q05", "q50", "q95", "tail_index")),
+    *(f"{kind}/fraction{side}" for kind in ("reject", "clip") for side in ("", "_positive", "_negative")),
+    *("reject/rows", "reject/nonfinite", "mask/fraction", "mask/units", "staleness/mean", "staleness/max"),
+)
+"""Every name that :func:`diagnose` gives, now and then."""
 FLAT_TAIL = 1e6
 """The tail index where the tail is flat or too few values are there."""
 

@@ -55,6 +55,9 @@ class Wrapper:
     anchors: frozenset[str] = frozenset()
     sync_every: int | None = None
 
+    reports: tuple[str, ...] = ()
+    """Names of the metrics of :meth:`around` and :meth:`finish`, and ``loss/wrapper`` with a penalty."""
+
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
         enforce(cls, "correction.wrapper")

@@ -41,6 +41,7 @@ class FixUp(Wrapper):
         ConfigError: the policy shows neither logits nor normals.
     """
 
+    reports = ("loss/wrapper", "wrapper/beta", "wrapper/fix_up_steps", "wrapper/pulled_back", "wrapper/kl_max")
     rescores = True
 
     def __init__(

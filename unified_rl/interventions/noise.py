@@ -58,6 +58,7 @@ class LayerNoise(Wrapper):
         ConfigError: the policy has no layers that are known to put out hidden states.
     """
 
+    reports = ("wrapper/noise_scale",)
     rescores = True
 
     def __init__(

@@ -92,6 +92,7 @@ class ProjectCategorical(Wrapper):
         ConfigError: the policy has no categorical distribution.
     """
 
+    reports = ("loss/wrapper", "wrapper/projected")
     rescores = True
 
     def __init__(

@@ -65,6 +65,8 @@ class AnnealPenalty(Wrapper):
         top_k: tokens of a categorical that are kept one by one; above the vocabulary's size the KL is exact.
     """
 
+    reports = ("loss/wrapper",)
+
     def __init__(
         self,
         policy: Trainable,

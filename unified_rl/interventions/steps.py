@@ -52,6 +52,7 @@ class EssLearningRate(Wrapper):
         ConfigError: a group baseline is wanted, and the policy shows no logits.
     """
 
+    reports = ("wrapper/lr_scale", "wrapper/row_ess")
     whole_rows = True
     anchors = frozenset({"proximal"})
 
@@ -115,6 +116,8 @@ class ClipBiasScale(Wrapper):
         policy, correction: see :class:`Wrapper`.
         decay: of the running norm; 0 takes the present step's.
     """
+
+    reports = ("wrapper/gradient_scale",)
 
     def __init__(self, policy: Trainable, correction: Correction, *, decay: Share = 0.99) -> None:
         super().__init__(policy, correction)
@@ -183,6 +186,8 @@ class Reposition(Wrapper):
         window: minibatches over which the mean and deviation are taken.
         threshold: standard deviations that switch it off; None never does.
     """
+
+    reports = ("wrapper/alpha",)
 
     def __init__(
         self,

@@ -132,6 +132,11 @@ class Term:
         self.schedule = coefficient(coefficient_, f"{self.where}.coefficient")
         self.coefficient = 1.0
 
+    @property
+    def metric_names(self) -> frozenset[str]:
+        """Every metric that it may report."""
+        return self.reports
+
     def attach(self, parts: Parts) -> None:
         """Gives the term what it works on.
 

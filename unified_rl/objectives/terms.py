@@ -10,6 +10,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from unified_rl.correction import Correction
+from unified_rl.correction.diagnostics import DIAGNOSTICS
 from unified_rl.correction.internal.surrogate import KnownGradient
 from unified_rl.correction.reduction import REDUCTIONS
 from unified_rl.correction.view import share
@@ -115,6 +116,13 @@ class PolicyGradientTerm(Term):
     def summary(self) -> Metrics:
         """The correction's diagnostics of the first optimiser step."""
         return self._renamed(self.first)
+
+    @property
+    def metric_names(self) -> frozenset[str]:
+        """Those of the correction, its penalties and its wrapper too."""
+        penalty = {"loss/penalty"} if self.correction.penalty_coefficients else set()
+        loss = {"loss/wrapper"} & {*self.wrapper.reports}
+        return frozenset(self._renamed(dict.fromkeys({*self.reports, *DIAGNOSTICS, *penalty, *loss})))
 
     def _renamed(self, metrics: Metrics) -> Metrics:
         """Two such terms in one loss report under names of their own."""

@@ -168,13 +168,14 @@ class CausalLM(TensorDictModuleBase):
         """The usual rates for what ``settings`` describe, where nobody gives one; None for fresh weights.
 
         A pretrained model takes 1e-6 by reinforcement and 1e-5 by imitation, and adapters ten times as much ("LoRA
-        Without Regret", Thinking Machines Lab 2025).
+        Without Regret", Thinking Machines Lab 2025). ``fresh`` is for weights beside it that begin anew, such as a
+        critic's.
         """
         if settings.get("path") is None:
             return None
         adapted = settings.get("lora") is not None or model_and_adapter(settings["path"], settings.get("adapter"))[1]
         reinforcement, supervised = (1e-5, 1e-4) if adapted else (1e-6, 1e-5)
-        return {"reinforcement": reinforcement, "supervised": supervised}
+        return {"reinforcement": reinforcement, "supervised": supervised, "fresh": 3e-4}
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,8 +27,10 @@ from transformers import (
 
 from unified_rl.errors import ConfigError
 from unified_rl.policies.cuda_graph_step import ReplayedStep
+from unified_rl.policies.group_cache import GroupCache, group_attention
 from unified_rl.policies.heads import read_head
 from unified_rl.policies.kv_cache import FixedCache, SlabCache, count_layers, visible_columns
+from unified_rl.policies.packed_weights import packed_weights
 from unified_rl.policies.sampling import Sampling, draw, seen_before, token_log_prob
 from unified_rl.policies.stop_strings import StopStrings
 
@@ -39,6 +42,10 @@ UNMASKED = ("recurrent_gemma", "rwkv", "xlstm")
 
 CHECK_EVERY_ON_DEVICE = 8
 """On an accelerator, how many tokens pass between two looks at how many rows are still alive (each look waits)."""
+
+
+CPU_CACHE: type[GroupCache | SlabCache] = GroupCache
+"""The cache of the own loop on a CPU; on a device attention kernels want one tensor a layer."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,8 @@ class _Loop:
         self.row: Tensor | None = None  # None: every row, in order
         self.alive = torch.ones(rows, dtype=torch.bool, device=self.device)
         self.position = lengths.repeat_interleave(job.repeats)[:, None]
-        self.cache: FixedCache | SlabCache = SlabCache(count_layers(model.config), job.repeats)
+        kind = CPU_CACHE if self.device.type == "cpu" else SlabCache
+        self.cache: FixedCache | GroupCache | SlabCache = kind(count_layers(model.config), job.repeats)
         self.visible: Tensor | None = None
         self.seen: Tensor | None = None
         self.replayed: ReplayedStep | None = None
@@ -234,9 +242,23 @@ class _Loop:
 
     @torch.no_grad()
     def run(self) -> Generation:
+        job = self.job
+        with self._attention():
+            logits = self._prefill()
+            if isinstance(self.cache, GroupCache) and not self.cache.usable:
+                self.cache = self.cache.slabs()
+            self.seen = job.seen_in(self.prompts, self.lengths, logits)
+            with packed_weights(self.model, len(self.tokens), job.max_new_tokens - 1):
+                self._decode(logits)
+        out = Generation(self.tokens, self.log_prob, *ends(self.tokens, job.stop_ids, job.max_new_tokens))
+        return _shortened(out, self.cut, job)
+
+    def _attention(self) -> AbstractContextManager[None]:
+        return group_attention(self.cache) if isinstance(self.cache, GroupCache) else nullcontext()
+
+    def _decode(self, logits: Tensor) -> None:
+        """Samples until every row has ended, from the first ``logits [B, V]`` on."""
         job, width, step = self.job, self.prompts.shape[1], -1
-        logits = self._prefill()
-        self.seen = job.seen_in(self.prompts, self.lengths, logits)
         for step in range(job.max_new_tokens):
             token = self._record(step, logits)
             if step + 1 == job.max_new_tokens:
@@ -250,8 +272,6 @@ class _Loop:
                     token = token[kept]
             logits = self._next(token, width + step + 1)
         self._cut_at_texts(step)
-        out = Generation(self.tokens, self.log_prob, *ends(self.tokens, job.stop_ids, job.max_new_tokens))
-        return _shortened(out, self.cut, job)
 
     def _cut_at_texts(self, step: int) -> None:
         """Ends rows whose tokens since the last look made up a stop text."""

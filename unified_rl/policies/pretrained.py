@@ -151,6 +151,20 @@ def _tokenizer_of(folder: Path) -> Any:
         raise CheckpointError(f"the tokenizer of the model folder {folder} cannot be read ({first})") from error
 
 
+def read_tokenizer(path: str) -> Any:
+    """The tokenizer of a folder as the token tasks read it, padded with its end of text where it has nothing else.
+
+    Raises:
+        CheckpointError: the folder holds none that can be read.
+    """
+    found = _tokenizer_of(Path(path))
+    if found is None:
+        raise CheckpointError(f"{path} holds no tokenizer")
+    if found.pad_token_id is None:
+        found.pad_token = found.eos_token
+    return found
+
+
 def same_tokenizer(folder: Path, tokenizer: Any) -> bool:
     """Whether a folder holds this tokenizer, its chat template too."""
     own = _tokenizer_of(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ BROKEN = "\ufffd"
 """What a part of a character decodes to."""
 MARGIN = 3
 """Tokens that are decoded beyond those that a text can be made of: a decoder may drop a blank at the very start."""
+
+CLOSES = re.compile(r"\s*(?:</[^<>]+>|[\])}]+)\s*")
+"""A stop text that closes what an answer opened, a tag or a bracket, belongs to the answer."""
 
 
 class StopStrings:
@@ -72,3 +76,18 @@ class StopStrings:
             if any(stop in text for stop in self.texts):  # the first one is met last
                 out[row] = since + column + 1
         return out
+
+    def before(self, text: str, unended: str) -> str:
+        """An answer up to the stop text that its last token completed; one that :data:`CLOSES` something stays.
+
+        Args:
+            text: of the whole answer.
+            unended: of the answer without its last token; a stop text that ends in it ended nothing.
+        """
+        known = len(unended.rstrip(BROKEN))
+        found = [(text.find(stop, max(0, known - len(stop) + 1)), stop) for stop in self.texts]
+        ends = [(at, stop) for at, stop in found if at >= 0]
+        if not ends:
+            return text
+        at, stop = min(ends)
+        return text[: at + len(stop)] if CLOSES.fullmatch(stop) else text[:at]

@@ -66,6 +66,9 @@ class Hints:
         style: of the solution.
     """
 
+    metrics = ("hinted", "unsolved")
+    """Names of what a call returns, behind ``rollout/``."""
+
     def __init__(self, shares: tuple[OpenUnit, ...] = (0.25, 0.5, 0.75), style: str | None = None) -> None:
         self.shares, self.style = shares, style
 
@@ -105,6 +108,9 @@ class Refill:
 
     Row counts stay; what is still equal in the end is left to the agent (``agent.drop_equal_groups``).
     """
+
+    metrics = ("refilled", "equal")
+    """As of :class:`Hints`."""
 
     def __init__(self, tries: Count = 3) -> None:
         self.tries = tries

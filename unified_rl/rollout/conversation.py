@@ -162,27 +162,19 @@ def _converse(
     talk = Conversations(problems, env.max_length, env.max_turns, env.tokenizer.pad_token_id)
     active = torch.arange(len(problems))
     info: dict[str, Tensor] = {}
-    begun = (
-        torch.tensor([len(prefix) for prefix in prefixes])
-        if prefixes
-        else torch.zeros(len(problems), dtype=torch.int64)
-    )
+    begun = torch.tensor([len(prefix) for prefix in prefixes or [[]] * len(problems)], dtype=torch.int64)
     if prefixes is not None:
         talk.begin_answers(prefixes)
-    ends = policy.end_ids if isinstance(policy, KnowsItsEnds) else ()
-    stop_ids = sorted({*env.stop_ids, *ends})
-    texts = env.stop_strings if isinstance(env, StopsAtStrings) else None
-    options = {} if texts is None else {"stop_strings": texts}
+    ends = _ends(env, policy)
     for turn in range(env.max_turns):
         shared = group_size if turn == 0 else 1
         out = policy.generate(
             talk.contexts(active[::shared]),
             max_new_tokens=env.max_turn_tokens - (int(begun.min()) if turn == 0 else 0),
-            stop_ids=stop_ids,
             generator=generator,
             greedy=greedy,
             samples_per_prompt=shared,
-            **options,
+            **ends,
         )
         tokens, log_prob = out.tokens.to("cpu"), out.log_prob.to("cpu")
         length, finished = out.length.to("cpu"), out.finished.to("cpu")
@@ -210,6 +202,13 @@ def _converse(
         if last or not len(active):
             break
     return talk, info
+
+
+def _ends(env: LanguageEnv, policy: Generates) -> dict[str, Any]:
+    """What ends a turn: ids of the task and of the policy, and the task's texts where it has some."""
+    own = policy.end_ids if isinstance(policy, KnowsItsEnds) else ()
+    texts = env.stop_strings if isinstance(env, StopsAtStrings) else None
+    return {"stop_ids": sorted({*env.stop_ids, *own})} | ({} if texts is None else {"stop_strings": texts})
 
 
 def answered(env: LanguageEnv, problems: Problems, turns: list[list[list[int]]], finished: Tensor) -> TurnResult:

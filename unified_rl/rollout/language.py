@@ -17,7 +17,7 @@ from unified_rl.protocols import CountsEpochs, Generates, LanguageEnv, LanguageP
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
 from unified_rl.rollout.context import Context
 from unified_rl.rollout.conversation import Problems, Told, converse, summary
-from unified_rl.rollout.rows import RowBuilder
+from unified_rl.rollout.rows import REWARDS, RowBuilder
 from unified_rl.rollout.sources.base import Request, RowSource, check_rows
 from unified_rl.units import Source
 
@@ -106,11 +106,26 @@ class LanguageRollout:
         for name, source in self.sources.items():
             _require_part(source, f"rollout.sources.{name}", "unified_rl.rollout.sources.Demonstrations")
             source.check(env, policy, f"rollout.sources.{name}")
+            self._refuse_one_reward(source, f"rollout.sources.{name}")
         self._streams = {name: streams(name) for name in ("context", *(f"sources/{name}" for name in self.sources))}
         self.shows: Callable[[Told, int], list[list[Any]]] | None = None
         self.steps_per_collect = prompts * group_size
         self.rows = self.steps_per_collect + sum(source.most(prompts) for source in self.sources.values())
         self.steps = 0
+
+    def _refuse_one_reward(self, source: RowSource, setting: str) -> None:
+        """Raises ConfigError where a source brings one reward, and rows hold several numbers of the environment's."""
+        key = getattr(source, "reward_key", None)
+        apart = [
+            (n, w) for n, w in self.builder.columns.items() if isinstance(w, list) and (n != REWARDS or len(w) > 1)
+        ]
+        if key is not None and apart:
+            name, several = apart[0]
+            raise ConfigError(
+                f"{setting}.reward_key={key} is one number, which cannot stand for what rows hold as {name} "
+                f"({', '.join(several)}); leave it out, so that the environment judges these rows too, or "
+                + ("name one reward function" if name == REWARDS else f"leave out rollout.columns.{name}")
+            )
 
     @torch.no_grad()
     def collect(self, version: int) -> tuple[TensorDict, dict[str, float]]:

@@ -57,7 +57,7 @@ class StudyDisplay:
                 total = job.cfg.get("steps") or None
                 self.tasks[job.slug] = self.progress.add_task("  " + job.slug.rsplit("-", 1)[0], total=total, note="")
             score = row.get("eval/score")
-            note = "warm start" if not job.cfg.get("steps") else "" if score is None else f"score {score:.3g}"
+            note = "warm start" if job.cfg.get("steps") == 0 else "" if score is None else f"score {score:.3g}"
             self.progress.update(self.tasks[job.slug], completed=row.get("steps", 0), note=note)
 
 

@@ -126,7 +126,7 @@ def assemble(
     warm_start: Part = None,
     recipe: Part = None,
     eval_env: Any = None,
-    steps: int = 100_000,
+    steps: int | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
     allow: Sequence[str] = (),
@@ -152,7 +152,7 @@ def assemble(
         warm_start: supervised stages; they run here, before this returns.
         recipe: a published system, see ``unified-rl train --help``.
         eval_env: a control object for evaluation; by default an object ``env`` is put back to where it was.
-        steps: budget of environment steps or conversations.
+        steps: budget of environment steps or conversations (100,000); ``epochs=`` or ``updates=`` say it otherwise.
         seed: the one seed.
         folder: for metrics and checkpoints; None keeps the metrics in memory. With ``resume_existing=True`` a folder
             that holds a run is continued from its last checkpoint.
@@ -176,7 +176,9 @@ def assemble(
             "rollout takes a name, settings or a class, since the run gives it its policy and its streams"
         )
     parts["env"] = _environment(env, seed)
-    cfg, objects = _configuration(parts, {**settings, "steps": steps, "seed": seed}, allow, config_dirs)
+    cfg, objects = _configuration(
+        parts, {**settings, **({} if steps is None else {"steps": steps}), "seed": seed}, allow, config_dirs
+    )
     target = None if folder is None else Path(folder)
     holds = target is not None and bool(checkpoints(target / FOLDER))
     if holds and not cfg["resume_existing"]:
@@ -187,6 +189,7 @@ def assemble(
         found = intact_checkpoint(target)
     job = Job(cfg, allow, callbacks)
     job.watchers()
+    job.tell_null_control()
     job.found_rows = "refuse" if found is None else "keep"
     if found is None:
         job.warm_start(lambda *progress: None)

@@ -11,6 +11,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
 from unified_rl.stopping import say
 from unified_rl.training.checkpoint import BEST, checkpoints, remove_checkpoint, step_of
+from unified_rl.training.metric_names import MetricNames
 from unified_rl.training.settings import TrainSettings, check_early_stopping, check_keep_best
 
 __all__ = ["BEST", "Best", "Watch", "drop_best", "has_best"]
@@ -80,9 +81,11 @@ class Watch:
 
     Attributes:
         best: the best value, and the update whose checkpoint is kept; None without ``keep_best``.
+        names: of the run's metrics, where they are known; the first evaluation completes them.
     """
 
     def __init__(self, settings: TrainSettings) -> None:
+        self.names: MetricNames | None = None
         self.best: Best | None = None
         self.stopper: Best | None = None
         self.patience = self.waited = 0
@@ -105,7 +108,7 @@ class Watch:
             Whether it holds the best value, and why the run ends now (empty where it does not).
 
         Raises:
-            ConfigError: an ``eval/`` metric that evaluation does not give; names the nearest.
+            ConfigError: a metric that evaluation does not give, or that the run does not have; names the nearest.
         """
         for one in (self.best, self.stopper):
             if one is not None and evaluated and one.metric.startswith("eval/") and one.metric not in metrics:
@@ -113,8 +116,25 @@ class Watch:
                 raise ConfigError(
                     f"{one.setting}={one.metric} is no metric of this evaluation; {nearest(one.metric, known)}"
                 )
+        if evaluated and self.names is not None and self.names.late:
+            self.names = self.names.completed(metrics)
+            self.check(self.names)
         is_best = self.best is not None and bool(self.best.better(metrics, update))
         return is_best, "" if self.stopper is None else self._patience(self.stopper, metrics, update)
+
+    def check(self, names: MetricNames) -> None:
+        """Refuses to wait for a metric that a run will not have.
+
+        Raises:
+            ConfigError: names the setting and the nearest metric.
+        """
+        self.names = names
+        for one in (self.best, self.stopper):
+            fault = "" if one is None else names.fault(one.metric)
+            if one is not None and fault:
+                raise ConfigError(
+                    f"{one.setting}={one.metric} {fault} (a callback names metrics of its own in its attribute metrics)"
+                )
 
     def _patience(self, stopper: Best, metrics: Mapping[str, Any], update: int) -> str:
         better = stopper.better(metrics, update)

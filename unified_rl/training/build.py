@@ -24,6 +24,7 @@ from unified_rl.protocols import (
     ChecksReplay,
     Demonstrates,
     EndsPretraining,
+    HasPools,
     HasSplits,
     PlansUpdates,
     Rewarded,
@@ -33,6 +34,9 @@ from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEn
 from unified_rl.rollout.feed import LocalFeed
 from unified_rl.rollout.recorded import fitted
 from unified_rl.spaces import Space
+from unified_rl.stopping import say
+from unified_rl.training.best import Watch
+from unified_rl.training.budget import open_budget, steps_of
 from unified_rl.training.callbacks import Callbacks, make_callbacks
 from unified_rl.training.evaluation import Scores, evaluate_control, evaluate_imitation, evaluate_language
 from unified_rl.training.limits import check_machine, check_model_folder, check_replay_memory, check_rows, row_size
@@ -43,7 +47,9 @@ from unified_rl.training.memory_plan import (
     generation_batch_for,
     memory_plan,
     micro_batch_for,
+    prefill_of,
 )
+from unified_rl.training.metric_names import MetricNames, names_of
 from unified_rl.training.samples import SampleBook
 from unified_rl.training.seeding import derive, generator, scoped
 from unified_rl.training.settings import TrainSettings, check_eval_sampling
@@ -80,11 +86,22 @@ class Job:
     """
 
     def __init__(self, cfg: dict[str, Any], allow: Sequence[str] = (), objects: Sequence[Any] = ()) -> None:
+        self._begin(cfg, allow, objects)
+        check_model_folder(self.cfg["policy"].get("path"))
+        with scoped(self.seed, "policy"):
+            inputs = self._policy_inputs(self.cfg["policy"])
+            seed = self._integer("policy")
+            self.policy = build(self.cfg["policy"], allow=self.allow, setting="policy", seed=seed, **inputs)
+        self.policy = self.policy.to(self.device)
+        node = self.cfg.get("correction")
+        self.correction = build(node, allow=self.allow, setting="correction") if node else None
+
+    def _begin(self, cfg: dict[str, Any], allow: Sequence[str], objects: Sequence[Any]) -> None:
+        """Settings and environment."""
         cfg = check_run(cfg, allow)
         self.cfg, self.allow = cfg, list(allow)
         self.found_rows: Literal["refuse", "drop", "keep"] = "refuse"
-        names = {field.name for field in dataclasses.fields(TrainSettings)}
-        self.settings = TrainSettings(**{k: v for k, v in cfg.items() if k in names})
+        self.settings = _settings_of(cfg)
         if self.settings.steps == 0 and not cfg.get("warm_start"):
             raise ConfigError("steps=0 must be at least 1, or the run needs a warm_start to make")
         self._objects = list(objects)
@@ -100,6 +117,8 @@ class Job:
         self._env_options |= self._tokenizer_of_model()
         self.rewards = self._rewards()
         self.env = self._environment("env", self._num_envs())
+        self._check_domains()
+        self._settle_budget()
         self.language = self.env.domain == "language"
         if not self.language and self.settings.eval_episodes == 0:
             raise ConfigError(
@@ -107,26 +126,18 @@ class Job:
                 "evaluates at the end alone); language runs may do without"
             )
         self.gamma: float = DISCOUNTS[self.env.domain] if given is None else given
-        self._check_domains()
         self.book: SampleBook | None = None
         if self.language and self.settings.samples_rows:
             self.book = SampleBook(self.env, self.settings.samples_rows, self.seed)
         if not self.language and self.settings.eval_sampling:
             raise ConfigError("eval_sampling is of language models' answers, and this run is of control: leave it out")
         self.scores: Scores | None = None
+        self._names: MetricNames | None = None
         self.eval_env: Any = None
         self._waiting: tuple[Any, Any] | None = None
         self.memory: MemoryPlan | None = None
         self.fits: Callable[[MemoryPlan], None] = MemoryPlan.require
         self.row_size = row_size(self.env.policy_inputs())
-        check_model_folder(cfg["policy"].get("path"))
-        with scoped(self.seed, "policy"):
-            inputs = self._policy_inputs(cfg["policy"])
-            seed = self._integer("policy")
-            self.policy = build(cfg["policy"], allow=self.allow, setting="policy", seed=seed, **inputs)
-        self.policy = self.policy.to(self.device)
-        node = cfg.get("correction")
-        self.correction = build(node, allow=self.allow, setting="correction") if node else None
 
     @cached_property
     def loggers(self) -> list[Logger]:
@@ -137,6 +148,37 @@ class Job:
     def callbacks(self) -> Callbacks:
         """Of the configuration, and behind them ``objects``. Evaluating a run makes none."""
         return make_callbacks(self.settings.callbacks, self._objects, self.allow)
+
+    def _settle_budget(self) -> None:
+        """The steps that ``epochs`` or ``updates`` come to, where the configuration does not say them.
+
+        Raises:
+            ConfigError: the run has no such thing, or ``steps`` is another number.
+        """
+        name = open_budget(self.cfg)
+        if name is not None:
+            self.cfg = {**self.cfg, "steps": self._steps_of(name)}
+            self.settings = _settings_of(self.cfg)
+
+    def _steps_of(self, name: str) -> int:
+        target = locate(self.cfg["rollout"]["_target_"], self.allow) if self.collects else None
+        return steps_of(name, self.cfg[name], self.env, target, self._default)
+
+    def _check_budget(self) -> None:
+        """Raises ConfigError where a script gives ``steps`` beside epochs or updates that come to another number."""
+        for name in ("epochs", "updates"):
+            if self.cfg.get(name) is not None and self.found_rows != "keep":
+                found = self._steps_of(name)
+                if found != self.settings.steps:
+                    raise ConfigError(
+                        f"{name}={self.cfg[name]} comes to {found} steps, and steps={self.settings.steps} says how "
+                        "long the run is too: give one of them"
+                    )
+
+    def tell_null_control(self) -> None:
+        """Says so where nothing will be learnt: meant as a control, but a long run for a slip of the pen."""
+        if self.settings.steps and self._default("agent", "lr") == 0:
+            say("agent.lr=0: the policy learns nothing (a null control); leave agent.lr out, or raise it, to train")
 
     def watchers(self) -> tuple[list[Logger], Callbacks]:
         """Both, made before anything is spent, so that what is missing is told then.
@@ -308,6 +350,7 @@ class Job:
 
     def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
         """Agent, rollout and replay around the policy as it is now (after any warm start)."""
+        self._check_budget()
         if not self.collects:
             return self._trainer(folder, self.collecting_agent(), None, None, display)
         rollout, agent, replay = self._collecting(self.policy)
@@ -321,7 +364,9 @@ class Job:
         return agent
 
     def _trainer(self, folder: Path, agent: Any, feed: Any, replay: Any, display: Any) -> Trainer:
-        return Trainer(
+        if feed is None:
+            self._check_metrics(agent, None)
+        trainer = Trainer(
             self.settings,
             folder,
             agent,
@@ -335,6 +380,29 @@ class Job:
             loggers=self.loggers,
             config=self.cfg,
         )
+        trainer.watch.names = self._names
+        return trainer
+
+    def _check_metrics(self, agent: Any, rollout: Any) -> None:
+        """Raises ConfigError where ``keep_best`` or ``early_stopping`` waits for a metric that will not come.
+
+        A run that goes on is not refused: what it has waited for in vain, it says at its end.
+        """
+        if (self.settings.keep_best is None and self.settings.early_stopping is None) or self.found_rows == "keep":
+            return
+        samples = (self.settings.eval_sampling or {}).get("samples", 1)
+        callbacks = self.callbacks.members
+        self._names = names_of(self.env, agent, rollout, callbacks, samples, self._imitates)
+        Watch(self.settings).check(self._names)
+
+    def _check_late_metrics(self) -> None:
+        """As :meth:`_check_metrics`, for names that an evaluation tells: one is made before a warm start is."""
+        if self._names is None or not self._names.late or self.settings.eval_episodes == 0:
+            return
+        watch = Watch(self.settings)
+        if any(one is not None and one.metric not in self._names.known for one in (watch.best, watch.stopper)):
+            watch.names = self._names
+            watch.see(self.evaluate(), 0, evaluated=True)
 
     def _collecting(self, policy: Any) -> tuple[Any, Any, Any]:
         """Rollout, agent and replay, checked against one another; what a rehearsal made is taken up."""
@@ -363,6 +431,7 @@ class Job:
         if isinstance(agent, ChecksReplay):
             agent.option = self._agent_name
             agent.check_replay(replay)
+        self._check_metrics(agent, rollout)
         self.memory = memory_plan(policy, agent, rollout, self.env, self._evaluated_rows(), self.row_size)
         if self.memory is not None:
             self.fits(self.memory)
@@ -380,7 +449,7 @@ class Job:
         if isinstance(self.env, HasSplits):
             if not self._imitates:
                 self.env.require("train", judged=True)
-            if self.settings.eval_episodes:
+            if self.settings.eval_episodes != 0:
                 self.env.require("eval", judged=not self._imitates)
 
     def _rehearse(self) -> None:
@@ -388,6 +457,7 @@ class Job:
         if self.collects:
             rollout, _, replay = self._collecting(copy.deepcopy(self.policy))
             self._waiting = rollout, replay
+            self._check_late_metrics()
 
     @property
     def _agent_name(self) -> str:
@@ -428,7 +498,7 @@ class Job:
         samples = isinstance(rollout, LanguageRollout) and isinstance(self.policy, CausalLM)
         if samples and rollout.generation_batch is None:
             sizes = (rollout.steps_per_collect, self.env.max_length, rollout.group_size)
-            rollout.generation_batch = generation_batch_for(self.policy, *sizes)
+            rollout.generation_batch = generation_batch_for(self.policy, *sizes, prompt=prefill_of(self.env))
         return rollout
 
     def _made_rollout(self) -> Any:
@@ -474,11 +544,11 @@ class Job:
     def evaluate(self, intervals: bool = False) -> Scores:
         """Held-out evaluation with streams of its own, the same at every call."""
         seed = self._integer("evaluation")
-        count = self.settings.eval_episodes
-        if count == 0:
+        if self.settings.eval_episodes == 0:
             raise ConfigError("this run has eval_episodes=0; say how many prompts or episodes with --episodes N")
         if self.eval_env is None:
-            self.eval_env = self._evaluation_env(count)
+            self.eval_env = self._evaluation_env()
+        count = self.episodes
         if self.language:
             told = evaluate_imitation(self.eval_env, self.policy, count) if self._imitates else {}
             unjudged = "eval" in getattr(self.eval_env, "unjudged", {})
@@ -498,25 +568,53 @@ class Job:
                 intervals=intervals,
             )
             self.scores.update(told)
+            self.scores.held_out = self._held_out(self.eval_env)
             return self.scores
         stream = generator(self.seed, "evaluation", self.device)
         greedy, device = self.settings.eval_deterministic, str(self.device)
         with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds the global stream, which training may use
             return Scores(evaluate_control(self.eval_env, self.policy, seed, stream, greedy, device, count))
 
-    def _evaluation_env(self, count: int) -> Any:
+    @property
+    def episodes(self) -> int:
+        """Episodes or prompts of an evaluation: of a finite set all, or so many that each is asked equally often.
+
+        Raises:
+            ConfigError: ``all`` of a task that makes problems without end.
+        """
+        wanted, env = self.settings.eval_episodes, self.env if self.eval_env is None else self.eval_env
+        there = self._held_out(env)
+        if wanted != "all":
+            return wanted // there * there if 0 < there < wanted else wanted
+        if not isinstance(env, HasPools):
+            raise ConfigError(
+                f"eval_episodes=all asks every held-out prompt, and {type(env).__name__} makes new ones without end: "
+                "set a number of them"
+            )
+        return there
+
+    @staticmethod
+    def _held_out(env: Any) -> int:
+        """Held-out problems of a finite set; 0 of one without end."""
+        return env.pool_sizes()["eval"] if isinstance(env, HasPools) else 0
+
+    def evaluation_env(self) -> Any:
+        """Made anew."""
+        return self._environment("evaluation", 1 if self.language else self._copies(self.episodes))
+
+    def _evaluation_env(self) -> Any:
         """An environment of its own; a task whose files were gone through shares what was found in them."""
         if isinstance(self.env, HasSplits):
             return self.env.twin()
-        return self._environment("evaluation", count if self.language else self._copies(count))
+        return self.evaluation_env()
 
     def _evaluated_rows(self) -> int:
         """Conversations of an evaluation that are sampled together: as the rollout's, or as many as memory holds."""
         given = self._default("rollout", "generation_batch")
         samples = (self.settings.eval_sampling or {}).get("samples", 1)
-        rows = evaluated_rows(self.settings.eval_episodes * samples, given)
+        rows = evaluated_rows(self.episodes * samples, given)
         if given is None and isinstance(self.policy, CausalLM) and rows:
-            return generation_batch_for(self.policy, rows, self.env.max_length) or rows
+            return generation_batch_for(self.policy, rows, self.env.max_length, prompt=prefill_of(self.env)) or rows
         return rows
 
     def _copies(self, episodes: int) -> int:
@@ -547,8 +645,8 @@ class Job:
 
         self._rehearse()
 
-        def make_agent(lr: float) -> Any:
-            target = {"_target_": "unified_rl.agents.behavior_cloning.BehaviorCloning", "lr": lr}
+        def make_agent(lr: float, **schedule: Any) -> Any:
+            target = {"_target_": "unified_rl.agents.behavior_cloning.BehaviorCloning", "lr": lr, **schedule}
             stream = generator(self.seed, "warm_start_loss", self.device)
             chunk = None
             if isinstance(self.policy, CausalLM):
@@ -557,6 +655,21 @@ class Job:
             return build(target, policy=self.policy, generator=stream, **given)
 
         stage.fit(self.env, make_agent, generator(self.seed, "demonstrations"), report)
+
+
+def with_steps(cfg: dict[str, Any], allow: Sequence[str] = ()) -> dict[str, Any]:
+    """A composed configuration with the ``steps`` that its ``epochs`` or ``updates`` come to; makes its environment."""
+    if open_budget(cfg) is None:
+        return cfg
+    job = Job.__new__(Job)
+    job._begin(cfg, allow, ())
+    job.close()
+    return {**cfg, "steps": job.settings.steps}
+
+
+def _settings_of(cfg: Mapping[str, Any]) -> TrainSettings:
+    names = {field.name for field in dataclasses.fields(TrainSettings)}
+    return TrainSettings(**{k: v for k, v in cfg.items() if k in names})
 
 
 def check_recorded_discount(rows: Any, setting: str, gamma: float) -> None:

@@ -24,7 +24,14 @@ class Callback:
     A hook that returns False asks for a stop, as ``trainer.stop("why")`` does: the run ends after the update under way
     with an evaluation and a checkpoint. What a callback keeps between updates goes into ``state_dict`` and
     ``load_state_dict`` (plain values and tensors), so that a resumed run goes on with it.
+
+    Attributes:
+        metrics: names of metrics of its own, which it hands to
+            :meth:`~unified_rl.training.trainer.Trainer.add_metrics` in ``on_update_end``, so that ``keep_best`` and
+            ``early_stopping`` may watch them.
     """
+
+    metrics: Sequence[str] = ()
 
     def on_run_begin(self, trainer: Trainer) -> bool | None:
         """Before the first update, also where a run goes on: ``trainer.updates`` says from where."""
@@ -88,11 +95,13 @@ class Callbacks:
                     self.members[int(place)].load_state_dict(own)
 
 
-def make_callbacks(nodes: Sequence[Any], objects: Sequence[Any] = (), allow: Sequence[str] = ()) -> Callbacks:
+def make_callbacks(
+    nodes: Sequence[Any] | str | Mapping[str, Any], objects: Sequence[Any] = (), allow: Sequence[str] = ()
+) -> Callbacks:
     """The callbacks that a configuration names, and behind them those given as objects.
 
     Args:
-        nodes: dotted paths (``my.module:MyCallback``), or mappings with ``_target_`` and arguments.
+        nodes: dotted paths (``my.module:MyCallback``), or mappings with ``_target_`` and arguments; or one of them.
         objects: from Python; a class is made without arguments.
         allow: packages that paths may name.
 
@@ -100,7 +109,7 @@ def make_callbacks(nodes: Sequence[Any], objects: Sequence[Any] = (), allow: Seq
         ConfigError: a path that is not allowed or not found, or what has no hook.
     """
     members, names = [], []
-    for number, node in enumerate(nodes):
+    for number, node in enumerate([nodes] if isinstance(nodes, str | Mapping) else nodes):
         where = f"callbacks[{number}]"
         if is_node(node):
             members.append(build({**node, "_target_": _dotted(node["_target_"])}, allow=allow, setting=where))

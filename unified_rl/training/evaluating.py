@@ -10,14 +10,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 from unified_rl.config import Override, compose, parse_overrides, resolve_defaults
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.files import replacing
 from unified_rl.instantiate import check_value, locate, nearest, parameters
 from unified_rl.policies.sampling import Sampling
+from unified_rl.protocols import HasPools
 from unified_rl.spaces import Space
+from unified_rl.stopping import say
 from unified_rl.training.build import Job
 from unified_rl.training.checkpoint import BEST, FOLDER
 from unified_rl.training.dataset import check_rows, record_dataset
@@ -32,7 +34,11 @@ MODEL = ("config.json", "adapter_config.json")
 SAMPLING = ("samples", *(field.name for field in dataclasses.fields(Sampling) if field.name != "vocabulary"))
 REWARDS = tuple(field.name for field in dataclasses.fields(TrainSettings) if field.name.startswith("reward"))
 SETTINGS = ("seed", "device", "threads", *REWARDS)
+FAULTS = ("eval/scorer_error", "eval/reward_errors")
+"""Shares that are 0 where all is well, and are shown only where something is not; files hold them always."""
 BATCH = "rollout.generation_batch"
+Episodes: TypeAlias = int | str | None
+"""How many, or ``all``; None leaves it to the run, or to the file."""
 Words = Sequence[str] | Mapping[str, Any]
 """``["env.path=FILE", "samples=16"]``, or a mapping of the same."""
 
@@ -87,7 +93,7 @@ class Asked:
             raise ConfigError(f"evaluate takes no {word.key}=; {near}")
 
 
-def job_of(where: str, checkpoint: str | int | None, asked: Asked, episodes: int | None, allow: Sequence[str]) -> Job:
+def job_of(where: str, checkpoint: str | int | None, asked: Asked, episodes: Episodes, allow: Sequence[str]) -> Job:
     """What evaluates a run, a checkpoint's folder or a model's folder.
 
     Raises:
@@ -152,7 +158,6 @@ def _other_env(job: Job, keys: Mapping[str, Any]) -> None:
     """
     own, node = job.env, _env_node(job, keys)
     job.cfg = {**job.cfg, "env": node}
-    count = job.settings.eval_episodes
     with TemporaryDirectory() as place:
         taken = parameters(locate(node["_target_"], job.allow), job.allow)[0]
         if node.get("tokenizer") is not None:
@@ -160,7 +165,7 @@ def _other_env(job: Job, keys: Mapping[str, Any]) -> None:
         elif job.language and "tokenizer" in taken and "tokenizer" not in job._env_options:
             own.tokenizer.save_pretrained(place)  # the policy knows no other
             job._env_options = {**job._env_options, "tokenizer": place}
-        job.eval_env = job._environment("evaluation", count if job.language else job._copies(count))
+        job.eval_env = job.evaluation_env()
     _check_same(own, job.eval_env)
     if job.language:
         _check_length(job.policy, job.eval_env.max_length)
@@ -214,7 +219,7 @@ def _check_same(own: Any, other: Any) -> None:
 
 def evaluated(
     run: str,
-    episodes: int | None = None,
+    episodes: Episodes = None,
     allow: Sequence[str] = (),
     record: str | None = None,
     checkpoint: str | int | None = None,
@@ -226,7 +231,8 @@ def evaluated(
 
     Args:
         run: the run folder, the folder of a checkpoint, or a model's folder.
-        episodes: episodes or prompts, by default as the run's evaluation.
+        episodes: episodes or prompts, or ``all`` held-out prompts; by default as the run's evaluation, and all of a
+            file that ``words`` name.
         allow: prefixes that configuration may build.
         record: folder to write the evaluated policy's rows to, as a replay that other runs can train on: whole
             ``episodes`` where they are given.
@@ -243,6 +249,9 @@ def evaluated(
     if out is not None and Path(out).suffix not in (".json", ".csv"):
         raise ConfigError(f"--out {out} must end in .json or .csv")
     job = job_of(run, checkpoint, asked, episodes, allow)
+    named = {"env.path", "env.eval_path"} & asked.env.keys()
+    if episodes is None and named and isinstance(job.eval_env or job.env, HasPools):
+        job.settings.eval_episodes = "all"  # of a file that is named
     if rows is not None and record is None:
         raise ConfigError(f"--rows {rows} says how much to record; add --record FOLDER")
     check_rows(job, rows)
@@ -251,14 +260,15 @@ def evaluated(
         if out is not None:
             said = {word.key: word.value for word in parse_overrides(words)}
             write_scores(Path(out), scores, {"evaluated": str(run), "checkpoint": checkpoint, "words": said})
-        return scores, None if record is None else record_dataset(job, Path(record), rows=rows, episodes=episodes)
+        wanted = job.episodes if isinstance(episodes, str) else episodes
+        return scores, None if record is None else record_dataset(job, Path(record), rows=rows, episodes=wanted)
     finally:
         job.close()
 
 
 def evaluate_run(
     run: str,
-    episodes: int | None = None,
+    episodes: Episodes = None,
     allow: Sequence[str] = (),
     record: str | None = None,
     checkpoint: str | int | None = None,
@@ -271,8 +281,10 @@ def evaluate_run(
     if words or sys.stdout.isatty():
         print_table(run, scores)
     else:
-        for key, value in scores.items():
+        for key, value in shown(scores).items():
             print(f"{key:28s} {value:.4f}")
+        if scores.held_out:
+            say(f"asked {asked_of(scores)}")
     if recorded is not None:
         print(f"{'recorded rows':28s} {recorded}")
     return scores
@@ -288,17 +300,29 @@ def print_table(title: str, scores: Scores) -> None:
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
-    for key, value in scores.items():
+    for key, value in shown(scores).items():
         bounds = scores.intervals.get(key)
-        shown = "" if bounds is None else f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"
-        table.add_row(_shown(key, scores.samples), f"{value:.4f}", shown)
+        interval = "" if bounds is None else f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"
+        table.add_row(_shown(key, scores.samples), f"{value:.4f}", interval)
     console = Console(markup=False, highlight=False)
     console.print(table)
     if scores.samples:
-        count, different = len(scores.problems), len({problem["prompt_id"] for problem in scores.problems})
-        prompts = f"{count} prompts" if count == different else f"{count} prompts ({different} different ones)"
-        asked = f"{prompts}, {scores.samples} sampled answer(s) and the most likely one to each"
+        asked = f"{asked_of(scores)}, {scores.samples} sampled answer(s) and the most likely one to each"
         console.print(f"{asked}; intervals: {scores.method}", soft_wrap=True)
+
+
+def shown(scores: Mapping[str, float]) -> dict[str, float]:
+    """What is printed: all but :data:`FAULTS` that are 0."""
+    return {key: value for key, value in scores.items() if value or key not in FAULTS}
+
+
+def asked_of(scores: Scores) -> str:
+    """How many prompts were asked, and of how many."""
+    count, different = len(scores.problems), len({problem["prompt_id"] for problem in scores.problems})
+    if count == different and scores.held_out:
+        return f"{count:,} of {scores.held_out:,} held-out prompts"
+    of = f", of {scores.held_out:,} held out" if scores.held_out else ""
+    return f"{count:,} prompts" if count == different else f"{count:,} prompts ({different:,} different ones){of}"
 
 
 def _shown(key: str, samples: int) -> str:
@@ -327,6 +351,7 @@ def write_scores(path: Path, scores: Scores, about: Mapping[str, Any]) -> None:
             "intervals": scores.intervals,
             "interval_method": scores.method,
             "samples": scores.samples,
+            "held_out": scores.held_out,
             "problems": scores.problems,
         }
         aside.write_text(json.dumps(plain(body), indent=1, allow_nan=False) + "\n")

@@ -116,6 +116,7 @@ class Scores(dict[str, float]):
         intervals: metric to the ends of its 95 % interval, where it has one (one prompt has none).
         method: how the intervals were made, a line of text.
         samples: sampled answers to each prompt; 0 of control.
+        held_out: problems that there are to ask; 0 where they have no end.
         problems: what became of each prompt: ``prompt_id``, ``reward`` (mean), and ``correct`` (count of ``samples``).
         shown: the conversations that were asked for, or None.
     """
@@ -124,7 +125,7 @@ class Scores(dict[str, float]):
         super().__init__(metrics or {})
         self.intervals: dict[str, tuple[float, float]] = {}
         self.method = ""
-        self.samples = 0
+        self.samples = self.held_out = 0
         self.problems: list[dict[str, Any]] = []
         self.shown: Told | None = None
 

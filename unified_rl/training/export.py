@@ -6,15 +6,23 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
+from unified_rl.config import build
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.instantiate import nearest
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.model_folder import DTYPES
+from unified_rl.policies.pretrained import read_tokenizer, tokenizer_folder
+from unified_rl.training.checkpoint import intact_checkpoint
+from unified_rl.training.provenance import read_config
+from unified_rl.training.restoring import policy_state, restoring
 from unified_rl.training.verbs import restored
 
+OWN = f"{CausalLM.__module__}.{CausalLM.__qualname__}"
+"""The policy that is exported, as a configuration names it."""
 ASIDE = ".writing_"
 """Begins the name of a folder that is half written."""
 
@@ -50,7 +58,7 @@ def export(
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{folder} exists and is not empty: export writes a new folder, so choose another name")
-    policy = restored(run, checkpoint, allow, {"device": "cpu"}).policy
+    policy = _of_model_folder(run, checkpoint, allow) or restored(run, checkpoint, allow, {"device": "cpu"}).policy
     if not isinstance(policy, CausalLM):
         raise ConfigError(
             f"{run} trained a {type(policy).__name__}, and export writes language models: load it in Python with "
@@ -69,3 +77,24 @@ def export(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return target
+
+
+def _of_model_folder(run: str, checkpoint: str | int | None, allow: Sequence[str]) -> Any:
+    """The policy of a run that began from a model folder: of this and the checkpoint alone, since data may have moved.
+
+    None for a fresh model, and beside a task of somebody else, which may have a tokenizer of its own.
+    """
+    cfg = read_config(Path(run))
+    node, env = cfg.get("policy") or {}, cfg.get("env") or {}
+    path = node.get("path")
+    known = str(env.get("_target_", "")).startswith("unified_rl.envs.language.")
+    if not known or not isinstance(path, str) or node.get("_target_") != OWN or not Path(path).is_dir():
+        return None
+    place = env.get("tokenizer") or tokenizer_folder(path)
+    if place is None or not Path(place).is_dir():
+        return None
+    where, state = intact_checkpoint(Path(run), checkpoint, replay=False)
+    policy = build(node, allow=allow, seed=0, tokenizer=read_tokenizer(place), max_length=1)
+    with restoring(where):
+        policy.load_state_dict(policy_state(state, where))
+    return policy

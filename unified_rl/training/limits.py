@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from unified_rl.errors import ConfigError
 from unified_rl.machine import require_cores, require_disk, require_memory
 from unified_rl.policies.adapters import base_folder, is_adapter_folder
 
@@ -15,7 +16,9 @@ Read = Any
 """``(group, key) -> value``: what the configuration says, or the default of the signature that takes it; else None."""
 
 
-def check_machine(threads: int, episodes: int, num_envs: int, read: Read, control: bool | None) -> None:
+def check_machine(
+    threads: int, episodes: int | Literal["all"], num_envs: int, read: Read, control: bool | None
+) -> None:
     """Threads against cores, and simulations against memory.
 
     Args:
@@ -32,7 +35,9 @@ def check_machine(threads: int, episodes: int, num_envs: int, read: Read, contro
     require_cores(read("env", "threads") or 1, "env.threads")
     if control is not False:
         require_memory(SIMULATION * num_envs, f"rollout.num_envs={num_envs} simulations")
-    if control:
+    if control and episodes == "all":
+        raise ConfigError("eval_episodes=all asks every held-out prompt, and control has none: set a number")
+    if control and isinstance(episodes, int):
         require_memory(SIMULATION * episodes, f"eval_episodes={episodes} simulations of the evaluation")
 
 

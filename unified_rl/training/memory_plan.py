@@ -13,6 +13,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.machine import available, memory, readable
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.model_memory import Activations, Shape, activations_of, logits, module_bytes
+from unified_rl.policies.packed_weights import packed_bytes
 from unified_rl.training.evaluation import AT_ONCE
 
 CHUNK = 8e9
@@ -118,7 +119,7 @@ def micro_batch_for(policy: CausalLM, rows: int, length: int, room: float | None
 
 
 def generation_batch_for(
-    policy: CausalLM, rows: int, length: int, group: int = 1, room: float | None = None
+    policy: CausalLM, rows: int, length: int, group: int = 1, room: float | None = None, prompt: int | None = None
 ) -> int | None:
     """Conversations that are sampled together within ``room``, whole groups; None where all of them are.
 
@@ -128,9 +129,10 @@ def generation_batch_for(
         length: tokens of a row at the most.
         group: samples of a prompt.
         room: bytes; :func:`budget` by default.
+        prompt: tokens that are read at once before anything is sampled, at the most; ``length`` by default.
     """
     room, found = budget(policy.device) if room is None else room, activations_of(policy)
-    groups = _fitting(rows // group, lambda n: _generation(policy, found, n * group, length, n), room)
+    groups = _fitting(rows // group, lambda n: _generation(policy, found, n * group, length, n, prompt), room)
     return None if groups is None else groups * group
 
 
@@ -148,11 +150,18 @@ def _update(policy: CausalLM, found: Activations, rows: int, length: int) -> flo
     return PIECES * (found.training(rows * length) + logits(policy, rows * length, training=True))
 
 
-def _generation(policy: CausalLM, found: Activations, rows: int, length: int, prompts: int) -> float:
-    """Cache, a copy of one layer of it as it grows, and the larger of prefill and draw."""
+def _generation(
+    policy: CausalLM, found: Activations, rows: int, length: int, prompts: int, prompt: int | None = None
+) -> float:
+    """Cache, a copy of one layer of it as it grows, packed weights, and the larger of prefill and draw.
+
+    The prefill reads ``prompts`` prompts alone, and not the room for answers to them.
+    """
+    read = length if prompt is None else min(prompt, length)
     shape = Shape.of(policy.model, policy.autocast)
     cache = shape.cache(rows, length) * (1 + 1 / shape.layers)
-    return PIECES * (cache + found.scoring(prompts * length) + logits(policy, rows, training=False))
+    packed = packed_bytes(policy.model, rows, length, policy.device.type, policy.autocast)
+    return packed + PIECES * (cache + found.scoring(prompts * read) + logits(policy, rows, training=False))
 
 
 def memory_plan(
@@ -167,14 +176,14 @@ def memory_plan(
     """
     if not isinstance(policy, CausalLM):
         return None
-    found, length = activations_of(policy), env.max_length
+    found, length, read = activations_of(policy), env.max_length, prefill_of(env)
     phases = []
     if hasattr(rollout, "group_size"):
         rows = rollout.generation_batch or rollout.prompts * rollout.group_size
-        size = _generation(policy, found, rows, length, -(-rows // rollout.group_size))
+        size = _generation(policy, found, rows, length, -(-rows // rollout.group_size), read)
         phases.append(Part("generation", size, f"cache and draws of {rows} rows of {length} tokens"))
     if evaluated:
-        size = _generation(policy, found, evaluated, length, evaluated)
+        size = _generation(policy, found, evaluated, length, evaluated, read)
         phases.append(Part("evaluation", size, f"cache and draws of {evaluated} rows of {length} tokens"))
     rows = _rows_at_once(agent, rollout.rows)
     phases.append(
@@ -187,6 +196,12 @@ def memory_plan(
         Part("rows", 3.0 * rollout.rows * row_size, f"{rollout.rows} rows, and in the replay"),
     )
     return MemoryPlan(str(policy.device), held, tuple(phases), available(policy.device), _advice(policy, phases))
+
+
+def prefill_of(env: Any) -> int:
+    """Tokens of a row that a model reads at once: those of a prompt, and of tasks of several turns what came before."""
+    longest = env.max_length if env.max_turns > 1 else getattr(env, "max_prompt_length", env.max_length)
+    return int(longest)
 
 
 def _rows_at_once(agent: Any, rows: int) -> int:

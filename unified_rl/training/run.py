@@ -1,6 +1,6 @@
 """Whole runs under one name: build everything from a configuration, train, resume, evaluate, record."""
 
-from unified_rl.training.build import NODES, Job
+from unified_rl.training.build import NODES, Job, with_steps
 from unified_rl.training.dataset import record_dataset
 from unified_rl.training.evaluating import evaluate_run, evaluated
 from unified_rl.training.provenance import PACKAGES, read_config, run_folder, stored_config
@@ -20,4 +20,5 @@ __all__ = [
     "run_folder",
     "stored_config",
     "train",
+    "with_steps",
 ]

@@ -23,6 +23,8 @@ class TrainSettings:
     Attributes:
         steps: budget of environment steps (control; a chunk of actions counts as those it has) or sampled
             conversations (language); 0 makes the warm start alone.
+        epochs: the budget as visits of each training prompt, in place of ``steps``; of runs with a finite set of them.
+        updates: the budget as a number of updates, in place of ``steps``.
         seed: the one seed; every random stream is derived from it.
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         threads: intra-op threads of torch.
@@ -32,7 +34,8 @@ class TrainSettings:
         resume_existing: continue an unfinished run that ``run_dir`` holds instead of refusing it.
         eval_every: steps between evaluations; by default a twentieth of ``steps``; 0 evaluates at the end only.
         eval_episodes: held-out episodes (control) or prompts (language) of one evaluation; 0 (language)
-            evaluates nothing.
+            evaluates nothing. ``all`` asks every held-out prompt of a finite set once; a number above theirs asks each
+            equally often.
         eval_deterministic: control: evaluate the policy without its sampling noise.
         log_every: steps between logged rows; by default a two-hundredth of ``steps``.
         checkpoint_every: steps between checkpoints; by default a fifth of ``steps``; 0 keeps the final one only.
@@ -48,14 +51,14 @@ class TrainSettings:
         reward_errors: what becomes of a row on which a function fails: ``stop`` ends the run, ``skip`` leaves the row
             out of the update.
         identity_check: verify on the first update that fresh data has ratio 1.
-        progress: show a progress display.
+        progress: show a progress bar at a terminal, and elsewhere a line on standard error for each logged row.
         samples_rows: language: conversations that are written to ``samples.jsonl`` at a time; 0 writes none.
         samples_every: language: steps between written conversations of training; those of every evaluation are written
             anyway. By default as ``eval_every``; 0 writes evaluations alone.
         logger: where metrics go beside ``metrics.jsonl``: ``tensorboard``, ``csv``, ``wandb``, ``trackio``, ``mlflow``,
             or the dotted path of a class with the methods of :class:`~unified_rl.training.loggers.Logger`.
         callbacks: dotted paths of classes with the hooks of :class:`~unified_rl.training.callbacks.Callback`, or
-            mappings with ``_target_`` and arguments.
+            mappings with ``_target_`` and arguments; one alone needs no list.
         keep_best: metric whose best checkpoint is kept, for example ``eval/accuracy``, or a mapping ``{metric, mode}``
             with ``mode`` max or min.
         early_stopping: mapping ``{metric, patience, min_delta, mode}``: the run ends after ``patience`` values of the
@@ -65,6 +68,8 @@ class TrainSettings:
     """
 
     steps: Whole = 100_000
+    epochs: Positive | None = None
+    updates: Count | None = None
     seed: Seed = 0
     device: str = "cpu"
     threads: Count = 1
@@ -73,7 +78,7 @@ class TrainSettings:
     run_dir: str | None = None
     resume_existing: bool = False
     eval_every: Whole | None = None
-    eval_episodes: Whole = 64
+    eval_episodes: Whole | Literal["all"] = 64
     eval_deterministic: bool = True
     log_every: Count | None = None
     checkpoint_every: Whole | None = None
@@ -90,7 +95,7 @@ class TrainSettings:
     samples_rows: Whole = 8
     samples_every: Whole | None = None
     logger: tuple[str, ...] | str = ("tensorboard", "csv")
-    callbacks: tuple[Any, ...] = ()
+    callbacks: tuple[Any, ...] | str | dict[str, Any] = ()
     keep_best: str | dict[str, Any] | None = None
     early_stopping: dict[str, Any] | None = None
     eval_sampling: dict[str, Any] | None = None
@@ -107,6 +112,7 @@ class TrainSettings:
             self.samples_every = self.eval_every or max(1, self.steps // 20)
         check_logger(self.logger)
         self.logger = (self.logger,) if isinstance(self.logger, str) else self.logger
+        self.callbacks = (self.callbacks,) if isinstance(self.callbacks, str | dict) else self.callbacks
         for name, check in (
             ("keep_best", check_keep_best),
             ("early_stopping", check_early_stopping),
@@ -139,7 +145,7 @@ def check_logger(names: Sequence[str] | str) -> None:
             raise ConfigError(f"logger names {name!r} twice; give it once")
 
 
-def check_callbacks(nodes: Sequence[Any]) -> None:
+def check_callbacks(nodes: Sequence[Any] | str | dict[str, Any]) -> None:
     """Finds every class that is named.
 
     Raises:
@@ -147,7 +153,7 @@ def check_callbacks(nodes: Sequence[Any]) -> None:
     """
     from unified_rl.training.callbacks import check_nodes
 
-    check_nodes(nodes, allowed())
+    check_nodes([nodes] if isinstance(nodes, str | dict) else nodes, allowed())
 
 
 def check_keep_best(value: str | Mapping[str, Any]) -> dict[str, Any]:

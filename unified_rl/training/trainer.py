@@ -231,7 +231,7 @@ class Trainer:
         last = self.updates == self.planned or (bool(self.stopped) and not first)
         if self.updates == self.planned:
             self._open = self._pending()
-        evaluate = settings.eval_episodes > 0 and (first or last or self._crossed(settings.eval_every))
+        evaluate = settings.eval_episodes != 0 and (first or last or self._crossed(settings.eval_every))
         logs = evaluate or (not first and (last or self._crossed(settings.log_every)))
         row: dict[str, float] | None = None
         is_best, why = False, ""
@@ -286,6 +286,14 @@ class Trainer:
         """Evaluation reads the policy and streams of its own, so the first signal ends it."""
         with stopping() as stop, stop.tolerating(0), foreign("the evaluation"):
             return self.evaluate()
+
+    def add_metrics(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Metrics of somebody else's, a callback's for example: the next logged row has the mean of each.
+
+        Args:
+            metrics: floats or scalar tensors by name, such as ``mine/share``; not ``eval/`` ones.
+        """
+        self.means.add(dict(metrics))
 
     def collect(self) -> None:
         """Admits the tickets that the next update allows, and puts the oldest batch into the replay."""

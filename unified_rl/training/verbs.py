@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,12 +14,14 @@ from unified_rl.errors import (
     CheckpointError,
     ConfigError,
     DamageError,
+    DataError,
     EnvError,
     RestoreError,
     RolloutError,
     UnifiedRLError,
 )
-from unified_rl.files import Manifest, clear_aside
+from unified_rl.files import MANIFEST, Manifest, clear_aside
+from unified_rl.settling import BUDGETS, keep_one_budget
 from unified_rl.stopping import StopSignal, raising, say
 from unified_rl.training.build import Job
 from unified_rl.training.checkpoint import (
@@ -34,7 +36,7 @@ from unified_rl.training.checkpoint import (
     remove_checkpoint,
     wrote_checkpoint,
 )
-from unified_rl.training.display import Display
+from unified_rl.training.display import make_display
 from unified_rl.training.failures import foreign, forget_report, write_report
 from unified_rl.training.metrics import RECORD, read_metrics
 from unified_rl.training.provenance import (
@@ -47,6 +49,7 @@ from unified_rl.training.provenance import (
     read_meta,
     run_folder,
     status,
+    stored_config,
     write_run,
 )
 from unified_rl.training.restoring import policy_state, restoring
@@ -80,7 +83,7 @@ def train(
         Interrupted: a signal; the last whole update is saved.
     """
     folder = run_folder(cfg)
-    with raising() as stop, lock_run(folder):
+    with _leaving_nothing(folder) as warmed, raising() as stop, lock_run(folder):
         begun = has_begun(folder)
         if begun and not cfg.get("resume_existing"):
             raise CheckpointError(
@@ -95,8 +98,40 @@ def train(
             return folder
         else:
             check_run(folder)
-        _train_in(folder, cfg, allow, progress, stop, _start(folder), fresh=not begun, callbacks=callbacks)
+        found = _start(folder)
+        _train_in(folder, cfg, allow, progress, stop, found, fresh=not begun, callbacks=callbacks, warmed=warmed)
     return folder
+
+
+OF_START = (CONFIG, META, MANIFEST, RECORD, ".lock")
+"""Files that a run has before anything of it was made."""
+
+
+@contextmanager
+def _leaving_nothing(folder: Path) -> Iterator[list[int]]:
+    """Removes the folder of a run that is refused before anything was spent, where nothing was in it before.
+
+    Yields:
+        A list that holds the stages of a warm start once they begin: they are spent though no file shows it.
+    """
+    held, warmed = folder.is_dir() and any(folder.iterdir()), list[int]()
+    try:
+        yield warmed
+    except (ConfigError, DataError):
+        if not held and not warmed and not is_spent(folder):
+            with suppress(OSError):
+                for path in folder.iterdir():
+                    path.unlink()
+                folder.rmdir()
+        raise
+
+
+def is_spent(folder: Path) -> bool:
+    """Whether a run folder holds more than the files of a start, or a row of metrics."""
+    if any(path.name not in OF_START for path in folder.glob("*")):
+        return True
+    record = folder / RECORD
+    return record.is_file() and record.stat().st_size > 0
 
 
 def resume(
@@ -104,12 +139,14 @@ def resume(
     steps: int | None = None,
     allow: Sequence[str] = (),
     *,
+    epochs: float | None = None,
+    updates: int | None = None,
     checkpoint: str | int | None = None,
     progress: bool | None = None,
     resume_env: str | None = None,
     callbacks: Sequence[Any] = (),
 ) -> Path:
-    """Continues a run from its newest intact checkpoint, or from the chosen one, to ``steps`` if given.
+    """Continues a run from its newest intact checkpoint, or from the chosen one, to another budget if given.
 
     Later checkpoints are renamed to ``set_aside_step_...``, and rows of metrics behind it are made again.
 
@@ -117,6 +154,7 @@ def resume(
         run: the run folder.
         steps: a new budget. The longer run is the one that had this budget from the start, but for what follows a
             budget (annealed rates, schedules, intervals that are not set).
+        epochs, updates: a new budget, said in one of these.
         allow: prefixes that configuration may build.
         checkpoint: the number of updates behind it, its name, or ``best``; it must be one of the run's own.
         progress: show a progress display; by default as the configuration says.
@@ -132,16 +170,21 @@ def resume(
     if resume_env not in (None, *RESUME_ENV):
         raise ConfigError(f"resume_env={resume_env} must be one of {', '.join(RESUME_ENV)}")
     folder = Path(run)
-    cfg = read_config(folder)
+    cfg = _with_budget(read_config(folder), {"steps": steps, "epochs": epochs, "updates": updates})
     with raising() as stop, lock_run(folder):
         check_run(folder)
         found = _start(folder, checkpoint)
-        if steps is not None:
-            cfg["steps"] = steps
-            _tell_done(folder, found, steps)
-            write_run(folder, {CONFIG: yaml.safe_dump(cfg, sort_keys=False)})
         _train_in(folder, cfg, allow, progress, stop, found, resume_env, callbacks=callbacks)
     return folder
+
+
+def _with_budget(cfg: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's configuration, with another budget where one is given."""
+    given = {key: value for key, value in given.items() if value is not None}
+    if not given:
+        return cfg
+    keep_one_budget({**given}, given)
+    return {**{key: value for key, value in cfg.items() if key not in BUDGETS}, **given}
 
 
 def _tell_done(folder: Path, found: Found | None, steps: int) -> None:
@@ -189,23 +232,30 @@ def _train_in(
     resume_env: str | None = None,
     fresh: bool = False,
     callbacks: Sequence[Any] = (),
+    warmed: list[int] | None = None,
 ) -> None:
     shown = cfg.get("progress", True) if progress is None else progress
-    display = Display(folder.name, int(cfg.get("steps", 100_000))) if shown else None
+    display = make_display(folder.name) if shown else None
     try:
         with status(folder), display or nullcontext():
             forget_report(folder)
             job = Job(cfg, allow, callbacks)
+            _write_budget(folder, cfg, job, found)
+            if display is not None:
+                display.steps = job.settings.steps
             job.watchers()
+            job.tell_null_control()
             if not fresh:
                 job.found_rows = "drop" if found is None else "keep"
             if found is None:
                 _tell_new_start(folder)
                 with foreign("the warm start"):
-                    job.warm_start(display.warm_start if display else lambda *args: None)
+                    job.warm_start(_reporting(display, [] if warmed is None else warmed))
             trainer = job.make_trainer(folder, display.update if display else None)
             if found is not None:
                 restore(trainer, folder, found, resume_env)
+            if display is not None:
+                display.follow(trainer)
             try:
                 trainer.run()
             finally:
@@ -217,6 +267,29 @@ def _train_in(
         if stop.requested and not isinstance(error, UnifiedRLError):
             raise stop.error() from error  # what a signal became inside a library
         raise
+
+
+def _reporting(display: Any, warmed: list[int]) -> Callable[..., None]:
+    """Shows the steps of a warm start, and notes its stages."""
+
+    def report(stage: int, *given: Any) -> None:
+        if stage not in warmed:
+            warmed.append(stage)
+        if display is not None:
+            display.warm_start(stage, *given)
+
+    return report
+
+
+def _write_budget(folder: Path, cfg: Mapping[str, Any], job: Job, found: Found | None) -> None:
+    """Writes the configuration anew where its budget is another one, or only known now."""
+    stored = stored_config(folder)
+    budget = {name: cfg.get(name) for name in BUDGETS} | {"steps": job.settings.steps}
+    if {name: stored.get(name) for name in BUDGETS} == budget:
+        return
+    if found is not None:
+        _tell_done(folder, found, job.settings.steps)
+    write_run(folder, {CONFIG: yaml.safe_dump({**stored, **budget}, sort_keys=False)})
 
 
 def _tell_new_start(folder: Path) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import check_type
-from unified_rl.protocols import Demonstrates, Imitates, Normalizes, Stateful
-from unified_rl.ranges import Count, NonNegative, Positive, Share, Whole, ranged
+from unified_rl.learning_rate import LearningRate
+from unified_rl.protocols import Demonstrates, Imitates, Normalizes, PlansUpdates, Stateful
+from unified_rl.ranges import Count, NonNegative, Positive, Share, UnitInterval, Whole, ranged
 from unified_rl.rollout.demonstrations import style_option
 from unified_rl.training.checkpoint import intact_checkpoint
 from unified_rl.training.restoring import policy_state
@@ -34,8 +35,8 @@ class Imitator(Protocol):
         ...
 
 
-MakeAgent: TypeAlias = Callable[[float], Imitator]
-"""From a learning rate."""
+MakeAgent: TypeAlias = Callable[..., Imitator]
+"""From a learning rate, and as keywords the schedule's settings."""
 Report: TypeAlias = Callable[[int, int, int, float, float | None], None]
 """``(stage, update, budget, loss, threshold)``."""
 
@@ -51,7 +52,8 @@ class WarmStart:
     Args:
         stages: each a mapping with optional keys ``style`` (passed to the environment's ``demonstrations``),
             ``until_loss`` (smoothed loss at which the stage ends), ``updates`` (optimiser steps; with ``until_loss``
-            the most that are made, and reaching them is an error) and ``lr``.
+            the most that are made, and reaching them is an error), ``lr``, and ``lr_schedule``, ``warmup_ratio`` and
+            ``warmup_steps`` over those updates, see :class:`~unified_rl.learning_rate.LearningRate`.
         batch_size: demonstrations of one optimiser step.
         lr: learning rate of stages that name none.
         dataset: demonstrations drawn once and reused (None draws fresh ones every step). A policy that standardises
@@ -65,7 +67,9 @@ class WarmStart:
 
     KEYS: ClassVar[dict[str, Any]] = {
         "style": str | None, "until_loss": Positive | None, "updates": Whole | None, "lr": NonNegative | None,
+        "lr_schedule": str | dict[str, Any] | None, "warmup_ratio": UnitInterval | None, "warmup_steps": Whole | None,
     }  # fmt: skip
+    SCHEDULE: ClassVar[tuple[str, ...]] = ("lr_schedule", "warmup_ratio", "warmup_steps")
 
     def __init__(
         self,
@@ -96,6 +100,28 @@ class WarmStart:
                 check_type(value, cls.KEYS[key], f"{where}.{key}")
             if stage.get("until_loss") is None and stage.get("updates") is None:
                 raise ConfigError(f"{where} needs until_loss or updates")
+            cls._check_schedule(stage, where)
+
+    @classmethod
+    def _check_schedule(cls, stage: Mapping[str, Any], where: str) -> None:
+        """Refuses a schedule that cannot be made, or one of a stage whose length nobody knows."""
+        given = cls.schedule_of(stage)
+        rate = LearningRate(
+            1.0,
+            given.get("lr_schedule", "constant"),
+            given.get("warmup_steps", 0),
+            given.get("warmup_ratio", 0.0),
+            where,
+        )
+        if rate.moves and stage.get("updates") is None:
+            raise ConfigError(f"{rate.at} follows the length of the stage: set {where}.updates, the most that are made")
+        if rate.moves:
+            rate.plan(stage["updates"])
+
+    @classmethod
+    def schedule_of(cls, stage: Mapping[str, Any]) -> dict[str, Any]:
+        """What a stage says of its learning rate's schedule."""
+        return {key: stage[key] for key in cls.SCHEDULE if stage.get(key) is not None}
 
     def load_policy(self, policy: Stateful) -> None:
         """Loads the policy of :attr:`run`, of its newest intact checkpoint.
@@ -120,7 +146,7 @@ class WarmStart:
 
         Args:
             env: with demonstrations.
-            make_agent: ``lr -> BehaviorCloning`` over the policy to train.
+            make_agent: ``lr -> BehaviorCloning`` over the policy to train, with a stage's schedule where it has one.
             demonstration_generator: stream of the demonstrations.
             report: called with ``(stage, update, budget, loss, threshold)`` after every step.
 
@@ -129,7 +155,10 @@ class WarmStart:
         """
         for number, stage in enumerate(self.stages):
             lr = stage.get("lr")
-            agent = make_agent(self.lr if lr is None else lr)
+            schedule = self.schedule_of(stage)
+            agent = make_agent(self.lr if lr is None else lr, **schedule)
+            if schedule and isinstance(agent, PlansUpdates):
+                agent.plan_updates(stage["updates"])
             self._run_stage(number, stage, env, agent, demonstration_generator, report)
 
     def _run_stage(

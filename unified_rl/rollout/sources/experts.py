@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict
@@ -24,12 +24,13 @@ from unified_rl.protocols import (
     Solves,
     require_solutions,
 )
-from unified_rl.ranges import Positive, Whole, ranged
+from unified_rl.ranges import Fraction, Positive, Share, Whole, ranged
 from unified_rl.rollout.conversation import Problems
 from unified_rl.rollout.epochs import Epochs
+from unified_rl.rollout.rows import REWARDS
 from unified_rl.rollout.sources.answers import Answer, Answers
 from unified_rl.rollout.sources.base import Joining, Request, require_one_turn
-from unified_rl.units import Source
+from unified_rl.units import COUNTED, Source
 
 AT_ONCE = 1024
 """Answers that are matched together while a file is gone through."""
@@ -84,7 +85,9 @@ class ExpertFile(Joining):
         rows: instead: records as a batch of their own, each once before any comes again.
         partial: pass over records whose prompt is no training problem of the task (held-out ones, for example); they
             are refused otherwise.
-        reward_key: a column of rewards that stand in the place of the environment's.
+        reward_key: a column of rewards that stand in the place of the environment's, also where the run's reward
+            function is read by name (``rewards``); rows that it scores count in the update. Several rewards, which one
+            number cannot stand for, are refused.
 
     Raises:
         ConfigError: not exactly one of ``per_group`` and ``rows``.
@@ -100,7 +103,7 @@ class ExpertFile(Joining):
         reward_key: str | None = None,
     ) -> None:
         super().__init__(per_group, rows)
-        self.path, self.partial = path, partial
+        self.path, self.partial, self.reward_key = path, partial, reward_key
         self.answers = Answers(path, reward_key)
 
     def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
@@ -190,8 +193,13 @@ class ExpertFile(Joining):
         spoken = self._spoken(answers)
         ids, log_probs = [ids for ids, _ in spoken], [log_probs for _, log_probs in spoken]
         rows = request.recite(problems, ids, groups, Source.EXPERT, log_probs)
-        if rows is not None and self.answers.reward_key is not None:
+        if rows is not None and self.reward_key is not None:
             rows["reward"] = torch.tensor([[answer.reward] for answer in answers], dtype=torch.float32)
+            if REWARDS in rows.keys():  # of one function, see the rollout
+                (weight,) = getattr(request.env, "reward_weights", (1.0,))
+                rows[REWARDS] = rows["reward"] / (weight or 1.0)
+            if COUNTED in rows.keys():
+                rows[COUNTED] = torch.ones(len(rows), dtype=torch.bool)
         return rows
 
     def state_dict(self) -> dict[str, Any]:
@@ -223,16 +231,36 @@ class Model(Joining):
         folder: with ``config.json`` and safetensors; no code from it is run. It must share the policy's tokenizer.
         per_group: of each prompt of the collection; they join its group.
         rows: instead: of problems drawn for them, as a batch of their own.
-        temperature: of its sampling. Log-probs are written as 0, as those of every expert: no correction weighs rows by
-            how probable they were to somebody else's policy.
+        temperature, top_k, top_p, min_p, repetition_penalty: of its sampling, as the policy's. Log-probs are written as
+            0, as those of every expert: no correction weighs rows by how probable they were to somebody else's policy.
+        adapter: folder of a LoRA adapter for ``folder``.
+        dtype: of its weights, which nobody trains.
+        autocast: run its matrix products in bfloat16.
 
     Raises:
         ConfigError: not exactly one of ``per_group`` and ``rows``, or no model there.
     """
 
-    def __init__(self, folder: str, per_group: Whole = 0, rows: Whole = 0, temperature: Positive = 1.0) -> None:
+    def __init__(
+        self,
+        folder: str,
+        per_group: Whole = 0,
+        rows: Whole = 0,
+        temperature: Positive = 1.0,
+        top_k: Whole = 0,
+        top_p: Fraction = 1.0,
+        min_p: Share = 0.0,
+        repetition_penalty: Positive = 1.0,
+        adapter: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        autocast: bool = False,
+    ) -> None:
         super().__init__(per_group, rows)
-        self.folder, self.temperature = folder, temperature
+        self.folder = folder
+        self.options: dict[str, Any] = {
+            "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+            "repetition_penalty": repetition_penalty, "adapter": adapter, "dtype": dtype, "autocast": autocast,
+        }  # fmt: skip
 
     def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
         """Loads the model, and asks for one that knows every token of the policy's.
@@ -240,7 +268,7 @@ class Model(Joining):
         Raises:
             ConfigError: no model of a fitting vocabulary.
         """
-        self.model = CausalLM(env.tokenizer, env.max_length, path=self.folder, temperature=self.temperature)
+        self.model = CausalLM(env.tokenizer, env.max_length, path=self.folder, **self.options)
         self.model.to(policy.device).requires_grad_(False)
         known, needed = self.model.model.get_input_embeddings().weight.shape[0], len(env.tokenizer)
         if known < needed:
