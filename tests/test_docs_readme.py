@@ -17,7 +17,7 @@ from unified_rl import cli
 from unified_rl.config import config_root
 
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/extending.md", "docs/configuration.md",
-         "docs/losses.md", "docs/returns.md", "docs/reasoner.md", "docs/api.md")  # fmt: skip
+         "docs/losses.md", "docs/returns.md", "docs/reasoner.md", "docs/robot.md", "docs/api.md")  # fmt: skip
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
 

@@ -13,6 +13,7 @@ import pytest
 ORDER = (
     "cli",
     "commands",
+    "recordings",
     "study",
     "training",
     "rollout",

@@ -100,6 +100,15 @@ def export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def data(arguments: argparse.Namespace) -> int:
+    """Imports, checks, shows and makes data sets of robots."""
+    from unified_rl.recordings.command import parts_of, run
+
+    options = {name: getattr(arguments, name) for name in ("out", "steps", "policy", "checkpoint")}
+    options["parts"] = parts_of(arguments.part)
+    return run(arguments.words, options, arguments.allow, arguments.json)
+
+
 def corrections(arguments: argparse.Namespace) -> int:
     """Lists the corrections, or shows one in full with a picture of its weight."""
     from unified_rl.instantiate import allowing
@@ -151,6 +160,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "evaluate": evaluate,
     "export": export,
     "samples": samples,
+    "data": data,
     "lab": lab,
     "corrections": corrections,
     "recipes": recipes,
@@ -185,6 +195,13 @@ EXAMPLES = {
   unified-rl samples runs/NAME
   unified-rl samples runs/NAME --worst -n 10 --split eval
   unified-rl samples runs/NAME --prompt 1234567890      one prompt over time""",
+    "data": """examples:
+  unified-rl data import npz demos.npz my_rows env=hopper       npz, minari, hdf5 (robomimic, D4RL) or lerobot
+  unified-rl data check my_rows env=hopper                      exit code 1 where the rows do not fit
+  unified-rl data show my_rows --out returns.png
+  unified-rl data make hopper random hopper_random --steps 10000
+  unified-rl data make hopper expert hopper_expert --policy runs/NAME --checkpoint best
+  unified-rl data make hopper mixed hopper_mixed --part hopper_random=0.5 --part hopper_expert=0.5""",
     "lab": """examples:
   unified-rl lab
   unified-rl lab --corrections ppo,tis,sequence_is --out my_lab
@@ -317,13 +334,22 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("-n", dest="count", type=int, default=5, metavar="N", help="how many; by default 5")
         parser.add_argument("--split", choices=("train", "eval"), help="of training, or of evaluations, alone")
         parser.add_argument("--json", action="store_true", help="print JSON lines")
-    if verb in ("train", "evaluate", "export"):
+    if verb in ("train", "evaluate", "export", "data"):
         parser.add_argument(
             "--checkpoint", metavar="STEP", help="number of updates, folder or best; by default the newest intact one"
         )
     if verb == "verify":
         parser.add_argument("folder", metavar="FOLDER", nargs="?", help="a run, a study, a saved replay or a dataset")
         parser.add_argument("--accept", action="store_true", help="take a run's files as they are from now on")
+    if verb == "data":
+        parser.add_argument(
+            "words", nargs="*", metavar="import|check|show|make ...", help="what, and of what; see below"
+        )
+        parser.add_argument("--out", metavar="FILE.png", help="of show: draw the returns there")
+        parser.add_argument("--steps", type=int, metavar="N", help="of make: rows; by default 100000")
+        parser.add_argument("--policy", metavar="RUN", help="of make medium and expert: the run whose policy acts")
+        parser.add_argument("--part", action="append", default=[], metavar="FOLDER=SHARE", help="of make mixed")
+        parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "lab":
         parser.add_argument("--corrections", metavar="A,B,...", help="presets to compare; by default all")
         parser.add_argument("--out", metavar="FOLDER", default="lab", help="where CSVs and pictures go; by default lab")

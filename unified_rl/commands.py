@@ -276,6 +276,53 @@ def samples(
     return select(read_samples(Path(run)), order, count=count, prompt=prompt, split=split)
 
 
+def data(
+    action: str,
+    *words: str | os.PathLike[str],
+    steps: int | None = None,
+    policy: RunLike | None = None,
+    checkpoint: Checkpoint | None = None,
+    parts: Mapping[str, float] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    allow: Sequence[str] = (),
+    **overrides: Any,
+) -> dict[str, Any]:
+    """Imports, checks, shows and makes data sets of robots, as ``unified-rl data`` does.
+
+    ``ur.data("import", "npz", "demos.npz", "my_rows", env="hopper")``, ``ur.data("check", "my_rows", env="hopper")``,
+    ``ur.data("show", "my_rows")``, ``ur.data("make", "hopper", "random", "hopper_random", steps=10_000)``.
+
+    Args:
+        action: ``import``, ``check``, ``show`` or ``make``.
+        words: as on the command line.
+        steps: of ``make``: how many rows.
+        policy: of ``make``: the run whose policy acts.
+        checkpoint: of it: the number of updates behind it, its folder or ``best``.
+        parts: of ``make``, ``mixed``: folders of rows with their shares.
+        out: of ``show``: a PNG of the returns.
+        allow: packages beside this one that configuration may build.
+        overrides: ``env="hopper"``, ``**{"env.KEY": VALUE}``, ``seed``, and how a file is read (``observation``,
+            ``dones="truncated"``, ...).
+
+    Returns:
+        Of ``import``: ``rows``, ``folder``, ``notes`` and ``findings``; of ``check``: ``fits`` and ``findings``
+        (``level`` and ``text``); of ``show`` and ``make``: ``rows``, ``episodes``, ``returns``, ``lengths``,
+        ``success``, ``entries``.
+
+    Raises:
+        DataError: a file that cannot be read, would need pickle, or holds numbers that are not finite.
+        ConfigError: words or options that do not go together, rows that do not fit ``env`` on import, or a package
+            that is not installed.
+        CheckpointError: a folder of rows, or a run, is missing or damaged.
+    """
+    from unified_rl.recordings.command import Asked, carried_out
+
+    paths = {"policy": policy, "out": out}
+    options = {key: None if value is None else os.fspath(value) for key, value in paths.items()}
+    given = {**options, "steps": steps, "checkpoint": _chosen(checkpoint), "parts": parts}
+    return carried_out(Asked.of([action, *map(os.fspath, words)], given, allow, flatten(overrides)))
+
+
 def load_policy(run: RunLike, checkpoint: Checkpoint | None = None, *, allow: Sequence[str] = ()) -> Any:
     """The policy of a run of either domain, in evaluation mode on the CPU.
 

@@ -163,9 +163,10 @@ def read_rows(path: str | Path, where: str = "") -> TensorDict:
     if where:
         if Path(path).is_file():
             raise CheckpointError(
-                f"{where}={path} is a file, but rows are read from a folder that 'unified-rl evaluate RUN --record "
-                "FOLDER' wrote; from arrays of N rows: Replay(N, sampler=Uniform()).extend(TensorDict({'observation': "
-                "..., 'action': ...}, [N])), then .dumps('FOLDER') on that replay"
+                f"{where}={path} is a file, but rows are read from a folder that 'unified-rl data import FORMAT FILE "
+                "FOLDER' or 'unified-rl evaluate RUN --record FOLDER' wrote; from arrays of N rows: Replay(N, "
+                "sampler=Uniform()).extend(TensorDict({'observation': ..., 'action': ...}, [N])), then "
+                ".dumps('FOLDER') on that replay"
             )
         try:
             return read_rows(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -11,6 +13,14 @@ from unified_rl.spaces import Space
 
 MOST_FAR = 0.05
 """Share of actions that may lie further outside the bounds than these are apart; a wide Gaussian policy has fewer."""
+
+COLUMNS = {
+    "observation": "observations",
+    "next_observation": "next observations",
+    "reward": "rewards",
+    "action": "actions",
+}
+"""Columns of numbers that must be finite, and what they are called."""
 
 
 def fitted(rows: TensorDict, space: Space, setting: str) -> TensorDict:
@@ -25,81 +35,111 @@ def fitted(rows: TensorDict, space: Space, setting: str) -> TensorDict:
         The rows: observations ``[N, d]`` float32; actions ``[N, a]`` float32, or int64 choices from 0.
 
     Raises:
-        ConfigError: another width, a NaN or infinity, choices that the environment does not have, or many actions far
-            outside its bounds; names the rows.
+        ConfigError: the first of :func:`faults`; names the rows.
     """
     rows = rows.copy()
-    count = len(rows)
-    for key in ("observation", "next_observation"):
-        if key in rows.keys():
-            rows[key] = _numbers(rows[key], count, key, space.observation_dim, setting)
-    _refuse(~_finite(rows["observation"]), f"the observations of {setting} are not finite")
-    if "next_observation" in rows.keys():
-        over = rows["terminated"].reshape(count) if "terminated" in rows.keys() else torch.zeros(count).bool()
-        _refuse(~_finite(rows["next_observation"]) & ~over, f"the next observations of {setting} are not finite")
-    if "reward" in rows.keys():
-        rows["reward"] = _numbers(rows["reward"], count, "reward", 1, setting).reshape(count)
-        _refuse(~_finite(rows["reward"]), f"the rewards of {setting} are not finite")
-    action = _numbers(rows["action"], count, "action", space.action_dim, setting)
-    _refuse(~_finite(action), f"the actions of {setting} are not finite")
-    rows["action"] = _chosen(action, space, setting) if space.action.choices else _inside(action, space, setting)
+    for fault in faults(rows, space, setting):
+        raise ConfigError(fault)
     return rows
 
 
-def _numbers(column: Tensor, count: int, key: str, width: int, setting: str) -> Tensor:
-    """A column as ``[N, width]`` float32; a single number a row may lack its dimension."""
-    flat = column.reshape(count, -1)
-    if flat.shape[1] != width or column.is_complex():
-        kind = "complex " if column.is_complex() else ""
-        raise ConfigError(
-            f"{setting} holds {key}s of {flat.shape[1]} {kind}entries, but the environment's have {width}: the rows "
-            "are of another environment"
-        )
-    return flat.to(torch.float32)
+def faults(rows: TensorDict, space: Space, setting: str) -> Iterator[str]:
+    """What keeps rows from being used in an environment, a line each with the numbers of the rows.
+
+    Another width, a NaN or infinity, choices that the environment does not have, or many actions far outside its
+    bounds. Columns without a fault are cast in place; ``unified-rl data check`` tells all lines, a run the first.
+    """
+    flawed = set()
+    for key, width in (
+        ("observation", space.observation_dim),
+        ("next_observation", space.observation_dim),
+        ("reward", 1),
+        ("action", space.action_dim),
+    ):
+        if key in rows.keys():
+            wrong = _width_fault(rows[key], len(rows), key, width, setting)
+            if wrong is not None:
+                flawed.add(key)
+                yield wrong
+            else:
+                rows[key] = _numbers(rows[key], len(rows), key)
+    for key, what in COLUMNS.items():
+        if key not in rows.keys() or key in flawed:
+            continue
+        wrong_rows = ~_finite(rows[key])
+        if key == "next_observation" and "terminated" in rows.keys():  # nothing is read behind a terminal state
+            wrong_rows &= ~rows["terminated"].reshape(len(rows))
+        if bool(wrong_rows.any()):
+            flawed.add(key)
+            yield f"the {what} of {setting} are not finite: {named(wrong_rows)}; leave them out or mend them"
+    if not flawed & {"observation", "next_observation"} and {"observation", "next_observation"} <= set(rows.keys()):
+        after = rows["next_observation"]  # 0 * NaN is NaN: what is not read must be a number all the same
+        rows["next_observation"] = torch.where(_finite(after).unsqueeze(-1), after, rows["observation"])
+    if "action" in rows.keys() and "action" not in flawed:
+        yield from _chosen(rows, space, setting) if space.action.choices else _outside(rows, space, setting)
+
+
+def _width_fault(column: Tensor, count: int, key: str, width: int, setting: str) -> str | None:
+    """Another number of entries than the environment has; a single number a row may lack its dimension."""
+    found = column[0].numel() if count else width
+    if found == width and not column.is_complex():
+        return None
+    kind = "complex " if column.is_complex() else ""
+    return (
+        f"{setting} holds {key}s of {found} {kind}entries, but the environment's have {width}: the rows are of another "
+        "environment"
+    )
+
+
+def _numbers(column: Tensor, count: int, key: str) -> Tensor:
+    """A column as ``[N, width]`` float32, the reward as ``[N]``."""
+    flat = column.reshape(count, -1).to(torch.float32)
+    return flat.reshape(count) if key == "reward" else flat
 
 
 def _finite(column: Tensor) -> Tensor:
     return torch.isfinite(column.reshape(len(column), -1)).all(-1)
 
 
-def _refuse(wrong: Tensor, what: str) -> None:
-    """Raises ConfigError where a row is wrong; names the first ones."""
-    if bool(wrong.any()):
-        raise ConfigError(f"{what}: {_named(wrong)}; leave them out or mend them")
-
-
-def _named(wrong: Tensor) -> str:
+def named(wrong: Tensor) -> str:
+    """The first rows where a ``[N]`` mask is true, and how many there are."""
     found = wrong.nonzero().flatten().tolist()
     first = ", ".join(map(str, found[:5]))
     more = f" ... ({len(found)} of {len(wrong)})" if len(found) > 5 else f" (of {len(wrong)})"
     return f"row{'s' * (len(found) > 1)} {first}{more}"
 
 
-def _chosen(action: Tensor, space: Space, setting: str) -> Tensor:
+def _chosen(rows: TensorDict, space: Space, setting: str) -> Iterator[str]:
     """Choices ``[N, a]`` int64, counted from 0."""
+    action = rows["action"]
     counts = torch.tensor(space.action.choices, dtype=torch.float32)
     wrong = ((action != action.round()) | (action < 0) | (action >= counts)).any(-1)
     if bool(wrong.any()):
         example = action[wrong][0].tolist()
-        raise ConfigError(
+        yield (
             f"{setting} holds actions that are no choices of the environment, {space.action.describe()}, which rows "
-            f"count from 0: {_named(wrong)}, for example {example}"
+            f"count from 0: {named(wrong)}, for example {example}"
         )
-    return action.to(torch.int64)
+    else:
+        rows["action"] = action.to(torch.int64)
 
 
-def _inside(action: Tensor, space: Space, setting: str) -> Tensor:
+def _outside(rows: TensorDict, space: Space, setting: str) -> Iterator[str]:
     """Actions of which few lie far outside the bounds; in another unit, such as degrees, nearly all would."""
-    sizes = space.sizes()
-    low, high = (torch.tensor(sizes[key]) for key in ("action_low", "action_high"))
+    action, (low, high) = rows["action"], bounds(space)
     far = torch.maximum(low - action, action - high) > (high - low)
     share = far.float().mean(0)
     worst = int(share.argmax())
     if float(share[worst]) > MOST_FAR:
         column = action[:, worst]
-        raise ConfigError(
+        yield (
             f"{100 * float(share[worst]):.0f} % of the actions of {setting} lie far outside the environment's bounds: "
             f"entry {worst} is between {float(column.min()):g} and {float(column.max()):g}, its bounds are "
-            f"{float(low[worst]):g} and {float(high[worst]):g} ({_named(far[:, worst])}); scale them to its units"
+            f"{float(low[worst]):g} and {float(high[worst]):g} ({named(far[:, worst])}); scale them to its units"
         )
-    return action
+
+
+def bounds(space: Space) -> tuple[Tensor, Tensor]:
+    """Lowest and highest action, ``[a]`` float32 each."""
+    sizes = space.sizes()
+    return torch.tensor(sizes["action_low"]), torch.tensor(sizes["action_high"])

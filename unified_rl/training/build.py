@@ -413,15 +413,15 @@ class Job:
             agent.plan_updates(math.ceil(self.settings.steps / rollout.steps_per_collect))
         self._check_random_steps(rollout, agent)
         replay = self._replay(rollout.rows, rollout.length) if replay is None else replay
-        if isinstance(agent, ChecksReplay):
-            agent.option = self._agent_name
-            agent.check_replay(replay)
         if not self.language:
-            check_recorded_discount(getattr(rollout, "pool", None), "rollout.data", self.gamma)
-            check_recorded_discount(getattr(replay, "stored", None), "replay.data", self.gamma)
+            discounted(getattr(rollout, "pool", None), "rollout.data", self.gamma)
+            discounted(getattr(replay, "stored", None), "replay.data", self.gamma)
             if isinstance(replay, WithDataset):
                 space = Space.of(self.env.policy_inputs())
                 replay.stored = fitted(replay.stored, space, f"replay.data={self.cfg['replay']['data']}")
+        if isinstance(agent, ChecksReplay):
+            agent.option = self._agent_name
+            agent.check_replay(replay)
         self._check_metrics(agent, rollout)
         self.memory = memory_plan(policy, agent, rollout, self.env, self._evaluated_rows(), self.row_size)
         if self.memory is not None:
@@ -715,6 +715,19 @@ def check_recorded_discount(rows: Any, setting: str, gamma: float) -> None:
             f"the rows of {setting} were recorded under another discount, {float(wrong.max()):g}, and not under "
             f"agent.gamma={gamma}; set agent.gamma to theirs, or record rows of a run with this one"
         )
+
+
+def discounted(rows: Any, setting: str, gamma: float) -> None:
+    """Gives recorded transitions without a discount the agent's, of one step; refuses another than the agent's.
+
+    Data sets of others have no such column: how the future counts is the learner's choice.
+
+    Raises:
+        ConfigError: as :func:`check_recorded_discount`.
+    """
+    check_recorded_discount(rows, setting, gamma)
+    if rows is not None and "reward" in rows.keys() and "discount" not in rows.keys():
+        rows["discount"] = torch.full(rows.batch_size, gamma)
 
 
 def refuse_idle_terms(agent: Any, rollout: Any, replay: Any) -> None:

@@ -1,0 +1,154 @@
+"""Folders of rows: written once, with a few words on where they come from, and cut into episodes when they are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from unified_rl.errors import ConfigError
+from unified_rl.files import write_atomically
+from unified_rl.instantiate import locate, parameters
+from unified_rl.replay import Replay, Uniform, read_rows
+from unified_rl.rollout import as_environment
+
+ABOUT = "dataset.json"
+"""Where a set comes from; for people, nothing depends on it."""
+
+
+def check_new(folder: str | Path) -> Path:
+    """Refuses a folder that holds something.
+
+    Raises:
+        ConfigError: it does, or it is a file.
+    """
+    path = Path(folder)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ConfigError(f"{path} exists and is not empty: name a new folder for the rows")
+    return path
+
+
+def write_set(folder: Path, rows: TensorDict, about: Mapping[str, Any]) -> None:
+    """Writes ``[N]`` rows as a replay that runs train on.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    replay = Replay(len(rows), sampler=Uniform())
+    replay.extend(rows)
+    replay.dumps(folder)
+    write_atomically(folder / ABOUT, json.dumps(dict(about), indent=1) + "\n")
+
+
+def read_set(folder: str | Path) -> TensorDict:
+    """The rows ``[N]`` of a folder, simulation after simulation, each in the order of its steps.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    rows = read_rows(folder, "FOLDER")
+    return rows if rows.ndim == 1 else rows.transpose(0, 1).reshape(-1)
+
+
+def read_robot_set(folder: str | Path) -> TensorDict:
+    """As :func:`read_set`.
+
+    Raises:
+        ConfigError: rows of a language task.
+    """
+    rows = read_set(folder)
+    if "tokens" in rows.keys():
+        raise ConfigError(f"{folder} holds {len(rows)} conversations of a language task: unified-rl data is of robots")
+    return rows
+
+
+def read_about(folder: str | Path) -> dict[str, Any]:
+    """What was written beside the rows; nothing where nothing was, or cannot be read."""
+    try:
+        found = json.loads((Path(folder) / ABOUT).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@dataclass
+class Episodes:
+    """Where the episodes of a set lie.
+
+    Attributes:
+        first: ``[E]`` their first rows.
+        last: ``[E]`` their last ones.
+        whole: ``[E]`` whether the last one says that the episode ended, and the first one, where that is told, that it
+            began.
+    """
+
+    first: Tensor
+    last: Tensor
+    whole: Tensor
+
+    @classmethod
+    def of(cls, rows: TensorDict) -> Episodes:
+        """By the rows' ``episode``; without it by their ends."""
+        count = len(rows)
+        ended = torch.zeros(count, dtype=torch.bool)
+        for key in ("terminated", "truncated"):
+            if key in rows.keys():
+                ended |= rows[key].reshape(count)
+        last = ended.clone()
+        if "episode" in rows.keys():
+            ids = rows["episode"].reshape(count)
+            last = torch.zeros(count, dtype=torch.bool)
+            last[:-1] = ids[1:] != ids[:-1]
+        last[-1] = True
+        ends = last.nonzero().flatten()
+        first = torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-1] + 1])
+        begun = rows["step"].reshape(count)[first] == 0 if "step" in rows.keys() else torch.ones(len(first)).bool()
+        return cls(first, ends, ended[ends] & begun)
+
+    @property
+    def length(self) -> Tensor:
+        """``[E]`` steps."""
+        return self.last - self.first + 1
+
+    def sums(self, column: Tensor) -> Tensor:
+        """``[E]`` float64: the sum of a column over each episode."""
+        total = torch.cat([torch.zeros(1, dtype=torch.float64), column.double().reshape(-1).cumsum(0)])
+        return total[self.last + 1] - total[self.first]
+
+
+def make_control_env(words: Mapping[str, Any], allow: Sequence[str], num_envs: int, seed: int, command: str) -> Any:
+    """The environment of ``{"env": NAME, "env.KEY": VALUE}``.
+
+    Raises:
+        ConfigError: words of another group, none of them, or an environment of language.
+    """
+    from unified_rl.config import compose
+
+    if "env" not in words:
+        raise ConfigError(f"{command} needs an environment, for example env=half_cheetah")
+    return built(compose(dict(words), allow=allow)["env"], allow, num_envs, seed, command)
+
+
+def built(node: Mapping[str, Any], allow: Sequence[str], num_envs: int, seed: int, command: str) -> Any:
+    """The environment of a node of a configuration.
+
+    Raises:
+        ConfigError: it cannot be made, or is one of language.
+    """
+    from unified_rl.config import build
+
+    target = locate(node["_target_"], allow, "env")
+    if getattr(target, "domain", None) == "language":
+        raise ConfigError(f"env is of language, and {command} is of robots")
+    taken, _ = parameters(target, allow)
+    given = {key: value for key, value in (("num_envs", num_envs), ("seed", seed)) if key in taken}
+    env = as_environment(build(dict(node), allow=allow, setting="env", **given))
+    if env.domain != "control":
+        raise ConfigError(f"env is of {env.domain}, and {command} is of robots")
+    return env
