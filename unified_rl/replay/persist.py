@@ -147,7 +147,7 @@ def lanes_and_rows(meta: Mapping[str, Any], path: str | Path) -> tuple[int, int]
     return counts[0], min(counts[1:])
 
 
-def read_rows(path: str | Path, where: str = "") -> TensorDict:
+def read_rows(path: str | os.PathLike[str], where: str = "") -> TensorDict:
     """The rows of a saved replay, whatever its size was: a data set for another run.
 
     Args:
