@@ -172,8 +172,8 @@ def read_rows(path: str | os.PathLike[str], where: str = "") -> TensorDict:
             return read_rows(path)
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from error
-    with readable(path):
-        return _read_rows(path)
+    with readable(Path(path)):
+        return _read_rows(Path(path))
 
 
 def _read_rows(path: str | Path) -> TensorDict:
