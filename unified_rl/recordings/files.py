@@ -13,10 +13,11 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.errors import ConfigError
+from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.files import write_atomically
 from unified_rl.instantiate import locate, parameters
 from unified_rl.replay import Replay, Uniform, read_rows
+from unified_rl.replay.persist import no_rows
 from unified_rl.rollout import as_environment
 
 ABOUT = "dataset.json"
@@ -53,7 +54,10 @@ def read_set(folder: str | os.PathLike[str]) -> TensorDict:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    rows = read_rows(folder, "FOLDER")
+    other = no_rows(folder)
+    if other is not None:
+        raise CheckpointError(f"{os.fspath(folder)} {other}")
+    rows = read_rows(folder)
     return rows if rows.ndim == 1 else rows.transpose(0, 1).reshape(-1)
 
 
