@@ -533,6 +533,18 @@ def test_what_is_no_folder_of_rows_is_told(tmp_path: Path, capsys: pytest.Captur
             assert expected in error and error.count("\n") == 1, (words, error)
 
 
+def test_rows_without_rewards_are_refused_before_an_offline_run(
+    hopping: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "rows", read_rows(hopping[0]).exclude("reward", "next_observation"))
+    for setting, recipe in (("rollout.data", "iql"), ("replay.data", "rlpd")):
+        run = [*RUN, f"recipe={recipe}", f"{setting}={tmp_path / 'rows'}", f"run_dir={tmp_path / recipe}"]
+        assert cli.main(["train", *run, *OFFLINE]) == 2
+        error = capsys.readouterr().err
+        assert "reward, " in error and "lack" in error and error.count("\n") == 1, "nothing was evaluated"
+        assert not (tmp_path / recipe).exists()
+
+
 def test_a_set_that_fits_has_exit_code_0(hopping: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "check", str(hopping[0]), "env=inverted_pendulum", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
