@@ -1,9 +1,19 @@
-"""Control environments: batched MuJoCo, the two-route task, any Gymnasium id."""
+"""Control environments: batched MuJoCo, the two-route task, mazes, any Gymnasium id."""
 
 from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.gymnasium_env import GymnasiumEnv
 from unified_rl.envs.control.mujoco_env import TASKS, BatchedMujocoEnv, make_mujoco
+from unified_rl.envs.control.point_maze import PointMazeEnv
 from unified_rl.envs.control.two_route import TwoRouteEnv
 
-__all__ = ["TASKS", "ActionChunk", "BatchedMujocoEnv", "ControlEnvBase", "GymnasiumEnv", "TwoRouteEnv", "make_mujoco"]
+__all__ = [
+    "TASKS",
+    "ActionChunk",
+    "BatchedMujocoEnv",
+    "ControlEnvBase",
+    "GymnasiumEnv",
+    "PointMazeEnv",
+    "TwoRouteEnv",
+    "make_mujoco",
+]
