@@ -114,3 +114,13 @@ def test_the_expert_can_be_cloned_and_sets_hold_success(tmp_path: Path) -> None:
     assert ur.data("check", tmp_path / "rows", **{"env": "point_maze", "env.maze": "open"})["fits"]
     plain = ur.data("make", "inverted_pendulum", "random", tmp_path / "plain", steps=64)
     assert "success" not in plain["columns"] and plain["success"] is None
+
+
+def test_a_run_s_own_maze_is_recorded_and_no_other(tmp_path: Path) -> None:
+    """Its configuration has every default written out, and the command line has not."""
+    words = ["env=point_maze", "policy.hidden=[8]", "agent=behavior_cloning", "rollout.rows=16", "steps=32"]
+    run = ur.train([*words, "progress=false", "eval_every=0", "eval_episodes=1", f"run_dir={tmp_path / 'run'}"])
+    told = ur.data("make", "point_maze", "expert", tmp_path / "rows", steps=64, policy=run.folder)
+    assert told["rows"] == 64
+    with pytest.raises(ur.ConfigError, match=r"maze=umaze .*, and env=point_maze is .*maze=medium"):
+        ur.data("make", "point_maze", "expert", tmp_path / "no", steps=64, policy=run.folder, **{"env.maze": "medium"})

@@ -176,11 +176,11 @@ def _by_run(
     words: Mapping[str, Any], run: str, checkpoint: str | int | None, steps: int, seed: int, allow: Sequence[str]
 ) -> tuple[TensorDict, str]:
     """Steps of a run's policy in the run's own environment, which must be the named one."""
-    from unified_rl.config import compose
+    from unified_rl.config import compose, with_defaults
     from unified_rl.training.verbs import restored
 
     job = restored(run, checkpoint, allow, {"device": "cpu"})
-    wanted, own = compose(dict(words), allow=allow)["env"], job.cfg["env"]
+    wanted, own = (with_defaults(node, allow) for node in (compose(dict(words), allow=allow)["env"], job.cfg["env"]))
     if _names(own) != _names(wanted):
         raise ConfigError(f"{run} was trained in {_said(own)}, and env={words['env']} is {_said(wanted)}")
     named = {key.removeprefix("env.").split(".")[0] for key in words if key != "env"}
