@@ -105,6 +105,8 @@ class SB3Policy(nn.Module):
     """
 
     domain: ClassVar[Domain] = "control"
+    mean: Tensor
+    var: Tensor
 
     def __init__(self, model: Any, moments: Any = None) -> None:
         super().__init__()
@@ -126,7 +128,7 @@ class SB3Policy(nn.Module):
         (moments,) = self._moments
         if moments is None:
             return observation
-        scaled = (observation - self.mean) / (self.var + moments.epsilon).sqrt()
+        scaled: Tensor = (observation - self.mean) / (self.var + moments.epsilon).sqrt()
         return scaled.clamp(-moments.clip_obs, moments.clip_obs).to(observation.dtype)
 
     @torch.no_grad()
