@@ -32,9 +32,9 @@ def steps(monkeypatch):
 
 def known(kind: str, **more):
     """A small decoder of a family, with biases and grouped heads of a width that no other size suggests."""
-    policy = small(kind, **more)
+    policy = small(kind)
     config = policy.model.config
-    for name, value in WIDE.items():
+    for name, value in {**WIDE, **more}.items():
         setattr(config, name, value)
     policy.model = type(policy.model)(config).eval()
     policy.model.logit_shape = causal_lm.logit_shape(policy.model)
@@ -54,6 +54,19 @@ def test_lean_steps_give_the_rows_of_the_models_own(kind, steps, monkeypatch):
     plain = sample(policy)
     assert not steps
     assert torch.equal(lean.tokens, plain.tokens) and torch.equal(lean.length, plain.length)
+    torch.testing.assert_close(lean.log_prob, plain.log_prob, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("prompts", [[[5, 3, 9]], [[5, 3, 9], [4, 4, 8]]])
+def test_one_prompt_and_every_grouping_of_heads_are_cases_of_it(prompts, heads, steps, monkeypatch):
+    policy = known("llama", num_key_value_heads=heads)
+    asked = {"max_new_tokens": 40, "stop_ids": [7], "samples_per_prompt": 6}
+    lean = policy.generate(prompts, generator=stream(), **asked)
+    assert steps
+    monkeypatch.setattr(generation, "lean_step", lambda *args: None)
+    plain = policy.generate(prompts, generator=stream(), **asked)
+    assert torch.equal(lean.tokens, plain.tokens)
     torch.testing.assert_close(lean.log_prob, plain.log_prob, atol=1e-5, rtol=0)
 
 
@@ -168,3 +181,11 @@ def test_the_ends_of_the_unit_interval_are_tokens_that_have_mass(at, words, monk
     logits[:, words // 2 + 1] = -0.2
     monkeypatch.setattr(sampling.torch, "rand", lambda shape, **k: torch.full(shape, at, dtype=torch.float64))
     assert draw(logits, stream()).tolist() == [words // 2 + (at > 0)] * 2
+
+
+def test_compiled_scoring_keeps_the_models_own_layers(steps):
+    policy = known("llama")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not fused_layers._exchangeable(policy.model)
+    assert fused_layers._exchangeable(policy.model)

@@ -45,7 +45,7 @@ def fused_layers(model: Any) -> Iterator[None]:
 
 def _exchangeable(model: Any) -> list[tuple[Any, Forward]]:
     wanted = torch.is_grad_enabled() and model.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    if not (wanted and can_pack()):
+    if not wanted or not can_pack() or torch.compiler.is_compiling():
         return []
     pairs = ((module, _own(module)) for module in model.modules() if "forward" not in vars(module))
     return [(module, own) for module, own in pairs if own is not None]

@@ -117,7 +117,7 @@ class _Layer:
         turning = torch.addcmul(turning * cos, turning.roll(self.width // 2, -1), sin)
         query, key = turning[:, :, None].split((self.queries, self.keys), 1)
         self.kept.update(key, values[:, :, None])
-        states = states + self.out(self.kept.attend(query, shown, self.scaling).view(len(states), -1))
+        states = states + self.out(self.kept.attend(query, shown, self.scaling).flatten(1))
         gate, up = self.gate(_norm(self.between, states)).chunk(2, -1)
         return states + self.down(self.act(gate).mul_(up))
 
