@@ -11,7 +11,7 @@ from test_generation import ragged_prompts, small, stream, teacher_forced
 
 from unified_rl.policies import causal_lm, fused_layers, generation, packed_weights, sampling
 from unified_rl.policies.lean_step import FAMILIES, LeanStep, is_known
-from unified_rl.policies.sampling import BLOCK, Sampling, draw
+from unified_rl.policies.sampling import BLOCK, NOISE_UP_TO, Sampling, draw
 
 WIDE = {"hidden_size": 48, "head_dim": 16, "intermediate_size": 40, "sliding_window": None}
 
@@ -146,21 +146,33 @@ def test_written_out_backward_passes_give_the_gradients_of_autograd(kind, shared
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
 
 
-def test_frozen_weights_checkpointing_and_half_precision_keep_the_models_own_layers(steps):
+def test_checkpointing_and_half_precision_keep_the_models_own_layers(steps):
     policy = known("llama")
     assert len(fused_layers._exchangeable(policy.model)) == 20
-    policy.model.model.layers[0].requires_grad_(False)
-    assert len(fused_layers._exchangeable(policy.model)) == 11
-    with torch.no_grad():
-        assert not fused_layers._exchangeable(policy.model)
     with torch.autocast("cpu", torch.bfloat16):
         assert not fused_layers._exchangeable(policy.model)
     recomputing = small("llama", gradient_checkpointing=True)
+    assert not fused_layers._exchangeable(recomputing.model)
+
+
+def test_frozen_weights_and_passes_without_gradients_give_the_same_log_probs(steps):
+    policy = known("qwen2")
     batch = {"tokens": torch.arange(3, 15).view(2, 6), "mask": torch.arange(6).expand(2, 6) > 1}
-    recomputing.log_prob(batch).log_prob.sum().backward()  # torch refuses a recomputation that saves other tensors
+    first = gradients(policy, batch)
+    with torch.no_grad():
+        assert torch.equal(policy.log_prob(batch).log_prob, first[0])
+    for parameter in policy.model.model.layers[0].parameters():
+        parameter.requires_grad_(False)
+    policy.zero_grad()
+    scored = policy.log_prob(batch).log_prob
+    (scored * torch.arange(scored.numel()).view_as(scored).sin()).sum().backward()
+    assert torch.equal(scored, first[0])
+    for parameter, before in zip(policy.parameters(), first[1:], strict=True):
+        assert parameter.grad is None or torch.equal(parameter.grad, before)
+    assert policy.model.model.layers[0].mlp.up_proj.weight.grad is None
 
 
-@pytest.mark.parametrize("words", [7, BLOCK, BLOCK + 3, 5 * BLOCK])
+@pytest.mark.parametrize("words", [7, NOISE_UP_TO, NOISE_UP_TO + 3, 5 * BLOCK])
 def test_drawn_tokens_have_their_probabilities(words):
     logits = torch.randn(words, generator=stream(1)) * 2
     logits[torch.randperm(words, generator=stream(2))[: words // 3]] = -math.inf
@@ -174,7 +186,7 @@ def test_drawn_tokens_have_their_probabilities(words):
 
 
 @pytest.mark.parametrize("at", [0.0, 1 - 2**-53])
-@pytest.mark.parametrize("words", [5, 3 * BLOCK + 1])
+@pytest.mark.parametrize("words", [3 * BLOCK, 3 * BLOCK + 1, 4 * BLOCK - 1])
 def test_the_ends_of_the_unit_interval_are_tokens_that_have_mass(at, words, monkeypatch):
     logits = torch.full((2, words), -math.inf)
     logits[:, words // 2] = 0.3

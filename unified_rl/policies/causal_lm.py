@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -391,7 +391,7 @@ class CausalLM(TensorDictModuleBase):
         Logits ``[n, V]`` where only the whole model can say how they follow from its states.
         """
         used = int(column.max()) if len(column) else 1  # nothing to the right of the last unit is needed
-        with nullcontext() if self._recomputed else fused_layers(self.model):
+        with fused_layers(self.model):
             return self._encoded(tokens, mask, row, column, used)
 
     def _encoded(self, tokens: Tensor, mask: Tensor, row: Tensor, column: Tensor, used: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 Autograd's backward pass of such a norm makes a dozen tensors of the size of the states where three will do, and
 oneDNN's float32 products run some tenth faster than the plain ones. Layers are exchanged inside one ``with`` block, and
-only those whose class says what they compute.
+only those whose class says what they compute; the same ones whether or not gradients are wanted and weights are frozen,
+so that a pass with gradients and one without give the same log-probs.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ LEAST_ROWS = 256
 
 @contextmanager
 def fused_layers(model: Any) -> Iterator[None]:
-    """Exchanges what can be exchanged where gradients are wanted in float32 on a CPU; else nothing.
+    """Exchanges what can be exchanged in float32 on a CPU; elsewhere nothing.
 
     Args:
-        model: of transformers. Not one that recomputes its layers in the backward pass, which runs after the block.
+        model: of transformers. One that recomputes its layers stays as it is: its backward pass runs after the block.
     """
     exchanged = []
     try:
@@ -44,17 +45,24 @@ def fused_layers(model: Any) -> Iterator[None]:
 
 
 def _exchangeable(model: Any) -> list[tuple[Any, Forward]]:
-    wanted = torch.is_grad_enabled() and model.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    if not wanted or not can_pack() or torch.compiler.is_compiling():
+    if (
+        model.device.type != "cpu"
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+        or not can_pack()
+    ):
         return []
-    pairs = ((module, _own(module)) for module in model.modules() if "forward" not in vars(module))
+    modules = list(model.modules())
+    if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+        return []
+    pairs = ((module, _own(module)) for module in modules if "forward" not in vars(module))
     return [(module, own) for module, own in pairs if own is not None]
 
 
 def _own(module: Any) -> Forward | None:
     """What stands in for the forward pass of a module, or None."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dtype != torch.float32 or not weight.requires_grad:
+    if not isinstance(weight, Tensor) or weight.dtype != torch.float32:
         return None
     if type(module) is nn.Linear:
         return _linear if weight.numel() >= LEAST_WEIGHTS else None
@@ -65,8 +73,7 @@ _NORMS = {(f"transformers.models.{kind}.modeling_{kind}", f"{name}RMSNorm") for 
 
 
 def _linear(layer: nn.Linear, states: Tensor) -> Tensor:
-    few = states.numel() < LEAST_ROWS * states.shape[-1]
-    if few or not torch.is_grad_enabled() or states.dtype != torch.float32:
+    if states.numel() < LEAST_ROWS * states.shape[-1] or states.dtype != torch.float32:
         return linear(states, layer.weight, layer.bias)
     out: Tensor = _Linear.apply(states, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
     return out
@@ -98,8 +105,8 @@ class _Linear(torch.autograd.Function):
         states, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         into = _product(grad.contiguous(), weight.t().contiguous()) if ctx.needs_input_grad[0] else None
-        bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return into, rows.t() @ states.reshape(-1, states.shape[-1]), bias
+        own = rows.t() @ states.reshape(-1, states.shape[-1]) if ctx.needs_input_grad[1] else None
+        return into, own, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class _Norm(torch.autograd.Function):
@@ -121,4 +128,4 @@ class _Norm(torch.autograd.Function):
         share = grad * unit
         along = (share @ weight).unsqueeze_(-1).div_(unit.shape[-1])
         into = (grad * weight).addcmul_(unit, along, value=-1).mul_(scale)
-        return into, share.reshape(-1, share.shape[-1]).sum(0), None
+        return into, share.reshape(-1, share.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None, None

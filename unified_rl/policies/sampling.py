@@ -18,6 +18,8 @@ from unified_rl.ranges import Fraction, Positive, Share, Whole, ranged
 
 BLOCK = 256
 """Tokens whose probabilities are summed first, so that few cumulative sums are needed."""
+NOISE_UP_TO = 512
+"""Tokens for which a CPU draws noise."""
 SEEN_AT_ONCE = 2**22
 """Ids of prefixes that are looked at together (32 MiB)."""
 
@@ -173,16 +175,14 @@ def entropy_of(logits: Tensor) -> Tensor:
 def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """One token a row, ``[...]`` int64, from transformed ``logits [..., V]``.
 
-    On a device by the Gumbel-max trick, one pass of noise. On a CPU, where noise costs more than a small model's step,
-    by one number a row: the first token at which the cumulative probability passes it.
+    By the Gumbel-max trick, one pass of noise; from a large vocabulary on a CPU, where the noise costs as much as a
+    small model's step, by one number a row: the first token at which the cumulative probability passes it.
     """
-    if logits.device.type != "cpu":
+    if logits.device.type != "cpu" or logits.shape[-1] <= NOISE_UP_TO:
         noise = torch.empty_like(logits).exponential_(generator=generator).clamp_min_(1e-30).log_()
         return (logits - noise).argmax(-1)
     probability = logits.softmax(-1)
     at = torch.rand(logits.shape[:-1], generator=generator, dtype=torch.float64)[..., None]
-    if probability.shape[-1] <= BLOCK:
-        return _first_past(probability, at)[0][..., 0]
     words, whole = probability.shape[-1], probability.shape[-1] // BLOCK * BLOCK
     mass = probability[..., :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
     which, rest = _first_past(torch.cat((mass, probability[..., whole:].sum(-1, keepdim=True)), -1), at)
