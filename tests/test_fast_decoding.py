@@ -138,6 +138,16 @@ def test_attention_that_somebody_else_put_there_is_still_called(monkeypatch):
     assert len(calls) > prefills
 
 
+def test_attention_that_somebody_put_around_ours_does_not_go_round_in_circles(monkeypatch):
+    policy = small("llama")
+    first = sample(policy)
+    ours, calls = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+    monkeypatch.setattr(group_cache, "_other", group_cache._other)  # put back afterwards
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *a, **k: calls.append(1) or ours(*a, **k))
+    again = sample(policy)
+    assert calls and torch.equal(first.tokens, again.tokens) and torch.equal(first.log_prob, again.log_prob)
+
+
 def test_attention_that_reads_something_else_than_the_cache_gave_is_an_error():
     policy = small("llama")
     cache = GroupCache(2, 1)

@@ -208,5 +208,10 @@ def _attend(
             return layer.attend(query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     if layer is not None and layer.written and layer.newest is not None:
         raise RuntimeError(f"{type(module).__name__} does not attend to what its cache returned; use backend='hf'")
-    out: tuple[Tensor, None] = _other(module, query, key, value, attention_mask, **kwargs)
-    return out
+    inside, _here.inside = getattr(_here, "inside", False), True
+    other = sdpa_attention_forward if inside else _other  # whoever stands there may have been put around this function
+    try:
+        out: tuple[Tensor, None] = other(module, query, key, value, attention_mask, **kwargs)
+        return out
+    finally:
+        _here.inside = inside
