@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from unified_rl.configurable import configurable
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.interop.guard import reset_env, step_env
+from unified_rl.policies.networks import activation_named
 from unified_rl.protocols import ControlEnv, Domain, StepResult
 from unified_rl.ranges import Count, Seed, UnitInterval, ranged
 from unified_rl.spaces import Space
@@ -95,27 +97,65 @@ def make_vec_env(env: ControlEnv) -> Any:
 
 
 class SB3Policy(nn.Module):
-    """The policy of an SB3 model behind our ``sample``; no log-probs, so it is only evaluated and recorded."""
+    """The policy of an SB3 model behind our ``sample``; no log-probs, so it is only evaluated and recorded.
+
+    Args:
+        model: the SB3 algorithm.
+        moments: whose ``obs_rms`` standardises observations, SB3's ``VecNormalize``; None leaves them as they are.
+    """
 
     domain: ClassVar[Domain] = "control"
+    mean: Tensor
+    var: Tensor
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, moments: Any = None) -> None:
         super().__init__()
         self.network = model.policy
-        self._model = [model]  # in a list, so that torch does not look for parameters in it
+        self._model, self._moments = [model], [moments]  # in lists, so that torch does not look for parameters in them
+        if moments is not None:
+            self.register_buffer("mean", torch.from_numpy(moments.obs_rms.mean.copy()))
+            self.register_buffer("var", torch.from_numpy(moments.obs_rms.var.copy()))
+
+    def follow(self) -> None:
+        """Takes the moments of what SB3 has seen so far."""
+        (moments,) = self._moments
+        if moments is not None:
+            self.mean.copy_(torch.from_numpy(moments.obs_rms.mean))
+            self.var.copy_(torch.from_numpy(moments.obs_rms.var))
+
+    def standardized(self, observation: Tensor) -> Tensor:
+        """Observations as the network takes them, clipped as ``VecNormalize`` clips them."""
+        (moments,) = self._moments
+        if moments is None:
+            return observation
+        scaled: Tensor = (observation - self.mean) / (self.var + moments.epsilon).sqrt()
+        return scaled.clamp(-moments.clip_obs, moments.clip_obs).to(observation.dtype)
 
     @torch.no_grad()
     def sample(
         self, observation: Tensor, generator: torch.Generator | None = None, deterministic: bool = False
     ) -> TensorDict:
         """``action [B, a]`` of the model; ``behavior_log_prob`` is NaN because SB3 does not report it."""
-        action, _ = self._model[0].predict(observation.cpu().numpy(), deterministic=deterministic)
+        seen = self.standardized(observation.cpu()).numpy()
+        action, _ = self._model[0].predict(seen, deterministic=deterministic)
         rows = len(observation)
         columns = {
             "action": torch.from_numpy(action).reshape(rows, -1),
             "behavior_log_prob": torch.full((rows, 1), torch.nan),
         }
         return TensorDict(columns, batch_size=[rows])
+
+
+def _named(options: Mapping[str, Any]) -> dict[str, Any]:
+    """SB3's keyword arguments, with the class of an activation where configuration has its name.
+
+    Raises:
+        ConfigError: no activation has that name.
+    """
+    inner = options.get("policy_kwargs")
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("activation_fn"), str):
+        return dict(options)
+    return {**options, "policy_kwargs": {**inner, "activation_fn": activation_named(inner["activation_fn"])}}
 
 
 @configurable
@@ -131,7 +171,10 @@ class SB3Agent:
         slice_steps: environment steps between two looks of our trainer; rounded up to whole rollouts (``n_steps`` in
             every simulation) of algorithms that collect those.
         gamma: discount.
-        options: further keyword arguments of the SB3 constructor.
+        normalize: observations and rewards standardised by their running moments, SB3's ``VecNormalize`` (what
+            rl-zoo's files call ``normalize``).
+        options: further keyword arguments of the SB3 constructor; ``policy_kwargs.activation_fn`` is a name in
+            :data:`unified_rl.policies.networks.ACTIVATIONS`.
         seed: SB3's seed.
         device: where SB3 trains.
         budget: the run's ``steps``: the last slice, and its last rollout, are cut so that no more are made. None: no
@@ -152,6 +195,7 @@ class SB3Agent:
         num_envs: Count = 1,
         slice_steps: Count = 2000,
         gamma: UnitInterval = 0.99,
+        normalize: bool = False,
         options: dict[str, Any] | None = None,
         seed: Seed = 0,
         device: str = "cpu",
@@ -159,6 +203,7 @@ class SB3Agent:
     ) -> None:
         import stable_baselines3
         from stable_baselines3.common.logger import Logger
+        from stable_baselines3.common.vec_env import VecNormalize
 
         if algorithm not in ALGORITHMS:
             raise ConfigError(f"agent.algorithm={algorithm} is not one of {', '.join(ALGORITHMS)}")
@@ -170,13 +215,14 @@ class SB3Agent:
         self.env = env
         try:
             self._vec = make_vec_env(env)
-            self.model = cls("MlpPolicy", self._vec, gamma=gamma, seed=seed, device=device, **(options or {}))
+            seen = VecNormalize(self._vec, gamma=gamma) if normalize else self._vec
+            self.model = cls("MlpPolicy", seen, gamma=gamma, seed=seed, device=device, **_named(options or {}))
             self.model.set_logger(Logger(None, []))  # else SB3 leaves an empty folder among the temporary files
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ConfigError(
                 f"Stable-Baselines3's {algorithm} cannot be made: {' '.join(str(error).split())}"
             ) from error
-        self.policy = SB3Policy(self.model)
+        self.policy = SB3Policy(self.model, seen if normalize else None)
         self.gamma = gamma
         self._per_call = env.num_envs * int(getattr(env, "steps_per_action", 1))
         unit = self._per_call * self._horizon
@@ -207,6 +253,7 @@ class SB3Agent:
         calls = -(-target // self._per_call) - self.model.num_timesteps // self.env.num_envs
         for length in self._rollouts(calls):
             self._learn(length)
+        self.policy.follow()
         self.version += 1
         logged = {
             f"sb3/{k}": float(v) for k, v in self.model.logger.name_to_value.items() if isinstance(v, int | float)

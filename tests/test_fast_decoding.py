@@ -26,6 +26,7 @@ def packs(monkeypatch):
     calls = []
     product = packed_weights._product
     monkeypatch.setattr(packed_weights, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(generation, "lean_step", lambda *args: None)  # which packs by itself
     monkeypatch.setattr(packed_weights, "_product", lambda *args: calls.append(args[0]) or product(*args))
     if not packed_weights.can_pack():
         pytest.skip("this build of torch has no packed products")
@@ -135,6 +136,16 @@ def test_attention_that_somebody_else_put_there_is_still_called(monkeypatch):
     assert prefills == 2  # layers; steps are the cache's
     policy.log_prob({"tokens": torch.arange(3, 15).view(2, 6), "mask": torch.arange(6).expand(2, 6) > 1})
     assert len(calls) > prefills
+
+
+def test_attention_that_somebody_put_around_ours_does_not_go_round_in_circles(monkeypatch):
+    policy = small("llama")
+    first = sample(policy)
+    ours, calls = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+    monkeypatch.setattr(group_cache, "_other", group_cache._other)  # put back afterwards
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *a, **k: calls.append(1) or ours(*a, **k))
+    again = sample(policy)
+    assert calls and torch.equal(first.tokens, again.tokens) and torch.equal(first.log_prob, again.log_prob)
 
 
 def test_attention_that_reads_something_else_than_the_cache_gave_is_an_error():

@@ -15,6 +15,7 @@ from unified_rl import cli
 from unified_rl.agents.sb3 import SB3Agent
 from unified_rl.config import compose
 from unified_rl.envs.control import ActionChunk, GymnasiumEnv
+from unified_rl.errors import ConfigError
 from unified_rl.replay import read_rows
 from unified_rl.training.run import evaluate_run, train
 from unified_rl.training.settings import TrainSettings
@@ -131,3 +132,33 @@ def test_settings_that_do_not_fit_are_one_line(
     assert cli.main(["train", *overrides, *common]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error
+
+
+def test_normalisation_is_that_of_vec_normalize_and_is_loaded_with_the_policy(tmp_path: Path) -> None:
+    options = (
+        "agent.options={n_steps: 64, batch_size: 32, n_epochs: 1, policy_kwargs: {activation_fn: relu, net_arch: [8]}}"
+    )
+    words = ["env=inverted_pendulum", "agent=sb3_ppo", "agent.normalize=true", "agent.slice_steps=64", options]
+    run = train(compose([*words, "steps=128", "eval_episodes=2", "progress=false", f"run_dir={tmp_path / 'run'}"]))
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert evaluate_run(str(run))["eval/score"] == pytest.approx(last["eval/score"])
+
+    agent = SB3Agent(None, GymnasiumEnv("Pendulum-v1"), "ppo", slice_steps=64, normalize=True, options={"n_steps": 64})
+    seen = torch.tensor([[0.3, -0.2, 4.0], [1.0, 0.0, -90.0]])
+    fresh = agent.policy.standardized(seen)
+    agent.update()
+    vec = agent.model.get_env()
+    assert vec is not None and vec.ret_rms.var != 1  # type: ignore[attr-defined]
+    expected = torch.from_numpy(vec.normalize_obs(seen.numpy()))  # type: ignore[attr-defined]
+    torch.testing.assert_close(agent.policy.standardized(seen), expected, atol=1e-6, rtol=1e-6)
+    assert not torch.allclose(fresh, expected)
+    action = agent.model.predict(expected.numpy(), deterministic=True)[0]
+    torch.testing.assert_close(agent.policy.sample(seen, deterministic=True)["action"], torch.from_numpy(action))
+
+
+def test_an_activation_is_named_and_an_unknown_name_is_refused() -> None:
+    env = GymnasiumEnv("Pendulum-v1")
+    agent = SB3Agent(None, env, "ppo", options={"policy_kwargs": {"activation_fn": "elu"}})
+    assert any(isinstance(module, torch.nn.ELU) for module in agent.policy.modules())
+    with pytest.raises(ConfigError, match="activation 'elo' is unknown"):
+        SB3Agent(None, env, "ppo", options={"policy_kwargs": {"activation_fn": "elo"}})

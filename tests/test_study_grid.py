@@ -114,3 +114,13 @@ def test_the_shipped_quickstart_composes() -> None:
     found = Study.from_config(cfg)
     assert set(found.domains) == {"language", "control"}
     assert len(found.corrections) >= 3 and len(found.staleness) == 2 and found.path == Path("runs/quickstart")
+
+
+def test_agents_are_compared_also_with_those_that_collect_by_themselves() -> None:
+    agents = [{"ours": ["agent=ppo"]}, {"theirs": ["agent=sb3_ppo"]}, {"late": ["agent=ppo", "rollout.staleness=3"]}]
+    told = study(domains={"pole": ["env=inverted_pendulum"]}, corrections=agents, staleness=[0], seeds=[1])
+    ours, theirs, late = make_jobs(told, lambda words: resolve_defaults(compose(words)))[1]
+    assert theirs.cfg["rollout"] is None and ours.cfg["rollout"]["staleness"] == late.cfg["rollout"]["staleness"] == 0
+    stale = study(domains={"pole": ["env=inverted_pendulum"]}, corrections=agents[1:2], staleness=[2], seeds=[1])
+    with pytest.raises(ConfigError, match="rollout has no keys here"):
+        make_jobs(stale, lambda words: resolve_defaults(compose(words)))

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from unified_rl.configurable import configurable
 from unified_rl.errors import CheckpointError, ConfigError, RecordError
 from unified_rl.policies.adapters import check_lora, frozen_names, model_and_adapter, rest_adapters
+from unified_rl.policies.fused_layers import fused_layers
 from unified_rl.policies.generation import Generation, generate, has_plain_cache
 from unified_rl.policies.heads import logit_shape, read_head
 from unified_rl.policies.model_folder import save_model
@@ -390,6 +391,11 @@ class CausalLM(TensorDictModuleBase):
         Logits ``[n, V]`` where only the whole model can say how they follow from its states.
         """
         used = int(column.max()) if len(column) else 1  # nothing to the right of the last unit is needed
+        with fused_layers(self.model):
+            return self._encoded(tokens, mask, row, column, used)
+
+    def _encoded(self, tokens: Tensor, mask: Tensor, row: Tensor, column: Tensor, used: int) -> Tensor:
+        """:meth:`_hidden` from the first ``used`` columns."""
         if self.model.logit_shape is None:
             logits: Tensor = self.model(input_ids=tokens[:, :used], use_cache=False).logits
             return logits[row, column - 1]

@@ -30,6 +30,7 @@ from unified_rl.policies.cuda_graph_step import ReplayedStep
 from unified_rl.policies.group_cache import GroupCache, group_attention
 from unified_rl.policies.heads import read_head
 from unified_rl.policies.kv_cache import FixedCache, SlabCache, count_layers, visible_columns
+from unified_rl.policies.lean_step import LeanStep, lean_step
 from unified_rl.policies.packed_weights import packed_weights
 from unified_rl.policies.sampling import Sampling, draw, seen_before, token_log_prob
 from unified_rl.policies.stop_strings import StopStrings
@@ -228,6 +229,7 @@ class _Loop:
         self.visible: Tensor | None = None
         self.seen: Tensor | None = None
         self.replayed: ReplayedStep | None = None
+        self.lean: LeanStep | None = None
         if job.replay or bool((lengths < width).any()):
             self.visible = visible_columns(self.position[:, 0], width, width + job.max_new_tokens)
         if job.replay:
@@ -248,7 +250,9 @@ class _Loop:
             if isinstance(self.cache, GroupCache) and not self.cache.usable:
                 self.cache = self.cache.slabs()
             self.seen = job.seen_in(self.prompts, self.lengths, logits)
-            with packed_weights(self.model, len(self.tokens), job.max_new_tokens - 1):
+            rows, steps = len(self.tokens), job.max_new_tokens - 1
+            self.lean = lean_step(self.model, self.cache, rows, steps)
+            with packed_weights(self.model, rows, steps) if self.lean is None else nullcontext():
                 self._decode(logits)
         out = Generation(self.tokens, self.log_prob, *ends(self.tokens, job.stop_ids, job.max_new_tokens))
         return _shortened(out, self.cut, job)
@@ -289,7 +293,10 @@ class _Loop:
         if self.replayed is not None:
             return self.replayed(token)
         mask = None if self.visible is None else self.visible[..., :filled]
-        logits = self._forward(token[:, None], self.position, mask)
+        if self.lean is not None:
+            logits = self.lean(token, self.position, mask)
+        else:
+            logits = self._forward(token[:, None], self.position, mask)
         self.position = self.position + 1
         return logits
 

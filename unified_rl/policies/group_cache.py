@@ -2,8 +2,8 @@
 
 A decoding step reads the whole cache once, so its time is that of the bytes read. Here a prompt is read once for its
 group instead of once a row, grouped heads are not repeated, and what was sampled lies without gaps, which a CPU fetches
-about twice as fast as a cache with spare columns. The model's own layers run as they are: their attention comes here
-through the attention interface of transformers.
+twice as fast as a cache with spare columns. The model's own layers run as they are: their attention comes here through
+the attention interface of transformers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class GroupLayer(DynamicLayer):
     Attributes:
         prompt: ``[P, heads, L, width]`` each.
         older: ``[B, heads, n, width]`` each, without gaps; empty at first.
-        recent: ``[B, heads, RECENT, width]`` each, of which ``written`` columns are filled.
+        recent: ``[RECENT, B, heads, width]`` each, of which ``written`` columns are filled (time first: no gaps).
         attended: whether attention asked for what the last :meth:`update` returned, and so comes here.
     """
 
@@ -54,28 +54,30 @@ class GroupLayer(DynamicLayer):
             self.keys, self.values = self.prompt
             return key_states, value_states
         new = (key_states, value_states)
-        if self.written == RECENT:
-            whole = zip(self.older, self.recent, strict=True) if self.older else ((x,) for x in self.recent)
-            self.older = tuple(torch.cat(tuple(parts), 2) for parts in whole)
-            self.recent, self.written = (), 0
         if not self.recent:
-            self.recent = tuple(x.new_empty(*x.shape[:2], RECENT, x.shape[3]) for x in new)
+            self.recent = tuple(x.new_empty(RECENT, *x.shape[:2], x.shape[3]) for x in new)
+        elif self.written == RECENT:
+            blocks = zip(self.older, self._newest(), strict=True) if self.older else ((x,) for x in self._newest())
+            self.older = tuple(torch.cat(tuple(parts), 2).contiguous() for parts in blocks)
+            self.written = 0
         for block, column in zip(self.recent, new, strict=True):
-            block[:, :, self.written] = column[:, :, 0]
+            block[self.written] = column[:, :, 0]
         self.written += 1
         return key_states, value_states
 
+    def _newest(self) -> tuple[Tensor, ...]:
+        """``[B, heads, written, width]`` views of the newest columns."""
+        return tuple(block[: self.written].permute(1, 2, 0, 3) for block in self.recent)
+
     def get_seq_length(self) -> int:
         """Columns so far."""
-        if not self.prompt:
-            return 0
-        return int(self.prompt[0].shape[2] + (self.older[0].shape[2] if self.older else 0) + self.written)
+        return sum(int(x.shape[2]) for x in (*self.prompt[:1], *self.older[:1])) + self.written
 
     def keep(self, prompts: Tensor, rows: Tensor) -> None:
         """Keeps some prompts and some rows."""
         self.prompt = tuple(x.index_select(0, prompts) for x in self.prompt)
         self.older = tuple(x.index_select(0, rows) for x in self.older)
-        self.recent = tuple(x.index_select(0, rows) for x in self.recent)
+        self.recent = tuple(x.index_select(1, rows) for x in self.recent)
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Attention of one query a row ``[B, heads, 1, width]`` to every column so far; ``[B, 1, heads, width]``.
@@ -87,16 +89,16 @@ class GroupLayer(DynamicLayer):
         """
         rows, heads = query.shape[0], self.prompt[0].shape[1]
         q = (query * scaling).view(rows, heads, -1, query.shape[-1])
-        recent = [block[:, :, : self.written] for block in self.recent]
+        newest = self._newest()
         own = [(self.older[0], self.older[1])] if self.older else []
-        own.append((recent[0], recent[1]))
-        asked = self.groups.gather(q)
-        parts = [self.groups.scatter(asked @ self.prompt[0].transpose(-1, -2), q.shape[2])]
-        scores = torch.cat(parts + [q @ keys.transpose(-1, -2) for keys, _ in own], -1)
+        own.append((newest[0], newest[1]))
+        asked = self.groups.gather(q) @ self.prompt[0].transpose(-1, -2)
+        parts = [self.groups.scatter(asked, q.shape[2])] + [q @ keys.transpose(-1, -2) for keys, _ in own]
+        scores = torch.cat(parts, -1)
         if mask is not None:
             shown = mask if mask.shape[1] == 1 else mask.view(mask.shape[0], heads, -1, mask.shape[-1])
             scores = scores.masked_fill(~shown, float("-inf")) if mask.dtype == torch.bool else scores + shown
-        weights = scores.softmax(-1).split([self.prompt[0].shape[2], *(keys.shape[2] for keys, _ in own)], -1)
+        weights = scores.softmax(-1).split([part.shape[-1] for part in parts], -1)
         out = self.groups.scatter(self.groups.gather(weights[0]) @ self.prompt[1], q.shape[2])
         for weight, (_, values) in zip(weights[1:], own, strict=True):
             out = out + weight @ values
@@ -206,5 +208,10 @@ def _attend(
             return layer.attend(query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     if layer is not None and layer.written and layer.newest is not None:
         raise RuntimeError(f"{type(module).__name__} does not attend to what its cache returned; use backend='hf'")
-    out: tuple[Tensor, None] = _other(module, query, key, value, attention_mask, **kwargs)
-    return out
+    inside, _here.inside = getattr(_here, "inside", False), True
+    other = sdpa_attention_forward if inside else _other  # whoever stands there may have been put around this function
+    try:
+        out: tuple[Tensor, None] = other(module, query, key, value, attention_mask, **kwargs)
+        return out
+    finally:
+        _here.inside = inside

@@ -16,6 +16,10 @@ from torch import Tensor
 from unified_rl.errors import ConfigError
 from unified_rl.ranges import Fraction, Positive, Share, Whole, ranged
 
+BLOCK = 256
+"""Tokens whose probabilities are summed first, so that few cumulative sums are needed."""
+NOISE_UP_TO = 512
+"""Tokens for which a CPU draws noise."""
 SEEN_AT_ONCE = 2**22
 """Ids of prefixes that are looked at together (32 MiB)."""
 
@@ -169,6 +173,31 @@ def entropy_of(logits: Tensor) -> Tensor:
 
 
 def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One token a row, ``[...]`` int64, from transformed ``logits [..., V]``: the Gumbel-max trick, one pass."""
-    noise = torch.empty_like(logits).exponential_(generator=generator).clamp_min_(1e-30).log_()
-    return (logits - noise).argmax(-1)
+    """One token a row, ``[...]`` int64, from transformed ``logits [..., V]``.
+
+    By the Gumbel-max trick, one pass of noise; from a large vocabulary on a CPU, where the noise costs as much as a
+    small model's step, by one number a row: the first token at which the cumulative probability passes it.
+    """
+    if logits.device.type != "cpu" or logits.shape[-1] <= NOISE_UP_TO:
+        noise = torch.empty_like(logits).exponential_(generator=generator).clamp_min_(1e-30).log_()
+        return (logits - noise).argmax(-1)
+    probability = logits.softmax(-1)
+    at = torch.rand(logits.shape[:-1], generator=generator, dtype=torch.float64)[..., None]
+    words, whole = probability.shape[-1], probability.shape[-1] // BLOCK * BLOCK
+    mass = probability[..., :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
+    which, rest = _first_past(torch.cat((mass, probability[..., whole:].sum(-1, keepdim=True)), -1), at)
+    word = which * BLOCK + torch.arange(BLOCK)
+    chosen = probability.gather(-1, word.clamp(max=words - 1)).masked_fill_(word >= words, 0.0)
+    return (which * BLOCK + _first_past(chosen, rest, share=False)[0])[..., 0].clamp(max=words - 1)
+
+
+def _first_past(mass: Tensor, at: Tensor, share: bool = True) -> tuple[Tensor, Tensor]:
+    """Where the cumulative ``mass [..., n]`` passes ``at [..., 1]`` of it, and how much of that entry lies before.
+
+    Entries without mass are never chosen. With ``share`` ``at`` is a share of the whole, else an amount.
+    """
+    passed = mass.double().cumsum(-1)
+    whole = passed[..., -1:]
+    amount = (at * whole if share else at).clamp(min=0).minimum(whole.nextafter(whole.new_zeros(())))
+    index = torch.searchsorted(passed, amount, right=True).clamp_(max=mass.shape[-1] - 1)
+    return index, amount - torch.where(index > 0, passed.gather(-1, (index - 1).clamp(min=0)), 0.0)
