@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,22 @@ def test_everything_under_look_and_leave_runs(source: Path, tmp_path: Path, monk
             acted += 1
     assert acted >= 2 and {"out.gif", "out.png", "policy.pt2"} <= set(files)
     assert all((tmp_path / file).stat().st_size > 0 for file in files)
+
+
+def test_the_arm_of_environments_trains(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(source / "examples" / "arm", tmp_path / "arm")
+    monkeypatch.chdir(tmp_path / "arm")
+    monkeypatch.syspath_prepend(tmp_path / "arm")
+    small = ["rollout.num_envs=2", "rollout.horizon=16", "agent.minibatch=16", "agent.epochs=1", "policy.hidden=[8]",
+             "agent.critic_hidden=[8]", "eval_episodes=2", "progress=false"]  # fmt: skip
+    page = blocks(source / "docs" / "robot.md")
+    called = [words for block in page if block.section == "An arm from an MJCF file" for words in commands(block.text)]
+    for words in called:
+        if words[0] == "train":
+            words = [word for word in words if not word.startswith("steps=")] + ["steps=32", *small]
+        assert main(words) == 0, words
+    assert [words[0] for words in called] == ["train", "train", "evaluate"]
+    assert (tmp_path / "arm" / "runs" / "arm" / "checkpoints").is_dir()
 
 
 def _installed(packages: tuple[str, ...]) -> bool:
