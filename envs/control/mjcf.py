@@ -21,7 +21,7 @@ from unified_rl.envs.control.simulation import Array, Frame
 from unified_rl.envs.control.tasks import Outcome, Scene, Task, never, quiet_deprecations
 from unified_rl.errors import ConfigError, EnvError, UnifiedRLError
 from unified_rl.instantiate import allowed, locate, nearest
-from unified_rl.interop.guard import OWN_NAMES, describe, one_line
+from unified_rl.interop.words import OWN_NAMES, describe, one_line
 from unified_rl.ranges import Count, Name, NonNegative, Seed, UnitInterval
 
 READ = ("qpos", "qvel", "act", "xpos", "xquat", "site_xpos", "sensordata", "actuator_force")

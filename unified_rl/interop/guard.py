@@ -10,22 +10,14 @@ from torch import Tensor
 
 from unified_rl.errors import EnvError, NonFiniteError, UnifiedRLError
 from unified_rl.interop.deadline import deadline, seconds_of
+from unified_rl.interop.words import describe, one_line
 from unified_rl.protocols import ControlEnv, StepResult
-
-OWN_NAMES = frozenset({"return", "length", "score", "return_std", "episodes"})
-"""Metrics that an info of the same name must not replace."""
 
 
 def name_of(env: object) -> str:
     """What error messages call an environment: its ``name``, where it has one, else its class."""
     name = getattr(env, "name", None)
     return name if isinstance(name, str) and name else type(env).__name__
-
-
-def one_line(error: BaseException) -> str:
-    """Type and text of an exception, on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def reset_env(env: ControlEnv, seed: int | None = None) -> Tensor:
@@ -117,16 +109,3 @@ def check_finite(env: object, where: str, values: dict[str, Tensor]) -> None:
             f"{name_of(env)} returned {name}={describe(value[lane])} from {where}, simulation {lane}: it is not "
             "finite; check the environment, or lower the learning rate or the action bounds"
         )
-
-
-def describe(value: Any) -> str:
-    """A value as error messages show it: short, with shape and dtype where it has them."""
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape is not None and dtype is not None:
-        values = value.tolist()
-        shown = str(values)
-        kind = str(dtype).removeprefix("torch.")
-        size = "x".join(map(str, shape))
-        return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({f'shape {size}, ' if size else ''}{kind})"
-    shown = " ".join(repr(value).split())
-    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"

@@ -15,7 +15,7 @@ from torchrl.envs import EnvBase
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, EnvError, RestoreError
 from unified_rl.interop.deadline import seconds_of
-from unified_rl.interop.guard import OWN_NAMES, describe, one_line
+from unified_rl.interop.words import OWN_NAMES, describe, one_line
 from unified_rl.protocols import ControlEnv, LanguageEnv, StepResult
 from unified_rl.spaces import Box, Discrete, MultiDiscrete, Part, PolicyInputs, Space
 

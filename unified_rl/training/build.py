@@ -16,7 +16,7 @@ from unified_rl.config import build, check_run
 from unified_rl.devices import device_of
 from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.instantiate import REQUIRED, Parameter, is_node, locate, parameters
-from unified_rl.interop.guard import one_line
+from unified_rl.interop.words import one_line
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.pretrained import tokenizer_folder
 from unified_rl.protocols import (

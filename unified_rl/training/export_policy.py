@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unified_rl import __version__
 from unified_rl.errors import ConfigError
 from unified_rl.files import replacing
-from unified_rl.interop.guard import one_line
+from unified_rl.interop.words import one_line
 from unified_rl.policies.acting import InSpace
 from unified_rl.policies.base import Policy
 from unified_rl.policies.normalizer import RunningNormalizer

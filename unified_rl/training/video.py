@@ -16,7 +16,8 @@ from torch import Tensor
 from unified_rl.errors import ConfigError, EnvError, UnifiedRLError
 from unified_rl.files import replacing
 from unified_rl.instantiate import locate, parameters
-from unified_rl.interop.guard import describe, name_of, one_line
+from unified_rl.interop.guard import name_of
+from unified_rl.interop.words import describe, one_line
 from unified_rl.protocols import ControlEnv, Renders, StepResult
 from unified_rl.training.build import Job
 from unified_rl.training.evaluation import evaluate_control
