@@ -463,8 +463,13 @@ class Space:
         """The float32 vectors that an adapter shows, and the actions that it takes: choices counted from 0.
 
         Raises:
-            ConfigError: actions that are neither a vector nor choices.
+            ConfigError: observations with images, or actions that are neither a vector nor choices.
         """
+        if has_images(self.observation):
+            raise ConfigError(
+                f"vectors alone can be seen here, and these are {self.observation.describe()}: set env.flatten=true, "
+                "or use a policy of the library"
+            )
         observation, choices = Box((self.observation_dim,)), self.action.choices
         if choices is None:
             return Space.flat(**self.sizes())
@@ -540,6 +545,13 @@ class PolicyInputs(dict[str, Any]):
     def get(self, key: str, default: Any = None) -> Any:
         """As ``self[key]``, or ``default``."""
         return self[key] if key in self or key in self["space"].sizes() else default
+
+
+def has_images(part: Part) -> bool:
+    """Whether an observation is an image, or holds one."""
+    if isinstance(part, DictSpace):
+        return any(has_images(one) for _, one in part.parts)
+    return any(map(has_images, part.parts)) if isinstance(part, TupleSpace) else isinstance(part, Image)
 
 
 def as_space(owner: str, space: Space | int | None, **flat: Any) -> Space:

@@ -130,6 +130,11 @@ class ChainPolicy(Policy):
             self.network = ChainNetwork(self.observation_dim, self.action_dim, outputs, hidden, activation)
         self.frozen: ChainNetwork | None = None
         if trained_steps is not None and trained_steps < steps:
+            if self.encoder is not None:
+                raise ConfigError(
+                    "policy.trained_steps freezes the first steps, and the encoder of images that they see is still "
+                    "learnt: leave it out"
+                )
             self.frozen = deepcopy(self.network).requires_grad_(False)
             self.register_buffer("prefix_frozen", torch.tensor(False))
             self.register_load_state_dict_pre_hook(_fill_frozen)

@@ -284,8 +284,13 @@ class Job:
         if "tokenizer" in sizes:
             node = {key: value for key, value in node.items() if key != "tokenizer"}
         seed = self._integer(stream)
+
+        def make() -> Any:
+            return self.build(node, "env", seed=seed, num_envs=num_envs, **sizes)
+
+        make.__name__ = node["_target_"] if isinstance(node["_target_"], str) else make.__name__
         try:
-            env = as_environment(self.build(node, "env", seed=seed, num_envs=num_envs, **sizes))
+            env = as_environment(make(), make, num_envs, seed)
         except UnifiedRLError:
             raise
         except (Exception, SystemExit) as error:  # somebody else's constructor

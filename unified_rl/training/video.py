@@ -99,8 +99,11 @@ def _environment(job: Job, count: int, pictures: bool) -> Any:
     """An environment of its own whose copies draw."""
     own = job.cfg
     node = dict(own["env"])
-    if pictures and "make_kwargs" in parameters(locate(node["_target_"], job.allow), job.allow)[0]:
+    taken = parameters(locate(node["_target_"], job.allow), job.allow)[0]
+    if pictures and "make_kwargs" in taken:
         node["make_kwargs"] = {**(node.get("make_kwargs") or {}), "render_mode": "rgb_array"}
+    elif pictures and "render_mode" in taken:  # a factory of the user's
+        node["render_mode"] = "rgb_array"
     job.cfg = {**own, "env": node}
     try:
         return job._environment("evaluation", count)
