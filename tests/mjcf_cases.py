@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium
 import numpy as np
 
 CART = """
@@ -22,6 +23,11 @@ CART = """
 </mujoco>
 """
 ROBOT = CART.format(options="", ctrl='ctrlrange="-2 2"')
+
+
+def weak_pendulum() -> Any:
+    """A Gymnasium environment by a factory."""
+    return gymnasium.make("Pendulum-v1", g=3.0)
 
 
 def observation(state: Any) -> Any:

@@ -130,6 +130,7 @@ def test_every_policy_learns_from_images_in_its_own_rows(words: list[str], tmp_p
     (tmp_path / "run").mkdir()
     trainer = job.make_trainer(tmp_path / "run")
     agent: Any = trainer.agent
+    assert job.policy.encoder.width == job.policy.observation_dim == 4 + 3 + 6
     own = dict(job.policy.encoder.named_parameters())
     critic = agent.nets.critic if hasattr(agent, "nets") else agent.baseline.module
     others = dict(critic.encoder.named_parameters())

@@ -654,7 +654,7 @@ CLASSES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "causal_lm": ("policy", "unified_rl.policies.causal_lm.CausalLM", LM),
     "two_route": ("env", "unified_rl.envs.control.TwoRouteEnv", (*CONTROL, "rollout.horizon=24")),
-    "gymnasium": ("env", "unified_rl.envs.control.GymnasiumEnv", (*CONTROL, "env=pendulum")),
+    "gymnasium": ("env", "unified_rl.envs.control.make_gymnasium", (*CONTROL, "env=pendulum")),
     "mujoco": ("env", "unified_rl.envs.control.make_mujoco", (*CONTROL, "env=inverted_pendulum", "env.chunk=2")),
     "mjcf": (
         "env", "unified_rl.envs.control.make_mjcf",
@@ -793,6 +793,8 @@ VALUES_OF: dict[str, Any] = {
     "mujoco.name": "InvertedDoublePendulum-v5",
     "mujoco.chunk": 3,
     "mujoco.options": {"reset_noise_scale": 0.3},
+    "gymnasium.make": "mjcf_cases:weak_pendulum",
+    "gymnasium.gamma": 0.5,
     "mjcf.path": "OTHER_BOT",
     "mjcf.reward": "mjcf_cases:other_reward",
     "mjcf.observation": "mjcf_cases:observation",
@@ -1061,7 +1063,12 @@ ASIDE: dict[str, str] = {
     "mjcf(threads)": "how fast",
     "two_route(left_bonus)": "paid at the goal, which the first policies do not reach; test_two_route.py",
     "chain_mod(direct_share)": "of demonstrations of style mixture; its own case below",
-    "gymnasium(flatten)": "for observations that are no vectors",
+    "gymnasium(flatten)": "for observations with images; test_image_observations.py",
+    "gymnasium(workers)": "how copies are stepped; test_gymnasium_workers.py",
+    **{
+        f"{policy}(image_features)": "for observations with images; test_image_observations.py"
+        for policy in ("gaussian", "flow", "diffusion", "autoregressive")
+    },
     **{f"{task}(shuffle_rewards)": RANDOM for task in ("calculator", "countdown", "guess_number")},
     "countdown(partial_credit)": RANDOM,
     "guess_number(turn_cost)": RANDOM,
