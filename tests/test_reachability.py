@@ -499,11 +499,12 @@ def valued_cases() -> Iterator[Case]:
 
 # ---------------------------------------------------------------------------------------------- groups of options
 
-CONTROL_ENVS = ("ant", "gymnasium", "half_cheetah", "hopper", "humanoid", "inverted_double_pendulum",
+CONTROL_ENVS = ("ant", "custom", "gymnasium", "half_cheetah", "hopper", "humanoid", "inverted_double_pendulum",
                 "inverted_pendulum", "mjcf", "pendulum", "pusher", "reacher", "swimmer", "two_route",
                 "walker2d")  # fmt: skip
 PLAIN_LANGUAGE = tuple(word for word in LANGUAGE if not word.startswith("env."))
 NEEDS_VALUE = {"gymnasium": ["env.id=Pendulum-v1"], "jsonl": ["env.path=FILE"],
+               "custom": ["env._target_=mjcf_cases.weak_pendulum"],
                "mjcf": ["env.path=ROBOT", "env.reward=mjcf_cases:reward"]}  # fmt: skip
 """Options that a user must complete."""
 

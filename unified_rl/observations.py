@@ -68,12 +68,14 @@ class Leaf:
             MisfitError: the observation has no such entry.
         """
         for step in self.path:
-            named = isinstance(step, str)
-            kind = Mapping if named else (tuple, list)
-            if not isinstance(value, kind) or (step not in value if named else int(step) >= len(value)):
-                what = f"a dictionary with {step!r}" if named else f"a tuple with an entry {step}"
-                raise MisfitError(self.name, value, what)
-            value = value[step]
+            if isinstance(step, str):
+                if not isinstance(value, Mapping) or step not in value:
+                    raise MisfitError(self.name, value, f"a dictionary with {step!r}")
+                value = value[step]
+            else:
+                if not isinstance(value, tuple | list) or step >= len(value):
+                    raise MisfitError(self.name, value, f"a tuple with an entry {step}")
+                value = value[step]
         return value
 
     @property
