@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase
-from unified_rl.envs.control.chunk import ActionChunk
+from unified_rl.envs.control.history import with_history_and_chunk
 from unified_rl.envs.control.mujoco_env import BatchedMujocoEnv
 from unified_rl.envs.control.simulation import Array, Frame
 from unified_rl.envs.control.tasks import Outcome, Scene, Task, never, quiet_deprecations
@@ -326,6 +326,7 @@ def make_mjcf(
     threads: Count = 1,
     chunk: Count = 1,
     gamma: UnitInterval | None = None,
+    history: Count = 1,
 ) -> ControlEnvBase:
     """K simulations of an MJCF file, stepped natively.
 
@@ -351,6 +352,7 @@ def make_mjcf(
         threads: worker threads for the physics.
         chunk: actions executed open loop per policy decision.
         gamma: discount inside a chunk; a run gives ``agent.gamma``, and None is 0.99.
+        history: how many of the last observations are shown, the oldest first.
 
     Raises:
         ConfigError: no such file or no model, a model without actuators, or a function that is not allowed, not found
@@ -367,7 +369,7 @@ def make_mjcf(
     env = BatchedMujocoEnv(task, num_envs, seed, threads)
     frame = env.simulations.read(np.arange(num_envs))  # rules are tried before anything is spent
     task.outcome(env.scene, frame, task.memory(env.scene, frame), np.zeros((num_envs, task.model.nu)))
-    return env if chunk == 1 else ActionChunk(env, chunk, gamma)
+    return with_history_and_chunk(env, history, chunk, gamma)
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -117,7 +117,10 @@ class ChainPolicy(Policy):
         if (trained_steps or steps) > steps:
             raise ConfigError(f"policy.trained_steps={trained_steps} must not lie above policy.steps={steps}")
         if not self.bounded:
-            raise ConfigError(f"{type(self).__name__} needs finite action bounds to scale actions to [-1, 1]")
+            raise ConfigError(
+                f"{type(self).__name__} needs finite action bounds to scale actions to [-1, 1]; use "
+                "policy=gaussian, or bound them in the environment"
+            )
         self.steps = steps
         self.num_units = trained_steps or steps
         self.mean_over_dims, self.zero_start = mean_over_dims, zero_start
