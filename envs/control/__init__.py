@@ -1,4 +1,4 @@
-"""Control environments: batched MuJoCo, MJCF files of your own, the two-route task, any Gymnasium environment.
+"""Control environments: batched MuJoCo, MJCF files of your own, mazes, the two-route task, Gymnasium.
 
 Parts are imported when first used.
 """
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from unified_rl.envs.control.gymnasium_env import GymnasiumEnv, make_gymnasium
     from unified_rl.envs.control.mjcf import make_mjcf
     from unified_rl.envs.control.mujoco_env import TASKS, BatchedMujocoEnv, make_mujoco
+    from unified_rl.envs.control.point_maze import PointMazeEnv
     from unified_rl.envs.control.two_route import TwoRouteEnv
 
 _PLACES = {
@@ -23,6 +24,7 @@ _PLACES = {
     "BatchedMujocoEnv": "mujoco_env",
     "ControlEnvBase": "base",
     "GymnasiumEnv": "gymnasium_env",
+    "PointMazeEnv": "point_maze",
     "TwoRouteEnv": "two_route",
     "make_gymnasium": "gymnasium_env",
     "make_mjcf": "mjcf",
@@ -36,6 +38,7 @@ __all__ = [
     "BatchedMujocoEnv",
     "ControlEnvBase",
     "GymnasiumEnv",
+    "PointMazeEnv",
     "TwoRouteEnv",
     "make_gymnasium",
     "make_mjcf",

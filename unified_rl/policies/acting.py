@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
@@ -123,13 +124,15 @@ def act(
         rows = given.to(weight.device, weight.dtype).reshape(-1, layout.width)
     if not bool(torch.isfinite(layout.unpack(rows)[0]).all()):
         raise NonFiniteError("the observation holds a NaN or infinity; no action was chosen")
+    if not len(rows):
+        rows = rows.new_zeros(1, layout.width)  # of none there are none, in the shape and dtype of one
     with torch.no_grad():
         if deterministic and isinstance(policy, HasBestAction):
             chosen = policy.deterministic_action(rows)
         else:
             chosen = policy.sample(rows, generator=generator, deterministic=deterministic)["action"]
         action: Tensor = _in_space(space.action)(chosen.to("cpu"))
-    action = action.reshape(lead + action.shape[1:])
+    action = action[: math.prod(lead)].reshape(lead + action.shape[1:])
     like = _first_tensor(observation)
     return action.to(like.device) if like is not None else action.numpy()[()]
 

@@ -20,6 +20,9 @@ from unified_rl.units import Source
 
 KEYS = {"control": ("observation", "action"), "language": ("tokens", "token_mask", "mask")}
 
+TRANSITION = ("reward", "next_observation", "terminated")
+"""What offline agents learn from beside these."""
+
 
 def style_option(env: Any, style: str | None, where: str) -> dict[str, str]:
     """The keyword arguments of an environment's ``demonstrations``: its style, if one is asked for.
@@ -106,6 +109,12 @@ class DemonstrationRollout:
         missing = [key for key in KEYS[self.domain] if key not in rows.keys()]
         if missing:
             raise ConfigError(f"the rows of rollout.data={data} lack {', '.join(missing)}: they are of another domain")
+        lacking = [key for key in TRANSITION if self.whole and key not in rows.keys()]
+        if lacking:
+            raise ConfigError(
+                f"the rows of rollout.data={data} lack {', '.join(lacking)}, which offline agents learn from; imitate "
+                "them with agent=behavior_cloning"
+            )
         if self.domain == "control":
             rows = fitted(rows, self._space(), f"rollout.data={data}")
         return rows if self.whole else rows.select(*KEYS[self.domain])
