@@ -293,8 +293,8 @@ class Workers:
         worker = self._home[lane]
         worker.tell({"do": "draw", "lanes": [lane], "numbers": [0]})
         answer = worker.answer()
-        drawn: NDArray[np.uint8] = np.frombuffer(bytes.fromhex(answer["picture"]), np.uint8).reshape(answer["shape"])
-        return drawn
+        height, width, colors = map(int, answer["shape"])
+        return np.frombuffer(bytes.fromhex(answer["picture"]), np.uint8).reshape(height, width, colors)
 
     def _all(self, do: str, lanes: list[int], numbers: list[int]) -> list[dict[str, Any]]:
         """The answers of all workers that have some of the lanes; the first error, once all have answered."""
