@@ -199,7 +199,7 @@ def test_one_environment_that_nobody_can_make_again_is_refused() -> None:
 
     from unified_rl.rollout import as_environment
 
-    with pytest.raises(ConfigError, match=r"is one Gymnasium environment.*GymnasiumEnv\(make=function, num_envs=K\)"):
+    with pytest.raises(ConfigError, match=r"is a Gymnasium environment.*GymnasiumEnv\(make=function, num_envs=K\)"):
         as_environment(gymnasium.make("Pendulum-v1"))
 
 

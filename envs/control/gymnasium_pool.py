@@ -294,7 +294,8 @@ class Workers:
         worker.tell({"do": "draw", "lanes": [lane], "numbers": [0]})
         answer = worker.answer()
         height, width, colors = map(int, answer["shape"])
-        return np.frombuffer(bytes.fromhex(answer["picture"]), np.uint8).reshape(height, width, colors)
+        flat: NDArray[np.uint8] = np.frombuffer(bytes.fromhex(answer["picture"]), dtype=np.uint8)
+        return flat.reshape(height, width, colors)
 
     def _all(self, do: str, lanes: list[int], numbers: list[int]) -> list[dict[str, Any]]:
         """The answers of all workers that have some of the lanes; the first error, once all have answered."""

@@ -215,8 +215,8 @@ def from_gymnasium(env: Any, again: Callable[[], Any] | None, num_envs: int, see
         return None
     if again is None:
         raise ConfigError(
-            f"{type(env).__name__} is one Gymnasium environment, and a run steps several: give what makes it, "
-            "env._target_=module:function, or GymnasiumEnv(make=function, num_envs=K)"
+            f"{type(env).__name__} is a Gymnasium environment, and a run steps several: give what makes it, "
+            "env=gymnasium env.make=module:function with --allow module, or GymnasiumEnv(make=function, num_envs=K)"
         )
     copies: ControlEnv = build({"_target_": COPIES}, make=again, first=env, num_envs=num_envs, seed=seed)
     return copies
