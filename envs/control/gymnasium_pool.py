@@ -286,7 +286,8 @@ class Workers:
             else:
                 self.board.action[lane] = actions[number]
                 self._all("step", [lane], [number + 1])
-        return self.board.row[lane].copy()
+        row: Array = self.board.row[lane].copy()
+        return row
 
     def picture(self, lane: int) -> NDArray[np.uint8]:
         """See :class:`Pool`."""
