@@ -22,7 +22,7 @@ class StateBaseline:
 
     def __init__(self, policy: ControlPolicy, hidden: tuple[int, ...], seed: int) -> None:
         own = standardises(policy)
-        self.module = ValueCritic(policy.observation_dim, hidden, normalize_observation=own, seed=seed)
+        self.module = ValueCritic(policy.space, hidden, normalize_observation=own, seed=seed)
 
     def values(self, record: TensorDictBase) -> tuple[Tensor, Tensor]:
         """``[B, T]`` values, with gradient, and the mask of steps that count."""

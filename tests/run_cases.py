@@ -24,7 +24,7 @@ from unified_rl.envs.language.base import Verdict
 from unified_rl.training.checkpoint import write_checkpoint
 from unified_rl.training.run import Job, record_dataset
 
-ALLOW = ("run_cases",)
+ALLOW = ("run_cases", "mjcf_cases")
 UPDATES = 2
 
 

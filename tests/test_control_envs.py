@@ -255,3 +255,31 @@ def test_other_warnings_of_mujoco_are_heard(recwarn: pytest.WarningsRecorder) ->
         say("compiler attribute 'settotalmass' is deprecated and will be removed")
         say("the solver diverged")
     assert [str(w.message) for w in recwarn] == ["MuJoCo: the solver diverged"]
+
+
+def test_a_history_is_that_of_single_steps_and_goes_on_bit_for_bit() -> None:
+    plain, stacked = (make_mujoco("InvertedPendulum-v5", 3, seed=2, history=n) for n in (1, 3))
+    reference = GymnasiumEnv("InvertedPendulum-v5", 3, seed=2, history=3)
+    assert stacked.space.observation.shape == reference.space.observation.shape == (3, 4)
+    generator, ends = torch.Generator().manual_seed(0), 0
+    seen = [plain.current_observation()] * 3
+    assert torch.equal(stacked.current_observation(), torch.cat(seen, 1))
+    for number in range(40):
+        action = 6 * torch.rand(3, 1, generator=generator) - 3
+        one, many = plain.step_batch(action), stacked.step_batch(action)
+        last = torch.cat([*seen[1:], one.next_observation], 1)
+        assert torch.equal(many.next_observation, last) and torch.equal(many.reward, one.reward)
+        ended = (one.terminated | one.truncated).unsqueeze(-1)
+        ends += int(ended.sum())
+        seen = [torch.where(ended, one.observation, row) for row in (*seen[1:], one.next_observation)]
+        assert torch.equal(many.observation, torch.cat(seen, 1))
+        if number == 20:
+            state = stacked.state_dict()
+    assert ends > 2
+    again = make_mujoco("InvertedPendulum-v5", 3, seed=9, history=3)
+    again.load_state_dict(state)
+    assert torch.equal(again.current_observation(), state["rows"])
+    chunked = make_mujoco("InvertedPendulum-v5", 3, seed=2, history=2, chunk=2)
+    first = chunked.current_observation()
+    step = chunked.step_batch(torch.zeros(3, 2))
+    assert step.next_observation.shape == (3, 8) and not torch.equal(step.next_observation[:, :4], first[:, 4:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,51 @@ def test_everything_under_look_and_leave_runs(source: Path, tmp_path: Path, monk
             acted += 1
     assert acted >= 2 and {"out.gif", "out.png", "policy.pt2"} <= set(files)
     assert all((tmp_path / file).stat().st_size > 0 for file in files)
+
+
+def test_the_arm_of_environments_trains(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(source / "examples" / "arm", tmp_path / "arm")
+    monkeypatch.chdir(tmp_path / "arm")
+    monkeypatch.syspath_prepend(tmp_path / "arm")
+    small = ["rollout.num_envs=2", "rollout.horizon=16", "agent.minibatch=16", "agent.epochs=1", "policy.hidden=[8]",
+             "agent.critic_hidden=[8]", "eval_episodes=2", "progress=false"]  # fmt: skip
+    page = blocks(source / "docs" / "robot.md")
+    called = [words for block in page if block.section == "An arm from an MJCF file" for words in commands(block.text)]
+    for words in called:
+        if words[0] == "train":
+            words = [word for word in words if not word.startswith("steps=")] + ["steps=32", *small]
+        assert main(words) == 0, words
+    assert [words[0] for words in called] == ["train", "train", "evaluate"]
+    assert (tmp_path / "arm" / "runs" / "arm" / "checkpoints").is_dir()
+
+
+ROBOTS = """
+import gymnasium
+import numpy as np
+class Reach(gymnasium.Env):
+    observation_space, action_space = gymnasium.spaces.Box(-9, 9, (2,)), gymnasium.spaces.Box(-1, 1, (1,))
+    def __init__(self, size: int = 1): self.size = size
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.random(2, np.float32) * self.size, {}
+    def step(self, action): return np.zeros(2, np.float32), float(action[0]), False, False, {}
+def make_reach(size: int): return gymnasium.wrappers.TimeLimit(Reach(size), 4)
+def make_many(num_envs: int, size: int): return gymnasium.vector.SyncVectorEnv([lambda: make_reach(size)] * num_envs)
+gymnasium.register("Reach-v0", entry_point=Reach, max_episode_steps=4)
+"""
+
+
+def test_environments_of_gymnasium_train(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_robots.py").write_text(ROBOTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    page = [block for block in blocks(source / "docs" / "robot.md") if block.section.startswith("An environment of G")]
+    called = [words for block in page for words in commands(block.text)]
+    small = ["rollout.num_envs=2", "rollout.horizon=8", "agent.minibatch=16", "agent.epochs=1", "policy.hidden=[8]",
+             "agent.critic_hidden=[8]", "eval_episodes=2", "progress=false", "steps=16"]  # fmt: skip
+    for number, words in enumerate(called):
+        assert main([*words, *small, f"run_dir=runs/{number}"]) == 0, words
+    assert len(called) == len(list((tmp_path / "runs").iterdir())) == 4
 
 
 def _installed(packages: tuple[str, ...]) -> bool:

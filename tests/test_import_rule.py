@@ -31,6 +31,7 @@ ORDER = (
     "interpolation",
     "instantiate",
     "protocols",
+    "observations",
     "spaces",
     "units",
     "prompts",

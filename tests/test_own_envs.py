@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from unified_rl.config import compose, resolve_defaults
-from unified_rl.errors import ConfigError
+from unified_rl.errors import ConfigError, EnvError
 from unified_rl.rollout import ControlRollout
 from unified_rl.training.run import Job, train
 
 ZOO = '''
 import gymnasium, torch
+import numpy as np
 from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
@@ -41,8 +42,58 @@ class Dice(EnvBase):
     def _set_seed(self, seed):
         self.stream.manual_seed(seed)
 
+class Count(gymnasium.Env):
+    """Observes how many steps it has made and what its seed drew, pays 1 a step, is cut off after the third."""
+    observation_space = gymnasium.spaces.Box(-9, 9, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+    metadata = {"render_modes": ["rgb_array"]}
+    made = 0
+    def __init__(self, offset: int = 0, render_mode: str | None = None):
+        type(self).made += 1
+        self.offset, self.render_mode = offset, render_mode
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        self.drawn = self.np_random.random()
+        return self.seen(), {}
+    def seen(self):
+        return np.array([self.count + self.offset, self.drawn], np.float32)
+    def step(self, action):
+        self.count += 1
+        end = self.count == 3
+        return self.seen(), 1.0, False, end, {"is_success": self.drawn > 0.5, "depth": 2.0 * self.count}
+    def render(self):
+        return np.full((4, 6, 3), self.count, np.uint8)
+
 def copy(): return gymnasium.make("Pendulum-v1")
-def vector(): return gymnasium.make_vec("Pendulum-v1", 2)
+def wrapped(offset: int = 0): return gymnasium.wrappers.TimeLimit(Count(offset), 2)
+def vector(num_envs: int, mode: str = "NEXT_STEP", several: bool = False):
+    kind = gymnasium.vector.AsyncVectorEnv if several else gymnasium.vector.SyncVectorEnv
+    return kind([Count] * num_envs, autoreset_mode=gymnasium.vector.AutoresetMode[mode])
+class Lockstep(gymnasium.vector.VectorEnv):
+    """Cut off every third step, all copies at once; reset by itself in the same step."""
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}
+    num_envs = 2
+    single_observation_space = gymnasium.spaces.Box(-9, 9, (1,))
+    single_action_space = gymnasium.spaces.Discrete(2, start=1)
+    def __init__(self, tells: bool = True, wrong: bool = False): self.tells, self.wrong = tells, wrong
+    def seen(self): return np.full((2, 1), float(self.count), np.float32)
+    def reset(self, *, seed=None, options=None):
+        self.count = 0
+        return self.seen(), {}
+    def step(self, actions):
+        assert (actions >= 1).all()
+        self.count += 1
+        if self.wrong: return self.seen()
+        last, end, infos = self.seen(), np.full(2, self.count == 3), {}
+        if end.all():
+            self.count = 0
+            infos = {"final_obs": last, "final_info": {"is_success": np.array([1.0, 0.0])}} if self.tells else {}
+        return self.seen(), np.ones(2), np.zeros(2, bool), end, infos
+class Late(Lockstep):
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.NEXT_STEP}
+def alone(): return Lockstep(tells=False)
+def wrong(): return Lockstep(wrong=True)
 def nothing(): return None
 def broken(): raise MemoryError("no room\\nfor it")
 def left(): raise SystemExit(4)
@@ -55,17 +106,17 @@ def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def job(name: str, *overrides: str, **more: object) -> Job:
-    words = ["env=pendulum", "agent=ppo", "rollout.num_envs=1", "rollout.horizon=8", "progress=false", *overrides]
+def job(name: str, *overrides: str, copies: int = 1, **more: object) -> Job:
+    words = ["env=pendulum", "agent=ppo", f"rollout.num_envs={copies}", "rollout.horizon=8", "progress=false"]
+    words += overrides
     return Job({**compose(words), "env": {"_target_": name, **more}}, allow=["zoo_of_envs", "torchrl"])
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("copy", "TimeLimit is a Gymnasium environment.*env=gymnasium"),
-        ("vector", "SyncVectorEnv is a Gymnasium environment"),
-        ("nothing", "NoneType is neither a ControlEnv"),
+        ("Late", "Late resets ended copies in the next step, which makes a row of a step that never happened"),
+        ("nothing", "NoneType is neither a ControlEnv, .* nor an environment of Gymnasium"),
         ("broken", r"env: zoo_of_envs\.broken could not be made: MemoryError: no room for it$"),
         ("left", r"env: zoo_of_envs\.left could not be made: SystemExit: 4$"),
     ],
@@ -120,3 +171,91 @@ def test_chunked_runs_count_the_environment_steps_that_they_make(tmp_path: Path)
     other = Job(compose([*words, *sizes])).make_trainer(tmp_path / "other")
     other.load_state_dict({**state, "has_replay": False}, tmp_path)
     assert other.steps == 80
+
+
+@pytest.mark.parametrize(("name", "more", "length"), [("Count", {"offset": 4}, 3), ("wrapped", {"offset": 4}, 2)])
+def test_a_factory_of_one_gymnasium_environment_makes_as_many_as_are_asked_for(
+    name: str, more: dict[str, object], length: int
+) -> None:
+    import zoo_of_envs
+
+    before = zoo_of_envs.Count.made
+    made = job(f"zoo_of_envs.{name}", "eval_episodes=40", copies=3, **more)
+    assert (zoo_of_envs.Count.made, made.env.num_envs) == (before + 3, 3)
+    rollout = ControlRollout(made.env, made.policy, 0.99, torch.Generator(), horizon=7)
+    rows, told = rollout.collect(0)
+    assert rows["observation"][:, :, 0].tolist() == [[4 + t % length] * 3 for t in range(7)]
+    assert rows["next_observation"][:, :, 0].tolist() == [[5 + t % length] * 3 for t in range(7)]
+    assert rows["truncated"].tolist() == [[t % length == length - 1] * 3 for t in range(7)]
+    assert len(rows["observation"][0, :, 1].unique()) == 3 and told["rollout/depth"] == 2 * length
+    scores, copies = made.evaluate(), zoo_of_envs.Count.made
+    assert scores["eval/length"] == length and 0 < scores["eval/success"] < 1
+    assert copies == before + 3 + 16, "evaluation uses its copies again"
+    assert made.env.resumable() is True
+
+
+def test_one_environment_that_nobody_can_make_again_is_refused() -> None:
+    import gymnasium
+
+    from unified_rl.rollout import as_environment
+
+    with pytest.raises(ConfigError, match=r"is a Gymnasium environment.*GymnasiumEnv\(make=function, num_envs=K\)"):
+        as_environment(gymnasium.make("Pendulum-v1"))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"mode": "NEXT_STEP"}, {"mode": "SAME_STEP"}, {"mode": "DISABLED"}, {"mode": "NEXT_STEP", "several": True}],
+    ids=str,
+)
+def test_vector_environments_keep_true_final_observations_in_every_mode(more: dict[str, object]) -> None:
+    made = job("zoo_of_envs.vector", "eval_episodes=9", copies=3, **more)
+    try:
+        rollout = ControlRollout(made.env, made.policy, 0.99, torch.Generator(), horizon=7)
+        rows, told = rollout.collect(0)
+        assert rows["observation"][:, :, 0].tolist() == [[t % 3] * 3 for t in range(7)]
+        assert rows["next_observation"][:, :, 0].tolist() == [[1 + t % 3] * 3 for t in range(7)]
+        assert rows["truncated"].tolist() == [[t % 3 == 2] * 3 for t in range(7)]
+        assert rows["reward"].eq(1.0).all() and rows["episode"].unique().numel() == 9
+        drawn = rows["observation"][:, :, 1]
+        assert torch.equal(drawn[:3], rows["next_observation"][:3, :, 1]) and not torch.equal(drawn[0], drawn[3])
+        assert told["rollout/depth"] == 6.0 and told["rollout/length"] == 3.0 and "rollout/success" in told
+        assert "no way to put it back" in made.env.resumable()
+        if "several" not in more:  # it forks, which a process with threads does at its own risk
+            assert made.evaluate()["eval/length"] == 3.0
+    finally:
+        for env in filter(None, (made.env, made.eval_env)):
+            env.close()
+
+
+def test_vector_environments_of_ones_own_reset_themselves_or_are_refused() -> None:
+    made = job("zoo_of_envs.Lockstep", "policy=autoregressive", copies=2)
+    rows, told = ControlRollout(made.env, made.policy, 0.99, torch.Generator(), horizon=4).collect(0)
+    assert rows["next_observation"][:, 0, 0].tolist() == [1, 2, 3, 1] and told["rollout/success"] == 0.5
+    with pytest.raises(ConfigError, match=r"rollout.num_envs=3, but the environment has 2 simulations"):
+        job("zoo_of_envs.Lockstep", "policy=autoregressive", copies=3).make_rollout()
+    for name, words in (
+        ("alone", "hold no final_obs"),
+        ("wrong", r"returned .* from step 1; five values are expected"),
+    ):
+        made = job(f"zoo_of_envs.{name}", "policy=autoregressive", copies=2)
+        with pytest.raises(EnvError, match=words):
+            ControlRollout(made.env, made.policy, 0.99, torch.Generator(), horizon=4).collect(0)
+
+
+def test_a_factory_is_a_setting_of_gymnasium_environments_too(tmp_path: Path) -> None:
+    words = ["env=gymnasium", "env.make=zoo_of_envs:Count", "env.make_kwargs={offset: 2}", "env.max_episode_steps=2"]
+    words += ["env.chunk=2", "agent=ppo", "rollout.num_envs=2", "progress=false"]
+    made = Job(compose(words, allow=["zoo_of_envs"]), allow=["zoo_of_envs"])
+    assert made.env.current_observation()[:, 0].tolist() == [2.0, 2.0] and made.env.space.action_dim == 2
+    step = made.env.step_batch(torch.zeros(2, 2))
+    assert step.truncated.all() and step.executed.tolist() == [2, 2]
+    with pytest.raises(ConfigError, match=r"env.make 'zoo_of_envs.Count' is outside the allowed packages"):
+        compose(words)
+    with pytest.raises(ConfigError, match=r"zoo_of_envs has no 'Cuont'; did you mean 'Count'"):
+        compose([words[0], "env.make=zoo_of_envs:Cuont"], allow=["zoo_of_envs"])
+    with pytest.raises(ConfigError, match=r"env.make=zoo_of_envs:vector returned .* one gymnasium.Env is expected"):
+        Job(compose([words[0], "env.make=zoo_of_envs:vector", "env.make_kwargs={num_envs: 1}", "agent=ppo"],
+                    allow=["zoo_of_envs"]), allow=["zoo_of_envs"])  # fmt: skip
+    with pytest.raises(ConfigError, match=r"env.id and env.make are two ways"):
+        compose([*words, "env.id=Pendulum-v1"], allow=["zoo_of_envs"])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mjcf_cases import CART
 from run_cases import CONTROL, LANGUAGE, cached, merged, model, recorded, teacher
 
 from unified_rl import returns
@@ -498,11 +499,13 @@ def valued_cases() -> Iterator[Case]:
 
 # ---------------------------------------------------------------------------------------------- groups of options
 
-CONTROL_ENVS = ("ant", "gymnasium", "half_cheetah", "hopper", "humanoid", "inverted_double_pendulum",
-                "inverted_pendulum", "pendulum", "point_maze", "pusher", "reacher", "swimmer", "two_route",
+CONTROL_ENVS = ("ant", "custom", "gymnasium", "half_cheetah", "hopper", "humanoid", "inverted_double_pendulum",
+                "inverted_pendulum", "mjcf", "pendulum", "point_maze", "pusher", "reacher", "swimmer", "two_route",
                 "walker2d")  # fmt: skip
 PLAIN_LANGUAGE = tuple(word for word in LANGUAGE if not word.startswith("env."))
-NEEDS_VALUE = {"gymnasium": ["env.id=Pendulum-v1"], "jsonl": ["env.path=FILE"]}
+NEEDS_VALUE = {"gymnasium": ["env.id=Pendulum-v1"], "jsonl": ["env.path=FILE"],
+               "custom": ["env._target_=mjcf_cases.weak_pendulum"],
+               "mjcf": ["env.path=ROBOT", "env.reward=mjcf_cases:reward"]}  # fmt: skip
 """Options that a user must complete."""
 
 
@@ -652,8 +655,13 @@ CLASSES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "causal_lm": ("policy", "unified_rl.policies.causal_lm.CausalLM", LM),
     "two_route": ("env", "unified_rl.envs.control.TwoRouteEnv", (*CONTROL, "rollout.horizon=24")),
-    "gymnasium": ("env", "unified_rl.envs.control.GymnasiumEnv", (*CONTROL, "env=pendulum")),
+    "gymnasium": ("env", "unified_rl.envs.control.make_gymnasium", (*CONTROL, "env=pendulum")),
     "mujoco": ("env", "unified_rl.envs.control.make_mujoco", (*CONTROL, "env=inverted_pendulum", "env.chunk=2")),
+    "mjcf": (
+        "env", "unified_rl.envs.control.make_mjcf",
+        (*CONTROL, "rollout.horizon=16", "env=mjcf", "env.path=ROBOT", "env.reward=mjcf_cases:reward", "env.chunk=2",
+         "env.max_steps=9"),
+    ),
     "chain_mod": ("env", "unified_rl.envs.language.ChainMod", (*LM, "rollout.prompts=8")),
     "calculator": ("env", "unified_rl.envs.language.Calculator", (*TAUGHT_LM, "env=calculator")),
     "countdown": ("env", "unified_rl.envs.language.Countdown", (*TAUGHT_LM, "env=countdown")),
@@ -786,6 +794,16 @@ VALUES_OF: dict[str, Any] = {
     "mujoco.name": "InvertedDoublePendulum-v5",
     "mujoco.chunk": 3,
     "mujoco.options": {"reset_noise_scale": 0.3},
+    "gymnasium.make": "mjcf_cases:weak_pendulum",
+    "gymnasium.gamma": 0.5,
+    "mjcf.path": "OTHER_BOT",
+    "mjcf.reward": "mjcf_cases:other_reward",
+    "mjcf.observation": "mjcf_cases:observation",
+    "mjcf.termination": "mjcf_cases:ended",
+    "mjcf.metrics": "mjcf_cases:metrics",
+    "mjcf.initial": "mjcf_cases:initial",
+    "mjcf.chunk": 3,
+    "mjcf.gamma": 0.5,
     "chain_mod.max_turn_tokens": 5,
     "chain_mod.tokenizer": "nowhere",
     "chain_mod.held_out": 0.5,
@@ -1043,9 +1061,15 @@ ASIDE: dict[str, str] = {
     "causal_lm(max_new_tokens)": "of policy.sample, which Python users call; in a run the task's budget rules",
     "two_route(threads)": "how fast",
     "mujoco(threads)": "how fast",
+    "mjcf(threads)": "how fast",
     "two_route(left_bonus)": "paid at the goal, which the first policies do not reach; test_two_route.py",
     "chain_mod(direct_share)": "of demonstrations of style mixture; its own case below",
-    "gymnasium(flatten)": "for observations that are no vectors",
+    "gymnasium(flatten)": "for observations with images; test_image_observations.py",
+    "gymnasium(workers)": "how copies are stepped; test_gymnasium_workers.py",
+    **{
+        f"{policy}(image_features)": "for observations with images; test_image_observations.py"
+        for policy in ("gaussian", "flow", "diffusion", "autoregressive")
+    },
     **{f"{task}(shuffle_rewards)": RANDOM for task in ("calculator", "countdown", "guess_number")},
     "countdown(partial_credit)": RANDOM,
     "guess_number(turn_cost)": RANDOM,
@@ -1074,6 +1098,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What overrides name in capitals: a run that teaches, a model, recorded rows, problems."""
     file = tmp_path_factory.mktemp("problems") / "some.jsonl"
     other = file.with_name("other.jsonl")
+    robots = [file.with_name(name) for name in ("robot.xml", "weaker.xml")]
+    for robot, force in zip(robots, ("-2 2", "-1 1"), strict=True):
+        robot.write_text(CART.format(options="", ctrl=f'ctrlrange="{force}"'))
     for path, more in ((file, 1), (other, 2)):
         rows = [
             {"question": f"{i} plus {more}?", "asked": f"{i} and {more}?", "answer": f"#### {i + more}",
@@ -1086,7 +1113,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "MODEL": model(tmp_path_factory.mktemp("model"), LANGUAGE),
         "ROWS": recorded(tmp_path_factory.mktemp("rows"), VALUED),
         "FILE": str(file),
+        "OTHER_BOT": str(robots[1]),
         "OTHER": str(other),
+        "ROBOT": str(robots[0]),
     }
 
 

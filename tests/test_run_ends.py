@@ -577,6 +577,21 @@ def test_a_run_that_no_seed_determines_says_so_at_its_first_checkpoint_and_goes_
     assert state["updates"] == 10 and state["feed"]["rollout"]["steps"] == 160
 
 
+def test_a_run_that_no_seed_determines_says_so_long_before_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    noise, made = np.random.default_rng(), iter(range(40))
+
+    def answer(steps: int) -> Any:
+        if next(made, None) is None:
+            raise ValueError("no")
+        return noise.random(2, dtype=np.float32), 0.0, False, False, {}
+
+    Line.hook = staticmethod(answer)
+    code, error = command(tmp_path / "run", capsys)
+    assert code == 2 and "can be resumed with new episodes only" in error and "raised in step" in error
+
+
 def test_restart_is_a_choice_and_another_word_is_refused(
     tmp_path: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

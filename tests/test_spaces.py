@@ -186,9 +186,6 @@ ACT = spaces.Box(-1, 1, (2,))
 @pytest.mark.parametrize(
     ("observation", "action", "words"),
     [
-        (PIXELS, ACT, "an image of 8 x 6 x 3 uint8, channels last.*env.flatten=true"),
-        (spaces.Dict(GOAL), ACT, "a goal dictionary of .*env.flatten=true"),
-        (spaces.Discrete(3), ACT, "one of 3 choices.*env.flatten=true"),
         (ACT, spaces.Discrete(4), "discrete ones, one of 4 choices.*policy=autoregressive"),
         (ACT, spaces.MultiDiscrete([2, 3]), "discrete ones, 2 choices among 2 and 3; use policy=autoregressive"),
         (ACT, spaces.MultiBinary(2), "2 binary choices; use policy=autoregressive"),

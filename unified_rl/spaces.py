@@ -23,6 +23,8 @@ Bound: TypeAlias = float | tuple[float, ...]
 """The same for every entry, or one number an entry in C order."""
 GOAL_KEYS = frozenset({"observation", "achieved_goal", "desired_goal"})
 """Entries of a goal-conditioned observation, as in "Multi-Goal Reinforcement Learning" (arXiv:1802.09464)."""
+SMALLEST_IMAGE = 8
+"""Pixels of the shorter side, below which bytes in two dimensions are no image of one channel."""
 MOST_CHOICES = 4096
 """An integer box with more values an entry is no list of choices."""
 
@@ -164,11 +166,12 @@ class Box(Part):
 
 @dataclass(frozen=True)
 class Image(Part):
-    """An image of unsigned bytes, 0 to 255.
+    """An image of unsigned bytes, 0 to 255, or the last few of them.
 
     Args:
-        shape: ``(height, width, channels)``, or channels first.
-        channels_first: whether the first dimension counts the channels.
+        shape: ``(height, width, channels)``, channels first, or ``(height, width)`` of one channel; a history of n
+            images has n in front.
+        channels_first: whether channels come before height and width.
     """
 
     shape: tuple[int, ...]
@@ -180,8 +183,19 @@ class Image(Part):
         """Number of entries."""
         return math.prod(self.shape)
 
+    @property
+    def planes(self) -> tuple[int, int, int]:
+        """Channels (of all images of a history together), height and width."""
+        if len(self.shape) == 2:
+            return 1, self.shape[0], self.shape[1]
+        *history, a, b, c = self.shape
+        channels, height, width = (a, b, c) if self.channels_first else (c, a, b)
+        return channels * math.prod(history), height, width
+
     def describe(self) -> str:
         """Size and layout."""
+        if len(self.shape) == 2:
+            return f"an image of {_times(self.shape)} uint8"
         return f"an image of {_times(self.shape)} uint8, channels {'first' if self.channels_first else 'last'}"
 
     def to_gymnasium(self) -> Any:
@@ -449,8 +463,13 @@ class Space:
         """The float32 vectors that an adapter shows, and the actions that it takes: choices counted from 0.
 
         Raises:
-            ConfigError: actions that are neither a vector nor choices.
+            ConfigError: observations with images, or actions that are neither a vector nor choices.
         """
+        if has_images(self.observation):
+            raise ConfigError(
+                f"vectors alone can be seen here, and these are {self.observation.describe()}: set env.flatten=true, "
+                "or use a policy of the library"
+            )
         observation, choices = Box((self.observation_dim,)), self.action.choices
         if choices is None:
             return Space.flat(**self.sizes())
@@ -528,6 +547,13 @@ class PolicyInputs(dict[str, Any]):
         return self[key] if key in self or key in self["space"].sizes() else default
 
 
+def has_images(part: Part) -> bool:
+    """Whether an observation is an image, or holds one."""
+    if isinstance(part, DictSpace):
+        return any(has_images(one) for _, one in part.parts)
+    return any(map(has_images, part.parts)) if isinstance(part, TupleSpace) else isinstance(part, Image)
+
+
 def as_space(owner: str, space: Space | int | None, **flat: Any) -> Space:
     """The space that a constructor was given, as a :class:`Space` or as the arguments of :meth:`Space.flat`.
 
@@ -580,9 +606,15 @@ def part_from_gymnasium(space: Any) -> Part:
 
 def _box(space: Any) -> Part:
     shape, low, high = tuple(map(int, space.shape)), space.low, space.high
-    if space.dtype == np.uint8 and len(shape) == 3 and bool((low == 0).all() and (high == 255).all()):
-        return Image(shape, channels_first=shape[0] == min(shape) and shape[0] < shape[2])
+    if space.dtype == np.uint8 and _is_picture(shape) and bool((low == 0).all() and (high == 255).all()):
+        last = shape[-3:]
+        return Image(shape, channels_first=len(last) == 3 and last[0] == min(last) and last[0] < last[2])
     return Box(shape, str(space.dtype), tuple(low.ravel().tolist()), tuple(high.ravel().tolist()))
+
+
+def _is_picture(shape: tuple[int, ...]) -> bool:
+    """Height and width, with channels and a history in front or without; a few bytes in two dimensions are numbers."""
+    return len(shape) in (3, 4) or (len(shape) == 2 and min(shape) >= SMALLEST_IMAGE)
 
 
 def _multi_discrete(space: Any) -> Part:

@@ -1,11 +1,36 @@
-"""Control environments: batched MuJoCo, the two-route task, mazes, any Gymnasium id."""
+"""Control environments: batched MuJoCo, MJCF files of your own, mazes, the two-route task, Gymnasium.
 
-from unified_rl.envs.control.base import ControlEnvBase
-from unified_rl.envs.control.chunk import ActionChunk
-from unified_rl.envs.control.gymnasium_env import GymnasiumEnv
-from unified_rl.envs.control.mujoco_env import TASKS, BatchedMujocoEnv, make_mujoco
-from unified_rl.envs.control.point_maze import PointMazeEnv
-from unified_rl.envs.control.two_route import TwoRouteEnv
+Parts are imported when first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from unified_rl.lazy import lazy
+
+if TYPE_CHECKING:
+    from unified_rl.envs.control.base import ControlEnvBase
+    from unified_rl.envs.control.chunk import ActionChunk
+    from unified_rl.envs.control.gymnasium_env import GymnasiumEnv, make_gymnasium
+    from unified_rl.envs.control.mjcf import make_mjcf
+    from unified_rl.envs.control.mujoco_env import TASKS, BatchedMujocoEnv, make_mujoco
+    from unified_rl.envs.control.point_maze import PointMazeEnv
+    from unified_rl.envs.control.two_route import TwoRouteEnv
+
+_PLACES = {
+    "TASKS": "mujoco_env",
+    "ActionChunk": "chunk",
+    "BatchedMujocoEnv": "mujoco_env",
+    "ControlEnvBase": "base",
+    "GymnasiumEnv": "gymnasium_env",
+    "PointMazeEnv": "point_maze",
+    "TwoRouteEnv": "two_route",
+    "make_gymnasium": "gymnasium_env",
+    "make_mjcf": "mjcf",
+    "make_mujoco": "mujoco_env",
+}
+"""The module of each public name."""
 
 __all__ = [
     "TASKS",
@@ -15,5 +40,9 @@ __all__ = [
     "GymnasiumEnv",
     "PointMazeEnv",
     "TwoRouteEnv",
+    "make_gymnasium",
+    "make_mjcf",
     "make_mujoco",
 ]
+
+__getattr__, __dir__ = lazy(__name__, {name: f"{__name__}.{module}" for name, module in _PLACES.items()})

@@ -13,6 +13,7 @@ from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, Unbo
 from torchrl.envs import EnvBase
 
 from unified_rl.errors import NonFiniteError
+from unified_rl.observations import layout_of
 from unified_rl.protocols import StepResult
 from unified_rl.spaces import PolicyInputs, Space
 
@@ -26,7 +27,8 @@ class ControlEnvBase(EnvBase):
 
     Args:
         num_envs: K.
-        space: of one simulation; observations are handed out as float32 vectors of its observation's width.
+        space: of one simulation; observations are handed out as the rows of it (:mod:`unified_rl.observations`):
+            float32 vectors of its width, or bytes where it holds images.
         max_steps: steps before an episode is truncated.
     """
 
@@ -46,7 +48,8 @@ class ControlEnvBase(EnvBase):
 
     def _make_specs(self) -> None:
         count, choices = self.num_envs, self.space.action.choices
-        observation = Unbounded(shape=(count, self.space.observation_dim), dtype=torch.float32)
+        rows = layout_of(self.space.observation)
+        observation = Unbounded(shape=(count, rows.width), dtype=rows.dtype)
         self.observation_spec = Composite(observation=observation, shape=(count,))
         shape = (count, self.space.action_dim)
         if choices is None:
@@ -108,7 +111,8 @@ class ControlEnvBase(EnvBase):
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDict:
         mask = None if tensordict is None else tensordict.get("_reset", None)
         ended = torch.ones(self.num_envs, dtype=torch.bool) if mask is None else mask.reshape(self.num_envs)
-        observation = torch.zeros(self.num_envs, self.space.observation_dim)
+        rows = layout_of(self.space.observation)
+        observation = torch.zeros(self.num_envs, rows.width, dtype=rows.dtype)
         if mask is not None and tensordict is not None and "observation" in tensordict.keys():
             observation = tensordict["observation"].clone()
         if ended.any():

@@ -12,7 +12,7 @@ from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.errors import ConfigError
 from unified_rl.interop.deadline import seconds_of
-from unified_rl.protocols import Demonstrates, StepResult
+from unified_rl.protocols import Demonstrates, StepResult, TellsResumable
 from unified_rl.ranges import Count, UnitInterval, ranged
 from unified_rl.spaces import Box, Space
 
@@ -93,6 +93,10 @@ class ActionChunk(ControlEnvBase):
     def gamma(self) -> float:
         """Discount between the actions of a chunk."""
         return self._gamma
+
+    def resumable(self) -> str | bool:
+        """As the environment inside; True where that knows no other way."""
+        return self.inner.resumable() if isinstance(self.inner, TellsResumable) else True
 
     def seed_streams(self, seed: int) -> None:
         """Restarts the random streams of the environment inside."""

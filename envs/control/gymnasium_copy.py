@@ -5,15 +5,19 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from unified_rl.errors import ConfigError, EnvError, UnifiedRLError
-from unified_rl.instantiate import allowed
-from unified_rl.interop.guard import OWN_NAMES, describe, one_line
+from unified_rl.errors import ConfigError, EnvError, NonFiniteError, UnifiedRLError
+from unified_rl.instantiate import allowed, allowing, locate
+from unified_rl.interop.words import OWN_NAMES, describe, one_line
+from unified_rl.observations import MisfitError, layout_of
+from unified_rl.spaces import Space
 
 Array: TypeAlias = NDArray[Any]
 NUMBERS = "biuf"
@@ -28,7 +32,7 @@ class Step(NamedTuple):
     """One step of one copy.
 
     Attributes:
-        values: observation ``[d]``, reward, terminated, truncated.
+        values: row of the observation ``[w]``, reward, terminated, truncated.
         told: numbers of its info, where the episode ended.
     """
 
@@ -55,29 +59,62 @@ class Recorder(gymnasium.Wrapper):  # type: ignore[type-arg]
 
 
 class Copy:
-    """One environment made by ``gymnasium.make``.
+    """One environment, stepped by itself.
 
     Args:
-        id: of the environment, for errors.
+        id: what errors call it.
         lane: its number.
         env: the environment.
 
+    Attributes:
+        space: what it shows and takes.
+
     Raises:
+        ConfigError: a space that has no rows, such as texts.
         EnvError: by :meth:`reset` and :meth:`step`, where the environment raises or returns what it cannot mean.
     """
 
     def __init__(self, id: str, lane: int, env: Any) -> None:
         self.id, self.lane, self.env = id, lane, env
         self.recorder = _insert_recorder(env)
-        self.shape = tuple(getattr(env.observation_space, "shape", None) or ())
+        try:
+            self.space = Space.from_gymnasium(env.observation_space, env.action_space)
+        except (ConfigError, AttributeError) as error:
+            raise ConfigError(f"{id} cannot be used: {error}") from error
+        self.layout = layout_of(self.space.observation)
 
     @property
     def time_limit(self) -> int | None:
-        """Steps of an episode at most, where the registration says so."""
-        return self.env.spec.max_episode_steps if self.env.spec else None
+        """Steps of an episode at most, where the registration or a ``TimeLimit`` says so."""
+        if self.env.spec is not None and self.env.spec.max_episode_steps:
+            return int(self.env.spec.max_episode_steps)
+        env = self.env
+        while isinstance(env, gymnasium.Wrapper):
+            if isinstance(env, gymnasium.wrappers.TimeLimit):
+                return int(env._max_episode_steps)
+            env = env.env
+        return None
+
+    @property
+    def frames_per_second(self) -> float:
+        """As the environment's metadata say; 30 where they say nothing."""
+        return float(self.env.metadata.get("render_fps") or 30.0)
+
+    def picture(self) -> NDArray[np.uint8]:
+        """What it draws, ``[H, W, 3]``; it must be made with ``render_mode: rgb_array``.
+
+        Raises:
+            ConfigError: it was made to draw nothing.
+        """
+        if self.env.render_mode != "rgb_array":
+            raise ConfigError(
+                f"{self.id} was made without render_mode=rgb_array, so it draws nothing: add it to env.make_kwargs"
+            )
+        drawn: NDArray[np.uint8] = self.env.render()
+        return drawn
 
     def reset(self, seed: int) -> Array:
-        """Starts an episode; its observation ``[d]`` float32."""
+        """Starts an episode; the row of its observation, ``[w]``."""
         where = "reset"
         try:
             answer = self.env.reset(seed=seed)
@@ -95,6 +132,13 @@ class Copy:
         values, info = self._check_step(answer, where)
         return Step(values, _told(info) if values[2] or values[3] else {})
 
+    def replay(self, seed: int, actions: Any) -> Array:
+        """Plays an episode again; the row of its last observation, ``[w]``."""
+        row = self.reset(seed)
+        for number, action in enumerate(actions, 1):
+            row = self.step(action, number).values[0]
+        return row
+
     def close(self) -> None:
         """Closes the environment."""
         self.env.close()
@@ -105,7 +149,7 @@ class Copy:
             raise error
         if self.recorder is not None and self.recorder.answer is not NOTHING:
             space = self.recorder.env.observation_space
-            check(self.recorder.answer, where, getattr(space, "shape", None) if _is_array(space) else None, False)
+            check(self.recorder.answer, where, getattr(space, "shape", None) if _is_array(space) else None, True)
         raise EnvError(f"{self._name()} raised in {where}: {one_line(error)}") from error
 
     def _name(self) -> str:
@@ -114,33 +158,50 @@ class Copy:
     def _wrong(self, what: str, value: Any, where: str, expected: str) -> EnvError:
         return EnvError(f"{self._name()} returned {what}{describe(value)} from {where}; {expected}")
 
-    def _check_reset(self, answer: Any, where: str, shape: Any = (), final: bool = True) -> Array:
+    def _check_reset(self, answer: Any, where: str, shape: Any = None, inner: bool = False) -> Array:
         if not isinstance(answer, tuple | list) or len(answer) != 2:
             raise self._wrong("", answer, where, "a tuple of an observation and a dict of infos is expected")
-        observation = self._array(answer[0], where, self.shape if final else shape)
+        observation = self._inner(answer[0], where, shape) if inner else self._row(answer[0], where)
         if not isinstance(answer[1], dict):
             raise self._wrong("info=", answer[1], where, "a dict is expected")
         return observation
 
     def _check_step(
-        self, answer: Any, where: str, shape: Any = (), final: bool = True
+        self, answer: Any, where: str, shape: Any = None, inner: bool = False
     ) -> tuple[tuple[Array, float, bool, bool], dict[str, Any]]:
         if not isinstance(answer, tuple | list) or len(answer) != 5:
             count = f"{len(answer)} values, " if isinstance(answer, tuple | list) else ""
             raise self._wrong(
                 count, answer, where, "five are expected: observation, reward, terminated, truncated, info"
             )
-        observation = self._array(answer[0], where, self.shape if final else shape)
+        observation = self._inner(answer[0], where, shape) if inner else self._row(answer[0], where)
         reward = self._number("reward", answer[1], where, "a number")
         flags = [self._flag(name, value, where) for name, value in zip(FLAGS, answer[2:4], strict=True)]
         if not isinstance(answer[4], dict):
             raise self._wrong("info=", answer[4], where, "a dict is expected")
         return (observation, reward, flags[0], flags[1]), answer[4]
 
-    def _array(self, value: Any, where: str, shape: tuple[int, ...] | None) -> Array:
-        """An observation as float32; where ``shape`` is None, its own wrappers will make an array of it."""
-        if type(value) is np.ndarray and value.dtype == np.float32 and value.shape == shape:
+    def _row(self, value: Any, where: str) -> Array:
+        """An observation as a row."""
+        if (
+            type(value) is np.ndarray
+            and value.dtype == np.float32
+            and value.ndim == 1
+            and value.shape == self.layout.plain
+        ):
             return value
+        try:
+            row = self.layout.pack(value)
+        except MisfitError as error:
+            hint = " (the observation alone, without infos?)" if isinstance(value, tuple) and not error.where else ""
+            what = f"observation[{error.where}]=" if error.where else "observation="
+            raise self._wrong(what, error.value, where, f"{error.expected} is expected{hint}") from None
+        if self.layout.images and not self.layout.finite(row):
+            raise NonFiniteError(f"{self._name()} returned an observation with a NaN or infinity from {where}")
+        return row
+
+    def _inner(self, value: Any, where: str, shape: tuple[int, ...] | None) -> Array:
+        """Refuses what the environment's own wrappers stumble over: no array of that shape, or nothing at all."""
         if shape is None:
             if value is None:
                 raise self._wrong("observation=", value, where, "an observation of its space is expected")
@@ -151,11 +212,8 @@ class Copy:
             found = np.asarray(None)
         if found.dtype.kind not in NUMBERS or found.shape != shape:
             size = "x".join(map(str, shape)) or "()"
-            hint = " (the observation alone, without infos?)" if isinstance(value, tuple) else ""
-            raise self._wrong(
-                "observation=", value, where, f"an array of shape {size} of real numbers is expected{hint}"
-            )
-        return found.astype(np.float32, copy=False)
+            raise self._wrong("observation=", value, where, f"an array of shape {size} of real numbers is expected")
+        return found
 
     def _number(self, what: str, value: Any, where: str, expected: str) -> float:
         if type(value) is float or type(value) is np.float64:
@@ -213,28 +271,85 @@ def _insert_recorder(env: Any) -> Recorder | None:
     return holder.env
 
 
-def make_copies(id: str, num_envs: int, flatten: bool, make_kwargs: dict[str, Any]) -> list[Copy]:
-    """Environments by their id.
+@dataclass(frozen=True)
+class Source:
+    """Where copies of an environment come from.
 
-    Args:
-        id: registered, or ``package:Id-v0``.
-        num_envs: how many.
+    Attributes:
+        id: a registered id, or ``package:Id-v0``; None with ``make``.
+        make: a function or class that makes one, or its name, ``module:function``.
         flatten: wrap them so that they observe one vector.
-        make_kwargs: of ``gymnasium.make``.
+        history: observations that are shown together.
+        max_episode_steps: the time limit; the environment's own if None.
+        make_kwargs: further arguments of ``gymnasium.make``, or of ``make``.
+        allow: packages that may be imported.
+    """
+
+    id: str | None
+    make: Any = None
+    flatten: bool = False
+    history: int = 1
+    max_episode_steps: int | None = None
+    make_kwargs: dict[str, Any] = field(default_factory=dict)
+    allow: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What errors call its copies."""
+        if self.id is not None:
+            return self.id
+        return self.make if isinstance(self.make, str) else str(getattr(self.make, "__name__", self.make))
+
+    def copy(self, lane: int) -> Copy:
+        """Makes one.
+
+        Raises:
+            ConfigError: an unknown id, a package that is not allowed, or an environment that cannot be made.
+        """
+        opened = self._opener()
+        try:
+            env = self._wrapped(opened())
+        except UnifiedRLError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"{self.name} could not be made: {one_line(error)}") from error
+        return Copy(self.name, lane, env)
+
+    def _opener(self) -> Callable[[], Any]:
+        """Makes an environment without wrappers of ours."""
+        kwargs, steps = self.make_kwargs, self.max_episode_steps
+        if self.id is not None:
+            with allowing(self.allow):
+                name = _registered(self.id)
+            return lambda: gymnasium.make(name, **{**kwargs, "max_episode_steps": steps})
+        found = factory(self.make, self.allow)
+        return lambda: self._limited(found(**kwargs))
+
+    def _limited(self, env: Any) -> Any:
+        if not isinstance(env, gymnasium.Env):
+            raise ConfigError(
+                f"env.make={self.name} returned {describe(env)}; one gymnasium.Env is expected (what holds several, or "
+                "is of TorchRL, goes by env._target_)"
+            )
+        steps = self.max_episode_steps
+        return env if steps is None else gymnasium.wrappers.TimeLimit(env, steps)
+
+    def _wrapped(self, env: Any) -> Any:
+        env = gymnasium.wrappers.FlattenObservation(env) if self.flatten else env
+        return env if self.history == 1 else gymnasium.wrappers.FrameStackObservation(env, self.history)
+
+    def plain(self) -> dict[str, Any]:
+        """For a process of its own, where names alone arrive."""
+        return asdict(self)
+
+
+def factory(make: Any, allow: tuple[str, ...]) -> Callable[..., Any]:
+    """The function or class that ``env.make`` names.
 
     Raises:
-        ConfigError: an unknown id, a package that is not allowed, or an environment that cannot be made.
+        ConfigError: not allowed, or not found.
     """
-    name = _registered(id)
-    copies = []
-    for lane in range(num_envs):
-        try:
-            env = gymnasium.make(name, **make_kwargs)
-            env = gymnasium.wrappers.FlattenObservation(env) if flatten else env
-        except (Exception, SystemExit) as error:
-            raise ConfigError(f"{id} could not be made: {one_line(error)}") from error
-        copies.append(Copy(id, lane, env))
-    return copies
+    return locate(make.replace(":", "."), allow, "env", "make") if isinstance(make, str) else make  # type: ignore[no-any-return]
 
 
 def _registered(id: str) -> str:

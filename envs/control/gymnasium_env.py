@@ -1,9 +1,9 @@
-"""Any Gymnasium id as a batched environment."""
+"""Any Gymnasium environment as a batched environment."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,23 +12,28 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase, raise_non_finite
-from unified_rl.envs.control.gymnasium_copy import Copy, make_copies
+from unified_rl.envs.control.chunk import ActionChunk
+from unified_rl.envs.control.gymnasium_copy import Copy, Source, factory
+from unified_rl.envs.control.gymnasium_pool import Copies, Pool, Workers, shapes_of
 from unified_rl.errors import CheckpointError, ConfigError, RestoreError
+from unified_rl.instantiate import allowed
 from unified_rl.interop.deadline import STEP_SECONDS
 from unified_rl.protocols import StepResult
-from unified_rl.ranges import Count, Positive, Seed, ranged
-from unified_rl.spaces import Box, Discrete, Space
+from unified_rl.ranges import Count, Name, Positive, Seed, UnitInterval, Whole, ranged
+from unified_rl.spaces import Box, Space
 
 UNLIKE = (
     "replaying the running episodes gave other observations: this environment is not deterministic given its seed "
     "(a simulator with its own clock, a wrapper that keeps statistics)"
 )
+UNLIMITED = 1000
+"""Steps after which an evaluation gives up on an episode of an environment that has no time limit of its own."""
 
 
 @configurable
 @ranged("env")
 class GymnasiumEnv(ControlEnvBase):
-    """K copies of a registered Gymnasium environment, stepped one by one.
+    """K copies of a Gymnasium environment, stepped one by one, or shared out among processes.
 
     Ended copies are reset in the step that ended them (Gymnasium's vector environments spend the next step on it), so
     every transition is a real one and the true final observation is kept. Every episode is reset with an explicit seed
@@ -42,61 +47,88 @@ class GymnasiumEnv(ControlEnvBase):
     that is deterministic given its seed, refused with :class:`~unified_rl.errors.RestoreError` for any other.
 
     Actions are cast to the dtype of the action space and then clipped to its bounds, so a float32 action at a bound
-    that float32 rounds outward is still inside. Observations and rewards are handed out as float32.
+    that float32 rounds outward is still inside. Rewards are handed out as float32, observations as rows (see
+    :mod:`unified_rl.observations`): float32 vectors, or bytes where there are images.
 
     Args:
         id: a registered id, for example ``Pendulum-v1``; or ``package:Id-v0`` with the package that registers it,
             which is imported only where ``--allow package`` is given.
         num_envs: K.
         seed: of the stream of episode seeds.
-        flatten: flatten dict, image or discrete observations to one vector.
-        max_episode_steps: the time limit; the registered one if None.
-        make_kwargs: further arguments of ``gymnasium.make``.
+        flatten: flatten images too, so that one vector of numbers is observed.
+        max_episode_steps: the time limit; the environment's own if None.
+        make_kwargs: further arguments of ``gymnasium.make``, or of ``make``.
         step_seconds: how long a step of all copies, or a reset, may take before it is given up; null waits for ever.
+        make: instead of ``id``: a function or class that makes one ``gymnasium.Env``, ``module:function`` with
+            ``--allow module``.
+        history: how many of the last observations are shown, the first of an episode in place of those before it.
+        workers: processes that the copies are shared out among; 0 steps them here. Results are the same.
+        first: a copy that ``make`` has made already.
 
     Raises:
         ConfigError: an unknown id (names the nearest), a package that is missing or not allowed, an environment that
-            cannot be made, no time limit, observations that are not a vector, or actions that are neither an array of
-            numbers nor one discrete choice.
+            cannot be made, a registered one without a time limit, a space without rows, or actions that are neither
+            an array of numbers nor choices.
         EnvError: its first reset raised, or returned what its space does not hold.
     """
 
     name: str
-    """What errors call it: its id."""
+    """What errors call it: its id, or the name of what makes it."""
     costly_copies = True
     """A copy is an environment of its own, so evaluation uses few of them again and again."""
+    alternatives = (("id", "make"),)
 
     def __init__(
         self,
-        id: str,
+        id: str | None = None,
         num_envs: Count = 1,
         seed: Seed = 0,
         flatten: bool = False,
         max_episode_steps: Count | None = None,
         make_kwargs: dict[str, Any] | None = None,
         step_seconds: Positive | None = STEP_SECONDS,
+        make: Name | Callable[..., Any] | None = None,
+        history: Count = 1,
+        workers: Whole = 0,
+        first: Any = None,
     ) -> None:
-        options = {**(make_kwargs or {}), "max_episode_steps": max_episode_steps}
-        self._make_copy: Callable[[], Copy] = lambda: make_copies(id, 1, flatten, options)[0]
-        copies = make_copies(id, num_envs, flatten, options)
-        limit = copies[0].time_limit
-        if not limit:
+        if (id is None) == (make is None):
+            raise ConfigError("env.id=NAME or env.make=module:function says where the environment comes from: give one")
+        source = Source(id, make, flatten, history, max_episode_steps, make_kwargs or {}, allowed())
+        copy = source.copy(0) if first is None else Copy(source.name, 0, first)
+        limit = copy.time_limit
+        if not limit and id is not None:
             raise ConfigError(f"{id} has no time limit; set env.max_episode_steps")
-        space = _space(id, copies[0])
-        super().__init__(num_envs, space, limit)
-        self.name, self._copies, self.step_seconds = id, copies, step_seconds
+        super().__init__(num_envs, _space(copy), limit or UNLIMITED)
+        self.name, self.step_seconds, self.frames_per_second = copy.id, step_seconds, copy.frames_per_second
+        self._make_copy: Callable[[], Copy] = lambda: source.copy(0)
+        self._pool: Pool
+        if workers:
+            copy.close()
+            self._pool = Workers(source, num_envs, workers, shapes_of(copy))
+        else:
+            self._pool = Copies(source, num_envs, [copy])
         self._seeds = np.zeros(num_envs, dtype=np.int64)
         self._played: list[list[np.ndarray[Any, Any]]] = [[] for _ in range(num_envs)]
-        self._observation = torch.zeros(num_envs, space.observation_dim)
         self.seed_streams(seed)
         self.reset_batch()
+
+    @staticmethod
+    def check_settings(settings: Mapping[str, Any]) -> None:
+        """Refuses a factory that is not allowed or not there when a run is composed.
+
+        Raises:
+            ConfigError: says which.
+        """
+        if settings.get("make") is not None:
+            factory(settings["make"], allowed())
 
     def seed_streams(self, seed: int) -> None:
         """Restarts the stream of episode seeds."""
         self._rng = np.random.default_rng(seed)
 
     def current_observation(self) -> Tensor:
-        """What the policy sees now, ``[K, d]`` float32."""
+        """What the policy sees now, rows ``[K, w]``."""
         return self._observation.clone()
 
     def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
@@ -109,36 +141,37 @@ class GymnasiumEnv(ControlEnvBase):
             EnvError: a copy raised, or returned what is no step or lies in another space.
             NonFiniteError: a NaN or infinity in the action, an observation or a reward.
         """
-        values = self._to_numpy(action)
+        values, board = self._to_numpy(action), self._pool.board
         lanes = np.arange(self.num_envs) if running is None else np.flatnonzero(running.numpy())
-        observation = self._observation.numpy().copy()
-        reward = np.zeros(self.num_envs, dtype=np.float32)
-        ends = np.zeros((2, self.num_envs), dtype=np.bool_)
-        infos: dict[str, np.ndarray[Any, Any]] = {}
-        kept = values.copy()  # an environment may write to its action
+        board.action[:] = values  # an environment may write to its action; what was played is kept beside it
         for lane in lanes.tolist():
-            played = self._played[lane]
-            played.append(kept[lane])
-            step = self._copies[lane].step(values[lane], len(played))
-            observation[lane], reward[lane], ends[0, lane], ends[1, lane] = step.values
-            for key, value in step.told.items():
+            self._played[lane].append(values[lane])
+        told = self._pool.step(lanes.tolist(), [len(self._played[lane]) for lane in lanes.tolist()])
+        moved = np.zeros(self.num_envs, dtype=np.bool_)
+        moved[lanes] = True
+        self._observation = torch.from_numpy(board.row.copy())
+        rewards = torch.from_numpy(np.where(moved, board.reward, 0.0).astype(np.float32))
+        self._check_finite(rewards)
+        infos: dict[str, np.ndarray[Any, Any]] = {}
+        for lane, numbers in told.items():
+            for key, value in numbers.items():
                 infos.setdefault(key, np.full(self.num_envs, np.nan, np.float32))[lane] = value
-        self._observation = torch.from_numpy(observation)
-        rewards = torch.from_numpy(reward)
-        if not np.isfinite(np.add.reduce(observation, axis=None) + np.add.reduce(reward)):
-            elapsed = torch.tensor([len(played) for played in self._played])
-            raise_non_finite("observation", self._observation, elapsed, self.name)
-            raise_non_finite("reward", rewards, elapsed, self.name)
-        executed = torch.ones(self.num_envs, dtype=torch.int64) if running is None else running.long()
         return StepResult(
             self._observation,
             rewards,
-            torch.from_numpy(ends[0]),
-            torch.from_numpy(ends[1]),
+            torch.from_numpy(board.ends[0] & moved),
+            torch.from_numpy(board.ends[1] & moved),
             self._observation,
-            executed,
+            torch.from_numpy(moved.astype(np.int64)),
             {key: torch.from_numpy(value) for key, value in infos.items()},
         )
+
+    def _check_finite(self, rewards: Tensor) -> None:
+        row, reward = self._observation.numpy(), rewards.numpy()
+        if not np.isfinite(np.add.reduce(row, axis=None) + np.add.reduce(reward)):
+            elapsed = torch.tensor([len(played) for played in self._played])
+            raise_non_finite("observation", self._observation, elapsed, self.name)
+            raise_non_finite("reward", rewards, elapsed, self.name)
 
     def _to_numpy(self, action: Tensor) -> np.ndarray[Any, Any]:
         """What the environment takes: in its space's dtype, and inside its bounds."""
@@ -147,7 +180,7 @@ class GymnasiumEnv(ControlEnvBase):
         return self.space.action.cast(action.detach().reshape(self.num_envs, -1).numpy())
 
     def restart(self, ended: Tensor) -> Tensor:
-        """Starts new episodes where ``ended [K]`` bool; their observations ``[n, d]`` float32.
+        """Starts new episodes where ``ended [K]`` bool; the rows of their observations ``[n, w]``.
 
         Raises:
             EnvError: a copy raised in reset, or returned what its space does not hold.
@@ -155,12 +188,13 @@ class GymnasiumEnv(ControlEnvBase):
         """
         mask = ended.numpy().copy()
         self._seeds[mask] = self._rng.integers(2**31, size=int(mask.sum()))
-        self._observation = self._observation.clone()
-        for lane in np.flatnonzero(mask).tolist():
-            self._observation[lane] = torch.from_numpy(self._copies[lane].reset(int(self._seeds[lane])))
+        lanes = np.flatnonzero(mask).tolist()
+        for lane in lanes:
             self._played[lane] = []
+        self._pool.reset(lanes, [int(self._seeds[lane]) for lane in lanes])
+        self._observation = torch.from_numpy(self._pool.board.row.copy())
         fresh = self._observation[ended]
-        if not bool(torch.isfinite(fresh.sum())):
+        if fresh.is_floating_point() and not bool(torch.isfinite(fresh.sum())):
             raise_non_finite("observation", self._observation, torch.zeros(self.num_envs), self.name)
         return fresh
 
@@ -187,11 +221,17 @@ class GymnasiumEnv(ControlEnvBase):
             )
         self._seeds[:] = state["seeds"].numpy()
         self._played = [list(played.numpy()) for played in state["played"]]
-        rows = [self._replay(lane) for lane in range(self.num_envs)]
-        self._observation = torch.from_numpy(np.stack(rows).astype(np.float32))
+        for lane in range(self.num_envs):
+            self._pool.board.row[lane] = self._pool.replay(lane, int(self._seeds[lane]), self._actions(lane))
+        self._observation = torch.from_numpy(self._pool.board.row.copy())
         if not torch.equal(self._observation, state["observation"]):
             raise RestoreError(UNLIKE)
         self._rng.bit_generator.state = json.loads(state["rng"])
+
+    def _actions(self, lane: int) -> np.ndarray[Any, Any]:
+        """What a running episode played, ``[n, *shape]``; an environment may write to it."""
+        action = self._pool.board.action
+        return np.array(self._played[lane], dtype=action.dtype).reshape(-1, *action.shape[1:])
 
     def resumable(self) -> str | bool:
         """Whether the run can be resumed bit for bit, or why not: tries it on one lane, in a new copy.
@@ -203,15 +243,10 @@ class GymnasiumEnv(ControlEnvBase):
             return False
         lane, copy = min(begun)[1], self._make_copy()
         try:
-            same = np.array_equal(self._replay(lane, copy).astype(np.float32), self._observation[lane].numpy())
+            row = copy.replay(int(self._seeds[lane]), self._actions(lane))
         finally:
             copy.close()
-        return same or UNLIKE
-
-    @property
-    def frames_per_second(self) -> float:
-        """As the environment's metadata say; 30 where they say nothing."""
-        return float(self._copies[0].env.metadata.get("render_fps") or 30.0)
+        return np.array_equal(row, self._observation[lane].numpy()) or UNLIKE
 
     def render_lane(self, lane: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """What a copy draws, ``[H, W, 3]``; it must be made with ``render_mode: rgb_array``.
@@ -219,41 +254,64 @@ class GymnasiumEnv(ControlEnvBase):
         Raises:
             ConfigError: it was made to draw nothing.
         """
-        env = self._copies[lane].env
-        if env.render_mode != "rgb_array":
-            raise ConfigError(
-                f"{self.name} was made without render_mode=rgb_array, so it draws nothing: add it to env.make_kwargs"
-            )
-        drawn: np.ndarray[Any, np.dtype[np.uint8]] = env.render()
-        return drawn
-
-    def _replay(self, lane: int, copy: Copy | None = None) -> np.ndarray[Any, Any]:
-        copy = self._copies[lane] if copy is None else copy
-        observation = copy.reset(int(self._seeds[lane]))
-        for number, action in enumerate(self._played[lane], 1):
-            observation = copy.step(action, number).values[0]
-        return observation
+        return self._pool.picture(lane)
 
     def close(self, *, raise_if_closed: bool = True) -> None:
-        """Closes every copy."""
-        for copy in self._copies:
-            copy.close()
+        """Closes every copy, and ends the processes."""
+        self._pool.close()
         super().close(raise_if_closed=False)
 
 
-def _space(id: str, copy: Copy) -> Space:
-    try:
-        space = Space.from_gymnasium(copy.env.observation_space, copy.env.action_space)
-    except (ConfigError, AttributeError) as error:
-        raise ConfigError(f"{id} cannot be used: {error}") from error
-    if not isinstance(space.observation, Box) or len(space.observation.shape) != 1:
+def _space(copy: Copy) -> Space:
+    space = copy.space
+    if space.action.choices is None and not isinstance(space.action, Box):
         raise ConfigError(
-            f"{id} observes {space.observation.describe()}, not one vector; set env.flatten=true "
-            "(wrappers.FlattenObservation)"
-        )
-    if not isinstance(space.action, Box | Discrete):
-        raise ConfigError(
-            f"{id} acts in {space.action.describe()}; a vector or one Discrete choice is supported: make one of those "
-            "of it with gymnasium.wrappers.TransformAction in your own id"
+            f"{copy.id} acts in {space.action.describe()}; an array of numbers or choices is supported: make one of "
+            "those of it with gymnasium.wrappers.TransformAction"
         )
     return space
+
+
+@configurable
+def make_gymnasium(
+    id: str | None = None,
+    num_envs: Count = 1,
+    seed: Seed = 0,
+    flatten: bool = False,
+    max_episode_steps: Count | None = None,
+    make_kwargs: dict[str, Any] | None = None,
+    step_seconds: Positive | None = STEP_SECONDS,
+    make: Name | Callable[..., Any] | None = None,
+    history: Count = 1,
+    workers: Whole = 0,
+    chunk: Count = 1,
+    gamma: UnitInterval | None = None,
+) -> ControlEnvBase:
+    """Copies of a Gymnasium environment, as of :class:`GymnasiumEnv`.
+
+    Args:
+        id: see there, as the rest.
+        num_envs: K.
+        seed: of the stream of episode seeds.
+        flatten: one vector of numbers, of images too.
+        max_episode_steps: the time limit.
+        make_kwargs: further arguments of what makes it.
+        step_seconds: how long a step of all copies may take.
+        make: instead of ``id``: ``module:function``.
+        history: how many of the last observations are shown.
+        workers: processes that step the copies.
+        chunk: actions executed open loop per policy decision.
+        gamma: discount inside a chunk; a run gives ``agent.gamma``, and None is 0.99.
+
+    Raises:
+        ConfigError: as there.
+    """
+    env = GymnasiumEnv(
+        id, num_envs, seed, flatten, max_episode_steps, make_kwargs, step_seconds, make, history, workers
+    )
+    return env if chunk == 1 else ActionChunk(env, chunk, gamma)
+
+
+make_gymnasium.costly_copies = True  # type: ignore[attr-defined]
+make_gymnasium.alternatives = GymnasiumEnv.alternatives  # type: ignore[attr-defined]
+make_gymnasium.check_settings = GymnasiumEnv.check_settings  # type: ignore[attr-defined]

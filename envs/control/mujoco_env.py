@@ -8,13 +8,15 @@ import math
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
+import mujoco
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase, raise_non_finite
-from unified_rl.envs.control.chunk import ActionChunk
+from unified_rl.envs.control.history import with_history_and_chunk
 from unified_rl.envs.control.locomotion import Ant, Humanoid
 from unified_rl.envs.control.manipulation import InvertedDoublePendulum, InvertedPendulum, Pusher, Reacher
 from unified_rl.envs.control.rendering import Camera
@@ -56,16 +58,17 @@ class BatchedMujocoEnv(ControlEnvBase):
 
     def __init__(self, task: Task, num_envs: Count = 1, seed: Seed = 0, threads: Count = 1) -> None:
         model = task.load_model()
-        simulations = Simulations(model, num_envs, task.views, task.frame_skip, task.contact_forces, threads)
+        options = (task.frame_skip, task.contact_forces, threads, task.synchronous)
+        simulations = Simulations(model, num_envs, task.views, *options)
         dim = task.observe(simulations.read(np.arange(1))).shape[1]
-        low, high = (tuple(bound.tolist()) for bound in model.actuator_ctrlrange.astype(np.float32).T)
+        low, high = (tuple(bound.tolist()) for bound in control_ranges(model))
         super().__init__(num_envs, Space(Box((dim,)), Box((len(low),), low=low, high=high)), task.max_steps)
         self.task, self.model, self.simulations = task, model, simulations
         self._elapsed = np.zeros(num_envs, dtype=np.int64)
         self._action = np.zeros((num_envs, model.nu))
         self._observation = np.zeros((num_envs, dim))
-        self._scene = Scene(simulations.dt, model.body_mass / model.body_mass.sum())
-        self._memory = task.memory(self._scene, simulations.read(np.arange(num_envs)))
+        self.scene = Scene(simulations.dt, model.body_mass / model.body_mass.sum())
+        self._memory = task.memory(self.scene, simulations.read(np.arange(num_envs)))
         self._ones = torch.ones(num_envs, dtype=torch.int64)
         self._camera: Camera | None = None
         self.seed_streams(seed)
@@ -90,7 +93,7 @@ class BatchedMujocoEnv(ControlEnvBase):
         frame = self.simulations.step(values, None if lanes is None else np.flatnonzero(lanes))
         np.add(elapsed, 1 if lanes is None else lanes, out=elapsed)
         observation = task.observe(frame)
-        outcome = task.outcome(self._scene, frame, self._memory, values)
+        outcome = task.outcome(self.scene, frame, self._memory, values)
         self._memory[:] = outcome.memory
         self._observation[:] = observation
         if not math.isfinite(np.add.reduce(observation, axis=None) + np.add.reduce(outcome.reward)):
@@ -116,7 +119,7 @@ class BatchedMujocoEnv(ControlEnvBase):
         """Starts new episodes of simulations ``lanes [n]`` in given states; observations ``[n, d]`` float32."""
         frame = self.simulations.reset(lanes, qpos, qvel)
         self._elapsed[lanes] = 0
-        self._memory[lanes] = self.task.memory(self._scene, frame)
+        self._memory[lanes] = self.task.memory(self.scene, frame)
         self._observation[lanes] = self.task.observe(frame)
         return torch.from_numpy(self._observation[lanes].astype(np.float32))
 
@@ -180,6 +183,13 @@ class BatchedMujocoEnv(ControlEnvBase):
         super().close(raise_if_closed=False)
 
 
+def control_ranges(model: mujoco.MjModel) -> NDArray[np.float32]:
+    """Lower and upper bounds of controls, ``[2, nu]``; infinite where an actuator has none."""
+    ranges = model.actuator_ctrlrange.astype(np.float32).T
+    free = ~model.actuator_ctrllimited.astype(np.bool_)
+    return np.where(free, np.array([[-np.inf], [np.inf]], np.float32), ranges)
+
+
 @configurable
 def make_mujoco(
     name: str,
@@ -189,6 +199,7 @@ def make_mujoco(
     chunk: Count = 1,
     gamma: UnitInterval | None = None,
     options: dict[str, Any] | None = None,
+    history: Count = 1,
 ) -> ControlEnvBase:
     """A batched MuJoCo task by its Gymnasium id.
 
@@ -200,12 +211,13 @@ def make_mujoco(
         chunk: actions executed open loop per policy decision.
         gamma: discount inside a chunk; a run gives ``agent.gamma``, and None is 0.99.
         options: fields of the task to change, for example ``{ctrl_cost_weight: 0.0}``.
+        history: how many of the last observations are shown, the oldest first.
 
     Raises:
         ConfigError: an unknown name or option, with the nearest known one.
     """
     env = BatchedMujocoEnv(_task(name, options or {}), num_envs, seed, threads)
-    return env if chunk == 1 else ActionChunk(env, chunk, gamma)
+    return with_history_and_chunk(env, history, chunk, gamma)
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

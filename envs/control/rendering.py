@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unified_rl.errors import ConfigError
-from unified_rl.interop.guard import one_line
+from unified_rl.interop.words import one_line
 
 SIZE = (240, 320)
 """Height and width of a picture."""

@@ -27,6 +27,8 @@ class Simulations:
         frame_skip: physics steps in one control step.
         contact_forces: also compute contact forces (``cfrc_ext``) after each control step.
         threads: worker threads; more than one pays only from some 64 simulations up.
+        synchronous: after each control step, also compute what derives from the new positions and velocities. The next
+            step goes on from there, so that the physics is the same and costs the same.
     """
 
     def __init__(
@@ -37,11 +39,14 @@ class Simulations:
         frame_skip: int,
         contact_forces: bool = False,
         threads: int = 1,
+        synchronous: bool = False,
     ) -> None:
         model.opt.disableflags |= int(mujoco.mjtDisableBit.mjDSBL_AUTORESET)
         self.model, self.count, self.frame_skip = model, count, frame_skip
         self.data = [mujoco.MjData(model) for _ in range(count)]
         self._contact_forces = contact_forces
+        self._derives = synchronous
+        self._ahead = synchronous and model.opt.integrator != mujoco.mjtIntegrator.mjINT_RK4
         self._ctrl = [data.ctrl for data in self.data]
         named = [views(data) for data in self.data]
         self._parts = [part for frame in named for part in frame.values()]
@@ -77,7 +82,13 @@ class Simulations:
         for lane in lanes:
             data = all_data[lane]
             all_ctrl[lane][:] = action[lane]
-            physics(model, data, skip)
+            if self._ahead:  # the first half of this step was made at the end of the last one
+                mujoco.mj_step2(model, data)
+                physics(model, data, skip - 1)
+            else:
+                physics(model, data, skip)
+            if self._derives:
+                mujoco.mj_step1(model, data)
             if self._contact_forces:
                 mujoco.mj_rnePostConstraint(model, data)
 
@@ -109,9 +120,11 @@ class Simulations:
         return out
 
     def load(self, state: Array) -> None:
-        """Restores :meth:`state`; derived quantities are left for the next step to compute."""
+        """Restores :meth:`state`; derived quantities are left for the next step to compute, where it does."""
         for data, row in zip(self.data, np.ascontiguousarray(state), strict=True):
             mujoco.mj_setState(self.model, data, row, mujoco.mjtState.mjSTATE_INTEGRATION)
+            if self._derives:
+                mujoco.mj_step1(self.model, data)
 
     def close(self) -> None:
         """Stops the worker threads."""

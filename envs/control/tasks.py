@@ -94,6 +94,8 @@ class Task:
 
     xml: ClassVar[str] = ""
     contact_forces: ClassVar[bool] = False
+    synchronous: ClassVar[bool] = False
+    """Whether what is derived from positions is of the same moment as they are, and not a physics step older."""
 
     frame_skip: Count = 5
     max_steps: Count = 1000

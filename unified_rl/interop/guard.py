@@ -10,22 +10,16 @@ from torch import Tensor
 
 from unified_rl.errors import EnvError, NonFiniteError, UnifiedRLError
 from unified_rl.interop.deadline import deadline, seconds_of
+from unified_rl.interop.words import describe, one_line
+from unified_rl.observations import layout_of
 from unified_rl.protocols import ControlEnv, StepResult
-
-OWN_NAMES = frozenset({"return", "length", "score", "return_std", "episodes"})
-"""Metrics that an info of the same name must not replace."""
+from unified_rl.spaces import Space
 
 
 def name_of(env: object) -> str:
     """What error messages call an environment: its ``name``, where it has one, else its class."""
     name = getattr(env, "name", None)
     return name if isinstance(name, str) and name else type(env).__name__
-
-
-def one_line(error: BaseException) -> str:
-    """Type and text of an exception, on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def reset_env(env: ControlEnv, seed: int | None = None) -> Tensor:
@@ -42,7 +36,7 @@ def reset_env(env: ControlEnv, seed: int | None = None) -> Tensor:
         raise
     except (Exception, SystemExit) as error:
         raise EnvError(f"{name_of(env)} raised in reset: {one_line(error)}") from error
-    _check_tensor(env, "reset", "observation", observation, torch.float32, 2)
+    _check_tensor(env, "reset", "observation", observation, row_dtype(env), 2)
     check_finite(env, "reset", {"observation": observation})
     return observation
 
@@ -71,22 +65,29 @@ def step_env(env: ControlEnv, action: Tensor, number: int) -> StepResult:
         raise EnvError(f"{name_of(env)} returned {describe(result)} from step {number}; a StepResult is expected")
     where = f"step {number}"
     for field, dtype, dims in FIELDS:
-        _check_tensor(env, where, field, getattr(result, field), dtype, dims)
+        wanted = row_dtype(env) if dtype is None else dtype
+        _check_tensor(env, where, field, getattr(result, field), wanted, dims)
     if not isinstance(result.info, dict):
         raise EnvError(f"{name_of(env)} returned info={describe(result.info)} from {where}; a dict is expected")
     check_finite(env, where, {"observation": result.next_observation, "reward": result.reward})
     return result
 
 
-FIELDS = (
-    ("observation", torch.float32, 2),
+def row_dtype(env: object) -> torch.dtype:
+    """Of an environment's observations: uint8 where its space holds images, else float32."""
+    space = getattr(env, "space", None)
+    return layout_of(space.observation).dtype if isinstance(space, Space) else torch.float32
+
+
+FIELDS: tuple[tuple[str, torch.dtype | None, int], ...] = (
+    ("observation", None, 2),
     ("reward", torch.float32, 1),
     ("terminated", torch.bool, 1),
     ("truncated", torch.bool, 1),
-    ("next_observation", torch.float32, 2),
+    ("next_observation", None, 2),
     ("executed", torch.int64, 1),
 )
-"""What a step returns: name, dtype, and dimensions, the first of which counts simulations."""
+"""What a step returns: name, dtype (None: that of rows), and dimensions, the first of which counts simulations."""
 
 
 def _check_tensor(env: ControlEnv, where: str, field: str, value: Any, dtype: torch.dtype, dims: int) -> None:
@@ -117,16 +118,3 @@ def check_finite(env: object, where: str, values: dict[str, Tensor]) -> None:
             f"{name_of(env)} returned {name}={describe(value[lane])} from {where}, simulation {lane}: it is not "
             "finite; check the environment, or lower the learning rate or the action bounds"
         )
-
-
-def describe(value: Any) -> str:
-    """A value as error messages show it: short, with shape and dtype where it has them."""
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape is not None and dtype is not None:
-        values = value.tolist()
-        shown = str(values)
-        kind = str(dtype).removeprefix("torch.")
-        size = "x".join(map(str, shape))
-        return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({f'shape {size}, ' if size else ''}{kind})"
-    shown = " ".join(repr(value).split())
-    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torchrl.envs import EnvBase
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, EnvError, RestoreError
 from unified_rl.interop.deadline import seconds_of
-from unified_rl.interop.guard import OWN_NAMES, describe, one_line
+from unified_rl.interop.gymnasium_vector import from_gymnasium
+from unified_rl.interop.words import OWN_NAMES, describe, one_line
 from unified_rl.protocols import ControlEnv, LanguageEnv, StepResult
 from unified_rl.spaces import Box, Discrete, MultiDiscrete, Part, PolicyInputs, Space
 
@@ -208,20 +210,33 @@ def _action_part(spec: TensorSpec, batch_dims: int) -> Part:
     raise ConfigError(f"the environment acts in a {type(spec).__name__}; a vector and discrete choices are supported")
 
 
-def as_environment(env: object) -> ControlEnv | LanguageEnv:
-    """The environment itself where it speaks our protocol, else an adapter over an ``EnvBase``.
+def as_environment(
+    env: object, again: Callable[[], Any] | None = None, num_envs: int = 1, seed: int = 0
+) -> ControlEnv | LanguageEnv:
+    """The environment itself where it speaks our protocol, else an adapter over one of TorchRL's or Gymnasium's.
+
+    Args:
+        env: the environment.
+        again: makes another one like it, for copies of a ``gymnasium.Env``.
+        num_envs: how many copies of that there are to be.
+        seed: of their episodes.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: none of these.
     """
     if isinstance(env, ControlEnv | LanguageEnv):
         return env
     if isinstance(env, EnvBase):
         return TorchRLControlEnv(env)
     kind = type(env)
-    if any(cls.__module__.partition(".")[0] in ("gymnasium", "gym") for cls in kind.__mro__):
+    if any(cls.__module__.partition(".")[0] == "gymnasium" for cls in kind.__mro__):
+        found = from_gymnasium(env, again, num_envs, seed)
+        if found is not None:
+            return found
+    if any(cls.__module__.partition(".")[0] == "gym" for cls in kind.__mro__):
         raise ConfigError(
-            f"{kind.__name__} is a Gymnasium environment: register it and set env=gymnasium env.id=PACKAGE:ID with "
-            "--allow PACKAGE, or return unified_rl.envs.control.GymnasiumEnv(ID, num_envs, seed)"
+            f"{kind.__name__} is an environment of gym, which Gymnasium has taken over: wrap it by shimmy"
         )
-    raise ConfigError(f"{kind.__name__} is neither a ControlEnv, a LanguageEnv nor a TorchRL EnvBase")
+    raise ConfigError(
+        f"{kind.__name__} is neither a ControlEnv, a LanguageEnv, a TorchRL EnvBase nor an environment of Gymnasium"
+    )

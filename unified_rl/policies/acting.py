@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +14,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from unified_rl.errors import ConfigError, NonFiniteError, RecordError
+from unified_rl.observations import Layout, MisfitError, layout_of
 from unified_rl.spaces import Box, Discrete, MultiDiscrete, Part, Space
 
 
@@ -93,6 +95,7 @@ def act(
         policy: samples actions ``[M, a]``.
         space: of the environment.
         observation: one ``[d]`` or a batch ``[..., d]`` of any real dtype: a tensor, or what NumPy makes an array of.
+            Of spaces with entries or images, as the environment has it: dictionaries and tuples, images uint8.
         deterministic: the policy's best guess, a function of the observation alone where the policy has
             ``deterministic_action``; else a sample.
         generator: stream of samples; the policy's own seeded one if None.
@@ -104,20 +107,25 @@ def act(
         RecordError: an observation of another width, or no numbers.
         NonFiniteError: a NaN or infinity in it.
     """
-    given = observation if isinstance(observation, Tensor) else _tensor(observation, space.observation)
-    wanted = space.observation.shape
-    lead = given.shape[: given.ndim - len(wanted)]
-    if given.ndim < len(wanted) or given.shape[len(lead) :] != wanted or given.is_complex():
-        raise RecordError(
-            f"the observation has shape {list(given.shape)}, and this policy sees {space.observation.describe()}: "
-            f"one of shape {list(wanted)}, or several stacked before it"
-        )
     weight = next(iter(policy.parameters()), torch.zeros(())) if isinstance(policy, nn.Module) else torch.zeros(())
-    rows = given.to(weight.device, weight.dtype).reshape(-1, *wanted)
-    if not bool(torch.isfinite(rows).all()):
+    layout = layout_of(space.observation)
+    if layout.plain is None:
+        rows, lead = _packed(observation, layout)
+        rows = rows.to(weight.device)
+    else:
+        given = observation if isinstance(observation, Tensor) else _tensor(observation, space.observation)
+        wanted = space.observation.shape
+        lead = given.shape[: given.ndim - len(wanted)]
+        if given.ndim < len(wanted) or given.shape[len(lead) :] != wanted or given.is_complex():
+            raise RecordError(
+                f"the observation has shape {list(given.shape)}, and this policy sees {space.observation.describe()}: "
+                f"one of shape {list(wanted)}, or several stacked before it"
+            )
+        rows = given.to(weight.device, weight.dtype).reshape(-1, layout.width)
+    if not bool(torch.isfinite(layout.unpack(rows)[0]).all()):
         raise NonFiniteError("the observation holds a NaN or infinity; no action was chosen")
     if not len(rows):
-        rows = rows.new_zeros(1, *wanted)  # of none there are none, in the shape and dtype of one
+        rows = rows.new_zeros(1, layout.width)  # of none there are none, in the shape and dtype of one
     with torch.no_grad():
         if deterministic and isinstance(policy, HasBestAction):
             chosen = policy.deterministic_action(rows)
@@ -125,7 +133,40 @@ def act(
             chosen = policy.sample(rows, generator=generator, deterministic=deterministic)["action"]
         action: Tensor = _in_space(space.action)(chosen.to("cpu"))
     action = action[: math.prod(lead)].reshape(lead + action.shape[1:])
-    return action.to(given.device) if isinstance(observation, Tensor) else action.numpy()[()]
+    like = _first_tensor(observation)
+    return action.to(like.device) if like is not None else action.numpy()[()]
+
+
+def _packed(observation: Any, layout: Layout) -> tuple[Tensor, torch.Size]:
+    """Rows ``[M, w]`` of observations with images, choices or entries of their own, and their batch dimensions."""
+    try:
+        values = _arrays(observation)
+        lead = layout.lead_of(values)
+        rows = layout.pack(values, lead)
+    except MisfitError as error:
+        entry = f"'s entry {error.where}" if error.where else ""
+        raise RecordError(
+            f"the observation{entry} does not fit what this policy sees, {layout.part.describe()}: {error.expected} is "
+            "expected, or several stacked before it"
+        ) from None
+    return torch.from_numpy(np.array(rows).reshape(-1, layout.width)), torch.Size(lead)
+
+
+def _arrays(observation: Any) -> Any:
+    """Tensors inside as arrays."""
+    if isinstance(observation, Tensor):
+        return observation.cpu().numpy()
+    if isinstance(observation, Mapping):
+        return {key: _arrays(value) for key, value in observation.items()}
+    return tuple(map(_arrays, observation)) if isinstance(observation, tuple) else observation
+
+
+def _first_tensor(observation: Any) -> Tensor | None:
+    if isinstance(observation, Tensor):
+        return observation
+    inside = observation.values() if isinstance(observation, Mapping) else observation
+    entries = inside if isinstance(observation, Mapping | tuple) else ()
+    return next((one for one in map(_first_tensor, entries) if one is not None), None)
 
 
 def _tensor(observation: ArrayLike, part: Part) -> Tensor:

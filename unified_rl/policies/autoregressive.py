@@ -82,7 +82,7 @@ class AutoregressivePolicy(Policy):
         if self.bins < 2:
             raise ConfigError(f"an autoregressive policy needs at least 2 bins or actions, got {self.bins}")
         if not self.discrete and not self.bounded:
-            raise ConfigError("action bins need finite action bounds")
+            raise ConfigError("action bins need finite action bounds; use policy=gaussian, or bound them there")
         self.num_units = self.action_dim
         self._close(counts or ())
         self.sampling = Sampling(temperature=temperature, top_p=top_p)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from unified_rl.errors import ConfigError, RecordError
+from unified_rl.observations import layout_of
 from unified_rl.policies.acting import act
+from unified_rl.policies.encoder import ObservationEncoder
 from unified_rl.policies.normalizer import MOMENTS, RunningNormalizer
 from unified_rl.protocols import Domain
-from unified_rl.ranges import Seed
+from unified_rl.ranges import Count, Seed
 from unified_rl.spaces import Box, Space, as_space
 from unified_rl.units import UnitLogProb
 
@@ -81,11 +83,16 @@ class Policy(TensorDictModuleBase):
         observation_dim: width ``d`` of the observation, where it is not the first argument.
         normalize_observation: keep running moments of the observation and standardise by them; the owner calls
             :meth:`update_normalizer` between updates. Samples then hold the number of the moments they were made under
-            (``moments [...]`` int64), and :meth:`log_prob` scores under those.
+            (``moments [...]`` int64), and :meth:`log_prob` scores under those. Pixels are divided by 255 instead.
+        image_features: width that the encoder gives each image of an observation
+            (:class:`~unified_rl.policies.encoder.ObservationEncoder`); of no effect without images.
         seed: of the initial weights, and of the policy's own :attr:`generator`.
 
     Attributes:
-        space: the environment's; :attr:`observation_dim`, :attr:`action_dim` and :attr:`num_actions` are of it.
+        space: the environment's; :attr:`action_dim` and :attr:`num_actions` are of it.
+        observation_dim: width of what :meth:`normalize` makes of an observation: the space's own, or with images that
+            of the encoder's result.
+        layout: how an observation lies in a row; ``d`` is its width wherever observations are meant.
 
     Raises:
         ConfigError: sizes and bounds that do not fit together, or a space that this policy cannot take; says what can.
@@ -117,6 +124,7 @@ class Policy(TensorDictModuleBase):
         *,
         observation_dim: int | None = None,
         normalize_observation: bool = False,
+        image_features: Count = 256,
         seed: Seed = 0,
     ) -> None:
         super().__init__()
@@ -131,14 +139,20 @@ class Policy(TensorDictModuleBase):
         )
         self._check_space(self.space)
         self.rescoring_keys = self._keys()
-        self.observation_dim, self.action_dim = self.space.observation_dim, self.space.action_dim
+        self.layout, self.action_dim = layout_of(self.space.observation), self.space.action_dim
+        self.encoder: nn.Module | None = None
+        self.observation_dim = self.layout.width
+        if self.layout.images:
+            self.encoder = ObservationEncoder(self.layout, image_features, seed)
+            self.observation_dim = self.encoder.width
         self.num_actions = self.space.num_actions
         self.in_keys = ["observation"]
         extra = [key for key in self.rescoring_keys if key != "action"]
         self.out_keys = ["action", *extra, "behavior_log_prob"]
         self.seed = seed
-        self.normalizer: nn.Module | None = RunningNormalizer(self.observation_dim) if normalize_observation else None
-        if normalize_observation:
+        self.normalizer: nn.Module | None = None
+        if normalize_observation and self.layout.vector:
+            self.normalizer = RunningNormalizer(self.layout.vector)
             self.out_keys.append(MOMENTS)
         self._generator: torch.Generator | None = None
         self._acts_in: Space | None = None
@@ -147,12 +161,7 @@ class Policy(TensorDictModuleBase):
 
     def _check_space(self, space: Space) -> None:
         """Refuses what the policy cannot take, and says what works."""
-        name, seen, action = type(self).__name__, space.observation, space.action
-        if not isinstance(seen, Box) or len(seen.shape) != 1:
-            raise ConfigError(
-                f"{name} takes observations that are one vector, but these are {seen.describe()}; no policy reads them "
-                "as they are: set env.flatten=true, or encode them in the environment"
-            )
+        name, action = type(self).__name__, space.action
         if action.choices is not None and not self.supports_discrete:
             raise ConfigError(
                 f"{name} needs continuous actions, but the environment has discrete ones, {action.describe()}; use "
@@ -251,7 +260,7 @@ class Policy(TensorDictModuleBase):
 
         No random stream moves, and a row's action does not depend on the others'. With gradients.
         """
-        return self._deterministic_action(self.normalize(self._real(observation)))
+        return self._deterministic_action(self.normalize(self._raw(observation)))
 
     def _deterministic_action(self, observation: Tensor) -> Tensor:
         """For normalised ``observation [M, d]``."""
@@ -275,7 +284,7 @@ class Policy(TensorDictModuleBase):
             standardised.
         """
         lead = observation.shape[:-1]
-        flat = self.normalize(self._real(observation.reshape(-1, observation.shape[-1])))
+        flat = self.normalize(self._raw(observation.reshape(-1, observation.shape[-1])))
         out = self._sample(flat, self.generator if generator is None else generator, deterministic)
         if isinstance(self.normalizer, RunningNormalizer):
             out[MOMENTS] = self.normalizer.used.expand(len(flat)).clone()
@@ -304,7 +313,7 @@ class Policy(TensorDictModuleBase):
         """
         observation, action = batch["observation"], batch["action"]
         rows, steps = observation.shape[0], observation.ndim - 1
-        flat = self.normalize(self._real(observation.reshape(-1, observation.shape[-1])))
+        flat = self.normalize(self._raw(observation.reshape(-1, observation.shape[-1])))
         action = action if self.space.action.choices else self._real(action)
         loss = self._nll(flat, action.flatten(0, steps - 1), self.generator if generator is None else generator)
         return loss.reshape(rows, -1)
@@ -313,6 +322,10 @@ class Policy(TensorDictModuleBase):
         """NumPy's float64, and integers, in the dtype of the weights."""
         usual = values.is_floating_point() and values.dtype != torch.float64
         return values if usual else values.to(next(self.parameters()).dtype)
+
+    def _raw(self, rows: Tensor) -> Tensor:
+        """Observations as rows have them: bytes stay bytes."""
+        return rows if self.encoder is not None else self._real(rows)
 
     @property
     def device(self) -> torch.device:
@@ -323,7 +336,7 @@ class Policy(TensorDictModuleBase):
     def update_normalizer(self, observation: Tensor) -> None:
         """Adds raw ``observation [..., d]``, on any device, to the running moments; nothing to do without them."""
         if isinstance(self.normalizer, RunningNormalizer):
-            self.normalizer.update(observation.to(self.device))
+            self.normalizer.update(self.layout.unpack(observation.to(self.device))[0])
 
     def end_pretraining(self) -> None:
         """Fixes what pre-training made and reinforcement learning must not move; calling it again changes nothing.
@@ -339,8 +352,15 @@ class Policy(TensorDictModuleBase):
             self.normalizer.freeze()
 
     def normalize(self, observation: Tensor, moments: Tensor | None = None) -> Tensor:
-        """The observation ``[..., d]`` as the network sees it, by the moments of those numbers, else those in use."""
-        return observation if self.normalizer is None else self.normalizer(observation, moments)
+        """The observation ``[..., d]`` as the network sees it, by the moments of those numbers, else those in use.
+
+        With images it is the encoder's result, with gradients.
+        """
+        if self.encoder is None:
+            return observation if self.normalizer is None else self.normalizer(observation, moments)
+        numbers, images = self.layout.unpack(observation)
+        numbers = numbers if self.normalizer is None else self.normalizer(numbers, moments)
+        return self.encoder(numbers, images)  # type: ignore[no-any-return]
 
     def to_env(self, normalized: Tensor) -> Tensor:
         """From coordinates in which the bounds are -1 and 1 to the environment's, clipped to its bounds."""
@@ -363,8 +383,8 @@ class Policy(TensorDictModuleBase):
     def _observed(self, batch: TensorDictBase | Tensor) -> Tensor:
         """Observations ``[M, d]`` as the network saw them when it acted; those of a bare tensor as it sees them now."""
         if isinstance(batch, Tensor):
-            return self.normalize(self._real(batch.reshape(-1, batch.shape[-1])))
-        observation, moments = self._real(batch["observation"]), batch.get(MOMENTS, None)
+            return self.normalize(self._raw(batch.reshape(-1, batch.shape[-1])))
+        observation, moments = self._raw(batch["observation"]), batch.get(MOMENTS, None)
         return self.normalize(
             observation.reshape(-1, observation.shape[-1]), None if moments is None else moments.reshape(-1)
         )

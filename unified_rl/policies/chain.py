@@ -117,7 +117,10 @@ class ChainPolicy(Policy):
         if (trained_steps or steps) > steps:
             raise ConfigError(f"policy.trained_steps={trained_steps} must not lie above policy.steps={steps}")
         if not self.bounded:
-            raise ConfigError(f"{type(self).__name__} needs finite action bounds to scale actions to [-1, 1]")
+            raise ConfigError(
+                f"{type(self).__name__} needs finite action bounds to scale actions to [-1, 1]; use "
+                "policy=gaussian, or bound them in the environment"
+            )
         self.steps = steps
         self.num_units = trained_steps or steps
         self.mean_over_dims, self.zero_start = mean_over_dims, zero_start
@@ -130,6 +133,11 @@ class ChainPolicy(Policy):
             self.network = ChainNetwork(self.observation_dim, self.action_dim, outputs, hidden, activation)
         self.frozen: ChainNetwork | None = None
         if trained_steps is not None and trained_steps < steps:
+            if self.encoder is not None:
+                raise ConfigError(
+                    "policy.trained_steps freezes the first steps, and the encoder of images that they see is still "
+                    "learnt: leave it out"
+                )
             self.frozen = deepcopy(self.network).requires_grad_(False)
             self.register_buffer("prefix_frozen", torch.tensor(False))
             self.register_load_state_dict_pre_hook(_fill_frozen)

@@ -9,36 +9,54 @@ import torch
 from torch import Tensor, nn
 
 from unified_rl.errors import ConfigError
+from unified_rl.observations import layout_of
 from unified_rl.policies.base import action_bounds
+from unified_rl.policies.encoder import ObservationEncoder
 from unified_rl.policies.networks import activation_named, mlp, seeded
 from unified_rl.policies.normalizer import RunningNormalizer
 from unified_rl.ranges import Count, Seed, ranged
-from unified_rl.spaces import Space, as_space
+from unified_rl.spaces import Box, Part, Space, as_space
 
 SETTING = "agent.critic_hidden"
 """The full name of ``hidden`` in a run's configuration."""
 
 
 class Critic(nn.Module):
-    """What critics share: observations standardised by running moments of their own.
+    """What critics share: observations standardised by running moments, and images encoded, by weights of their own.
 
     Args:
-        width: of the observation.
+        part: the observation space, or the width of a vector.
         normalize: keep moments, else observations are used as they are.
+        image_features: of each image.
+        seed: of the encoder's weights.
+
+    Attributes:
+        width: of the observation as the network sees it.
     """
 
-    def __init__(self, width: int, normalize: bool) -> None:
+    def __init__(self, part: Part | int, normalize: bool, image_features: int, seed: int) -> None:
         super().__init__()
-        self.normalizer: nn.Module | None = RunningNormalizer(width) if normalize else None
+        self.layout = layout_of(Box((part,)) if isinstance(part, int) else part)
+        moments = normalize and self.layout.vector > 0
+        self.normalizer: nn.Module | None = RunningNormalizer(self.layout.vector) if moments else None
+        self.encoder: nn.Module | None = None
+        self.width = self.layout.width
+        if self.layout.images:
+            self.encoder = ObservationEncoder(self.layout, image_features, seed)
+            self.width = self.encoder.width
 
     def update_normalizer(self, observation: Tensor) -> None:
         """Adds raw ``observation [..., d]`` to the running moments; does nothing where normalisation is off."""
         if isinstance(self.normalizer, RunningNormalizer):
-            self.normalizer.update(observation)
+            self.normalizer.update(self.layout.unpack(observation)[0])
 
     def normalize(self, observation: Tensor) -> Tensor:
         """The observation ``[..., d]`` as the network sees it."""
-        return observation if self.normalizer is None else self.normalizer(observation)
+        if self.encoder is None:
+            return observation if self.normalizer is None else self.normalizer(observation)
+        numbers, images = self.layout.unpack(observation)
+        numbers = numbers if self.normalizer is None else self.normalizer(numbers)
+        return self.encoder(numbers, images)  # type: ignore[no-any-return]
 
 
 @ranged()
@@ -52,6 +70,7 @@ class ValueCritic(Critic):
         orthogonal: orthogonal initialisation (output gain 1).
         layer_norm: LayerNorm before every activation.
         normalize_observation: standardise observations by running moments (:meth:`update_normalizer`).
+        image_features: width that the encoder gives each image of an observation.
         seed: of the initial weights.
     """
 
@@ -64,13 +83,14 @@ class ValueCritic(Critic):
         orthogonal: bool = True,
         layer_norm: bool = False,
         normalize_observation: bool = False,
+        image_features: Count = 256,
         seed: Seed = 0,
     ) -> None:
-        width = space.observation_dim if isinstance(space, Space) else space
-        super().__init__(width, normalize_observation)
+        part = space.observation if isinstance(space, Space) else space
+        super().__init__(part, normalize_observation, image_features, seed)
         with seeded(seed):
             self.network = mlp(
-                width,
+                self.width,
                 hidden,
                 1,
                 activation=activation,
@@ -104,6 +124,7 @@ class QEnsemble(Critic):
         action_low: without a space: with ``action_high``, actions are scaled to [-1, 1] first.
         action_high: upper bounds of the action.
         normalize_observation: standardise observations by running moments (:meth:`update_normalizer`).
+        image_features: width that the encoder gives each image of an observation.
         seed: of the initial weights.
 
     Raises:
@@ -126,17 +147,18 @@ class QEnsemble(Critic):
         action_low: Sequence[float] | None = None,
         action_high: Sequence[float] | None = None,
         normalize_observation: bool = False,
+        image_features: Count = 256,
         seed: Seed = 0,
     ) -> None:
         if not isinstance(space, Space) and action_low is None and action_high is None and action_dim is not None:
             action_low, action_high = [-math.inf] * action_dim, [math.inf] * action_dim
         space = as_space("QEnsemble", space, action_dim=action_dim, action_low=action_low, action_high=action_high)
-        super().__init__(space.observation_dim, normalize_observation)
+        super().__init__(space.observation, normalize_observation, image_features, seed)
         if space.action.choices is not None:
             raise ConfigError(f"a Q-ensemble takes vectors of floats as actions, not {space.action.describe()}")
         self.num = num
         self._register_bounds(space)
-        width = space.observation_dim + space.action_dim
+        width = self.width + space.action_dim
         with seeded(seed):
             members = [
                 mlp(width, hidden, 1, activation=activation, layer_norm=layer_norm, setting=SETTING) for _ in range(num)

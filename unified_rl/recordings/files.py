@@ -153,7 +153,11 @@ def built(node: Mapping[str, Any], allow: Sequence[str], num_envs: int, seed: in
         raise ConfigError(f"env is of language, and {command} is of robots")
     taken, _ = parameters(target, allow)
     given = {key: value for key, value in (("num_envs", num_envs), ("seed", seed)) if key in taken}
-    env = as_environment(build(dict(node), allow=allow, setting="env", **given))
+
+    def make() -> Any:
+        return build(dict(node), allow=allow, setting="env", **given)
+
+    env = as_environment(make(), make, num_envs, seed)
     if env.domain != "control":
         raise ConfigError(f"env is of {env.domain}, and {command} is of robots")
     return env

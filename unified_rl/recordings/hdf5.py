@@ -12,7 +12,7 @@ import numpy as np
 
 from unified_rl.errors import ConfigError, DataError, UnifiedRLError
 from unified_rl.instantiate import nearest
-from unified_rl.interop.guard import one_line
+from unified_rl.interop.words import one_line
 from unified_rl.recordings.columns import ALIASES, Array, Options, Raw, joined, numbers, of_episodes, picked
 
 DEMONSTRATION = re.compile(r"demo_?(\d+)")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from unified_rl.errors import ConfigError, DataError
-from unified_rl.interop.guard import one_line
+from unified_rl.interop.words import one_line
 from unified_rl.recordings.columns import Array, Options, Raw, picked
 
 VERSIONS = ("v2.", "v3.")

@@ -11,7 +11,7 @@ import numpy as np
 
 from unified_rl.errors import ConfigError, DataError
 from unified_rl.instantiate import nearest
-from unified_rl.interop.guard import one_line
+from unified_rl.interop.words import one_line
 from unified_rl.recordings.columns import Array, Options, Raw, of_episodes
 from unified_rl.spaces import Box, DictSpace, Discrete, Image, MultiDiscrete, Part, TupleSpace, part_from_gymnasium
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unified_rl.errors import NonFiniteError, RolloutError, UnifiedRLError
-from unified_rl.interop.guard import one_line
+from unified_rl.interop.words import one_line
 from unified_rl.protocols import Generates, KnowsItsEnds, LanguageEnv, StopsAtStrings, TurnResult
 
 Problems = list[dict[str, Any]]

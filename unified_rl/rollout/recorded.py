@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import ConfigError
+from unified_rl.observations import layout_of
 from unified_rl.spaces import Space
 
 MOST_FAR = 0.05
@@ -49,19 +50,22 @@ def faults(rows: TensorDict, space: Space, setting: str) -> Iterator[str]:
     Another width, a NaN or infinity, choices that the environment does not have, or many actions far outside its
     bounds. Columns without a fault are cast in place; ``unified-rl data check`` tells all lines, a run the first.
     """
-    flawed = set()
+    flawed, layout = set(), layout_of(space.observation)
     for key, width in (
-        ("observation", space.observation_dim),
-        ("next_observation", space.observation_dim),
+        ("observation", layout.width),
+        ("next_observation", layout.width),
         ("reward", 1),
         ("action", space.action_dim),
     ):
         if key in rows.keys():
             wrong = _width_fault(rows[key], len(rows), key, width, setting)
+            seen = key.endswith("observation")
+            if wrong is None and seen and layout.images and rows[key].dtype != torch.uint8:
+                wrong = f"{setting} holds {key}s of {rows[key].dtype}, and with images rows are of bytes (torch.uint8)"
             if wrong is not None:
                 flawed.add(key)
                 yield wrong
-            else:
+            elif not (seen and layout.images):
                 rows[key] = _numbers(rows[key], len(rows), key)
     for key, what in COLUMNS.items():
         if key not in rows.keys() or key in flawed:

@@ -15,7 +15,7 @@ import numpy as np
 from unified_rl.errors import UnifiedRLError
 from unified_rl.files import replacing
 from unified_rl.instantiate import locate
-from unified_rl.interop.guard import one_line
+from unified_rl.interop.words import one_line
 from unified_rl.study.results import RunData
 
 MOST = 4

@@ -16,7 +16,7 @@ from unified_rl.config import build, check_run
 from unified_rl.devices import device_of
 from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.instantiate import REQUIRED, Parameter, is_node, locate, parameters
-from unified_rl.interop.guard import one_line
+from unified_rl.interop.words import one_line
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.pretrained import tokenizer_folder
 from unified_rl.protocols import (
@@ -284,8 +284,13 @@ class Job:
         if "tokenizer" in sizes:
             node = {key: value for key, value in node.items() if key != "tokenizer"}
         seed = self._integer(stream)
+
+        def make() -> Any:
+            return self.build(node, "env", seed=seed, num_envs=num_envs, **sizes)
+
+        make.__name__ = node["_target_"] if isinstance(node["_target_"], str) else make.__name__
         try:
-            env = as_environment(self.build(node, "env", seed=seed, num_envs=num_envs, **sizes))
+            env = as_environment(make(), make, num_envs, seed)
         except UnifiedRLError:
             raise
         except (Exception, SystemExit) as error:  # somebody else's constructor

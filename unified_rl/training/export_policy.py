@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from unified_rl import __version__
 from unified_rl.errors import ConfigError
 from unified_rl.files import replacing
-from unified_rl.interop.guard import one_line
+from unified_rl.interop.words import one_line
+from unified_rl.observations import layout_of
 from unified_rl.policies.acting import InSpace
 from unified_rl.policies.base import Policy
 from unified_rl.policies.normalizer import RunningNormalizer
@@ -104,6 +105,11 @@ def export_policy(policy: Any, target: Path, run: str = "the run") -> Path:
         )
     if target.suffix == ".onnx":
         _require_onnx(target)
+    if len(layout_of(policy.acts_in.observation).plain or ()) != 1:
+        raise ConfigError(
+            f"{run} sees {policy.acts_in.observation.describe()}, and files are written of policies that see one "
+            f"vector: act with unified_rl.load_policy({run!r}) instead, or train with env.flatten=true"
+        )
     space, about = policy.acts_in, {"version": __version__, "policy": type(policy).__name__}
     rows = _rows(policy, space)
     expected = policy(rows)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from unified_rl.errors import ConfigError
 from unified_rl.machine import require_cores, require_disk, require_memory
+from unified_rl.observations import layout_of
 from unified_rl.policies.adapters import base_folder, is_adapter_folder
 
 SIMULATION = 20_000
@@ -64,7 +65,7 @@ def row_size(inputs: Mapping[str, Any]) -> int:
     if "space" not in inputs:
         return 0
     space = inputs["space"]
-    return int(4 * (2 * space.observation_dim + space.action.width) + 40)
+    return int(2 * layout_of(space.observation).row_bytes + 4 * space.action.width + 40)
 
 
 def check_rows(size: int, rows: int, length: int | None, read: Read) -> None:

@@ -262,6 +262,8 @@ class Trainer:
         if not first and not last and self._crossed(settings.checkpoint_every):
             self.save()
             self._tell_inexact()
+        elif self.updates == 1 and not last:
+            self._tell_inexact(early=True)
 
     def _write_samples(self, evaluated: bool) -> None:
         """Writes the samples that wait, and those of the evaluation that was just made."""
@@ -419,14 +421,18 @@ class Trainer:
         else:
             self.watch.forget_best()
 
-    def _tell_inexact(self) -> None:
-        """Says once, at the first checkpoint, that a resumed run will begin new episodes."""
+    def _tell_inexact(self, early: bool = False) -> None:
+        """Says once, as soon as it is known, that a resumed run will begin new episodes.
+
+        Args:
+            early: few steps are made, in which an environment may not have shown yet that it remembers more.
+        """
         env = getattr(self.rollout, "env", None)
         if self._told or not isinstance(env, TellsResumable):
             return
         with foreign("putting the environment back"):
             why = env.resumable()
-        self._told = bool(why)
+        self._told = isinstance(why, str) or (bool(why) and not early)
         if isinstance(why, str):
             say(f"{self.folder} can be resumed with new episodes only, not bit for bit: {why}")
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from unified_rl.errors import ConfigError, EnvError, UnifiedRLError
 from unified_rl.files import replacing
 from unified_rl.instantiate import locate, parameters
-from unified_rl.interop.guard import describe, name_of, one_line
+from unified_rl.interop.guard import name_of
+from unified_rl.interop.words import describe, one_line
 from unified_rl.protocols import ControlEnv, Renders, StepResult
 from unified_rl.training.build import Job
 from unified_rl.training.evaluation import evaluate_control
@@ -124,8 +125,11 @@ def _environment(job: Job, count: int, pictures: bool) -> Any:
     """An environment of its own whose copies draw."""
     own = job.cfg
     node = dict(own["env"])
-    if pictures and "make_kwargs" in parameters(locate(node["_target_"], job.allow), job.allow)[0]:
+    taken = parameters(locate(node["_target_"], job.allow), job.allow)[0]
+    if pictures and "make_kwargs" in taken:
         node["make_kwargs"] = {**(node.get("make_kwargs") or {}), "render_mode": "rgb_array"}
+    elif pictures and "render_mode" in taken:  # a factory of the user's
+        node["render_mode"] = "rgb_array"
     job.cfg = {**own, "env": node}
     try:
         return job._environment("evaluation", count)
