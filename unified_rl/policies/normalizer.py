@@ -34,6 +34,7 @@ class RunningNormalizer(nn.Module):
         means, scales: every set of moments that was in use, float32 ``[C, d]``, of which the first ``used + 1`` count.
         used: number of the set in use, int64 ``[]``.
         frozen: bool ``[]``.
+        mean_used, scale_used: the set in use, float32 ``[d]``; written in place, so that a captured CUDA graph sees it.
 
     Shapes: any ``[..., d]`` float to the same. Source: parallel moments as in Chan, Golub, LeVeque (1983).
     """
@@ -46,6 +47,8 @@ class RunningNormalizer(nn.Module):
     used: Tensor
     counted: Tensor
     frozen: Tensor
+    mean_used: Tensor
+    scale_used: Tensor
 
     def __init__(self, dim: Count, limit: Positive = 10.0, epsilon: Positive = 1e-8) -> None:
         super().__init__()
@@ -60,6 +63,8 @@ class RunningNormalizer(nn.Module):
         self.register_buffer("used", torch.zeros((), dtype=torch.int64))
         self.register_buffer("counted", torch.zeros((), dtype=torch.float64))
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("mean_used", torch.zeros(dim), persistent=False)
+        self.register_buffer("scale_used", torch.ones(dim), persistent=False)
 
     @torch.no_grad()
     def update(self, observation: Tensor) -> None:
@@ -95,6 +100,8 @@ class RunningNormalizer(nn.Module):
             self.scales = torch.cat([self.scales, torch.ones_like(self.scales)])
         self.means[at] = self.mean.to(self.means.dtype)
         self.scales[at] = (self.var + self.epsilon).rsqrt().to(self.scales.dtype)
+        self.mean_used.copy_(self.means[at])
+        self.scale_used.copy_(self.scales[at])
         self.used.fill_(at)
         self.counted.copy_(self.count)
 
@@ -105,8 +112,11 @@ class RunningNormalizer(nn.Module):
             observation: ``[..., d]`` raw.
             moments: ``[...]`` int64 numbers of the moments to standardise by; None takes those in use.
         """
-        index = self.used if moments is None else moments
-        mean, scale = self.means[index].to(observation.dtype), self.scales[index].to(observation.dtype)
+        if moments is None:
+            mean, scale = self.mean_used, self.scale_used
+        else:
+            mean, scale = self.means[moments], self.scales[moments]
+        mean, scale = mean.to(observation.dtype), scale.to(observation.dtype)
         return ((observation - mean) * scale).clamp(-self.limit, self.limit)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -121,3 +131,6 @@ class RunningNormalizer(nn.Module):
             kept = len(state[f"{prefix}means"])
             self.means, self.scales = (x.new_zeros(kept, x.shape[1]) for x in (self.means, self.scales))
         super()._load_from_state_dict(state, prefix, *args)
+        if mean is not None:
+            self.mean_used.copy_(self.means[self.used])
+            self.scale_used.copy_(self.scales[self.used])

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
+from unified_rl.policies.base import Policy
 from unified_rl.protocols import ControlEnv, Demonstrates, HasSpace, LanguageEnv, Normalizes, Trainable, domain_of
 from unified_rl.ranges import Count, ranged
 from unified_rl.replay import read_rows
@@ -19,6 +21,9 @@ from unified_rl.spaces import Space
 from unified_rl.units import Source
 
 KEYS = {"control": ("observation", "action"), "language": ("tokens", "token_mask", "mask")}
+
+SEEN = 4096
+"""Demonstrations of an expert without end that moments are taken of."""
 
 
 def style_option(env: Any, style: str | None, where: str) -> dict[str, str]:
@@ -45,8 +50,8 @@ def style_option(env: Any, style: str | None, where: str) -> dict[str, str]:
 class DemonstrationRollout:
     """Hands supervised rows to the replay, for behaviour cloning and supervised fine-tuning.
 
-    A policy that standardises observations takes its moments from the whole of ``data``, or from the first rows of an
-    environment's own.
+    A policy that standardises observations takes its moments from the whole of ``data``, or from several
+    thousand of an environment's own.
 
     Args:
         env: the environment, with ``demonstrations(count, generator)`` unless ``data`` is given.
@@ -130,10 +135,27 @@ class DemonstrationRollout:
         metrics = epoch_of(self.env, self.generator)
         rows["source"] = torch.full((count,), int(self.source))
         if self.steps == 0 and self.normalizes is not None:
-            seen = rows if self.pool is None else self.pool  # one batch misses what is rare in a data set
-            self.normalizes.update_normalizer(seen["observation"].to(self.policy.device))
+            self._standardise(self.normalizes)
         self.steps += count
         return rows, metrics
+
+    def _standardise(self, policy: Normalizes) -> None:
+        """Moments of the whole data set, since a batch misses what is rare in it; pre-trained weights keep theirs."""
+        moments = getattr(policy, "normalizer", None)
+        if moments is None or float(getattr(moments, "count", 0.0)) > 0:
+            return
+        policy.update_normalizer(self._all_observations().to(self.policy.device))
+        if self.whole and isinstance(policy, Policy):  # learners of whole transitions would move them by every batch
+            policy.freeze_moments()
+
+    def _all_observations(self) -> Tensor:
+        """Of the data set; of an expert without end :data:`SEEN`, and the stream of the rows does not move."""
+        if self.pool is not None:
+            return self.pool["observation"]
+        assert self.expert is not None
+        stream = torch.Generator()
+        stream.set_state(self.generator.get_state())
+        return self.expert.demonstrations(max(SEEN, self.rows), stream, **self.options)["observation"]
 
     def state_dict(self) -> dict[str, Any]:
         """The stream and the count, and what a token task keeps of the problems that it showed."""
