@@ -39,6 +39,7 @@ ORDER = (
     "untrusted",
     "devices",
     "machine",
+    "wrapping",
     "ranges",
     "errors",
     "stopping",

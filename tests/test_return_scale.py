@@ -1,4 +1,4 @@
-"""Rewards by the running deviation of discounted returns, and PopArt: numbers, effect on the critic, resume, refusals."""
+"""Rewards by the running deviation of discounted returns, and PopArt: numbers, effect, resume, refusals."""
 
 from __future__ import annotations
 

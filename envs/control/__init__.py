@@ -5,5 +5,16 @@ from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.gymnasium_env import GymnasiumEnv
 from unified_rl.envs.control.mujoco_env import TASKS, BatchedMujocoEnv, make_mujoco
 from unified_rl.envs.control.two_route import TwoRouteEnv
+from unified_rl.envs.control.wrappers import ActionRepeat, FrameStack
 
-__all__ = ["TASKS", "ActionChunk", "BatchedMujocoEnv", "ControlEnvBase", "GymnasiumEnv", "TwoRouteEnv", "make_mujoco"]
+__all__ = [
+    "TASKS",
+    "ActionChunk",
+    "ActionRepeat",
+    "BatchedMujocoEnv",
+    "ControlEnvBase",
+    "FrameStack",
+    "GymnasiumEnv",
+    "TwoRouteEnv",
+    "make_mujoco",
+]

@@ -12,7 +12,7 @@ from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.errors import ConfigError
 from unified_rl.interop.deadline import seconds_of
-from unified_rl.protocols import Demonstrates, StepResult
+from unified_rl.protocols import Demonstrates, StepResult, TellsResumable
 from unified_rl.ranges import Count, UnitInterval, ranged
 from unified_rl.spaces import Box, Space
 
@@ -56,7 +56,7 @@ class ActionChunk(ControlEnvBase):
 
     def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
         """Executes the chunk ``[K, h * a]`` in every running simulation until its end or the episode's."""
-        plan = action.reshape(self.num_envs, self.horizon, self._action_dim)
+        plan = self.plan(action)
         active = torch.ones(self.num_envs, dtype=torch.bool) if running is None else running.clone()
         total = self.inner.advance(plan[:, 0], active)
         total = total._replace(undiscounted=total.plain_reward)
@@ -68,6 +68,10 @@ class ActionChunk(ControlEnvBase):
             discount *= self._gamma
             total, active = self._merge(total, self.inner.advance(plan[:, index], active), active, discount)
         return total
+
+    def plan(self, action: Tensor) -> Tensor:
+        """The actions ``[K, h, a]`` of a decision."""
+        return action.reshape(self.num_envs, self.horizon, self._action_dim)
 
     @staticmethod
     def _merge(total: StepResult, step: StepResult, active: Tensor, discount: float) -> tuple[StepResult, Tensor]:
@@ -93,6 +97,10 @@ class ActionChunk(ControlEnvBase):
     def gamma(self) -> float:
         """Discount between the actions of a chunk."""
         return self._gamma
+
+    def resumable(self) -> str | bool:
+        """Whether the environment inside can continue its episodes bit for bit."""
+        return self.inner.resumable() if isinstance(self.inner, TellsResumable) else True
 
     def seed_streams(self, seed: int) -> None:
         """Restarts the random streams of the environment inside."""

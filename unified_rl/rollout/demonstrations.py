@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import Policy
+from unified_rl.policies.normalizer import MOMENTS
 from unified_rl.protocols import ControlEnv, Demonstrates, HasSpace, LanguageEnv, Normalizes, Trainable, domain_of
-from unified_rl.ranges import Count, ranged
+from unified_rl.ranges import Count, Share, ranged
 from unified_rl.replay import read_rows
 from unified_rl.rollout.language import epoch_of
 from unified_rl.rollout.recorded import fitted
+from unified_rl.rollout.windows import held_out, sizes_of, windowed
 from unified_rl.spaces import Space
 from unified_rl.units import Source
 
@@ -61,10 +64,13 @@ class DemonstrationRollout:
         rows: rows of one call of :meth:`collect`.
         data: folder of recorded rows (``unified-rl evaluate RUN --record FOLDER``); else the environment's own.
         style: passed to the demonstrations of a language task.
+        validation: share of the episodes of ``data`` that are held out; evaluation tells their loss, ``eval/nll``.
+        streams: named streams of the run; without them the first stream of seed 0 chooses what is held out.
 
     Attributes:
         rows: rows of one collection.
         length: None; they are single rows.
+        held_out: what ``validation`` keeps from training, or None.
 
     Raises:
         CheckpointError: ``data`` is missing or damaged.
@@ -86,6 +92,8 @@ class DemonstrationRollout:
         rows: Count = 256,
         data: str | None = None,
         style: str | None = None,
+        validation: Share = 0.0,
+        streams: Callable[[str], torch.Generator] | None = None,
     ) -> None:
         self.env, self.policy, self.generator = env, policy, problem_generator or generator
         self.domain, self.steps = domain_of(env), 0
@@ -94,7 +102,20 @@ class DemonstrationRollout:
             raise ConfigError(
                 f"rollout.style={style} is of an environment's own demonstrations; leave rollout.data out"
             )
+        if validation and (data is None or self.domain == "language"):
+            raise ConfigError(
+                f"rollout.validation={validation} holds out episodes of a robot's rollout.data: leave it out"
+                + ("" if self.domain == "control" else " (env.held_out is for tasks of tokens)")
+            )
+        if validation and self.whole:
+            raise ConfigError("rollout.validation is of imitation, and this run learns from rewards: leave it out")
         self.pool = None if data is None else self._read(data)
+        self.held_out: TensorDict | None = None
+        if validation and self.pool is not None:
+            stream = torch.Generator().manual_seed(0) if streams is None else streams("validation")
+            self.pool, self.held_out = held_out(self.pool, validation, stream, f"rollout.data={data}")
+        if self.pool is not None and not self.whole:
+            self.pool = self.pool.select(*KEYS[self.domain])
         self.expert = env if isinstance(env, Demonstrates) else None
         self.normalizes = policy if isinstance(policy, Normalizes) else None
         if self.pool is None and self.expert is None:
@@ -112,8 +133,12 @@ class DemonstrationRollout:
         if missing:
             raise ConfigError(f"the rows of rollout.data={data} lack {', '.join(missing)}: they are of another domain")
         if self.domain == "control":
-            rows = fitted(rows, self._space(), f"rollout.data={data}")
-        return rows if self.whole else rows.select(*KEYS[self.domain])
+            rows, space = rows.exclude(MOMENTS), self._space()  # of the policy that recorded them
+            rows = rows if self.whole else rows.select(*KEYS["control"], "episode", "step", strict=False)
+            width = space.observation_dim, space.action_dim
+            rows = windowed(rows, *sizes_of(self.env), width, f"rollout.data={data}")
+            rows = fitted(rows, space, f"rollout.data={data}")
+        return rows
 
     def _space(self) -> Space:
         if isinstance(self.env, ControlEnv):
@@ -151,7 +176,8 @@ class DemonstrationRollout:
     def _all_observations(self) -> Tensor:
         """Of the data set; of an expert without end :data:`SEEN`, and the stream of the rows does not move."""
         if self.pool is not None:
-            return self.pool["observation"]
+            parts = [self.pool] if self.held_out is None else [self.pool, self.held_out]
+            return torch.cat([part["observation"] for part in parts])
         assert self.expert is not None
         stream = torch.Generator()
         stream.set_state(self.generator.get_state())

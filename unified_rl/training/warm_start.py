@@ -59,6 +59,8 @@ class WarmStart:
         dataset: demonstrations drawn once and reused (None draws fresh ones every step). A policy that standardises
             observations takes its moments from them, or from several thousand fresh ones.
         smoothing: share of the old value in the smoothed loss.
+        ema: of the weights of each stage, as of :class:`~unified_rl.agents.behavior_cloning.BehaviorCloning`; the
+            averaged ones are what goes on.
         run: a run folder whose policy is loaded instead; ``stages`` are then skipped.
 
     Raises:
@@ -78,10 +80,12 @@ class WarmStart:
         lr: NonNegative = 1e-3,
         dataset: Count | None = None,
         smoothing: Share = 0.95,
+        ema: Share | None = None,
         run: str | None = None,
     ) -> None:
         self.stages = [dict(stage) for stage in stages or []]
         self.batch_size, self.lr, self.dataset, self.smoothing, self.run = batch_size, lr, dataset, smoothing, run
+        self.ema = ema
         self.check_settings({"stages": self.stages})
 
     @classmethod
@@ -171,7 +175,8 @@ class WarmStart:
         for number, stage in enumerate(self.stages):
             lr = stage.get("lr")
             schedule = self.schedule_of(stage)
-            agent = make_agent(self.lr if lr is None else lr, **schedule)
+            average = {} if self.ema is None else {"ema": self.ema}
+            agent = make_agent(self.lr if lr is None else lr, **schedule, **average)
             if schedule and isinstance(agent, PlansUpdates):
                 agent.plan_updates(stage["updates"])
             self._run_stage(number, stage, env, agent, demonstration_generator, report)
