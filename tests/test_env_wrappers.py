@@ -1,4 +1,4 @@
-"""env.frame_stack, env.action_repeat and env.action_chunk around any control environment."""
+"""env.frame_stack, env.action_repeat and env.chunk around any control environment."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_repeated_action_is_a_chunk_of_equal_ones_cut_at_the_end() -> None:
 
 
 def test_a_run_says_them_of_its_environment() -> None:
-    options = {"env.action_repeat": 2, "env.frame_stack": 3, "env.action_chunk": 2, "agent.gamma": 0.9}
+    options = {"env.action_repeat": 2, "env.frame_stack": 3, "env.chunk": 2, "agent.gamma": 0.9}
     run = ur.assemble(**{**SMALL, **options}, steps=128)
     chunk = run.env
     assert isinstance(chunk, ActionChunk) and isinstance(chunk.inner, FrameStack)
@@ -92,7 +92,7 @@ def test_a_run_says_them_of_its_environment() -> None:
     assert made.current_observation().shape == (3, 6)
 
 
-@pytest.mark.parametrize("option", ["env.action_repeat", "env.frame_stack", "env.action_chunk"])
+@pytest.mark.parametrize("option", ["env.action_repeat", "env.frame_stack", "env.chunk"])
 def test_a_run_in_one_is_resumed_bit_for_bit(option: str, tmp_path: Path) -> None:
     settings = {**SMALL, option: 2}
     whole = ur.assemble(**settings, updates=4, folder=tmp_path / "whole")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 from unified_rl.errors import ConfigError
 from unified_rl.ranges import Count
@@ -20,12 +20,18 @@ class Wrapping:
         action_repeat: steps that one action is executed for.
         frame_stack: newest observations that the policy sees, oldest first; the first of an episode stands for those
             before it.
-        action_chunk: steps of one decision: the policy gives so many actions at once.
+        chunk: actions of one decision, which are executed open loop.
     """
 
     action_repeat: Count = 1
     frame_stack: Count = 1
-    action_chunk: Count = 1
+    chunk: Count = 1
+
+
+class Parameter(Protocol):
+    """A keyword of a target."""
+
+    default: Any
 
 
 NAMES = tuple(field.name for field in fields(Wrapping))
@@ -36,14 +42,17 @@ def wraps(group: str, target: Callable[..., Any]) -> bool:
     return group == "env" and getattr(target, "domain", "control") != "language"
 
 
-def split(node: Mapping[str, Any], own: Sequence[str] | Mapping[str, Any]) -> tuple[Wrapping, dict[str, Any]]:
+def split(node: Mapping[str, Any], own: Mapping[str, Parameter]) -> tuple[Wrapping, dict[str, Any]]:
     """What is put around an environment, and the node of the environment itself.
 
     Args:
         node: of the group ``env``, checked.
-        own: settings of its target, which keep their meaning there.
+        own: settings of its target, which keep their meaning there; but a history is one of steps, and not of chunks.
     """
     given = {name: node[name] for name in NAMES if name in node and name not in own}
+    plain = "chunk" in own and own["chunk"].default == 1  # the target puts its chunks around what has none
+    if plain and node.get("chunk", 1) > 1 and max(given.values(), default=1) > 1:
+        given["chunk"] = node["chunk"]
     return Wrapping(**given), {key: value for key, value in node.items() if key not in given}
 
 
@@ -70,6 +79,6 @@ def wrap(env: Any, wrapping: Wrapping, build: Callable[..., Any], gamma: float |
         env = build({"_target_": f"{PLACE}.ActionRepeat"}, env=env, times=wrapping.action_repeat, **discount)
     if wrapping.frame_stack > 1:
         env = build({"_target_": f"{PLACE}.FrameStack"}, env=env, frames=wrapping.frame_stack)
-    if wrapping.action_chunk > 1:
-        env = build({"_target_": f"{PLACE}.ActionChunk"}, env=env, horizon=wrapping.action_chunk, **discount)
+    if wrapping.chunk > 1:
+        env = build({"_target_": f"{PLACE}.ActionChunk"}, env=env, horizon=wrapping.chunk, **discount)
     return env

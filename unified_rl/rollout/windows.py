@@ -79,7 +79,7 @@ def windowed(rows: TensorDict, frames: int, horizon: int, width: tuple[int, int]
     if plans and "reward" in rows.keys():
         raise ConfigError(
             f"{setting} holds rewards of single steps, and the policy decides for {horizon} at once: critics learn "
-            "from rows that such a policy recorded; set env.action_chunk=1, or imitate with agent=behavior_cloning"
+            "from rows that such a policy recorded; set env.chunk=1, or imitate with agent=behavior_cloning"
         )
     windows, rows = Windows(rows, setting), rows.copy()
     if plans:

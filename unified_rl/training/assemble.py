@@ -223,7 +223,7 @@ def make_env(name: str, *, allow: Sequence[str] = (), config_dirs: Sequence[str]
                   config_dirs=config_dirs)  # fmt: skip
     taken = parameters(locate(cfg["env"]["_target_"], allow), allow)[0]
     wrapping, node = split(cfg["env"], taken)
-    return wrap(build(node, allow=allow), wrapping, partial(build, allow=allow, setting="env"), None)
+    return wrap(build(node, allow=allow), wrapping, partial(build, allow=allow, setting="env"), cfg["env"].get("gamma"))
 
 
 # ---------------------------------------------------------------------------------------------- parts
