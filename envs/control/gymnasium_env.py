@@ -12,10 +12,11 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase, raise_non_finite
+from unified_rl.envs.control.goals import goals_of
 from unified_rl.envs.control.gymnasium_copy import Copy, make_copies
 from unified_rl.errors import CheckpointError, ConfigError, RestoreError
 from unified_rl.interop.deadline import STEP_SECONDS
-from unified_rl.protocols import StepResult
+from unified_rl.protocols import Goals, StepResult
 from unified_rl.ranges import Count, Positive, Seed, ranged
 from unified_rl.spaces import Box, Discrete, Space
 
@@ -207,6 +208,11 @@ class GymnasiumEnv(ControlEnvBase):
         finally:
             copy.close()
         return same or UNLIKE
+
+    @property
+    def goals(self) -> Goals | None:
+        """Of a dictionary with ``achieved_goal`` and ``desired_goal``, flattened; None of any other environment."""
+        return goals_of(self._copies[0].env)
 
     @property
     def frames_per_second(self) -> float:

@@ -24,12 +24,14 @@ from unified_rl.protocols import (
     ChecksReplay,
     Demonstrates,
     EndsPretraining,
+    Goals,
+    HasGoals,
     HasPools,
     HasSplits,
     PlansUpdates,
     Rewarded,
 )
-from unified_rl.replay import WithDataset
+from unified_rl.replay import HindsightReplay, WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
 from unified_rl.rollout.feed import LocalFeed
 from unified_rl.rollout.recorded import fitted
@@ -433,6 +435,8 @@ class Job:
                 space = Space.of(self.env.policy_inputs())
                 where, width = f"replay.data={self.cfg['replay']['data']}", (space.observation_dim, space.action_dim)
                 replay.stored = fitted(windowed(replay.stored, *sizes_of(self.env), width, where), space, where)
+        if isinstance(replay, HindsightReplay):
+            replay.goals = self._goals()
         if isinstance(agent, ChecksReplay):
             agent.option = self._agent_name
             agent.check_replay(replay)
@@ -443,6 +447,21 @@ class Job:
         refuse_idle_terms(agent, rollout, replay)
         check_rollout(agent, rollout, replay)
         return rollout, agent, replay
+
+    def _goals(self) -> Goals:
+        """Of the environment.
+
+        Raises:
+            ConfigError: it has none, or decides for several steps at once.
+        """
+        found = self.env.goals if isinstance(self.env, HasGoals) else None
+        if found is None:
+            raise ConfigError(
+                "replay=her needs observations with achieved_goal and desired_goal (env=gymnasium env.flatten=true), "
+                f"compute_reward, and none of env.frame_stack, env.action_repeat, env.chunk; {type(self.env).__name__} "
+                "shows no such goals: use replay=uniform"
+            )
+        return found
 
     @property
     def _imitates(self) -> bool:
