@@ -202,7 +202,9 @@ def _run(
 ) -> Job:
     label, own = _correction(choice)
     cell = f"{domain}-{label}-staleness{staleness}-seed{seed}"
-    overrides = merge_overrides(shared, own, [f"rollout.staleness={staleness}", f"seed={seed}"])
+    overrides = merge_overrides(shared, own, [f"seed={seed}"])
+    if staleness or any(text.startswith("rollout.staleness=") for text in overrides):  # some rollouts have none
+        overrides = merge_overrides(overrides, [f"rollout.staleness={staleness}"])
     cfg = _compose(compose, overrides, cell)
     if cfg.get("eval_episodes") == 0:
         raise ConfigError(f"{cell}: eval_episodes=0, but a study compares held-out scores; set it to at least 1")
