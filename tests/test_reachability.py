@@ -978,7 +978,11 @@ def further_cases() -> Iterator[Case]:
         yield Case(f"{key} of kl", (*STALE, "agent.kl=0.5"), (f"agent.{key}={value}",))
     for key in ("frame_stack", "action_repeat", "chunk"):
         yield Case(f"{key} of any robot", (*CONTROL, "env=pendulum"), (f"env.{key}=2",))
-    yield Case("validation of a data set", (*SUPERVISED, "rollout.data=ROWS"), ("rollout.validation=0.5",))
+    yield Case(
+        "validation of a data set",
+        ("env=inverted_pendulum", *SUPERVISED[1:], "rollout.data=ROWS"),
+        ("rollout.validation=0.5",),
+    )
     yield Case("critic_config for language", (*LM, "agent.advantage=critic"), (f"agent.critic_config={text(TINY)}",))
 
 

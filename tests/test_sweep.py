@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import unified_rl as ur
 from unified_rl import cli
 from unified_rl.errors import ConfigError
 from unified_rl.study.grid import Study, make_jobs
@@ -54,8 +55,10 @@ def test_a_sweep_trains_reports_and_is_continued(tmp_path: Path, capsys: pytest.
     runs = sorted((folder / "runs").iterdir())
     assert {yaml.safe_load((run / "config.yaml").read_text())["agent"]["lr"] for run in runs} == {0.001, 0.01}
     assert (folder / "report.md").exists() or (folder / "report.html").exists()
+    with pytest.raises(ConfigError, match="no key has any"):
+        ur.sweep(TINY)
     before = [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs]
-    assert cli.main(words) == 0
+    assert ur.sweep(words[2:-2], workers=0, progress=False) == folder
     assert [(run / "metrics.jsonl").stat().st_mtime_ns for run in runs] == before  # nothing is trained twice
     assert json.loads((runs[0] / "meta.json").read_text())["status"] == "finished"
 

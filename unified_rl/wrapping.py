@@ -31,7 +31,10 @@ class Wrapping:
 class Parameter(Protocol):
     """A keyword of a target."""
 
-    default: Any
+    @property
+    def default(self) -> Any:
+        """Its default."""
+        ...
 
 
 NAMES = tuple(field.name for field in fields(Wrapping))

@@ -181,7 +181,8 @@ class DemonstrationRollout:
         assert self.expert is not None
         stream = torch.Generator()
         stream.set_state(self.generator.get_state())
-        return self.expert.demonstrations(max(SEEN, self.rows), stream, **self.options)["observation"]
+        seen: Tensor = self.expert.demonstrations(max(SEEN, self.rows), stream, **self.options)["observation"]
+        return seen
 
     def state_dict(self) -> dict[str, Any]:
         """The stream and the count, and what a token task keeps of the problems that it showed."""

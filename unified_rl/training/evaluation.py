@@ -23,10 +23,10 @@ from unified_rl.protocols import (
     ControlEnv,
     Generates,
     HoldsOutAnswers,
-    Imitates,
     LanguageEnv,
     LanguagePolicy,
     Samples,
+    Trainable,
     Votes,
 )
 from unified_rl.rollout.conversation import COLUMNS, SCORES, Problems, Told, converse, joined, means
@@ -470,7 +470,7 @@ def evaluate_imitation(env: object, policy: LanguagePolicy, count: int) -> dict[
 
 
 @torch.no_grad()
-def held_out_loss(policy: Imitates, rows: TensorDictBase, seed: int) -> dict[str, float]:
+def held_out_loss(policy: Trainable, rows: TensorDictBase, seed: int) -> dict[str, float]:
     """``eval/nll``, the mean supervised loss of a control policy over recorded rows that training never sees.
 
     Losses that draw noise (flow, diffusion) draw the same at every call, from ``seed``.
