@@ -9,11 +9,14 @@ import pytest
 import torch
 from gymnasium.wrappers import FrameStackObservation
 from run_cases import ALLOW
+from tensordict import TensorDict
 
 import unified_rl as ur
-from unified_rl.config import compose
+from unified_rl.config import build, compose
 from unified_rl.envs.control import ActionChunk, ActionRepeat, FrameStack, GymnasiumEnv
 from unified_rl.errors import ConfigError
+from unified_rl.protocols import Demonstrates
+from unified_rl.wrapping import Wrapping, wrap
 
 SMALL: dict[str, Any] = {
     "env": "pendulum",
@@ -90,6 +93,21 @@ def test_a_run_says_them_of_its_environment() -> None:
     assert run.steps == 128 and rows[-1]["eval/length"] == 200  # both in steps of the environment inside
     made = ur.make_env("pendulum", frame_stack=2, num_envs=3)
     assert made.current_observation().shape == (3, 6)
+
+
+class Shown(GymnasiumEnv):
+    """With an expert of single steps."""
+
+    def demonstrations(self, count: int, generator: torch.Generator) -> TensorDict:
+        return TensorDict({"observation": torch.zeros(count, 3), "action": torch.zeros(count, 1)}, batch_size=[count])
+
+
+def test_an_expert_of_single_steps_is_none_of_histories_and_plans() -> None:
+    env = Shown("Pendulum-v1")
+    assert isinstance(env, Demonstrates)
+    for option in ("action_repeat", "frame_stack", "chunk"):
+        around = wrap(env, Wrapping(**{option: 2}), build, 0.9)
+        assert not isinstance(around, Demonstrates) and around.inner is env
 
 
 @pytest.mark.parametrize("option", ["env.action_repeat", "env.frame_stack", "env.chunk"])

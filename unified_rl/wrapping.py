@@ -84,4 +84,5 @@ def wrap(env: Any, wrapping: Wrapping, build: Callable[..., Any], gamma: float |
         env = build({"_target_": f"{PLACE}.FrameStack"}, env=env, frames=wrapping.frame_stack)
     if wrapping.chunk > 1:
         env = build({"_target_": f"{PLACE}.ActionChunk"}, env=env, horizon=wrapping.chunk, **discount)
+        vars(env).pop("demonstrations", None)  # an expert of single actions gives no plans
     return env
