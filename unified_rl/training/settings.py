@@ -60,7 +60,7 @@ class TrainSettings:
         callbacks: dotted paths of classes with the hooks of :class:`~unified_rl.training.callbacks.Callback`, or
             mappings with ``_target_`` and arguments; one alone needs no list.
         keep_best: metric whose best checkpoint is kept, for example ``eval/accuracy``, or a mapping ``{metric, mode}``
-            with ``mode`` max or min.
+            with ``mode`` max or min; by default min of losses, max of all others.
         early_stopping: mapping ``{metric, patience, min_delta, mode}``: the run ends after ``patience`` values of the
             metric (5) of which none was better than the best before by more than ``min_delta`` (0).
         eval_sampling: language: how evaluation samples, ``{samples, temperature, top_p, ...}``: answers to each prompt
