@@ -88,6 +88,8 @@ def test_every_policy_gives_one_or_many_actions_of_the_space_in_the_kind_that_ca
         np.testing.assert_array_equal(tensor.numpy(), batch)
         assert policy(torch.from_numpy(rows[0])).shape == space.action.shape
         assert policy(rows.reshape(2, 3, 3)).shape == (2, 3, *space.action.shape)
+        none = policy(rows[:0])
+        assert none.shape == (0, *space.action.shape) and none.dtype == batch.dtype
         shifted = np.array([policy(rows[:1] + shift) for shift in np.linspace(-9, 9, 41)])
         assert space.action.choices or shifted.std() > 0, "the observation matters"
 

@@ -21,6 +21,9 @@ ROBOTS = ("hopper", "inverted_pendulum")
 """The page says hopper where a set is made; the run whose policy acts here is the pendulum's."""
 
 
+ARM = {"joints": "observation", "torques": "action"}
+
+
 def small(words: list[str], number: int) -> list[str]:
     """A command of the page with the sizes of a test."""
     if words[0] == "data":
@@ -46,6 +49,8 @@ def test_every_command_on_data_runs(
     np.savez(
         "own.npz", torques=rows["action"], joints=rows["observation"], goal=rows["reward"], ended=rows["truncated"]
     )
+    arms = {f"{arm}_{what}": rows[key] for arm in ("left", "right") for what, key in ARM.items()}
+    np.savez("arms.npz", rewards=rows["reward"], dones=rows["truncated"], **arms)
     with h5py.File("demos.hdf5", "w") as file:
         demonstration(file.create_group("data/demo_0"), 3, 0.0)
         file["data/demo_0/obs/gripper"] = np.zeros((3, 1))
@@ -59,9 +64,10 @@ def test_every_command_on_data_runs(
     lerobot(tmp_path / "lerobot_set", "v3.0")
     page = blocks(source / "docs" / "robot.md")
     found = [words for b in page if b.language == "bash" and b.section in SECTIONS for words in commands(b.text)]
-    assert len(found) == 14 and {words[0] for words in found} == {"data", "train"}
+    assert len(found) == 15 and {words[0] for words in found} == {"data", "train"}
     for number, words in enumerate(found):
         assert cli.main(small(words, number)) == 0, (words, capsys.readouterr().err)
     assert (tmp_path / "returns.png").is_file() and read_rows("own_rows")["observation"].shape[-1] == 5
+    assert read_rows("arm_rows")["action"].shape[-1] == 2
     assert json.loads((tmp_path / "hopper_expert" / "dataset.json").read_text())["checkpoint"] == "best"
     assert len(read_rows("hopper_mixed")) == 64

@@ -80,7 +80,7 @@ SUPERVISED = ["env=two_route", "agent=behavior_cloning", "rollout.rows=8"]
         (merged(CONTROL, ["correction.wrapper={name: anneal_level}"]), ["anneal_level", "correction.level=hoelder"]),
         ([*SUPERVISED, "rollout.style=chain"], ["rollout.style=chain", "leave it out"]),
         ([*SUPERVISED, "rollout.style=chain", "rollout.data=rows"], ["rollout.style=chain", "rollout.data"]),
-        ([*SUPERVISED, "rollout.data=nowhere"], ["rollout.data: ", "nowhere"]),
+        ([*SUPERVISED, "rollout.data=nowhere"], ["rollout.data=nowhere does not exist"]),
         ([*SUPERVISED, "agent.updates=2"], ["agent.updates=2", "replay=fresh", "replay=uniform"]),
         ([*SUPERVISED, "agent.batch_size=0"], ["agent.batch_size=0", "at least 1"]),
         ([*SUPERVISED, "replay=group"], ["replay=group", "behavior_cloning"]),

@@ -174,6 +174,66 @@ def test_arrays_that_are_no_data_set_are_one_line(arrays: dict[str, Any], words:
     assert "\n" not in str(caught.value)
 
 
+MARKED = {**FLAT, "next_observations": OBSERVATION + 2}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({**FLAT, "actions": np.float64(3)}, "column 'actions' is a single number"),
+        ({**MARKED, "terminals": np.where(ENDS["terminals"], 1.0, np.nan)}, r"terminated is \[nan\] in row 0 \(6 of 7"),
+        ({**MARKED, "dones": np.array([0, 0, 7, 0, 0, 0, 0])}, r"done is \[7\] in row 2 \(1 of 7 are so\): 0 or 1"),
+        ({**MARKED, "episode_ids": np.array([0, 0, 0, np.nan, 1, 1, 1])}, r"episode is \[nan\] in row 3"),
+        ({**MARKED, "rewards": np.ones((7, 3))}, "reward has 3 entries a step"),
+        ({**FLAT, "next_observations": np.ones((7, 3))}, "next_observation has 3 entries, and observation 2"),
+        ({**FLAT, "timeouts": np.array([0, 1, 1, 1, 1, 1, 1])}, "6 of 7 steps are cut off alone|5 of 7 steps"),
+        ({**MARKED, "episode_ids": np.array([0, 1, 0, 1, 0, 1, 0])}, r"come back after others \(row 2\), and no ends"),
+    ],
+)
+def test_columns_that_say_nothing_are_refused_with_their_row(
+    arrays: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        read("npz", npz(tmp_path, **arrays))
+    assert "\n" not in str(caught.value)
+
+
+def test_episodes_that_lie_between_one_another_are_put_in_order(tmp_path: Path) -> None:
+    ids, ends = np.array([0, 1, 0, 1, 0, 1, 1]), np.array([0, 0, 0, 0, 1, 0, 1], bool)
+    rows, notes = read("npz", npz(tmp_path, **FLAT, episode_ids=ids, terminals=ends))
+    assert told(rows, "reward") == [1, 3, 5, 2, 4, 6, 7] and told(rows, "episode") == [0, 0, 0, 1, 1, 1, 1]
+    assert told(rows, "next_observation")[0] == OBSERVATION[2].tolist()
+    assert any("2 episodes lay between one another" in note for note in notes)
+    again = {"episode_ids": np.array([0, 0, 1, 1, 0, 0, 1]), "terminals": np.array([0, 1, 0, 1, 0, 1, 0], bool)}
+    rows, _ = read("npz", npz(tmp_path, **MARKED, **again))
+    assert told(rows, "episode") == [0, 0, 1, 1, 2, 2, 3], "a number that comes back behind an end is another episode"
+
+
+def test_two_arms_are_joined_to_one_action(tmp_path: Path) -> None:
+    path = npz(tmp_path, observations=OBSERVATION, left=ACTION, right=-ACTION)
+    rows, _ = read("npz", path, action=["left", "right"])
+    assert torch.equal(rows["action"], torch.from_numpy(np.hstack([ACTION, -ACTION]).astype(np.float32)))
+    with pytest.raises(ConfigError, match=r"reward=\['left', 'right'\] must be one column; observation, next_obs"):
+        read("npz", path, reward=["left", "right"])
+
+
+@pytest.mark.parametrize(
+    ("format", "word", "expected"),
+    [
+        ("npz", "obs=x", "takes no obs=; did you mean 'observation'?"),
+        ("npz", "rewards=x", "takes no rewards=; did you mean 'reward'?"),
+        ("npz", "mask=train", "data import npz takes no mask="),
+        ("minari", "reward=x", "data import minari takes no reward="),
+        ("lerobot", "mask=train", "data import lerobot takes no mask="),
+    ],
+)
+def test_an_option_that_a_format_does_not_read_is_refused(
+    format: str, word: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["data", "import", format, str(npz(tmp_path, **FLAT)), str(tmp_path / "out"), word]) == 2
+    assert expected in capsys.readouterr().err
+
+
 def test_nothing_is_unpickled_and_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "dict.npy", np.array({"obs": 1}, dtype=object), allow_pickle=True)  # type: ignore[call-overload]
     (tmp_path / "buffer.pkl").write_bytes(b"\x80\x04N.")
@@ -186,7 +246,7 @@ def test_nothing_is_unpickled_and_nothing_is_written_over(tmp_path: Path, capsys
     cases = {
         ("npz", tmp_path / "dict.npy", tmp_path / "out"): "only be read by pickle, which runs what it reads",
         ("npz", tmp_path / "buffer.pkl", tmp_path / "out"): "only be read by pickle",
-        ("npz", tmp_path / "plain.npz", tmp_path / "out"): "plain.npz",
+        ("npz", tmp_path / "plain.npz", tmp_path / "out"): "plain.npz is no NumPy file",
         ("npz", tmp_path / "nowhere.npz", tmp_path / "out"): "there is no",
         ("npz", tmp_path / "nan.npz", tmp_path / "out"): "rewards of .* are not finite: row 2 (of 5)",
         ("npz", good, tmp_path / "full"): "exists and is not empty",
@@ -260,6 +320,31 @@ def test_flat_hdf5_is_d4rl_and_reads_no_other_file(tmp_path: Path) -> None:
     (tmp_path / "text.hdf5").write_text("no")
     with pytest.raises(DataError, match="cannot be read as HDF5"):
         read("hdf5", tmp_path / "text.hdf5")
+
+
+def test_a_folder_of_hdf5_files_is_an_episode_a_file(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    for number, steps in ((10, 2), (2, 3)):
+        with h5py.File(tmp_path / f"episode_{number}.hdf5", "w") as file:
+            file["observations/qpos"] = np.full((steps, 2), number)
+            file["observations/effort"] = np.full((steps, 1), -number)
+            file["observations/images/top"] = np.zeros((steps, 4, 4, 3), np.uint8)
+            file["action"] = np.zeros((steps, 2))
+    rows, notes = read("hdf5", tmp_path)
+    assert told(rows, "observation") == [[-2, 2, 2]] * 3 + [[-10, 10, 10]] * 2
+    assert told(rows, "episode") == [0, 0, 0, 1, 1]
+    assert any("is observations/effort, observations/qpos, in this order" in note for note in notes)
+    assert any("2 files, an episode each" in note for note in notes)
+    assert read("hdf5", tmp_path, observation=["observations/qpos"])[0]["observation"].shape == (5, 2)
+    with h5py.File(tmp_path / "episode_3.hdf5", "w") as file:
+        file["observations/qpos"], file["action"] = np.zeros((2, 3)), np.zeros((2, 2))
+    with pytest.raises(DataError, match="holds other columns than episode_2"):
+        read("hdf5", tmp_path)
+    with pytest.raises(DataError, match=r"is of shape \[3\] in episode 1, and of shape \[2\] in episode 0"):
+        read("hdf5", tmp_path, observation=["observations/qpos"])
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"holds no \.hdf5 or \.h5 files"):
+        read("hdf5", tmp_path / "none")
 
 
 def minari_set(folder: Path, **spaces: Any) -> Path:
@@ -429,6 +514,37 @@ def test_a_run_refuses_with_the_words_of_the_check(
         assert told in capsys.readouterr().err.replace(f"{setting}={tmp_path / 'rows'}", "")
 
 
+def test_what_is_no_folder_of_rows_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("minari/data/metadata.json", "lerobot/meta/info.json", "run/config.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "demos.npz").write_bytes(b"PK")
+    for name, expected in (
+        ("minari", "is a data set of Minari: 'unified-rl data import minari"),
+        ("lerobot", "is a data set of LeRobot"),
+        ("run", "is a run: 'unified-rl evaluate"),
+        ("demos.npz", "is a file, but rows are read from a folder"),
+        ("nowhere", "does not exist; 'unified-rl data import'"),
+    ):
+        for words in (["data", "show", str(tmp_path / name)], ["train", *RUN, "agent=behavior_cloning",
+                      f"rollout.data={tmp_path / name}", f"run_dir={tmp_path / 'out'}"]):  # fmt: skip
+            assert cli.main(words) == 2
+            error = capsys.readouterr().err
+            assert expected in error and error.count("\n") == 1, (words, error)
+
+
+def test_rows_without_rewards_are_refused_before_an_offline_run(
+    hopping: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "rows", read_rows(hopping[0]).exclude("reward", "next_observation"))
+    for setting, recipe in (("rollout.data", "iql"), ("replay.data", "rlpd")):
+        run = [*RUN, f"recipe={recipe}", f"{setting}={tmp_path / 'rows'}", f"run_dir={tmp_path / recipe}"]
+        assert cli.main(["train", *run, *OFFLINE]) == 2
+        error = capsys.readouterr().err
+        assert "reward, " in error and "lack" in error and error.count("\n") == 1, "nothing was evaluated"
+        assert not (tmp_path / recipe).exists()
+
+
 def test_a_set_that_fits_has_exit_code_0(hopping: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "check", str(hopping[0]), "env=inverted_pendulum", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
@@ -516,6 +632,8 @@ def test_each_thing_that_a_check_sees(changed: dict[str, Callable[..., Any]], le
     import re
 
     assert [str(one) for one in check_rows(plain(), Plain(), "set")] == []
+    alive = check_rows(plain(reward=lambda c: torch.ones(20), terminated=lambda c: torch.arange(20) == 3), Plain(), "")
+    assert not any("every reward" in one.text for one in alive), "one for every step until it falls tells something"
     found = check_rows(plain(**changed), Plain(), "set")
     assert any(one.level == level and re.search(words, one.text) for one in found), [str(one) for one in found]
     assert all("\n" not in one.text for one in found)

@@ -320,7 +320,7 @@ def data(
     paths = {"policy": policy, "out": out}
     options = {key: None if value is None else os.fspath(value) for key, value in paths.items()}
     given = {**options, "steps": steps, "checkpoint": _chosen(checkpoint), "parts": parts}
-    return carried_out(Asked.of([action, *map(os.fspath, words)], given, allow, flatten(overrides)))
+    return carried_out(Asked.of([action, *(os.fspath(word) for word in words)], given, allow, flatten(overrides)))
 
 
 def load_policy(run: RunLike, checkpoint: Checkpoint | None = None, *, allow: Sequence[str] = ()) -> Any:

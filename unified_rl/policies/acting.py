@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -115,13 +116,15 @@ def act(
     rows = given.to(weight.device, weight.dtype).reshape(-1, *wanted)
     if not bool(torch.isfinite(rows).all()):
         raise NonFiniteError("the observation holds a NaN or infinity; no action was chosen")
+    if not len(rows):
+        rows = rows.new_zeros(1, *wanted)  # of none there are none, in the shape and dtype of one
     with torch.no_grad():
         if deterministic and isinstance(policy, HasBestAction):
             chosen = policy.deterministic_action(rows)
         else:
             chosen = policy.sample(rows, generator=generator, deterministic=deterministic)["action"]
         action: Tensor = _in_space(space.action)(chosen.to("cpu"))
-    action = action.reshape(lead + action.shape[1:])
+    action = action[: math.prod(lead)].reshape(lead + action.shape[1:])
     return action.to(given.device) if isinstance(observation, Tensor) else action.numpy()[()]
 
 

@@ -30,6 +30,9 @@ def read_arrays(path: Path, options: Options) -> Raw:
     if magic.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         with _opened(path) as archive:
             return picked(str(path), archive.files, lambda name: _entry(path, archive, name), options)
+    if not magic.startswith(b"\x93NUMPY"):
+        form = {b"\x89HDF\r\n": ", but HDF5: unified-rl data import hdf5", b"PAR1": ", but Parquet"}
+        raise DataError(f"{path} is no NumPy file{next((s for m, s in form.items() if magic.startswith(m)), '')}")
     values = _load(path)
     if values.dtype.names is None:
         raise DataError(

@@ -38,6 +38,12 @@ ALIASES: dict[str, tuple[str, ...]] = {
 """What a column is called in the rows, and its names in files: of D4RL, Stable-Baselines3, imitation, Gymnasium's API,
 LeRobot; the first that is there counts."""
 DONES = ("terminated", "truncated")
+JOINED = ("observation", "next_observation", "action")
+"""Columns that may be several of a file, side by side."""
+MARKS = ("terminated", "truncated", "done", "start", "last")
+"""Columns of flags."""
+COUNTS = ("episode", "success")
+"""Further columns in which a NaN means nothing."""
 
 
 @dataclass
@@ -45,14 +51,15 @@ class Options:
     """How a file is read.
 
     Attributes:
-        names: of columns, by what they are in the rows; only where a file calls them something else.
+        names: of columns, by what they are in the rows; only where a file calls them something else. Those of
+            :data:`JOINED` may be several.
         observation: the columns or entries that are the observation, joined in this order; None takes the usual ones.
         dones: what ``dones`` mean where no other column tells: ``terminated`` (nothing is gained behind them) or
             ``truncated`` (a time limit).
         mask: of an HDF5 file, the name of a list of its demonstrations.
     """
 
-    names: dict[str, str] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
     observation: list[str] | None = None
     dones: str = "terminated"
     mask: str | None = None
@@ -62,25 +69,27 @@ class Options:
         """From ``observation=[a,b] action=NAME reward=NAME dones=truncated mask=NAME``.
 
         Raises:
-            ConfigError: another key (names the nearest), or a value that is none.
+            ConfigError: another key (names the one that was meant), or a value that is none.
         """
         out, named = cls(), [name for name in ALIASES if name != "observation"]
         for key, value in given.items():
             words = [str(one) for one in value] if isinstance(value, list | tuple) else [str(value)]
             if key == "observation":
                 out.observation = words
-            elif key in named and len(words) == 1:
-                out.names[key] = words[0]
-            elif key == "dones" and value in DONES:
-                out.dones = words[0]
-            elif key == "mask":
-                out.mask = words[0]
+            elif key in named:
+                if len(words) != 1 and key not in JOINED:
+                    raise ConfigError(f"{key}={words} must be one column; {', '.join(JOINED)} may be several")
+                out.names[key] = words
             elif key == "dones":
-                raise ConfigError(f"dones={value} must be terminated or truncated")
+                if value not in DONES:
+                    raise ConfigError(f"dones={value} must be terminated or truncated")
+                out.dones = words[0]
+            elif key == "mask" and len(words) == 1:
+                out.mask = words[0]
             else:
-                raise ConfigError(
-                    f"data import takes no {key}=; {nearest(key, ['observation', *named, 'dones', 'mask'])}"
-                )
+                meant = next((name for name, known in ALIASES.items() if key in known), None)
+                hint = f"did you mean {meant!r}?" if meant else nearest(key, ["observation", *named, "dones", "mask"])
+                raise ConfigError(f"data import takes no {key}=; {hint}")
         return out
 
 
@@ -112,7 +121,7 @@ def picked(where: str, names: Collection[str], read: Callable[[str], Array], opt
     columns: dict[str, Array] = {}
     used: set[str] = set()
     for key, known in ALIASES.items():
-        wanted = [options.names[key]] if key in options.names else list(known)
+        wanted = options.names.get(key, list(known))
         if key == "observation" and options.observation is not None:
             wanted = options.observation
         found = [name for name in wanted if name in names]
@@ -126,7 +135,7 @@ def picked(where: str, names: Collection[str], read: Callable[[str], Array], opt
                 f"{key} with {key}=NAME"
             )
         if found:
-            taken = found if key == "observation" and named else found[:1]
+            taken = found if named else found[:1]
             used |= set(taken)
             columns[key] = joined([numbers(where, name, read(name)) for name in taken])
     left = sorted(set(names) - used)
@@ -156,6 +165,8 @@ def numbers(where: str, name: str, values: Array) -> Array:
     """
     if values.dtype.kind not in NUMBERS:
         raise DataError(f"{where}: column {name!r} holds {values.dtype}, which are no numbers")
+    if values.ndim == 0:
+        raise DataError(f"{where}: column {name!r} is a single number; a row a step is needed")
     return values
 
 
@@ -176,11 +187,11 @@ def of_episodes(episodes: Iterable[Mapping[str, Array]], notes: Iterable[str] = 
         one["episode"] = np.full(steps, number)
         if one.keys() != found[0].keys():
             raise DataError(f"episode {number} holds {_some(sorted(one))}, and episode 0 {_some(sorted(found[0]))}")
-    try:
-        columns = {key: np.concatenate([one[key] for one in found]) for key in found[0]}
-    except ValueError as error:
-        raise DataError(f"the episodes cannot be put one behind another: {error}") from error
-    return Raw(columns, list(notes))
+        for key, values in one.items():
+            if values.shape[1:] != found[0][key].shape[1:]:
+                ours, first = (list(part.shape[1:]) for part in (values, found[0][key]))
+                raise DataError(f"{key} is of shape {ours} in episode {number}, and of shape {first} in episode 0")
+    return Raw({key: np.concatenate([one[key] for one in found]) for key in found[0]}, list(notes))
 
 
 # ---------------------------------------------------------------------------------------------------- rows
@@ -216,6 +227,9 @@ def transitions(raw: Raw, where: str, dones: str = "terminated") -> tuple[Tensor
     for key, values in columns.items():
         if len(values) != count and not (key == "observation" and len(values) > count):
             raise DataError(f"{where}: {key} has {len(values)} rows, and action {count}")
+    _check_columns(columns, where)
+    if lanes is None:
+        notes += _put_in_order(columns, count, where)
     terminated, truncated, note = _flags(columns, count, dones)
     notes += note
     last, closed, note = _ends(columns, count, terminated | truncated, lanes)
@@ -239,7 +253,78 @@ def transitions(raw: Raw, where: str, dones: str = "terminated") -> tuple[Tensor
     flags = {"terminated": terminated, "truncated": truncated, "episode": episode, "step": step}
     if not keep.any():
         raise DataError(f"{where} holds only episodes of one step that were cut: no step has a next observation")
+    if 2 * keep.sum() < count:  # only episodes of one step can be so many
+        raise DataError(
+            f"{where}: {int((~keep).sum())} of {count} steps are cut off alone, so that their next observations are "
+            "not there: are the ends or the numbers of the episodes right?"
+        )
     return _tensors(columns, flags, keep), notes
+
+
+def _check_columns(columns: Mapping[str, Array], where: str) -> None:
+    """What each column is looked at for: flags are 0 or 1, and a step has one reward.
+
+    Raises:
+        DataError: one that is not so; names its rows.
+    """
+    for key in (*MARKS, *COUNTS):
+        values = columns.get(key)
+        if values is None:
+            continue
+        each = values.reshape(len(values), -1)
+        wrong = ~np.isfinite(each).all(1) if key in COUNTS else ~((each == 0) | (each == 1)).all(1)
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            raise DataError(
+                f"{where}: {key} is {each[row].tolist()} in row {row} ({int(wrong.sum())} of {len(values)} are so): "
+                f"{'a number' if key in COUNTS else '0 or 1'} is needed"
+            )
+    if "reward" in columns and columns["reward"].size != len(columns["reward"]):
+        raise DataError(
+            f"{where}: reward has {columns['reward'][0].size} entries a step; add them up or choose one, for there is "
+            "one reward a step"
+        )
+    after = columns.get("next_observation")
+    if after is not None and after[0].size != columns["observation"][0].size:
+        raise DataError(
+            f"{where}: next_observation has {after[0].size} entries, and observation {columns['observation'][0].size}"
+        )
+
+
+def _put_in_order(columns: dict[str, Array], count: int, where: str) -> list[str]:
+    """Sorts steps by episode where the numbers of episodes come back; says so.
+
+    Simulations that were recorded side by side lie so. Where an episode has ended before its number comes back, the
+    number means another one, and the order stays.
+
+    Raises:
+        DataError: they come back, and no end says which it is.
+    """
+    if "episode" not in columns:
+        return []
+    ids = columns["episode"].reshape(count)
+    begins = np.append(True, ids[1:] != ids[:-1])
+    if int(begins.sum()) == len(np.unique(ids)):
+        return []
+    flagged = np.zeros(count, dtype=bool)
+    for key in ("terminated", "truncated", "done", "last"):
+        if key in columns:
+            flagged |= _any(columns[key], count)
+    order = np.argsort(ids, kind="stable")
+    inside = np.append(ids[order][1:] == ids[order][:-1], False)
+    if bool((flagged[order] & inside).any()):
+        return []
+    if not flagged.any() or len(columns["observation"]) != count:
+        starts = np.flatnonzero(begins)
+        new = np.unique(ids[starts], return_index=True)[1]
+        back = int(np.delete(starts, new)[0])
+        raise DataError(
+            f"{where}: the numbers of episodes come back after others (row {back}), and no ends say whether that is "
+            "the same episode: put the steps in order, or number every episode anew"
+        )
+    for key in columns:
+        columns[key] = columns[key][order]
+    return [f"the steps of {len(np.unique(ids))} episodes lay between one another, and were put in order"]
 
 
 def _unlaned(columns: dict[str, Array]) -> Array | None:
@@ -284,7 +369,8 @@ def _flags(columns: dict[str, Array], count: int, dones: str) -> tuple[Array, Ar
     if done is not None and terminated is None and truncated is None:
         other = "truncated" if dones == "terminated" else "terminated"
         note = f"dones were taken as {dones} in {int(done.sum())} step(s); dones={other} takes them as {other}"
-        return (done, none, [note]) if dones == "terminated" else (none, done, [note])
+        notes = [note] if done.any() else []
+        return (done, none, notes) if dones == "terminated" else (none, done, notes)
     if done is not None and truncated is not None and terminated is None:
         terminated = done & ~truncated
     elif done is not None and terminated is not None and truncated is None:

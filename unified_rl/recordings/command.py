@@ -104,8 +104,9 @@ def _import(asked: Asked) -> dict[str, Any]:
     from unified_rl.recordings.checking import for_machines
     from unified_rl.recordings.importing import import_data
 
-    rows, notes, found = import_data(*asked.places, asked.others(), asked.env(), asked.allow)
-    return {"rows": len(rows), "folder": asked.places[2], "notes": notes, "findings": for_machines(found)}
+    format, path, folder = asked.places
+    rows, notes, found = import_data(format, path, folder, asked.others(), asked.env(), asked.allow)
+    return {"rows": len(rows), "folder": folder, "notes": notes, "findings": for_machines(found)}
 
 
 def _check(asked: Asked) -> dict[str, Any]:

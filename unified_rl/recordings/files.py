@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,18 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.errors import ConfigError
+from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.files import write_atomically
 from unified_rl.instantiate import locate, parameters
 from unified_rl.replay import Replay, Uniform, read_rows
+from unified_rl.replay.persist import no_rows
 from unified_rl.rollout import as_environment
 
 ABOUT = "dataset.json"
 """Where a set comes from; for people, nothing depends on it."""
 
 
-def check_new(folder: str | Path) -> Path:
+def check_new(folder: str | os.PathLike[str]) -> Path:
     """Refuses a folder that holds something.
 
     Raises:
@@ -46,17 +48,20 @@ def write_set(folder: Path, rows: TensorDict, about: Mapping[str, Any]) -> None:
     write_atomically(folder / ABOUT, json.dumps(dict(about), indent=1) + "\n")
 
 
-def read_set(folder: str | Path) -> TensorDict:
+def read_set(folder: str | os.PathLike[str]) -> TensorDict:
     """The rows ``[N]`` of a folder, simulation after simulation, each in the order of its steps.
 
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    rows = read_rows(folder, "FOLDER")
+    other = no_rows(folder)
+    if other is not None:
+        raise CheckpointError(f"{os.fspath(folder)} {other}")
+    rows = read_rows(folder)
     return rows if rows.ndim == 1 else rows.transpose(0, 1).reshape(-1)
 
 
-def read_robot_set(folder: str | Path) -> TensorDict:
+def read_robot_set(folder: str | os.PathLike[str]) -> TensorDict:
     """As :func:`read_set`.
 
     Raises:
@@ -68,7 +73,7 @@ def read_robot_set(folder: str | Path) -> TensorDict:
     return rows
 
 
-def read_about(folder: str | Path) -> dict[str, Any]:
+def read_about(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What was written beside the rows; nothing where nothing was, or cannot be read."""
     try:
         found = json.loads((Path(folder) / ABOUT).read_text())

@@ -1,9 +1,10 @@
-"""HDF5 files: robomimic's groups of demonstrations, and D4RL's flat arrays."""
+"""HDF5 files: robomimic's groups of demonstrations, D4RL's flat arrays, and folders of a file an episode (ALOHA)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import numpy as np
 
 from unified_rl.errors import ConfigError, DataError
 from unified_rl.instantiate import nearest
-from unified_rl.recordings.columns import Array, Options, Raw, joined, numbers, of_episodes, picked
+from unified_rl.interop.guard import one_line
+from unified_rl.recordings.columns import ALIASES, Array, Options, Raw, joined, numbers, of_episodes, picked
 
 DEMONSTRATION = re.compile(r"demo_?(\d+)")
-STEP_COLUMNS = {"action": "actions", "reward": "rewards", "done": "dones"}
+STEP_COLUMNS = {"action": ["actions"], "reward": ["rewards"], "done": ["dones"]}
+ENDINGS = (".hdf5", ".h5")
 
 
 def read_hdf5(path: Path, options: Options) -> Raw:
-    """Columns of an HDF5 file.
+    """Columns of an HDF5 file, or of a folder of them.
 
     Raises:
         ConfigError: h5py is not installed.
@@ -28,6 +31,12 @@ def read_hdf5(path: Path, options: Options) -> Raw:
         import h5py
     except ImportError as error:
         raise ConfigError(f"reading {path} needs h5py: pip install 'unified-rl[hdf5]'") from error
+    if path.is_dir():
+        return _folder(path, options, h5py)
+    return _file(path, options, h5py)
+
+
+def _file(path: Path, options: Options, h5py: Any) -> Raw:
     try:
         with h5py.File(path, "r") as file:
             found: dict[str, Any] = {}
@@ -37,9 +46,45 @@ def read_hdf5(path: Path, options: Options) -> Raw:
                 return _robomimic(path, found, demonstrations, options)
             if options.mask is not None:
                 raise DataError(f"mask={options.mask} names demonstrations, and {path} holds none (data/demo_0 ...)")
-            return picked(str(path), found, lambda name: _read(found[name]), options)
+            return _flat(path, found, options)
     except OSError as error:
-        raise DataError(f"{path} cannot be read as HDF5: {error}") from error
+        raise DataError(f"{path} cannot be read as HDF5: {one_line(error)}") from error
+
+
+def _flat(path: Path, found: Mapping[str, Any], options: Options) -> Raw:
+    """Columns by their names; of a group of observations, its vectors side by side."""
+    notes: list[str] = []
+    if options.observation is None and not any(name in found for name in ALIASES["observation"]):
+        for group in ALIASES["observation"]:
+            vectors = sorted(name for name in found if name.startswith(f"{group}/") and found[name].ndim in (1, 2))
+            if vectors and not notes:
+                options, notes = replace(options, observation=vectors), _joined_note(vectors)
+    raw = picked(str(path), found, lambda name: _read(found[name]), options)
+    return Raw(raw.columns, [*notes, *raw.notes])
+
+
+def _joined_note(names: list[str]) -> list[str]:
+    return [f"the observation is {', '.join(names)}, in this order; observation=[...] chooses others"]
+
+
+def _folder(path: Path, options: Options, h5py: Any) -> Raw:
+    """A file an episode, as ALOHA records them, in the order of the numbers in their names."""
+    files = [file for ending in ENDINGS for file in path.glob(f"*{ending}")]
+    if not files:
+        raise DataError(f"{path} holds no {' or '.join(ENDINGS)} files")
+    files.sort(key=lambda file: (int(re.sub(r"\D", "", file.stem) or 0), file.name))
+    found = [_file(file, options, h5py) for file in files]
+    for file, raw in zip(files, found, strict=True):
+        if "episode" in raw.columns:
+            raise DataError(f"{file} holds several episodes: import such files one by one")
+        here, first = (
+            "; ".join([", ".join(one.columns), *(note for note in one.notes if not note.startswith("left out"))])
+            for one in (raw, found[0])
+        )
+        if here != first:
+            raise DataError(f"{file} holds other columns than {files[0].name}: {here}, there {first}")
+    raw = of_episodes([one.columns for one in found], found[0].notes)
+    return Raw(raw.columns, [f"{len(files)} files, an episode each", *raw.notes])
 
 
 def _collect(path: Path, found: dict[str, Any], name: str, entry: Any, kind: type) -> None:
@@ -71,8 +116,8 @@ def _robomimic(path: Path, found: Mapping[str, Any], names: set[str], options: O
         if all(key in found for key in after):
             one["next_observation"] = joined([_column(path, found, key) for key in after])
         for key, called in columns.items():
-            if f"{here}/{called}" in found or key == "action" or key in options.names:
-                one[key] = _column(path, found, f"{here}/{called}")
+            if f"{here}/{called[0]}" in found or key == "action" or key in options.names:
+                one[key] = joined([_column(path, found, f"{here}/{name}") for name in called])
         episodes.append(one)
     return of_episodes(episodes, notes)
 
@@ -100,8 +145,9 @@ def _observed(path: Path, found: Mapping[str, Any], first: str, options: Options
     images = [key for key in held if key not in low]
     if not low:
         raise DataError(f"{path} has only images in {place}: {', '.join(held)}; policies take vectors")
-    notes = [f"the observation is {', '.join(low)}, in this order; observation=[...] chooses others"]
-    return [f"obs/{key}" for key in low], notes + ([f"left out images: {', '.join(images)}"] if images else [])
+    return [f"obs/{key}" for key in low], _joined_note(low) + (
+        [f"left out images: {', '.join(images)}"] if images else []
+    )
 
 
 def _masked(path: Path, found: Mapping[str, Any], names: list[str], mask: str) -> list[str]:

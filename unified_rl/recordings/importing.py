@@ -13,7 +13,7 @@ from unified_rl.errors import ConfigError, DataError
 from unified_rl.instantiate import nearest
 from unified_rl.recordings.arrays import read_arrays
 from unified_rl.recordings.checking import Finding, check_rows, flaws
-from unified_rl.recordings.columns import Options, Raw, transitions
+from unified_rl.recordings.columns import ALIASES, Options, Raw, transitions
 from unified_rl.recordings.files import check_new, make_control_env, write_set
 from unified_rl.recordings.hdf5 import read_hdf5
 from unified_rl.recordings.lerobot import read_lerobot
@@ -25,6 +25,9 @@ FORMATS: dict[str, Callable[[Path, Options], Raw]] = {
     "hdf5": read_hdf5,
     "lerobot": read_lerobot,
 }
+ALL = {*ALIASES, "dones", "mask"}
+TAKES = {"npz": ALL - {"mask"}, "hdf5": ALL, "minari": {"observation"}, "lerobot": ALL - {"mask"}}
+"""Options of :class:`~unified_rl.recordings.columns.Options` that each of them reads."""
 PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".joblib")
 """Endings of files that only pickle reads."""
 
@@ -57,6 +60,9 @@ def import_data(
     if format not in FORMATS:
         raise ConfigError(f"data import knows no format {format!r}; {nearest(format, FORMATS)}")
     target, source, chosen = check_new(folder), Path(path), Options.of(options or {})
+    for key in options or {}:
+        if key not in TAKES[format]:
+            raise ConfigError(f"data import {format} takes no {key}=, which its files say themselves")
     if source.suffix in PICKLED:
         raise DataError(
             f"{source} can only be read by pickle, which runs what it reads and is refused; save it as .npz"

@@ -145,7 +145,7 @@ def rolled(env: Any, policy: Any, steps: int, seed: int) -> TensorDict:
     for done in range(0, each, HORIZON):
         rollout.horizon = min(HORIZON, each - done)
         found.append(rollout.collect(version=0)[0].select(*COLUMNS))
-    rows = torch.cat(found).transpose(0, 1).reshape(-1)
+    rows: TensorDict = torch.cat(found).transpose(0, 1).reshape(-1)
     rows["source"] = torch.full_like(rows["source"], int(Source.OFFLINE))
     return numbered(rows)
 

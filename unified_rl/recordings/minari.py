@@ -11,6 +11,7 @@ import numpy as np
 
 from unified_rl.errors import ConfigError, DataError
 from unified_rl.instantiate import nearest
+from unified_rl.interop.guard import one_line
 from unified_rl.recordings.columns import Array, Options, Raw, of_episodes
 from unified_rl.spaces import Box, DictSpace, Discrete, Image, MultiDiscrete, Part, TupleSpace, part_from_gymnasium
 
@@ -34,11 +35,17 @@ def read_minari(path: Path, options: Options) -> Raw:
     try:
         storage = MinariStorage.read(folder)
         observation, action = (part_from_gymnasium(getattr(storage, name)) for name in SPACES)
-        return of_episodes(_episodes(storage, observation, action, options))
+        raw = of_episodes(_episodes(storage, observation, action, options))
     except (DataError, ConfigError):
         raise
     except Exception as error:  # the library, h5py and pyarrow raise kinds of their own
-        raise DataError(f"{path} cannot be read by Minari: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path} cannot be read by Minari: {one_line(error)}") from error
+    if isinstance(observation, DictSpace):
+        names = options.observation or list(dict(observation.parts))
+        return Raw(
+            raw.columns, [f"the observation is {', '.join(names)}, in this order; observation=[...] chooses others"]
+        )
+    return raw
 
 
 def _check(folder: Path, versions: Any) -> None:

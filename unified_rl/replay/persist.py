@@ -147,7 +147,7 @@ def lanes_and_rows(meta: Mapping[str, Any], path: str | Path) -> tuple[int, int]
     return counts[0], min(counts[1:])
 
 
-def read_rows(path: str | Path, where: str = "") -> TensorDict:
+def read_rows(path: str | os.PathLike[str], where: str = "") -> TensorDict:
     """The rows of a saved replay, whatever its size was: a data set for another run.
 
     Args:
@@ -161,19 +161,43 @@ def read_rows(path: str | Path, where: str = "") -> TensorDict:
         CheckpointError: the folder is missing, damaged or of another version, or holds no rows.
     """
     if where:
-        if Path(path).is_file():
-            raise CheckpointError(
-                f"{where}={path} is a file, but rows are read from a folder that 'unified-rl data import FORMAT FILE "
-                "FOLDER' or 'unified-rl evaluate RUN --record FOLDER' wrote; from arrays of N rows: Replay(N, "
-                "sampler=Uniform()).extend(TensorDict({'observation': ..., 'action': ...}, [N])), then "
-                ".dumps('FOLDER') on that replay"
-            )
+        other = no_rows(path)
+        if other is not None:
+            raise CheckpointError(f"{where}={path} {other}")
         try:
             return read_rows(path)
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from error
-    with readable(path):
-        return _read_rows(path)
+    with readable(Path(path)):
+        return _read_rows(Path(path))
+
+
+_MAKES = "makes a folder of rows of it"
+_MINARI = f"is a data set of Minari: 'unified-rl data import minari {{path}} FOLDER' {_MAKES}"
+OTHERS = {
+    "metadata.json": _MINARI,
+    "data/metadata.json": _MINARI,
+    "meta/info.json": f"is a data set of LeRobot: 'unified-rl data import lerobot {{path}} FOLDER' {_MAKES}",
+    "config.yaml": f"is a run: 'unified-rl evaluate {{path}} --record FOLDER' {_MAKES}",
+}
+"""Files of folders that people take for a folder of rows."""
+
+
+def no_rows(path: str | os.PathLike[str]) -> str | None:
+    """What a path is instead of a folder of rows, and how to make one of it; None where it may be one."""
+    place = Path(path)
+    if place.is_file():
+        return (
+            "is a file, but rows are read from a folder that 'unified-rl data import FORMAT FILE FOLDER' or "
+            "'unified-rl evaluate RUN --record FOLDER' wrote; from arrays of N rows: Replay(N, "
+            "sampler=Uniform()).extend(TensorDict({'observation': ..., 'action': ...}, [N])), then .dumps('FOLDER') on "
+            "that replay"
+        )
+    if not place.exists():
+        return "does not exist; 'unified-rl data import' and 'unified-rl data make' write folders of rows"
+    if (place / "replay.json").is_file():
+        return None
+    return next((text.format(path=path) for name, text in OTHERS.items() if (place / name).is_file()), None)
 
 
 def _read_rows(path: str | Path) -> TensorDict:

@@ -27,6 +27,8 @@ KEYS = {"control": ("observation", "action"), "language": ("tokens", "token_mask
 
 SEEN = 4096
 """Demonstrations of an expert without end that moments are taken of."""
+TRANSITION = ("reward", "next_observation", "terminated")
+"""What offline agents learn from beside these."""
 
 
 def style_option(env: Any, style: str | None, where: str) -> dict[str, str]:
@@ -132,6 +134,12 @@ class DemonstrationRollout:
         missing = [key for key in KEYS[self.domain] if key not in rows.keys()]
         if missing:
             raise ConfigError(f"the rows of rollout.data={data} lack {', '.join(missing)}: they are of another domain")
+        lacking = [key for key in TRANSITION if self.whole and key not in rows.keys()]
+        if lacking:
+            raise ConfigError(
+                f"the rows of rollout.data={data} lack {', '.join(lacking)}, which offline agents learn from; imitate "
+                "them with agent=behavior_cloning"
+            )
         if self.domain == "control":
             rows, space = rows.exclude(MOMENTS), self._space()  # of the policy that recorded them
             rows = rows if self.whole else rows.select(*KEYS["control"], "episode", "step", strict=False)

@@ -75,7 +75,7 @@ def compare(
                 train=train,
                 watch=display.update,
             )
-        _report(study, warm, runs, failed)
+        _report(study, warm, runs, failed, allow)
     if failed:
         lines = "".join(f"\n  {slug}: {error}" for slug, error in failed.items())
         raise StudyError(
@@ -90,7 +90,9 @@ def _compose(overrides: list[str], allow: Sequence[str], config_dirs: Sequence[s
     return resolve_defaults(compose(overrides, config_dirs=config_dirs, allow=allow), allow=allow)
 
 
-def _report(study: Study, warm: Sequence[Job], jobs: Sequence[Job], failed: dict[str, str]) -> None:
+def _report(
+    study: Study, warm: Sequence[Job], jobs: Sequence[Job], failed: dict[str, str], allow: Sequence[str]
+) -> None:
     """Writes tables, figures and the report of whatever finished, and prints the summary."""
     runs = read_runs(job for job in jobs if job.slug not in failed)
     if not runs:
@@ -100,7 +102,7 @@ def _report(study: Study, warm: Sequence[Job], jobs: Sequence[Job], failed: dict
     write_training(study.path / "training.csv", runs)
     write_summary(study.path / "summary.csv", cells)
     command = shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    report = write_report(study, runs, command=command, failed=failed)
+    report = write_report(study, runs, command=command, failed=failed, allow=allow)
     console = Console(width=None if sys.stdout.isatty() else 110)  # a file need not cut names short
     console.print(summary_table(study.name, cells))
     if not all(cell.final.known for cell in cells):

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from unified_rl.errors import UnifiedRLError
 from unified_rl.files import check_listed, replacing, write_atomically
 from unified_rl.study import figures
+from unified_rl.study.clips import clips
 from unified_rl.study.curves import POINTS
 from unified_rl.study.grid import Study
 from unified_rl.study.page import PAGE
@@ -57,15 +58,23 @@ CURVES = (
 
 
 def write_report(
-    study: Study, runs: Sequence[RunData], *, command: str, failed: Mapping[str, str] | None = None
+    study: Study,
+    runs: Sequence[RunData],
+    *,
+    command: str,
+    failed: Mapping[str, str] | None = None,
+    allow: Sequence[str] = (),
 ) -> Path:
     """Writes ``report.html`` and a PNG of every figure into the study's folder.
+
+    Of every domain of control it shows an episode of the best run, where the environment can be drawn here.
 
     Args:
         study: what was run.
         runs: the metrics of the runs that finished.
         command: the command line that made them.
         failed: slug to error message of runs that failed.
+        allow: prefixes that configuration may build, for the environments that are shown.
 
     Returns:
         The path of the report.
@@ -73,9 +82,10 @@ def write_report(
     Raises:
         UnifiedRLError: the report cannot be made smaller than 5 MB.
     """
+    episodes = clips(runs, study.path, allow)
     for points in (POINTS, 100, 50):
         drawn = draw_figures(runs, points)
-        page = render(study, runs, drawn, command, failed or {})
+        page = render(study, runs, drawn, command, failed or {}, episodes)
         if len(page.encode()) <= LIMIT:
             break
     else:
@@ -141,13 +151,22 @@ def svg_uri(figure: Figure) -> str:
 # ---------------------------------------------------------------------- page
 
 
-def render(study: Study, runs: Sequence[RunData], drawn: Drawn, command: str, failed: Mapping[str, str]) -> str:
-    """The whole page as text."""
+def render(
+    study: Study,
+    runs: Sequence[RunData],
+    drawn: Drawn,
+    command: str,
+    failed: Mapping[str, str],
+    episodes: tuple[Sequence[str], Sequence[str]] = ((), ()),
+) -> str:
+    """The whole page as text; ``episodes`` are sections that show some, and lines on those that could not be shown."""
     cells = summarise(runs)
+    notes = "".join(f"<p class=note>{_escape(note)}</p>" for note in episodes[1])
     parts = [
         f"<section><h2>Final scores</h2>{score_table(cells)}</section>",
         *(_figure(name, *entry) for name, entry in drawn.items()),
-        f"<section><h2>How it was made</h2>{provenance(study, runs, command)}</section>",
+        *episodes[0],
+        f"<section><h2>How it was made</h2>{provenance(study, runs, command)}{notes}</section>",
     ]
     if failed:
         items = "".join(f"<li><code>{_escape(slug)}</code>: {_escape(error)}</li>" for slug, error in failed.items())

@@ -94,6 +94,32 @@ def show(job: Job, video: str | None = None, plot: str | None = None) -> int:
     return count
 
 
+def strip(job: Job, count: int = 6) -> tuple[list[Picture], Watch]:
+    """Pictures of the first episode of the run's evaluation, evenly over it, and how it went.
+
+    Args:
+        job: a run of control with its policy.
+        count: pictures at most; the first is of the start and the last of the end.
+
+    Raises:
+        ConfigError: an environment that draws nothing, or no renderer on this machine.
+        EnvError: an environment that draws something else than a picture.
+    """
+    env = _environment(job, 1, pictures=True)
+    stage = innermost(env)
+    try:
+        if not isinstance(stage, Renders):
+            raise ConfigError(f"{name_of(stage)} draws no pictures")
+        film = Strip(stage, count)
+        watch = Watch(stage, film)
+        with watch.watching():
+            _play(job, env, 1)
+    finally:
+        if hasattr(env, "close"):
+            env.close()
+    return film.pictures(), watch
+
+
 def _environment(job: Job, count: int, pictures: bool) -> Any:
     """An environment of its own whose copies draw."""
     own = job.cfg
@@ -247,6 +273,27 @@ class Grid:
         for lane, tile in self.tiles.items():
             page.paste(labelled(tile, watch, lane), (lane % columns * width, lane // columns * height))
         return np.asarray(page)
+
+
+class Strip(Grid):
+    """A few pictures of the first simulation, however long its episode gets: every second goes when there are many."""
+
+    def __init__(self, stage: Renders, count: int) -> None:
+        self._kept: list[Picture] = []
+        self.count = count
+        super().__init__(stage, self._kept.append, 1)
+
+    def shoot(self, watch: Watch, last: bool) -> None:
+        """As :meth:`Grid.shoot`."""
+        super().shoot(watch, last)
+        if len(self._kept) > 2 * self.count and not last:
+            del self._kept[1::2]
+            self.stride *= 2
+
+    def pictures(self) -> list[Picture]:
+        """``count`` at most, evenly."""
+        at = np.linspace(0, len(self._kept) - 1, min(self.count, len(self._kept)))
+        return [self._kept[round(float(place))] for place in at]
 
 
 def labelled(tile: Any, watch: Watch, lane: int) -> Any:
