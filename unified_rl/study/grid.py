@@ -202,10 +202,11 @@ def _run(
 ) -> Job:
     label, own = _correction(choice)
     cell = f"{domain}-{label}-staleness{staleness}-seed{seed}"
-    overrides = merge_overrides(shared, own, [f"seed={seed}"])
-    if staleness or any(text.startswith("rollout.staleness=") for text in overrides):  # some rollouts have none
-        overrides = merge_overrides(overrides, [f"rollout.staleness={staleness}"])
-    cfg = _compose(compose, overrides, cell)
+    overrides = merge_overrides(shared, own, [f"rollout.staleness={staleness}", f"seed={seed}"])
+    fresh = [o for o in overrides if staleness or not o.startswith("rollout.staleness=")]
+    cfg = _compose(compose, fresh, cell)  # agents that collect by themselves have no rollout to set
+    if (cfg.get("rollout") or {}).get("staleness", staleness) != staleness:
+        cfg = _compose(compose, overrides, cell)
     if cfg.get("eval_episodes") == 0:
         raise ConfigError(f"{cell}: eval_episodes=0, but a study compares held-out scores; set it to at least 1")
     if start is not None:
