@@ -98,6 +98,19 @@ def test_every_class_imitates_histories_and_plans(name: str, folder: str) -> Non
     assert float(run.policy.normalizer.count) == 600  # moments of the whole data set
 
 
+def test_moments_of_pretrained_weights_stay_and_ones_of_the_users_own_are_told(folder: str) -> None:
+    settings = {**SMALL, "rollout.data": folder, "policy": "gaussian", "updates": 1}
+    fresh, pretrained = ur.assemble(**settings), ur.assemble(**settings)
+    pretrained.policy.update_normalizer(torch.ones(7, 3))
+    fresh.update(), pretrained.update()
+    assert [float(run.policy.normalizer.count) for run in (fresh, pretrained)] == [600.0, 7.0]
+    told: list[torch.Tensor] = []
+    own = ur.assemble(**{**settings, "policy.normalize_observation": False})
+    own.policy.update_normalizer = told.append
+    own.update()
+    assert len(told[0]) == 600
+
+
 def test_the_held_out_loss_is_the_same_of_the_same_weights(folder: str) -> None:
     still = {"agent.lr": 0.0, "rollout.validation": 0.1, "rollout.data": folder, "eval_every": 64}
     run = ur.assemble(**{**SMALL, **still}, policy="flow", updates=4)

@@ -174,8 +174,7 @@ class DemonstrationRollout:
 
     def _standardise(self, policy: Normalizes) -> None:
         """Moments of the whole data set, since a batch misses what is rare in it; pre-trained weights keep theirs."""
-        moments = getattr(policy, "normalizer", None)
-        if moments is None or float(getattr(moments, "count", 0.0)) > 0:
+        if float(getattr(getattr(policy, "normalizer", None), "count", 0.0)) > 0:
             return
         policy.update_normalizer(self._all_observations().to(self.policy.device))
         if self.whole and isinstance(policy, Policy):  # learners of whole transitions would move them by every batch
