@@ -135,6 +135,15 @@ def test_frozen_moments_stay_and_untouched_ones_do_not_freeze() -> None:
     torch.testing.assert_close(normalizer(torch.tensor([[3.0, 6.0]])), torch.ones(1, 2))
 
 
+def test_an_entry_that_never_varied_is_not_scaled() -> None:
+    normalizer, seen = RunningNormalizer(3), torch.randn(200, 3)
+    seen[:, 1], seen[:, 2] = 0.3, 1e-3 * seen[:, 2]
+    normalizer.update(seen)
+    moved = seen.mean(0) + torch.tensor([0.0, 0.01, 1e-3])
+    assert normalizer(moved).tolist() == pytest.approx([0.0, 0.01, 1.0], abs=0.2)
+    assert float(normalizer(moved)[1]) == pytest.approx(0.01, abs=1e-5)  # not 100, and not the limit of 10
+
+
 def test_sets_of_moments_are_few_and_loaded_whole() -> None:
     normalizer = RunningNormalizer(3)
     for _ in range(2000):

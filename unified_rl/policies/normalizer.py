@@ -13,6 +13,8 @@ MOMENTS = "moments"
 """Key of a sample's and a record's ``[...]`` int64 column: which moments its observation was standardised by."""
 GROWTH = 1.01
 """Moments move when the observations seen have grown by this factor, so there are some 230 sets a factor of ten."""
+CONSTANT = 1e-12
+"""An entry of no more variance than float32 makes of a constant is not scaled: a data set says nothing of its size."""
 
 
 @ranged()
@@ -22,7 +24,8 @@ class RunningNormalizer(nn.Module):
     Moments are weights of the policy that no gradient moves: a log-prob recorded under older moments is scored again
     under those same moments. So every set that was ever in use is kept under a number, :meth:`forward` takes the
     numbers that a record holds, and moments change in :meth:`update` only. Moments that pre-trained weights were fitted
-    under stay as they are (:meth:`freeze`).
+    under stay as they are (:meth:`freeze`). An entry that never varied is centred and not scaled: else the first small
+    move of a joint that stood still in all demonstrations would be ten standard deviations.
 
     Args:
         dim: width ``d`` of the observation.
@@ -99,7 +102,9 @@ class RunningNormalizer(nn.Module):
             self.means = torch.cat([self.means, torch.zeros_like(self.means)])
             self.scales = torch.cat([self.scales, torch.ones_like(self.scales)])
         self.means[at] = self.mean.to(self.means.dtype)
-        self.scales[at] = (self.var + self.epsilon).rsqrt().to(self.scales.dtype)
+        constant = self.var <= CONSTANT * (1.0 + self.mean.square())
+        scale = torch.where(constant, torch.ones_like(self.var), (self.var + self.epsilon).rsqrt())
+        self.scales[at] = scale.to(self.scales.dtype)
         self.mean_used.copy_(self.means[at])
         self.scale_used.copy_(self.scales[at])
         self.used.fill_(at)
