@@ -499,7 +499,8 @@ def valued_cases() -> Iterator[Case]:
 # ---------------------------------------------------------------------------------------------- groups of options
 
 CONTROL_ENVS = ("ant", "gymnasium", "half_cheetah", "hopper", "humanoid", "inverted_double_pendulum",
-                "inverted_pendulum", "pendulum", "pusher", "reacher", "swimmer", "two_route", "walker2d")  # fmt: skip
+                "inverted_pendulum", "pendulum", "point_maze", "pusher", "reacher", "swimmer", "two_route",
+                "walker2d")  # fmt: skip
 PLAIN_LANGUAGE = tuple(word for word in LANGUAGE if not word.startswith("env."))
 NEEDS_VALUE = {"gymnasium": ["env.id=Pendulum-v1"], "jsonl": ["env.path=FILE"]}
 """Options that a user must complete."""

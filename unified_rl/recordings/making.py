@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import ConfigError
+from unified_rl.protocols import StepResult
 from unified_rl.recordings.checking import random_action
 from unified_rl.recordings.files import Episodes, built, check_new, make_control_env, read_robot_set, write_set
 from unified_rl.rollout import ControlRollout
@@ -36,8 +37,17 @@ COLUMNS = (
     "group",
     "policy_version",
     "source",
+    "success",
 )
 """Columns that every policy's steps have."""
+
+
+class Recorder(ControlRollout):
+    """Collects with a column ``success``, float32 and NaN in steps of which the environment does not tell it."""
+
+    def _transition(self, observation: Tensor, sample: TensorDict, result: StepResult) -> dict[str, Tensor]:
+        told = result.info.get("success", torch.full_like(result.reward, torch.nan))
+        return {**super()._transition(observation, sample, result), "success": told.float()}
 
 
 class RandomPolicy:
@@ -140,13 +150,16 @@ def lanes(steps: int) -> int:
 @torch.no_grad()
 def rolled(env: Any, policy: Any, steps: int, seed: int) -> TensorDict:
     """``[steps]`` rows, simulation after simulation; the last episode of each may be cut."""
-    rollout = ControlRollout(env, policy, 1.0, torch.Generator().manual_seed(seed))
+    rollout = Recorder(env, policy, 1.0, torch.Generator().manual_seed(seed))
     each, found = steps // env.num_envs, []
     for done in range(0, each, HORIZON):
         rollout.horizon = min(HORIZON, each - done)
         found.append(rollout.collect(version=0)[0].select(*COLUMNS))
     rows: TensorDict = torch.cat(found).transpose(0, 1).reshape(-1)
     rows["source"] = torch.full_like(rows["source"], int(Source.OFFLINE))
+    success = rows.pop("success")
+    if not bool(success.isnan().all()):
+        rows["success"] = success > 0
     return numbered(rows)
 
 
@@ -163,11 +176,11 @@ def _by_run(
     words: Mapping[str, Any], run: str, checkpoint: str | int | None, steps: int, seed: int, allow: Sequence[str]
 ) -> tuple[TensorDict, str]:
     """Steps of a run's policy in the run's own environment, which must be the named one."""
-    from unified_rl.config import compose
+    from unified_rl.config import compose, with_defaults
     from unified_rl.training.verbs import restored
 
     job = restored(run, checkpoint, allow, {"device": "cpu"})
-    wanted, own = compose(dict(words), allow=allow)["env"], job.cfg["env"]
+    wanted, own = (with_defaults(node, allow) for node in (compose(dict(words), allow=allow)["env"], job.cfg["env"]))
     if _names(own) != _names(wanted):
         raise ConfigError(f"{run} was trained in {_said(own)}, and env={words['env']} is {_said(wanted)}")
     named = {key.removeprefix("env.").split(".")[0] for key in words if key != "env"}
