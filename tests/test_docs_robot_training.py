@@ -82,7 +82,7 @@ def test_every_command_on_training_runs(source: Path, tmp_path: Path, monkeypatc
     replay.dumps("my_rows")
     page = blocks(source / "docs" / "robot.md")
     found = [words for block in page if block.section in SECTIONS for words in commands(block.text)]
-    assert len(found) == 5
+    assert len(found) == 6
     for words in found:
         assert cli.main(small(words)) == 0, words
     first = json.loads((tmp_path / "runs" / "CLONE" / "metrics.jsonl").read_text().splitlines()[0])

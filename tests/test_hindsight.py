@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 
 import unified_rl as ur
-from unified_rl.envs.control import GymnasiumEnv
+from unified_rl.envs.control import GymnasiumEnv, PointMazeEnv
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.protocols import Goals
 from unified_rl.replay import HindsightReplay, Uniform
@@ -143,6 +143,21 @@ def test_goals_are_found_in_a_flat_observation() -> None:
     assert ends is not None and ends.terminated is not None
     assert ends.terminated(torch.tensor([[0.0], [1.0]]), torch.zeros(2, 1)).tolist() == [True, False]
     assert GymnasiumEnv("Pendulum-v1").goals is None
+
+
+@pytest.mark.parametrize("reward", ["sparse", "dense"])
+def test_goals_of_mazes_are_worth_what_a_step_pays(reward: Any) -> None:
+    env, g = PointMazeEnv(16, seed=3, maze="open", reward=reward, max_steps=40), torch.Generator().manual_seed(0)
+    goals, ended = env.goals, 0
+    assert goals is not None and goals.terminated is not None
+    for _ in range(60):
+        step = env.step_batch(2 * torch.rand(16, 2, generator=g) - 1)
+        places = step.next_observation[:, goals.achieved], step.next_observation[:, goals.desired]
+        torch.testing.assert_close(goals.reward(*places), step.reward, atol=1e-5, rtol=0)
+        assert torch.equal(goals.terminated(*places), step.terminated)
+        ended += int(step.terminated.sum())
+    assert ended > 0
+    assert PointMazeEnv(reward="path").goals is None
 
 
 def test_a_run_learns_from_other_goals_and_is_resumed_bit_for_bit(tmp_path: Path) -> None:

@@ -458,7 +458,8 @@ class Job:
         if found is None:
             raise ConfigError(
                 "replay=her needs observations with achieved_goal and desired_goal (env=gymnasium env.flatten=true), "
-                f"compute_reward, and none of env.frame_stack, env.action_repeat, env.chunk; {type(self.env).__name__} "
+                "compute_reward (or env=point_maze env.reward=sparse), and none of env.frame_stack, env.action_repeat, "
+                f"env.chunk; {type(self.env).__name__} "
                 "shows no such goals: use replay=uniform"
             )
         return found
