@@ -59,6 +59,7 @@ def test_histories_stand_still_with_their_simulation_and_begin_anew() -> None:
     assert torch.equal(after[0, :3], before[0, 3:]) and not torch.equal(after[0, 3:], before[0, 3:])
     fresh = env.restart(torch.tensor([True, False]))
     assert torch.equal(fresh[0, :3], fresh[0, 3:]) and torch.equal(env.current_observation()[1], before[1])
+    assert torch.equal(env.current_observation()[0], fresh[0])
     state = env.state_dict()
     env.step_batch(torch.ones(2, 1))
     moved = env.current_observation()
