@@ -108,9 +108,11 @@ def test_the_expert_can_be_cloned_and_sets_hold_success(tmp_path: Path) -> None:
     assert pairs["observation"].shape == (300, 6) and float(pairs["action"].abs().max()) <= 1
     wanted = expert(pairs["observation"].double().numpy(), "umaze")
     assert np.abs(pairs["action"].numpy() - wanted).mean() < 0.1, "noise of 0.1, cut at the bounds"
-    told = ur.data("make", "point_maze", "random", tmp_path / "rows", steps=1600, **{"env.maze": "open"})
+    maze = {"env.maze": "open", "env.max_steps": 100}
+    told = ur.data("make", "point_maze", "random", tmp_path / "rows", steps=1600, **maze)
     assert told["columns"]["success"] == ["bool", []] and 0 < told["success"] < 1
-    assert told["episodes"]["terminated"] > 0
+    assert told["success"] == told["episodes"]["terminated"] / told["episodes"]["whole"], "cut ones are not counted"
+    assert told["about"]["made"] == "data make point_maze random env.max_steps=100 env.maze=open"
     assert ur.data("check", tmp_path / "rows", **{"env": "point_maze", "env.maze": "open"})["fits"]
     plain = ur.data("make", "inverted_pendulum", "random", tmp_path / "plain", steps=64)
     assert "success" not in plain["columns"] and plain["success"] is None

@@ -347,6 +347,28 @@ def test_a_folder_of_hdf5_files_is_an_episode_a_file(tmp_path: Path) -> None:
         read("hdf5", tmp_path / "none")
 
 
+def test_damaged_files_are_one_line(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.hdf5", "w") as file:
+        for number in range(3):
+            demonstration(file.create_group(f"data/demo_{number}"), 3, 0.0)
+    parquet = next(lerobot(tmp_path / "lerobot", "v3.0").rglob("*.parquet"))
+    stream, refused = np.random.default_rng(0), {"hdf5": 0, "lerobot": 0}
+    for format, path, place in (("hdf5", tmp_path / "a.hdf5", None), ("lerobot", tmp_path / "lerobot", parquet)):
+        inner = place or path
+        whole = inner.read_bytes()
+        for _ in range(40):
+            damaged = np.frombuffer(whole, np.uint8).copy()
+            damaged[stream.integers(len(damaged), size=30)] = stream.integers(256, size=30)
+            inner.write_bytes(damaged.tobytes())
+            try:
+                read(format, path)
+            except UnifiedRLError as error:
+                refused[format] += 1
+                assert "\n" not in str(error) and str(path) in str(error)
+    assert min(refused.values()) > 5, refused
+
+
 def minari_set(folder: Path, **spaces: Any) -> Path:
     """A Minari folder of two episodes, written by Minari."""
     pytest.importorskip("h5py")
@@ -658,13 +680,13 @@ def test_what_a_set_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert told["episodes"] == {"whole": 3, "cut": 1, "terminated": 0, "truncated": 3} and told["rows"] == 20
     assert told["returns"]["mean"] == 35.0 and told["returns"]["std"] == 25.0, "0..4, 5..9 and 10..14; the last is cut"
     assert told["returns"]["quantiles"]["0"] == 10.0 and told["returns"]["quantiles"]["0.5"] == 35.0
-    assert told["lengths"]["mean"] == 5.0 and told["success"] == 0.25
+    assert told["lengths"]["mean"] == 5.0 and told["success"] == pytest.approx(1 / 3)
     entry = told["entries"]["observation"][1]
     assert entry["max"] == pytest.approx(float(rows["observation"][:, 1].max()))
     assert (tmp_path / "returns.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["data", "show", str(folder)]) == 0
     out = capsys.readouterr().out
-    assert "20 rows, 3 whole episodes and 1 cut ones" in out and "success  25.0 %" in out
+    assert "20 rows, 3 whole episodes and 1 cut ones" in out and "success  33.3 % of the whole episodes" in out
     assert cli.main(["data", "show", str(folder), "--out", "a.pdf"]) == 2 and "end in .png" in capsys.readouterr().err
 
 

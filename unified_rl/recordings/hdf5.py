@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from unified_rl.errors import ConfigError, DataError
+from unified_rl.errors import ConfigError, DataError, UnifiedRLError
 from unified_rl.instantiate import nearest
 from unified_rl.interop.guard import one_line
 from unified_rl.recordings.columns import ALIASES, Array, Options, Raw, joined, numbers, of_episodes, picked
@@ -47,7 +47,9 @@ def _file(path: Path, options: Options, h5py: Any) -> Raw:
             if options.mask is not None:
                 raise DataError(f"mask={options.mask} names demonstrations, and {path} holds none (data/demo_0 ...)")
             return _flat(path, found, options)
-    except OSError as error:
+    except UnifiedRLError:
+        raise
+    except Exception as error:  # a damaged file raises kinds of all sorts in h5py
         raise DataError(f"{path} cannot be read as HDF5: {one_line(error)}") from error
 
 

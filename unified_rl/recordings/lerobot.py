@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from unified_rl.errors import ConfigError, DataError
+from unified_rl.interop.guard import one_line
 from unified_rl.recordings.columns import Array, Options, Raw, picked
 
 VERSIONS = ("v2.", "v3.")
@@ -42,7 +43,7 @@ def read_lerobot(path: Path, options: Options) -> Raw:
         tables = [parquet.read_table(file, columns=_held(parquet, file, numeric)) for file in files]
         table = pyarrow.concat_tables(tables)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path / 'data'} cannot be read: {error}") from error
+        raise DataError(f"{path / 'data'} cannot be read: {one_line(error)}") from error
     frames = info.get("total_frames")
     if frames is not None and frames != table.num_rows:
         raise DataError(

@@ -105,7 +105,8 @@ def make_data(
         raise ConfigError(f"--steps {steps} must be at least 1")
     _go_together(kind, policy, checkpoint, parts)
     target = check_new(folder)
-    about: dict[str, Any] = {"made": f"data make {env} {kind}", "seed": seed}
+    chosen = "".join(f" {key}={value}" for key, value in sorted((settings or {}).items()))
+    about: dict[str, Any] = {"made": f"data make {env} {kind}{chosen}", "seed": seed}
     words = {"env": env, **(settings or {})}
     if kind == "mixed":
         assert parts is not None
@@ -176,7 +177,8 @@ def _by_run(
     words: Mapping[str, Any], run: str, checkpoint: str | int | None, steps: int, seed: int, allow: Sequence[str]
 ) -> tuple[TensorDict, str]:
     """Steps of a run's policy in the run's own environment, which must be the named one."""
-    from unified_rl.config import compose, with_defaults
+    from unified_rl.config import compose
+    from unified_rl.instantiate import with_defaults
     from unified_rl.training.verbs import restored
 
     job = restored(run, checkpoint, allow, {"device": "cpu"})

@@ -25,8 +25,8 @@ def describe_data(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Returns:
         ``rows``, ``columns`` (dtype and shape of a row), ``episodes`` (``whole``, ``cut``, ``terminated``,
         ``truncated``), ``lengths`` and ``returns`` of the whole episodes (``mean``, ``std``, ``quantiles``),
-        ``success`` (share of episodes with a success, None where it is not told), ``entries`` (``min``, ``mean``,
-        ``std``, ``max`` of every entry of observation, action and reward) and ``about``.
+        ``success`` (share of the whole episodes with a success, None where it is not told), ``entries`` (``min``,
+        ``mean``, ``std``, ``max`` of every entry of observation, action and reward) and ``about``.
 
     Raises:
         CheckpointError: the folder is missing or damaged.
@@ -39,7 +39,10 @@ def describe_data(folder: str | os.PathLike[str]) -> dict[str, Any]:
     terminated = ends.get("terminated", torch.zeros(len(whole)).bool())
     truncated = ends.get("truncated", torch.zeros(len(whole)).bool()) & ~terminated
     returns = episodes.sums(rows["reward"])[whole] if "reward" in rows.keys() else torch.zeros(0)
-    success = (episodes.sums(rows["success"]) > 0).double().mean() if "success" in rows.keys() else None
+    success = None
+    if "success" in rows.keys():
+        reached = episodes.sums(rows["success"]) > 0
+        success = (reached[whole] if bool(whole.any()) else reached).double().mean()
     return {
         "folder": os.fspath(folder),
         "rows": count,
@@ -97,7 +100,7 @@ def shown(told: Mapping[str, Any]) -> str:
             spread = "  ".join(f"{100 * float(q):.0f} % {value:.4g}" for q, value in found["quantiles"].items())
             lines.append(f"{name:8s} {found['mean']:.4g} +- {found['std']:.4g}   {spread}")
     if told["success"] is not None:
-        lines.append(f"success  {100 * told['success']:.1f} % of the episodes")
+        lines.append(f"success  {100 * told['success']:.1f} % of the whole episodes")
     lines.append("columns  " + ", ".join(f"{key} {dtype}{shape}" for key, (dtype, shape) in told["columns"].items()))
     lines.append(f"{'entry':18s}{'min':>12s}{'mean':>12s}{'std':>12s}{'max':>12s}")
     for key, entries in told["entries"].items():
