@@ -837,6 +837,7 @@ VALUES_OF: dict[str, Any] = {
     "with_dataset.trim_key": "mask",
     "with_dataset.data": "nowhere",
     "group.size": 8,
+    "priority.eps": 0.5,
     "staleness.max_lag": 0,
     "warm_start.stages": [{"updates": 3}],
     "warm_start.dataset": 32,
