@@ -244,7 +244,8 @@ class PointMazeEnv(BatchedMujocoEnv):
         place, goal, sparse = torch.tensor([0, 1]), torch.tensor([4, 5]), self.task.reward == "sparse"
 
         def reached(achieved: Tensor, desired: Tensor) -> Tensor:
-            return (achieved - desired).norm(dim=-1) < GOAL_RADIUS
+            near: Tensor = (achieved - desired).norm(dim=-1) < GOAL_RADIUS
+            return near
 
         def reward(achieved: Tensor, desired: Tensor) -> Tensor:
             return reached(achieved, desired).float() if sparse else torch.exp(-(achieved - desired).norm(dim=-1))
