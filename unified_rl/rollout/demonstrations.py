@@ -137,8 +137,9 @@ class DemonstrationRollout:
         lacking = [key for key in TRANSITION if self.whole and key not in rows.keys()]
         if lacking:
             raise ConfigError(
-                f"the rows of rollout.data={data} lack {', '.join(lacking)}, which offline agents learn from; imitate "
-                "them with agent=behavior_cloning"
+                f"an offline agent learns from {', '.join(lacking)}, which the rows of rollout.data={data} lack; "
+                "record whole transitions with 'unified-rl evaluate RUN --record FOLDER', or imitate with "
+                "agent=behavior_cloning"
             )
         if self.domain == "control":
             rows, space = rows.exclude(MOMENTS), self._space()  # of the policy that recorded them
