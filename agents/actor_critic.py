@@ -27,6 +27,7 @@ from unified_rl.objectives.transitions import KEYS, Networks, Transitions, prepa
 from unified_rl.optimizer import make_optimizer
 from unified_rl.policies.base import Policy
 from unified_rl.policies.critics import QEnsemble, ValueCritic
+from unified_rl.policies.normalizer import RunningNormalizer
 from unified_rl.protocols import BoxPolicy, standardises
 from unified_rl.ranges import Count, Fraction, NonNegative, Positive, Seed, UnitInterval, Whole, ranged
 from unified_rl.replay import Replay, nstep_transitions
@@ -356,9 +357,11 @@ class ActorCritic:
         return nstep_transitions(window, self.n_step)
 
     def _update_normalizers(self, observation: Tensor) -> None:
-        """Moves the moments of every network alike."""
-        for module in self._modules().values():
-            module.update_normalizer(observation)
+        """Moves the moments of every network, which are the policy's own unless it has them in a form of its own."""
+        shared = getattr(self.policy, "normalizer", None)
+        for name, module in self._modules().items():
+            if name == "policy" or module.normalizer is not shared:
+                module.update_normalizer(observation)
 
     def _refuse_non_finite(self, metrics: dict[str, Any]) -> None:
         """One look a collection: a NaN in a loss means the parameters are lost since the last checkpoint."""
@@ -446,7 +449,13 @@ def make_networks(
         value = ValueCritic(
             policy.space, hidden, activation="relu", normalize_observation=standardised, seed=seed + 1
         ).to(device)
-    return Networks(policy, critic, copy.deepcopy(critic).requires_grad_(False), value, log_alpha)
+    nets = Networks(policy, critic, copy.deepcopy(critic).requires_grad_(False), value, log_alpha)
+    moments = getattr(policy, "normalizer", None)
+    if isinstance(moments, RunningNormalizer):  # one set for all: critics see what the policy sees
+        for net in (nets.critic, nets.target, nets.value):
+            if net is not None:
+                net.normalizer = moments
+    return nets
 
 
 def check_time_order(window: TensorDictBase) -> None:

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from unified_rl.agents.return_scale import ReturnScale, RewardScale
 from unified_rl.objectives.rows import Rows
 from unified_rl.policies.critics import ValueCritic
 from unified_rl.policies.token_critic import TokenCritic
@@ -23,17 +24,25 @@ class StateBaseline:
     def __init__(self, policy: ControlPolicy, hidden: tuple[int, ...], seed: int) -> None:
         own = standardises(policy)
         self.module = ValueCritic(policy.space, hidden, normalize_observation=own, seed=seed)
+        self.rewards: RewardScale | None = None
+        self.returns: ReturnScale | None = None
+
+    def scale(self, rewards: bool, returns: bool) -> None:
+        """Learns from scaled rewards, and of standardised targets, where that is asked for."""
+        self.rewards = RewardScale() if rewards else None
+        self.returns = ReturnScale(self.module.output) if returns else None
 
     def values(self, record: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """``[B, T]`` values, with gradient, and the mask of steps that count."""
+        """``[B, T]`` outputs (values, unless returns are scaled), with gradient, and the mask of steps that count."""
         return self.module(record["observation"]), record["step_mask"]
 
     def scan_inputs(self, record: TensorDictBase) -> dict[str, Tensor]:
         """Arguments of :func:`~unified_rl.returns.gae` per step, ``[B, T]``; the log-ratio where it is known."""
+        value, after = self.module(record["observation"]), self.module(record["next_observation"])
         inputs = {
-            "reward": record["reward"],
-            "value": self.module(record["observation"]),
-            "next_value": self.module(record["next_observation"]),
+            "reward": record["reward"] if self.rewards is None else self.rewards(record["reward"]),
+            "value": value if self.returns is None else self.returns.value(value),
+            "next_value": after if self.returns is None else self.returns.value(after),
             "terminated": record["terminated"],
             "done": record["terminated"] | record["truncated"] | _episode_ends(record),
             "gamma": record["discount"],
@@ -143,6 +152,10 @@ def critic_advantage(record: TensorDict, baseline: Baseline, lam: float, off_pol
     scan = baseline.scan_inputs(record)
     record["advantage"], record["value_target"] = _scanned(scan, lam, off_policy, normalize)
     record["value"], record["value_mask"] = scan["value"], scan["mask"]
+    if isinstance(baseline, StateBaseline) and baseline.returns is not None:
+        baseline.returns.observe(record["value_target"][record["value_mask"]])
+        for key in ("value", "value_target"):
+            record[key] = baseline.returns.output(record[key])
 
 
 def step_advantage(record: TensorDict, baseline: Baseline, lam: float, off_policy: bool, normalize: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,11 +15,19 @@ from unified_rl.errors import ConfigError
 from unified_rl.instantiate import is_ours
 from unified_rl.learning_rate import LearningRate, check_learning
 from unified_rl.optimizer import Optimizer
-from unified_rl.protocols import HasGenerator, Trainable, layout_of
-from unified_rl.ranges import Count, NonNegative, UnitInterval, UpperBound, Whole, ranged
+from unified_rl.protocols import HasGenerator, Trainable, domain_of, layout_of, standardises
+from unified_rl.ranges import Count, NonNegative, Share, UnitInterval, UpperBound, Whole, ranged
 from unified_rl.replay import Fresh, Replay
 from unified_rl.replay.fit import check_replay
 from unified_rl.units import trim_units
+
+
+def live_copy(policy: Trainable) -> Trainable:
+    """The weights that are trained while ``policy`` holds their average; both standardise by the same moments."""
+    live = copy.deepcopy(policy)
+    if standardises(policy):
+        live.normalizer = policy.normalizer  # type: ignore[attr-defined]
+    return live
 
 
 @configurable
@@ -39,6 +48,8 @@ class BehaviorCloning:
         batch_size: rows of one optimiser step; by default ``rows``.
         micro_batch: rows of one forward pass; their gradients add up to that of the whole batch (with losses that draw
             noise, up to the noise). None takes all.
+        ema: decay of an exponential moving average of the weights, which is what is evaluated, saved as the policy and
+            handed on; it rises to that as ``(1 + n) / (10 + n)`` over the first steps ``n``. None averages nothing.
         updates: optimiser steps per call of :meth:`update`.
         gamma: discount of what a run records of this policy (``unified-rl evaluate --record``), and of the rewards
             within a chunk of actions; supervised rows have no return.
@@ -65,6 +76,7 @@ class BehaviorCloning:
         optimizer: str | dict[str, Any] = "adamw",
         batch_size: Count | None = None,
         micro_batch: Count | None = None,
+        ema: Share | None = None,
         updates: Count = 1,
         gamma: UnitInterval = 0.99,
         max_grad_norm: UpperBound | None = 1.0,
@@ -75,11 +87,15 @@ class BehaviorCloning:
         self.rows, self.batch_size, self.updates = rows, batch_size or rows, updates
         self.micro_batch, self.device = micro_batch, torch.device(device)
         self.learning_rate = LearningRate(lr, lr_schedule, warmup_steps, warmup_ratio)
+        if ema is not None and domain_of(policy) == "language":
+            raise ConfigError(f"agent.ema={ema} averages the weights of control policies: leave it out")
+        self.ema, self.live = ema, policy if ema is None else live_copy(policy)
         self.optimizer = Optimizer(
-            {"policy": policy}, lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, kind=optimizer
+            {"policy": self.live}, lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, kind=optimizer
         )
-        if isinstance(policy, HasGenerator):
-            policy.generator = generator
+        for one in (policy, self.live):
+            if isinstance(one, HasGenerator):
+                one.generator = generator
         self.version = 0
 
     @classmethod
@@ -117,13 +133,21 @@ class BehaviorCloning:
         else:
             loss = self._accumulated(batch)
         norm = self.optimizer.step(loss)
+        if self.ema is not None:
+            self._average(self.ema)
         return {"loss/nll": loss.detach(), "grad/norm": norm}
+
+    @torch.no_grad()
+    def _average(self, ema: float) -> None:
+        steps = self.optimizer.steps
+        share = 1.0 - min(ema, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(list(self.policy.parameters()), list(self.live.parameters()), share)
 
     def _loss(self, rows: TensorDictBase) -> tuple[Tensor, Tensor | int]:
         """The summed loss of the rows, and over how many entries the mean is."""
         if layout_of(rows) == "language":
             rows = trim_units(rows, int(rows["token_mask"].sum(-1).max()))
-        nll = self.policy.nll(rows)
+        nll = self.live.nll(rows)
         mask = rows["mask"] if "mask" in rows.keys() and rows["mask"].shape == nll.shape else None
         if mask is None:
             return nll.sum(), nll.numel()
@@ -170,9 +194,11 @@ class BehaviorCloning:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Policy, optimiser, stream and version."""
+        """Policy, the weights that are trained where these are another's average, optimiser, stream and version."""
+        live = {} if self.ema is None else {"live": dict(self.live.state_dict())}
         return {
             "policy": dict(self.policy.state_dict()),
+            **live,
             "optimizer": self.optimizer.state_dict(),
             "micro_batch": self.micro_batch,
             "generator": self.generator.get_state(),
@@ -182,6 +208,8 @@ class BehaviorCloning:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.policy.load_state_dict(state["policy"])
+        if self.ema is not None:
+            self.live.load_state_dict(state["live"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.micro_batch = state.get("micro_batch", self.micro_batch)
         self.generator.set_state(state["generator"])

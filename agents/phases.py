@@ -14,6 +14,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, CRITICS, TARGETS, VALUES, least_of
 from unified_rl.objectives.summands import Scales, Summands
 from unified_rl.objectives.transitions import Transitions, needs_of
+from unified_rl.policies.normalizer import RunningNormalizer
 from unified_rl.protocols import HasSpace, Reparameterised, standardises
 
 Node = str | Mapping[str, Any]
@@ -151,7 +152,7 @@ class Phases:
         """Refuses what a CUDA graph would freeze.
 
         Raises:
-            ConfigError: random numbers within the step, coefficients or moments that change.
+            ConfigError: random numbers within the step, coefficients that change, or moments of the user's own.
         """
         inside = self.needing("generator") + ([] if isinstance(policy, Reparameterised) else self.needing("nll"))
         if inside:
@@ -162,8 +163,8 @@ class Phases:
         changing = [f"agent.{phase}.{name}" for phase, sum_ in self.sums.items() for name in sum_.changing]
         if changing:
             raise ConfigError(f"{changing[0]}.coefficient changes, which a CUDA graph would not see; set a number")
-        if standardises(policy):
+        if standardises(policy) and not isinstance(getattr(policy, "normalizer", None), RunningNormalizer):
             raise ConfigError(
-                "policy.normalize_observation moves moments between gradient steps, which a CUDA graph would not see; "
-                "set agent.cuda_graph=false"
+                f"{type(policy).__name__} standardises observations by a module of its own, whose moments a CUDA graph "
+                "would freeze; set agent.cuda_graph=false"
             )

@@ -23,11 +23,12 @@ from unified_rl.agents.advantage_source import (
     wants_critic,
 )
 from unified_rl.agents.anchors import PROVIDERS, Anchors, check_anchors
-from unified_rl.agents.baselines import Baseline, make_baseline, update_moments
+from unified_rl.agents.baselines import Baseline, StateBaseline, make_baseline, update_moments
 from unified_rl.agents.batches import Batches, Draw, choose_steps
 from unified_rl.agents.estimate import Estimate, make_advantage, make_gates, make_maps
 from unified_rl.agents.loss import anchors_of, attach, make_terms, refuse_memory
 from unified_rl.agents.reference_kl import ReferenceKl, check_kl
+from unified_rl.agents.return_scale import check_order, check_scales
 from unified_rl.agents.scoring import identity_check, scoring
 from unified_rl.configurable import configurable
 from unified_rl.correction import Correction
@@ -92,6 +93,10 @@ class PolicyGradient:
         kl_estimator: ``k1``, ``k2`` or ``k3`` of a unit's log-ratio, see :mod:`unified_rl.correction.penalties`; None
             is k3 in the loss and k1 in the reward.
         normalize_advantage: standardise advantages once an update, over all of its rows (not over each minibatch).
+        normalize_reward: the critic learns rewards divided by the running standard deviation of the discounted return,
+            clamped to 10 (``VecNormalize``); what is stored, logged and evaluated stays as it is. Control, rows once.
+        normalize_return: the critic learns targets standardised by running moments, its values staying what they are
+            where these move (PopArt); ``value_clip`` is then in their units. Control.
         drop_equal_groups: leave out rows of groups whose rewards are all equal (DAPO's filter; they have no
             gradient, but they count in the denominators unless dropped).
         max_grad_norm: bound of the gradient norm.
@@ -153,6 +158,8 @@ class PolicyGradient:
         kl_in: Literal["loss", "reward"] | None = None,
         kl_estimator: Literal["k1", "k2", "k3"] | None = None,
         normalize_advantage: bool | None = None,
+        normalize_reward: bool = False,
+        normalize_return: bool = False,
         drop_equal_groups: bool = False,
         max_grad_norm: UpperBound | None = 1.0,
         target_kl: UpperBound | None = None,
@@ -175,6 +182,7 @@ class PolicyGradient:
         correction = reference_kl.in_loss(correction)
         self.use_critic, self.credit = choose_credit(correction, advantage, credit, language=self.language)
         check_unread(self.use_critic, self.language, critic_config=critic_config, drop_equal_groups=drop_equal_groups)
+        check_scales(normalize_reward, normalize_return, use_critic=self.use_critic, language=self.language)
         if critic_lr is not None and not self.use_critic:
             raise ConfigError("agent.critic_lr is of a critic, and there is none: set agent.advantage=critic")
         self.policy, self.correction, self.generator = policy, correction, generator
@@ -193,6 +201,8 @@ class PolicyGradient:
         modules: dict[str, HasWeights] = {"policy": policy}
         if self.use_critic:
             self.baseline = make_baseline(policy, critic_hidden, critic_config, seed)
+            if isinstance(self.baseline, StateBaseline):
+                self.baseline.scale(normalize_reward, normalize_return)
             modules["critic"] = self.baseline.module.to(self.device)
         extra = self.wrapper.modules()
         options: dict[str, Any] = {"eps": adam_eps, "max_grad_norm": max_grad_norm, "extra": extra, "kind": optimizer}
@@ -258,8 +268,17 @@ class PolicyGradient:
         if not all(map(is_ours, (self, self.wrapper, *terms))):
             return None
         critic = set() if self.critic_rate is None else {"agent/critic_lr"}
+        critic |= {f"train/{name}_std" for name in self._scales}
         own = {*critic, "agent/lr", "loss/total", "grad/norm", "identity/max_log_ratio", *self.estimate.reports}
         return frozenset(own.union(self.wrapper.reports, *(term.metric_names for term in terms)))
+
+    @property
+    def _scales(self) -> dict[str, Any]:
+        """Of rewards and returns, those that are used."""
+        if not isinstance(self.baseline, StateBaseline):
+            return {}
+        found = {"reward": self.baseline.rewards, "return": self.baseline.returns}
+        return {name: scale for name, scale in found.items() if scale is not None}
 
     def plan_updates(self, updates: int) -> None:
         """Tells the learning rate's schedule how many updates the run has.
@@ -289,7 +308,10 @@ class PolicyGradient:
         if not self.checked:
             check_rows(record, self.objective.terms, self.correction, self.use_critic)
             metrics = self.identity_check(record)
+        if "reward" in self._scales:
+            self._scales["reward"].observe(record)
         record = self._annotate(record, metrics)
+        metrics |= {f"train/{name}_std": scale.moments.std for name, scale in self._scales.items()}
         if self.watch is not None:
             self.watch(record)
         trained = len(record) > 0
@@ -309,6 +331,8 @@ class PolicyGradient:
     def check_replay(self, replay: Replay) -> None:
         """Refuses a replay that this agent cannot use, by its name."""
         check_replay(replay, self.option, length=self.draw.length, groups=True, draws=self.draw.rows)
+        if "reward" in self._scales:
+            check_order(replay)
 
     def check_written(self, sources: Collection[int], group_size: int, columns: Collection[str]) -> None:
         """Refuses rows from which nothing would be learnt, or that lack a gate, before any are collected.
@@ -375,6 +399,7 @@ class PolicyGradient:
         return {
             "policy": dict(self.policy.state_dict()),
             "critic": dict(self.baseline.module.state_dict()) if self.baseline is not None else None,
+            "scales": {name: scale.state_dict() for name, scale in self._scales.items()},
             **self.anchors.state_dict(),
             "wrapper": self.wrapper.state_dict(),
             "groups": self.estimate.state_dict(),
@@ -391,6 +416,8 @@ class PolicyGradient:
         self.policy.load_state_dict(state["policy"])
         if self.baseline is not None:
             self.baseline.module.load_state_dict(state["critic"])
+        for name, scale in self._scales.items():
+            scale.load_state_dict(state["scales"][name])
         self.anchors.load_state_dict(state)
         for part, key in ((self.wrapper, "wrapper"), (self.estimate, "groups"), (self.objective, "objective")):
             part.load_state_dict(state[key])

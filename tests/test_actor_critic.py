@@ -216,11 +216,17 @@ def test_alpha_zero_leaves_the_entropy_out() -> None:
     torch.testing.assert_close(weights(agent.policy), weights(other.policy))
 
 
+def own_moments() -> Any:
+    policy = squashed()
+    policy.normalizer = torch.nn.Identity()
+    return policy
+
+
 @pytest.mark.parametrize(
     ("policy", "options", "message"),
     [
         (FlowPolicy(**BOUNDS, hidden=(8,), steps=3), IQL, r"agent\.actor\.policy draw random numbers"),
-        (squashed(normalize_observation=True), {}, "normalize_observation"),
+        (own_moments(), {}, "standardises observations by a module of its own"),
         (
             squashed(),
             {"actor": {"policy": {"name": "pathwise", "coefficient": {"name": "linear", "start": 1.0, "end": 2.0}}}},

@@ -40,6 +40,7 @@ ORDER = (
     "untrusted",
     "devices",
     "machine",
+    "wrapping",
     "ranges",
     "errors",
     "stopping",

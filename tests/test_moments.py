@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import unified_rl as ur
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.policies.gaussian import GaussianPolicy
 from unified_rl.policies.normalizer import RunningNormalizer
@@ -13,11 +14,13 @@ from unified_rl.training.trainer import Trainer
 
 SMALL = ["progress=false", "agent.lr=0.0", "rollout.num_envs=4", "rollout.horizon=16", "agent.epochs=2"]
 IMITATED = ["warm_start=demonstrations", "warm_start.stages=[{updates: 20, lr: 3.0e-3}]", "warm_start.dataset=512"]
+CLASSES = ("gaussian", "tanh_gaussian", "flow", "diffusion", "autoregressive")
 CASES = {
     "gaussian": ["env=half_cheetah", "policy=gaussian", "agent=ppo"],
     "flow": ["env=two_route", "policy=flow", "agent=policy_gradient", "correction=tis"],
     "diffusion": ["env=two_route", "policy=diffusion", "agent=policy_gradient", "correction=tis"],
     "bins": ["env=pendulum", "policy=autoregressive", "agent=policy_gradient", "correction=tis"],
+    "squashed": ["env=pendulum", "policy=tanh_gaussian", "agent=ppo"],
     "imitated": ["env=two_route", "policy=flow", "agent=policy_gradient", "correction=tis", *IMITATED],
     "imitated afresh": [
         "env=two_route",
@@ -54,6 +57,13 @@ def trained(
     return trainer, seen
 
 
+CASES |= {
+    f"imitated {name}": ["env=two_route", f"policy={name}", "agent=policy_gradient", "correction=tis", *IMITATED]
+    for name in CLASSES
+    if name != "flow"
+}
+
+
 @pytest.mark.parametrize("staleness", [0, 3])
 @pytest.mark.parametrize("name", list(CASES))
 def test_every_ratio_is_one_at_learning_rate_zero(name: str, staleness: int, tmp_path: Path) -> None:
@@ -68,6 +78,25 @@ def test_every_ratio_is_one_at_learning_rate_zero(name: str, staleness: int, tmp
     assert (
         moved == 1 if name.startswith("imitated") else moved >= 5
     )  # the null control: without imitation moments did move
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_clone_stays_what_it_is_at_learning_rate_zero(name: str, tmp_path: Path) -> None:
+    small = {"policy.hidden": [16, 16], "eval_episodes": 8, "progress": False}
+    parts = {"env": "two_route", "policy": name}
+    clone = ur.assemble(**parts, agent={"name": "behavior_cloning", "lr": 1e-2}, folder=tmp_path, updates=5, **small)
+    clone.run()
+    start = {"name": "from_run", "run": str(tmp_path)}
+    more = {"rollout.num_envs": 4, "rollout.horizon": 16, "updates": 3, "agent.lr": 0.0}
+    tuned = ur.assemble(**parts, agent="ppo", warm_start=start, **more, **small)
+    rows = tuned.run()
+    assert rows[-1]["eval/score"] == rows[0]["eval/score"] == clone.trainer.log.rows[-1]["eval/score"]
+    assert float(tuned.policy.normalizer.count) == float(clone.policy.normalizer.count) > 0
+
+
+def test_every_policy_class_standardises_by_default() -> None:
+    for name in CLASSES:
+        assert compose(["env=pendulum", "agent=ppo", f"policy={name}"])["policy"]["normalize_observation"] is True
 
 
 def test_the_null_control_fails_where_rows_forget_their_moments(tmp_path: Path) -> None:
@@ -104,6 +133,15 @@ def test_frozen_moments_stay_and_untouched_ones_do_not_freeze() -> None:
     normalizer.freeze()
     normalizer.update(torch.full((100, 2), 50.0))
     torch.testing.assert_close(normalizer(torch.tensor([[3.0, 6.0]])), torch.ones(1, 2))
+
+
+def test_an_entry_that_never_varied_is_not_scaled() -> None:
+    normalizer, seen = RunningNormalizer(3), torch.randn(200, 3)
+    seen[:, 1], seen[:, 2] = 0.3, 1e-3 * seen[:, 2]
+    normalizer.update(seen)
+    moved = seen.mean(0) + torch.tensor([0.0, 0.01, 1e-3])
+    assert normalizer(moved).tolist() == pytest.approx([0.0, 0.01, 1.0], abs=0.2)
+    assert float(normalizer(moved)[1]) == pytest.approx(0.01, abs=1e-5)  # not 100, and not the limit of 10
 
 
 def test_sets_of_moments_are_few_and_loaded_whole() -> None:

@@ -79,7 +79,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.wrapper.bound correction.wrapper.target env.score_seconds env.tool_seconds policy.std_max "
      "policy.repetition_penalty "
      "policy.std_min policy.temperature"),
-    ("0", "none", "agent.warmup_ratio agent.warmup_steps policy.min_p"),
+    ("0", "none", "agent.ema agent.warmup_ratio agent.warmup_steps policy.min_p rollout.validation warm_start.ema"),
     ("true", "null decides by itself", "agent.normalize_advantage agent.shuffle_steps env.chat"),
     ("abc long", "a file, a name or a style: looked up when the run is built, before its first step",
      "env.answer_key env.question_key env.stop env.system_prompt env.template "

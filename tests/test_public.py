@@ -93,8 +93,8 @@ def test_every_command_has_its_twin_with_the_same_options() -> None:
         missing = {o for o in options if o.removesuffix("s") not in {name.removesuffix("s") for name in taken}}
         elsewhere = {
             "corrections": {"out"},
-            "train": {"checkpoint", "plan"},
-        }  # a picture's file; `resume`, `memory_plan`
+            "train": {"checkpoint", "plan", "multirun", "workers"},
+        }  # a picture's file; `resume`, `memory_plan`, `sweep`
         assert missing <= elsewhere.get(verb, set()), (verb, missing)
 
 

@@ -740,6 +740,7 @@ VALUES_OF: dict[str, Any] = {
     "actor_critic.optimizer": "sgd",
     "behavior_cloning.correction": 3,
     "behavior_cloning.batch_size": 4,
+    "behavior_cloning.ema": 0.5,
     "behavior_cloning.micro_batch": 3,
     "behavior_cloning.lr_schedule": "linear",
     "behavior_cloning.optimizer": "sgd",
@@ -760,10 +761,13 @@ VALUES_OF: dict[str, Any] = {
     "demonstrations.problem_generator": 3,
     "demonstrations.data": "ROWS",
     "demonstrations.style": "chain",
+    "demonstrations.streams": "nowhere",
     "demonstrations.device": "nowhere",
     "gaussian.num_actions": 3,
     "gaussian.normalize_observation": False,
     "flow.normalize_observation": False,
+    "diffusion.normalize_observation": False,
+    "autoregressive.normalize_observation": False,
     "gaussian.hidden": [4],
     "gaussian.activation": "relu",
     "gaussian.log_std_low": 0.5,
@@ -851,9 +855,11 @@ VALUES_OF: dict[str, Any] = {
     "with_dataset.trim_key": "mask",
     "with_dataset.data": "nowhere",
     "group.size": 8,
+    "priority.eps": 0.5,
     "staleness.max_lag": 0,
     "warm_start.stages": [{"updates": 3}],
     "warm_start.dataset": 32,
+    "warm_start.ema": 0.5,
     "warm_start.run": "TEACHER",
     "demonstrated.style": "direct",
     "demonstrated.per_group": 2,
@@ -990,6 +996,13 @@ def further_cases() -> Iterator[Case]:
     yield Case("style for language", SUPERVISED_LM, ("rollout.style=direct",))
     for key, value in {"kl_in": "reward", "kl_estimator": "k1"}.items():
         yield Case(f"{key} of kl", (*STALE, "agent.kl=0.5"), (f"agent.{key}={value}",))
+    for key in ("frame_stack", "action_repeat", "chunk"):
+        yield Case(f"{key} of any robot", (*CONTROL, "env=pendulum"), (f"env.{key}=2",))
+    yield Case(
+        "validation of a data set",
+        ("env=inverted_pendulum", *SUPERVISED[1:], "rollout.data=ROWS"),
+        ("rollout.validation=0.5",),
+    )
     yield Case("critic_config for language", (*LM, "agent.advantage=critic"), (f"agent.critic_config={text(TINY)}",))
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         recipes,
         resume,
         samples,
+        sweep,
         train,
         verify,
     )
@@ -91,6 +92,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "samples",
         "data",
         "compare",
+        "sweep",
         "lab",
         "corrections",
         "recipes",
@@ -234,6 +236,7 @@ __all__ = [
     "resume",
     "retrace",
     "samples",
+    "sweep",
     "td_lambda",
     "train",
     "validate_record",

@@ -24,6 +24,8 @@ def train(arguments: argparse.Namespace) -> int:
     from unified_rl.config import compose, resolve_defaults
     from unified_rl.settling import BUDGETS
 
+    if arguments.multirun:
+        return _sweep(arguments)
     resumed = _resumed(arguments.overrides)
     if resumed is not None:
         if arguments.cfg:
@@ -53,6 +55,22 @@ def train(arguments: argparse.Namespace) -> int:
     from unified_rl.training.run import train as run
 
     print(f"run folder: {run(config, arguments.allow)}")
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    """All combinations of the values on the command line, as a study."""
+    from unified_rl.study.compare import compare as run
+    from unified_rl.study.sweep import sweep_study
+
+    if arguments.plan or arguments.checkpoint is not None or any(o.startswith("resume=") for o in arguments.overrides):
+        raise ConfigError("-m makes new runs; the same command again goes on with them: leave out resume, --plan and "
+                          "--checkpoint")  # fmt: skip
+    config = sweep_study(arguments.overrides, arguments.workers)
+    if arguments.cfg:
+        return _print_yaml(config)
+    with raising():
+        print(f"study folder: {run(config, arguments.allow, config_dirs=arguments.config_dir)}")
     return 0
 
 
@@ -175,6 +193,7 @@ EXAMPLES = {
   unified-rl train env=two_route policy=flow agent=policy_gradient correction=tis rollout.staleness=8
   unified-rl train env=chain_mod --plan        prints the memory that the run will take
   unified-rl train env=jsonl env.path=train.jsonl policy.path=MODEL epochs=2
+  unified-rl train -m env=hopper,walker2d agent=ppo agent.lr=3e-4,1e-3 seed=1,2,3 steps=1e5
   unified-rl train resume=RUN [steps=N]        continues a run; resume_env=restart begins new episodes
   unified-rl train resume=RUN --checkpoint 400 goes back to the checkpoint after 400 updates""",
     "compare": """examples:
@@ -298,6 +317,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         )
     if verb == "train":
         parser.add_argument("--plan", action="store_true", help="print what it will take in memory and stop")
+        parser.add_argument("-m", "--multirun", action="store_true", help="run all combinations of key=a,b, as compare")
+        parser.add_argument("--workers", type=int, default=2, metavar="N", help="of -m: runs at a time; by default 2")
     if verb == "evaluate":
         parser.add_argument("run", metavar="RUN", nargs="?", help="a run's folder, or a model's")
         parser.add_argument(

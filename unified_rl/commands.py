@@ -425,6 +425,35 @@ def compare(
     return run(cfg, allow, config_dirs=config_dirs, progress=progress)
 
 
+def sweep(
+    overrides: Sequence[str],
+    *,
+    workers: int = 2,
+    allow: Sequence[str] = (),
+    config_dirs: Sequence[str] = (),
+    progress: bool = True,
+) -> Path:
+    """Trains every combination of ``key=a,b`` as a study, as ``unified-rl train -m`` does.
+
+    Args:
+        overrides: those of a run, ``["env=hopper,walker2d", "agent=ppo", "seed=1,2,3"]``; the same ones again train
+            what is missing.
+        workers: runs at a time; 0 trains in this process.
+        allow, config_dirs, progress: as of :func:`compare`.
+
+    Returns:
+        The study's folder, as of :func:`compare`: ``run_dir``, or one of a name that follows from the overrides.
+
+    Raises:
+        ConfigError: no key has several values, or a combination cannot be composed; nothing has run then.
+        StudyError: some runs failed; the others are finished and in the report.
+    """
+    from unified_rl.study.compare import compare as run
+    from unified_rl.study.sweep import sweep_study
+
+    return run(sweep_study(overrides, workers), allow, config_dirs=config_dirs, progress=progress)
+
+
 def lab(
     corrections: Sequence[str] = (),
     *,

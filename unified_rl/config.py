@@ -277,7 +277,8 @@ def _parse(text: str) -> Override:
         raise ConfigError(f"{key} holds {LARGE}") from None
     if parsed.is_sweep_override():
         raise ConfigError(
-            f"{text!r} asks for several values in one run; use 'unified-rl compare' for a grid, or quote the value: "
+            f"{text!r} asks for several values in one run; 'unified-rl train -m' runs all of them as 'unified-rl "
+            "compare' does, or quote it: "
             f"{key}=\"'{value}'\""
         )
     found = parsed.value()

@@ -22,6 +22,7 @@ from unified_rl.configurable import is_configurable, marked
 from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.peer_names import PEER_NAMES
 from unified_rl.ranges import OutOfRangeError, bare, check_bounds, shown, words
+from unified_rl.wrapping import Wrapping, wraps
 
 PACKAGE = "unified_rl"
 SCALARS = (bool, int, float, str)
@@ -221,6 +222,8 @@ def check_value(value: Any, path: str, allow: Sequence[str]) -> Any:
 def _check_node(node: Mapping[str, Any], path: str, allow: Sequence[str]) -> dict[str, Any]:
     target = locate(node["_target_"], allow, path)
     known, is_open = parameters(target, allow)
+    if wraps(path, target):
+        known = {**parameters(Wrapping)[0], **known}
     checked: dict[str, Any] = {}
     for key, value in node.items():
         if key == "_target_" or (is_open and key not in known and not key.startswith("_")):

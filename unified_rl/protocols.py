@@ -11,6 +11,7 @@ and action, ``V`` choices of a unit.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
@@ -355,6 +356,32 @@ class HasSpace(Protocol):
     """Knows the space it acts in: control environments and policies."""
 
     space: Space
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What a control environment is asked to reach, in its observation ``[d]``.
+
+    Attributes:
+        achieved, desired: entries of the observation that say what is reached and what is wanted, ``[g]`` int64.
+        reward: ``(achieved [N, g], desired [N, g]) -> [N]`` float32, that of a step whose next observation achieved it.
+        terminated: likewise ``[N]`` bool, whether the episode ends there; None where goals end none.
+    """
+
+    achieved: Tensor
+    desired: Tensor
+    reward: Callable[[Tensor, Tensor], Tensor]
+    terminated: Callable[[Tensor, Tensor], Tensor] | None = None
+
+
+@runtime_checkable
+class HasGoals(Protocol):
+    """A control environment that may be asked to reach something."""
+
+    @property
+    def goals(self) -> Goals | None:
+        """None where its observation holds none."""
+        ...
 
 
 @runtime_checkable

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from unified_rl.envs.control.mujoco_env import TASKS, BatchedMujocoEnv, make_mujoco
     from unified_rl.envs.control.point_maze import PointMazeEnv
     from unified_rl.envs.control.two_route import TwoRouteEnv
+    from unified_rl.envs.control.wrappers import ActionRepeat, FrameStack
 
 _PLACES = {
     "TASKS": "mujoco_env",
     "ActionChunk": "chunk",
+    "ActionRepeat": "wrappers",
     "BatchedMujocoEnv": "mujoco_env",
     "ControlEnvBase": "base",
+    "FrameStack": "wrappers",
     "GymnasiumEnv": "gymnasium_env",
     "PointMazeEnv": "point_maze",
     "TwoRouteEnv": "two_route",
@@ -35,8 +38,10 @@ _PLACES = {
 __all__ = [
     "TASKS",
     "ActionChunk",
+    "ActionRepeat",
     "BatchedMujocoEnv",
     "ControlEnvBase",
+    "FrameStack",
     "GymnasiumEnv",
     "PointMazeEnv",
     "TwoRouteEnv",

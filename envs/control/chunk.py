@@ -56,7 +56,7 @@ class ActionChunk(ControlEnvBase):
 
     def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
         """Executes the chunk ``[K, h * a]`` in every running simulation until its end or the episode's."""
-        plan = action.reshape(self.num_envs, self.horizon, self._action_dim)
+        plan = self.plan(action)
         active = torch.ones(self.num_envs, dtype=torch.bool) if running is None else running.clone()
         total = self.inner.advance(plan[:, 0], active)
         total = total._replace(undiscounted=total.plain_reward)
@@ -68,6 +68,10 @@ class ActionChunk(ControlEnvBase):
             discount *= self._gamma
             total, active = self._merge(total, self.inner.advance(plan[:, index], active), active, discount)
         return total
+
+    def plan(self, action: Tensor) -> Tensor:
+        """The actions ``[K, h, a]`` of a decision."""
+        return action.reshape(self.num_envs, self.horizon, self._action_dim)
 
     @staticmethod
     def _merge(total: StepResult, step: StepResult, active: Tensor, discount: float) -> tuple[StepResult, Tensor]:
@@ -95,7 +99,7 @@ class ActionChunk(ControlEnvBase):
         return self._gamma
 
     def resumable(self) -> str | bool:
-        """As the environment inside; True where that knows no other way."""
+        """Whether the environment inside can continue its episodes bit for bit."""
         return self.inner.resumable() if isinstance(self.inner, TellsResumable) else True
 
     def seed_streams(self, seed: int) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor
 from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase, raise_non_finite
 from unified_rl.envs.control.chunk import ActionChunk
+from unified_rl.envs.control.goals import goals_of
 from unified_rl.envs.control.gymnasium_copy import Copy, Source, factory
 from unified_rl.envs.control.gymnasium_pool import Copies, Pool, Workers, shapes_of
 from unified_rl.errors import CheckpointError, ConfigError, RestoreError
 from unified_rl.instantiate import allowed
 from unified_rl.interop.deadline import STEP_SECONDS
-from unified_rl.protocols import StepResult
+from unified_rl.protocols import Goals, StepResult
 from unified_rl.ranges import Count, Name, Positive, Seed, UnitInterval, Whole, ranged
 from unified_rl.spaces import Box, Space
 
@@ -74,6 +75,8 @@ class GymnasiumEnv(ControlEnvBase):
 
     name: str
     """What errors call it: its id, or the name of what makes it."""
+    goals: Goals | None
+    """Of a dictionary with ``achieved_goal`` and ``desired_goal``, where it lies in a row; None of any other."""
     costly_copies = True
     """A copy is an environment of its own, so evaluation uses few of them again and again."""
     alternatives = (("id", "make"),)
@@ -101,6 +104,7 @@ class GymnasiumEnv(ControlEnvBase):
             raise ConfigError(f"{id} has no time limit; set env.max_episode_steps")
         super().__init__(num_envs, _space(copy), limit or UNLIMITED)
         self.name, self.step_seconds, self.frames_per_second = copy.id, step_seconds, copy.frames_per_second
+        self.goals: Goals | None = goals_of(copy.env) if history == 1 else None
         self._make_copy: Callable[[], Copy] = lambda: source.copy(0)
         self._pool: Pool
         if workers:

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from tensordict import TensorDict
+from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.control.mujoco_env import BatchedMujocoEnv
 from unified_rl.envs.control.simulation import Array, Frame
 from unified_rl.envs.control.tasks import Outcome, Scene, Task, square_sum
+from unified_rl.protocols import Goals
 from unified_rl.ranges import Count, NonNegative, Seed, ranged
 
 MAZES = {
@@ -232,6 +234,23 @@ class PointMazeEnv(BatchedMujocoEnv):
         threads: Count = 1,
     ) -> None:
         super().__init__(PointMaze(maze=maze, reward=reward, max_steps=max_steps), num_envs, seed, threads)
+
+    @property
+    def goals(self) -> Goals | None:
+        """For hindsight, where a step's reward is that of its place: ``sparse`` and ``dense``."""
+        assert isinstance(self.task, PointMaze)
+        if self.task.reward == "path":
+            return None
+        place, goal, sparse = torch.tensor([0, 1]), torch.tensor([4, 5]), self.task.reward == "sparse"
+
+        def reached(achieved: Tensor, desired: Tensor) -> Tensor:
+            near: Tensor = (achieved - desired).norm(dim=-1) < GOAL_RADIUS
+            return near
+
+        def reward(achieved: Tensor, desired: Tensor) -> Tensor:
+            return reached(achieved, desired).float() if sparse else torch.exp(-(achieved - desired).norm(dim=-1))
+
+        return Goals(place, goal, reward, reached)
 
     def demonstrations(self, n: int, generator: torch.Generator | None = None, noise: float = 0.1) -> TensorDict:
         """``[n]`` pairs of a scripted expert that goes from cell to cell on a shortest way and succeeds always.

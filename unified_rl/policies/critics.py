@@ -99,6 +99,13 @@ class ValueCritic(Critic):
                 setting="agent.critic_hidden",
             )
 
+    @property
+    def output(self) -> nn.Linear:
+        """The last layer."""
+        last = self.network[-1]
+        assert isinstance(last, nn.Linear)
+        return last
+
     def forward(self, observation: Tensor) -> Tensor:
         """``observation [..., d]`` to values ``[...]``."""
         value: Tensor = self.network(self.normalize(observation))

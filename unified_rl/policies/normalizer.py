@@ -13,6 +13,8 @@ MOMENTS = "moments"
 """Key of a sample's and a record's ``[...]`` int64 column: which moments its observation was standardised by."""
 GROWTH = 1.01
 """Moments move when the observations seen have grown by this factor, so there are some 230 sets a factor of ten."""
+CONSTANT = 1e-12
+"""An entry of no more variance than float32 makes of a constant is not scaled: a data set says nothing of its size."""
 
 
 @ranged()
@@ -22,7 +24,8 @@ class RunningNormalizer(nn.Module):
     Moments are weights of the policy that no gradient moves: a log-prob recorded under older moments is scored again
     under those same moments. So every set that was ever in use is kept under a number, :meth:`forward` takes the
     numbers that a record holds, and moments change in :meth:`update` only. Moments that pre-trained weights were fitted
-    under stay as they are (:meth:`freeze`).
+    under stay as they are (:meth:`freeze`). An entry that never varied is centred and not scaled: else the first small
+    move of a joint that stood still in all demonstrations would be ten standard deviations.
 
     Args:
         dim: width ``d`` of the observation.
@@ -34,6 +37,7 @@ class RunningNormalizer(nn.Module):
         means, scales: every set of moments that was in use, float32 ``[C, d]``, of which the first ``used + 1`` count.
         used: number of the set in use, int64 ``[]``.
         frozen: bool ``[]``.
+        mean_used, scale_used: the set in use, float32 ``[d]``; written in place, so that a captured CUDA graph sees it.
 
     Shapes: any ``[..., d]`` float to the same. Source: parallel moments as in Chan, Golub, LeVeque (1983).
     """
@@ -46,6 +50,8 @@ class RunningNormalizer(nn.Module):
     used: Tensor
     counted: Tensor
     frozen: Tensor
+    mean_used: Tensor
+    scale_used: Tensor
 
     def __init__(self, dim: Count, limit: Positive = 10.0, epsilon: Positive = 1e-8) -> None:
         super().__init__()
@@ -60,6 +66,8 @@ class RunningNormalizer(nn.Module):
         self.register_buffer("used", torch.zeros((), dtype=torch.int64))
         self.register_buffer("counted", torch.zeros((), dtype=torch.float64))
         self.register_buffer("frozen", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("mean_used", torch.zeros(dim), persistent=False)
+        self.register_buffer("scale_used", torch.ones(dim), persistent=False)
 
     @torch.no_grad()
     def update(self, observation: Tensor) -> None:
@@ -94,7 +102,11 @@ class RunningNormalizer(nn.Module):
             self.means = torch.cat([self.means, torch.zeros_like(self.means)])
             self.scales = torch.cat([self.scales, torch.ones_like(self.scales)])
         self.means[at] = self.mean.to(self.means.dtype)
-        self.scales[at] = (self.var + self.epsilon).rsqrt().to(self.scales.dtype)
+        constant = self.var <= CONSTANT * (1.0 + self.mean.square())
+        scale = torch.where(constant, torch.ones_like(self.var), (self.var + self.epsilon).rsqrt())
+        self.scales[at] = scale.to(self.scales.dtype)
+        self.mean_used.copy_(self.means[at])
+        self.scale_used.copy_(self.scales[at])
         self.used.fill_(at)
         self.counted.copy_(self.count)
 
@@ -105,8 +117,11 @@ class RunningNormalizer(nn.Module):
             observation: ``[..., d]`` raw.
             moments: ``[...]`` int64 numbers of the moments to standardise by; None takes those in use.
         """
-        index = self.used if moments is None else moments
-        mean, scale = self.means[index].to(observation.dtype), self.scales[index].to(observation.dtype)
+        if moments is None:
+            mean, scale = self.mean_used, self.scale_used
+        else:
+            mean, scale = self.means[moments], self.scales[moments]
+        mean, scale = mean.to(observation.dtype), scale.to(observation.dtype)
         return ((observation - mean) * scale).clamp(-self.limit, self.limit)
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -121,3 +136,6 @@ class RunningNormalizer(nn.Module):
             kept = len(state[f"{prefix}means"])
             self.means, self.scales = (x.new_zeros(kept, x.shape[1]) for x in (self.means, self.scales))
         super()._load_from_state_dict(state, prefix, *args)
+        if mean is not None:
+            self.mean_used.copy_(self.means[self.used])
+            self.scale_used.copy_(self.scales[self.used])

@@ -1,6 +1,7 @@
 """The one replay: schema, storage, samplers, sum tree, staleness index, mixing."""
 
 from unified_rl.replay.buffer import Replay
+from unified_rl.replay.hindsight import HindsightReplay
 from unified_rl.replay.ingest import from_collector
 from unified_rl.replay.joined import WithDataset
 from unified_rl.replay.nstep import nstep_transitions
@@ -28,6 +29,7 @@ __all__ = [
     "Draw",
     "Fresh",
     "Group",
+    "HindsightReplay",
     "Mixture",
     "Priority",
     "Recency",

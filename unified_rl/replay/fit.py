@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 
 from unified_rl.errors import ConfigError
 from unified_rl.replay.buffer import Replay
+from unified_rl.replay.hindsight import HindsightReplay
 from unified_rl.replay.joined import WithDataset
 from unified_rl.replay.samplers.base import Sampler
 from unified_rl.replay.samplers.grouped import Group
@@ -61,6 +62,8 @@ def check_replay(
             f"replay.data adds single rows to every batch, which have no {unfit}; use agent=sac, agent.n_step=1 and "
             "replay.sampler=Uniform (recipe=rlpd), or leave replay.data out"
         )
+    if isinstance(replay, HindsightReplay):
+        _check_hindsight(replay, agent, length, reuses)
     if reuses and isinstance(sampler, Fresh):
         raise ConfigError(
             f"replay=fresh hands every row out once, but agent={agent} draws rows again and again; use replay=uniform "
@@ -70,6 +73,18 @@ def check_replay(
         _check_group(replay, sampler, agent, groups, draws)
     _check_sources(replay, sampler)
     _check_keys(replay, agent, keys)
+
+
+def _check_hindsight(replay: HindsightReplay, agent: str, length: int | None, reuses: bool) -> None:
+    """Goals are exchanged in single transitions, for agents that look at nothing else."""
+    if not reuses:
+        raise ConfigError(
+            f"replay=her exchanges goals, and agent={agent} learns from what its policy did for the goal that it saw: "
+            "use agent=sac or agent=actor_critic"
+        )
+    if length is not None or replay.sampler.takes_priority:
+        unfit = "priorities" if replay.sampler.takes_priority else f"windows of {length} steps (agent.n_step)"
+        raise ConfigError(f"replay=her exchanges goals in single rows, which have no {unfit}: leave them out")
 
 
 def _check_group(replay: Replay, sampler: Group, agent: str, groups: bool, draws: int | None) -> None:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
+from unified_rl.policies.base import Policy
+from unified_rl.policies.normalizer import MOMENTS
 from unified_rl.protocols import ControlEnv, Demonstrates, HasSpace, LanguageEnv, Normalizes, Trainable, domain_of
-from unified_rl.ranges import Count, ranged
+from unified_rl.ranges import Count, Share, ranged
 from unified_rl.replay import read_rows
 from unified_rl.rollout.language import epoch_of
 from unified_rl.rollout.recorded import fitted
+from unified_rl.rollout.windows import held_out, sizes_of, windowed
 from unified_rl.spaces import Space
 from unified_rl.units import Source
 
 KEYS = {"control": ("observation", "action"), "language": ("tokens", "token_mask", "mask")}
 
+SEEN = 4096
+"""Demonstrations of an expert without end that moments are taken of."""
 TRANSITION = ("reward", "next_observation", "terminated")
 """What offline agents learn from beside these."""
 
@@ -48,8 +55,8 @@ def style_option(env: Any, style: str | None, where: str) -> dict[str, str]:
 class DemonstrationRollout:
     """Hands supervised rows to the replay, for behaviour cloning and supervised fine-tuning.
 
-    A policy that standardises observations takes its moments from the whole of ``data``, or from the first rows of an
-    environment's own.
+    A policy that standardises observations takes its moments from the whole of ``data``, or from several
+    thousand of an environment's own.
 
     Args:
         env: the environment, with ``demonstrations(count, generator)`` unless ``data`` is given.
@@ -59,10 +66,13 @@ class DemonstrationRollout:
         rows: rows of one call of :meth:`collect`.
         data: folder of recorded rows (``unified-rl evaluate RUN --record FOLDER``); else the environment's own.
         style: passed to the demonstrations of a language task.
+        validation: share of the episodes of ``data`` that are held out; evaluation tells their loss, ``eval/nll``.
+        streams: named streams of the run; without them the first stream of seed 0 chooses what is held out.
 
     Attributes:
         rows: rows of one collection.
         length: None; they are single rows.
+        held_out: what ``validation`` keeps from training, or None.
 
     Raises:
         CheckpointError: ``data`` is missing or damaged.
@@ -84,6 +94,8 @@ class DemonstrationRollout:
         rows: Count = 256,
         data: str | None = None,
         style: str | None = None,
+        validation: Share = 0.0,
+        streams: Callable[[str], torch.Generator] | None = None,
     ) -> None:
         self.env, self.policy, self.generator = env, policy, problem_generator or generator
         self.domain, self.steps = domain_of(env), 0
@@ -92,7 +104,20 @@ class DemonstrationRollout:
             raise ConfigError(
                 f"rollout.style={style} is of an environment's own demonstrations; leave rollout.data out"
             )
+        if validation and (data is None or self.domain == "language"):
+            raise ConfigError(
+                f"rollout.validation={validation} holds out episodes of a robot's rollout.data: leave it out"
+                + ("" if self.domain == "control" else " (env.held_out is for tasks of tokens)")
+            )
+        if validation and self.whole:
+            raise ConfigError("rollout.validation is of imitation, and this run learns from rewards: leave it out")
         self.pool = None if data is None else self._read(data)
+        self.held_out: TensorDict | None = None
+        if validation and self.pool is not None:
+            stream = torch.Generator().manual_seed(0) if streams is None else streams("validation")
+            self.pool, self.held_out = held_out(self.pool, validation, stream, f"rollout.data={data}")
+        if self.pool is not None and not self.whole:
+            self.pool = self.pool.select(*KEYS[self.domain])
         self.expert = env if isinstance(env, Demonstrates) else None
         self.normalizes = policy if isinstance(policy, Normalizes) else None
         if self.pool is None and self.expert is None:
@@ -117,8 +142,12 @@ class DemonstrationRollout:
                 "agent=behavior_cloning"
             )
         if self.domain == "control":
-            rows = fitted(rows, self._space(), f"rollout.data={data}")
-        return rows if self.whole else rows.select(*KEYS[self.domain])
+            rows, space = rows.exclude(MOMENTS), self._space()  # of the policy that recorded them
+            rows = rows if self.whole else rows.select(*KEYS["control"], "episode", "step", strict=False)
+            width = space.observation_dim, space.action_dim
+            rows = windowed(rows, *sizes_of(self.env), width, f"rollout.data={data}")
+            rows = fitted(rows, space, f"rollout.data={data}")
+        return rows
 
     def _space(self) -> Space:
         if isinstance(self.env, ControlEnv):
@@ -140,10 +169,28 @@ class DemonstrationRollout:
         metrics = epoch_of(self.env, self.generator)
         rows["source"] = torch.full((count,), int(self.source))
         if self.steps == 0 and self.normalizes is not None:
-            seen = rows if self.pool is None else self.pool  # one batch misses what is rare in a data set
-            self.normalizes.update_normalizer(seen["observation"].to(self.policy.device))
+            self._standardise(self.normalizes)
         self.steps += count
         return rows, metrics
+
+    def _standardise(self, policy: Normalizes) -> None:
+        """Moments of the whole data set, since a batch misses what is rare in it; pre-trained weights keep theirs."""
+        if float(getattr(getattr(policy, "normalizer", None), "count", 0.0)) > 0:
+            return
+        policy.update_normalizer(self._all_observations().to(self.policy.device))
+        if self.whole and isinstance(policy, Policy):  # learners of whole transitions would move them by every batch
+            policy.freeze_moments()
+
+    def _all_observations(self) -> Tensor:
+        """Of the data set; of an expert without end :data:`SEEN`, and the stream of the rows does not move."""
+        if self.pool is not None:
+            parts = [self.pool] if self.held_out is None else [self.pool, self.held_out]
+            return torch.cat([part["observation"] for part in parts])
+        assert self.expert is not None
+        stream = torch.Generator()
+        stream.set_state(self.generator.get_state())
+        seen: Tensor = self.expert.demonstrations(max(SEEN, self.rows), stream, **self.options)["observation"]
+        return seen
 
     def state_dict(self) -> dict[str, Any]:
         """The stream and the count, and what a token task keeps of the problems that it showed."""

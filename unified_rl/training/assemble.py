@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from unified_rl import __version__
 from unified_rl.config import build, compose, flatten, resolve_defaults, shipped_choices
 from unified_rl.errors import CheckpointError, ConfigError
-from unified_rl.instantiate import check_value, is_node, locate
+from unified_rl.instantiate import check_value, is_node, locate, parameters
 from unified_rl.protocols import HasDiscount, Stateful
 from unified_rl.replay import Replay, Sampler
 from unified_rl.rollout import as_environment
@@ -24,6 +25,7 @@ from unified_rl.training.run import Job
 from unified_rl.training.seeding import derive
 from unified_rl.training.trainer import Trainer
 from unified_rl.training.verbs import restore
+from unified_rl.wrapping import split, wrap
 
 Part = Any
 """An option of the group, settings (with ``name`` for another option, or ``_target_``), a class, or an object."""
@@ -219,7 +221,9 @@ def make_env(name: str, *, allow: Sequence[str] = (), config_dirs: Sequence[str]
     """
     cfg = compose({"env": name, **{f"env.{key}": value for key, value in settings.items()}}, allow=allow,
                   config_dirs=config_dirs)  # fmt: skip
-    return build(cfg["env"], allow=allow)
+    taken = parameters(locate(cfg["env"]["_target_"], allow), allow)[0]
+    wrapping, node = split(cfg["env"], taken)
+    return wrap(build(node, allow=allow), wrapping, partial(build, allow=allow, setting="env"), cfg["env"].get("gamma"))
 
 
 # ---------------------------------------------------------------------------------------------- parts

@@ -24,21 +24,30 @@ from unified_rl.protocols import (
     ChecksReplay,
     Demonstrates,
     EndsPretraining,
+    Goals,
+    HasGoals,
     HasPools,
     HasSplits,
     PlansUpdates,
     Rewarded,
 )
-from unified_rl.replay import WithDataset
+from unified_rl.replay import HindsightReplay, WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
 from unified_rl.rollout.feed import LocalFeed
 from unified_rl.rollout.recorded import fitted
+from unified_rl.rollout.windows import sizes_of, windowed
 from unified_rl.spaces import Space
 from unified_rl.stopping import say
 from unified_rl.training.best import Watch
 from unified_rl.training.budget import open_budget, steps_of
 from unified_rl.training.callbacks import Callbacks, make_callbacks
-from unified_rl.training.evaluation import Scores, evaluate_control, evaluate_imitation, evaluate_language
+from unified_rl.training.evaluation import (
+    Scores,
+    evaluate_control,
+    evaluate_imitation,
+    evaluate_language,
+    held_out_loss,
+)
 from unified_rl.training.limits import check_machine, check_model_folder, check_replay_memory, check_rows, row_size
 from unified_rl.training.loggers import Logger, make_loggers
 from unified_rl.training.memory_plan import (
@@ -56,6 +65,7 @@ from unified_rl.training.settings import TrainSettings, check_eval_sampling
 from unified_rl.training.trainer import Trainer
 from unified_rl.training.written import check_rollout
 from unified_rl.units import Source
+from unified_rl.wrapping import split, wrap
 
 NODES = ("env", "policy", "agent", "correction", "replay", "rollout", "warm_start")
 DISCOUNTS = {"control": 0.99, "language": 1.0}
@@ -130,6 +140,7 @@ class Job:
         self.scores: Scores | None = None
         self._names: MetricNames | None = None
         self.eval_env: Any = None
+        self.held_out: Any = None
         self._waiting: tuple[Any, Any] | None = None
         self.memory: MemoryPlan | None = None
         self.fits: Callable[[MemoryPlan], None] = MemoryPlan.require
@@ -280,6 +291,7 @@ class Job:
         if not node:
             raise ConfigError("this run has no environment; choose one with env=NAME")
         taken, _ = self._parameters(node)
+        wrapping, node = split(node, taken)
         sizes = {key: value for key, value in self._env_options.items() if key in taken}
         if "tokenizer" in sizes:
             node = {key: value for key, value in node.items() if key != "tokenizer"}
@@ -297,6 +309,8 @@ class Job:
             raise ConfigError(f"env: {node['_target_']} could not be made: {one_line(error)}") from error
         if isinstance(env, TorchRLControlEnv):
             env.seed(seed)
+        if env.domain == "control":
+            env = wrap(env, wrapping, partial(build, allow=self.allow, setting="env"), self._default("agent", "gamma"))
         return self.rewarded(env)
 
     def rewarded(self, env: Any) -> Any:
@@ -404,6 +418,7 @@ class Job:
         """Rollout, agent and replay, checked against one another; what a rehearsal made is taken up."""
         self._check_problems()
         rollout, replay = self._waiting or (self.make_rollout(), None)
+        self.held_out = getattr(rollout, "held_out", None)
         check_rows(self.row_size, rollout.rows, rollout.length, self._default)
         agent = self._agent(
             policy,
@@ -423,7 +438,10 @@ class Job:
             discounted(getattr(replay, "stored", None), "replay.data", self.gamma)
             if isinstance(replay, WithDataset):
                 space = Space.of(self.env.policy_inputs())
-                replay.stored = fitted(replay.stored, space, f"replay.data={self.cfg['replay']['data']}")
+                where, width = f"replay.data={self.cfg['replay']['data']}", (space.observation_dim, space.action_dim)
+                replay.stored = fitted(windowed(replay.stored, *sizes_of(self.env), width, where), space, where)
+        if isinstance(replay, HindsightReplay):
+            replay.goals = self._goals()
         if isinstance(agent, ChecksReplay):
             agent.option = self._agent_name
             agent.check_replay(replay)
@@ -434,6 +452,22 @@ class Job:
         refuse_idle_terms(agent, rollout, replay)
         check_rollout(agent, rollout, replay)
         return rollout, agent, replay
+
+    def _goals(self) -> Goals:
+        """Of the environment.
+
+        Raises:
+            ConfigError: it has none, or decides for several steps at once.
+        """
+        found = self.env.goals if isinstance(self.env, HasGoals) else None
+        if found is None:
+            raise ConfigError(
+                "replay=her needs observations with achieved_goal and desired_goal (env=gymnasium env.flatten=true), "
+                "compute_reward (or env=point_maze env.reward=sparse), and none of env.frame_stack, env.action_repeat, "
+                f"env.chunk; {type(self.env).__name__} "
+                "shows no such goals: use replay=uniform"
+            )
+        return found
 
     @property
     def _imitates(self) -> bool:
@@ -569,7 +603,9 @@ class Job:
         stream = generator(self.seed, "evaluation", self.device)
         greedy, device = self.settings.eval_deterministic, str(self.device)
         with torch.random.fork_rng(devices=[]):  # TorchRL's set_seed seeds the global stream, which training may use
-            return Scores(evaluate_control(self.eval_env, self.policy, seed, stream, greedy, device, count))
+            played = evaluate_control(self.eval_env, self.policy, seed, stream, greedy, device, count)
+        loss = {} if self.held_out is None else held_out_loss(self.policy, self.held_out, seed)
+        return Scores({**played, **loss})
 
     @property
     def episodes(self) -> int:

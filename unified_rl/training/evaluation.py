@@ -12,16 +12,30 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.errors import ConfigError
 from unified_rl.interop.guard import reset_env, step_env
+from unified_rl.policies.base import Policy
 from unified_rl.policies.sampling import HasSampling
-from unified_rl.protocols import ControlEnv, Generates, HoldsOutAnswers, LanguageEnv, LanguagePolicy, Samples, Votes
+from unified_rl.protocols import (
+    ControlEnv,
+    Generates,
+    HoldsOutAnswers,
+    LanguageEnv,
+    LanguagePolicy,
+    Samples,
+    Trainable,
+    Votes,
+)
 from unified_rl.rollout.conversation import COLUMNS, SCORES, Problems, Told, converse, joined, means
 from unified_rl.units import trim_units
 
 Array = NDArray[np.float64]
+
+LOSS_ROWS = 4096
+"""Recorded rows of one forward pass."""
 
 AT_ONCE = 256
 """Conversations of an evaluation that are sampled together where nobody says how many fit."""
@@ -453,3 +467,19 @@ def evaluate_imitation(env: object, policy: LanguagePolicy, count: int) -> dict[
         total += float(torch.where(batch["mask"], nll, 0.0).sum())
         tokens += float(batch["mask"].sum())
     return {"eval/nll": total / tokens}
+
+
+@torch.no_grad()
+def held_out_loss(policy: Trainable, rows: TensorDictBase, seed: int) -> dict[str, float]:
+    """``eval/nll``, the mean supervised loss of a control policy over recorded rows that training never sees.
+
+    Losses that draw noise (flow, diffusion) draw the same at every call, from ``seed``.
+    """
+    stream = torch.Generator().manual_seed(seed)
+    total = count = 0.0
+    for batch in rows.split(LOSS_ROWS):
+        batch = batch.to(policy.device)
+        nll = policy.nll(batch, stream) if isinstance(policy, Policy) else policy.nll(batch)
+        total += float(nll.double().sum())
+        count += nll.numel()
+    return {"eval/nll": total / count}

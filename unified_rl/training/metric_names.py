@@ -71,6 +71,7 @@ def names_of(
     tells = isinstance(env, ReportsColumns)
     own = _of_columns(env) if tells else set()
     known = {f"eval/{name}" for name in _evaluated(env, own, samples, imitates)}
+    known |= {"eval/nll"} if getattr(rollout, "held_out", None) is not None else set()
     known |= {f"rollout/{name}" for name in _collected(env, own, rollout)} | {*(named or ())}
     known |= {str(name) for callback in callbacks for name in getattr(callback, "metrics", ())}
     unknown = [family for family, opened in (("*", named is None), ("rollout", not _is_known(rollout))) if opened]

@@ -60,7 +60,7 @@ class TrainSettings:
         callbacks: dotted paths of classes with the hooks of :class:`~unified_rl.training.callbacks.Callback`, or
             mappings with ``_target_`` and arguments; one alone needs no list.
         keep_best: metric whose best checkpoint is kept, for example ``eval/accuracy``, or a mapping ``{metric, mode}``
-            with ``mode`` max or min.
+            with ``mode`` max or min; by default min of losses, max of all others.
         early_stopping: mapping ``{metric, patience, min_delta, mode}``: the run ends after ``patience`` values of the
             metric (5) of which none was better than the best before by more than ``min_delta`` (0).
         eval_sampling: language: how evaluation samples, ``{samples, temperature, top_p, ...}``: answers to each prompt
@@ -163,7 +163,14 @@ def check_keep_best(value: str | Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: another key, no metric, or a mode that is none.
     """
     given = {"metric": value} if isinstance(value, str) else dict(value)
-    return _checked({"metric": "", "mode": "max", **_known(given, ("metric", "mode"), "keep_best")}, "keep_best")
+    known = _known(given, ("metric", "mode"), "keep_best")
+    return _checked({"metric": "", "mode": usual_mode(known), **known}, "keep_best")
+
+
+def usual_mode(given: Mapping[str, Any]) -> str:
+    """``min`` of losses, ``max`` of everything else, where nobody says it."""
+    metric = str(given.get("metric", ""))
+    return "min" if metric.startswith("loss/") or metric.endswith("/nll") else "max"
 
 
 def check_early_stopping(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +179,7 @@ def check_early_stopping(value: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: another key, no metric, or a value out of its range.
     """
-    defaults = {"metric": "", "patience": 5, "min_delta": 0.0, "mode": "max"}
+    defaults = {"metric": "", "patience": 5, "min_delta": 0.0, "mode": usual_mode(value)}
     found = _checked({**defaults, **_known(value, defaults, "early_stopping")}, "early_stopping")
     found["patience"] = check_type(found["patience"], Count, "early_stopping.patience")
     found["min_delta"] = check_type(found["min_delta"], NonNegative, "early_stopping.min_delta")

@@ -17,7 +17,7 @@ from unified_rl.instantiate import check_type
 from unified_rl.learning_rate import LearningRate
 from unified_rl.protocols import Demonstrates, Imitates, Normalizes, PlansUpdates, Stateful
 from unified_rl.ranges import Count, NonNegative, Positive, Share, UnitInterval, Whole, ranged
-from unified_rl.rollout.demonstrations import style_option
+from unified_rl.rollout.demonstrations import SEEN, style_option
 from unified_rl.training.checkpoint import intact_checkpoint
 from unified_rl.training.restoring import policy_state
 
@@ -57,8 +57,10 @@ class WarmStart:
         batch_size: demonstrations of one optimiser step.
         lr: learning rate of stages that name none.
         dataset: demonstrations drawn once and reused (None draws fresh ones every step). A policy that standardises
-            observations takes its moments from them, or from the first batch of fresh ones.
+            observations takes its moments from them, or from several thousand fresh ones.
         smoothing: share of the old value in the smoothed loss.
+        ema: of the weights of each stage, as of :class:`~unified_rl.agents.behavior_cloning.BehaviorCloning`; the
+            averaged ones are what goes on.
         run: a run folder whose policy is loaded instead; ``stages`` are then skipped.
 
     Raises:
@@ -78,10 +80,12 @@ class WarmStart:
         lr: NonNegative = 1e-3,
         dataset: Count | None = None,
         smoothing: Share = 0.95,
+        ema: Share | None = None,
         run: str | None = None,
     ) -> None:
         self.stages = [dict(stage) for stage in stages or []]
         self.batch_size, self.lr, self.dataset, self.smoothing, self.run = batch_size, lr, dataset, smoothing, run
+        self.ema = ema
         self.check_settings({"stages": self.stages})
 
     @classmethod
@@ -101,6 +105,21 @@ class WarmStart:
             if stage.get("until_loss") is None and stage.get("updates") is None:
                 raise ConfigError(f"{where} needs until_loss or updates")
             cls._check_schedule(stage, where)
+
+    def _seen(
+        self,
+        env: Demonstrates,
+        batch: TensorDictBase,
+        pool: TensorDictBase | None,
+        stream: torch.Generator,
+        options: dict[str, str],
+    ) -> TensorDictBase:
+        """What moments are taken of: the whole data set; of fresh demonstrations several thousand, not one batch."""
+        if pool is not None or len(batch) >= SEEN:
+            return batch if pool is None else pool
+        apart = torch.Generator()  # the stream of the demonstrations does not move
+        apart.set_state(stream.get_state())
+        return env.demonstrations(SEEN, apart, **options)
 
     @classmethod
     def _check_schedule(cls, stage: Mapping[str, Any], where: str) -> None:
@@ -156,7 +175,8 @@ class WarmStart:
         for number, stage in enumerate(self.stages):
             lr = stage.get("lr")
             schedule = self.schedule_of(stage)
-            agent = make_agent(self.lr if lr is None else lr, **schedule)
+            average = {} if self.ema is None else {"ema": self.ema}
+            agent = make_agent(self.lr if lr is None else lr, **schedule, **average)
             if schedule and isinstance(agent, PlansUpdates):
                 agent.plan_updates(stage["updates"])
             self._run_stage(number, stage, env, agent, demonstration_generator, report)
@@ -181,7 +201,7 @@ class WarmStart:
             else:
                 batch = pool[torch.randint(len(pool), (self.batch_size,), generator=stream)]
             if (number, update) == (0, 1) and isinstance(agent.policy, Normalizes):
-                agent.policy.update_normalizer((batch if pool is None else pool)["observation"])
+                agent.policy.update_normalizer(self._seen(env, batch, pool, stream, options)["observation"])
             loss = float(agent.step(batch)["loss/nll"])
             smooth = loss if math.isnan(smooth) else self.smoothing * smooth + (1 - self.smoothing) * loss
             report(number, update, budget, smooth, threshold)

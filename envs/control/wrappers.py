@@ -1,0 +1,119 @@
+"""What is put around a control environment: a history of observations, actions that last for several steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unified_rl.configurable import configurable
+from unified_rl.envs.control.base import ControlEnvBase
+from unified_rl.envs.control.chunk import ActionChunk
+from unified_rl.errors import CheckpointError
+from unified_rl.interop.deadline import seconds_of
+from unified_rl.protocols import StepResult, TellsResumable
+from unified_rl.ranges import Count, UnitInterval, ranged
+from unified_rl.spaces import Box, Space
+
+
+@configurable
+@ranged("env")
+class ActionRepeat(ActionChunk):
+    """Executes every action ``times`` times: an action chunk all of whose actions are the same.
+
+    The reward is ``sum_i gamma^i r_i`` over the executed steps, and the discount of a decision that of its steps, so
+    ``gamma`` means one step of the environment inside, as everywhere.
+
+    Args:
+        env: an environment whose :meth:`advance` accepts a mask of running simulations.
+        times: steps of an action.
+        gamma: discount between them; a run gives ``agent.gamma``, and None is 0.99.
+    """
+
+    def __init__(self, env: ControlEnvBase, times: Count = 2, gamma: UnitInterval | None = None) -> None:
+        ControlEnvBase.__init__(self, env.num_envs, env.space, -(-env.max_steps // times))
+        self.inner, self.horizon = env, times
+        self.steps_per_action = times * env.steps_per_action
+        self._gamma = 0.99 if gamma is None else gamma
+
+    def plan(self, action: Tensor) -> Tensor:
+        """The action ``[K, a]`` at each step, ``[K, times, a]``."""
+        return action.reshape(self.num_envs, 1, -1).expand(-1, self.horizon, -1)
+
+
+@configurable
+@ranged("env")
+class FrameStack(ControlEnvBase):
+    """Shows the newest ``frames`` observations as one vector ``[K, frames * d]``, oldest first.
+
+    The first observation of an episode stands for those before it, as in Gymnasium's ``FrameStackObservation``. Inside
+    :class:`ActionChunk` every executed step counts, not every decision.
+
+    Args:
+        env: an environment whose observations are vectors.
+        frames: how many.
+    """
+
+    def __init__(self, env: ControlEnvBase, frames: Count = 2) -> None:
+        seen = env.space.observation
+        assert isinstance(seen, Box)
+        low, high = (tuple(bound.ravel().tolist()) * frames for bound in (seen.low_array, seen.high_array))
+        stacked = Box((frames * seen.width,), seen.dtype, low, high)
+        super().__init__(env.num_envs, Space(stacked, env.space.action), env.max_steps)
+        self.inner, self.frames = env, frames
+        self.steps_per_action = env.steps_per_action
+        self._seen = env.current_observation().unsqueeze(1).repeat(1, frames, 1)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Time limit of a step: that of the environment inside."""
+        return seconds_of(self.inner)
+
+    def current_observation(self) -> Tensor:
+        """What the policy sees now, ``[K, frames * d]`` float32."""
+        return self._seen.flatten(1).clone()
+
+    def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
+        """Steps the simulations ``running [K]`` bool (default: all); the others keep their history."""
+        step = self.inner.advance(action, running)
+        shifted = torch.cat([self._seen[:, 1:], step.next_observation.unsqueeze(1)], 1)
+        self._seen = shifted if running is None else torch.where(running[:, None, None], shifted, self._seen)
+        seen = self._seen.flatten(1)
+        return step._replace(observation=seen, next_observation=seen)
+
+    def restart(self, ended: Tensor) -> Tensor:
+        """Starts new episodes where ``ended [K]``; their observations ``[n, frames * d]`` float32."""
+        first = self.inner.restart(ended).unsqueeze(1).repeat(1, self.frames, 1)
+        self._seen = self._seen.clone()
+        self._seen[ended] = first
+        return first.flatten(1)
+
+    def seed_streams(self, seed: int) -> None:
+        """Restarts the random streams of the environment inside."""
+        self.inner.seed_streams(seed)
+
+    def resumable(self) -> str | bool:
+        """Whether the environment inside can continue its episodes bit for bit."""
+        return self.inner.resumable() if isinstance(self.inner, TellsResumable) else True
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The state of the environment inside, and the history."""
+        return {"inner": self.inner.state_dict(), "seen": self._seen.clone()}
+
+    def load_state_dict(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Restores :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: another number of simulations, or another history.
+        """
+        if state["seen"].shape != self._seen.shape:
+            saved, mine = tuple(state["seen"].shape), tuple(self._seen.shape)
+            raise CheckpointError(f"saved histories are {saved}, this environment's are {mine}: same env.frame_stack?")
+        self.inner.load_state_dict(state["inner"])
+        self._seen = state["seen"].clone()
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """Closes the environment inside."""
+        self.inner.close(raise_if_closed=False)
+        super().close(raise_if_closed=False)

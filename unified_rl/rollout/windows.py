@@ -1,0 +1,113 @@
+"""Recorded steps as rows of a policy that sees a history or plans several actions, and episodes held out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from unified_rl.errors import ConfigError
+
+
+def sizes_of(env: Any) -> tuple[int, int]:
+    """How many observations a policy of the environment sees at once, and how many actions it plans."""
+    frames = horizon = 1
+    while env is not None:
+        frames *= int(getattr(env, "frames", 1))
+        horizon *= int(getattr(env, "horizon", 1)) if hasattr(env, "plan") and not hasattr(env, "times") else 1
+        env = getattr(env, "inner", None)
+    return frames, horizon
+
+
+class Windows:
+    """Which rows lie beside which in their episode.
+
+    Args:
+        rows: ``[N]`` with ``episode``; with ``step`` in any order, else each episode's in the order of time.
+        setting: that names the data set, for errors.
+
+    Raises:
+        ConfigError: rows that tell no episodes.
+    """
+
+    def __init__(self, rows: TensorDict, setting: str) -> None:
+        if "episode" not in rows.keys():
+            raise ConfigError(
+                f"the rows of {setting} tell no episodes (the column 'episode'), and nothing else says which steps "
+                "follow one another: import them with 'unified-rl data import'"
+            )
+        episode = rows["episode"].reshape(len(rows))
+        order = torch.arange(len(rows))
+        if "step" in rows.keys():
+            order = rows["step"].reshape(len(rows)).argsort(stable=True)
+        self.order = order[episode[order].argsort(stable=True)]
+        self.rank = torch.empty_like(self.order)
+        self.rank[self.order] = torch.arange(len(rows))
+        _, at, counts = torch.unique_consecutive(episode[self.order], return_inverse=True, return_counts=True)
+        last = counts.cumsum(0)
+        self.low, self.high = (last - counts)[at][self.rank], (last - 1)[at][self.rank]
+
+    def beside(self, offset: int) -> Tensor:
+        """Row numbers ``[N]`` of the steps ``offset`` later, the first or last of the episode where there is none."""
+        return self.order[torch.maximum(torch.minimum(self.rank + offset, self.high), self.low)]
+
+
+def windowed(rows: TensorDict, frames: int, horizon: int, width: tuple[int, int], setting: str) -> TensorDict:
+    """Rows of single steps as those of a policy with a history of ``frames`` and plans of ``horizon`` actions.
+
+    The first observation of an episode stands for those before it, and its last action for those behind it, as in
+    "Diffusion Policy" (arXiv:2303.04137). Rows that have the wanted widths already stay as they are.
+
+    Args:
+        rows: ``[N]``.
+        frames: observations, oldest first.
+        horizon: actions, first action first.
+        width: of the observation and the action that are wanted.
+        setting: that names the data set, for errors.
+
+    Raises:
+        ConfigError: rows that tell no episodes, or plans wanted of rows that hold rewards.
+    """
+    count = len(rows)
+    seen, action = (rows[key].reshape(count, -1) for key in ("observation", "action"))
+    stacks = frames > 1 and seen.shape[1] * frames == width[0]
+    plans = horizon > 1 and action.shape[1] * horizon == width[1]
+    if not stacks and not plans:
+        return rows
+    if plans and "reward" in rows.keys():
+        raise ConfigError(
+            f"{setting} holds rewards of single steps, and the policy decides for {horizon} at once: critics learn "
+            "from rows that such a policy recorded; set env.chunk=1, or imitate with agent=behavior_cloning"
+        )
+    windows, rows = Windows(rows, setting), rows.copy()
+    if plans:
+        rows["action"] = torch.cat([action[windows.beside(k)] for k in range(horizon)], -1)
+    if stacks:
+        past = [seen[windows.beside(k - frames + 1)] for k in range(frames)]
+        rows["observation"] = torch.cat(past, -1)
+        if "next_observation" in rows.keys():
+            rows["next_observation"] = torch.cat([*past[1:], rows["next_observation"].reshape(count, -1)], -1)
+    return rows
+
+
+def held_out(rows: TensorDict, share: float, generator: torch.Generator, setting: str) -> tuple[TensorDict, TensorDict]:
+    """Rows to train on, and those of a share of the episodes, at least one, that training never sees.
+
+    Raises:
+        ConfigError: rows that tell no episodes, or of one alone.
+    """
+    if "episode" not in rows.keys():
+        raise ConfigError(
+            f"rollout.validation holds out whole episodes, and the rows of {setting} tell none (the column 'episode'): "
+            "import them with 'unified-rl data import', or leave it out"
+        )
+    episode = rows["episode"].reshape(len(rows))
+    numbers = episode.unique()
+    if len(numbers) < 2:
+        raise ConfigError(f"rollout.validation={share} holds out episodes, and {setting} has one alone: leave it out")
+    count = min(max(1, round(share * len(numbers))), len(numbers) - 1)
+    chosen = numbers[torch.randperm(len(numbers), generator=generator)[:count]]
+    apart = torch.isin(episode, chosen)
+    return rows[~apart], rows[apart]
