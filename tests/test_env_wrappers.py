@@ -36,7 +36,7 @@ def pendulum(count: int = 2, limit: int = 7) -> GymnasiumEnv:
 
 def test_a_history_is_that_of_gymnasium() -> None:
     env = FrameStack(pendulum(1), 3)
-    theirs = FrameStackObservation(pendulum(1)._copies[0].env, 3)
+    theirs = FrameStackObservation(pendulum(1)._pool.copies[0].env, 3)
     assert env.space.observation.shape == (9,)
     env.reset_batch(seed=4)
     first, _ = theirs.reset(seed=int(env.inner._seeds[0]))

@@ -161,10 +161,10 @@ class Strict(gymnasium.Env):
         return np.zeros(2, np.float32), 0.0, False, False, {}
 
 
-def strict(action: gymnasium.Space) -> GymnasiumEnv:  # type: ignore[type-arg]
+def strict(action: gymnasium.Space, several: bool = True) -> GymnasiumEnv:  # type: ignore[type-arg]
     if "Strict-v0" not in gymnasium.registry:
         gymnasium.register("Strict-v0", entry_point=Strict, max_episode_steps=50)
-    return GymnasiumEnv("Strict-v0", make_kwargs={"action": action})
+    return GymnasiumEnv("Strict-v0", make_kwargs={"action": action}, several_choices=several)
 
 
 def arrived(env: GymnasiumEnv) -> np.ndarray:  # type: ignore[type-arg]
@@ -212,3 +212,5 @@ def test_actions_that_no_policy_gives_are_refused_with_what_works(coin: str) -> 
         strict(both)
     with pytest.raises(ConfigError, match="Text space has no fixed width"):
         strict(gymnasium.spaces.Text(5))
+    with pytest.raises(ConfigError, match="say several_choices=True for policies that choose each entry"):
+        strict(gymnasium.spaces.MultiBinary(2), several=False)

@@ -21,7 +21,7 @@ from unified_rl.instantiate import allowed
 from unified_rl.interop.deadline import STEP_SECONDS
 from unified_rl.protocols import Goals, StepResult
 from unified_rl.ranges import Count, Name, Positive, Seed, UnitInterval, Whole, ranged
-from unified_rl.spaces import Box, Space
+from unified_rl.spaces import Box, MultiBinary, MultiDiscrete, Space
 
 UNLIKE = (
     "replaying the running episodes gave other observations: this environment is not deterministic given its seed "
@@ -65,6 +65,8 @@ class GymnasiumEnv(ControlEnvBase):
         history: how many of the last observations are shown, the first of an episode in place of those before it.
         workers: processes that the copies are shared out among; 0 steps them here. Results are the same.
         first: a copy that ``make`` has made already.
+        several_choices: take actions of several choices (``MultiDiscrete``, ``MultiBinary``), for policies that choose
+            each entry by a token of its own; ``env=gymnasium`` does.
 
     Raises:
         ConfigError: an unknown id (names the nearest), a package that is missing or not allowed, an environment that
@@ -94,6 +96,7 @@ class GymnasiumEnv(ControlEnvBase):
         history: Count = 1,
         workers: Whole = 0,
         first: Any = None,
+        several_choices: bool = False,
     ) -> None:
         if (id is None) == (make is None):
             raise ConfigError("env.id=NAME or env.make=module:function says where the environment comes from: give one")
@@ -102,7 +105,7 @@ class GymnasiumEnv(ControlEnvBase):
         limit = copy.time_limit
         if not limit and id is not None:
             raise ConfigError(f"{id} has no time limit; set env.max_episode_steps")
-        super().__init__(num_envs, _space(copy), limit or UNLIMITED)
+        super().__init__(num_envs, _space(copy, several_choices), limit or UNLIMITED)
         self.name, self.step_seconds, self.frames_per_second = copy.id, step_seconds, copy.frames_per_second
         self.goals: Goals | None = goals_of(copy.env) if history == 1 else None
         self._make_copy: Callable[[], Copy] = lambda: source.copy(0)
@@ -266,8 +269,13 @@ class GymnasiumEnv(ControlEnvBase):
         super().close(raise_if_closed=False)
 
 
-def _space(copy: Copy) -> Space:
+def _space(copy: Copy, several: bool) -> Space:
     space = copy.space
+    if not several and isinstance(space.action, MultiDiscrete | MultiBinary):
+        raise ConfigError(
+            f"{copy.id} acts in {space.action.describe()}: say several_choices=True for policies that choose each "
+            "entry by a token of its own (policy=autoregressive); env=gymnasium does"
+        )
     if space.action.choices is None and not isinstance(space.action, Box):
         raise ConfigError(
             f"{copy.id} acts in {space.action.describe()}; an array of numbers or choices is supported: make one of "
@@ -311,7 +319,17 @@ def make_gymnasium(
         ConfigError: as there.
     """
     env = GymnasiumEnv(
-        id, num_envs, seed, flatten, max_episode_steps, make_kwargs, step_seconds, make, history, workers
+        id,
+        num_envs,
+        seed,
+        flatten,
+        max_episode_steps,
+        make_kwargs,
+        step_seconds,
+        make,
+        history,
+        workers,
+        several_choices=True,
     )
     return env if chunk == 1 else ActionChunk(env, chunk, gamma)
 

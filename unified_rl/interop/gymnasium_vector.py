@@ -218,5 +218,6 @@ def from_gymnasium(env: Any, again: Callable[[], Any] | None, num_envs: int, see
             f"{type(env).__name__} is a Gymnasium environment, and a run steps several: give what makes it, "
             "env=gymnasium env.make=module:function with --allow module, or GymnasiumEnv(make=function, num_envs=K)"
         )
-    copies: ControlEnv = build({"_target_": COPIES}, make=again, first=env, num_envs=num_envs, seed=seed)
+    given: dict[str, Any] = {"make": again, "first": env, "num_envs": num_envs, "seed": seed, "several_choices": True}
+    copies: ControlEnv = build({"_target_": COPIES}, **given)
     return copies
