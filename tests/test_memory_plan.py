@@ -83,7 +83,8 @@ def test_activations_grow_by_the_token_as_two_tiny_passes_say(kind: str, options
 
 def test_recomputing_layers_keeps_less_and_holds_one_layer_for_a_moment() -> None:
     plain, spared = activations_of(policy_of()), activations_of(policy_of(gradient_checkpointing=True))
-    assert spared.token < 0.3 * plain.token and spared.layer == pytest.approx(plain.layer, rel=0.05)
+    assert spared.token < 0.3 * plain.token
+    assert plain.layer <= spared.layer <= 1.25 * plain.layer  # its layers are the model's own, which keep more
     assert Activations(token=10, fixed=3, layer=2).training(5) == 3 + 5 * 12
     assert Activations(token=10, fixed=3, layer=2, recomputed=True).training(5) == 3 + 5 * 14
 
