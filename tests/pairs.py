@@ -52,6 +52,8 @@ KINDS = {
     "replay": ("uniform",),
 }
 """Options that a correction can tell apart from one another: domains, kinds of units, ages of rows."""
+OWN = {"custom", "mjcf"}
+"""Environments that hold nothing until a user's code is named; ``gymnasium`` and ``half_cheetah`` stand for them."""
 UPDATES = 2
 
 
@@ -70,7 +72,7 @@ class Outcome:
 
 def pairs(whole: bool = False) -> Iterator[dict[str, str]]:
     """Two options each, by their groups; unless ``whole``, corrections meet only options of which each is of a kind."""
-    options = group_options()
+    options = {group: [name for name in names if name not in OWN] for group, names in group_options().items()}
     for one, other in itertools.combinations(GROUPS, 2):
         for first, second in itertools.product(options[one], options[other]):
             if whole or other != "correction" or first in KINDS.get(one, (first,)):

@@ -26,6 +26,8 @@ VALUES: dict[str, Any] = {
 TOLD_APART_BY_NUMBERS = ("0", "1e30", "inf", "-inf", "2**63")
 COMPLETED = {
     ("env", "gymnasium"): ["env.id=Pendulum-v1"],
+    ("env", "custom"): ["env._target_=unified_rl.envs.control.make_gymnasium", "env.id=Pendulum-v1"],
+    ("env", "mjcf"): ["env.path=x", "env.reward=unified_rl.replay.Uniform"],
     ("env", "jsonl"): ["env.path=x"],
     ("policy", "causal_lm_path"): ["policy.path=x"],
     ("warm_start", "from_run"): ["warm_start.run=x"],
@@ -46,7 +48,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.wrapper.p_end correction.wrapper.p_start env.left_bonus env.threshold "
      "env.truncated_reward"),
     ("0", "0 turns it off, is the first seed, or is one end of the range",
-     "agent.gamma agent.lam agent.learning_starts agent.objectives.distill.kind.beta "
+     "env.workers agent.gamma agent.lam agent.learning_starts agent.objectives.distill.kind.beta "
      "agent.objectives.imitate.coefficient.warmup agent.objectives.policy.coefficient.warmup agent.seed "
      "correction.kernel.fraction correction.kernel.low_negative correction.kernel.low_positive "
      "correction.kernel.normalize correction.kernel.outer_low correction.proximal.decay correction.thin.least "
@@ -59,7 +61,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.budget correction.kernel.low"),
     ("0 1e30 2**63", "a factor: 0 turns it off, and a large one is finite (what becomes infinite ends the run)",
      "agent.actor.policy.beta agent.adam_eps agent.alpha agent.critic_lr agent.kl agent.lr agent.value_coef "
-     "agent.weight_decay "
+     "agent.weight_decay env.reset_noise_scale "
      "correction.advantage.eps correction.kernel.beta correction.kernel.k_negative correction.kernel.k_positive "
      "correction.kernel.lam_negative correction.kernel.lam_positive correction.kernel.power correction.kernel.target "
      "correction.kernel.tau_negative correction.kernel.tau_positive correction.thin.surplus correction.wrapper.end "

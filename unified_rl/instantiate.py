@@ -391,9 +391,11 @@ def locate(
     if callable(path):
         return path
     if len(parts) < 2 or any(not p.isidentifier() or p.startswith("_") for p in parts):
-        raise ConfigError(f"{at} is {path!r}; it must be the dotted path of a public class or function")
+        raise ConfigError(f"{at} is {shown(path)}; it must be the dotted path of a public class or function")
     if not _allowed(path, allow):
-        raise ConfigError(f"{at} {path!r} is outside the allowed packages; start with --allow {parts[0]} to build it")
+        raise ConfigError(
+            f"{at} {shown(path)} is outside the allowed packages; start with --allow {parts[0]} to build it"
+        )
     holder, names = _import_longest(parts, at)
     for i, name in enumerate(names):
         if i and not isinstance(holder, type):
