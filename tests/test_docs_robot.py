@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from docs_cases import blocks, commands
 
 import unified_rl as ur
@@ -55,6 +56,40 @@ def test_the_arm_of_environments_trains(source: Path, tmp_path: Path, monkeypatc
         assert main(words) == 0, words
     assert [words[0] for words in called] == ["train", "train", "evaluate"]
     assert (tmp_path / "arm" / "runs" / "arm" / "checkpoints").is_dir()
+
+
+WAY = {"train": ["rollout.num_envs=2", "rollout.horizon=8", "policy.hidden=[8]", "eval_episodes=2", "progress=false"]}
+LEARNT = ["agent.critic_hidden=[8]", "agent.minibatch=16", "agent.epochs=1"]
+
+
+def shortened(words: list[str]) -> list[str]:
+    """A command of the whole way with the sizes of a test."""
+    words = ["64" if word == "20000" else word for word in words]
+    kept = [word for word in words if not word.startswith(("steps=", "updates="))]
+    if words[0] != "train":
+        return words
+    cloned = "agent=behavior_cloning" in words
+    own = [word for word in WAY["train"] if not (cloned and word.startswith("rollout."))]
+    return kept + own + (["rollout.rows=16", "updates=2"] if cloned else ["steps=32", *LEARNT])
+
+
+def test_the_whole_way_of_the_arm(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(source / "examples" / "arm", tmp_path / "arm")
+    monkeypatch.chdir(tmp_path / "arm")
+    monkeypatch.syspath_prepend(tmp_path / "arm")
+    page = blocks(source / "docs" / "robot.md")
+    called = [words for block in page if block.section == "The whole way" for words in commands(block.text)]
+    for words in called:
+        code = main(shortened(words))
+        said = capsys.readouterr().err
+        assert code == 0 or ("--video" in words and "no offscreen renderer" in said), (words, said)
+    assert [words[0] for words in called] == ["train", "data", "data", "train", "train", "evaluate", "export"]
+    policy = ur.load_policy("runs/tuned")
+    seen = np.zeros((3, *policy.space.observation.shape), np.float32)
+    act = torch.export.load("arm.pt2").module()
+    np.testing.assert_allclose(act(torch.from_numpy(seen)).detach().numpy(), policy(seen), atol=1e-5)
 
 
 ROBOTS = """
