@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
 from gymnasium.wrappers import FrameStackObservation
@@ -15,8 +17,12 @@ import unified_rl as ur
 from unified_rl.config import build, compose
 from unified_rl.envs.control import ActionChunk, ActionRepeat, FrameStack, GymnasiumEnv
 from unified_rl.errors import ConfigError
+from unified_rl.interop.gymnasium_vector import GymnasiumVectorEnv
 from unified_rl.protocols import Demonstrates
-from unified_rl.wrapping import Wrapping, wrap
+from unified_rl.replay import Replay, Uniform
+from unified_rl.rollout.control import ControlRollout
+from unified_rl.rollout.windows import sizes_of
+from unified_rl.wrapping import Wrapping, split, wrap
 
 SMALL: dict[str, Any] = {
     "env": "pendulum",
@@ -137,3 +143,102 @@ def test_a_run_in_one_is_resumed_bit_for_bit(option: str, tmp_path: Path) -> Non
 def test_what_does_not_fit_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose(overrides, allow=ALLOW)
+
+
+class Seen(gymnasium.Env[Any, Any]):
+    """A reward of one a step, for four steps; shows what it is asked to."""
+
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,))
+
+    def __init__(self, shown: str = "vector") -> None:
+        vector = gymnasium.spaces.Box(-1.0, 1.0, (2,))
+        image = gymnasium.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+        kinds = {"vector": vector, "dictionary": gymnasium.spaces.Dict({"arm": vector}), "image": image}
+        self.observation_space = kinds[shown]
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        return self.observation_space.sample(), 1.0, False, False, {}
+
+
+def test_a_chunk_of_repeated_actions_discounts_every_step() -> None:
+    inner = GymnasiumEnv(make=Seen, num_envs=1, max_episode_steps=8)
+    env = wrap(inner, Wrapping(action_repeat=2, chunk=2), build, 0.5)
+    policy = build({"_target_": "unified_rl.policies.GaussianPolicy", "hidden": [4]}, **env.policy_inputs())
+    g = torch.Generator().manual_seed(0)
+    rows, _ = ControlRollout(env, policy, horizon=1, gamma=0.5, generator=g).collect(0)
+    assert float(rows["reward"]) == 1.0 + 0.5 + 0.25 + 0.125 and float(rows["discount"]) == 0.5**4
+    assert float(env.advance(torch.zeros(1, 2)).plain_reward) == 4.0
+    env = wrap(GymnasiumEnv(make=Seen, num_envs=1), Wrapping(chunk=3), build, 0.5)
+    assert float(env.advance(torch.zeros(1, 3)).reward) == 1.75
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Steps of a pendulum, of one step each and of rows that tell of several."""
+    g, n = torch.Generator().manual_seed(0), 40
+    rows = {
+        "observation": torch.randn(n, 3, generator=g),
+        "action": torch.zeros(n, 1),
+        "episode": torch.arange(n) // 20,
+    }
+    rows |= {"next_observation": rows["observation"], "reward": torch.ones(n), "step": torch.arange(n) % 20}
+    rows |= {key: torch.zeros(n, dtype=torch.bool) for key in ("terminated", "truncated")}
+    found = {}
+    for name, more in (("single", {}), ("several", {"discount": torch.full((n,), 0.99**2)})):
+        replay = Replay(n, sampler=Uniform())
+        replay.extend({**rows, **more})
+        found[name] = str(tmp_path_factory.mktemp("rows") / name)
+        replay.dumps(found[name])
+    return found
+
+
+@pytest.mark.parametrize("option", ["rollout.data", "replay.data"])
+def test_single_steps_are_no_rows_of_repeated_actions(option: str, folders: dict[str, str]) -> None:
+    parts: dict[str, Any] = {"agent": "behavior_cloning", "policy": "gaussian", "policy.hidden": [8]}
+    if option == "replay.data":
+        parts = {"recipe": "rlpd", "policy.hidden": [8], "agent.critic_hidden": [8]}
+    settings = {"env": "pendulum", "eval_episodes": 1, "updates": 1, **parts}
+
+    def run(name: str, repeat: int) -> Any:
+        made = ur.assemble(**settings, **{"env.action_repeat": repeat, option: folders[name]})
+        return made.rollout if option == "rollout.data" else made.replay
+
+    with pytest.raises(ConfigError, match=rf"{option}=.*holds single steps, and env\.action_repeat=2 .*repeat=1, or"):
+        run("single", 2)
+    run("single", 1), run("several", 2)
+    repeated = ActionRepeat(pendulum(), 2)
+    assert sizes_of(repeated) == (1, 1) and sizes_of(ActionChunk(FrameStack(repeated, 3), 4)) == (3, 4)
+
+
+@pytest.mark.parametrize("shown", ["dictionary", "image"])
+def test_only_vectors_are_stacked(shown: str) -> None:
+    env = GymnasiumEnv(make=Seen, make_kwargs={"shown": shown})
+    words = {"dictionary": "shows a dictionary", "image": "shows an image"}[shown]
+    with pytest.raises(
+        ConfigError, match=rf"env\.frame_stack stacks vectors, .*{words}.*env\.flatten=true, or env\.hist"
+    ):
+        wrap(env, Wrapping(frame_stack=2), build, None)
+
+
+@pytest.mark.parametrize("target", ["GymnasiumEnv", "make_gymnasium"])
+def test_one_history_is_not_put_around_another(target: str) -> None:
+    message = r"env\.history=3 and env\.frame_stack=2 .*frame_stack is for vectors, env\.history for images"
+    node = {"env": "gymnasium", "env._target_": f"unified_rl.envs.control.{target}", "env.id": "Pendulum-v1"}
+    with pytest.raises(ConfigError, match=message):
+        ur.assemble(**{**SMALL, **node, "env.history": 3, "env.frame_stack": 2}, steps=16)
+    own = {"history": None}
+    assert split({"_target_": "zoo.Mine", "history": 3, "frame_stack": 2}, own)[0].frame_stack == 2  # type: ignore[arg-type]
+
+
+def test_a_vector_environment_is_sent_to_copies() -> None:
+    env = GymnasiumVectorEnv(gymnasium.vector.SyncVectorEnv([Seen] * 2))
+    with pytest.raises(ConfigError, match=r"env\.frame_stack needs .*GymnasiumVectorEnv is none: .*env\.make=") as told:
+        wrap(env, Wrapping(frame_stack=2), build, None)
+    assert "TorchRL" not in str(told.value)
+    with pytest.raises(ConfigError, match="CatFrames"):
+        wrap(object(), Wrapping(frame_stack=2), build, None)

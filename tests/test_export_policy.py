@@ -119,3 +119,28 @@ def test_a_run_is_exported_from_the_command_line(tmp_path: Path, capsys: pytest.
         assert main(["export", *words]) == 2
         line = capsys.readouterr().err.strip()
         assert message in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["env.history=2"], "or train with env.frame_stack=2 in place of env.history"),
+        (["env.make_kwargs={shown: dictionary}"], "or train with env.flatten=true"),
+        (
+            ["env.make_kwargs={shown: dictionary}", "env.history=2"],
+            "or train with env.frame_stack=2 in place of env.history and env.flatten=true",
+        ),
+    ],
+)
+def test_a_run_that_sees_no_vector_is_told_what_does(
+    options: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = ["env.make=test_env_wrappers:Seen", "env.max_episode_steps=8"]
+    cfg = ur.compose(["env=gymnasium", "env.id=null", *make, *options, "policy.hidden=[8]", "agent=ppo", "updates=1",
+                      "agent.critic_hidden=[8]", "rollout.num_envs=2", "rollout.horizon=8", "eval_episodes=1",
+                      "progress=false", f"run_dir={tmp_path / 'run'}"], allow=["test_env_wrappers"])  # fmt: skip
+    run = str(train(cfg, allow=["test_env_wrappers"]))
+    capsys.readouterr()
+    assert main(["export", run, str(tmp_path / "a.pt2"), "--allow", "test_env_wrappers"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.endswith(words) and "\n" not in line

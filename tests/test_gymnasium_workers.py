@@ -147,7 +147,8 @@ def test_what_cannot_be_made_there_is_refused() -> None:
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
 sys.path.insert(0, sys.argv[1])
 from unified_rl.envs.control.gymnasium_copy import Source
 from unified_rl.envs.control.gymnasium_pool import Workers, shapes_of

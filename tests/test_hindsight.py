@@ -13,6 +13,7 @@ from tensordict import TensorDict
 
 import unified_rl as ur
 from unified_rl.envs.control import GymnasiumEnv, PointMazeEnv
+from unified_rl.envs.control.goals import goals_of
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.protocols import Goals
 from unified_rl.replay import HindsightReplay, Uniform
@@ -143,6 +144,32 @@ def test_goals_are_found_in_a_flat_observation() -> None:
     assert ends is not None and ends.terminated is not None
     assert ends.terminated(torch.tensor([[0.0], [1.0]]), torch.zeros(2, 1)).tolist() == [True, False]
     assert GymnasiumEnv("Pendulum-v1").goals is None
+
+
+def test_answers_for_one_row_are_asked_for_row_by_row() -> None:
+    class OneAnswer(GoalPoint):
+        def compute_terminated(self, achieved: Any, desired: Any, info: Any) -> bool:
+            return bool(np.linalg.norm(achieved - desired) < 0.1)
+
+    goals = goals_of(OneAnswer())
+    assert goals is not None and goals.terminated is not None
+    places = torch.tensor([[0.0], [1.0], [2.0]])
+    assert goals.terminated(places, torch.tensor([[0.0], [0.0], [2.05]])).tolist() == [True, False, True]
+    assert goals.terminated(places[:1], places[:1]).tolist() == [True]
+
+
+def test_rows_of_bytes_have_no_goals() -> None:
+    class Seeing(GoalPoint):
+        def __init__(self) -> None:
+            super().__init__()
+            image = gymnasium.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+            self.observation_space = gymnasium.spaces.Dict({**self.observation_space.spaces, "camera": image})
+
+        def _seen(self) -> dict[str, Any]:
+            return {**super()._seen(), "camera": np.zeros((8, 8, 3), np.uint8)}
+
+    assert GymnasiumEnv(make=Seeing, num_envs=1, max_episode_steps=5).goals is None
+    assert GymnasiumEnv(make=GoalPoint, num_envs=1, max_episode_steps=5).goals is not None
 
 
 @pytest.mark.parametrize("reward", ["sparse", "dense"])

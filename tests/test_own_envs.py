@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 
 from unified_rl.config import compose, resolve_defaults
+from unified_rl.envs.control import GymnasiumEnv
 from unified_rl.errors import ConfigError, EnvError
+from unified_rl.interop.gymnasium_vector import from_gymnasium
 from unified_rl.rollout import ControlRollout
 from unified_rl.training.run import Job, train
 
@@ -226,6 +229,22 @@ def test_vector_environments_keep_true_final_observations_in_every_mode(more: di
     finally:
         for env in filter(None, (made.env, made.eval_env)):
             env.close()
+
+
+def test_a_vector_environment_begins_with_the_runs_seed() -> None:
+    def begun(seed: int) -> torch.Tensor:
+        return from_gymnasium(gymnasium.make_vec("Pendulum-v1", 2), None, 2, seed).reset_batch()  # type: ignore[union-attr]
+
+    assert torch.equal(begun(7), begun(7)) and not torch.equal(begun(7), begun(8))
+    env = from_gymnasium(gymnasium.make_vec("Pendulum-v1", 2), None, 2, 7)
+    assert env is not None and not torch.equal(env.reset_batch(), env.reset_batch())
+
+
+@pytest.mark.parametrize("more", [{}, {"max_episode_steps": 5}])
+def test_a_time_limit_may_stand_among_the_arguments_of_make(more: dict[str, int]) -> None:
+    assert GymnasiumEnv("Pendulum-v1", make_kwargs={"max_episode_steps": 7}, **more).max_steps == more.get(
+        "max_episode_steps", 7
+    )
 
 
 def test_vector_environments_of_ones_own_reset_themselves_or_are_refused() -> None:

@@ -779,3 +779,30 @@ def test_import_from_python_returns_rows_and_notes(tmp_path: Path) -> None:
     rows, notes, found = import_data("npz", npz(tmp_path, **FLAT, **ENDS), tmp_path / "rows")
     saved = read_rows(tmp_path / "rows")
     assert all(torch.equal(saved[key], value) for key, value in rows.items()) and found == [] and notes
+
+
+def test_sets_of_decisions_keep_the_discount_of_the_run(tmp_path: Path) -> None:
+    words = ["env=inverted_pendulum", "env.frame_stack=2", "env.chunk=2", "agent.gamma=0.5", "policy.hidden=[8]"]
+    small = ["agent.critic_hidden=[8]", "rollout.num_envs=2", "rollout.horizon=8", "steps=32", "eval_episodes=1"]
+    run = ur.train([*words, *small, "agent=ppo", "progress=false", f"run_dir={tmp_path / 'run'}"])
+    settings: dict[str, Any] = {"env.frame_stack": 2, "env.chunk": 2}
+    ur.data("make", "inverted_pendulum", "expert", tmp_path / "rows", policy=str(run), steps=32, **settings)
+    rows = read_rows(tmp_path / "rows")
+    assert rows["observation"].shape == (32, 8) and rows["action"].shape == (32, 2)
+    assert set(rows["discount"].unique().tolist()) <= {0.25, 0.5} and 0.25 in rows["discount"]
+    whole = (rows["discount"] == 0.25) & ~rows["terminated"]
+    assert bool(whole.any()) and bool((rows["reward"][whole] == 1.5).all())
+    assert ur.data("check", tmp_path / "rows", env="inverted_pendulum", **settings)["fits"]
+
+
+def test_options_of_a_folder_of_ones_own_name_the_environment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "env").mkdir()
+    base = "# @package _global_\ndefaults:\n  - inverted_pendulum\n  - _self_\nenv:\n  frame_stack: 2\n"
+    (tmp_path / "env" / "mine.yaml").write_text(base)
+    given = ["--config-dir", str(tmp_path), "mine", "random", str(tmp_path / "rows"), "--steps", "32"]
+    assert cli.main(["data", "make", *given]) == 0, capsys.readouterr().err
+    assert read_rows(tmp_path / "rows")["observation"].shape == (32, 8)
+    assert cli.main(["data", "check", str(tmp_path / "rows"), "env=mine"]) == 2
+    assert cli.main(["data", "check", str(tmp_path / "rows"), "env=mine", "--config-dir", str(tmp_path)]) == 0

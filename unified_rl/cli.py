@@ -124,7 +124,7 @@ def data(arguments: argparse.Namespace) -> int:
 
     options = {name: getattr(arguments, name) for name in ("out", "steps", "policy", "checkpoint")}
     options["parts"] = parts_of(arguments.part)
-    return run(arguments.words, options, arguments.allow, arguments.json)
+    return run(arguments.words, options, arguments.allow, arguments.json, arguments.config_dir)
 
 
 def corrections(arguments: argparse.Namespace) -> int:
@@ -312,6 +312,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     if verb in COMPOSED:
         parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="group=option, or group.key=value")
         parser.add_argument("--cfg", action="store_true", help="print the resolved configuration and stop")
+    if verb in COMPOSED or verb == "data":
         parser.add_argument(
             "--config-dir", action="append", default=[], metavar="DIR", help="a folder of your own groups"
         )

@@ -285,6 +285,7 @@ def data(
     parts: Mapping[str, float] | None = None,
     out: str | os.PathLike[str] | None = None,
     allow: Sequence[str] = (),
+    config_dirs: Sequence[str] = (),
     **overrides: Any,
 ) -> dict[str, Any]:
     """Imports, checks, shows and makes data sets of robots, as ``unified-rl data`` does.
@@ -301,6 +302,7 @@ def data(
         parts: of ``make``, ``mixed``: folders of rows with their shares.
         out: of ``show``: a PNG of the returns.
         allow: packages beside this one that configuration may build.
+        config_dirs: folders with options of your own.
         overrides: ``env="hopper"``, ``**{"env.KEY": VALUE}``, ``seed``, and how a file is read (``observation``,
             ``dones="truncated"``, ...).
 
@@ -320,7 +322,8 @@ def data(
     paths = {"policy": policy, "out": out}
     options = {key: None if value is None else os.fspath(value) for key, value in paths.items()}
     given = {**options, "steps": steps, "checkpoint": _chosen(checkpoint), "parts": parts}
-    return carried_out(Asked.of([action, *(os.fspath(word) for word in words)], given, allow, flatten(overrides)))
+    said = [action, *(os.fspath(word) for word in words)]
+    return carried_out(Asked.of(said, given, allow, flatten(overrides), config_dirs))
 
 
 def load_policy(run: RunLike, checkpoint: Checkpoint | None = None, *, allow: Sequence[str] = ()) -> Any:

@@ -22,14 +22,15 @@ from unified_rl.spaces import Box, Space
 class ActionChunk(ControlEnvBase):
     """Executes ``h`` actions of ``a`` dimensions a decision: an action is ``[K, h * a]``, first action first.
 
-    The reward of a decision is ``sum_i gamma^i r_i`` over the executed actions; their plain sum is ``undiscounted``. A
-    simulation whose episode ends inside a chunk executes no more of it (``executed`` counts what it did) and keeps its
-    true final observation.
+    The reward of a decision is ``sum_i gamma^(m i) r_i`` over the executed actions, each of which takes ``m`` steps of
+    the environment inside (one, but for repeated actions); their plain sum is ``undiscounted``. A simulation whose
+    episode ends inside a chunk executes no more of it (``executed`` counts what it did) and keeps its true final
+    observation.
 
     Args:
         env: an environment whose :meth:`advance` accepts a mask of running simulations.
         horizon: h.
-        gamma: discount between the actions of a chunk; a run gives ``agent.gamma``, and None is 0.99.
+        gamma: discount of a step between the actions of a chunk; a run gives ``agent.gamma``, and None is 0.99.
 
     Raises:
         ConfigError: ``horizon`` below 1, or discrete actions.
@@ -61,11 +62,11 @@ class ActionChunk(ControlEnvBase):
         total = self.inner.advance(plan[:, 0], active)
         total = total._replace(undiscounted=total.plain_reward)
         active = active & ~(total.terminated | total.truncated)
-        discount = 1.0
+        discount, later = 1.0, self._gamma**self.inner.steps_per_action
         for index in range(1, self.horizon):
             if not bool(active.any()):
                 break
-            discount *= self._gamma
+            discount *= later
             total, active = self._merge(total, self.inner.advance(plan[:, index], active), active, discount)
         return total
 
@@ -95,7 +96,7 @@ class ActionChunk(ControlEnvBase):
 
     @property
     def gamma(self) -> float:
-        """Discount between the actions of a chunk."""
+        """Discount of a step."""
         return self._gamma
 
     def resumable(self) -> str | bool:

@@ -48,7 +48,9 @@ def _asked(env: Any, name: str, dtype: torch.dtype) -> Any:
 
     def ask(achieved: Tensor, desired: Tensor) -> Tensor:
         found = getattr(env, name)(achieved.cpu().numpy(), desired.cpu().numpy(), {})
-        out = torch.as_tensor(np.asarray(found)).to(dtype)
-        return out.expand(len(achieved)) if out.ndim == 0 else out.reshape(len(achieved))
+        if np.ndim(found) == 0 and len(achieved) != 1:  # it takes one row, and reduced all of them to one answer
+            rows = zip(achieved.cpu().numpy(), desired.cpu().numpy(), strict=True)
+            found = [getattr(env, name)(one, other, {}) for one, other in rows]
+        return torch.as_tensor(np.asarray(found)).to(dtype).reshape(len(achieved))
 
     return ask

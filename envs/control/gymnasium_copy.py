@@ -321,7 +321,7 @@ class Source:
         if self.id is not None:
             with allowing(self.allow):
                 name = _registered(self.id)
-            return lambda: gymnasium.make(name, **{**kwargs, "max_episode_steps": steps})
+            return lambda: gymnasium.make(name, **kwargs | ({} if steps is None else {"max_episode_steps": steps}))
         found = factory(self.make, self.allow)
         return lambda: self._limited(found(**kwargs))
 

@@ -107,7 +107,7 @@ class GymnasiumEnv(ControlEnvBase):
             raise ConfigError(f"{id} has no time limit; set env.max_episode_steps")
         super().__init__(num_envs, _space(copy, several_choices), limit or UNLIMITED)
         self.name, self.step_seconds, self.frames_per_second = copy.id, step_seconds, copy.frames_per_second
-        self.goals: Goals | None = goals_of(copy.env) if history == 1 else None
+        self.goals: Goals | None = goals_of(copy.env) if history == 1 and not copy.layout.images else None
         self._make_copy: Callable[[], Copy] = lambda: source.copy(0)
         self._pool: Pool
         if workers:

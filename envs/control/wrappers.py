@@ -10,7 +10,7 @@ from torch import Tensor
 from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.envs.control.chunk import ActionChunk
-from unified_rl.errors import CheckpointError
+from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.interop.deadline import seconds_of
 from unified_rl.protocols import StepResult, TellsResumable
 from unified_rl.ranges import Count, UnitInterval, ranged
@@ -33,7 +33,7 @@ class ActionRepeat(ActionChunk):
 
     def __init__(self, env: ControlEnvBase, times: Count = 2, gamma: UnitInterval | None = None) -> None:
         ControlEnvBase.__init__(self, env.num_envs, env.space, -(-env.max_steps // times))
-        self.inner, self.horizon = env, times
+        self.inner, self.horizon, self.times = env, times, times
         self.steps_per_action = times * env.steps_per_action
         self._gamma = 0.99 if gamma is None else gamma
 
@@ -53,11 +53,18 @@ class FrameStack(ControlEnvBase):
     Args:
         env: an environment whose observations are vectors.
         frames: how many.
+
+    Raises:
+        ConfigError: observations of another kind.
     """
 
     def __init__(self, env: ControlEnvBase, frames: Count = 2) -> None:
         seen = env.space.observation
-        assert isinstance(seen, Box)
+        if not isinstance(seen, Box):
+            raise ConfigError(
+                f"env.frame_stack stacks vectors, and this environment shows {seen.describe()}: set env.flatten=true, "
+                f"or env.history={frames} in its place (both of env=gymnasium)"
+            )
         low, high = (tuple(bound.ravel().tolist()) * frames for bound in (seen.low_array, seen.high_array))
         stacked = Box((frames * seen.width,), seen.dtype, low, high)
         super().__init__(env.num_envs, Space(stacked, env.space.action), env.max_steps)

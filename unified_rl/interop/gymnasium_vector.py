@@ -36,6 +36,7 @@ class GymnasiumVectorEnv:
 
     Args:
         env: the vector environment.
+        seed: of its first reset, where that is given none.
 
     Raises:
         ConfigError: such an environment, or a space without rows.
@@ -43,7 +44,7 @@ class GymnasiumVectorEnv:
 
     domain = "control"
 
-    def __init__(self, env: Any) -> None:
+    def __init__(self, env: Any, seed: int | None = None) -> None:
         from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
         self.env, self.name, self.num_envs = env, type(env.unwrapped).__name__, int(env.num_envs)
@@ -64,7 +65,7 @@ class GymnasiumVectorEnv:
             raise ConfigError(f"{self.name} acts in {self.space.action.describe()}; a vector and choices are supported")
         self.layout = layout_of(self.space.observation)
         self.max_steps = int(getattr(env.spec, "max_episode_steps", None) or LIMIT)
-        self._begun, self._count = False, 0
+        self._begun, self._count, self._seed = False, 0, seed
 
     def policy_inputs(self) -> dict[str, Any]:
         """What a policy's constructor takes: ``space``."""
@@ -77,7 +78,8 @@ class GymnasiumVectorEnv:
             EnvError: it raised, or returned what its space does not hold.
         """
         self._begun, self._count = True, 0
-        return self._rows(self._call("reset", self.env.reset, seed=seed)[0], "reset")
+        first, self._seed = self._seed, None
+        return self._rows(self._call("reset", self.env.reset, seed=first if seed is None else seed)[0], "reset")
 
     def step_batch(self, action: Tensor) -> StepResult:
         """Steps every copy with ``action [K, a]`` and resets those that ended.
@@ -210,7 +212,7 @@ def from_gymnasium(env: Any, again: Callable[[], Any] | None, num_envs: int, see
     import gymnasium
 
     if isinstance(env, gymnasium.vector.VectorEnv):
-        return GymnasiumVectorEnv(env)
+        return GymnasiumVectorEnv(env, seed)
     if not isinstance(env, gymnasium.Env):
         return None
     if again is None:

@@ -44,13 +44,19 @@ class Finding:
         return f"{self.level}: {self.text}"
 
 
-def check_data(folder: str | os.PathLike[str], env: Mapping[str, Any], allow: Sequence[str] = ()) -> list[Finding]:
+def check_data(
+    folder: str | os.PathLike[str],
+    env: Mapping[str, Any],
+    allow: Sequence[str] = (),
+    config_dirs: Sequence[str] = (),
+) -> list[Finding]:
     """What speaks against using a folder's rows in an environment.
 
     Args:
         folder: of rows.
         env: ``{"env": "hopper", "env.KEY": VALUE}``.
         allow: packages that configuration may build.
+        config_dirs: folders with options of your own.
 
     Returns:
         Errors first. None of level ``error`` means that every agent takes the rows that has the columns it needs.
@@ -60,7 +66,7 @@ def check_data(folder: str | os.PathLike[str], env: Mapping[str, Any], allow: Se
         ConfigError: an environment that cannot be made, or rows of a language task.
     """
     rows = read_robot_set(folder)
-    return check_rows(rows, make_control_env(env, allow, 4, 0, "data check"), os.fspath(folder))
+    return check_rows(rows, make_control_env(env, allow, 4, 0, "data check", config_dirs), os.fspath(folder))
 
 
 def check_rows(rows: TensorDict, env: Any, where: str) -> list[Finding]:

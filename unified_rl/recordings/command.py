@@ -36,6 +36,7 @@ class Asked:
         given: the others.
         options: ``out``, ``steps``, ``policy``, ``checkpoint`` and ``parts``, where they were given.
         allow: packages that configuration may build.
+        config_dirs: folders with options of your own.
     """
 
     action: str
@@ -43,6 +44,7 @@ class Asked:
     given: list[Override]
     options: dict[str, Any] = field(default_factory=dict)
     allow: Sequence[str] = ()
+    config_dirs: Sequence[str] = ()
 
     @classmethod
     def of(
@@ -51,6 +53,7 @@ class Asked:
         options: Mapping[str, Any],
         allow: Sequence[str] = (),
         overrides: Mapping[str, Any] | None = None,
+        config_dirs: Sequence[str] = (),
     ) -> Asked:
         """Sorts the words; ``overrides`` are further ones with an equals sign.
 
@@ -71,7 +74,7 @@ class Asked:
                 f"data {action} takes no --{'part' if wrong[0] == 'parts' else wrong[0]}: {USAGE[action]}"
             )
         given = parse_overrides([word for word in rest if KEY.match(word)]) + parse_overrides(overrides or {})
-        return cls(action, places, given, kept, allow)
+        return cls(action, places, given, kept, allow, config_dirs)
 
     def env(self) -> dict[str, Any]:
         """Those of the environment."""
@@ -105,7 +108,7 @@ def _import(asked: Asked) -> dict[str, Any]:
     from unified_rl.recordings.importing import import_data
 
     format, path, folder = asked.places
-    rows, notes, found = import_data(format, path, folder, asked.others(), asked.env(), asked.allow)
+    rows, notes, found = import_data(format, path, folder, asked.others(), asked.env(), asked.allow, asked.config_dirs)
     return {"rows": len(rows), "folder": folder, "notes": notes, "findings": for_machines(found)}
 
 
@@ -113,7 +116,7 @@ def _check(asked: Asked) -> dict[str, Any]:
     from unified_rl.recordings.checking import check_data, for_machines
 
     asked.others("env")
-    found = check_data(asked.places[0], asked.env(), asked.allow)
+    found = check_data(asked.places[0], asked.env(), asked.allow, asked.config_dirs)
     return {"fits": all(one.level != "error" for one in found), "findings": for_machines(found)}
 
 
@@ -139,7 +142,14 @@ def _make(asked: Asked) -> dict[str, Any]:
     settings = asked.env()
     if "env" in settings:
         raise ConfigError(f"data make takes the environment as its first word: {USAGE['make']}")
-    make_data(*asked.places, **asked.options, settings=settings, seed=seed, allow=asked.allow)
+    make_data(
+        *asked.places,
+        **asked.options,
+        settings=settings,
+        seed=seed,
+        allow=asked.allow,
+        config_dirs=asked.config_dirs,
+    )
     return describe_data(asked.places[2])
 
 
@@ -151,9 +161,15 @@ ACTIONS: dict[str, Callable[[Asked], dict[str, Any]]] = {
 }
 
 
-def run(words: Sequence[str], options: Mapping[str, Any], allow: Sequence[str], as_json: bool) -> int:
+def run(
+    words: Sequence[str],
+    options: Mapping[str, Any],
+    allow: Sequence[str],
+    as_json: bool,
+    config_dirs: Sequence[str] = (),
+) -> int:
     """Does it and prints it; 1 where a check found errors."""
-    told = carried_out(Asked.of(words, options, allow))
+    told = carried_out(Asked.of(words, options, allow, config_dirs=config_dirs))
     print(json.dumps(told, indent=1) if as_json else _text(words[0], told))
     return int(told.get("fits") is False)
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from unified_rl.instantiate import locate, parameters
 from unified_rl.replay import Replay, Uniform, read_rows
 from unified_rl.replay.persist import no_rows
 from unified_rl.rollout import as_environment
+from unified_rl.wrapping import split, wrap
 
 ABOUT = "dataset.json"
 """Where a set comes from; for people, nothing depends on it."""
@@ -127,7 +129,14 @@ class Episodes:
         return total[self.last + 1] - total[self.first]
 
 
-def make_control_env(words: Mapping[str, Any], allow: Sequence[str], num_envs: int, seed: int, command: str) -> Any:
+def make_control_env(
+    words: Mapping[str, Any],
+    allow: Sequence[str],
+    num_envs: int,
+    seed: int,
+    command: str,
+    config_dirs: Sequence[str] = (),
+) -> Any:
     """The environment of ``{"env": NAME, "env.KEY": VALUE}``.
 
     Raises:
@@ -137,11 +146,21 @@ def make_control_env(words: Mapping[str, Any], allow: Sequence[str], num_envs: i
 
     if "env" not in words:
         raise ConfigError(f"{command} needs an environment, for example env=half_cheetah")
-    return built(compose(dict(words), allow=allow)["env"], allow, num_envs, seed, command)
+    return built(compose(dict(words), config_dirs=config_dirs, allow=allow)["env"], allow, num_envs, seed, command)
 
 
-def built(node: Mapping[str, Any], allow: Sequence[str], num_envs: int, seed: int, command: str) -> Any:
-    """The environment of a node of a configuration.
+def built(
+    node: Mapping[str, Any], allow: Sequence[str], num_envs: int, seed: int, command: str, gamma: float | None = None
+) -> Any:
+    """The environment of a node of a configuration, with what its settings put around it.
+
+    Args:
+        node: of the group ``env``.
+        allow: packages that configuration may build.
+        num_envs: simulations.
+        seed: of them.
+        command: for errors.
+        gamma: discount of a step, within what is executed at once; None is the environment's default.
 
     Raises:
         ConfigError: it cannot be made, or is one of language.
@@ -152,7 +171,9 @@ def built(node: Mapping[str, Any], allow: Sequence[str], num_envs: int, seed: in
     if getattr(target, "domain", None) == "language":
         raise ConfigError(f"env is of language, and {command} is of robots")
     taken, _ = parameters(target, allow)
-    given = {key: value for key, value in (("num_envs", num_envs), ("seed", seed)) if key in taken}
+    wrapping, node = split(node, taken)
+    wanted = {"num_envs": num_envs, "seed": seed, **({} if gamma is None else {"gamma": gamma})}
+    given = {key: value for key, value in wanted.items() if key in taken}
 
     def make() -> Any:
         return build(dict(node), allow=allow, setting="env", **given)
@@ -160,4 +181,4 @@ def built(node: Mapping[str, Any], allow: Sequence[str], num_envs: int, seed: in
     env = as_environment(make(), make, num_envs, seed)
     if env.domain != "control":
         raise ConfigError(f"env is of {env.domain}, and {command} is of robots")
-    return env
+    return wrap(env, wrapping, partial(build, allow=allow, setting="env"), gamma)

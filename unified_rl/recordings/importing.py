@@ -39,6 +39,7 @@ def import_data(
     options: Mapping[str, Any] | None = None,
     env: Mapping[str, Any] | None = None,
     allow: Sequence[str] = (),
+    config_dirs: Sequence[str] = (),
 ) -> tuple[TensorDict, list[str], list[Finding]]:
     """Reads a file or folder and writes its steps as rows; with an environment, only rows that fit it.
 
@@ -49,6 +50,7 @@ def import_data(
         options: see :meth:`~unified_rl.recordings.columns.Options.of`.
         env: of an environment that the rows must fit, ``{"env": NAME, "env.KEY": VALUE}``.
         allow: packages that configuration may build.
+        config_dirs: folders with options of your own.
 
     Returns:
         The rows, what was left out or assumed, and what the check found.
@@ -69,7 +71,7 @@ def import_data(
         )
     if not source.exists():
         raise DataError(f"there is no {source}")
-    made = make_control_env(env, allow, 4, 0, "data import") if env else None
+    made = make_control_env(env, allow, 4, 0, "data import", config_dirs) if env else None
     rows, notes = transitions(FORMATS[format](source, chosen), str(source), chosen.dones)
     wrong = flaws(rows, str(source))
     if wrong:

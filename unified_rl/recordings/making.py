@@ -24,6 +24,8 @@ KINDS = ("random", "medium", "expert", "mixed")
 LANES = 16
 """Simulations that are stepped together at most."""
 HORIZON = 256
+GAMMA = 0.99
+"""The discount within a decision of several steps, where neither a run nor ``env.gamma`` says another."""
 STEPS = 100_000
 COLUMNS = (
     "observation",
@@ -76,6 +78,7 @@ def make_data(
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
     allow: Sequence[str] = (),
+    config_dirs: Sequence[str] = (),
 ) -> TensorDict:
     """Writes rows of an environment.
 
@@ -91,6 +94,7 @@ def make_data(
         settings: of the environment, ``{"env.KEY": VALUE}``.
         seed: of every stream.
         allow: packages that configuration may build.
+        config_dirs: folders with options of your own.
 
     Returns:
         The rows ``[N]``.
@@ -99,6 +103,8 @@ def make_data(
         ConfigError: what does not go together (says what works), or parts of another environment.
         CheckpointError: there is no such run.
     """
+    from unified_rl.config import compose
+
     if kind not in KINDS:
         raise ConfigError(f"data make knows no kind {kind!r}: {', '.join(KINDS)}")
     if steps is not None and steps < 1:
@@ -110,16 +116,17 @@ def make_data(
     words = {"env": env, **(settings or {})}
     if kind == "mixed":
         assert parts is not None
-        space = Space.of(make_control_env(words, allow, 1, seed, "data make").policy_inputs())
+        space = Space.of(make_control_env(words, allow, 1, seed, "data make", config_dirs).policy_inputs())
         rows = mixed(parts, space, steps, seed)
         about["parts"] = dict(parts)
     elif kind == "random":
         count = steps or STEPS
-        made = make_control_env(words, allow, lanes(count), seed, "data make")
-        rows = rolled(made, RandomPolicy(Space.of(made.policy_inputs())), count, seed)
+        made = make_control_env(words, allow, lanes(count), seed, "data make", config_dirs)
+        rows = rolled(made, RandomPolicy(Space.of(made.policy_inputs())), count, seed, words.get("env.gamma", GAMMA))
     else:
         assert policy is not None
-        rows, folder_of_run = _by_run(words, os.fspath(policy), checkpoint, steps or STEPS, seed, allow)
+        node = compose(words, config_dirs=config_dirs, allow=allow)["env"]
+        rows, folder_of_run = _by_run(words, node, os.fspath(policy), checkpoint, steps or STEPS, seed, allow)
         about["policy"], about["checkpoint"] = folder_of_run, checkpoint
     episodes = Episodes.of(rows)
     if bool(episodes.whole.any()):
@@ -149,13 +156,15 @@ def lanes(steps: int) -> int:
 
 
 @torch.no_grad()
-def rolled(env: Any, policy: Any, steps: int, seed: int) -> TensorDict:
+def rolled(env: Any, policy: Any, steps: int, seed: int, gamma: float = GAMMA) -> TensorDict:
     """``[steps]`` rows, simulation after simulation; the last episode of each may be cut."""
-    rollout = Recorder(env, policy, 1.0, torch.Generator().manual_seed(seed))
+    several = int(getattr(env, "steps_per_action", 1)) > 1  # rewards are sums under a discount, which the rows keep
+    rollout = Recorder(env, policy, gamma, torch.Generator().manual_seed(seed))
+    columns = (*COLUMNS, "discount") if several else COLUMNS
     each, found = steps // env.num_envs, []
     for done in range(0, each, HORIZON):
         rollout.horizon = min(HORIZON, each - done)
-        found.append(rollout.collect(version=0)[0].select(*COLUMNS))
+        found.append(rollout.collect(version=0)[0].select(*columns))
     rows: TensorDict = torch.cat(found).transpose(0, 1).reshape(-1)
     rows["source"] = torch.full_like(rows["source"], int(Source.OFFLINE))
     success = rows.pop("success")
@@ -174,23 +183,28 @@ def numbered(rows: TensorDict) -> TensorDict:
 
 
 def _by_run(
-    words: Mapping[str, Any], run: str, checkpoint: str | int | None, steps: int, seed: int, allow: Sequence[str]
+    words: Mapping[str, Any],
+    named: Mapping[str, Any],
+    run: str,
+    checkpoint: str | int | None,
+    steps: int,
+    seed: int,
+    allow: Sequence[str],
 ) -> tuple[TensorDict, str]:
-    """Steps of a run's policy in the run's own environment, which must be the named one."""
-    from unified_rl.config import compose
+    """Steps of a run's policy in the run's own environment, which must be the ``named`` one."""
     from unified_rl.instantiate import with_defaults
     from unified_rl.training.verbs import restored
 
     job = restored(run, checkpoint, allow, {"device": "cpu"})
-    wanted, own = (with_defaults(node, allow) for node in (compose(dict(words), allow=allow)["env"], job.cfg["env"]))
+    wanted, own = (with_defaults(node, allow) for node in (named, job.cfg["env"]))
     if _names(own) != _names(wanted):
         raise ConfigError(f"{run} was trained in {_said(own)}, and env={words['env']} is {_said(wanted)}")
-    named = {key.removeprefix("env.").split(".")[0] for key in words if key != "env"}
-    node = {**own, **{key: value for key, value in wanted.items() if key in named}}
-    env = built(node, allow, lanes(steps), seed, "data make")
+    given = {key.removeprefix("env.").split(".")[0] for key in words if key != "env"}
+    node = {**own, **{key: value for key, value in wanted.items() if key in given}}
+    env = built(node, allow, lanes(steps), seed, "data make", job.gamma)
     if env.num_envs != lanes(steps):
         raise ConfigError(f"env={words['env']} makes {env.num_envs} simulations: choose --steps as a multiple of them")
-    return rolled(env, job.policy.eval(), steps, seed), run
+    return rolled(env, job.policy.eval(), steps, seed, job.gamma), run
 
 
 def _names(node: Mapping[str, Any]) -> dict[str, str]:

@@ -120,4 +120,11 @@ class HindsightReplay(Replay):
                 f"environment's step gave {float(rows['reward'][row]):g}: leave out wrappers that change rewards, or "
                 "use replay=uniform"
             )
+        if goals.terminated is not None:
+            ended = goals.terminated(after[:, goals.achieved], after[:, goals.desired]).to(rows["terminated"])
+            if bool((ended & ~rows["terminated"]).any()):
+                raise ConfigError(
+                    "replay=her asks compute_terminated anew, which ends episodes that the environment's own step went "
+                    "on with: leave out wrappers that change ends, or use replay=uniform"
+                )
         self._agrees = True

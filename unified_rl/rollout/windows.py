@@ -21,6 +21,29 @@ def sizes_of(env: Any) -> tuple[int, int]:
     return frames, horizon
 
 
+def refuse_single_steps(rows: TensorDict, env: Any, setting: str) -> None:
+    """Refuses rows of single steps where a decision of the run repeats its action; only a discount tells of several.
+
+    Args:
+        rows: with ``discount``, which is of all steps of a row, or without.
+        env: of the run.
+        setting: that names the data set, for errors.
+
+    Raises:
+        ConfigError: such rows.
+    """
+    times = 1
+    while env is not None:
+        times *= int(env.times) if hasattr(env, "plan") and hasattr(env, "times") else 1
+        env = getattr(env, "inner", None)
+    if times > 1 and "discount" not in rows.keys():
+        raise ConfigError(
+            f"{setting} holds single steps, and env.action_repeat={times} lets every action last for {times}: set "
+            "env.action_repeat=1, or record rows with the run's own environment ('unified-rl evaluate RUN --record "
+            "FOLDER')"
+        )
+
+
 class Windows:
     """Which rows lie beside which in their episode.
 

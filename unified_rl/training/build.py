@@ -35,7 +35,7 @@ from unified_rl.replay import HindsightReplay, WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
 from unified_rl.rollout.feed import LocalFeed
 from unified_rl.rollout.recorded import fitted
-from unified_rl.rollout.windows import sizes_of, windowed
+from unified_rl.rollout.windows import refuse_single_steps, sizes_of, windowed
 from unified_rl.spaces import Space
 from unified_rl.stopping import say
 from unified_rl.training.best import Watch
@@ -434,6 +434,8 @@ class Job:
         self._check_random_steps(rollout, agent)
         replay = self._replay(rollout.rows, rollout.length) if replay is None else replay
         if not self.language:
+            if isinstance(replay, WithDataset):  # before they are given a discount
+                refuse_single_steps(replay.stored, self.env, f"replay.data={self.cfg['replay']['data']}")
             discounted(getattr(rollout, "pool", None), "rollout.data", self.gamma)
             discounted(getattr(replay, "stored", None), "replay.data", self.gamma)
             if isinstance(replay, WithDataset):
