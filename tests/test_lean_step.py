@@ -146,13 +146,31 @@ def test_written_out_backward_passes_give_the_gradients_of_autograd(kind, shared
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-5)
 
 
-def test_checkpointing_and_half_precision_keep_the_models_own_layers(steps):
+def test_half_precision_and_foreign_checkpointing_keep_the_models_own_layers(steps):
     policy = known("llama")
     assert len(fused_layers._exchangeable(policy.model)) == 20
     with torch.autocast("cpu", torch.bfloat16):
         assert not fused_layers._exchangeable(policy.model)
-    recomputing = small("llama", gradient_checkpointing=True)
-    assert not fused_layers._exchangeable(recomputing.model)
+    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert not fused_layers._exchangeable(policy.model)
+
+
+def test_recomputed_layers_are_the_exchanged_ones(steps, monkeypatch):
+    plain = known("qwen3")
+    batch = {"tokens": torch.randint(3, 15, (4, 9), generator=stream()), "mask": torch.arange(9).expand(4, 9) > 2}
+    plain.share_prompts = False
+    expected = gradients(plain, batch)
+    recomputing = known("qwen3")
+    recomputing.load_state_dict(plain.state_dict())
+    recomputing.share_prompts = False
+    recomputing._recomputed = causal_lm._recompute_layers(recomputing.model)
+    applied = []
+    norm = fused_layers._norm
+    monkeypatch.setattr(fused_layers, "_norm", lambda module, states: applied.append(1) or norm(module, states))
+    found = gradients(recomputing, batch)
+    assert len(applied) == 9 + 8  # all norms forward, and those of both layers once more
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 def test_frozen_weights_and_passes_without_gradients_give_the_same_log_probs(steps):
@@ -201,3 +219,9 @@ def test_compiled_scoring_keeps_the_models_own_layers(steps):
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert not fused_layers._exchangeable(policy.model)
     assert fused_layers._exchangeable(policy.model)
+
+
+@pytest.mark.parametrize("words", [9, 3 * BLOCK + 1])
+def test_logits_that_are_no_numbers_draw_a_token_that_exists(words):
+    drawn = draw(torch.full((4, words), math.nan), stream())
+    assert drawn.shape == (4,) and bool(((drawn >= 0) & (drawn < words)).all())

@@ -159,7 +159,7 @@ def test_ratio_is_one_with_shared_prompts_and_with_checkpointed_layers(base: str
         kept.append(size)
     assert float(gradients[0].abs().max()) > 0 and kept[2] < kept[1] / 2
     for other in gradients[1:]:
-        torch.testing.assert_close(other, gradients[0], atol=1e-3, rtol=1e-3)  # other kernels round otherwise
+        torch.testing.assert_close(other, gradients[0], atol=1e-4, rtol=1e-4)
 
 
 def test_half_precision_weights_may_carry_adapters_in_full_precision(base: str) -> None:

@@ -83,8 +83,7 @@ def test_activations_grow_by_the_token_as_two_tiny_passes_say(kind: str, options
 
 def test_recomputing_layers_keeps_less_and_holds_one_layer_for_a_moment() -> None:
     plain, spared = activations_of(policy_of()), activations_of(policy_of(gradient_checkpointing=True))
-    assert spared.token < 0.3 * plain.token
-    assert plain.layer <= spared.layer <= 1.25 * plain.layer  # its layers are the model's own, which keep more
+    assert spared.token < 0.3 * plain.token and spared.layer == pytest.approx(plain.layer, rel=0.05)
     assert Activations(token=10, fixed=3, layer=2).training(5) == 3 + 5 * 12
     assert Activations(token=10, fixed=3, layer=2, recomputed=True).training(5) == 3 + 5 * 14
 
@@ -176,11 +175,12 @@ def test_chunks_are_chosen_where_they_are_needed_and_nowhere_else() -> None:
     assert generation_batch_for(policy, 64, 20, 4, 1.0) == 4  # whole groups
 
 
-def test_a_prefill_reads_prompts_and_not_the_room_for_answers() -> None:
+def test_a_prefill_reads_prompts_and_not_the_room_for_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "PIECES", 1)  # bytes are then whole numbers, without rounding
     policy = policy_of()
     found = activations_of(policy)
     whole, short = (planning._generation(policy, found, 64, 40, 64, read) for read in (None, 8))
-    assert whole - short == pytest.approx(planning.PIECES * found.scoring(64 * 32))
+    assert whole - short == found.scoring(64 * 32)
     job = Job(composed(merged(LANGUAGE, ["eval_episodes=64", "env.max_turn_tokens=60"])), ALLOW)
     assert planning.prefill_of(job.env) == job.env.max_length - 60 < 30
     job.make_trainer(None)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from unified_rl.configurable import configurable
 from unified_rl.errors import CheckpointError, ConfigError, RecordError
 from unified_rl.policies.adapters import check_lora, frozen_names, model_and_adapter, rest_adapters
-from unified_rl.policies.fused_layers import fused_layers
+from unified_rl.policies.fused_layers import fused_layers, recomputing
 from unified_rl.policies.generation import Generation, generate, has_plain_cache
 from unified_rl.policies.heads import logit_shape, read_head
 from unified_rl.policies.model_folder import save_model
@@ -440,7 +440,7 @@ def _recompute_layers(model: Any) -> list[Any]:
     Returns:
         The modules that recompute while ``training`` is set.
     """
-    how = {"use_reentrant": False}  # the other way gives nothing a gradient where the embedding is frozen
+    how = recomputing(model)
     try:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(how)
     except ValueError as error:

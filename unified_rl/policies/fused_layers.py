@@ -2,15 +2,15 @@
 
 Autograd's backward pass of such a norm makes a dozen tensors of the size of the states where three will do, and
 oneDNN's float32 products run some tenth faster than the plain ones. Layers are exchanged inside one ``with`` block, and
-only those whose class says what they compute; the same ones whether or not gradients are wanted and weights are frozen,
-so that a pass with gradients and one without give the same log-probs.
+only those whose class says what they compute; the same ones whether or not gradients are wanted, weights are frozen or
+layers recomputed in the backward pass, so that all of these give the same log-probs.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from unified_rl.policies.lean_step import FAMILIES
-from unified_rl.policies.packed_weights import LEAST_WEIGHTS, can_pack
+from unified_rl.policies.packed_weights import LEAST_WEIGHTS, can_pack, product
 
 Forward = Callable[..., Tensor]
 LEAST_ROWS = 256
@@ -31,7 +31,8 @@ def fused_layers(model: Any) -> Iterator[None]:
     """Exchanges what can be exchanged in float32 on a CPU; elsewhere nothing.
 
     Args:
-        model: of transformers. One that recomputes its layers stays as it is: its backward pass runs after the block.
+        model: of transformers. One that recomputes its layers stays as it is, unless by :func:`recomputing`, since its
+            backward pass runs after the block.
     """
     exchanged = []
     try:
@@ -44,6 +45,13 @@ def fused_layers(model: Any) -> Iterator[None]:
             del module.forward
 
 
+def recomputing(model: Any) -> dict[str, Any]:
+    """Arguments of gradient checkpointing under which layers are recomputed as they were computed, exchanged."""
+    model.recomputes_fused = True
+    # the other way of torch gives nothing a gradient where the embedding is frozen
+    return {"use_reentrant": False, "context_fn": lambda: (nullcontext(), fused_layers(model))}
+
+
 def _exchangeable(model: Any) -> list[tuple[Any, Forward]]:
     if (
         model.device.type != "cpu"
@@ -53,7 +61,8 @@ def _exchangeable(model: Any) -> list[tuple[Any, Forward]]:
     ):
         return []
     modules = list(model.modules())
-    if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+    recomputed = any(getattr(module, "gradient_checkpointing", False) for module in modules)
+    if recomputed and not getattr(model, "recomputes_fused", False):
         return []
     pairs = ((module, _own(module)) for module in modules if "forward" not in vars(module))
     return [(module, own) for module, own in pairs if own is not None]
@@ -86,25 +95,20 @@ def _norm(norm: Any, states: Tensor) -> Tensor:
     return out
 
 
-def _product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(states, weight, bias, "none", [], "")
-    return out
-
-
 class _Linear(torch.autograd.Function):
     """``states [..., in]`` to ``[..., out]``."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(states, weight)
-        return _product(states, weight, bias)
+        return product(states, weight, bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         states, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        into = _product(grad.contiguous(), weight.t().contiguous()) if ctx.needs_input_grad[0] else None
+        into = product(grad.contiguous(), weight.t().contiguous()) if ctx.needs_input_grad[0] else None
         own = rows.t() @ states.reshape(-1, states.shape[-1]) if ctx.needs_input_grad[1] else None
         return into, own, rows.sum(0) if ctx.needs_input_grad[2] else None
 

@@ -17,19 +17,19 @@ from torch.nn.functional import rms_norm
 from transformers.activations import SiLUActivation
 
 from unified_rl.policies.group_cache import GroupCache, GroupLayer
-from unified_rl.policies.packed_weights import packed_bytes
+from unified_rl.policies.packed_weights import pack, packed_bytes, product
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Decoders of one shape, and how transformers begins the names of their classes."""
 Product = Callable[[Tensor], Tensor]
 
 
-def lean_step(model: Any, cache: GroupCache | Any, rows: int, tokens: int) -> LeanStep | None:
+def lean_step(model: Any, cache: Any, rows: int, tokens: int) -> LeanStep | None:
     """The step of ``model`` over a cache that holds the prompts, or None where the model must be run as it is.
 
     Args:
         model: in evaluation mode.
-        cache: filled by the model with the prompts.
+        cache: filled by the model with the prompts; only a :class:`GroupCache` will do.
         rows: of a step.
         tokens: steps to come.
     """
@@ -52,9 +52,7 @@ def is_known(model: Any) -> bool:
             return False
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return False
-    if any(weight.dtype != torch.float32 for weight in model.parameters()):
-        return False
-    return bool(model.model.layers[0].self_attn.head_dim % 2 == 0)
+    return all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
 class LeanStep:
@@ -131,6 +129,5 @@ def _product(layers: list[nn.Linear], rows: int) -> Product:
     weight = layers[0].weight if len(layers) == 1 else torch.cat(tuple(layer.weight for layer in layers))
     biases = [layer.bias for layer in layers]
     bias = None if biases[0] is None else torch.cat(tuple(biases))
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
-    product = torch.ops.mkldnn._linear_pointwise.default
-    return lambda states: product(states, packed, bias, "none", [], "")
+    packed = pack(weight, rows)
+    return lambda states: product(states, packed, bias)

@@ -62,8 +62,7 @@ def packed_weights(model: nn.Module, rows: int, tokens: int) -> Iterator[None]:
     try:
         for layer in layers:
             weight = layer.weight.detach().to(torch.bfloat16) if autocast else layer.weight.detach()
-            copy = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-            layer.forward = functools.partial(_product, layer, copy, weight.dtype)
+            layer.forward = functools.partial(_product, layer, pack(weight, rows), weight.dtype)
             packed.append(layer)
         yield
     finally:
@@ -82,6 +81,18 @@ def _layers(model: nn.Module) -> list[Any]:
     ]
 
 
+def pack(weight: Tensor, rows: int) -> Tensor:
+    """A copy of ``weight [out, in]`` in oneDNN's blocks, for products of ``rows`` rows."""
+    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
+    return out
+
+
+def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """oneDNN's ``states [..., in]`` times ``weight [out, in]``, packed or plain, plus the bias; without a gradient."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(states, weight, bias, "none", [], "")
+    return out
+
+
 def _has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -90,6 +101,4 @@ def _product(layer: Any, packed: Tensor, dtype: torch.dtype, states: Tensor) -> 
     """``states [..., K]`` times the packed weight, plus the bias; the plain product where gradients are wanted."""
     if torch.is_grad_enabled():
         return linear(states, layer.weight, layer.bias)
-    bias = None if layer.bias is None else layer.bias.to(dtype)
-    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(states.to(dtype), packed, bias, "none", [], "")
-    return out
+    return product(states.to(dtype), packed, None if layer.bias is None else layer.bias.to(dtype))

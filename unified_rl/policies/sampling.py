@@ -185,19 +185,20 @@ def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     at = torch.rand(logits.shape[:-1], generator=generator, dtype=torch.float64)[..., None]
     words, whole = probability.shape[-1], probability.shape[-1] // BLOCK * BLOCK
     mass = probability[..., :whole].unflatten(-1, (-1, BLOCK)).sum(-1)
-    which, rest = _first_past(torch.cat((mass, probability[..., whole:].sum(-1, keepdim=True)), -1), at)
-    word = which * BLOCK + torch.arange(BLOCK)
+    block, inside = _first_past(torch.cat((mass, probability[..., whole:].sum(-1, keepdim=True)), -1), at)
+    word = block * BLOCK + torch.arange(BLOCK)
     chosen = probability.gather(-1, word.clamp(max=words - 1)).masked_fill_(word >= words, 0.0)
-    return (which * BLOCK + _first_past(chosen, rest, share=False)[0])[..., 0].clamp(max=words - 1)
+    return word.gather(-1, _first_past(chosen, inside)[0])[..., 0].clamp(max=words - 1)
 
 
-def _first_past(mass: Tensor, at: Tensor, share: bool = True) -> tuple[Tensor, Tensor]:
-    """Where the cumulative ``mass [..., n]`` passes ``at [..., 1]`` of it, and how much of that entry lies before.
+def _first_past(mass: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the cumulative ``mass [..., n]`` passes a share ``at [..., 1]`` of it, and which share of that entry.
 
-    Entries without mass are never chosen. With ``share`` ``at`` is a share of the whole, else an amount.
+    Entries without mass are never chosen.
     """
     passed = mass.double().cumsum(-1)
     whole = passed[..., -1:]
-    amount = (at * whole if share else at).clamp(min=0).minimum(whole.nextafter(whole.new_zeros(())))
+    amount = (at.clamp(min=0) * whole).minimum(whole.nextafter(whole.new_zeros(())))
     index = torch.searchsorted(passed, amount, right=True).clamp_(max=mass.shape[-1] - 1)
-    return index, amount - torch.where(index > 0, passed.gather(-1, (index - 1).clamp(min=0)), 0.0)
+    entry = mass.gather(-1, index).double()
+    return index, 1 - (passed.gather(-1, index) - amount) / entry

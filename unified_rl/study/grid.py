@@ -202,11 +202,10 @@ def _run(
 ) -> Job:
     label, own = _correction(choice)
     cell = f"{domain}-{label}-staleness{staleness}-seed{seed}"
-    overrides = merge_overrides(shared, own, [f"rollout.staleness={staleness}", f"seed={seed}"])
-    fresh = [o for o in overrides if staleness or not o.startswith("rollout.staleness=")]
-    cfg = _compose(compose, fresh, cell)  # agents that collect by themselves have no rollout to set
-    if (cfg.get("rollout") or {}).get("staleness", staleness) != staleness:
-        cfg = _compose(compose, overrides, cell)
+    overrides = merge_overrides(shared, own, [f"seed={seed}"])
+    cfg = _compose(compose, overrides, cell)
+    if (cfg.get("rollout") or {}).get("staleness", 0) != staleness:  # who collects by itself has none
+        cfg = _compose(compose, merge_overrides(overrides, [f"rollout.staleness={staleness}"]), cell)
     if cfg.get("eval_episodes") == 0:
         raise ConfigError(f"{cell}: eval_episodes=0, but a study compares held-out scores; set it to at least 1")
     if start is not None:
