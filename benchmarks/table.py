@@ -108,8 +108,17 @@ def generation(rows: list[Row]) -> Iterator[Line]:
         yield what, "transformers generate", float(row["ratio_cpu"]), "", 0.0
 
 
+def draw(rows: list[Row]) -> Iterator[Line]:
+    """Milliseconds of a draw of 32 rows."""
+    for words in dict.fromkeys(row["words"] for row in rows):
+        mine = [row for row in rows if row["words"] == words]
+        what = f"draw of 32 rows from {int(words):,} tokens"
+        yield what, "Gumbel noise for every token", middle(mine, "noise_cpu_ms", "own_cpu_ms"), "", 0.0
+
+
 PARTS = (
     stepping, collection, replay, sac_update, ppo_end_to_end, scans, grpo_step, grpo_step_135m, correction, generation,
+    draw,
 )  # fmt: skip
 READERS: dict[str, Callable[[list[Row]], Iterator[Line]]] = {f.__name__: f for f in PARTS}
 
