@@ -22,6 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import gymnasium
+import numpy as np
 from run_cases import remembered
 
 from unified_rl.config import compose, group_options, resolve_defaults
@@ -43,8 +45,17 @@ SMALL: dict[str, dict[str, Any]] = {
 """Sizes that a group's target takes, in place of its own."""
 SAMPLERS = {"size": 2, "length": 4}
 OPTIONS = {"sb3_ppo": {"n_steps": 8, "batch_size": 8}, "sb3_sac": {"learning_starts": 4, "batch_size": 4}}
-COMPLETED = {"gymnasium": {"id": "Pendulum-v1"}, "jsonl": {"path": "FILE"}}
+ALLOW = ("pairs",)
+"""This module, by the name under which a configuration finds it."""
+COMPLETED = {
+    "gymnasium": {"id": "Pendulum-v1"},
+    "jsonl": {"path": "FILE"},
+    "custom": {"_target_": "pairs.pendulum"},
+    "mjcf": {"path": "BODY", "reward": "pairs:upright", "max_steps": 5},
+}
 """Settings that a user must give."""
+BODY = """<mujoco><worldbody><body><joint name="hinge" axis="0 1 0"/><geom size="0.1" pos="0 0 0.5"/></body></worldbody>
+<actuator><motor joint="hinge" ctrlrange="-1 1"/></actuator></mujoco>"""
 KINDS = {
     "env": ("two_route", "chain_mod"),
     "policy": ("flow", "autoregressive"),
@@ -52,9 +63,17 @@ KINDS = {
     "replay": ("uniform",),
 }
 """Options that a correction can tell apart from one another: domains, kinds of units, ages of rows."""
-OWN = {"custom", "mjcf"}
-"""Environments that hold nothing until a user's code is named; ``gymnasium`` and ``half_cheetah`` stand for them."""
 UPDATES = 2
+
+
+def pendulum() -> Any:
+    """An environment of a user's own."""
+    return gymnasium.make("Pendulum-v1")
+
+
+def upright(state: Any) -> Any:
+    """The reward of a user's own robot, ``[K]``."""
+    return np.cos(state.qpos[:, 0])
 
 
 @dataclass(frozen=True)
@@ -72,7 +91,7 @@ class Outcome:
 
 def pairs(whole: bool = False) -> Iterator[dict[str, str]]:
     """Two options each, by their groups; unless ``whole``, corrections meet only options of which each is of a kind."""
-    options = {group: [name for name in names if name not in OWN] for group, names in group_options().items()}
+    options = group_options()
     for one, other in itertools.combinations(GROUPS, 2):
         for first, second in itertools.product(options[one], options[other]):
             if whole or other != "correction" or first in KINDS.get(one, (first,)):
@@ -109,7 +128,7 @@ def shrunk(cfg: dict[str, Any]) -> dict[str, Any]:
     for group, sizes in SMALL.items():
         node = cfg.get(group)
         if node:
-            known = parameters(locate(node["_target_"]))[0]
+            known = parameters(locate(node["_target_"], ALLOW), ALLOW)[0]
             node.update({key: value for key, value in sizes.items() if key in known and node.get(key) is not None})
     if cfg.get("replay"):
         sampler = cfg["replay"]["sampler"]
@@ -121,7 +140,7 @@ def shrunk(cfg: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def _resolved(overrides: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
-    return resolve_defaults(compose(dict(overrides)))
+    return resolve_defaults(compose(dict(overrides), allow=ALLOW), allow=ALLOW)
 
 
 def tried(choice: Mapping[str, str], files: Mapping[str, str]) -> Outcome:
@@ -130,7 +149,7 @@ def tried(choice: Mapping[str, str], files: Mapping[str, str]) -> Outcome:
     try:
         cfg = shrunk(_resolved(tuple(chosen(choice, files).items())))
         with TemporaryDirectory() as folder:
-            job = Job(cfg)
+            job = Job(cfg, ALLOW)
             trainer = job.make_trainer(Path(folder))
             trainer.planned, trainer.save, trainer.evaluate = UPDATES, lambda: None, dict  # type: ignore[assignment]
             if trainer.rollout is not None:
@@ -169,14 +188,16 @@ def covering(least: int = 1) -> list[dict[str, str]]:
 
 
 def make_files(folder: Path) -> dict[str, str]:
-    """A problem file and a model folder, for the options that read one."""
+    """A problem file, a robot and a model folder, for the options that read one."""
+    (folder / "body.xml").write_text(BODY)
     lines = [json.dumps({"question": f"What is {i}+{i + 1}?", "answer": f"#### {2 * i + 1}"}) for i in range(40)]
     (folder / "problems.jsonl").write_text("\n".join(lines))
     pair = {"env": "chain_mod"}
     (folder / "model").mkdir()
     cfg = shrunk(_resolved(tuple(chosen(pair, {}).items())))
     Job(cfg).policy.save(str(folder / "model"))
-    return {"FILE": str(folder / "problems.jsonl"), "MODEL": str(folder / "model")}
+    names = {"FILE": "problems.jsonl", "BODY": "body.xml", "MODEL": "model"}
+    return {name: str(folder / file) for name, file in names.items()}
 
 
 def main() -> int:

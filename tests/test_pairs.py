@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from pairs import GROUPS, OWN, covering, make_files, pairs, tried
+from pairs import GROUPS, covering, make_files, pairs, tried
 from run_cases import remembered
 
 from unified_rl.config import group_options
@@ -37,7 +37,7 @@ def test_a_pair_trains_two_updates_or_is_refused_before_the_first_step(chunk: in
 
 def test_every_option_is_among_the_pairs() -> None:
     options = Counter(option for pair in covering() for option in pair.items())
-    assert all(options[group, name] >= 1 for group in GROUPS for name in set(group_options()[group]) - OWN)
+    assert all(options[group, name] >= 1 for group in GROUPS for name in group_options()[group])
 
 
 def test_the_committed_table_is_of_all_pairs(source: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.errors import ConfigError
 from unified_rl.study.grid import Study, identity, make_jobs, merge_overrides
+from unified_rl.training.build import DISCOUNTS
 
 
 def fake_compose(overrides: list[str]) -> dict[str, Any]:
@@ -124,3 +125,19 @@ def test_agents_are_compared_also_with_those_that_collect_by_themselves() -> Non
     stale = study(domains={"pole": ["env=inverted_pendulum"]}, corrections=agents[1:2], staleness=[2], seeds=[1])
     with pytest.raises(ConfigError, match="rollout has no keys here"):
         make_jobs(stale, lambda words: resolve_defaults(compose(words)))
+
+
+def test_the_study_of_control_compares_what_it_says_and_has_a_null_control() -> None:
+    found = Study.from_config(resolve_defaults(compose(["study=control"], primary="compare"), primary="compare"))
+    domains = list(found.domains)
+    assert len(domains) == 6
+    one = Study.from_config({"study": {**vars(found), "seeds": [1]}})
+    runs = make_jobs(one, lambda words: resolve_defaults(compose(words)))[1]
+    for domain in domains:
+        cells = {job.labels["correction"]: job.cfg for job in runs if job.labels["domain"] == domain}
+        assert set(cells) - {"zoo"} == {"ppo", "frozen", "sb3"} and ("zoo" in cells) == (domain != "inverted_pendulum")
+        own, frozen = cells["ppo"]["agent"], cells["frozen"]["agent"]
+        assert frozen["lr"] == 0 and {**frozen, "lr": own["lr"]} == own
+        assert len({cfg["steps"] for cfg in cells.values()}) == 1 and cells["sb3"]["agent"]["options"] is None
+        gammas = {cfg["agent"]["gamma"] or DISCOUNTS["control"] for name, cfg in cells.items() if name != "zoo"}
+        assert gammas == {0.9 if domain == "pendulum" else 0.99}
