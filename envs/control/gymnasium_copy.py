@@ -279,7 +279,6 @@ class Source:
         id: a registered id, or ``package:Id-v0``; None with ``make``.
         make: a function or class that makes one, or its name, ``module:function``.
         flatten: wrap them so that they observe one vector.
-        history: observations that are shown together.
         max_episode_steps: the time limit; the environment's own if None.
         make_kwargs: further arguments of ``gymnasium.make``, or of ``make``.
         allow: packages that may be imported.
@@ -288,7 +287,6 @@ class Source:
     id: str | None
     make: Any = None
     flatten: bool = False
-    history: int = 1
     max_episode_steps: int | None = None
     make_kwargs: dict[str, Any] = field(default_factory=dict)
     allow: tuple[str, ...] = ()
@@ -335,8 +333,7 @@ class Source:
         return env if steps is None else gymnasium.wrappers.TimeLimit(env, steps)
 
     def _wrapped(self, env: Any) -> Any:
-        env = gymnasium.wrappers.FlattenObservation(env) if self.flatten else env
-        return env if self.history == 1 else gymnasium.wrappers.FrameStackObservation(env, self.history)
+        return gymnasium.wrappers.FlattenObservation(env) if self.flatten else env
 
     def plain(self) -> dict[str, Any]:
         """For a process of its own, where names alone arrive."""

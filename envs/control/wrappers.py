@@ -10,11 +10,12 @@ from torch import Tensor
 from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase
 from unified_rl.envs.control.chunk import ActionChunk
-from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.errors import CheckpointError
 from unified_rl.interop.deadline import seconds_of
+from unified_rl.observations import layout_of, stacked
 from unified_rl.protocols import StepResult, TellsResumable
 from unified_rl.ranges import Count, UnitInterval, ranged
-from unified_rl.spaces import Box, Space
+from unified_rl.spaces import Space
 
 
 @configurable
@@ -45,30 +46,21 @@ class ActionRepeat(ActionChunk):
 @configurable
 @ranged("env")
 class FrameStack(ControlEnvBase):
-    """Shows the newest ``frames`` observations as one vector ``[K, frames * d]``, oldest first.
+    """Shows the newest ``frames`` observations together, oldest first, in rows ``[K, frames * w]``.
 
     The first observation of an episode stands for those before it, as in Gymnasium's ``FrameStackObservation``. Inside
-    :class:`ActionChunk` every executed step counts, not every decision.
+    :class:`ActionChunk` every executed step counts, not every decision. An array of numbers becomes a vector, an image
+    one with the channels of all (:func:`unified_rl.observations.stacked`).
 
     Args:
-        env: an environment whose observations are vectors.
+        env: an environment whose :meth:`advance` accepts a mask of running simulations.
         frames: how many.
-
-    Raises:
-        ConfigError: observations of another kind.
     """
 
     def __init__(self, env: ControlEnvBase, frames: Count = 2) -> None:
-        seen = env.space.observation
-        if not isinstance(seen, Box):
-            raise ConfigError(
-                f"env.frame_stack stacks vectors, and this environment shows {seen.describe()}: set env.flatten=true, "
-                f"or env.history={frames} in its place (both of env=gymnasium)"
-            )
-        low, high = (tuple(bound.ravel().tolist()) * frames for bound in (seen.low_array, seen.high_array))
-        stacked = Box((frames * seen.width,), seen.dtype, low, high)
-        super().__init__(env.num_envs, Space(stacked, env.space.action), env.max_steps)
-        self.inner, self.frames = env, frames
+        one = env.space.observation
+        super().__init__(env.num_envs, Space(stacked(one, frames), env.space.action), env.max_steps)
+        self.inner, self.frames, self.layout = env, frames, layout_of(one)
         self.steps_per_action = env.steps_per_action
         self._seen = env.current_observation().unsqueeze(1).repeat(1, frames, 1)
 
@@ -78,23 +70,23 @@ class FrameStack(ControlEnvBase):
         return seconds_of(self.inner)
 
     def current_observation(self) -> Tensor:
-        """What the policy sees now, ``[K, frames * d]`` float32."""
-        return self._seen.flatten(1).clone()
+        """What the policy sees now, rows ``[K, frames * w]``."""
+        return self.layout.stack(self._seen).clone()
 
     def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
         """Steps the simulations ``running [K]`` bool (default: all); the others keep their history."""
         step = self.inner.advance(action, running)
         shifted = torch.cat([self._seen[:, 1:], step.next_observation.unsqueeze(1)], 1)
         self._seen = shifted if running is None else torch.where(running[:, None, None], shifted, self._seen)
-        seen = self._seen.flatten(1)
+        seen = self.layout.stack(self._seen)
         return step._replace(observation=seen, next_observation=seen)
 
     def restart(self, ended: Tensor) -> Tensor:
-        """Starts new episodes where ``ended [K]``; their observations ``[n, frames * d]`` float32."""
+        """Starts new episodes where ``ended [K]``; their rows ``[n, frames * w]``."""
         first = self.inner.restart(ended).unsqueeze(1).repeat(1, self.frames, 1)
         self._seen = self._seen.clone()
         self._seen[ended] = first
-        return first.flatten(1)
+        return self.layout.stack(first)
 
     def seed_streams(self, seed: int) -> None:
         """Restarts the random streams of the environment inside."""
