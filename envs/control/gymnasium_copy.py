@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from unified_rl.errors import ConfigError, EnvError, NonFiniteError, UnifiedRLError
 from unified_rl.instantiate import allowed, allowing, locate
 from unified_rl.interop.words import OWN_NAMES, describe, one_line
-from unified_rl.observations import MisfitError, layout_of
+from unified_rl.observations import NUMBERS, MisfitError, layout_of
 from unified_rl.spaces import Space
 
 Array: TypeAlias = NDArray[Any]
-NUMBERS = "biuf"
-"""Kinds of NumPy dtypes that are real numbers."""
 FOREIGN = ("GymV21Environment-v0", "GymV26Environment-v0")
 """Ids whose arguments name another module to import."""
 NOTHING = object()

@@ -18,6 +18,7 @@ from unified_rl.envs.control.gymnasium_pool import Copies, Pool, Workers, shapes
 from unified_rl.errors import CheckpointError, ConfigError, RestoreError
 from unified_rl.instantiate import allowed
 from unified_rl.interop.deadline import STEP_SECONDS
+from unified_rl.interop.gymnasium_vector import LIMIT
 from unified_rl.protocols import Goals, StepResult
 from unified_rl.ranges import Count, Name, Positive, Seed, Whole, ranged
 from unified_rl.spaces import Box, MultiBinary, MultiDiscrete, Space
@@ -26,8 +27,6 @@ UNLIKE = (
     "replaying the running episodes gave other observations: this environment is not deterministic given its seed "
     "(a simulator with its own clock, a wrapper that keeps statistics)"
 )
-UNLIMITED = 1000
-"""Steps after which an evaluation gives up on an episode of an environment that has no time limit of its own."""
 
 
 @configurable
@@ -100,7 +99,7 @@ class GymnasiumEnv(ControlEnvBase):
         limit = copy.time_limit
         if not limit and id is not None:
             raise ConfigError(f"{id} has no time limit; set env.max_episode_steps")
-        super().__init__(num_envs, _space(copy, several_choices), limit or UNLIMITED)
+        super().__init__(num_envs, _space(copy, several_choices), limit or LIMIT)
         self.name, self.step_seconds, self.frames_per_second = copy.id, step_seconds, copy.frames_per_second
         self.goals: Goals | None = None if copy.layout.images else goals_of(copy.env)
         self._make_copy: Callable[[], Copy] = lambda: source.copy(0)

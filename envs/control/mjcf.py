@@ -21,13 +21,13 @@ from unified_rl.envs.control.tasks import Outcome, Scene, Task, never, quiet_dep
 from unified_rl.errors import ConfigError, EnvError, UnifiedRLError
 from unified_rl.instantiate import allowed, locate, nearest
 from unified_rl.interop.words import OWN_NAMES, describe, one_line
+from unified_rl.observations import NUMBERS
 from unified_rl.ranges import Count, Name, NonNegative, Seed
 
 READ = ("qpos", "qvel", "act", "xpos", "xquat", "site_xpos", "sensordata", "actuator_force")
 """Arrays of ``MjData`` that functions see; whatever else a task needs, a sensor of the model measures."""
 SHAPES: dict[str, tuple[int, ...]] = {"xpos": (-1, 3), "xquat": (-1, 4), "site_xpos": (-1, 3)}
 """Of those with more than one dimension a simulation."""
-NUMBERS = "biuf"
 
 
 class State:

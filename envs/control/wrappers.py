@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from unified_rl.configurable import configurable
-from unified_rl.envs.control.base import ControlEnvBase
+from unified_rl.envs.control.base import ControlEnvBase, EnvWrapper
 from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.errors import CheckpointError
-from unified_rl.interop.deadline import seconds_of
 from unified_rl.observations import layout_of, stacked
-from unified_rl.protocols import StepResult, TellsResumable
+from unified_rl.protocols import StepResult
 from unified_rl.ranges import Count, UnitInterval, ranged
 from unified_rl.spaces import Space
 
@@ -33,9 +32,8 @@ class ActionRepeat(ActionChunk):
     """
 
     def __init__(self, env: ControlEnvBase, times: Count = 2, gamma: UnitInterval | None = None) -> None:
-        ControlEnvBase.__init__(self, env.num_envs, env.space, -(-env.max_steps // times))
-        self.inner, self.horizon, self.times = env, times, times
-        self.steps_per_action = times * env.steps_per_action
+        EnvWrapper.__init__(self, env, env.space, times)
+        self.horizon = self.times = times
         self._gamma = 0.99 if gamma is None else gamma
 
     def plan(self, action: Tensor) -> Tensor:
@@ -45,7 +43,7 @@ class ActionRepeat(ActionChunk):
 
 @configurable
 @ranged("env")
-class FrameStack(ControlEnvBase):
+class FrameStack(EnvWrapper):
     """Shows the newest ``frames`` observations together, oldest first, in rows ``[K, frames * w]``.
 
     The first observation of an episode stands for those before it, as in Gymnasium's ``FrameStackObservation``. Inside
@@ -59,15 +57,9 @@ class FrameStack(ControlEnvBase):
 
     def __init__(self, env: ControlEnvBase, frames: Count = 2) -> None:
         one = env.space.observation
-        super().__init__(env.num_envs, Space(stacked(one, frames), env.space.action), env.max_steps)
-        self.inner, self.frames, self.layout = env, frames, layout_of(one)
-        self.steps_per_action = env.steps_per_action
+        super().__init__(env, Space(stacked(one, frames), env.space.action))
+        self.frames, self.layout = frames, layout_of(one)
         self._seen = env.current_observation().unsqueeze(1).repeat(1, frames, 1)
-
-    @property
-    def step_seconds(self) -> float | None:
-        """Time limit of a step: that of the environment inside."""
-        return seconds_of(self.inner)
 
     def current_observation(self) -> Tensor:
         """What the policy sees now, rows ``[K, frames * w]``."""
@@ -88,14 +80,6 @@ class FrameStack(ControlEnvBase):
         self._seen[ended] = first
         return self.layout.stack(first)
 
-    def seed_streams(self, seed: int) -> None:
-        """Restarts the random streams of the environment inside."""
-        self.inner.seed_streams(seed)
-
-    def resumable(self) -> str | bool:
-        """Whether the environment inside can continue its episodes bit for bit."""
-        return self.inner.resumable() if isinstance(self.inner, TellsResumable) else True
-
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The state of the environment inside, and the history."""
         return {"inner": self.inner.state_dict(), "seen": self._seen.clone()}
@@ -111,8 +95,3 @@ class FrameStack(ControlEnvBase):
             raise CheckpointError(f"saved histories are {saved}, this environment's are {mine}: same env.frame_stack?")
         self.inner.load_state_dict(state["inner"])
         self._seen = state["seen"].clone()
-
-    def close(self, *, raise_if_closed: bool = True) -> None:
-        """Closes the environment inside."""
-        self.inner.close(raise_if_closed=False)
-        super().close(raise_if_closed=False)
