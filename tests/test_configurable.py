@@ -33,7 +33,7 @@ from unified_rl.study.grid import Study
 from unified_rl.study.recipes import Recipe
 from unified_rl.training.warm_start import WarmStart
 
-FACTORIES = {"make_gymnasium", "make_mjcf", "make_mujoco"}
+FACTORIES = {"make_mjcf", "make_mujoco"}
 """The functions among the parts: each returns one new object and does nothing else. Everything else is a class."""
 
 KINDS: dict[str, Callable[[Any], bool]] = {

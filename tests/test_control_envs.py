@@ -21,6 +21,7 @@ from unified_rl.envs.control import (
     ActionChunk,
     BatchedMujocoEnv,
     ControlEnvBase,
+    FrameStack,
     GymnasiumEnv,
     TwoRouteEnv,
     make_mujoco,
@@ -258,9 +259,10 @@ def test_other_warnings_of_mujoco_are_heard(recwarn: pytest.WarningsRecorder) ->
 
 
 def test_a_history_is_that_of_single_steps_and_goes_on_bit_for_bit() -> None:
-    plain, stacked = (make_mujoco("InvertedPendulum-v5", 3, seed=2, history=n) for n in (1, 3))
-    reference = GymnasiumEnv("InvertedPendulum-v5", 3, seed=2, history=3)
-    assert stacked.space.observation.shape == reference.space.observation.shape == (3, 4)
+    plain = make_mujoco("InvertedPendulum-v5", 3, seed=2)
+    stacked = FrameStack(make_mujoco("InvertedPendulum-v5", 3, seed=2), 3)
+    reference = FrameStack(GymnasiumEnv("InvertedPendulum-v5", 3, seed=2), 3)
+    assert stacked.space.observation.shape == reference.space.observation.shape == (12,)
     generator, ends = torch.Generator().manual_seed(0), 0
     seen = [plain.current_observation()] * 3
     assert torch.equal(stacked.current_observation(), torch.cat(seen, 1))
@@ -276,10 +278,10 @@ def test_a_history_is_that_of_single_steps_and_goes_on_bit_for_bit() -> None:
         if number == 20:
             state = stacked.state_dict()
     assert ends > 2
-    again = make_mujoco("InvertedPendulum-v5", 3, seed=9, history=3)
+    again = FrameStack(make_mujoco("InvertedPendulum-v5", 3, seed=9), 3)
     again.load_state_dict(state)
-    assert torch.equal(again.current_observation(), state["rows"])
-    chunked = make_mujoco("InvertedPendulum-v5", 3, seed=2, history=2, chunk=2)
+    assert torch.equal(again.current_observation(), state["seen"].flatten(1))
+    chunked = ActionChunk(FrameStack(make_mujoco("InvertedPendulum-v5", 3, seed=2), 2), 2)
     first = chunked.current_observation()
     step = chunked.step_batch(torch.zeros(3, 2))
     assert step.next_observation.shape == (3, 8) and not torch.equal(step.next_observation[:, :4], first[:, 4:])

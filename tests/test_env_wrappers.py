@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 from gymnasium.wrappers import FrameStackObservation
 from run_cases import ALLOW
 from tensordict import TensorDict
@@ -18,11 +19,13 @@ from unified_rl.config import build, compose
 from unified_rl.envs.control import ActionChunk, ActionRepeat, FrameStack, GymnasiumEnv
 from unified_rl.errors import ConfigError
 from unified_rl.interop.gymnasium_vector import GymnasiumVectorEnv
+from unified_rl.observations import layout_of, stacked
 from unified_rl.protocols import Demonstrates
 from unified_rl.replay import Replay, Uniform
 from unified_rl.rollout.control import ControlRollout
-from unified_rl.rollout.windows import sizes_of
-from unified_rl.wrapping import Wrapping, split, wrap
+from unified_rl.rollout.windows import fitted_windows, sizes_of
+from unified_rl.spaces import part_from_gymnasium
+from unified_rl.wrapping import Wrapping, wrap
 
 SMALL: dict[str, Any] = {
     "env": "pendulum",
@@ -153,7 +156,8 @@ class Seen(gymnasium.Env[Any, Any]):
     def __init__(self, shown: str = "vector") -> None:
         vector = gymnasium.spaces.Box(-1.0, 1.0, (2,))
         image = gymnasium.spaces.Box(0, 255, (8, 8, 3), np.uint8)
-        kinds = {"vector": vector, "dictionary": gymnasium.spaces.Dict({"arm": vector}), "image": image}
+        mixed = gymnasium.spaces.Dict({"arm": vector, "eye": image, "leg": vector})
+        kinds = {"vector": vector, "dictionary": gymnasium.spaces.Dict({"arm": vector}), "image": image, "mixed": mixed}
         self.observation_space = kinds[shown]
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
@@ -215,24 +219,76 @@ def test_single_steps_are_no_rows_of_repeated_actions(option: str, folders: dict
     assert sizes_of(repeated) == (1, 1) and sizes_of(ActionChunk(FrameStack(repeated, 3), 4)) == (3, 4)
 
 
-@pytest.mark.parametrize("shown", ["dictionary", "image"])
-def test_only_vectors_are_stacked(shown: str) -> None:
-    env = GymnasiumEnv(make=Seen, make_kwargs={"shown": shown})
-    words = {"dictionary": "shows a dictionary", "image": "shows an image"}[shown]
-    with pytest.raises(
-        ConfigError, match=rf"env\.frame_stack stacks vectors, .*{words}.*env\.flatten=true, or env\.hist"
-    ):
-        wrap(env, Wrapping(frame_stack=2), build, None)
+MIXED = gymnasium.spaces.Dict(
+    {
+        "arm": gymnasium.spaces.Box(-1.0, 1.0, (2, 3)),
+        "eye": gymnasium.spaces.Box(0, 255, (3, 10, 8), np.uint8),
+        "grip": gymnasium.spaces.Discrete(3, start=2),
+        "more": gymnasium.spaces.Tuple(
+            (gymnasium.spaces.MultiDiscrete([2, 4]), gymnasium.spaces.MultiBinary(3), gymnasium.spaces.Box(0, 1, (2,)))
+        ),
+    }
+)
+KINDS: dict[str, gymnasium.Space[Any]] = {
+    "image": gymnasium.spaces.Box(0, 255, (8, 9, 3), np.uint8),
+    "gray": gymnasium.spaces.Box(0, 255, (8, 9), np.uint8),
+    "several images": gymnasium.spaces.Box(0, 255, (2, 9, 8, 3), np.uint8),
+    "choice": gymnasium.spaces.Discrete(4, start=1),
+    "mixed": MIXED,
+    "numbers": gymnasium.spaces.Dict({key: MIXED[key] for key in ("arm", "grip")}),
+}
 
 
-@pytest.mark.parametrize("target", ["GymnasiumEnv", "make_gymnasium"])
-def test_one_history_is_not_put_around_another(target: str) -> None:
-    message = r"env\.history=3 and env\.frame_stack=2 .*frame_stack is for vectors, env\.history for images"
-    node = {"env": "gymnasium", "env._target_": f"unified_rl.envs.control.{target}", "env.id": "Pendulum-v1"}
-    with pytest.raises(ConfigError, match=message):
-        ur.assemble(**{**SMALL, **node, "env.history": 3, "env.frame_stack": 2}, steps=16)
-    own = {"history": None}
-    assert split({"_target_": "zoo.Mine", "history": 3, "frame_stack": 2}, own)[0].frame_stack == 2  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", KINDS)
+def test_histories_of_everything_are_those_of_gymnasium(kind: str) -> None:
+    space, count = KINDS[kind], 3
+    space.seed(1)
+    values = [space.sample() for _ in range(count)]
+    one, many = layout_of(part_from_gymnasium(space)), layout_of(stacked(part_from_gymnasium(space), count))
+    found = one.stack(torch.from_numpy(np.stack([one.pack(value) for value in values])))
+    assert found.shape == (count * one.width,) == (many.width,) and found.dtype == many.dtype
+    together = concatenate(batch_space(space, count), values, create_empty_array(space, count))
+    if kind == "several images":
+        together = np.concatenate(values)
+    np.testing.assert_array_equal(found.numpy(), many.pack(together))
+
+
+@pytest.mark.parametrize("shown", ["dictionary", "image", "mixed"])
+def test_a_run_sees_histories_of_images_and_dictionaries(shown: str) -> None:
+    node = {"env": "gymnasium", "env.id": None, "env.make": "test_env_wrappers:Seen", "env.make_kwargs.shown": shown}
+    options = {"env.max_episode_steps": 8, "env.frame_stack": 3, "env.chunk": 2, "policy.image_features": 4}
+    run = ur.assemble(**{**SMALL, **node, **options}, updates=2, allow=["test_env_wrappers"])
+    one = layout_of(run.env.inner.inner.space.observation)
+    before = one.stack(run.env.inner._seen)
+    assert torch.equal(run.env.current_observation(), before)
+    after = run.env.step_batch(torch.zeros(2, 2)).next_observation
+    seen = run.env.inner._seen
+    assert not torch.equal(seen[:, 2], seen[:, 1]) and torch.equal(after, one.stack(seen))
+    assert run.policy.space.observation == stacked(one.part, 3)
+    assert len(run.run()) > 0
+    run.env.close()
+
+
+@pytest.mark.parametrize("shown", ["vector", "image", "mixed"])
+def test_single_steps_of_images_become_histories_too(shown: str) -> None:
+    """What is cut from recorded rows is what the environment itself would have shown."""
+    env = FrameStack(GymnasiumEnv(make=Seen, make_kwargs={"shown": shown}, num_envs=1, max_episode_steps=4), 3)
+    env.reset_batch(seed=2)
+    singles: dict[str, list[torch.Tensor]] = {"observation": [], "next_observation": []}
+    histories: dict[str, list[torch.Tensor]] = {"observation": [], "next_observation": []}
+    for _ in range(8):
+        singles["observation"].append(env.inner.current_observation())
+        histories["observation"].append(env.current_observation())
+        step = env.advance(torch.zeros(1, 1))
+        singles["next_observation"].append(env.inner.current_observation())
+        histories["next_observation"].append(step.next_observation)
+        if step.truncated.all():
+            env.restart(step.truncated)
+    times = {"episode": torch.arange(8) // 4, "step": torch.arange(8) % 4, "action": torch.zeros(8, 1)}
+    rows = TensorDict({**times, **{key: torch.cat(value) for key, value in singles.items()}}, batch_size=[8])
+    cut = fitted_windows(rows, env, env.space, "x")
+    for key, value in histories.items():
+        assert torch.equal(cut[key], torch.cat(value))
 
 
 def test_a_vector_environment_is_sent_to_copies() -> None:

@@ -124,12 +124,8 @@ def test_a_run_is_exported_from_the_command_line(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["env.history=2"], "or train with env.frame_stack=2 in place of env.history"),
         (["env.make_kwargs={shown: dictionary}"], "or train with env.flatten=true"),
-        (
-            ["env.make_kwargs={shown: dictionary}", "env.history=2"],
-            "or train with env.frame_stack=2 in place of env.history and env.flatten=true",
-        ),
+        (["env.make_kwargs={shown: dictionary}", "env.frame_stack=2"], "or train with env.flatten=true"),
     ],
 )
 def test_a_run_that_sees_no_vector_is_told_what_does(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from unified_rl.envs.control import ActionChunk, GymnasiumEnv, make_gymnasium
+from unified_rl.envs.control import ActionChunk, FrameStack, GymnasiumEnv
 from unified_rl.errors import ConfigError, EnvError, NonFiniteError
 from unified_rl.instantiate import allowing
 from unified_rl.interop.guard import step_env
@@ -63,11 +63,11 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def made(workers: int, **more: Any) -> Any:
     with allowing(["shop_of_eyes"]):
-        return make_gymnasium(make="shop_of_eyes:Eye", workers=workers, **more)
+        return GymnasiumEnv(make="shop_of_eyes:Eye", workers=workers, **more)
 
 
 def test_results_are_bit_for_bit_those_of_one_process() -> None:
-    envs = [made(workers, num_envs=5, seed=3, chunk=3, gamma=0.9, history=2) for workers in (0, 2)]
+    envs = [ActionChunk(FrameStack(made(workers, num_envs=5, seed=3), 2), 3, 0.9) for workers in (0, 2)]
     generator, states = torch.Generator().manual_seed(0), []
     try:
         assert all(isinstance(env, ActionChunk) and env.max_steps == 334 for env in envs)
@@ -134,7 +134,7 @@ def test_what_cannot_be_made_there_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"env.workers makes copies in other processes, by name: give env.id, or env.m"
     ):
-        GymnasiumEnv(make=lambda: None, first=made(0)._pool.copies[0].env, workers=2)
+        GymnasiumEnv(make=lambda: made(0)._pool.copies[0].env, workers=2)
     with pytest.raises(ConfigError, match=r"env.workers sends env.make_kwargs to other processes, as plain data"):
         GymnasiumEnv("Pendulum-v1", workers=1, make_kwargs={"g": np.float32(9.0)})
     env = made(4, num_envs=2, make_kwargs={"render_mode": "rgb_array"})

@@ -13,7 +13,7 @@ from gymnasium import spaces
 
 import unified_rl as ur
 from unified_rl.config import compose
-from unified_rl.envs.control import GymnasiumEnv
+from unified_rl.envs.control import ControlEnvBase, FrameStack, GymnasiumEnv
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.observations import MisfitError, layout_of
 from unified_rl.policies.critics import QEnsemble, ValueCritic
@@ -82,18 +82,18 @@ def test_rows_hold_observations_without_loss(kind: str) -> None:
 
 
 def test_histories_of_images_are_channels() -> None:
-    env = GymnasiumEnv(make=Gallery, num_envs=2, history=3)
+    env = FrameStack(GymnasiumEnv(make=Gallery, num_envs=2), 3)
     assert env.space.observation == Image((3, 12, 10, 3)) and env.space.observation.planes == (9, 12, 10)
     first = env.current_observation()
     after = env.step_batch(torch.zeros(2, 2)).observation
     (before,), (now,) = (env_planes(env, rows) for rows in (first, after))
     assert torch.equal(before[:, :3], before[:, 3:6]) and torch.equal(now[:, :6], before[:, 3:])
     assert not torch.equal(now[:, 6:], now[:, 3:6])
-    flat = GymnasiumEnv(make=Gallery, make_kwargs={"kind": "goal"}, history=2)
+    flat = FrameStack(GymnasiumEnv(make=Gallery, make_kwargs={"kind": "goal"}), 2)
     assert flat.current_observation().shape == (1, 14) and flat.space.observation_dim == 14
 
 
-def env_planes(env: GymnasiumEnv, rows: torch.Tensor) -> list[torch.Tensor]:
+def env_planes(env: ControlEnvBase, rows: torch.Tensor) -> list[torch.Tensor]:
     return layout_of(env.space.observation).unpack(rows)[1]
 
 

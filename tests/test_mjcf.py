@@ -97,7 +97,8 @@ def test_ends_metrics_and_start_states_are_the_functions_own() -> None:
     plain = make(observation=None, initial=None, termination=None, metrics=None, num_envs=4, reset_noise_scale=0.5)
     assert plain.space.observation_dim == 2 + 2 + 3
     assert 0.1 < float(plain.current_observation()[:, 0].abs().max()) <= 0.5
-    assert isinstance(make(chunk=2), ActionChunk)
+    named = {"path": "cart.xml", "reward": "rules_of_carts:pay", "chunk": 2}
+    assert isinstance(ur.make_env("mjcf", allow=["rules_of_carts"], **named), ActionChunk)
 
 
 def test_a_run_goes_on_bit_for_bit_and_tells_its_metrics(folder: Path) -> None:

@@ -26,7 +26,7 @@ VALUES: dict[str, Any] = {
 TOLD_APART_BY_NUMBERS = ("0", "1e30", "inf", "-inf", "2**63")
 COMPLETED = {
     ("env", "gymnasium"): ["env.id=Pendulum-v1"],
-    ("env", "custom"): ["env._target_=unified_rl.envs.control.make_gymnasium", "env.id=Pendulum-v1"],
+    ("env", "custom"): ["env._target_=unified_rl.envs.control.GymnasiumEnv", "env.id=Pendulum-v1"],
     ("env", "mjcf"): ["env.path=x", "env.reward=unified_rl.replay.Uniform"],
     ("env", "jsonl"): ["env.path=x"],
     ("policy", "causal_lm_path"): ["policy.path=x"],

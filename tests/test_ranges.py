@@ -110,7 +110,7 @@ def test_every_default_lies_in_its_own_range() -> None:
         for name in group_options()[group]:
             needs = {"gymnasium": ["env.id=Pendulum-v1"], "jsonl": ["env.path=x"], "causal_lm_path": ["policy.path=x"],
                      "from_run": ["warm_start.run=x"], "stored": ["rollout.data=x"],
-                     "custom": ["env._target_=unified_rl.envs.control.make_gymnasium", "env.id=Pendulum-v1"],
+                     "custom": ["env._target_=unified_rl.envs.control.GymnasiumEnv", "env.id=Pendulum-v1"],
                      "mjcf": ["env.path=x", "env.reward=unified_rl.replay.Uniform"]}.get(name, [])  # fmt: skip
             walk(compose([f"{group}={name}", *needs]))
     for name, parameter in parameters(TrainSettings)[0].items():

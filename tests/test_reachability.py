@@ -655,7 +655,7 @@ CLASSES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "causal_lm": ("policy", "unified_rl.policies.causal_lm.CausalLM", LM),
     "two_route": ("env", "unified_rl.envs.control.TwoRouteEnv", (*CONTROL, "rollout.horizon=24")),
-    "gymnasium": ("env", "unified_rl.envs.control.make_gymnasium", (*CONTROL, "env=pendulum")),
+    "gymnasium": ("env", "unified_rl.envs.control.GymnasiumEnv", (*CONTROL, "env=pendulum")),
     "mujoco": ("env", "unified_rl.envs.control.make_mujoco", (*CONTROL, "env=inverted_pendulum", "env.chunk=2")),
     "mjcf": (
         "env", "unified_rl.envs.control.make_mjcf",
@@ -799,15 +799,12 @@ VALUES_OF: dict[str, Any] = {
     "mujoco.chunk": 3,
     "mujoco.options": {"reset_noise_scale": 0.3},
     "gymnasium.make": "mjcf_cases:weak_pendulum",
-    "gymnasium.gamma": 0.5,
     "mjcf.path": "OTHER_BOT",
     "mjcf.reward": "mjcf_cases:other_reward",
     "mjcf.observation": "mjcf_cases:observation",
     "mjcf.termination": "mjcf_cases:ended",
     "mjcf.metrics": "mjcf_cases:metrics",
     "mjcf.initial": "mjcf_cases:initial",
-    "mjcf.chunk": 3,
-    "mjcf.gamma": 0.5,
     "chain_mod.max_turn_tokens": 5,
     "chain_mod.tokenizer": "nowhere",
     "chain_mod.held_out": 0.5,
@@ -1078,6 +1075,7 @@ ASIDE: dict[str, str] = {
     "two_route(left_bonus)": "paid at the goal, which the first policies do not reach; test_two_route.py",
     "chain_mod(direct_share)": "of demonstrations of style mixture; its own case below",
     "gymnasium(flatten)": "for observations with images; test_image_observations.py",
+    "gymnasium(several_choices)": "for actions of several choices; test_gym_adapter.py",
     "gymnasium(workers)": "how copies are stepped; test_gymnasium_workers.py",
     **{
         f"{policy}(image_features)": "for observations with images; test_image_observations.py"

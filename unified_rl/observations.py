@@ -171,6 +171,16 @@ class Layout:
             at += leaf.part.width
         return numbers, pictures
 
+    def stack(self, rows: Tensor) -> Tensor:
+        """Rows ``[..., n, width]`` of n observations as one row ``[..., n * width]`` of :func:`stacked`."""
+        import torch
+
+        size = FLOAT if self.images else 1
+        widths = [size * leaf.part.width for leaf in self.numbers] + [leaf.part.width for leaf in self.images]
+        if len(widths) == 1:
+            return rows.flatten(-2)
+        return torch.cat([entry.flatten(-2) for entry in rows.split(widths, -1)], -1)
+
     def finite(self, rows: Array) -> bool:
         """Whether the numbers of rows are finite; pixels always are."""
         if self.images:
@@ -182,6 +192,36 @@ class Layout:
 def layout_of(part: Part) -> Layout:
     """The rows of an observation space."""
     return Layout(part)
+
+
+def stacked(part: Part, count: int) -> Part:
+    """The space of the newest ``count`` observations together, oldest first; its rows are :meth:`Layout.stack`'s.
+
+    An array of numbers becomes a vector. Otherwise every entry has ``count`` in front of its shape, as in Gymnasium's
+    ``FrameStackObservation``; where it holds several images already, ``count`` times as many.
+    """
+    return _stacked(part, count, (count * part.width,)) if isinstance(part, Box) else _stacked(part, count)
+
+
+def _stacked(part: Part, count: int, shape: tuple[int, ...] | None = None) -> Part:
+    shape = (count, *part.shape) if shape is None else shape
+    match part:
+        case DictSpace():
+            return DictSpace(tuple((name, _stacked(one, count)) for name, one in part.parts))
+        case TupleSpace():
+            return TupleSpace(tuple(_stacked(one, count) for one in part.parts))
+        case Image():
+            several = (count * shape[1], *shape[2:]) if len(part.shape) == 4 else shape
+            return Image(several, part.channels_first or len(part.shape) == 2)
+        case Discrete():
+            return MultiDiscrete((part.n,) * count, (part.start,) * count)
+        case MultiDiscrete():
+            return MultiDiscrete(part.counts * count, part.start * count, shape, part.dtype)
+        case MultiBinary():
+            return MultiBinary(shape)
+    assert isinstance(part, Box)
+    low, high = (tuple(bound.ravel().tolist()) * count for bound in (part.low_array, part.high_array))
+    return Box(shape, part.dtype, low, high)
 
 
 def _leaves(part: Part, path: tuple[str | int, ...]) -> Iterator[Leaf]:

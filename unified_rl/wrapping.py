@@ -51,27 +51,12 @@ def split(node: Mapping[str, Any], own: Mapping[str, Parameter]) -> tuple[Wrappi
     Args:
         node: of the group ``env``, checked.
         own: settings of its target, which keep their meaning there; but a history is one of steps, and not of chunks.
-
-    Raises:
-        ConfigError: two histories, one around the other.
     """
     given = {name: node[name] for name in NAMES if name in node and name not in own}
-    _refuse_two_histories(node, given.get("frame_stack", 1))
     plain = "chunk" in own and own["chunk"].default == 1  # the target puts its chunks around what has none
     if plain and node.get("chunk", 1) > 1 and max(given.values(), default=1) > 1:
         given["chunk"] = node["chunk"]
     return Wrapping(**given), {key: value for key, value in node.items() if key not in given}
-
-
-def _refuse_two_histories(node: Mapping[str, Any], frames: int) -> None:
-    """Of this library's environments: what somebody else's calls a history may be anything."""
-    history = node.get("history", 1) if str(node.get("_target_")).startswith(PLACE) else 1
-    if history > 1 and frames > 1:
-        raise ConfigError(
-            f"env.history={history} and env.frame_stack={frames} are one history around another, {history * frames} "
-            "observations of which most are repeated: leave one of them out (env.frame_stack is for vectors, "
-            "env.history for images)"
-        )
 
 
 def wrap(env: Any, wrapping: Wrapping, build: Callable[..., Any], gamma: float | None) -> Any:

@@ -12,7 +12,7 @@ from unified_rl.lazy import lazy
 if TYPE_CHECKING:
     from unified_rl.envs.control.base import ControlEnvBase
     from unified_rl.envs.control.chunk import ActionChunk
-    from unified_rl.envs.control.gymnasium_env import GymnasiumEnv, make_gymnasium
+    from unified_rl.envs.control.gymnasium_env import GymnasiumEnv
     from unified_rl.envs.control.mjcf import make_mjcf
     from unified_rl.envs.control.mujoco_env import TASKS, BatchedMujocoEnv, make_mujoco
     from unified_rl.envs.control.point_maze import PointMazeEnv
@@ -29,7 +29,6 @@ _PLACES = {
     "GymnasiumEnv": "gymnasium_env",
     "PointMazeEnv": "point_maze",
     "TwoRouteEnv": "two_route",
-    "make_gymnasium": "gymnasium_env",
     "make_mjcf": "mjcf",
     "make_mujoco": "mujoco_env",
 }
@@ -45,7 +44,6 @@ __all__ = [
     "GymnasiumEnv",
     "PointMazeEnv",
     "TwoRouteEnv",
-    "make_gymnasium",
     "make_mjcf",
     "make_mujoco",
 ]

@@ -13,8 +13,9 @@ from torchrl.data import Bounded, Categorical, Composite, MultiCategorical, Unbo
 from torchrl.envs import EnvBase
 
 from unified_rl.errors import NonFiniteError
+from unified_rl.interop.deadline import seconds_of
 from unified_rl.observations import layout_of
-from unified_rl.protocols import StepResult
+from unified_rl.protocols import StepResult, TellsResumable
 from unified_rl.spaces import PolicyInputs, Space
 
 
@@ -129,6 +130,56 @@ class ControlEnvBase(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         if seed is not None:
             self.seed_streams(seed)
+
+
+class EnvWrapper(ControlEnvBase):
+    """What is put around a control environment: does as the one inside, but for what a subclass says.
+
+    Args:
+        env: the one inside; its :meth:`advance` accepts a mask of running simulations.
+        space: of what is shown and taken outside.
+        steps: of the environment inside in one action, at most.
+    """
+
+    def __init__(self, env: ControlEnvBase, space: Space, steps: int = 1) -> None:
+        super().__init__(env.num_envs, space, -(-env.max_steps // steps))
+        self.inner, self.steps_per_action = env, steps * env.steps_per_action
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Time limit of a step: that of the environment inside, for each of its steps."""
+        seconds = seconds_of(self.inner)
+        return None if seconds is None else seconds * (self.steps_per_action // self.inner.steps_per_action)
+
+    def current_observation(self) -> Tensor:
+        """What the policy sees now, rows ``[K, w]``."""
+        return self.inner.current_observation()
+
+    def restart(self, ended: Tensor) -> Tensor:
+        """Starts new episodes where ``ended [K]`` bool; the rows of their observations ``[n, w]``."""
+        return self.inner.restart(ended)
+
+    def seed_streams(self, seed: int) -> None:
+        """Restarts the random streams of the environment inside."""
+        self.inner.seed_streams(seed)
+
+    def resumable(self) -> str | bool:
+        """Whether the environment inside can continue its episodes bit for bit."""
+        return self.inner.resumable() if isinstance(self.inner, TellsResumable) else True
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The state of the environment inside."""
+        out: dict[str, Any] = self.inner.state_dict()
+        return out
+
+    def load_state_dict(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Restores :meth:`state_dict`."""
+        self.inner.load_state_dict(state)
+
+    def close(self, *, raise_if_closed: bool = True) -> None:
+        """Closes the environment inside."""
+        self.inner.close(raise_if_closed=False)
+        super().close(raise_if_closed=False)
 
 
 def raise_non_finite(name: str, value: Tensor, elapsed: Tensor, env: str | None = None) -> None:

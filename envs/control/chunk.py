@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from unified_rl.configurable import configurable
-from unified_rl.envs.control.base import ControlEnvBase
+from unified_rl.envs.control.base import ControlEnvBase, EnvWrapper
 from unified_rl.errors import ConfigError
-from unified_rl.interop.deadline import seconds_of
-from unified_rl.protocols import Demonstrates, StepResult, TellsResumable
+from unified_rl.protocols import Demonstrates, StepResult
 from unified_rl.ranges import Count, UnitInterval, ranged
 from unified_rl.spaces import Box, Space
 
 
 @configurable
 @ranged("env")
-class ActionChunk(ControlEnvBase):
+class ActionChunk(EnvWrapper):
     """Executes ``h`` actions of ``a`` dimensions a decision: an action is ``[K, h * a]``, first action first.
 
     The reward of a decision is ``sum_i gamma^(m i) r_i`` over the executed actions, each of which takes ``m`` steps of
@@ -42,18 +40,11 @@ class ActionChunk(ControlEnvBase):
             raise ConfigError(f"a chunk needs real-valued actions, got {one.describe()}")
         low, high = (tuple(bound.ravel().tolist()) * horizon for bound in (one.low_array, one.high_array))
         plan = Box((horizon, *one.shape), one.dtype, low, high)
-        super().__init__(env.num_envs, Space(env.space.observation, plan), -(-env.max_steps // horizon))
-        self.inner, self.horizon, self._action_dim = env, horizon, one.width
-        self.steps_per_action = horizon * env.steps_per_action
+        super().__init__(env, Space(env.space.observation, plan), horizon)
+        self.horizon, self._action_dim = horizon, one.width
         if isinstance(env, Demonstrates):
             self.demonstrations = env.demonstrations
         self._gamma = 0.99 if gamma is None else gamma
-
-    @property
-    def step_seconds(self) -> float | None:
-        """Time limit of a step: that of the environment inside, for each of its steps."""
-        seconds = seconds_of(self.inner)
-        return None if seconds is None else seconds * self.horizon
 
     def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
         """Executes the chunk ``[K, h * a]`` in every running simulation until its end or the episode's."""
@@ -90,40 +81,10 @@ class ActionChunk(ControlEnvBase):
         )
         return merged, active & ~(step.terminated | step.truncated)
 
-    def restart(self, ended: Tensor) -> Tensor:
-        """Starts new episodes where ``ended [K]``; their observations ``[n, d]`` float32."""
-        return self.inner.restart(ended)
-
     @property
     def gamma(self) -> float:
         """Discount of a step."""
         return self._gamma
-
-    def resumable(self) -> str | bool:
-        """Whether the environment inside can continue its episodes bit for bit."""
-        return self.inner.resumable() if isinstance(self.inner, TellsResumable) else True
-
-    def seed_streams(self, seed: int) -> None:
-        """Restarts the random streams of the environment inside."""
-        self.inner.seed_streams(seed)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The state of the environment inside; a chunk is never half done between calls."""
-        out: dict[str, Any] = self.inner.state_dict()
-        return out
-
-    def load_state_dict(self, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Restores :meth:`state_dict`."""
-        self.inner.load_state_dict(state)
-
-    def current_observation(self) -> Tensor:
-        """What the policy sees now, ``[K, d]`` float32."""
-        return self.inner.current_observation()
-
-    def close(self, *, raise_if_closed: bool = True) -> None:
-        """Closes the environment inside."""
-        self.inner.close(raise_if_closed=False)
-        super().close(raise_if_closed=False)
 
 
 def _merged_infos(old: dict[str, Tensor], new: dict[str, Tensor], active: Tensor) -> dict[str, Tensor]:

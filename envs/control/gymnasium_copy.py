@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from unified_rl.errors import ConfigError, EnvError, NonFiniteError, UnifiedRLError
 from unified_rl.instantiate import allowed, allowing, locate
 from unified_rl.interop.words import OWN_NAMES, describe, one_line
-from unified_rl.observations import MisfitError, layout_of
+from unified_rl.observations import NUMBERS, MisfitError, layout_of
 from unified_rl.spaces import Space
 
 Array: TypeAlias = NDArray[Any]
-NUMBERS = "biuf"
-"""Kinds of NumPy dtypes that are real numbers."""
 FOREIGN = ("GymV21Environment-v0", "GymV26Environment-v0")
 """Ids whose arguments name another module to import."""
 NOTHING = object()
@@ -279,7 +277,6 @@ class Source:
         id: a registered id, or ``package:Id-v0``; None with ``make``.
         make: a function or class that makes one, or its name, ``module:function``.
         flatten: wrap them so that they observe one vector.
-        history: observations that are shown together.
         max_episode_steps: the time limit; the environment's own if None.
         make_kwargs: further arguments of ``gymnasium.make``, or of ``make``.
         allow: packages that may be imported.
@@ -288,7 +285,6 @@ class Source:
     id: str | None
     make: Any = None
     flatten: bool = False
-    history: int = 1
     max_episode_steps: int | None = None
     make_kwargs: dict[str, Any] = field(default_factory=dict)
     allow: tuple[str, ...] = ()
@@ -335,8 +331,7 @@ class Source:
         return env if steps is None else gymnasium.wrappers.TimeLimit(env, steps)
 
     def _wrapped(self, env: Any) -> Any:
-        env = gymnasium.wrappers.FlattenObservation(env) if self.flatten else env
-        return env if self.history == 1 else gymnasium.wrappers.FrameStackObservation(env, self.history)
+        return gymnasium.wrappers.FlattenObservation(env) if self.flatten else env
 
     def plain(self) -> dict[str, Any]:
         """For a process of its own, where names alone arrive."""

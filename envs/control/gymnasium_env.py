@@ -12,23 +12,21 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase, raise_non_finite
-from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.goals import goals_of
 from unified_rl.envs.control.gymnasium_copy import Copy, Source, factory
 from unified_rl.envs.control.gymnasium_pool import Copies, Pool, Workers, shapes_of
 from unified_rl.errors import CheckpointError, ConfigError, RestoreError
 from unified_rl.instantiate import allowed
 from unified_rl.interop.deadline import STEP_SECONDS
+from unified_rl.interop.gymnasium_vector import LIMIT
 from unified_rl.protocols import Goals, StepResult
-from unified_rl.ranges import Count, Name, Positive, Seed, UnitInterval, Whole, ranged
+from unified_rl.ranges import Count, Name, Positive, Seed, Whole, ranged
 from unified_rl.spaces import Box, MultiBinary, MultiDiscrete, Space
 
 UNLIKE = (
     "replaying the running episodes gave other observations: this environment is not deterministic given its seed "
     "(a simulator with its own clock, a wrapper that keeps statistics)"
 )
-UNLIMITED = 1000
-"""Steps after which an evaluation gives up on an episode of an environment that has no time limit of its own."""
 
 
 @configurable
@@ -62,9 +60,7 @@ class GymnasiumEnv(ControlEnvBase):
         step_seconds: how long a step of all copies, or a reset, may take before it is given up; null waits for ever.
         make: instead of ``id``: a function or class that makes one ``gymnasium.Env``, ``module:function`` with
             ``--allow module``.
-        history: how many of the last observations are shown, the first of an episode in place of those before it.
         workers: processes that the copies are shared out among; 0 steps them here. Results are the same.
-        first: a copy that ``make`` has made already.
         several_choices: take actions of several choices (``MultiDiscrete``, ``MultiBinary``), for policies that choose
             each entry by a token of its own; ``env=gymnasium`` does.
 
@@ -93,21 +89,19 @@ class GymnasiumEnv(ControlEnvBase):
         make_kwargs: dict[str, Any] | None = None,
         step_seconds: Positive | None = STEP_SECONDS,
         make: Name | Callable[..., Any] | None = None,
-        history: Count = 1,
         workers: Whole = 0,
-        first: Any = None,
         several_choices: bool = False,
     ) -> None:
         if (id is None) == (make is None):
             raise ConfigError("env.id=NAME or env.make=module:function says where the environment comes from: give one")
-        source = Source(id, make, flatten, history, max_episode_steps, make_kwargs or {}, allowed())
-        copy = source.copy(0) if first is None else Copy(source.name, 0, first)
+        source = Source(id, make, flatten, max_episode_steps, make_kwargs or {}, allowed())
+        copy = source.copy(0)
         limit = copy.time_limit
         if not limit and id is not None:
             raise ConfigError(f"{id} has no time limit; set env.max_episode_steps")
-        super().__init__(num_envs, _space(copy, several_choices), limit or UNLIMITED)
+        super().__init__(num_envs, _space(copy, several_choices), limit or LIMIT)
         self.name, self.step_seconds, self.frames_per_second = copy.id, step_seconds, copy.frames_per_second
-        self.goals: Goals | None = goals_of(copy.env) if history == 1 and not copy.layout.images else None
+        self.goals: Goals | None = None if copy.layout.images else goals_of(copy.env)
         self._make_copy: Callable[[], Copy] = lambda: source.copy(0)
         self._pool: Pool
         if workers:
@@ -282,58 +276,3 @@ def _space(copy: Copy, several: bool) -> Space:
             "those of it with gymnasium.wrappers.TransformAction"
         )
     return space
-
-
-@configurable
-def make_gymnasium(
-    id: str | None = None,
-    num_envs: Count = 1,
-    seed: Seed = 0,
-    flatten: bool = False,
-    max_episode_steps: Count | None = None,
-    make_kwargs: dict[str, Any] | None = None,
-    step_seconds: Positive | None = STEP_SECONDS,
-    make: Name | Callable[..., Any] | None = None,
-    history: Count = 1,
-    workers: Whole = 0,
-    chunk: Count = 1,
-    gamma: UnitInterval | None = None,
-) -> ControlEnvBase:
-    """Copies of a Gymnasium environment, as of :class:`GymnasiumEnv`.
-
-    Args:
-        id: see there, as the rest.
-        num_envs: K.
-        seed: of the stream of episode seeds.
-        flatten: one vector of numbers, of images too.
-        max_episode_steps: the time limit.
-        make_kwargs: further arguments of what makes it.
-        step_seconds: how long a step of all copies may take.
-        make: instead of ``id``: ``module:function``.
-        history: how many of the last observations are shown.
-        workers: processes that step the copies.
-        chunk: actions executed open loop per policy decision.
-        gamma: discount inside a chunk; a run gives ``agent.gamma``, and None is 0.99.
-
-    Raises:
-        ConfigError: as there.
-    """
-    env = GymnasiumEnv(
-        id,
-        num_envs,
-        seed,
-        flatten,
-        max_episode_steps,
-        make_kwargs,
-        step_seconds,
-        make,
-        history,
-        workers,
-        several_choices=True,
-    )
-    return env if chunk == 1 else ActionChunk(env, chunk, gamma)
-
-
-make_gymnasium.costly_copies = True  # type: ignore[attr-defined]
-make_gymnasium.alternatives = GymnasiumEnv.alternatives  # type: ignore[attr-defined]
-make_gymnasium.check_settings = GymnasiumEnv.check_settings  # type: ignore[attr-defined]

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import select
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 import weakref
 from collections.abc import Sequence
-from contextlib import suppress
 from mmap import mmap
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -23,6 +19,7 @@ from numpy.typing import NDArray
 from unified_rl import errors
 from unified_rl.envs.control.gymnasium_copy import Copy, Source
 from unified_rl.errors import ConfigError, EnvError
+from unified_rl.interop.line_process import LineProcess
 
 Array: TypeAlias = NDArray[Any]
 WORKER = Path(__file__).with_name("gymnasium_worker.py")
@@ -176,24 +173,8 @@ class Worker:
 
     def __init__(self, name: str, number: int, lanes: Sequence[int], start: dict[str, Any], file: int) -> None:
         self.name, self.number, self.lanes = name, number, list(lanes)
-        # -P keeps this folder off the module path
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            process_group=0,
-            pass_fds=[file],
-        )
-        self._said = b""
-        self.tell({**start, "lanes": self.lanes, "file": file, "parent": os.getpid()})
-
-    def tell(self, message: dict[str, Any]) -> None:
-        """Sends a message."""
-        assert self.process.stdin is not None
-        with suppress(OSError):  # a process that ended: its answer says so
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
+        self.process = LineProcess(WORKER, [file])
+        self.process.tell({**start, "lanes": self.lanes, "file": file, "parent": os.getpid()})
 
     def answer(self, seconds: float | None = None) -> dict[str, Any]:
         """The answer to a message.
@@ -202,21 +183,15 @@ class Worker:
             UnifiedRLError: what the copies raised; EnvError where the process ended, ConfigError where it did not
                 answer in ``seconds``.
         """
-        stream = self.process.stdout
-        assert stream is not None
-        end = None if seconds is None else time.monotonic() + seconds
-        while b"\n" not in self._said:
-            if end is not None and not select.select([stream], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise ConfigError(f"env.workers: process {self.number} made no copies of {self.name} in {seconds:g} s")
-            more = os.read(stream.fileno(), 1 << 16)
-            if not more:
-                raise EnvError(
-                    f"process {self.number} of env.workers ended ({_ended(self.process.wait())}) with the simulations "
-                    f"{self.lanes} of {self.name}: what ended it is in its output, or it ran out of memory"
-                )
-            self._said += more
-        line, _, self._said = self._said.partition(b"\n")
-        found: dict[str, Any] = json.loads(line)
+        try:
+            found = self.process.answer(seconds)
+        except EOFError:
+            raise EnvError(
+                f"process {self.number} of env.workers ended ({self.process.end(GRACE)}) with the simulations "
+                f"{self.lanes} of {self.name}: what ended it is in its output, or it ran out of memory"
+            ) from None
+        if found is None:
+            raise ConfigError(f"env.workers: process {self.number} made no copies of {self.name} in {seconds:g} s")
         if "error" in found:
             kind = getattr(errors, found["error"][0], EnvError)
             raise kind(found["error"][1])
@@ -292,7 +267,7 @@ class Workers:
     def picture(self, lane: int) -> NDArray[np.uint8]:
         """See :class:`Pool`."""
         worker = self._home[lane]
-        worker.tell({"do": "draw", "lanes": [lane], "numbers": [0]})
+        worker.process.tell({"do": "draw", "lanes": [lane], "numbers": [0]})
         answer = worker.answer()
         height, width, colors = map(int, answer["shape"])
         flat: NDArray[np.uint8] = np.frombuffer(bytes.fromhex(answer["picture"]), dtype=np.uint8)
@@ -305,7 +280,7 @@ class Workers:
         for worker in self.workers:
             own = [lane for lane in worker.lanes if lane in given]
             if own:
-                worker.tell({"do": do, "lanes": own, "numbers": [given[lane] for lane in own]})
+                worker.process.tell({"do": do, "lanes": own, "numbers": [given[lane] for lane in own]})
                 asked.append(worker)
         answers, fault = [], None
         try:
@@ -340,22 +315,7 @@ def _shared_file(size: int) -> int:
 def _close(workers: Sequence[Worker]) -> None:
     """Ends processes: they are asked first, all at once, then made to."""
     for worker in workers:
-        with suppress(OSError):
-            worker.process.stdin.close()  # type: ignore[union-attr]
+        worker.process.hang_up()
     end = time.monotonic() + GRACE
     for worker in workers:
-        with suppress(subprocess.TimeoutExpired):
-            worker.process.wait(max(0.0, end - time.monotonic()))
-        if worker.process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.killpg(worker.process.pid, signal.SIGKILL)
-            worker.process.wait()
-        with suppress(OSError):
-            worker.process.stdout.close()  # type: ignore[union-attr]
-
-
-def _ended(code: int) -> str:
-    if code < 0:
-        with suppress(ValueError):
-            return f"signal {signal.Signals(-code).name}"
-    return f"exit code {code}"
+        worker.process.end(end - time.monotonic())

@@ -15,20 +15,19 @@ from numpy.typing import NDArray
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase
-from unified_rl.envs.control.history import with_history_and_chunk
 from unified_rl.envs.control.mujoco_env import BatchedMujocoEnv
 from unified_rl.envs.control.simulation import Array, Frame
 from unified_rl.envs.control.tasks import Outcome, Scene, Task, never, quiet_deprecations
 from unified_rl.errors import ConfigError, EnvError, UnifiedRLError
 from unified_rl.instantiate import allowed, locate, nearest
 from unified_rl.interop.words import OWN_NAMES, describe, one_line
-from unified_rl.ranges import Count, Name, NonNegative, Seed, UnitInterval
+from unified_rl.observations import NUMBERS
+from unified_rl.ranges import Count, Name, NonNegative, Seed
 
 READ = ("qpos", "qvel", "act", "xpos", "xquat", "site_xpos", "sensordata", "actuator_force")
 """Arrays of ``MjData`` that functions see; whatever else a task needs, a sensor of the model measures."""
 SHAPES: dict[str, tuple[int, ...]] = {"xpos": (-1, 3), "xquat": (-1, 4), "site_xpos": (-1, 3)}
 """Of those with more than one dimension a simulation."""
-NUMBERS = "biuf"
 
 
 class State:
@@ -324,9 +323,6 @@ def make_mjcf(
     max_steps: Count = 1000,
     reset_noise_scale: NonNegative = 0.01,
     threads: Count = 1,
-    chunk: Count = 1,
-    gamma: UnitInterval | None = None,
-    history: Count = 1,
 ) -> ControlEnvBase:
     """K simulations of an MJCF file, stepped natively.
 
@@ -350,9 +346,6 @@ def make_mjcf(
         max_steps: control steps before an episode is truncated.
         reset_noise_scale: size of the uniform noise on start positions and velocities; of no effect with ``initial``.
         threads: worker threads for the physics.
-        chunk: actions executed open loop per policy decision.
-        gamma: discount inside a chunk; a run gives ``agent.gamma``, and None is 0.99.
-        history: how many of the last observations are shown, the oldest first.
 
     Raises:
         ConfigError: no such file or no model, a model without actuators, or a function that is not allowed, not found
@@ -369,7 +362,7 @@ def make_mjcf(
     env = BatchedMujocoEnv(task, num_envs, seed, threads)
     frame = env.simulations.read(np.arange(num_envs))  # rules are tried before anything is spent
     task.outcome(env.scene, frame, task.memory(env.scene, frame), np.zeros((num_envs, task.model.nu)))
-    return with_history_and_chunk(env, history, chunk, gamma)
+    return env
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.control.base import ControlEnvBase, raise_non_finite
-from unified_rl.envs.control.history import with_history_and_chunk
+from unified_rl.envs.control.chunk import ActionChunk
 from unified_rl.envs.control.locomotion import Ant, Humanoid
 from unified_rl.envs.control.manipulation import InvertedDoublePendulum, InvertedPendulum, Pusher, Reacher
 from unified_rl.envs.control.rendering import Camera
@@ -199,7 +199,6 @@ def make_mujoco(
     chunk: Count = 1,
     gamma: UnitInterval | None = None,
     options: dict[str, Any] | None = None,
-    history: Count = 1,
 ) -> ControlEnvBase:
     """A batched MuJoCo task by its Gymnasium id.
 
@@ -211,13 +210,12 @@ def make_mujoco(
         chunk: actions executed open loop per policy decision.
         gamma: discount inside a chunk; a run gives ``agent.gamma``, and None is 0.99.
         options: fields of the task to change, for example ``{ctrl_cost_weight: 0.0}``.
-        history: how many of the last observations are shown, the oldest first.
 
     Raises:
         ConfigError: an unknown name or option, with the nearest known one.
     """
     env = BatchedMujocoEnv(_task(name, options or {}), num_envs, seed, threads)
-    return with_history_and_chunk(env, history, chunk, gamma)
+    return env if chunk == 1 else ActionChunk(env, chunk, gamma)
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from unified_rl.configurable import configurable
-from unified_rl.envs.control.base import ControlEnvBase
+from unified_rl.envs.control.base import ControlEnvBase, EnvWrapper
 from unified_rl.envs.control.chunk import ActionChunk
-from unified_rl.errors import CheckpointError, ConfigError
-from unified_rl.interop.deadline import seconds_of
-from unified_rl.protocols import StepResult, TellsResumable
+from unified_rl.errors import CheckpointError
+from unified_rl.observations import layout_of, stacked
+from unified_rl.protocols import StepResult
 from unified_rl.ranges import Count, UnitInterval, ranged
-from unified_rl.spaces import Box, Space
+from unified_rl.spaces import Space
 
 
 @configurable
@@ -32,9 +32,8 @@ class ActionRepeat(ActionChunk):
     """
 
     def __init__(self, env: ControlEnvBase, times: Count = 2, gamma: UnitInterval | None = None) -> None:
-        ControlEnvBase.__init__(self, env.num_envs, env.space, -(-env.max_steps // times))
-        self.inner, self.horizon, self.times = env, times, times
-        self.steps_per_action = times * env.steps_per_action
+        EnvWrapper.__init__(self, env, env.space, times)
+        self.horizon = self.times = times
         self._gamma = 0.99 if gamma is None else gamma
 
     def plan(self, action: Tensor) -> Tensor:
@@ -44,65 +43,42 @@ class ActionRepeat(ActionChunk):
 
 @configurable
 @ranged("env")
-class FrameStack(ControlEnvBase):
-    """Shows the newest ``frames`` observations as one vector ``[K, frames * d]``, oldest first.
+class FrameStack(EnvWrapper):
+    """Shows the newest ``frames`` observations together, oldest first, in rows ``[K, frames * w]``.
 
     The first observation of an episode stands for those before it, as in Gymnasium's ``FrameStackObservation``. Inside
-    :class:`ActionChunk` every executed step counts, not every decision.
+    :class:`ActionChunk` every executed step counts, not every decision. An array of numbers becomes a vector, an image
+    one with the channels of all (:func:`unified_rl.observations.stacked`).
 
     Args:
-        env: an environment whose observations are vectors.
+        env: an environment whose :meth:`advance` accepts a mask of running simulations.
         frames: how many.
-
-    Raises:
-        ConfigError: observations of another kind.
     """
 
     def __init__(self, env: ControlEnvBase, frames: Count = 2) -> None:
-        seen = env.space.observation
-        if not isinstance(seen, Box):
-            raise ConfigError(
-                f"env.frame_stack stacks vectors, and this environment shows {seen.describe()}: set env.flatten=true, "
-                f"or env.history={frames} in its place (both of env=gymnasium)"
-            )
-        low, high = (tuple(bound.ravel().tolist()) * frames for bound in (seen.low_array, seen.high_array))
-        stacked = Box((frames * seen.width,), seen.dtype, low, high)
-        super().__init__(env.num_envs, Space(stacked, env.space.action), env.max_steps)
-        self.inner, self.frames = env, frames
-        self.steps_per_action = env.steps_per_action
+        one = env.space.observation
+        super().__init__(env, Space(stacked(one, frames), env.space.action))
+        self.frames, self.layout = frames, layout_of(one)
         self._seen = env.current_observation().unsqueeze(1).repeat(1, frames, 1)
 
-    @property
-    def step_seconds(self) -> float | None:
-        """Time limit of a step: that of the environment inside."""
-        return seconds_of(self.inner)
-
     def current_observation(self) -> Tensor:
-        """What the policy sees now, ``[K, frames * d]`` float32."""
-        return self._seen.flatten(1).clone()
+        """What the policy sees now, rows ``[K, frames * w]``."""
+        return self.layout.stack(self._seen).clone()
 
     def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
         """Steps the simulations ``running [K]`` bool (default: all); the others keep their history."""
         step = self.inner.advance(action, running)
         shifted = torch.cat([self._seen[:, 1:], step.next_observation.unsqueeze(1)], 1)
         self._seen = shifted if running is None else torch.where(running[:, None, None], shifted, self._seen)
-        seen = self._seen.flatten(1)
+        seen = self.layout.stack(self._seen)
         return step._replace(observation=seen, next_observation=seen)
 
     def restart(self, ended: Tensor) -> Tensor:
-        """Starts new episodes where ``ended [K]``; their observations ``[n, frames * d]`` float32."""
+        """Starts new episodes where ``ended [K]``; their rows ``[n, frames * w]``."""
         first = self.inner.restart(ended).unsqueeze(1).repeat(1, self.frames, 1)
         self._seen = self._seen.clone()
         self._seen[ended] = first
-        return first.flatten(1)
-
-    def seed_streams(self, seed: int) -> None:
-        """Restarts the random streams of the environment inside."""
-        self.inner.seed_streams(seed)
-
-    def resumable(self) -> str | bool:
-        """Whether the environment inside can continue its episodes bit for bit."""
-        return self.inner.resumable() if isinstance(self.inner, TellsResumable) else True
+        return self.layout.stack(first)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The state of the environment inside, and the history."""
@@ -119,8 +95,3 @@ class FrameStack(ControlEnvBase):
             raise CheckpointError(f"saved histories are {saved}, this environment's are {mine}: same env.frame_stack?")
         self.inner.load_state_dict(state["inner"])
         self._seen = state["seen"].clone()
-
-    def close(self, *, raise_if_closed: bool = True) -> None:
-        """Closes the environment inside."""
-        self.inner.close(raise_if_closed=False)
-        super().close(raise_if_closed=False)

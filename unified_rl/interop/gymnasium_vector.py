@@ -220,6 +220,12 @@ def from_gymnasium(env: Any, again: Callable[[], Any] | None, num_envs: int, see
             f"{type(env).__name__} is a Gymnasium environment, and a run steps several: give what makes it, "
             "env=gymnasium env.make=module:function with --allow module, or GymnasiumEnv(make=function, num_envs=K)"
         )
-    given: dict[str, Any] = {"make": again, "first": env, "num_envs": num_envs, "seed": seed, "several_choices": True}
+    made, more = [env], again
+
+    def make() -> Any:
+        return made.pop() if made else more()
+
+    make.__name__ = getattr(again, "__name__", type(env).__name__)
+    given: dict[str, Any] = {"make": make, "num_envs": num_envs, "seed": seed, "several_choices": True}
     copies: ControlEnv = build({"_target_": COPIES}, **given)
     return copies

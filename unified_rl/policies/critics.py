@@ -96,7 +96,7 @@ class ValueCritic(Critic):
                 activation=activation,
                 orthogonal=orthogonal,
                 layer_norm=layer_norm,
-                setting="agent.critic_hidden",
+                setting=SETTING,
             )
 
     @property

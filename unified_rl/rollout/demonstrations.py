@@ -18,8 +18,7 @@ from unified_rl.protocols import ControlEnv, Demonstrates, HasSpace, LanguageEnv
 from unified_rl.ranges import Count, Share, ranged
 from unified_rl.replay import read_rows
 from unified_rl.rollout.language import epoch_of
-from unified_rl.rollout.recorded import fitted
-from unified_rl.rollout.windows import held_out, refuse_single_steps, sizes_of, windowed
+from unified_rl.rollout.windows import fitted_windows, held_out, refuse_single_steps
 from unified_rl.spaces import Space
 from unified_rl.units import Source
 
@@ -145,9 +144,7 @@ class DemonstrationRollout:
             refuse_single_steps(rows, self.env, f"rollout.data={data}")
             rows, space = rows.exclude(MOMENTS), self._space()  # of the policy that recorded them
             rows = rows if self.whole else rows.select(*KEYS["control"], "episode", "step", strict=False)
-            width = space.observation_dim, space.action_dim
-            rows = windowed(rows, *sizes_of(self.env), width, f"rollout.data={data}")
-            rows = fitted(rows, space, f"rollout.data={data}")
+            rows = fitted_windows(rows, self.env, space, f"rollout.data={data}")
         return rows
 
     def _space(self) -> Space:

@@ -9,6 +9,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import ConfigError
+from unified_rl.observations import Layout, layout_of
+from unified_rl.rollout.recorded import fitted
+from unified_rl.spaces import Box, Space
 
 
 def sizes_of(env: Any) -> tuple[int, int]:
@@ -19,6 +22,31 @@ def sizes_of(env: Any) -> tuple[int, int]:
         horizon *= int(getattr(env, "horizon", 1)) if hasattr(env, "plan") and not hasattr(env, "times") else 1
         env = getattr(env, "inner", None)
     return frames, horizon
+
+
+def fitted_windows(rows: TensorDict, env: Any, space: Space, setting: str) -> TensorDict:
+    """Rows of a data set, cut into the windows of an environment's policy where they are single steps, and checked.
+
+    Args:
+        rows: ``[N]``.
+        env: of the run.
+        space: of that.
+        setting: that names the data set, for errors.
+
+    Raises:
+        ConfigError: as :func:`windowed` and :func:`~unified_rl.rollout.recorded.fitted`.
+    """
+    width = layout_of(space.observation).width, space.action_dim
+    return fitted(windowed(rows, *sizes_of(env), width, setting, _single(env)), space, setting)
+
+
+def _single(env: Any) -> Layout | None:
+    """The layout of one observation, where an environment shows several."""
+    while (inner := getattr(env, "inner", None)) is not None:
+        if hasattr(env, "frames"):
+            return layout_of(inner.space.observation)
+        env = inner
+    return None
 
 
 def refuse_single_steps(rows: TensorDict, env: Any, setting: str) -> None:
@@ -77,7 +105,9 @@ class Windows:
         return self.order[torch.maximum(torch.minimum(self.rank + offset, self.high), self.low)]
 
 
-def windowed(rows: TensorDict, frames: int, horizon: int, width: tuple[int, int], setting: str) -> TensorDict:
+def windowed(
+    rows: TensorDict, frames: int, horizon: int, width: tuple[int, int], setting: str, layout: Layout | None = None
+) -> TensorDict:
     """Rows of single steps as those of a policy with a history of ``frames`` and plans of ``horizon`` actions.
 
     The first observation of an episode stands for those before it, and its last action for those behind it, as in
@@ -89,6 +119,7 @@ def windowed(rows: TensorDict, frames: int, horizon: int, width: tuple[int, int]
         horizon: actions, first action first.
         width: of the observation and the action that are wanted.
         setting: that names the data set, for errors.
+        layout: of one observation; None is a vector.
 
     Raises:
         ConfigError: rows that tell no episodes, or plans wanted of rows that hold rewards.
@@ -108,10 +139,12 @@ def windowed(rows: TensorDict, frames: int, horizon: int, width: tuple[int, int]
     if plans:
         rows["action"] = torch.cat([action[windows.beside(k)] for k in range(horizon)], -1)
     if stacks:
+        layout = layout_of(Box((seen.shape[1],))) if layout is None else layout
         past = [seen[windows.beside(k - frames + 1)] for k in range(frames)]
-        rows["observation"] = torch.cat(past, -1)
+        rows["observation"] = layout.stack(torch.stack(past, 1))
         if "next_observation" in rows.keys():
-            rows["next_observation"] = torch.cat([*past[1:], rows["next_observation"].reshape(count, -1)], -1)
+            later = [*past[1:], rows["next_observation"].reshape(count, -1)]
+            rows["next_observation"] = layout.stack(torch.stack(later, 1))
     return rows
 
 

@@ -34,8 +34,7 @@ from unified_rl.protocols import (
 from unified_rl.replay import HindsightReplay, WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
 from unified_rl.rollout.feed import LocalFeed
-from unified_rl.rollout.recorded import fitted
-from unified_rl.rollout.windows import refuse_single_steps, sizes_of, windowed
+from unified_rl.rollout.windows import fitted_windows, refuse_single_steps
 from unified_rl.spaces import Space
 from unified_rl.stopping import say
 from unified_rl.training.best import Watch
@@ -440,8 +439,8 @@ class Job:
             discounted(getattr(replay, "stored", None), "replay.data", self.gamma)
             if isinstance(replay, WithDataset):
                 space = Space.of(self.env.policy_inputs())
-                where, width = f"replay.data={self.cfg['replay']['data']}", (space.observation_dim, space.action_dim)
-                replay.stored = fitted(windowed(replay.stored, *sizes_of(self.env), width, where), space, where)
+                where = f"replay.data={self.cfg['replay']['data']}"
+                replay.stored = fitted_windows(replay.stored, self.env, space, where)
         if isinstance(replay, HindsightReplay):
             replay.goals = self._goals()
         if isinstance(agent, ChecksReplay):

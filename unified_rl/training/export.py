@@ -97,8 +97,7 @@ def _export_file(run: str, target: Path, checkpoint: str | int | None, allow: Se
         )
     if options:
         raise ConfigError("--merge and --dtype are of language models; leave them out for a control policy")
-    history = (read_config(Path(run)).get("env") or {}).get("history", 1)
-    return export_policy(policy, target, run, history if isinstance(history, int) else 1)
+    return export_policy(policy, target, run)
 
 
 def _of_model_folder(run: str, checkpoint: str | int | None, allow: Sequence[str]) -> Any:

@@ -82,7 +82,7 @@ def _settle_switches(policy: nn.Module) -> None:
                 setattr(module, name, bool(value))
 
 
-def export_policy(policy: Any, target: Path, run: str = "the run", history: int = 1) -> Path:
+def export_policy(policy: Any, target: Path, run: str = "the run") -> Path:
     """Writes the deterministic policy as ``.pt2`` (``torch.export.load``) or ``.onnx``, and compares it with itself.
 
     Input ``observation [K, d]`` float32 with any ``K``, output ``action [K, *shape]`` as
@@ -92,7 +92,6 @@ def export_policy(policy: Any, target: Path, run: str = "the run", history: int 
         policy: as ``load_policy`` gives it; it is used up.
         target: the file; its ending says which format.
         run: what errors call its run.
-        history: ``env.history`` of its run.
 
     Raises:
         ConfigError: a policy that cannot be exported, a missing package, or a file that says something else.
@@ -108,12 +107,9 @@ def export_policy(policy: Any, target: Path, run: str = "the run", history: int 
         _require_onnx(target)
     shape = layout_of(policy.acts_in.observation).plain or ()
     if len(shape) != 1:
-        flatten = "" if history > 1 and len(shape) == 2 else "env.flatten=true"
-        stacked = f"env.frame_stack={history} in place of env.history" if history > 1 else ""
         raise ConfigError(
             f"{run} sees {policy.acts_in.observation.describe()}, and files are written of policies that see one "
-            f"vector: act with unified_rl.load_policy({run!r}) instead, or train with "
-            + " and ".join(filter(None, (stacked, flatten)))
+            f"vector: act with unified_rl.load_policy({run!r}) instead, or train with env.flatten=true"
         )
     space, about = policy.acts_in, {"version": __version__, "policy": type(policy).__name__}
     rows = _rows(policy, space)
