@@ -23,7 +23,7 @@ from unified_rl.observations import layout_of, stacked
 from unified_rl.protocols import Demonstrates
 from unified_rl.replay import Replay, Uniform
 from unified_rl.rollout.control import ControlRollout
-from unified_rl.rollout.windows import fitted_windows, sizes_of
+from unified_rl.rollout.windows import fitted_windows, refuse_single_steps, sizes_of
 from unified_rl.spaces import part_from_gymnasium
 from unified_rl.wrapping import Wrapping, wrap
 
@@ -183,7 +183,7 @@ def test_a_chunk_of_repeated_actions_discounts_every_step() -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Steps of a pendulum, of one step each and of rows that tell of several."""
+    """Steps of a pendulum, of one step each (also with its discount) and of rows that tell of several."""
     g, n = torch.Generator().manual_seed(0), 40
     rows = {
         "observation": torch.randn(n, 3, generator=g),
@@ -193,7 +193,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     rows |= {"next_observation": rows["observation"], "reward": torch.ones(n), "step": torch.arange(n) % 20}
     rows |= {key: torch.zeros(n, dtype=torch.bool) for key in ("terminated", "truncated")}
     found = {}
-    for name, more in (("single", {}), ("several", {"discount": torch.full((n,), 0.99**2)})):
+    cut = torch.full((n,), 0.99**4)
+    cut[19::20], ends = 0.99**2, torch.arange(n) % 20 == 19  # an episode ended within a decision
+    for name, more in (
+        ("single", {}),
+        ("told", {"discount": torch.full((n,), 0.99)}),
+        ("several", {"discount": torch.full((n,), 0.99**2)}),
+        ("four", {"discount": cut, "truncated": ends}),
+    ):
         replay = Replay(n, sampler=Uniform())
         replay.extend({**rows, **more})
         found[name] = str(tmp_path_factory.mktemp("rows") / name)
@@ -214,7 +221,13 @@ def test_single_steps_are_no_rows_of_repeated_actions(option: str, folders: dict
 
     with pytest.raises(ConfigError, match=rf"{option}=.*holds single steps, and env\.action_repeat=2 .*repeat=1, or"):
         run("single", 2)
-    run("single", 1), run("several", 2)
+    with pytest.raises(ConfigError, match=rf"{option}=.*holds single steps, and env\.action_repeat=2 .*repeat=1, or"):
+        run("told", 2)
+    with pytest.raises(ConfigError, match=rf"{option}=.*holds rows of 4 steps, and env\.action_repeat=2 .*repeat=4, "):
+        run("four", 2)
+    run("single", 1), run("told", 1), run("several", 2), run("four", 4)
+    undiscounted = TensorDict({"action": torch.zeros(4, 1), "discount": torch.ones(4)}, [4])
+    refuse_single_steps(undiscounted, ActionRepeat(pendulum(), 2, 1.0), "powers of 1 tell nothing")
     repeated = ActionRepeat(pendulum(), 2)
     assert sizes_of(repeated) == (1, 1) and sizes_of(ActionChunk(FrameStack(repeated, 3), 4)) == (3, 4)
 

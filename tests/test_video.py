@@ -16,7 +16,7 @@ import unified_rl as ur
 from unified_rl.cli import main
 from unified_rl.envs.control import rendering
 from unified_rl.envs.control.two_route import SCALE, TwoRoute
-from unified_rl.training import video
+from unified_rl.training import evaluation, video
 from unified_rl.training.run import train
 
 SMALL = ["policy.hidden=[8]", "agent=ppo", "agent.critic_hidden=[8]", "rollout.num_envs=2", "rollout.horizon=8",
@@ -87,6 +87,26 @@ def test_a_gif_shows_every_step_of_every_episode_until_its_end(
     assert Image.open(tmp_path / "a.png").size[0] > 300
     scores = ur.Run(runs["lamp"]).evaluate()
     assert scores["eval/length"] == pytest.approx(np.round(lasts).mean()), "the episodes of the evaluation"
+
+
+@pytest.mark.parametrize(("run", "episodes"), [("route", 12), ("lamp", 20)])
+def test_what_is_shown_is_what_the_evaluation_plays_first(
+    run: str, episodes: int, runs: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[video.Watch] = []
+    played: list[list[float]] = []
+    monkeypatch.setattr(video, "plot_returns", lambda watch, *more: watched.append(watch))
+    plain = evaluation._play_round
+
+    def noted(*given: Any) -> Any:
+        out = plain(*given)
+        played.append(out[0]["return"].tolist())
+        return out
+
+    monkeypatch.setattr(evaluation, "_play_round", noted)
+    ur.evaluate(runs[run], plot=tmp_path / "a.png", episodes=episodes)
+    assert len(watched[0].returns) == video.TILES < len(played[1]) and len(set(played[1])) > 1
+    assert watched[0].returns.tolist() == pytest.approx(played[1][: video.TILES]), "those of the evaluation behind it"
 
 
 def test_an_episode_s_end_return_and_success_are_over_its_tile() -> None:

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from unified_rl.files import write_atomically
 from unified_rl.instantiate import locate, parameters
 from unified_rl.replay import Replay, Uniform, read_rows
 from unified_rl.replay.persist import no_rows
-from unified_rl.rollout import as_environment
-from unified_rl.wrapping import split, wrap
+from unified_rl.rollout.environment import make_environment
 
 ABOUT = "dataset.json"
 """Where a set comes from; for people, nothing depends on it."""
@@ -171,14 +169,17 @@ def built(
     if getattr(target, "domain", None) == "language":
         raise ConfigError(f"env is of language, and {command} is of robots")
     taken, _ = parameters(target, allow)
-    wrapping, node = split(node, taken)
     wanted = {"num_envs": num_envs, "seed": seed, **({} if gamma is None else {"gamma": gamma})}
     given = {key: value for key, value in wanted.items() if key in taken}
-
-    def make() -> Any:
-        return build(dict(node), allow=allow, setting="env", **given)
-
-    env = as_environment(make(), make, num_envs, seed)
+    env = make_environment(
+        node,
+        taken,
+        lambda own: build(own, allow=allow, setting="env", **given),
+        num_envs=num_envs,
+        seed=seed,
+        gamma=gamma,
+        allow=allow,
+    )
     if env.domain != "control":
         raise ConfigError(f"env is of {env.domain}, and {command} is of robots")
-    return wrap(env, wrapping, partial(build, allow=allow, setting="env"), gamma)
+    return env

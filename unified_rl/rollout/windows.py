@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -50,26 +51,59 @@ def _single(env: Any) -> Layout | None:
 
 
 def refuse_single_steps(rows: TensorDict, env: Any, setting: str) -> None:
-    """Refuses rows of single steps where a decision of the run repeats its action; only a discount tells of several.
+    """Refuses rows of other steps than the run's, where a decision of the run repeats its action.
 
     Args:
-        rows: with ``discount``, which is of all steps of a row, or without.
+        rows: ``[N]``; without ``discount`` they are of single steps, and with one it tells how many steps a row took.
+            Rows that end an episode may have taken fewer. Powers of another discount are not judged here.
         env: of the run.
         setting: that names the data set, for errors.
 
     Raises:
-        ConfigError: such rows.
+        ConfigError: single steps, or no row that goes on took as many steps as a decision of the run.
     """
-    times = 1
-    while env is not None:
-        times *= int(env.times) if hasattr(env, "plan") and hasattr(env, "times") else 1
-        env = getattr(env, "inner", None)
-    if times > 1 and "discount" not in rows.keys():
-        raise ConfigError(
-            f"{setting} holds single steps, and env.action_repeat={times} lets every action last for {times}: set "
-            "env.action_repeat=1, or record rows with the run's own environment ('unified-rl evaluate RUN --record "
-            "FOLDER')"
-        )
+    times, gamma, inner = 1, 0.0, env
+    while inner is not None:
+        if hasattr(inner, "plan") and hasattr(inner, "times"):
+            times, gamma = times * int(inner.times), float(inner.gamma)
+        inner = getattr(inner, "inner", None)
+    if times == 1:
+        return
+    held, theirs = "single steps", 1
+    if "discount" in rows.keys():
+        if gamma in (0.0, 1.0):  # whose powers tell nothing
+            return
+        whole = rows["action"].reshape(len(rows), -1).shape[1] == Space.of(env.policy_inputs()).action_dim
+        wanted = env.steps_per_action if whole else times  # plans are cut from rows of one action
+        taken = executed_steps(_going_on(rows), gamma).unique()
+        if not len(taken) or bool((taken.isnan() | (taken == wanted)).any()):
+            return
+        most = int(taken.max())
+        held, theirs = f"rows of {most} steps" if most > 1 else held, max(1, most * times // wanted)
+    raise ConfigError(
+        f"{setting} holds {held}, and env.action_repeat={times} lets every action last for {times}: set "
+        f"env.action_repeat={theirs}, or record rows with the run's own environment ('unified-rl evaluate RUN --record "
+        "FOLDER')"
+    )
+
+
+def _going_on(rows: TensorDict) -> Tensor:
+    """Discounts ``[M]`` of the rows that end no episode."""
+    ended = torch.zeros(len(rows), dtype=torch.bool)
+    for key in ("terminated", "truncated"):
+        if key in rows.keys():
+            ended |= rows[key].reshape(len(rows)).bool()
+    return rows["discount"].reshape(len(rows))[~ended]
+
+
+def executed_steps(discount: Tensor, gamma: float) -> Tensor:
+    """Of how many steps discounts ``[N]`` are, float64; NaN where they are no power of ``gamma``.
+
+    A ``gamma`` of 0 or 1 has no other power: then 1, or NaN.
+    """
+    found = discount.double()
+    power = (found.log() / math.log(gamma)).round().clamp(0, 1000) if 0 < gamma < 1 else torch.ones_like(found)
+    return torch.where((found - gamma**power).abs() > 1e-6, torch.nan, power)
 
 
 class Windows:

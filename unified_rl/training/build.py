@@ -14,9 +14,8 @@ import torch
 
 from unified_rl.config import build, check_run
 from unified_rl.devices import device_of
-from unified_rl.errors import ConfigError, UnifiedRLError
+from unified_rl.errors import ConfigError
 from unified_rl.instantiate import REQUIRED, Parameter, is_node, locate, parameters
-from unified_rl.interop.words import one_line
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.pretrained import tokenizer_folder
 from unified_rl.protocols import (
@@ -32,9 +31,10 @@ from unified_rl.protocols import (
     Rewarded,
 )
 from unified_rl.replay import HindsightReplay, WithDataset
-from unified_rl.rollout import ControlRollout, LanguageRollout, TorchRLControlEnv, as_environment
+from unified_rl.rollout import ControlRollout, LanguageRollout
+from unified_rl.rollout.environment import make_environment
 from unified_rl.rollout.feed import LocalFeed
-from unified_rl.rollout.windows import fitted_windows, refuse_single_steps
+from unified_rl.rollout.windows import executed_steps, fitted_windows, refuse_single_steps
 from unified_rl.spaces import Space
 from unified_rl.stopping import say
 from unified_rl.training.best import Watch
@@ -64,7 +64,6 @@ from unified_rl.training.settings import TrainSettings, check_eval_sampling
 from unified_rl.training.trainer import Trainer
 from unified_rl.training.written import check_rollout
 from unified_rl.units import Source
-from unified_rl.wrapping import split, wrap
 
 NODES = ("env", "policy", "agent", "correction", "replay", "rollout", "warm_start")
 DISCOUNTS = {"control": 0.99, "language": 1.0}
@@ -290,26 +289,19 @@ class Job:
         if not node:
             raise ConfigError("this run has no environment; choose one with env=NAME")
         taken, _ = self._parameters(node)
-        wrapping, node = split(node, taken)
         sizes = {key: value for key, value in self._env_options.items() if key in taken}
         if "tokenizer" in sizes:
             node = {key: value for key, value in node.items() if key != "tokenizer"}
         seed = self._integer(stream)
-
-        def make() -> Any:
-            return self.build(node, "env", seed=seed, num_envs=num_envs, **sizes)
-
-        make.__name__ = node["_target_"] if isinstance(node["_target_"], str) else make.__name__
-        try:
-            env = as_environment(make(), make, num_envs, seed)
-        except UnifiedRLError:
-            raise
-        except (Exception, SystemExit) as error:  # somebody else's constructor
-            raise ConfigError(f"env: {node['_target_']} could not be made: {one_line(error)}") from error
-        if isinstance(env, TorchRLControlEnv):
-            env.seed(seed)
-        if env.domain == "control":
-            env = wrap(env, wrapping, partial(build, allow=self.allow, setting="env"), self._default("agent", "gamma"))
+        env = make_environment(
+            node,
+            taken,
+            lambda own: self.build(own, "env", seed=seed, num_envs=num_envs, **sizes),
+            num_envs=num_envs,
+            seed=seed,
+            gamma=self._default("agent", "gamma"),
+            allow=self.allow,
+        )
         return self.rewarded(env)
 
     def rewarded(self, env: Any) -> Any:
@@ -750,8 +742,7 @@ def check_recorded_discount(rows: Any, setting: str, gamma: float) -> None:
     if rows is None or "discount" not in rows.keys():
         return
     found = rows["discount"].double().flatten().unique()
-    power = (found.log() / math.log(gamma)).round().clamp(0, 1000) if 0 < gamma < 1 else torch.ones_like(found)
-    wrong = found[(found - gamma**power).abs() > 1e-6]
+    wrong = found[executed_steps(found, gamma).isnan()]
     if len(wrong):
         raise ConfigError(
             f"the rows of {setting} were recorded under another discount, {float(wrong.max()):g}, and not under "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -63,7 +63,7 @@ def check_pictures(job: Job, video: str | None, plot: str | None) -> None:
 
 
 def show(job: Job, video: str | None = None, plot: str | None = None) -> int:
-    """Plays the first episodes of the run's evaluation, :data:`TILES` at most, and draws them.
+    """Plays the episodes that the run's evaluation plays first, and draws :data:`TILES` of them at most.
 
     Args:
         job: a run with its policy.
@@ -79,20 +79,10 @@ def show(job: Job, video: str | None = None, plot: str | None = None) -> int:
         CheckpointError: a file cannot be written.
     """
     check_pictures(job, video, plot)
-    count = min(job.episodes, TILES)
-    env = _environment(job, count, pictures=video is not None)
-    stage = innermost(env)
-    try:
-        with _film(stage, video) as film:
-            watch = Watch(stage, film)
-            with watch.watching():
-                _play(job, env, count)
-    finally:
-        if hasattr(env, "close"):
-            env.close()
+    watch = _played(job, TILES, lambda stage: _film(stage, video), pictures=video is not None)
     if plot is not None:
-        plot_returns(watch, Path(plot), str(job.cfg.get("name") or name_of(stage)))
-    return count
+        plot_returns(watch, Path(plot), str(job.cfg.get("name") or name_of(watch.stage)))
+    return len(watch.alive)
 
 
 def strip(job: Job, count: int = 6) -> tuple[list[Picture], Watch]:
@@ -106,23 +96,36 @@ def strip(job: Job, count: int = 6) -> tuple[list[Picture], Watch]:
         ConfigError: an environment that draws nothing, or no renderer on this machine.
         EnvError: an environment that draws something else than a picture.
     """
-    env = _environment(job, 1, pictures=True)
-    stage = innermost(env)
-    try:
+
+    def film(stage: Any) -> AbstractContextManager[Film]:
         if not isinstance(stage, Renders):
             raise ConfigError(f"{name_of(stage)} draws no pictures")
-        film = Strip(stage, count)
-        watch = Watch(stage, film)
-        with watch.watching():
-            _play(job, env, 1)
+        return nullcontext(Strip(stage, count))
+
+    watch = _played(job, 1, film, pictures=True)
+    assert isinstance(watch.film, Strip)
+    return watch.film.pictures(), watch
+
+
+def _played(job: Job, most: int, film: Callable[[Any], AbstractContextManager[Film]], *, pictures: bool) -> Watch:
+    """Plays what the run's evaluation plays first, in as many simulations, and follows ``most`` of these episodes."""
+    env = _environment(job, pictures)
+    count, stage = min(env.num_envs, job.episodes), innermost(env)
+    seed, stream = job._integer("evaluation"), generator(job.seed, "evaluation", job.device)
+    greedy, device = job.settings.eval_deterministic, str(job.device)
+    try:
+        with film(stage) as taken:
+            watch = Watch(stage, taken, min(most, count))
+            with watch.watching(), torch.random.fork_rng(devices=[]):
+                evaluate_control(env, job.policy, seed, stream, greedy, device, count)
     finally:
         if hasattr(env, "close"):
             env.close()
-    return film.pictures(), watch
+    return watch
 
 
-def _environment(job: Job, count: int, pictures: bool) -> Any:
-    """An environment of its own whose copies draw."""
+def _environment(job: Job, pictures: bool) -> Any:
+    """An environment of its own, like the evaluation's, whose copies draw."""
     own = job.cfg
     node = dict(own["env"])
     taken = parameters(locate(node["_target_"], job.allow), job.allow)[0]
@@ -132,15 +135,9 @@ def _environment(job: Job, count: int, pictures: bool) -> Any:
         node["render_mode"] = "rgb_array"
     job.cfg = {**own, "env": node}
     try:
-        return job._environment("evaluation", count)
+        return job.evaluation_env()
     finally:
         job.cfg = own
-
-
-def _play(job: Job, env: Any, count: int) -> None:
-    seed, stream = job._integer("evaluation"), generator(job.seed, "evaluation", job.device)
-    with torch.random.fork_rng(devices=[]):
-        evaluate_control(env, job.policy, seed, stream, job.settings.eval_deterministic, str(job.device), count)
 
 
 def innermost(env: Any) -> Any:
@@ -166,11 +163,12 @@ class NoFilm:
 
 
 class Watch:
-    """Follows the first episode of every simulation, step by step, also inside a chunk.
+    """Follows the first episode of the first ``K`` simulations, step by step, also inside a chunk.
 
     Args:
         stage: the environment that makes the steps.
         film: is told after each of them.
+        count: K; all of them by default.
 
     Attributes:
         alive: ``[K]`` bool, whose first episode goes on.
@@ -180,9 +178,9 @@ class Watch:
         history: of each simulation, its return after every step.
     """
 
-    def __init__(self, stage: Any, film: Film) -> None:
+    def __init__(self, stage: Any, film: Film, count: int | None = None) -> None:
         self.stage, self.film = stage, film
-        count = stage.num_envs
+        count = stage.num_envs if count is None else count
         self.alive = np.ones(count, dtype=bool)
         self.moved = np.ones(count, dtype=bool)
         self.returns = np.zeros(count)
@@ -213,11 +211,12 @@ class Watch:
     def _follow(self, result: StepResult, running: Tensor | None) -> None:
         if not self.alive.any():
             return
-        self.moved = self.alive & (True if running is None else running.numpy())
-        self.returns += np.where(self.moved, result.plain_reward.double().numpy(), 0.0)
-        ended = self.moved & (result.terminated | result.truncated).numpy()
+        first = slice(len(self.alive))
+        self.moved = self.alive & (True if running is None else running[first].numpy())
+        self.returns += np.where(self.moved, result.plain_reward[first].double().numpy(), 0.0)
+        ended = self.moved & (result.terminated | result.truncated)[first].numpy()
         if "success" in result.info:
-            self.success = np.where(ended, result.info["success"].double().numpy(), self.success)
+            self.success = np.where(ended, result.info["success"][first].double().numpy(), self.success)
         for lane in np.flatnonzero(self.moved).tolist():
             self.history[lane].append(float(self.returns[lane]))
         self.alive = self.alive & ~ended
