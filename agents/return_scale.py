@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unified_rl.errors import ConfigError
 from unified_rl.replay import Replay
+from unified_rl.returns.scan import backward_scan
 
 EPSILON = 1e-8
 LIMIT = 10.0
@@ -67,16 +68,11 @@ class RewardScale:
         reward, discount = reward.double(), discount.double()
         done, kept = (record["terminated"] | record["truncated"]).cpu(), record["step_mask"].cpu()
         before = [self._open.get(number, (0.0, 0.0)) for number in episode[:, 0].tolist()]
-        total, factor = torch.tensor(before, dtype=torch.float64).unbind(-1)
-        totals = []
-        for t in range(reward.shape[1]):
-            total = factor * total + reward[:, t]
-            totals.append(total)
-            goes_on = ~done[:, t]
-            if t + 1 < reward.shape[1]:
-                goes_on = goes_on & (episode[:, t + 1] == episode[:, t])
-            factor = discount[:, t] * goes_on
-        found = torch.stack(totals, 1)
+        start = reward.clone()
+        start[:, 0] += torch.tensor(before, dtype=torch.float64).prod(-1)
+        goes_on = ~done[:, :-1] & (episode[:, 1:] == episode[:, :-1])
+        carry = torch.cat([torch.zeros_like(reward[:, :1]), discount[:, :-1] * goes_on], 1)
+        found = backward_scan(start.flip(-1), carry.flip(-1)).flip(-1)  # forwards in time is backwards in a flipped row
         self.moments.add(found[kept])
         self._remember(found, discount, episode, done, kept)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from value_cases import IQL, make, squashed
 
 import unified_rl as ur
 from unified_rl.config import compose, resolve_defaults
@@ -167,3 +168,25 @@ def test_a_sample_says_its_moments_only_where_observations_are_standardised() ->
     assert policy.sample(torch.zeros(3, 2))["moments"].tolist() == [0, 0, 0]
     policy.update_normalizer(torch.randn(9, 2))
     assert policy.sample(torch.zeros(3, 2))["moments"].tolist() == [1, 1, 1]
+
+
+def test_moments_in_use_are_written_in_place_and_follow_a_load() -> None:
+    normalizer = RunningNormalizer(2)
+    held = normalizer.mean_used, normalizer.scale_used  # what a captured CUDA graph reads
+    normalizer.update(torch.tensor([[0.0, 2.0], [2.0, 6.0]]))
+    assert held[0].tolist() == [1.0, 4.0] and held[1].tolist() == pytest.approx([1.0, 0.5])
+    other = RunningNormalizer(2)
+    read = other.mean_used, other.scale_used
+    other.load_state_dict(normalizer.state_dict())
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(read, held, strict=True))
+    torch.testing.assert_close(other(torch.tensor([3.0, 6.0])), torch.tensor([2.0, 1.0]))
+
+
+def test_critics_see_what_the_policy_sees_and_a_batch_counts_once() -> None:
+    policy = squashed(normalize_observation=True)
+    agent = make(policy, **IQL)
+    nets, seen = agent.nets, 5 + 3 * torch.randn(64, policy.observation_dim)
+    agent._update_normalizers(seen)
+    assert nets.value is not None and float(policy.normalizer.count) == 64
+    for net in (nets.critic, nets.target, nets.value):
+        assert torch.equal(net.normalize(seen), policy.normalize(seen)) and not torch.equal(net.normalize(seen), seen)

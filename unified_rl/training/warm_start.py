@@ -106,21 +106,6 @@ class WarmStart:
                 raise ConfigError(f"{where} needs until_loss or updates")
             cls._check_schedule(stage, where)
 
-    def _seen(
-        self,
-        env: Demonstrates,
-        batch: TensorDictBase,
-        pool: TensorDictBase | None,
-        stream: torch.Generator,
-        options: dict[str, str],
-    ) -> TensorDictBase:
-        """What moments are taken of: the whole data set; of fresh demonstrations several thousand, not one batch."""
-        if pool is not None or len(batch) >= SEEN:
-            return batch if pool is None else pool
-        apart = torch.Generator()  # the stream of the demonstrations does not move
-        apart.set_state(stream.get_state())
-        return env.demonstrations(SEEN, apart, **options)
-
     @classmethod
     def _check_schedule(cls, stage: Mapping[str, Any], where: str) -> None:
         """Refuses a schedule that cannot be made, or one of a stage whose length nobody knows."""
@@ -201,7 +186,10 @@ class WarmStart:
             else:
                 batch = pool[torch.randint(len(pool), (self.batch_size,), generator=stream)]
             if (number, update) == (0, 1) and isinstance(agent.policy, Normalizes):
-                agent.policy.update_normalizer(self._seen(env, batch, pool, stream, options)["observation"])
+                seen = batch if pool is None else pool
+                if pool is None and len(batch) < SEEN:  # one batch says little; the stream of the batches does not move
+                    seen = env.demonstrations(SEEN, stream.clone_state(), **options)
+                agent.policy.update_normalizer(seen["observation"])
             loss = float(agent.step(batch)["loss/nll"])
             smooth = loss if math.isnan(smooth) else self.smoothing * smooth + (1 - self.smoothing) * loss
             report(number, update, budget, smooth, threshold)
