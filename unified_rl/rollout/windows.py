@@ -93,7 +93,8 @@ def _going_on(rows: TensorDict) -> Tensor:
     for key in ("terminated", "truncated"):
         if key in rows.keys():
             ended |= rows[key].reshape(len(rows)).bool()
-    return rows["discount"].reshape(len(rows))[~ended]
+    discount: Tensor = rows["discount"].reshape(len(rows))
+    return discount[~ended]
 
 
 def executed_steps(discount: Tensor, gamma: float) -> Tensor:
