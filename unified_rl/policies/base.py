@@ -50,18 +50,20 @@ class NormalLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-        inverse = torch.exp(-log_std)
-        z = (x - mean) * inverse
-        ctx.save_for_backward(z, inverse)
+        inverse, apart = torch.exp(-log_std), x - mean
+        z = apart * inverse
+        ctx.save_for_backward(apart, z, inverse)
         return (-0.5 * z.square() - log_std - HALF_LOG_TWO_PI).sum(-1, keepdim=True)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
-        z, inverse = ctx.saved_tensors
-        by_mean = z * gradient
-        by_std = torch.addcmul(-gradient, by_mean, z)
-        return None, by_mean * inverse, by_std if inverse.ndim == z.ndim else by_std.sum(0)
+        apart, z, inverse = ctx.saved_tensors
+        slope = z * gradient
+        by_inverse, directly = slope * apart, gradient.expand_as(z).neg()
+        if inverse.ndim < z.ndim:  # in torch's own order, to the last digit
+            by_inverse, directly = by_inverse.sum(0), directly.sum(0)
+        return None, slope * inverse, by_inverse * inverse + directly
 
 
 def draw_normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
