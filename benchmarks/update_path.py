@@ -3,8 +3,8 @@
 The other revision is taken from this repository with ``git archive`` and imported beside the present code in one
 process. Updates of both, and of a second instance of the old code (the noise), are timed in turn in random order; a
 ratio is the median of the rounds' ratios of CPU time. ``--check`` instead compares weights bit by bit after two updates
-over a grid of corrections, domains and settings, with the model's own layers, a plain cache and each weight by itself in
-place of what is quicker and rounds, or adds gradients up, otherwise.
+over a grid of corrections, domains and settings, with the model's own layers, a plain cache and each weight by itself
+in place of what is quicker and rounds, or adds gradients up, otherwise.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ class Optimizer:
             mapping's own win.
 
     Attributes:
-        adam: the optimiser of torch, whichever it is. From the first step on its groups may hold the weights of a module
+        adam: the optimiser of torch, whichever it is. From the first step on its groups may hold a module's weights
             joined into one (:class:`~unified_rl.flat_weights.FlatWeights`); :meth:`state_dict` has each by itself.
         after_clip: called between the bound on the gradient's norm and the step, with the factor that it applied.
 

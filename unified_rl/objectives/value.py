@@ -23,9 +23,9 @@ def value_loss(
     """
     if clip is None or old_value is None:
         with torch.no_grad():
-            error, share = torch.where(mask, value - target, 0.0), mask.sum().clamp(min=1).reciprocal()
+            error = torch.where(mask, value - target, 0.0)
             half = error.square().sum().mul_(0.5)
-        return KnownGradient.apply(value, half * share, error * share)
+        return KnownGradient.apply(value, half, error) / mask.sum().clamp(min=1)
     target = torch.where(mask, target.detach(), value.detach())
     error = (value - target).square()
     old_value = torch.where(mask, old_value, value.detach())
