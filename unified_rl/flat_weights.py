@@ -125,7 +125,9 @@ class FlatWeights:
         pieces = iter(self.weights)
         for group in self.optimizer.param_groups:
             group["params"] = [weight for _ in group["params"] for weight in next(pieces)]
-        joined = {flat: self.optimizer.state.pop(flat) for flat in self.flats if flat in self.optimizer.state}
+        joined: dict[Tensor, dict[str, Tensor]] = {
+            flat: self.optimizer.state.pop(flat) for flat in self.flats if flat in self.optimizer.state
+        }
         self.optimizer.state.update(self.parted(joined))
 
     def parted(self, moments: Mapping[Tensor, dict[str, Tensor]]) -> dict[Tensor, dict[str, Tensor]]:

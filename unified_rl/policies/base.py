@@ -426,7 +426,7 @@ class Policy(TensorDictModuleBase):
         """Observations ``[M, d]`` as the network saw them when it acted; those of a bare tensor as it sees them now."""
         if isinstance(batch, Tensor):
             return self.normalize(self._raw(batch.reshape(-1, batch.shape[-1])))
-        seen = batch.get(seen_by(self), None)
+        seen: Tensor | None = batch.get(seen_by(self), None)
         if seen is not None:
             return seen.reshape(-1, seen.shape[-1])
         observation, moments = self._raw(batch["observation"]), batch.get(MOMENTS, None)
