@@ -46,21 +46,15 @@ class Phase:
     parameters: list[Tensor]
     adam: torch.optim.Optimizer
     move: QuickAdam
-    through: tuple[Tensor, ...] = ()
-    """Weights of other phases that gradients pass through, and that get none themselves."""
+    through: bool = False
+    """Whether gradients pass through networks of other phases, whose weights then get none."""
 
     def step(self, *inputs: Any) -> tuple[Tensor, Metrics]:
         """One optimiser step."""
-        try:
-            for weight in self.through:  # else backward would compute their gradients
-                weight.requires_grad_(False)
-            loss, metrics = self.loss(*inputs)
-            for parameter in self.parameters:
-                parameter.grad = None
-            torch.autograd.backward(loss, inputs=self.parameters if self.through else None)
-        finally:
-            for weight in self.through:
-                weight.requires_grad_(True)
+        loss, metrics = self.loss(*inputs)
+        for parameter in self.parameters:
+            parameter.grad = None
+        torch.autograd.backward(loss, inputs=self.parameters if self.through else None)
         self.move.step()
         return loss.detach(), metrics
 
@@ -230,13 +224,11 @@ class ActorCritic:
         nets, capturable = self.nets, self.device.type == "cuda"
         moved: dict[str, Any] = {"value": nets.value, "critic": nets.critic, "actor": self.policy}
         phases = {}
-        others = [net for net in (nets.critic, nets.value) if net is not None]
-        through = tuple(p for net in others for p in net.parameters() if p.requires_grad)
         for name in self.phases_of.losses():
             loss, parameters = self._loss(name), [p for p in moved[name].parameters() if p.requires_grad]
             loss = torch.compile(loss) if compiled else loss
             adam = make_optimizer(parameters, lr, kind, capturable)
-            phases[name] = Phase(loss, parameters, adam, QuickAdam(adam), through if name == "actor" else ())
+            phases[name] = Phase(loss, parameters, adam, QuickAdam(adam), name == "actor")
         return phases, make_optimizer([nets.log_alpha], lr, kind, capturable) if tune_alpha else None
 
     def _loss(self, name: str) -> Callable[..., tuple[Tensor, Metrics]]:
