@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unified_rl.agents.graphed import GraphedStep
 from unified_rl.agents.phases import Node, Phases
+from unified_rl.agents.quick_adam import QuickAdam
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.instantiate import is_ours
@@ -44,18 +45,17 @@ class Phase:
     loss: Callable[..., tuple[Tensor, Metrics]]
     parameters: list[Tensor]
     adam: torch.optim.Optimizer
+    move: QuickAdam
     through: bool = False
     """Whether gradients pass through networks of other phases, whose weights then get none."""
 
     def step(self, *inputs: Any) -> tuple[Tensor, Metrics]:
         """One optimiser step."""
         loss, metrics = self.loss(*inputs)
-        self.adam.zero_grad(set_to_none=True)
-        if self.through:
-            torch.autograd.backward(loss, inputs=self.parameters)
-        else:
-            loss.backward()
-        self.adam.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        torch.autograd.backward(loss, inputs=self.parameters if self.through else None)
+        self.move.step()
         return loss.detach(), metrics
 
 
@@ -171,6 +171,7 @@ class ActorCritic:
         self.slow_parameters: list[Tensor] = list(self.nets.target.parameters())
         self.target_entropy = -float(policy.action_dim) if target_entropy is None else target_entropy
         self.phases, self.alpha_adam = self._optimisers(lr, optimizer, compile, tune_alpha)
+        self.alpha_move = None if self.alpha_adam is None else QuickAdam(self.alpha_adam)
         self.standardised = standardises(policy)
         self.draws_members = critics if self.phases_of.needing("members") else 0
         self.reads_alpha = bool(self.phases_of.needing("entropy"))
@@ -226,7 +227,8 @@ class ActorCritic:
         for name in self.phases_of.losses():
             loss, parameters = self._loss(name), [p for p in moved[name].parameters() if p.requires_grad]
             loss = torch.compile(loss) if compiled else loss
-            phases[name] = Phase(loss, parameters, make_optimizer(parameters, lr, kind, capturable), name == "actor")
+            adam = make_optimizer(parameters, lr, kind, capturable)
+            phases[name] = Phase(loss, parameters, adam, QuickAdam(adam), name == "actor")
         return phases, make_optimizer([nets.log_alpha], lr, kind, capturable) if tune_alpha else None
 
     def _loss(self, name: str) -> Callable[..., tuple[Tensor, Metrics]]:
@@ -264,9 +266,9 @@ class ActorCritic:
                 metrics |= more
         if self.reads_alpha:
             metrics["policy/alpha"] = alpha
-        if update_actor and self.alpha_adam is not None and "policy/entropy" in metrics:
+        if update_actor and self.alpha_move is not None and "policy/entropy" in metrics:
             self.nets.log_alpha.grad = metrics["policy/entropy"] - self.target_entropy
-            self.alpha_adam.step()
+            self.alpha_move.step()
         with torch.no_grad():  # else every step hangs one more node on the slow copy, for as long as a run lasts
             torch._foreach_lerp_(self.slow_parameters, self.phases["critic"].parameters, self.tau)
         return metrics

@@ -31,6 +31,7 @@ from unified_rl.policies.gaussian import GaussianPolicy
 from unified_rl.replay import Replay, Uniform
 
 OBSERVATION, ACTION, BATCH, WIDTH, ROWS = 17, 6, 256, 256, 100_000
+TARGET = 1.25
 Update = Callable[[], object]
 
 
@@ -170,7 +171,7 @@ def main() -> None:
     for name in updates:
         print(f"{name:6s} {statistics.median(row[name] for row in rows):7.2f} CPU ms an update")
     ratio = statistics.median(row["sb3"] / row["ours"] for row in rows)
-    print(f"times faster than sb3   {ratio:.2f}  target 1.0, aim 1.15  {'met' if ratio >= 1 else 'MISSED'}")
+    print(f"times faster than sb3   {ratio:.2f}  target {TARGET}  {'met' if ratio >= TARGET else 'MISSED'}")
     print(f"times faster than plain {statistics.median(row['plain'] / row['ours'] for row in rows):.2f}")
     if args.csv:
         with args.csv.open("w", newline="") as file:

@@ -22,7 +22,7 @@ import torch
 
 from unified_rl.envs.control import TASKS, make_mujoco
 
-TARGETS = {"HalfCheetah-v5": (0.9, 1.4), "Ant-v5": (0.9, 1.3)}
+TARGETS = {"HalfCheetah-v5": (0.95, 1.4), "Ant-v5": (0.95, 1.3)}
 Round = Callable[[np.ndarray], None]
 
 

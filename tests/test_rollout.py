@@ -11,10 +11,12 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.envs.control import TwoRouteEnv
+from unified_rl.envs.control import ActionChunk, BatchedMujocoEnv, TwoRouteEnv, make_mujoco
 from unified_rl.envs.language import Calculator, ChainMod, GuessNumber
 from unified_rl.envs.language.calculator import reductions
-from unified_rl.errors import NonFiniteError
+from unified_rl.errors import EnvError, NonFiniteError
+from unified_rl.interop.guard import is_vouched
+from unified_rl.policies.drawing import Draws, GaussianDraws, draws_of
 from unified_rl.policies.gaussian import GaussianPolicy
 from unified_rl.policies.generation import Generation
 from unified_rl.rollout import ControlRollout, LanguageRollout, StepResult, converse
@@ -293,3 +295,64 @@ def test_a_late_hit_is_paid_on_its_turn_and_costs_what_the_task_says() -> None:
         want[count - 1] = 1.0 - 0.1 * (count - 1)
         torch.testing.assert_close(row["reward"], want)
         assert row["terminated"].nonzero().flatten().tolist() == [count - 1] and not bool(row["truncated"].any())
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "free std": {},
+    "standardised": {"normalize_observation": True},
+    "tanh": {"squash": True, "state_dependent_std": True, "activation": "relu"},
+    "per dimension": {"per_dimension": True, "activation": "silu"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rollout_has_the_numbers_of_sample(kind: str) -> None:
+    """Log-probs of a whole collection at once, and layers without their modules, are the same bits."""
+    env = make_mujoco("Pusher-v5", 3, seed=2)
+    policy = GaussianPolicy(**env.policy_inputs(), **KINDS[kind])
+    policy.update_normalizer(torch.randn(50, policy.observation_dim))
+    assert type(draws_of(policy, torch.Generator())) is GaussianDraws
+    rows, _ = ControlRollout(env, policy, 0.9, torch.Generator().manual_seed(1), horizon=7).collect(0)
+    stream = torch.Generator().manual_seed(1)
+    for step in rows:
+        told = policy.sample(step["observation"].clone(), generator=stream)  # products round by alignment
+        assert set(told.keys()) <= set(rows.keys())
+        assert all(torch.equal(step[key], told[key]) for key in told.keys())
+
+
+def test_a_policy_that_samples_in_its_own_way_is_asked() -> None:
+    class Timid(GaussianPolicy):
+        def to_env(self, normalized: Tensor) -> Tensor:
+            return 0.5 * super().to_env(normalized)
+
+    env = make_mujoco("Pusher-v5", 2)
+    policy, usual = (kind(**env.policy_inputs()) for kind in (Timid, GaussianPolicy))
+    stream = torch.Generator()
+    assert type(draws_of(policy, stream)) is Draws and type(draws_of(usual, stream)) is GaussianDraws
+    usual.sample = policy.sample  # type: ignore[method-assign]
+    assert type(draws_of(usual, stream)) is Draws
+
+
+def test_a_hook_on_a_layer_is_called_while_collecting() -> None:
+    env, calls = make_mujoco("Pusher-v5", 2), []
+    policy = GaussianPolicy(**env.policy_inputs())
+    policy.head.register_forward_hook(lambda *_: calls.append(0))
+    ControlRollout(env, policy, 0.9, torch.Generator(), horizon=3).collect(0)
+    assert len(calls) == 3
+
+
+def test_only_environments_without_foreign_code_are_vouched_for() -> None:
+    class Mine(BatchedMujocoEnv):
+        """Somebody's changes."""
+
+    env = make_mujoco("Pusher-v5", 2)
+    assert isinstance(env, BatchedMujocoEnv) and is_vouched(env)
+    assert not is_vouched(Mine(env.task, 2)) and not is_vouched(Counters()) and not is_vouched(ActionChunk(env, 2))
+    env.step_batch = env.step_batch  # type: ignore[method-assign]
+    assert not is_vouched(env)
+
+
+def test_an_action_of_the_wrong_width_is_one_error_of_a_vouched_environment_too() -> None:
+    env = make_mujoco("Pusher-v5", 2)
+    with pytest.raises(EnvError, match="BatchedMujocoEnv raised in step 1: ValueError"):
+        ControlRollout(env, Still(), 0.9, torch.Generator(), horizon=2).collect(0)

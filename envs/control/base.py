@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -101,12 +100,11 @@ class ControlEnvBase(EnvBase):
             NonFiniteError: a NaN or infinity in the action, observation or reward; names the simulation and its step.
         """
         step = self.advance(action)
-        ended = np.logical_or(step.terminated.numpy(), step.truncated.numpy())
-        if not np.count_nonzero(ended):
+        ended = step.terminated | step.truncated
+        if not bool(ended.any()):
             return step
-        mask = torch.from_numpy(ended)
         observation = step.next_observation.clone()
-        observation[mask] = self.restart(mask)
+        observation[ended] = self.restart(ended)
         return step._replace(observation=observation)
 
     def _reset(self, tensordict: TensorDictBase | None, **kwargs: Any) -> TensorDict:
@@ -122,7 +120,7 @@ class ControlEnvBase(EnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDict:
         step = self.advance(tensordict["action"])
-        terminated, truncated = step.terminated.unsqueeze(-1), step.truncated.unsqueeze(-1)
+        terminated, truncated = (flag.unsqueeze(-1).clone() for flag in (step.terminated, step.truncated))
         out = {"observation": step.next_observation, "reward": step.reward.unsqueeze(-1)}
         out |= {"terminated": terminated, "truncated": truncated, "done": terminated | truncated}
         return TensorDict(out, batch_size=self.batch_size)

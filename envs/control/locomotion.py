@@ -10,7 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unified_rl.envs.control.simulation import Array, Frame
-from unified_rl.envs.control.tasks import Outcome, Scene, Task, between, gaussian_velocity, square_sum
+from unified_rl.envs.control.tasks import (
+    Outcome,
+    Scene,
+    Task,
+    between,
+    gaussian_velocity,
+    never,
+    square_sum,
+    weighed,
+)
 from unified_rl.ranges import Bound, Extended, NonNegative
 
 
@@ -43,8 +52,10 @@ class Ant(Task):
 
     def observe(self, frame: Frame) -> Array:
         """Positions but x and y, velocities, clipped contact forces of all bodies but the world."""
-        force = self.clipped(frame)[:, 6:]
-        return np.concatenate((frame["qpos"][:, 2:], frame["qvel"], force), axis=1)
+        return self._observed(frame, self.clipped(frame))
+
+    def _observed(self, frame: Frame, contact: Array) -> Array:
+        return np.concatenate((frame["qpos"][:, 2:], frame["qvel"], contact[:, 6:]), axis=1)
 
     def clipped(self, frame: Frame) -> Array:
         """Contact forces of all bodies within ``contact_force_range``, ``[K, 6 * bodies]``."""
@@ -58,12 +69,19 @@ class Ant(Task):
 
     def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
         """Ends when unhealthy."""
-        here, healthy = self.memory(scene, frame), self.healthy(frame)
-        velocity = (here[:, 0] - memory[:, 0]) / scene.seconds
-        contact = square_sum(self.clipped(frame))
-        reward = self.forward_reward_weight * velocity + self.healthy_reward * healthy
-        reward -= self.ctrl_cost_weight * square_sum(action) + self.contact_cost_weight * contact
-        return Outcome(reward, ~healthy & self.terminate_when_unhealthy, here, {})
+        return self._judged(scene, frame, memory, action, self.clipped(frame))
+
+    def step(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> tuple[Array, Outcome]:
+        """Observation and outcome, with contact forces clipped once."""
+        contact = self.clipped(frame)
+        return self._observed(frame, contact), self._judged(scene, frame, memory, action, contact)
+
+    def _judged(self, scene: Scene, frame: Frame, memory: Array, action: Array, contact: Array) -> Outcome:
+        here, healthy = frame["torso"][:, :1], self.healthy(frame)
+        velocity = (here - memory)[:, 0] / scene.seconds
+        reward = weighed(self.forward_reward_weight, velocity) + weighed(self.healthy_reward, healthy)
+        reward -= self.ctrl_cost_weight * square_sum(action) + self.contact_cost_weight * square_sum(contact)
+        return Outcome(reward, ~healthy if self.terminate_when_unhealthy else never(len(reward)), here, {})
 
 
 @dataclass(frozen=True)

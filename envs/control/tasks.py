@@ -60,6 +60,11 @@ def square_sum(x: Array) -> Array:
     return out
 
 
+def weighed(weight: float, x: Array | NDArray[np.bool_]) -> Array | NDArray[np.bool_]:
+    """``weight * x``, without a product where the weight is 1."""
+    return x if weight == 1.0 else weight * x
+
+
 @contextmanager
 def quiet_deprecations() -> Iterator[None]:
     """Keeps MuJoCo from printing, at every load, that gymnasium's own files use an attribute it will remove.
@@ -132,6 +137,10 @@ class Task:
         """The worth of the step that led from ``memory [K, m]`` to ``frame`` under ``action [K, nu]``."""
         raise NotImplementedError
 
+    def step(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> tuple[Array, Outcome]:
+        """Observation and outcome; a task may share work between them."""
+        return self.observe(frame), self.outcome(scene, frame, memory, action)
+
 
 def gaussian_velocity(model: mujoco.MjModel, rng: np.random.Generator, count: int, scale: float) -> tuple[Array, Array]:
     """Start states with uniform position noise and normal velocity noise, both of size ``scale``."""
@@ -158,9 +167,9 @@ class Runner(Task):
 
     def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
         """Never terminates."""
-        here = self.memory(scene, frame)
-        velocity = (here[:, 0] - memory[:, 0]) / scene.seconds
-        reward = self.forward_reward_weight * velocity - self.ctrl_cost_weight * square_sum(action)
+        here = frame["qpos"][:, :1]
+        velocity = (here - memory)[:, 0] / scene.seconds
+        reward = weighed(self.forward_reward_weight, velocity) - self.ctrl_cost_weight * square_sum(action)
         return Outcome(reward, never(len(reward)), here, {})
 
 

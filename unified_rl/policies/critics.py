@@ -180,6 +180,8 @@ class QEnsemble(Critic):
             members = [
                 mlp(width, hidden, 1, activation=activation, layer_norm=layer_norm, setting=SETTING) for _ in range(num)
             ]
+        for layer in (layer for member in members for layer in member if isinstance(layer, nn.ReLU)):
+            layer.inplace = True  # no layer before it needs its own result again
         self.members: nn.ModuleList | None = None if stacked else nn.ModuleList(members)
         self.stack: nn.Sequential | None = _stack(members, activation) if stacked else None
 

@@ -47,7 +47,7 @@ COLUMNS = (
 class Recorder(ControlRollout):
     """Collects with a column ``success``, float32 and NaN in steps of which the environment does not tell it."""
 
-    def _transition(self, observation: Tensor, sample: TensorDict, result: StepResult) -> dict[str, Tensor]:
+    def _transition(self, observation: Tensor, sample: Mapping[str, Tensor], result: StepResult) -> dict[str, Tensor]:
         told = result.info.get("success", torch.full_like(result.reward, torch.nan))
         return {**super()._transition(observation, sample, result), "success": told.float()}
 

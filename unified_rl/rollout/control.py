@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
-from unified_rl.interop.guard import reset_env, step_env
+from unified_rl.interop.guard import is_vouched, reset_env, step_env
+from unified_rl.policies.drawing import Draws, draws_of
 from unified_rl.protocols import ControlEnv, Samples, StepResult
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
 from unified_rl.spaces import Space
@@ -79,6 +81,9 @@ class ControlRollout:
         self._next_episode = self.num_envs
         self._return = torch.zeros(self.num_envs, dtype=torch.float64)
         self._steps = torch.zeros(self.num_envs, dtype=torch.int64)
+        self._vouched = False
+        self._untold: list[StepResult] = []
+        self._executed: tuple[Tensor | None, int] = (None, 0)
         bounds = Space.of(env.policy_inputs()).sizes()
         self._low, self._high = (torch.tensor(bounds[key]) for key in ("action_low", "action_high"))
         if random_steps and not bool(torch.isfinite(self._high - self._low).all()):
@@ -105,34 +110,50 @@ class ControlRollout:
             self._observation = reset_env(self.env)
         before, ended = self.steps, list[dict[str, Tensor]]()
         steps: list[dict[str, Tensor]] = []
-        for _ in range(self.horizon):
-            self._calls += 1
-            observation = self._observation
-            sample = self._act(observation)
-            action = sample["action"].to("cpu")
+        self._vouched = is_vouched(self.env)
+        uniform = self.steps < self.random_steps
+        draws = Draws(self.policy, self.generator) if uniform else draws_of(self.policy, self.generator)
+        try:
+            for _ in range(self.horizon):
+                self._calls += 1
+                observation = self._observation
+                sample = draws(observation.to(self.device))
+                if uniform and self.steps < self.random_steps:
+                    self._act_uniformly(sample)
+                result = self._step(sample["action"].to("cpu"))
+                steps.append(self._transition(observation, sample, result))
+                finished = self._advance(result)
+                if finished is not None:
+                    ended.append(finished)
+        finally:
+            self._tell()
+        rows = self._gather(steps, version)
+        draws.finish(rows)
+        batch = TensorDict({key: value.to("cpu") for key, value in rows.items()}, batch_size=rows["reward"].shape)
+        return batch, {**_episode_means(ended), STEPS: float(self.steps - before)}
+
+    def _act_uniformly(self, sample: dict[str, Tensor]) -> None:
+        uniform = torch.rand(sample["action"].shape, generator=self.generator, device=self.device)
+        low, high = self._low.to(self.device), self._high.to(self.device)
+        sample["action"] = low + uniform * (high - low)
+        density = -torch.log((high - low).clamp(min=1e-12)).sum()
+        sample["behavior_log_prob"] = density.expand_as(sample["behavior_log_prob"]).clone()
+
+    def _step(self, action: Tensor) -> StepResult:
+        """An environment that is vouched for refuses what is not finite itself; others are not even asked."""
+        if not self._vouched:
             self._check_action(action)
-            result = step_env(self.env, action, self._calls)
-            steps.append(self._transition(observation, sample, result))
-            finished = self._advance(result)
-            if finished is not None:
-                ended.append(finished)
-        return self._gather(steps, version), {**_episode_means(ended), STEPS: float(self.steps - before)}
+        try:
+            return step_env(self.env, action, self._calls, self._vouched)
+        except NonFiniteError:
+            self._check_action(action)  # then it is the policy's
+            raise
 
-    def _act(self, observation: Tensor) -> TensorDict:
-        sample = self.policy.sample(observation.to(self.device), generator=self.generator)
-        if self.steps < self.random_steps:
-            uniform = torch.rand(sample["action"].shape, generator=self.generator, device=self.device)
-            low, high = self._low.to(self.device), self._high.to(self.device)
-            sample["action"] = low + uniform * (high - low)
-            density = -torch.log((high - low).clamp(min=1e-12)).sum()
-            sample["behavior_log_prob"] = density.expand_as(sample["behavior_log_prob"]).clone()
-        return sample
-
-    def _transition(self, observation: Tensor, sample: TensorDict, result: StepResult) -> dict[str, Tensor]:
+    def _transition(self, observation: Tensor, sample: Mapping[str, Tensor], result: StepResult) -> dict[str, Tensor]:
         """References to what a step made; environments and policies write to none of it again."""
         return {
             "observation": observation,
-            **dict(sample.items()),
+            **sample,
             "reward": result.reward,
             "terminated": result.terminated,
             "truncated": result.truncated,
@@ -141,24 +162,31 @@ class ControlRollout:
             "episode": self._episode,
         }
 
-    def _gather(self, steps: list[dict[str, Tensor]], version: int) -> TensorDict:
-        """The steps as one ``[horizon, num_envs]`` batch: one copy a key, not one a key and step."""
-        rows = {key: torch.stack([step[key] for step in steps]).to("cpu") for key in steps[0]}
+    def _gather(self, steps: list[dict[str, Tensor]], version: int) -> dict[str, Tensor]:
+        """The steps as ``[horizon, num_envs]`` columns: one copy a key, not one a key and step."""
+        rows = {key: _stacked([step[key] for step in steps]) for key in steps[0]}
         rows["discount"] = self.gamma ** rows["discount"].to(torch.float32)
         shape = (self.horizon, self.num_envs)
         rows["group"] = rows["episode"].clone()
         rows["policy_version"] = torch.full(shape, version, dtype=torch.int64)
         rows["source"] = torch.full(shape, int(Source.ONLINE), dtype=torch.int64)
-        return TensorDict(rows, batch_size=shape)
+        return rows
 
     def _advance(self, result: StepResult) -> dict[str, Tensor] | None:
-        self.steps += int(result.executed.sum())
+        """Goes on to the next step; what the episodes that ended came to, if any did."""
+        executed, number = self._executed
+        if result.executed is not executed:  # most environments give the same ones every time
+            number = int(result.executed.sum())
+            self._executed = (result.executed, number)
+        self.steps += number
         self._observation = result.observation
-        self._return += result.plain_reward
-        self._steps += result.executed
+        self._untold.append(result)
+        if self._vouched and result.observation is result.next_observation:
+            return None
         done = result.terminated | result.truncated
         if not bool(done.any()):
             return None
+        self._tell()
         count = int(done.sum())
         finished = {key: value[done].double() for key, value in result.info.items()}
         finished |= {"return": self._return[done].clone(), "length": self._steps[done].double()}
@@ -168,6 +196,14 @@ class ControlRollout:
         self._return[done] = 0.0
         self._steps[done] = 0
         return finished
+
+    def _tell(self) -> None:
+        """Adds the steps since the last call to the returns and lengths of the running episodes."""
+        if self._untold:
+            rewards = torch.stack([result.plain_reward for result in self._untold]).double()
+            self._return = torch.cat([self._return.unsqueeze(0), rewards]).cumsum(0)[-1].clone()
+            self._steps = self._steps + _stacked([result.executed for result in self._untold]).sum(0)
+            self._untold = []
 
     def _check_action(self, action: Tensor) -> None:
         if math.isfinite(float(action.sum())):
@@ -210,6 +246,14 @@ class ControlRollout:
         self._steps.zero_()
         self.steps = state["steps"]
         self.generator.manual_seed(seed)
+
+
+def _stacked(steps: list[Tensor]) -> Tensor:
+    """One after the other, ``[T, ...]``; cheap where all are the same object."""
+    first = steps[0]
+    if all(step is first for step in steps):
+        return first.unsqueeze(0).repeat(len(steps), *[1] * first.ndim)
+    return torch.stack(steps)
 
 
 def _episode_means(ended: list[dict[str, Tensor]]) -> dict[str, float]:
