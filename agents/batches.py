@@ -16,11 +16,18 @@ from unified_rl.interventions import Wrapper
 from unified_rl.objectives.objective import Term
 from unified_rl.ranges import Count, UpperBound, ranged
 from unified_rl.replay import Replay
-from unified_rl.training.metrics import Means
+from unified_rl.training.metrics import to_floats
 from unified_rl.units import record_from_steps, split_episodes, trim_units, validate_record
 
 SCANNED_ONLY = ("next_observation", "terminated", "truncated", "discount", "episode", "index")
 """Keys that advantages needed and optimiser steps do not: minibatches leave them out."""
+
+
+def mean_of(values: Sequence[Any]) -> Any:
+    """Mean of scalars, tensors or not, with one operation for all and without a look at any."""
+    if not all(isinstance(value, Tensor) for value in values):
+        return sum(values) / len(values)
+    return torch.stack([value.detach() for value in values]).mean(dtype=torch.float64)
 
 
 class Draw:
@@ -82,14 +89,15 @@ class Batches:
         self, rows: TensorDict, step: Callable[[TensorDict], dict[str, Any]], whole_groups: bool = False
     ) -> dict[str, float]:
         """Calls ``step`` with every optimiser batch; returns the means of the metrics that it returns."""
-        means = Means()
+        found: dict[str, list[Any]] = {}
         for _ in range(self.epochs):
             for batch in self.epoch(rows, whole_groups):
                 metrics = step(batch)
-                means.add(metrics)
+                for key, value in metrics.items():
+                    found.setdefault(key, []).append(value)
             if self.target_kl is not None and float(metrics.get("update/kl", 0.0)) > self.target_kl:
                 break
-        return means.pop()
+        return to_floats({key: mean_of(values) for key, values in found.items()})
 
     def size(self, rows: TensorDict) -> int:
         """Rows of one optimiser batch."""

@@ -86,8 +86,9 @@ class FlatWeights:
     def clip(self, bound: float) -> Tensor:
         """Bounds the norm of the whole gradient as ``clip_grad_norm_``; returns what it was."""
         norm = torch.linalg.vector_norm(self.gradient)
-        if bound != float("inf"):
-            self.gradient.mul_((bound / (norm + 1e-6)).clamp(max=1.0))
+        scale = bound / (float(norm) + 1e-6)  # on a CPU nothing waits for the number
+        if scale < 1.0:
+            self.gradient.mul_(scale)
         return norm
 
     def step(self) -> None:

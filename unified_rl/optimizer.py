@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -218,7 +219,7 @@ class Optimizer:
         bound = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
         flat = self._joined()
         norm = nn.utils.clip_grad_norm_(self.parameters, bound) if flat is None else flat.clip(bound)
-        if not bool(torch.isfinite(loss.detach() + norm)):
+        if not math.isfinite(float(loss.detach() + norm)):
             self._refuse(loss)
         if self.after_clip is not None:
             self.after_clip(min(1.0, bound / (float(norm) + 1e-6)))

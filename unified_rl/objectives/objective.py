@@ -255,13 +255,13 @@ class Objective:
         Returns:
             The loss, detached, and one scalar a metric; neither depends on ``micro_batch``.
         """
-        size = min(micro_batch or len(batch), len(batch))
-        total, sums = torch.zeros((), device=batch["mask"].device), Sums()
+        size, sums = min(micro_batch or len(batch), len(batch)), Sums()
         if size == len(batch):
             forward = self._forward(batch)
             stats = self.prepare(batch, Scored(lambda: forward.log_prob.detach(), free=True))
-            total = total + self._micro_batch(forward, batch, stats, sums)
-            return total, sums.values()
+            whole = self._micro_batch(forward, batch, stats, sums)
+            return torch.zeros((), device=batch.device) if isinstance(whole, float) else whole, sums.values()
+        total = torch.zeros((), device=batch["mask"].device)
         stats = self.prepare(batch, Scored(lambda: self._scored(batch, size), free=False))
         split = {name: None if s is None else s.split(size) for name, s in stats.items()}
         for index, rows in enumerate(batch.split(size)):

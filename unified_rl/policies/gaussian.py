@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.policies.base import HALF_LOG_TWO_PI, NormalLogProb, Policy, draw_normal, normal_log_prob
-from unified_rl.policies.networks import Activation, linear, mlp, seeded, trunk_width
+from unified_rl.policies.networks import Activation, linear, mlp, run_layers, seeded, trunk_width
 from unified_rl.ranges import Count, LogScale, NonNegative, Seed, ranged
 from unified_rl.spaces import Space
 
@@ -101,7 +101,7 @@ class GaussianPolicy(Policy):
 
         ``observation [M, d]`` is already normalised.
         """
-        out = self.head(self.trunk(observation))
+        out = run_layers((*self.trunk, self.head), observation)
         if self.state_dependent_std:
             mean, log_std = out.chunk(2, dim=-1)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Literal
@@ -53,6 +53,22 @@ def linear(inputs: int, outputs: int, *, gain: float | None = None) -> nn.Linear
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """``x [..., i]`` through the layers in turn, ``[..., o]``; those without hooks directly, which is quicker."""
+    for layer in layers:
+        heard = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+        x = layer(x) if heard else layer.forward(x)
+    return x
+
+
+class Layers(nn.Sequential):
+    """As ``nn.Sequential``, by :func:`run_layers`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., i]`` to ``[..., o]``."""
+        return run_layers(self, x)
 
 
 TRAINED = 16
@@ -108,7 +124,7 @@ def mlp(
     if outputs is not None:
         last = hidden[-1] if hidden else inputs
         layers.append(linear(last, outputs, gain=output_gain if orthogonal else None))
-    return nn.Sequential(*layers)
+    return Layers(*layers)
 
 
 def trunk_width(inputs: int, hidden: Sequence[int]) -> int:
