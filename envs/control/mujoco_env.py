@@ -136,7 +136,7 @@ class BatchedMujocoEnv(ControlEnvBase):
         Physics empties the caches, so that every operation here is a cold one: each costs some 0.2 % of a step.
         """
         values, observation, clock, task, tensor = self._action, self._observation, self._clock, self.task, _tensor
-        values[...] = action.detach().numpy()
+        values[...] = (action.detach() if action.requires_grad else action).numpy()
         if not _finite(self._flat_action):
             raise_non_finite("action", tensor(values), tensor(clock.steps))
         frame = self.simulations.step(values, None if running is None else np.flatnonzero(running))
