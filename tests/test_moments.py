@@ -21,6 +21,7 @@ CASES = {
     "flow": ["env=two_route", "policy=flow", "agent=policy_gradient", "correction=tis"],
     "diffusion": ["env=two_route", "policy=diffusion", "agent=policy_gradient", "correction=tis"],
     "bins": ["env=pendulum", "policy=autoregressive", "agent=policy_gradient", "correction=tis"],
+    "gsde": ["env=half_cheetah", "policy=gaussian", "policy.gsde=true", "policy.gsde_every=5", "agent=ppo"],
     "squashed": ["env=pendulum", "policy=tanh_gaussian", "agent=ppo"],
     "imitated": ["env=two_route", "policy=flow", "agent=policy_gradient", "correction=tis", *IMITATED],
     "imitated afresh": [

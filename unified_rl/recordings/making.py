@@ -160,6 +160,7 @@ def rolled(env: Any, policy: Any, steps: int, seed: int, gamma: float = GAMMA) -
     """``[steps]`` rows, simulation after simulation; the last episode of each may be cut."""
     several = int(getattr(env, "steps_per_action", 1)) > 1  # rewards are sums under a discount, which the rows keep
     rollout = Recorder(env, policy, gamma, torch.Generator().manual_seed(seed))
+    rollout.noise = None  # log-probs are then of each step for itself, as whoever weighs episodes by them takes them
     columns = (*COLUMNS, "discount") if several else COLUMNS
     each, found = steps // env.num_envs, []
     for done in range(0, each, HORIZON):

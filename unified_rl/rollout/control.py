@@ -14,6 +14,7 @@ from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.interop.guard import reset_env, step_env
 from unified_rl.protocols import ControlEnv, Samples, StepResult
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
+from unified_rl.rollout.held_noise import HeldNoise
 from unified_rl.spaces import Space
 from unified_rl.units import Source
 
@@ -43,6 +44,7 @@ class ControlRollout:
     Attributes:
         rows: rows (windows of ``length`` steps) of one collection: one a simulation.
         length: steps of a row.
+        noise: what the policy explores with for several steps (gSDE); None where every step draws for itself.
 
     Raises:
         ConfigError: ``num_envs`` is not the environment's, or ``horizon`` is below 1.
@@ -79,6 +81,7 @@ class ControlRollout:
         self._next_episode = self.num_envs
         self._return = torch.zeros(self.num_envs, dtype=torch.float64)
         self._steps = torch.zeros(self.num_envs, dtype=torch.int64)
+        self.noise = HeldNoise.of(policy, env.num_envs)
         bounds = Space.of(env.policy_inputs()).sizes()
         self._low, self._high = (torch.tensor(bounds[key]) for key in ("action_low", "action_high"))
         if random_steps and not bool(torch.isfinite(self._high - self._low).all()):
@@ -119,7 +122,11 @@ class ControlRollout:
         return self._gather(steps, version), {**_episode_means(ended), STEPS: float(self.steps - before)}
 
     def _act(self, observation: Tensor) -> TensorDict:
-        sample = self.policy.sample(observation.to(self.device), generator=self.generator)
+        observed = observation.to(self.device)
+        if self.noise is None:
+            sample = self.policy.sample(observed, generator=self.generator)
+        else:
+            sample = self.noise.sample(observed, self.generator)
         if self.steps < self.random_steps:
             uniform = torch.rand(sample["action"].shape, generator=self.generator, device=self.device)
             low, high = self._low.to(self.device), self._high.to(self.device)
@@ -157,6 +164,8 @@ class ControlRollout:
         self._return += result.plain_reward
         self._steps += result.executed
         done = result.terminated | result.truncated
+        if self.noise is not None:
+            self.noise.advance(done)
         if not bool(done.any()):
             return None
         count = int(done.sum())
@@ -179,7 +188,7 @@ class ControlRollout:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Environment, episode bookkeeping and the action stream."""
+        """Environment, episode bookkeeping, the action stream and what it drew."""
         return {
             "env": self.env.state_dict(),
             "observation": self._observation,
@@ -190,6 +199,7 @@ class ControlRollout:
             "steps": self.steps,
             "calls": self._calls,
             "generator": self.generator.get_state(),
+            **({} if self.noise is None else {"noise": self.noise.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -200,6 +210,8 @@ class ControlRollout:
         self._return, self._steps = state["return"], state["length"]
         self.steps, self._calls = state["steps"], state.get("calls", 0)
         self.generator.set_state(state["generator"])
+        if self.noise is not None and "noise" in state:
+            self.noise.load_state_dict(state["noise"])
 
     def restart(self, state: dict[str, Any], seed: int) -> None:
         """Goes on behind :meth:`state_dict` with new episodes in every simulation, and streams from ``seed``."""
@@ -210,6 +222,7 @@ class ControlRollout:
         self._steps.zero_()
         self.steps = state["steps"]
         self.generator.manual_seed(seed)
+        self.noise = HeldNoise.of(self.policy, self.num_envs)
 
 
 def _episode_means(ended: list[dict[str, Tensor]]) -> dict[str, float]:
