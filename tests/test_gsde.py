@@ -134,8 +134,8 @@ def test_noise_correlates_within_a_hold_and_across_nothing_else() -> None:
 def test_data_sets_are_drawn_anew_at_every_step() -> None:
     """Off-policy evaluation multiplies the ratios of an episode's steps, which says nothing of noise they share."""
     made = policy()
-    noise = units(rolled(Same(), made, 20, 0).reshape(2, 10), made)
-    assert not torch.isclose(noise[:, 1:], noise[:, :-1]).any()
+    density = rolled(Same(), made, 20, 0)["behavior_log_prob"].reshape(2, 10)
+    assert not torch.isclose(density[:, 1:], density[:, :-1]).any()
 
 
 @pytest.mark.parametrize("every", [5, None])
