@@ -13,7 +13,15 @@ from torch import Tensor
 
 from unified_rl.interop.guard import reset_env, step_env
 from unified_rl.observations import Layout, layout_of
-from unified_rl.recordings.files import Episodes, make_control_env, read_robot_set
+from unified_rl.recordings.files import (
+    ABOUT,
+    Episodes,
+    env_names,
+    env_of_set,
+    make_control_env,
+    read_robot_set,
+    unlike,
+)
 from unified_rl.rollout.recorded import bounds, faults, named
 from unified_rl.spaces import Space
 
@@ -67,7 +75,20 @@ def check_data(
         ConfigError: an environment that cannot be made, or rows of a language task.
     """
     rows = read_robot_set(folder)
-    return check_rows(rows, make_control_env(env, allow, 4, 0, "data check", config_dirs), os.fspath(folder))
+    found = check_rows(rows, make_control_env(env, allow, 4, 0, "data check", config_dirs), os.fspath(folder))
+    return in_order([*found, *_elsewhere(folder, env_names(env, allow, config_dirs))])
+
+
+def _elsewhere(folder: str | os.PathLike[str], wanted: Mapping[str, str]) -> Iterator[Finding]:
+    """What the set itself says: numbers of equal width do not tell one maze, or one robot, from another."""
+    recorded = env_of_set(folder)
+    apart = None if recorded is None else unlike(recorded, wanted)
+    if apart is not None:
+        yield Finding(
+            "warning",
+            f"the rows were recorded with {apart[0]} ({os.path.join(folder, ABOUT)}), and this environment has "
+            f"{apart[1]}: what they show of its steps may not be so here",
+        )
 
 
 def check_rows(rows: TensorDict, env: Any, where: str) -> list[Finding]:
@@ -93,6 +114,11 @@ def check_rows(rows: TensorDict, env: Any, where: str) -> list[Finding]:
         found += _continuity(rows, episodes)
         found += _scales(rows, layout_of(space.observation), *_probe(env, space))
     found += _rewards(rows)
+    return in_order(found)
+
+
+def in_order(found: Sequence[Finding]) -> list[Finding]:
+    """Errors first, notes last."""
     order = {"error": 0, "warning": 1, "note": 2}
     return sorted(found, key=lambda one: order[one.level])
 

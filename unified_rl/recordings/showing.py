@@ -107,6 +107,8 @@ def shown(told: Mapping[str, Any]) -> str:
         f"({episodes['terminated']} terminated, {episodes['truncated']} truncated)"
     ]
     about = {key: value for key, value in told["about"].items() if key != "notes"}
+    if isinstance(about.get("env"), dict):
+        about["env"] = " ".join(f"{key}={value}" for key, value in about["env"].items())
     lines += [", ".join(f"{key}: {value}" for key, value in about.items())] if about else []
     for name in ("returns", "lengths"):
         found = told[name]
