@@ -12,9 +12,17 @@ from torch import Tensor
 from unified_rl.agents.return_scale import ReturnScale, RewardScale
 from unified_rl.objectives.rows import Rows
 from unified_rl.policies.critics import ValueCritic
-from unified_rl.policies.normalizer import RunningNormalizer
+from unified_rl.policies.normalizer import RunningNormalizer, seen_by
 from unified_rl.policies.token_critic import TokenCritic
-from unified_rl.protocols import ControlPolicy, LanguagePolicy, Normalizes, Trainable, is_language, standardises
+from unified_rl.protocols import (
+    ControlPolicy,
+    KeepsSeen,
+    LanguagePolicy,
+    Normalizes,
+    Trainable,
+    is_language,
+    standardises,
+)
 from unified_rl.returns import SuccessTracker, gae, record_advantage, segment_ends, to_segments, vtrace
 from unified_rl.units import Steps, row_return
 
@@ -36,7 +44,9 @@ class StateBaseline:
 
     def values(self, record: TensorDictBase) -> tuple[Tensor, Tensor]:
         """``[B, T]`` outputs (values, unless returns are scaled), with gradient, and the mask of steps that count."""
-        return self.module(record["observation"]), record["step_mask"]
+        seen = record.get(seen_by(self.module), None)
+        values = self.module(record["observation"]) if seen is None else self.module.of_seen(seen)
+        return values, record["step_mask"]
 
     def scan_inputs(self, record: TensorDictBase) -> dict[str, Tensor]:
         """Arguments of :func:`~unified_rl.returns.gae` per step, ``[B, T]``; the log-ratio where it is known."""
@@ -145,6 +155,13 @@ def update_moments(record: TensorDictBase, policy: Trainable, baseline: Baseline
     for module in (policy, baseline.module if baseline is not None else None):
         if isinstance(module, Normalizes):
             module.update_normalizer(seen)
+
+
+def keep_seen(rows: TensorDictBase, policy: Trainable, baseline: Baseline | None) -> None:
+    """Writes into control rows what policy and critic see of their observations through all steps of an update."""
+    for module in (policy, baseline.module if baseline is not None else None):
+        if isinstance(module, KeepsSeen):
+            module.keep_seen(rows)
 
 
 def last_units(record: TensorDictBase) -> Tensor:

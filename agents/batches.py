@@ -104,8 +104,12 @@ class Batches:
             order = shuffled_groups(rows["group"], size, self.generator)
         else:
             order = torch.randperm(len(rows), generator=self.generator, device=rows.device)
-        out: Sequence[TensorDict] = rows.exclude(*SCANNED_ONLY)[order].split(size)
-        return out
+        columns = {key: x.index_select(0, order).split(size) for key, x in rows.items() if key not in SCANNED_ONLY}
+        sizes = [min(size, len(rows) - start) for start in range(0, len(rows), size)]
+        return [
+            TensorDict._new_unsafe({key: pieces[i] for key, pieces in columns.items()}, torch.Size([n]), rows.device)
+            for i, n in enumerate(sizes)
+        ]  # checking what was cut from one record costs as much as cutting it
 
 
 def shuffled_groups(group: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -23,7 +23,7 @@ from unified_rl.agents.advantage_source import (
     wants_critic,
 )
 from unified_rl.agents.anchors import PROVIDERS, Anchors, check_anchors
-from unified_rl.agents.baselines import Baseline, StateBaseline, make_baseline, update_moments
+from unified_rl.agents.baselines import Baseline, StateBaseline, keep_seen, make_baseline, update_moments
 from unified_rl.agents.batches import Batches, Draw, choose_steps
 from unified_rl.agents.estimate import Estimate, make_advantage, make_gates, make_maps
 from unified_rl.agents.loss import anchors_of, attach, make_terms, refuse_memory
@@ -316,6 +316,8 @@ class PolicyGradient:
             self.watch(record)
         trained = len(record) > 0
         if trained:
+            if not self.language:
+                keep_seen(record, self.policy, self.baseline)
             metrics |= self._optimize(split_steps(record) if self.shuffle_steps else record)
             if not self.language:
                 update_moments(record, policy=self.policy, baseline=self.baseline)

@@ -3,8 +3,8 @@
 The other revision is taken from this repository with ``git archive`` and imported beside the present code in one
 process. Updates of both, and of a second instance of the old code (the noise), are timed in turn in random order; a
 ratio is the median of the rounds' ratios of CPU time. ``--check`` instead compares weights bit by bit after two updates
-over a grid of corrections, domains and settings, with the model's own layers and a plain cache in place of the quicker
-ones, which round otherwise.
+over a grid of corrections, domains and settings, with the model's own layers, a plain cache and each weight by itself
+in place of what is quicker and rounds, or adds gradients up, otherwise.
 """
 
 from __future__ import annotations
@@ -281,6 +281,10 @@ def main() -> None:
                 causal_lm.fused_layers = lambda model: nullcontext()
                 decoding = importlib.import_module(f"{PACKAGE}.policies.generation")
                 decoding.CPU_CACHE = decoding.SlabCache
+                optimizer = importlib.import_module(f"{PACKAGE}.optimizer")
+                optimizer.FlatWeights.possible = lambda optimizer: False  # norms are summed in another order
+                base = importlib.import_module(f"{PACKAGE}.policies.base")
+                base.NormalLogProb.apply = lambda x, *moments: base.normal_log_prob(x, *moments).sum(-1, keepdim=True)
                 decoding.lean_step, decoding.packed_weights = lambda *args: None, lambda *args: nullcontext()
             sys.exit(int(check(new, old, args.names or [*CORRECTIONS, *WRAPPED]) > 0))
         table = []

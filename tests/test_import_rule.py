@@ -23,6 +23,7 @@ ORDER = (
     "interventions",
     "learning_rate",
     "optimizer",
+    "flat_weights",
     "correction",
     "returns",
     "policies",

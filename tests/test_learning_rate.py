@@ -285,9 +285,9 @@ def test_a_critic_has_a_rate_of_its_own_that_follows_the_same_schedule() -> None
     found: list[list[float]] = []
     step = agent.optimizer.adam.step
     agent.optimizer.adam.step = lambda: (found.append([group["lr"] for group in groups]), step())[1]
-    metrics = agent.update(filled(transitions(policy), LANES))
     critic = {id(p) for p in agent.baseline.module.parameters()}
     owned = [{id(p) in critic for p in group["params"]} for group in groups]
+    metrics = agent.update(filled(transitions(policy), LANES))
     assert owned == [{False}, {False}, {True}, {True}]  # with and without decay
     assert found == [pytest.approx([0.1 * s, 0.1 * s, 0.03 * s, 0.03 * s]) for s in (1.0, 0.75)]
     assert (metrics["agent/lr"], metrics["agent/critic_lr"]) == pytest.approx((0.075, 0.0225))

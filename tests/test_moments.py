@@ -1,17 +1,22 @@
 """Moments of a normaliser are weights: at learning rate 0 every ratio is 1, however old the rows."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from agent_cases import LANES, control_agent, filled, gaussian, stream, transitions
 from value_cases import IQL, make, squashed
 
 import unified_rl as ur
+from unified_rl.agents import policy_gradient
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.policies.gaussian import GaussianPolicy
 from unified_rl.policies.normalizer import RunningNormalizer
 from unified_rl.training.run import Job
 from unified_rl.training.trainer import Trainer
+from unified_rl.units import record_from_steps
 
 SMALL = ["progress=false", "agent.lr=0.0", "rollout.num_envs=4", "rollout.horizon=16", "agent.epochs=2"]
 IMITATED = ["warm_start=demonstrations", "warm_start.stages=[{updates: 20, lr: 3.0e-3}]", "warm_start.dataset=512"]
@@ -201,3 +206,46 @@ def test_critics_see_what_the_policy_sees_and_a_batch_counts_once() -> None:
     assert nets.value is not None and float(policy.normalizer.count) == 64
     for net in (nets.critic, nets.target, nets.value):
         assert torch.equal(net.normalize(seen), policy.normalize(seen)) and not torch.equal(net.normalize(seen), seen)
+
+
+@pytest.mark.parametrize("settings", [{"minibatch": 6}, {"shuffle_steps": False, "minibatch": 2, "entropy_coef": 0.1}])
+def test_what_is_seen_once_an_update_is_what_was_seen_at_every_step(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows under older moments included, and copies of the policy, which have moments of their own."""
+    found = []
+    for once in (True, False):
+        if not once:
+            monkeypatch.setattr(policy_gradient, "keep_seen", lambda *given: None)
+        policy = gaussian(normalize_observation=True)
+        policy.update_normalizer(5 + 3 * torch.randn(50, 3, generator=stream(1)))
+        rows = transitions(policy, seed=2)
+        agent = control_agent(policy, epochs=2, lr=1e-2, **settings)
+        calls = 0
+        plain = policy.normalizer.forward
+
+        def counted(*given: Any, plain: Any = plain) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return plain(*given)
+
+        monkeypatch.setattr(policy.normalizer, "forward", counted)
+        for version in range(3):  # the moments move after each, the rows keep theirs
+            agent.update(filled(rows, LANES))
+            assert agent.version == version + 1
+        found.append((calls, list(policy.parameters()), list(agent.baseline.module.parameters())))
+    assert found[0][0] < found[1][0]
+    for one, other in zip(found[0][1] + found[0][2], found[1][1] + found[1][2], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_copy_of_a_policy_does_not_see_through_its_eyes() -> None:
+    policy = gaussian(normalize_observation=True)
+    policy.update_normalizer(torch.randn(50, 3, generator=stream(1)))
+    other = copy.deepcopy(policy)
+    rows = record_from_steps(transitions(policy).transpose(0, 1).contiguous())
+    other.normalizer.means.add_(1.0)
+    plain = other.log_prob(rows).log_prob
+    policy.keep_seen(rows)
+    assert torch.equal(other.log_prob(rows).log_prob, plain)
+    assert not torch.equal(policy.log_prob(rows).log_prob, plain)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unified_rl.errors import ConfigError, NonFiniteError
+from unified_rl.flat_weights import FlatWeights
 from unified_rl.instantiate import allowed, locate, nearest
 from unified_rl.protocols import HasWeights
 from unified_rl.ranges import shown
@@ -125,7 +126,8 @@ class Optimizer:
             mapping's own win.
 
     Attributes:
-        adam: the optimiser of torch, whichever it is.
+        adam: the optimiser of torch, whichever it is. From the first step on its groups may hold a module's weights
+            joined into one (:class:`~unified_rl.flat_weights.FlatWeights`); :meth:`state_dict` has each by itself.
         after_clip: called between the bound on the gradient's norm and the step, with the factor that it applied.
 
     Raises:
@@ -168,6 +170,9 @@ class Optimizer:
         self._refuse_half()
         self.after_clip: Callable[[float], None] | None = None
         self.steps = 0
+        self._flat: FlatWeights | None = None
+        self._parted: FlatWeights | None = None
+        self._joins = True
 
     def _groups(self, weight_decay: float, rates: Mapping[str, float]) -> Any:
         """The weights, in groups by their learning rate, and with and without decay where there is any."""
@@ -195,7 +200,8 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Drops the gradients."""
-        self.adam.zero_grad(set_to_none=True)
+        for weight in self.parameters:
+            weight.grad = None
 
     def step(self, loss: Tensor) -> Tensor:
         """Clips, checks and steps; gradients must have been computed.
@@ -210,14 +216,34 @@ class Optimizer:
             NonFiniteError: the loss or a gradient is not finite; names it and the step; nothing was changed.
         """
         bound = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
-        norm = nn.utils.clip_grad_norm_(self.parameters, bound)
+        flat = self._joined()
+        norm = nn.utils.clip_grad_norm_(self.parameters, bound) if flat is None else flat.clip(bound)
         if not bool(torch.isfinite(loss.detach() + norm)):
             self._refuse(loss)
         if self.after_clip is not None:
             self.after_clip(min(1.0, bound / (float(norm) + 1e-6)))
-        self.adam.step()
+        (self.adam if flat is None else flat).step()
         self.steps += 1
         return norm
+
+    def _joined(self) -> FlatWeights | None:
+        """The weights in one piece with their gradients, where that is the same step for less; else None."""
+        self._join()
+        if self._flat is not None and not (self.after_clip is None and self._flat.gather()):
+            self._part()
+            self._joins = False
+        return self._flat
+
+    def _join(self) -> None:
+        if self._flat is None and self._joins and self.after_clip is None:
+            self._joins = FlatWeights.possible(self.adam)
+            self._flat = FlatWeights(self.adam, self.named) if self._joins else None
+
+    def _part(self) -> None:
+        """Every weight has a place of its own in the optimiser."""
+        if self._flat is not None:
+            self._flat.part()
+            self._parted, self._flat = self._flat, None
 
     @property
     def rate(self) -> float:
@@ -248,6 +274,7 @@ class Optimizer:
 
     def moments(self) -> dict[Tensor, dict[str, Tensor]]:
         """A copy of the moments and step counts of every parameter that has taken a step."""
+        self._join()
         return {
             p: {key: x.clone() for key, x in state.items() if isinstance(x, Tensor)}
             for p, state in self.adam.state.items()
@@ -256,6 +283,8 @@ class Optimizer:
     @torch.no_grad()
     def mix_moments(self, before: dict[Tensor, dict[str, Tensor]], share: float) -> None:
         """Moves moments and step counts to ``before + share * (now - before)``; what was not there before was 0."""
+        if self._parted is not None:  # since then
+            before = self._parted.parted(before)
         for p, state in self.adam.state.items():
             for key, now in state.items():
                 if not isinstance(now, Tensor):
@@ -265,10 +294,12 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and step counts, by parameter position."""
+        self._part()
         return {"adam": self.adam.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
+        self._part()
         self.adam.load_state_dict(state["adam"])
         self.steps = state["steps"]
 

@@ -539,6 +539,15 @@ class Normalizes(Protocol):
 
 
 @runtime_checkable
+class KeepsSeen(Protocol):
+    """Standardises observations, and can do so once for all steps of an update."""
+
+    def keep_seen(self, rows: TensorDictBase) -> None:
+        """Writes what its network sees of ``rows`` into them."""
+        ...
+
+
+@runtime_checkable
 class MayChoose(Protocol):
     """A control policy that says whether its actions may be choices."""
 

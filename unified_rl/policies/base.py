@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from numpy.typing import ArrayLike
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torchrl.envs.utils import ExplorationType, exploration_type
 
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.observations import layout_of
 from unified_rl.policies.acting import act
 from unified_rl.policies.encoder import ObservationEncoder
-from unified_rl.policies.normalizer import MOMENTS, RunningNormalizer
+from unified_rl.policies.normalizer import MOMENTS, RunningNormalizer, seen_by
 from unified_rl.protocols import Domain
 from unified_rl.ranges import Count, Seed
 from unified_rl.spaces import Box, Space, as_space
@@ -31,6 +32,38 @@ DETERMINISTIC = (ExplorationType.DETERMINISTIC, ExplorationType.MODE, Exploratio
 def normal_log_prob(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Elementwise log-density of a Normal; all arguments broadcast."""
     return -0.5 * ((x - mean) * torch.exp(-log_std)).square() - log_std - HALF_LOG_TWO_PI
+
+
+class NormalLogProb(torch.autograd.Function):
+    """:func:`normal_log_prob` summed over the last axis, with the derivatives by mean and log deviation written out.
+
+    ``NormalLogProb.apply(x, mean, log_std)``: ``x, mean [M, a]``, ``log_std [M, a]`` or ``[a]``, to ``[M, 1]``. No
+    derivative by ``x``.
+    """
+
+    if TYPE_CHECKING:  # torch declares it without types
+
+        @classmethod
+        def apply(cls, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+            """Log-densities ``[M, 1]``."""
+            raise NotImplementedError
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+        inverse, apart = torch.exp(-log_std), x - mean
+        z = apart * inverse
+        ctx.save_for_backward(apart, z, inverse)
+        return (-0.5 * z.square() - log_std - HALF_LOG_TWO_PI).sum(-1, keepdim=True)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
+        apart, z, inverse = ctx.saved_tensors
+        slope = z * gradient
+        by_inverse, directly = slope * apart, gradient.expand_as(z).neg()
+        if inverse.ndim < z.ndim:  # in torch's own order, to the last digit
+            by_inverse, directly = by_inverse.sum(0), directly.sum(0)
+        return None, slope * inverse, by_inverse * inverse + directly
 
 
 def draw_normal(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -366,6 +399,15 @@ class Policy(TensorDictModuleBase):
         numbers = numbers if self.normalizer is None else self.normalizer(numbers, moments)
         return self.encoder(numbers, images)  # type: ignore[no-any-return]
 
+    def keep_seen(self, rows: TensorDictBase) -> None:
+        """Writes what the network sees of ``rows`` into them, as no step of an update changes it; images aside.
+
+        :meth:`log_prob` and the like then need not standardise the same observations at every optimiser step.
+        """
+        if self.normalizer is not None and self.encoder is None:
+            seen = self._observed(rows)
+            rows[seen_by(self)] = seen.reshape(*rows["observation"].shape[:-1], seen.shape[-1])
+
     def to_env(self, normalized: Tensor) -> Tensor:
         """From coordinates in which the bounds are -1 and 1 to the environment's, clipped to its bounds."""
         action = torch.addcmul(self.action_middle, self.action_half, normalized)
@@ -388,6 +430,9 @@ class Policy(TensorDictModuleBase):
         """Observations ``[M, d]`` as the network saw them when it acted; those of a bare tensor as it sees them now."""
         if isinstance(batch, Tensor):
             return self.normalize(self._raw(batch.reshape(-1, batch.shape[-1])))
+        seen: Tensor | None = batch.get(seen_by(self), None)
+        if seen is not None:
+            return seen.reshape(-1, seen.shape[-1])
         observation, moments = self._raw(batch["observation"]), batch.get(MOMENTS, None)
         return self.normalize(
             observation.reshape(-1, observation.shape[-1]), None if moments is None else moments.reshape(-1)

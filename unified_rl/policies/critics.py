@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from unified_rl.errors import ConfigError
@@ -13,7 +14,7 @@ from unified_rl.observations import layout_of
 from unified_rl.policies.base import action_bounds
 from unified_rl.policies.encoder import ObservationEncoder
 from unified_rl.policies.networks import activation_named, mlp, seeded
-from unified_rl.policies.normalizer import RunningNormalizer
+from unified_rl.policies.normalizer import RunningNormalizer, seen_by
 from unified_rl.ranges import Count, Seed, ranged
 from unified_rl.spaces import Box, Part, Space, as_space
 
@@ -108,8 +109,17 @@ class ValueCritic(Critic):
 
     def forward(self, observation: Tensor) -> Tensor:
         """``observation [..., d]`` to values ``[...]``."""
-        value: Tensor = self.network(self.normalize(observation))
+        return self.of_seen(self.normalize(observation))
+
+    def of_seen(self, seen: Tensor) -> Tensor:
+        """Values ``[...]`` of observations ``[..., d]`` as :meth:`normalize` makes them."""
+        value: Tensor = self.network(seen)
         return value.squeeze(-1)
+
+    def keep_seen(self, rows: TensorDictBase) -> None:
+        """Writes what the network sees of ``rows`` into them, as no step of an update changes it; images aside."""
+        if self.normalizer is not None and self.encoder is None:
+            rows[seen_by(self)] = self.normalize(rows["observation"])
 
 
 @ranged()

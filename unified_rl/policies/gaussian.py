@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
-from unified_rl.policies.base import HALF_LOG_TWO_PI, Policy, draw_normal, normal_log_prob
+from unified_rl.policies.base import HALF_LOG_TWO_PI, NormalLogProb, Policy, draw_normal, normal_log_prob
 from unified_rl.policies.networks import Activation, linear, mlp, seeded, trunk_width
 from unified_rl.ranges import Count, LogScale, NonNegative, Seed, ranged
 from unified_rl.spaces import Space
@@ -233,7 +233,10 @@ class GaussianPolicy(Policy):
 
     def _log_prob(self, observation: Tensor, stored: Mapping[str, Tensor]) -> Tensor:
         mean, log_std = self.mean_and_log_std(observation)
-        return self._units(normal_log_prob(stored["raw_action"], mean, log_std))
+        raw = stored["raw_action"]
+        if self.per_dimension or raw.requires_grad or torch.compiler.is_compiling():
+            return self._units(normal_log_prob(raw, mean, log_std))
+        return NormalLogProb.apply(raw, mean, log_std)
 
     def _nll(self, observation: Tensor, action: Tensor, generator: torch.Generator) -> Tensor:
         """Minus the log-density of the raw action that leads to ``action``, ``[M, 1]``."""

@@ -17,6 +17,14 @@ CONSTANT = 1e-12
 """An entry of no more variance than float32 makes of a constant is not scaled: a data set says nothing of its size."""
 
 
+def seen_by(network: nn.Module) -> str:
+    """The column of rows that holds observations as this very object sees them; a copy of it has a column of its own.
+
+    It lives for one update, and is never stored.
+    """
+    return f"seen_by_{id(network)}"
+
+
 @ranged()
 class RunningNormalizer(nn.Module):
     """Standardises observations by running moments: ``clamp((x - mean) / std, -limit, limit)``.
