@@ -1,4 +1,4 @@
-# make install | quickstart | test | lint | bench | clean
+# make install | quickstart | test | lint | bench | robotics | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,11 +8,14 @@ INPUTS := pyproject.toml setup.py constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 BENCHMARKS := $(filter-out gpu table endurance memory_plan prompt_files study_many bf16,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 BENCH_OUT ?= build/benchmarks
+# gymnasium-robotics and dm_control do not run with the MuJoCo of constraints.txt; these do together (docs/robot.md).
+ROBOTICS := mujoco==3.10.0 gymnasium-robotics==1.4.2 dm-control==1.0.43 shimmy[dm-control]==2.0.1
+ROBOTICS_VENV ?= build/robotics
 # One thread a process, and waiting threads that sleep: shared cores stay usable, runs are up to 4x faster on them.
 export OMP_WAIT_POLICY ?= PASSIVE
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test lint bench clean
+.PHONY: install quickstart test lint bench robotics clean
 
 install: $(VENV)/.installed-dev
 
@@ -32,6 +35,12 @@ bench: $(VENV)/.installed-bench
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; \
 		HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/$$name.py --csv $(BENCH_OUT)/$$name.csv; done
 	@$(BIN)/python benchmarks/table.py $(BENCH_OUT)
+
+robotics:
+	$(PYTHON) -m venv --clear $(ROBOTICS_VENV)
+	grep -v '^mujoco' constraints.txt > $(ROBOTICS_VENV)/constraints.txt
+	$(ROBOTICS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(ROBOTICS_VENV)/constraints.txt -e . pytest $(ROBOTICS)
+	UNIFIED_RL_ROBOTICS=1 $(ROBOTICS_VENV)/bin/python -m pytest -rA -p no:cacheprovider tests/test_robotics.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no virtual environment: on Debian, apt-get install python3-venv"; exit 1; }

@@ -12,7 +12,7 @@ from torch import Tensor
 from unified_rl.agents.return_scale import ReturnScale, RewardScale
 from unified_rl.objectives.rows import Rows
 from unified_rl.policies.critics import ValueCritic
-from unified_rl.policies.normalizer import seen_by
+from unified_rl.policies.normalizer import RunningNormalizer, seen_by
 from unified_rl.policies.token_critic import TokenCritic
 from unified_rl.protocols import (
     ControlPolicy,
@@ -33,6 +33,7 @@ class StateBaseline:
     def __init__(self, policy: ControlPolicy, hidden: tuple[int, ...], seed: int) -> None:
         own = standardises(policy)
         self.module = ValueCritic(policy.space, hidden, normalize_observation=own, seed=seed)
+        follow_moments(self.module, policy)
         self.rewards: RewardScale | None = None
         self.returns: ReturnScale | None = None
 
@@ -136,6 +137,16 @@ def make_baseline(policy: Trainable, hidden: tuple[int, ...], config: dict[str, 
     if is_language(policy):
         return TokenBaseline(policy, config, seed)
     return StateBaseline(cast(ControlPolicy, policy), hidden, seed)
+
+
+def follow_moments(critic: ValueCritic, policy: Trainable) -> None:
+    """Gives a new critic the moments of a policy whose own are fixed: those of a clone.
+
+    Others are of the same observations anyway. A critic's own would move, and its values with them, at every update.
+    """
+    theirs, own = getattr(policy, "normalizer", None), critic.normalizer
+    if isinstance(theirs, RunningNormalizer) and isinstance(own, RunningNormalizer) and bool(theirs.frozen):
+        own.load_state_dict(theirs.state_dict())
 
 
 def update_moments(record: TensorDictBase, policy: Trainable, baseline: Baseline | None) -> None:

@@ -442,9 +442,9 @@ def test_a_name_of_another_library_is_told_what_it_is_called_here() -> None:
     cfg = compose(
         ["env=jsonl", "env.path=a.jsonl", "policy=causal_lm_path", "policy.path=m", "policy.lora={r: 8, lora_alpha: 8}"]
     )
-    cfg = resolve_defaults(cfg)
+    cfg, robot = resolve_defaults(cfg), resolve_defaults(compose(["env=half_cheetah", "agent=ppo"]))
     for name, here in PEER_NAMES.items():
-        node: Any = cfg
+        node: Any = robot if "sde" in name else cfg
         for part in here.split("."):
             assert part in node, (name, here)
             node = node[part]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ SECTIONS = ("Look at it", "Leave with it")
 SMALL = ["env=two_route", "env.max_steps=8", "policy=flow", "policy.steps=2", "policy.hidden=[8]", "agent=ppo",
          "agent.critic_hidden=[8]", "rollout.num_envs=2", "rollout.horizon=8", "steps=32", "eval_episodes=2",
          "keep_best=eval/score", "progress=false"]  # fmt: skip
+
+
+def test_make_installs_the_versions_that_the_page_names(source: Path) -> None:
+    line = re.search(r"^ROBOTICS := (.+)$", (source / "Makefile").read_text(), re.MULTILINE)
+    assert line and len(line[1].split()) == 4
+    page = (source / "docs" / "robot.md").read_text()
+    assert all(f'"{version}"' in page for version in line[1].split())
 
 
 def test_everything_under_look_and_leave_runs(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ CASES = {
     "flow": ["env=two_route", "policy=flow", "agent=policy_gradient", "correction=tis"],
     "diffusion": ["env=two_route", "policy=diffusion", "agent=policy_gradient", "correction=tis"],
     "bins": ["env=pendulum", "policy=autoregressive", "agent=policy_gradient", "correction=tis"],
+    "gsde": ["env=half_cheetah", "policy=gaussian", "policy.gsde=true", "policy.gsde_every=5", "agent=ppo"],
     "squashed": ["env=pendulum", "policy=tanh_gaussian", "agent=ppo"],
     "imitated": ["env=two_route", "policy=flow", "agent=policy_gradient", "correction=tis", *IMITATED],
     "imitated afresh": [
@@ -98,6 +99,16 @@ def test_a_clone_stays_what_it_is_at_learning_rate_zero(name: str, tmp_path: Pat
     rows = tuned.run()
     assert rows[-1]["eval/score"] == rows[0]["eval/score"] == clone.trainer.log.rows[-1]["eval/score"]
     assert float(tuned.policy.normalizer.count) == float(clone.policy.normalizer.count) > 0
+
+
+def test_the_critic_of_a_clone_sees_what_the_clone_sees(tmp_path: Path) -> None:
+    """It learns from nothing, but the moments of its policy are known and fixed: its own would move its values."""
+    trainer, seen = trained([*CASES["imitated"], "agent.advantage=critic"], 0, tmp_path, updates=3)
+    policy, critic = trainer.agent.policy.normalizer, trainer.agent.baseline.module.normalizer
+    assert bool(critic.frozen) and float(critic.count) == float(policy.count) > 0 and len(seen) == 3
+    observation = trainer.rollout.env.current_observation()
+    assert torch.equal(critic(observation), policy(observation))
+    assert not torch.equal(critic(observation), observation)
 
 
 def test_every_policy_class_standardises_by_default() -> None:

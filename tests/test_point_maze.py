@@ -12,6 +12,7 @@ from torchrl.envs.utils import check_env_specs
 import unified_rl as ur
 from unified_rl.envs.control import PointMazeEnv
 from unified_rl.envs.control.point_maze import GOAL_RADIUS, MAZES, expert, plan_of
+from unified_rl.errors import ConfigError
 from unified_rl.protocols import ControlEnv
 
 
@@ -126,3 +127,20 @@ def test_a_run_s_own_maze_is_recorded_and_no_other(tmp_path: Path) -> None:
     assert told["rows"] == 64
     with pytest.raises(ur.ConfigError, match=r"maze=umaze .*, and env=point_maze is .*maze=medium"):
         ur.data("make", "point_maze", "expert", tmp_path / "no", steps=64, policy=run.folder, **{"env.maze": "medium"})
+
+
+def test_rows_of_another_maze_are_told_by_what_the_set_says(tmp_path: Path) -> None:
+    """The widths are equal, and so are the sizes of the numbers."""
+    for maze in ("umaze", "medium"):
+        ur.data("make", "point_maze", "random", tmp_path / maze, steps=32, **{"env.maze": maze})
+    ours = ur.data("check", tmp_path / "medium", env="point_maze", **{"env.maze": "medium"})
+    assert not any("recorded with" in one["text"] for one in ours["findings"])
+    other = ur.data("check", tmp_path / "umaze", env="point_maze", **{"env.maze": "medium"})
+    (told,) = [one for one in other["findings"] if "recorded with" in one["text"]]
+    assert told["level"] == "warning" and other["fits"]
+    assert "with maze=umaze (" in told["text"] and "dataset.json), and this environment has maze=medium" in told["text"]
+    parts = {str(tmp_path / maze): 0.5 for maze in ("umaze", "medium")}
+    with pytest.raises(ConfigError, match=r"--part .*umaze was recorded with maze=umaze .*, and env has maze=medium"):
+        ur.data("make", "point_maze", "mixed", tmp_path / "mixed", parts=parts, **{"env.maze": "medium"})
+    (tmp_path / "umaze" / "dataset.json").unlink()
+    ur.data("make", "point_maze", "mixed", tmp_path / "mixed", parts=parts, **{"env.maze": "medium"})

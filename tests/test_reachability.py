@@ -770,6 +770,7 @@ VALUES_OF: dict[str, Any] = {
     "autoregressive.normalize_observation": False,
     "gaussian.hidden": [4],
     "gaussian.activation": "relu",
+    "gaussian.gsde_every": 2,
     "gaussian.log_std_low": 0.5,
     "gaussian.log_std_high": -0.5,
     "flow.num_actions": 3,
@@ -1000,6 +1001,11 @@ def further_cases() -> Iterator[Case]:
         ("env=inverted_pendulum", *SUPERVISED[1:], "rollout.data=ROWS"),
         ("rollout.validation=0.5",),
     )
+    held = (*CONTROL, "policy.gsde=true")
+    yield Case("gsde_every of gsde", held, ("policy.gsde_every=2",))
+    yield Case("gsde_learn_features of gsde", held, ("policy.gsde_learn_features=true",))
+    yield Case("gsde of a squashed policy", (*CONTROL, "policy=tanh_gaussian", "policy.state_dependent_std=false"),
+               ("policy.gsde=true",))  # fmt: skip
     yield Case("critic_config for language", (*LM, "agent.advantage=critic"), (f"agent.critic_config={text(TINY)}",))
 
 

@@ -51,6 +51,14 @@ CASES = {
     "ant": ([*control("ant"), "steps=256", "checkpoint_every=64"]),
     "humanoid": ([*control("humanoid"), "steps=192", "checkpoint_every=64"]),
     "pusher": ([*control("pusher"), "steps=320", "checkpoint_every=64"]),
+    "gsde": [
+        *control("inverted_pendulum"),
+        "policy=gaussian",
+        "policy.gsde=true",
+        "policy.gsde_every=5",
+        "steps=256",
+        "checkpoint_every=64",
+    ],
     "sac_ant": [
         "env=ant",
         "agent=sac",

@@ -66,7 +66,7 @@ def nearest(name: object, known: Iterable[str], ranked: bool = False) -> str:
 
 
 def nearest_setting(name: str, known: Iterable[str]) -> str:
-    """As :func:`nearest`, but a name of TRL's or verl's is told what it is called here."""
+    """As :func:`nearest`, but a name of another library's is told what it is called here."""
     return f"here it is called {PEER_NAMES[name]}" if name in PEER_NAMES else nearest(name, known)
 
 

@@ -1,4 +1,4 @@
-"""What other libraries call a setting, and what it is called here: hints for whoever types the name of TRL or verl."""
+"""What other libraries call a setting, and what it is called here: hints for whoever types the name of another."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ PEER_NAMES = {
     "per_device_train_batch_size": "rollout.prompts",
     "report_to": "logger",
     "reward_funcs": "reward",
+    "sde_sample_freq": "policy.gsde_every",
     "save_steps": "checkpoint_every",
     "temperature": "policy.temperature",
     "top_k": "policy.top_k",
@@ -44,8 +45,10 @@ PEER_NAMES = {
     "total_epochs": "epochs",
     "total_training_steps": "updates",
     "train_batch_size": "rollout.prompts",
+    "use_sde": "policy.gsde",
     "warmup_ratio": "agent.warmup_ratio",
     "warmup_steps": "agent.warmup_steps",
     "weight_decay": "agent.weight_decay",
 }
-"""A name in TRL's or verl's configuration to the full name of the setting, or of the group, that says the same here."""
+"""A name in TRL's, verl's or Stable-Baselines3's configuration to the full name of the setting, or of the
+group, that says the same here."""

@@ -418,6 +418,24 @@ class Samples(Protocol):
 
 
 @runtime_checkable
+class HoldsNoise(Samples, Protocol):
+    """Can explore with noise that stays the same for several steps, and is the rollout's to keep."""
+
+    @property
+    def hold_steps(self) -> float:
+        """Steps for which noise is held at most; infinity for as long as an episode lasts, 0 where none is held."""
+        ...
+
+    def draw_noise(self, count: int, generator: torch.Generator) -> Tensor:
+        """Noise ``[count, ...]`` of so many simulations."""
+        ...
+
+    def sample_held(self, observation: Tensor, noise: Tensor) -> TensorDict:
+        """As :meth:`sample` for ``observation [K, d]``, under the noise ``[K, ...]`` that each simulation holds."""
+        ...
+
+
+@runtime_checkable
 class Generates(Protocol):
     """Continues prompts of tokens."""
 

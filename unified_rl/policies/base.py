@@ -319,8 +319,12 @@ class Policy(TensorDictModuleBase):
         lead = observation.shape[:-1]
         flat = self.normalize(self._raw(observation.reshape(-1, observation.shape[-1])))
         out = self._sample(flat, self.generator if generator is None else generator, deterministic)
+        return self._sampled(out, lead)
+
+    def _sampled(self, out: dict[str, Tensor], lead: torch.Size) -> TensorDict:
+        """What was drawn for ``[M]`` observations, of batch size ``lead``, with the moments in use."""
         if isinstance(self.normalizer, RunningNormalizer):
-            out[MOMENTS] = self.normalizer.used.expand(len(flat)).clone()
+            out[MOMENTS] = self.normalizer.used.expand(len(out["action"])).clone()
         if len(lead) != 1:
             out = {key: value.reshape(*lead, *value.shape[1:]) for key, value in out.items()}
         return TensorDict(out, batch_size=lead)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,6 +34,12 @@ class GaussianPolicy(Policy):
     With ``squash`` and ``state_dependent_std`` it is the actor of "Soft Actor-Critic" (arXiv:1801.01290); without
     both, that of "Proximal Policy Optimization" (arXiv:1707.06347).
 
+    With ``gsde`` it explores as "Smooth Exploration for Robotic Reinforcement Learning" (arXiv:2005.05719) does: the
+    noise is ``W' phi(s)``, where ``phi [F]`` is what the last hidden layer makes of the state and ``W [F, a]`` has
+    entries ``W_ij ~ N(0, sigma_ij^2)``, which a rollout draws for each simulation and holds for several steps. The
+    density of an action given its state is ``N(mean_i(s), sum_j phi_j(s)^2 sigma_ij^2)``, bounded as every standard
+    deviation here is; log-probs and entropies are of that, and :meth:`sample`, which holds nothing, draws from it.
+
     Args:
         space: the environment's; or sizes and bounds, as of :class:`~unified_rl.policies.base.Policy`.
         sizes: the rest of those.
@@ -47,11 +53,15 @@ class GaussianPolicy(Policy):
         initial_log_std: of a free standard deviation.
         log_std_low: floor of the log standard deviation, in sampling and scoring alike.
         log_std_high: its ceiling.
+        gsde: generalised state-dependent exploration; ``initial_log_std`` is then that of an action where the features
+            are of size 1 (a sigma is smaller by the root of ``F``).
+        gsde_every: steps for which a noise matrix is held, at most for an episode; None for as long as that lasts.
+        gsde_learn_features: let the gradient of the standard deviation reach the hidden layers, too.
         seed: of the initial weights.
         shared: further arguments of :class:`~unified_rl.policies.base.Policy`.
 
     Raises:
-        ConfigError: discrete actions, or squashing without finite bounds.
+        ConfigError: discrete actions, squashing without finite bounds, or settings that do not go together.
     """
 
     rescoring_keys = ("raw_action",)
@@ -70,6 +80,9 @@ class GaussianPolicy(Policy):
         initial_log_std: LogScale = 0.0,
         log_std_low: LogScale = -5.0,
         log_std_high: LogScale = 2.0,
+        gsde: bool = False,
+        gsde_every: Count | None = None,
+        gsde_learn_features: bool = False,
         seed: Seed = 0,
         **shared: Any,
     ) -> None:
@@ -83,7 +96,17 @@ class GaussianPolicy(Policy):
                 f"policy.initial_log_std={initial_log_std} must lie between policy.log_std_low={log_std_low} and "
                 f"policy.log_std_high={log_std_high}"
             )
+        if gsde and state_dependent_std:
+            raise ConfigError(
+                "policy.gsde has a standard deviation of its own for each feature of the state; set "
+                "policy.state_dependent_std=false"
+            )
+        if not gsde and (gsde_every is not None or gsde_learn_features):
+            given = "gsde_learn_features" if gsde_every is None else "gsde_every"
+            raise ConfigError(f"policy.{given} is of state-dependent exploration; set policy.gsde=true")
         self.squash = squash
+        self.gsde, self.gsde_learn_features = gsde, gsde_learn_features
+        self.hold_steps: float = 0 if not gsde else math.inf if gsde_every is None else gsde_every
         self.state_dependent_std = state_dependent_std
         self.per_dimension = per_dimension
         self.num_units = self.action_dim if per_dimension else 1
@@ -93,7 +116,10 @@ class GaussianPolicy(Policy):
             width = trunk_width(self.observation_dim, hidden)
             outputs = 2 * self.action_dim if state_dependent_std else self.action_dim
             self.head = linear(width, outputs, gain=output_gain if orthogonal else None)
-        if not state_dependent_std:
+        if gsde:
+            each = float(initial_log_std) - 0.5 * math.log(width)
+            self.log_std = nn.Parameter(torch.full((width, self.action_dim), each))
+        elif not state_dependent_std:
             self.log_std = nn.Parameter(torch.full((self.action_dim,), float(initial_log_std)))
 
     def mean_and_log_std(self, observation: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,12 +127,44 @@ class GaussianPolicy(Policy):
 
         ``observation [M, d]`` is already normalised.
         """
-        out = run_layers((*self.trunk, self.head), observation)
+        return self._of_features(run_layers(self.trunk, observation))
+
+    def _of_features(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        out = run_layers((self.head,), features)
+        if self.gsde:
+            return out, self._marginal_log_std(features)
         if self.state_dependent_std:
             mean, log_std = out.chunk(2, dim=-1)
         else:
             mean, log_std = out, self.log_std
         return mean, log_std.clamp(self.log_std_low, self.log_std_high)
+
+    def _variance(self, features: Tensor) -> Tensor:
+        """Of the action ``[M, a]`` under noise matrices on ``features [M, F]``."""
+        return features.square() @ (2.0 * self.log_std).exp()
+
+    def _marginal_log_std(self, features: Tensor) -> Tensor:
+        """``[M, a]``, bounded; features that are all 0 would have none."""
+        variance = self._variance(features if self.gsde_learn_features else features.detach())
+        low, high = math.exp(2.0 * self.log_std_low), math.exp(2.0 * self.log_std_high)
+        return 0.5 * variance.clamp(low, high).log()
+
+    def draw_noise(self, count: int, generator: torch.Generator) -> Tensor:
+        """``[count, F, a]`` standard normal, a matrix a simulation: what is held is ``W / sigma``.
+
+        So a matrix outlives updates, and the noise under it always has the density of the present ``sigma``.
+        """
+        return draw_normal((count, *self.log_std.shape), self.log_std, generator)
+
+    @torch.no_grad()
+    def sample_held(self, observation: Tensor, noise: Tensor) -> TensorDict:
+        """As :meth:`sample` for ``observation [K, d]``, with the noise ``[K, F, a]`` that each simulation holds."""
+        features = self.trunk(self.normalize(self._raw(observation)))
+        mean, log_std = self._of_features(features)
+        deviation = torch.einsum("kf,fa,kfa->ka", features, self.log_std.exp(), noise)
+        # in units of its own deviation, so that a bound on the standard deviation holds for what is drawn, too
+        unit = deviation * self._variance(features).clamp(min=torch.finfo(mean.dtype).tiny).rsqrt()
+        return self._sampled(self._drawn(mean, log_std, unit), observation.shape[:-1])
 
     def normals(self, batch: TensorDictBase) -> tuple[Tensor, Tensor]:
         """Mean and log standard deviation ``[B, N, D]`` of every unit: D is the action's width, or 1 per dimension."""
@@ -162,7 +220,11 @@ class GaussianPolicy(Policy):
         if deterministic:
             log_prob = mean.new_full((mean.shape[0], self.num_units), torch.nan)
             return {"action": self._action(mean), "raw_action": mean, "behavior_log_prob": log_prob}
-        raw = torch.addcmul(mean, log_std.exp(), draw_normal(mean.shape, mean, generator))
+        return self._drawn(mean, log_std, draw_normal(mean.shape, mean, generator))
+
+    def _drawn(self, mean: Tensor, log_std: Tensor, unit: Tensor) -> dict[str, Tensor]:
+        """The sample that standard normal numbers ``unit [M, a]`` stand for."""
+        raw = torch.addcmul(mean, log_std.exp(), unit)
         log_prob = self._units(normal_log_prob(raw, mean, log_std))
         return {"action": self._action(raw), "raw_action": raw, "behavior_log_prob": log_prob}
 

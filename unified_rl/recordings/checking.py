@@ -12,7 +12,16 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.interop.guard import reset_env, step_env
-from unified_rl.recordings.files import Episodes, make_control_env, read_robot_set
+from unified_rl.observations import Layout, layout_of
+from unified_rl.recordings.files import (
+    ABOUT,
+    Episodes,
+    env_names,
+    env_of_set,
+    make_control_env,
+    read_robot_set,
+    unlike,
+)
 from unified_rl.rollout.recorded import bounds, faults, named
 from unified_rl.spaces import Space
 
@@ -66,7 +75,20 @@ def check_data(
         ConfigError: an environment that cannot be made, or rows of a language task.
     """
     rows = read_robot_set(folder)
-    return check_rows(rows, make_control_env(env, allow, 4, 0, "data check", config_dirs), os.fspath(folder))
+    found = check_rows(rows, make_control_env(env, allow, 4, 0, "data check", config_dirs), os.fspath(folder))
+    return in_order([*found, *_elsewhere(folder, env_names(env, allow, config_dirs))])
+
+
+def _elsewhere(folder: str | os.PathLike[str], wanted: Mapping[str, str]) -> Iterator[Finding]:
+    """What the set itself says: numbers of equal width do not tell one maze, or one robot, from another."""
+    recorded = env_of_set(folder)
+    apart = None if recorded is None else unlike(recorded, wanted)
+    if apart is not None:
+        yield Finding(
+            "warning",
+            f"the rows were recorded with {apart[0]} ({os.path.join(folder, ABOUT)}), and this environment has "
+            f"{apart[1]}: what they show of its steps may not be so here",
+        )
 
 
 def check_rows(rows: TensorDict, env: Any, where: str) -> list[Finding]:
@@ -90,8 +112,13 @@ def check_rows(rows: TensorDict, env: Any, where: str) -> list[Finding]:
     if not wrong and {"observation", "action"} <= set(rows.keys()):
         found += _actions(rows["action"], space)
         found += _continuity(rows, episodes)
-        found += _scales(rows, *_probe(env, space))
+        found += _scales(rows, layout_of(space.observation), *_probe(env, space))
     found += _rewards(rows)
+    return in_order(found)
+
+
+def in_order(found: Sequence[Finding]) -> list[Finding]:
+    """Errors first, notes last."""
     order = {"error": 0, "warning": 1, "note": 2}
     return sorted(found, key=lambda one: order[one.level])
 
@@ -170,8 +197,11 @@ def _continuity(rows: TensorDict, episodes: Episodes) -> Iterator[Finding]:
     if not bool(inside.any()):
         return
     after = torch.roll(rows["observation"], -1, 0)
-    scale = rows["observation"].std(0).clamp(min=1e-6)
-    apart = inside & ((rows["next_observation"] - after).abs() > 1e-3 * scale).any(-1)
+    if after.dtype == torch.uint8:  # with images
+        apart = inside & (rows["next_observation"] != after).any(-1)
+    else:
+        scale = rows["observation"].std(0).clamp(min=1e-6)
+        apart = inside & ((rows["next_observation"] - after).abs() > 1e-3 * scale).any(-1)
     share = float(apart.sum() / inside.sum())
     if share > 0:
         yield Finding(
@@ -222,13 +252,14 @@ def random_action(space: Space, count: int, stream: torch.Generator) -> dict[str
     return {"action": action, "behavior_log_prob": each.sum(-1, keepdim=True)}
 
 
-def _scales(rows: TensorDict, seen: Tensor, rewards: Tensor) -> Iterator[Finding]:
-    """Entries of quite another size than in the environment."""
-    ours, theirs = seen.std(0), rows["observation"].std(0)
+def _scales(rows: TensorDict, layout: Layout, seen: Tensor, rewards: Tensor) -> Iterator[Finding]:
+    """Entries of quite another size than in the environment; pixels have one size everywhere."""
+    seen, recorded = layout.unpack(seen)[0], layout.unpack(rows["observation"])[0]
+    ours, theirs = (x.std(0) if layout.vector else x.new_zeros(0) for x in (seen, recorded))
     for ratio, word in ((theirs / ours.clamp(min=1e-6), "wider"), (ours / theirs.clamp(min=1e-6), "narrower")):
         far = ((ratio > SPREAD) & (ours > 1e-6)).nonzero().flatten().tolist()
         for k in far[:4]:
-            low, high = (float(rows["observation"][:, k].aminmax()[i]) for i in (0, 1))
+            low, high = (float(recorded[:, k].aminmax()[i]) for i in (0, 1))
             yield Finding(
                 "warning",
                 f"observation entry {k} spreads {float(ratio[k]):.0f} times {word} than in random steps of the "

@@ -147,14 +147,37 @@ def _some(words: Sequence[str], most: int = 12) -> str:
     return ", ".join(words[:most]) + more if words else "nothing"
 
 
+def is_image(values: Array) -> bool:
+    """Whether a column holds pictures, whose bytes rows keep in the order of the file."""
+    return values.dtype == np.uint8 and values.ndim >= 3
+
+
 def joined(parts: Sequence[Array]) -> Array:
-    """Columns side by side, flat where there are several."""
+    """Columns side by side, flat where there are several.
+
+    With images it is what a row of :class:`~unified_rl.observations.Layout` is, ``[N, 1, bytes]``: first the bytes of
+    all numbers as float32, then the images'.
+
+    Raises:
+        DataError: columns of different lengths, or a number beside images that is not finite.
+    """
     if len(parts) == 1:
         return parts[0]
     counts = {len(part) for part in parts}
     if len(counts) > 1:
         raise DataError(f"columns of {' and '.join(map(str, sorted(counts)))} rows cannot be joined to one observation")
-    return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+    flat = [part.reshape(len(part), -1) for part in parts]
+    if not any(map(is_image, parts)):
+        return np.concatenate(flat, axis=1)
+    vectors = [one.astype(np.float32) for one, part in zip(flat, parts, strict=True) if not is_image(part)]
+    wrong = ~np.all([np.isfinite(one).all(1) for one in vectors], axis=0) if vectors else np.zeros(1, bool)
+    if wrong.any():
+        raise DataError(
+            f"a number beside images is not finite in row {int(wrong.argmax())} ({int(wrong.sum())} in all)"
+        )
+    vector = [np.concatenate(vectors, axis=1).view(np.uint8)] if vectors else []
+    images = [one for one, part in zip(flat, parts, strict=True) if is_image(part)]
+    return np.concatenate([*vector, *images], axis=1)[:, None]
 
 
 def numbers(where: str, name: str, values: Array) -> Array:
@@ -210,7 +233,7 @@ def transitions(raw: Raw, where: str, dones: str = "terminated") -> tuple[Tensor
         dones: see :class:`Options`.
 
     Returns:
-        ``[N]`` rows, and notes: ``observation [N, d]`` and, where known, ``next_observation`` float32,
+        ``[N]`` rows, and notes: ``observation [N, d]`` and, where known, ``next_observation`` float32 (images: bytes),
         ``action [N, a]`` float32 or int64, ``reward [N]`` float32, ``behavior_log_prob [N, U]``, ``success`` bool,
         ``terminated`` and ``truncated`` bool, ``episode``, ``step``, ``group``, ``policy_version`` and ``source``
         int64.
@@ -332,6 +355,8 @@ def _unlaned(columns: dict[str, Array]) -> Array | None:
     observation, action = columns["observation"], columns["action"]
     lead = observation.shape[:2]
     reward = columns.get("reward", columns.get("done", columns.get("terminated")))
+    if is_image(observation) and action.ndim < 3:
+        return None
     if observation.ndim < 3 or action.shape[:2] != lead or reward is None or reward.shape[:2] != lead:
         return None
     for key, values in columns.items():
@@ -430,7 +455,9 @@ def _tensors(columns: Mapping[str, Array], flags: Mapping[str, Array], keep: Arr
     rows = {}
     for key, values in columns.items():
         flat = values[keep].reshape(int(keep.sum()), -1)
-        if key in ("observation", "next_observation", "behavior_log_prob"):
+        if key in ("observation", "next_observation") and is_image(values):
+            rows[key] = torch.from_numpy(np.ascontiguousarray(flat))
+        elif key in ("observation", "next_observation", "behavior_log_prob"):
             rows[key] = _float(flat)
         elif key == "reward":
             rows[key] = _float(flat.sum(1))

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from unified_rl.errors import CheckpointError, ConfigError
 from unified_rl.files import write_atomically
-from unified_rl.instantiate import locate, parameters
+from unified_rl.instantiate import locate, parameters, with_defaults
 from unified_rl.replay import Replay, Uniform, read_rows
 from unified_rl.replay.persist import no_rows
 from unified_rl.rollout.environment import make_environment
 
 ABOUT = "dataset.json"
-"""Where a set comes from; for people, nothing depends on it."""
+"""Where a set comes from; for people, and for warnings: what rows are is in the rows."""
 
 
 def check_new(folder: str | os.PathLike[str]) -> Path:
@@ -80,6 +80,35 @@ def read_about(folder: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def env_names(words: Mapping[str, Any], allow: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> dict[str, str]:
+    """:func:`names_of` the environment of ``{"env": NAME, "env.KEY": VALUE}``."""
+    from unified_rl.config import compose
+
+    return names_of(compose(dict(words), config_dirs=config_dirs, allow=allow)["env"], allow)
+
+
+def names_of(node: Mapping[str, Any], allow: Sequence[str] = ()) -> dict[str, str]:
+    """What an environment is: its class, and settings that are names; sizes and weights may be the run's own."""
+    return {key: value for key, value in with_defaults(node, allow).items() if isinstance(value, str)}
+
+
+def unlike(ours: Mapping[str, str], theirs: Mapping[str, str]) -> tuple[str, str] | None:
+    """In what two environments differ, in words for each; None where they do not. A file may lie elsewhere by now."""
+    last = [{key: os.path.basename(value) for key, value in one.items()} for one in (ours, theirs)]
+    keys = [key for key in sorted({*ours, *theirs}) if last[0].get(key) != last[1].get(key)]
+    if not keys:
+        return None
+    first, second = (" ".join(f"{key}={one.get(key, 'null')}" for key in keys) for one in (ours, theirs))
+    return first, second
+
+
+def env_of_set(folder: str | os.PathLike[str]) -> dict[str, str] | None:
+    """The environment that a set says it was recorded in, or None."""
+    found = read_about(folder).get("env")
+    named = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+    return dict(found) if named else None
 
 
 @dataclass

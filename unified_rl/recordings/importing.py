@@ -14,7 +14,7 @@ from unified_rl.instantiate import nearest
 from unified_rl.recordings.arrays import read_arrays
 from unified_rl.recordings.checking import Finding, check_rows, flaws
 from unified_rl.recordings.columns import ALIASES, Options, Raw, transitions
-from unified_rl.recordings.files import check_new, make_control_env, write_set
+from unified_rl.recordings.files import check_new, env_names, make_control_env, write_set
 from unified_rl.recordings.hdf5 import read_hdf5
 from unified_rl.recordings.lerobot import read_lerobot
 from unified_rl.recordings.minari import read_minari
@@ -80,5 +80,8 @@ def import_data(
     errors = [one.text for one in found if one.level == "error"]
     if errors:
         raise ConfigError(f"{errors[0]} (nothing was written)")
-    write_set(target, rows, {"made": f"data import {format}", "from": str(source), "notes": notes})
+    about = {"made": f"data import {format}", "from": str(source), "notes": notes}
+    if env:
+        about["env"] = env_names(env, allow, config_dirs)
+    write_set(target, rows, about)
     return rows, notes, found

@@ -12,9 +12,22 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import ConfigError
+from unified_rl.instantiate import with_defaults
 from unified_rl.protocols import StepResult
 from unified_rl.recordings.checking import random_action
-from unified_rl.recordings.files import Episodes, built, check_new, make_control_env, read_robot_set, write_set
+from unified_rl.recordings.files import (
+    ABOUT,
+    Episodes,
+    built,
+    check_new,
+    env_names,
+    env_of_set,
+    make_control_env,
+    names_of,
+    read_robot_set,
+    unlike,
+    write_set,
+)
 from unified_rl.rollout import ControlRollout
 from unified_rl.rollout.recorded import fitted
 from unified_rl.spaces import Space
@@ -114,8 +127,10 @@ def make_data(
     chosen = "".join(f" {key}={value}" for key, value in sorted((settings or {}).items()))
     about: dict[str, Any] = {"made": f"data make {env} {kind}{chosen}", "seed": seed}
     words = {"env": env, **(settings or {})}
+    about["env"] = env_names(words, allow, config_dirs)
     if kind == "mixed":
         assert parts is not None
+        _of_one(parts, about["env"])
         space = Space.of(make_control_env(words, allow, 1, seed, "data make", config_dirs).policy_inputs())
         rows = mixed(parts, space, steps, seed)
         about["parts"] = dict(parts)
@@ -126,7 +141,9 @@ def make_data(
     else:
         assert policy is not None
         node = compose(words, config_dirs=config_dirs, allow=allow)["env"]
-        rows, folder_of_run = _by_run(words, node, os.fspath(policy), checkpoint, steps or STEPS, seed, allow)
+        rows, folder_of_run, about["env"] = _by_run(
+            words, node, os.fspath(policy), checkpoint, steps or STEPS, seed, allow
+        )
         about["policy"], about["checkpoint"] = folder_of_run, checkpoint
     episodes = Episodes.of(rows)
     if bool(episodes.whole.any()):
@@ -160,6 +177,7 @@ def rolled(env: Any, policy: Any, steps: int, seed: int, gamma: float = GAMMA) -
     """``[steps]`` rows, simulation after simulation; the last episode of each may be cut."""
     several = int(getattr(env, "steps_per_action", 1)) > 1  # rewards are sums under a discount, which the rows keep
     rollout = Recorder(env, policy, gamma, torch.Generator().manual_seed(seed))
+    rollout.noise = None  # log-probs are then of each step for itself, as whoever weighs episodes by them takes them
     columns = (*COLUMNS, "discount") if several else COLUMNS
     each, found = steps // env.num_envs, []
     for done in range(0, each, HORIZON):
@@ -190,33 +208,36 @@ def _by_run(
     steps: int,
     seed: int,
     allow: Sequence[str],
-) -> tuple[TensorDict, str]:
+) -> tuple[TensorDict, str, dict[str, str]]:
     """Steps of a run's policy in the run's own environment, which must be the ``named`` one."""
-    from unified_rl.instantiate import with_defaults
     from unified_rl.training.verbs import restored
 
     job = restored(run, checkpoint, allow, {"device": "cpu"})
     wanted, own = (with_defaults(node, allow) for node in (named, job.cfg["env"]))
-    if _names(own) != _names(wanted):
+    if names_of(own, allow) != names_of(wanted, allow):
         raise ConfigError(f"{run} was trained in {_said(own)}, and env={words['env']} is {_said(wanted)}")
     given = {key.removeprefix("env.").split(".")[0] for key in words if key != "env"}
     node = {**own, **{key: value for key, value in wanted.items() if key in given}}
     env = built(node, allow, lanes(steps), seed, "data make", job.gamma)
     if env.num_envs != lanes(steps):
         raise ConfigError(f"env={words['env']} makes {env.num_envs} simulations: choose --steps as a multiple of them")
-    return rolled(env, job.policy.eval(), steps, seed, job.gamma), run
-
-
-def _names(node: Mapping[str, Any]) -> dict[str, str]:
-    """What an environment is: its class, and settings that are names; sizes and weights may be the run's own."""
-    return {key: value for key, value in node.items() if isinstance(value, str)}
+    return rolled(env, job.policy.eval(), steps, seed, job.gamma), run, names_of(node, allow)
 
 
 def _said(node: Mapping[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in sorted(_names(node).items()))
+    return " ".join(f"{key}={value}" for key, value in sorted(node.items()) if isinstance(value, str))
 
 
 # ---------------------------------------------------------------------------------------------------- mixtures
+
+
+def _of_one(parts: Mapping[str, float], wanted: Mapping[str, str]) -> None:
+    """Refuses sets that say that they are of another environment; equal widths do not tell one maze from another."""
+    for name in parts:
+        found = env_of_set(name)
+        apart = None if found is None else unlike(found, wanted)
+        if apart is not None:
+            raise ConfigError(f"--part {name} was recorded with {apart[0]} (its {ABOUT}), and env has {apart[1]}")
 
 
 def mixed(parts: Mapping[str, float], space: Space, steps: int | None, seed: int) -> TensorDict:

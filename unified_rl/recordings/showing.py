@@ -26,7 +26,8 @@ def describe_data(folder: str | os.PathLike[str]) -> dict[str, Any]:
         ``rows``, ``columns`` (dtype and shape of a row), ``episodes`` (``whole``, ``cut``, ``terminated``,
         ``truncated``), ``lengths`` and ``returns`` of the whole episodes (``mean``, ``std``, ``quantiles``),
         ``success`` (share of the whole episodes with a success, None where it is not told), ``entries`` (``min``,
-        ``mean``, ``std``, ``max`` of every entry of observation, action and reward) and ``about``.
+        ``mean``, ``std``, ``max`` of every entry of observation, action and reward; with images of all bytes together)
+        and ``about``.
 
     Raises:
         CheckpointError: the folder is missing or damaged.
@@ -78,11 +79,24 @@ def _quantiles(values: Tensor, at: Tensor) -> Any:
 
 
 def _entries(rows: TensorDict, key: str) -> list[dict[str, float]]:
+    if rows[key].dtype == torch.uint8:
+        return [_of_bytes(rows[key])]
     flat = rows[key].double().reshape(len(rows), -1)
     low, high = flat.aminmax(dim=0)
     spread = flat.std(0) if len(flat) > 1 else torch.zeros(flat.shape[1])
     table = torch.stack([low, flat.mean(0), spread, high], 1).tolist()
     return [dict(zip(("min", "mean", "std", "max"), row, strict=True)) for row in table]
+
+
+def _of_bytes(column: Tensor) -> dict[str, float]:
+    """Of all bytes of a column together, some rows at a time: there are thousands a row."""
+    counts = torch.zeros(256, dtype=torch.float64)
+    for part in column.split(256):
+        counts += torch.bincount(part.reshape(-1), minlength=256)
+    level, there = torch.arange(256, dtype=torch.float64), counts.nonzero().flatten()
+    mean = float(counts @ level / counts.sum())
+    spread = float((counts @ (level - mean).square() / counts.sum()).sqrt())
+    return {"min": float(there[0]), "mean": mean, "std": spread, "max": float(there[-1])}
 
 
 def shown(told: Mapping[str, Any]) -> str:
@@ -93,6 +107,8 @@ def shown(told: Mapping[str, Any]) -> str:
         f"({episodes['terminated']} terminated, {episodes['truncated']} truncated)"
     ]
     about = {key: value for key, value in told["about"].items() if key != "notes"}
+    if isinstance(about.get("env"), dict):
+        about["env"] = " ".join(f"{key}={value}" for key, value in about["env"].items())
     lines += [", ".join(f"{key}: {value}" for key, value in about.items())] if about else []
     for name in ("returns", "lengths"):
         found = told[name]

@@ -16,6 +16,7 @@ from unified_rl.interop.guard import is_vouched, reset_env, step_env
 from unified_rl.policies.drawing import Draws, draws_of
 from unified_rl.protocols import ControlEnv, Samples, StepResult
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
+from unified_rl.rollout.held_noise import HeldNoise
 from unified_rl.spaces import Space
 from unified_rl.units import Source
 
@@ -45,6 +46,7 @@ class ControlRollout:
     Attributes:
         rows: rows (windows of ``length`` steps) of one collection: one a simulation.
         length: steps of a row.
+        noise: what the policy explores with for several steps (gSDE); None where every step draws for itself.
 
     Raises:
         ConfigError: ``num_envs`` is not the environment's, or ``horizon`` is below 1.
@@ -84,6 +86,7 @@ class ControlRollout:
         self._vouched = False
         self._untold: list[StepResult] = []
         self._executed: tuple[Tensor | None, int] = (None, 0)
+        self.noise = HeldNoise.of(policy, env.num_envs)
         bounds = Space.of(env.policy_inputs()).sizes()
         self._low, self._high = (torch.tensor(bounds[key]) for key in ("action_low", "action_high"))
         if random_steps and not bool(torch.isfinite(self._high - self._low).all()):
@@ -112,7 +115,10 @@ class ControlRollout:
         steps: list[dict[str, Tensor]] = []
         self._vouched = is_vouched(self.env)
         uniform = self.steps < self.random_steps
-        draws = Draws(self.policy, self.generator) if uniform else draws_of(self.policy, self.generator)
+        if self.noise is not None:
+            draws = Draws(self.noise, self.generator)
+        else:
+            draws = Draws(self.policy, self.generator) if uniform else draws_of(self.policy, self.generator)
         try:
             for _ in range(self.horizon):
                 self._calls += 1
@@ -181,6 +187,8 @@ class ControlRollout:
         self.steps += number
         self._observation = result.observation
         self._untold.append(result)
+        if self.noise is not None:
+            self.noise.advance(result.terminated | result.truncated)
         if self._vouched and result.observation is result.next_observation:
             return None
         done = result.terminated | result.truncated
@@ -215,7 +223,7 @@ class ControlRollout:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Environment, episode bookkeeping and the action stream."""
+        """Environment, episode bookkeeping, the action stream and what it drew."""
         return {
             "env": self.env.state_dict(),
             "observation": self._observation,
@@ -226,6 +234,7 @@ class ControlRollout:
             "steps": self.steps,
             "calls": self._calls,
             "generator": self.generator.get_state(),
+            **({} if self.noise is None else {"noise": self.noise.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -236,6 +245,8 @@ class ControlRollout:
         self._return, self._steps = state["return"], state["length"]
         self.steps, self._calls = state["steps"], state.get("calls", 0)
         self.generator.set_state(state["generator"])
+        if self.noise is not None and "noise" in state:
+            self.noise.load_state_dict(state["noise"])
 
     def restart(self, state: dict[str, Any], seed: int) -> None:
         """Goes on behind :meth:`state_dict` with new episodes in every simulation, and streams from ``seed``."""
@@ -246,6 +257,7 @@ class ControlRollout:
         self._steps.zero_()
         self.steps = state["steps"]
         self.generator.manual_seed(seed)
+        self.noise = HeldNoise.of(self.policy, self.num_envs)
 
 
 def _stacked(steps: list[Tensor]) -> Tensor:

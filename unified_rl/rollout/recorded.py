@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import ConfigError
-from unified_rl.observations import layout_of
+from unified_rl.observations import Layout, layout_of
 from unified_rl.spaces import Space
 
 MOST_FAR = 0.05
@@ -70,7 +70,7 @@ def faults(rows: TensorDict, space: Space, setting: str) -> Iterator[str]:
     for key, what in COLUMNS.items():
         if key not in rows.keys() or key in flawed:
             continue
-        wrong_rows = ~_finite(rows[key])
+        wrong_rows = ~_finite(_numbers_of(rows, key, layout))
         if key == "next_observation" and "terminated" in rows.keys():  # nothing is read behind a terminal state
             wrong_rows &= ~rows["terminated"].reshape(len(rows))
         if bool(wrong_rows.any()):
@@ -78,7 +78,8 @@ def faults(rows: TensorDict, space: Space, setting: str) -> Iterator[str]:
             yield f"the {what} of {setting} are not finite: {named(wrong_rows)}; leave them out or mend them"
     if not flawed & {"observation", "next_observation"} and {"observation", "next_observation"} <= set(rows.keys()):
         after = rows["next_observation"]  # 0 * NaN is NaN: what is not read must be a number all the same
-        rows["next_observation"] = torch.where(_finite(after).unsqueeze(-1), after, rows["observation"])
+        whole = _finite(_numbers_of(rows, "next_observation", layout))
+        rows["next_observation"] = torch.where(whole.unsqueeze(-1), after, rows["observation"])
     if "action" in rows.keys() and "action" not in flawed:
         yield from _chosen(rows, space, setting) if space.action.choices else _outside(rows, space, setting)
 
@@ -99,6 +100,11 @@ def _numbers(column: Tensor, count: int, key: str) -> Tensor:
     """A column as ``[N, width]`` float32, the reward as ``[N]``."""
     flat = column.reshape(count, -1).to(torch.float32)
     return flat.reshape(count) if key == "reward" else flat
+
+
+def _numbers_of(rows: TensorDict, key: str, layout: Layout) -> Tensor:
+    """A column, of observations with images the numbers in it."""
+    return layout.unpack(rows[key])[0] if layout.images and key.endswith("observation") else rows[key]
 
 
 def _finite(column: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ def record_dataset(
         batch = _conversations(talk, batches * talk.steps_per_collect if wanted is None else wanted)
     else:
         rollout = ControlRollout(job.env, job.policy, job.gamma, stream, horizon=HORIZON, device=device)
+        rollout.noise = None  # off-policy evaluation multiplies ratios of steps, whose noise must then be their own
         lanes = job.env.num_envs
         whole = rows is None and episodes is not None
         batch = _episodes(rollout, episodes or 0) if whole else _steps(rollout, rows or batches * HORIZON * lanes)
