@@ -18,7 +18,6 @@ from torch import Tensor
 
 from unified_rl.agents.graphed import GraphedStep
 from unified_rl.agents.phases import Node, Phases
-from unified_rl.agents.quick_adam import QuickAdam
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.instantiate import is_ours
@@ -30,6 +29,7 @@ from unified_rl.policies.base import Policy
 from unified_rl.policies.critics import QEnsemble, ValueCritic
 from unified_rl.policies.normalizer import RunningNormalizer
 from unified_rl.protocols import BoxPolicy, standardises
+from unified_rl.quick_adam import QuickAdam
 from unified_rl.ranges import Count, Fraction, NonNegative, Positive, Seed, UnitInterval, Whole, ranged
 from unified_rl.replay import Replay, nstep_transitions
 from unified_rl.replay.fit import check_replay

@@ -24,6 +24,7 @@ ORDER = (
     "learning_rate",
     "optimizer",
     "flat_weights",
+    "quick_adam",
     "correction",
     "returns",
     "policies",

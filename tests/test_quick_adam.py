@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unified_rl.agents.quick_adam import QuickAdam
+from unified_rl.quick_adam import QuickAdam
 
 OPTIMIZERS: dict[str, Any] = {
     "fused": lambda p: torch.optim.Adam(p, 1e-2, fused=True),

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
-from torch.optim.adamw import adamw
+
+from unified_rl.quick_adam import KERNELS, QuickAdam
 
 MOST = 2**20
 """Weights; of more, arithmetic takes longer than what is saved, and a second copy of the gradient is not free."""
-KINDS: dict[type[torch.optim.Optimizer], Callable[..., None]] = {torch.optim.Adam: adam, torch.optim.AdamW: adamw}
-"""Optimisers that treat every number alike, whichever weight it belongs to."""
 
 
 class FlatWeights:
@@ -48,12 +46,10 @@ class FlatWeights:
                 weight.data = piece
         self.places = [weight.data_ptr() for weight in self.every]
         self._join_states()
-        self._plain = all(
-            group["fused"] and not (group["amsgrad"] or group["maximize"]) for group in optimizer.param_groups
-        )
         numbers = iter(self.flats)
         for group, pieces in zip(optimizer.param_groups, groups, strict=True):
             group["params"] = [next(numbers) for _ in pieces]
+        self._move = QuickAdam(optimizer)
 
     @staticmethod
     def possible(optimizer: torch.optim.Optimizer) -> bool:
@@ -62,7 +58,7 @@ class FlatWeights:
         plain = all(w.device.type == "cpu" and w.dtype == torch.float32 and w.is_contiguous() for w in weights)
         own = len({weight.data_ptr() for weight in weights}) == len(weights)
         fits = len(weights) >= 2 and sum(weight.numel() for weight in weights) <= MOST
-        return type(optimizer) in KINDS and plain and own and fits and _alike(optimizer)
+        return type(optimizer) in KERNELS and plain and own and fits and _alike(optimizer)
 
     def gather(self) -> bool:
         """Copies the gradients of the weights together; False where that would be another step.
@@ -92,34 +88,8 @@ class FlatWeights:
         return norm
 
     def step(self) -> None:
-        """A step of the optimiser, by torch's own function for it; by its method where somebody listens to that."""
-        listened = "step" in vars(self.optimizer) or self.optimizer._optimizer_step_pre_hooks
-        if listened or self.optimizer._optimizer_step_post_hooks or not self._plain:
-            self.optimizer.step()
-            return
-        for group in self.optimizer.param_groups:
-            moved = [weight for weight in group["params"] if weight.grad is not None]
-            states = [self.optimizer.state[weight] for weight in moved]
-            if not all(states):  # torch makes them at the first step
-                self.optimizer.step()
-                return
-            with torch.no_grad():
-                KINDS[type(self.optimizer)](
-                    moved,
-                    [weight.grad for weight in moved],
-                    [state["exp_avg"] for state in states],
-                    [state["exp_avg_sq"] for state in states],
-                    [],
-                    [state["step"] for state in states],
-                    fused=True,
-                    amsgrad=False,
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=False,
-                )
+        """A step of the optimiser."""
+        self._move.step()
 
     def part(self) -> None:
         """Gives the optimiser the weights themselves back, each with its moments."""

@@ -63,7 +63,7 @@ def square_sum(x: Array) -> Array:
     return out
 
 
-def weighed(weight: float, x: Array | NDArray[np.bool_]) -> Array | NDArray[np.bool_]:
+def weighed(weight: float, x: Array | NDArray[np.bool_]) -> Any:
     """``weight * x``, without a product where the weight is 1."""
     return x if weight == 1.0 else weight * x
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,19 +21,20 @@ OWN = ("sample", "normalize", "_sample", "_raw", "_action", "_units", "mean_and_
 
 
 class Draws:
-    """Calls ``policy.sample``.
+    """Calls ``policy.sample``, or another function like it.
 
     Args:
-        policy: whose weights stay as they are for as long as this is used.
+        sample: ``(observation [K, d], generator)`` to a sample ``[K]``, of weights that stay as they are for as long as
+            this is used.
         generator: stream of the noise.
     """
 
-    def __init__(self, policy: Samples, generator: torch.Generator) -> None:
-        self.policy, self.generator = policy, generator
+    def __init__(self, sample: Callable[[Tensor, torch.Generator], TensorDictBase], generator: torch.Generator) -> None:
+        self.sample, self.generator = sample, generator
 
     def __call__(self, observation: Tensor) -> dict[str, Tensor]:
         """Entries ``[K, ...]`` of a step, ``action [K, a]`` among them, for ``observation [K, d]``."""
-        return dict(self.policy.sample(observation, generator=self.generator).items())
+        return dict(self.sample(observation, self.generator).items())
 
     def finish(self, rows: dict[str, Tensor]) -> None:
         """Makes of the entries ``[T, K, ...]`` of all steps those of the record, in place."""
@@ -41,10 +43,9 @@ class Draws:
 class GaussianDraws(Draws):
     """A Gaussian policy's samples, the same numbers: layers without modules, log-probs of all steps at once."""
 
-    policy: GaussianPolicy
-
     def __init__(self, policy: GaussianPolicy, generator: torch.Generator) -> None:
-        super().__init__(policy, generator)
+        super().__init__(policy.sample, generator)
+        self.policy = policy
         self._layers = [_plain(layer) for layer in (*policy.trunk, policy.head)]
         self._log_std: Tensor | None = None
         if not policy.state_dependent_std:
@@ -105,9 +106,9 @@ def draws_of(policy: Samples, generator: torch.Generator) -> Draws:
     if isinstance(policy, GaussianPolicy) and policy.device.type == generator.device.type == "cpu":
         unchanged = all(_owner(type(policy), name) in (Policy, GaussianPolicy) for name in OWN)
         float32 = policy.head.weight.dtype == torch.float32
-        if unchanged and float32 and not any(name in vars(policy) for name in OWN):
+        if unchanged and float32 and not policy.gsde and not any(name in vars(policy) for name in OWN):
             return GaussianDraws(policy, generator)
-    return Draws(policy, generator)
+    return Draws(policy.sample, generator)
 
 
 def _owner(found: type, name: str) -> type | None:

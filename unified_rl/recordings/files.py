@@ -107,8 +107,9 @@ def unlike(ours: Mapping[str, str], theirs: Mapping[str, str]) -> tuple[str, str
 def env_of_set(folder: str | os.PathLike[str]) -> dict[str, str] | None:
     """The environment that a set says it was recorded in, or None."""
     found = read_about(folder).get("env")
-    named = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
-    return dict(found) if named else None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        return None
+    return dict(found)
 
 
 @dataclass

@@ -80,7 +80,7 @@ def import_data(
     errors = [one.text for one in found if one.level == "error"]
     if errors:
         raise ConfigError(f"{errors[0]} (nothing was written)")
-    about = {"made": f"data import {format}", "from": str(source), "notes": notes}
+    about: dict[str, Any] = {"made": f"data import {format}", "from": str(source), "notes": notes}
     if env:
         about["env"] = env_names(env, allow, config_dirs)
     write_set(target, rows, about)

@@ -118,7 +118,7 @@ class ControlRollout:
         if self.noise is not None:
             draws = Draws(self.noise, self.generator)
         else:
-            draws = Draws(self.policy, self.generator) if uniform else draws_of(self.policy, self.generator)
+            draws = Draws(self.policy.sample, self.generator) if uniform else draws_of(self.policy, self.generator)
         try:
             for _ in range(self.horizon):
                 self._calls += 1

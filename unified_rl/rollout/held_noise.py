@@ -35,7 +35,7 @@ class HeldNoise:
         """That of a policy which holds any."""
         return cls(policy, count) if isinstance(policy, HoldsNoise) and policy.hold_steps else None
 
-    def sample(self, observation: Tensor, generator: torch.Generator) -> TensorDict:
+    def __call__(self, observation: Tensor, generator: torch.Generator) -> TensorDict:
         """The policy's sample ``[K]`` for ``observation [K, d]`` under the noise of each simulation."""
         fresh = int(self.due.sum())
         if fresh:
