@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import gymnasium
 import mujoco
@@ -63,7 +63,7 @@ def square_sum(x: Array) -> Array:
     return out
 
 
-def weighed(weight: float, x: Array | NDArray[np.bool_]) -> Array | NDArray[np.bool_]:
+def weighed(weight: float, x: NDArray[Any]) -> NDArray[Any]:
     """``weight * x``, without a product where the weight is 1."""
     return x if weight == 1.0 else weight * x
 
