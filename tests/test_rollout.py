@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.envs.control import ActionChunk, BatchedMujocoEnv, TwoRouteEnv, make_mujoco
+from unified_rl.envs.control import TASKS, ActionChunk, BatchedMujocoEnv, TwoRouteEnv, make_mujoco
 from unified_rl.envs.language import Calculator, ChainMod, GuessNumber
 from unified_rl.envs.language.calculator import reductions
 from unified_rl.errors import EnvError, NonFiniteError
@@ -356,3 +356,19 @@ def test_an_action_of_the_wrong_width_is_one_error_of_a_vouched_environment_too(
     env = make_mujoco("Pusher-v5", 2)
     with pytest.raises(EnvError, match="BatchedMujocoEnv raised in step 1: ValueError"):
         ControlRollout(env, Still(), 0.9, torch.Generator(), horizon=2).collect(0)
+
+
+def test_who_changes_how_simulations_advance_is_asked_in_every_step() -> None:
+    class Slow(BatchedMujocoEnv):
+        def advance(self, action: Tensor, running: Tensor | None = None) -> StepResult:
+            return super().advance(0.0 * action, running)
+
+    still, moved, watched = (
+        kind(TASKS["HalfCheetah-v5"](), 2, seed=3) for kind in (Slow, BatchedMujocoEnv, BatchedMujocoEnv)
+    )
+    seen: list[Tensor] = []
+    plain = watched.advance
+    watched.advance = lambda action, running=None: (seen.append(action), plain(action, running))[1]  # type: ignore[method-assign]
+    results = [env.step_batch(torch.ones(2, 6)) for env in (still, moved, watched)]
+    assert not torch.equal(results[0].next_observation, results[1].next_observation)
+    assert torch.equal(results[1].next_observation, results[2].next_observation) and len(seen) == 1

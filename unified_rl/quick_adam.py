@@ -75,8 +75,9 @@ class QuickAdam:
         others, found = ("amsgrad", "maximize", "capturable", "differentiable"), []
         for group in self.optimizer.param_groups:
             states = [self.optimizer.state.get(parameter, {}) for parameter in group["params"]]
-            plain = group.get("fused") and not any(group[key] for key in others)
-            if type(self.optimizer) not in KERNELS or not plain or not all("exp_avg" in state for state in states):
+            if type(self.optimizer) not in KERNELS or not group["fused"] or any(group[key] for key in others):
+                return []
+            if not all("exp_avg" in state for state in states):
                 return []
             means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
             found.append((list(group["params"]), means, squares, steps))
