@@ -102,7 +102,7 @@ def main() -> None:
         speed = statistics.median(row[name] for row in speeds)
         each = ", ".join(f"{score[name]:.0f}" for score in returns)
         print(f"{name:12s} {speed:8,.0f} steps per CPU second   return after {args.steps:,} steps: {each}")
-    for name, target in (("sb3_default", 4.0), ("sb3_equal", 1.2)):
+    for name, target in (("sb3_default", 4.0), ("sb3_equal", 1.5)):
         ratio = statistics.median(row["ours"] / row[name] for row in speeds)
         print(f"ours / {name:12s} {ratio:5.2f}  target {target}  {'met' if ratio >= target else 'MISSED'}")
     if args.csv:

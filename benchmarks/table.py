@@ -65,7 +65,7 @@ def ppo_end_to_end(rows: list[Row]) -> Iterator[Line]:
     first = min(int(steps) for _, _, steps in speed)
     for name, against, target in (
         ("sb3_default", "Stable-Baselines3, defaults", 4.0),
-        ("sb3_equal", "Stable-Baselines3, 16 environments, equal settings", 1.2),
+        ("sb3_equal", "Stable-Baselines3, 16 environments, equal settings", 1.5),
     ):
         turns = [k[1:] for k in speed if k[0] == name and int(k[2]) > first]
         ratio = statistics.median(speed[("ours", *turn)] / speed[(name, *turn)] for turn in turns)

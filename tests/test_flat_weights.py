@@ -150,3 +150,9 @@ def test_moments_are_mixed_alike_where_weights_are_taken_apart_in_between() -> N
     for other in found[1:]:
         torch.testing.assert_close(found[0], other)
     assert float(found[0][0]["step"]) == 3.25
+
+
+def test_every_joined_weight_lies_as_if_it_were_by_itself() -> None:
+    _, nets, _ = trained(True)
+    places = [weight.data_ptr() for net in nets.values() for weight in net.parameters()]
+    assert all(place % 64 == 0 for place in places) and max(places) - min(places) < 4096

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from unified_rl.quick_adam import KERNELS, QuickAdam
 
+ALIGNED = 16
+"""Numbers: every weight begins at 64 bytes, as if it were by itself, so that matrix products go and round as ever."""
 MOST = 2**20
 """Weights; of more, arithmetic takes longer than what is saved, and a second copy of the gradient is not free."""
+ZEROS = torch.zeros(ALIGNED)
 
 
 class FlatWeights:
@@ -36,8 +39,8 @@ class FlatWeights:
         ]
         self.weights = [own for pieces in groups for own in pieces]
         self.every = [weight for own in self.weights for weight in own]
-        sizes = [sum(weight.numel() for weight in own) for own in self.weights]
-        values = torch.cat([weight.detach().reshape(-1) for weight in self.every])
+        sizes = [sum(_room(weight) for weight in own) for own in self.weights]
+        values = torch.cat([piece for own in self.weights for piece in _padded(own, own)]).detach()
         self.gradient = torch.zeros_like(values)
         self.slices = list(self.gradient.split(sizes))
         self.flats = [nn.Parameter(piece) for piece in values.split(sizes)]
@@ -75,7 +78,7 @@ class FlatWeights:
                 continue
             if len(found) < len(own):
                 return False
-            torch.cat([gradient.reshape(-1) for gradient in found], out=piece)
+            torch.cat(_padded(found, own), out=piece)
             flat.grad = piece
         return True
 
@@ -116,15 +119,30 @@ class FlatWeights:
             states = [self.optimizer.state.pop(weight, {}) for weight in own]
             if states[0]:
                 self.optimizer.state[flat] = {
-                    key: torch.cat([state[key].reshape(-1) for state in states]) if x.shape == own[0].shape else x
+                    key: torch.cat(_padded([state[key] for state in states], own)) if x.shape == own[0].shape else x
                     for key, x in states[0].items()
                 }
 
 
 def _cut(flat: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
     """Views of a joined tensor in the shapes of its parts."""
-    pieces = flat.split([weight.numel() for weight in own])
-    return [piece.view(weight.shape) for piece, weight in zip(pieces, own, strict=True)]
+    pieces = flat.split([_room(weight) for weight in own])
+    return [piece[: weight.numel()].view(weight.shape) for piece, weight in zip(pieces, own, strict=True)]
+
+
+def _room(weight: Tensor) -> int:
+    """Numbers that a weight takes, with what stands behind it."""
+    return -(-weight.numel() // ALIGNED) * ALIGNED
+
+
+def _padded(tensors: Sequence[Tensor], own: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors in the shapes of ``own``, flat, with zeros between them, for ``torch.cat``."""
+    pieces: list[Tensor] = []
+    for tensor, weight in zip(tensors, own, strict=True):
+        pieces.append(tensor.reshape(-1))
+        if empty := _room(weight) - weight.numel():
+            pieces.append(ZEROS[:empty])
+    return pieces
 
 
 def _alike(optimizer: torch.optim.Optimizer) -> bool:
