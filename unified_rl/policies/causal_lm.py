@@ -391,7 +391,7 @@ class CausalLM(TensorDictModuleBase):
         Logits ``[n, V]`` where only the whole model can say how they follow from its states.
         """
         used = int(column.max()) if len(column) else 1  # nothing to the right of the last unit is needed
-        with fused_layers(self.model):
+        with fused_layers(self.model, tokens.shape[0] * used):
             return self._encoded(tokens, mask, row, column, used)
 
     def _encoded(self, tokens: Tensor, mask: Tensor, row: Tensor, column: Tensor, used: int) -> Tensor:

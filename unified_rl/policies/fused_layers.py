@@ -23,20 +23,22 @@ from unified_rl.policies.packed_weights import LEAST_WEIGHTS, can_pack, product
 
 Forward = Callable[..., Tensor]
 LEAST_ROWS = 256
-"""Plain products are as fast for fewer rows."""
+"""For fewer rows the model's own layers are as fast."""
 
 
 @contextmanager
-def fused_layers(model: Any) -> Iterator[None]:
+def fused_layers(model: Any, rows: int | None = None) -> Iterator[None]:
     """Exchanges what can be exchanged in float32 on a CPU; elsewhere nothing.
 
     Args:
         model: of transformers. One that recomputes its layers stays as it is, unless by :func:`recomputing`, since its
             backward pass runs after the block.
+        rows: of states, at most; too few to be worth it leave the model as it is. None does not know.
     """
     exchanged = []
+    worth = rows is None or rows >= LEAST_ROWS
     try:
-        for module, own in _exchangeable(model):
+        for module, own in _exchangeable(model) if worth else ():
             module.forward = functools.partial(own, module)
             exchanged.append(module)
         yield
@@ -89,7 +91,7 @@ def _linear(layer: nn.Linear, states: Tensor) -> Tensor:
 
 
 def _norm(norm: Any, states: Tensor) -> Tensor:
-    if states.dtype != torch.float32:
+    if states.numel() < LEAST_ROWS * states.shape[-1] or states.dtype != torch.float32:
         return type(norm).forward(norm, states)  # type: ignore[no-any-return]
     out: Tensor = _Norm.apply(states, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
     return out
