@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -97,3 +100,21 @@ def test_time_features_at_a_half() -> None:
     torch.testing.assert_close(
         time_features(torch.tensor(0.5), 4), torch.tensor([1.0, 0.0, 0.0, -1.0]), atol=1e-6, rtol=0
     )
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.Module.register_forward_hook,
+        nn.Module.register_forward_pre_hook,
+        nn.Module.register_full_backward_hook,
+        nn.Module.register_full_backward_pre_hook,
+    ],
+)
+def test_hooks_of_layers_are_heard(register: Callable[..., Any]) -> None:
+    network, heard = mlp(3, (4,), 1), []
+    x = torch.ones(2, 3, requires_grad=True)
+    for layer in network:
+        register(layer, lambda layer, *_: heard.append(layer))
+    network(x).sum().backward()
+    assert set(heard) == set(network)

@@ -8,6 +8,10 @@ import pytest
 import torch
 
 from unified_rl.envs.control import TASKS, BatchedMujocoEnv, make_mujoco
+from unified_rl.envs.control.locomotion import Ant
+from unified_rl.envs.control.simulation import Array, Frame
+from unified_rl.envs.control.tasks import HalfCheetah, Outcome, Scene, Task
+from unified_rl.protocols import StepResult
 
 LANES, STEPS = 2, 200
 ENDING = {"Hopper-v5", "Walker2d-v5", "Humanoid-v5", "InvertedPendulum-v5", "InvertedDoublePendulum-v5"}
@@ -93,3 +97,30 @@ def test_an_unhealthy_end_keeps_the_final_observation_and_shows_the_new_start() 
     assert torch.equal(step.observation[[0, 2]], step.next_observation[[0, 2]])
     assert not torch.allclose(step.observation[1], step.next_observation[1], atol=0.05)
     assert float((step.observation[1] - torch.tensor(env.model.qpos0[1:].tolist() + [0.0] * 6)).abs().max()) < 0.01
+
+
+def test_a_task_of_ones_own_is_asked_for_what_it_changes() -> None:
+    """What a task shares between observation, outcome and memory is left out where a subclass has its own of one."""
+
+    class Paid(Ant):
+        def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
+            return super().outcome(scene, frame, memory, action)._replace(reward=np.full(len(action), 7.0))
+
+    class Blind(Ant):
+        def observe(self, frame: Frame) -> Array:
+            return 0.0 * super().observe(frame)
+
+    class Far(HalfCheetah):
+        def memory(self, scene: Scene, frame: Frame) -> Array:
+            return 2.0 * super().memory(scene, frame)
+
+    def second(task: Task) -> StepResult:
+        env = BatchedMujocoEnv(task, 2, seed=3)
+        env.step_batch(torch.zeros(2, env.space.action_dim))
+        return env.step_batch(torch.ones(2, env.space.action_dim))
+
+    plain, cheetah = second(Ant()), second(HalfCheetah())
+    assert second(Paid()).reward.tolist() == [7.0, 7.0] and plain.reward.tolist() != [7.0, 7.0]
+    assert not second(Blind()).next_observation.any() and plain.next_observation.any()
+    cost = 0.1 * 6
+    torch.testing.assert_close(second(Far()).reward + cost, 2 * (cheetah.reward + cost))

@@ -274,7 +274,10 @@ class Optimizer:
                 group["lr"] = lr
 
     def moments(self) -> dict[Tensor, dict[str, Tensor]]:
-        """A copy of the moments and step counts of every parameter that has taken a step."""
+        """A copy of the moments and step counts of every parameter that has taken a step, for :meth:`mix_moments`.
+
+        Those of joined weights are one entry.
+        """
         self._join()
         return {
             p: {key: x.clone() for key, x in state.items() if isinstance(x, Tensor)}

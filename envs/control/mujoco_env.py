@@ -137,7 +137,13 @@ class BatchedMujocoEnv(ControlEnvBase):
 
         Physics empties the caches, so that every operation here is a cold one: each costs some 0.2 % of a step.
         """
-        values, observation, clock, task, tensor = self._action, self._observation, self._clock, self.task, _tensor
+        values, observation, clock, task, tensor = (
+            self._action,
+            self._observation,
+            self._clock,
+            self.task,
+            torch.from_numpy,
+        )
         values[...] = (action.detach() if action.requires_grad else action).numpy()
         if not _finite(self._flat_action):
             raise_non_finite("action", tensor(values), tensor(clock.steps))
@@ -235,9 +241,6 @@ class BatchedMujocoEnv(ControlEnvBase):
             self._camera = None
         self.simulations.close()
         super().close(raise_if_closed=False)
-
-
-_tensor = torch.from_numpy
 
 
 def _finite(x: NDArray[np.float64]) -> bool:

@@ -170,7 +170,7 @@ class Runner(Task):
 
     def outcome(self, scene: Scene, frame: Frame, memory: Array, action: Array) -> Outcome:
         """Never terminates."""
-        here = frame["qpos"][:, :1]
+        here = self.memory(scene, frame)
         velocity = (here - memory)[:, 0] / scene.seconds
         reward = weighed(self.forward_reward_weight, velocity) - self.ctrl_cost_weight * square_sum(action)
         return Outcome(reward, never(len(reward)), here, {})

@@ -260,7 +260,7 @@ class Objective:
             forward = self._forward(batch)
             stats = self.prepare(batch, Scored(lambda: forward.log_prob.detach(), free=True))
             whole = self._micro_batch(forward, batch, stats, sums)
-            return torch.zeros((), device=batch.device) if isinstance(whole, float) else whole, sums.values()
+            return torch.as_tensor(whole, device=batch["mask"].device), sums.values()
         total = torch.zeros((), device=batch["mask"].device)
         stats = self.prepare(batch, Scored(lambda: self._scored(batch, size), free=False))
         split = {name: None if s is None else s.split(size) for name, s in stats.items()}

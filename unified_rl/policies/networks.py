@@ -58,7 +58,8 @@ def linear(inputs: int, outputs: int, *, gain: float | None = None) -> nn.Linear
 def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
     """``x [..., i]`` through the layers in turn, ``[..., o]``; those without hooks directly, which is quicker."""
     for layer in layers:
-        heard = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+        forwards, backwards = layer._forward_hooks or layer._forward_pre_hooks, layer._backward_hooks
+        heard = forwards or backwards or layer._backward_pre_hooks
         x = layer(x) if heard else layer.forward(x)
     return x
 
