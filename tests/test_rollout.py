@@ -307,11 +307,15 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_rollout_has_the_numbers_of_sample(kind: str) -> None:
-    """Log-probs of a whole collection at once, and layers without their modules, are the same bits."""
+    """Log-probs of a whole collection at once are the same bits."""
     env = make_mujoco("Pusher-v5", 3, seed=2)
     policy = GaussianPolicy(**env.policy_inputs(), **KINDS[kind])
     policy.update_normalizer(torch.randn(50, policy.observation_dim))
     assert type(draws_of(policy, torch.Generator())) is GaussianDraws
+    collected_as_sampled(env, policy)
+
+
+def collected_as_sampled(env: BatchedMujocoEnv, policy: GaussianPolicy) -> None:
     rows, _ = ControlRollout(env, policy, 0.9, torch.Generator().manual_seed(1), horizon=7).collect(0)
     stream = torch.Generator().manual_seed(1)
     for step in rows:
@@ -325,12 +329,19 @@ def test_a_policy_that_samples_in_its_own_way_is_asked() -> None:
         def to_env(self, normalized: Tensor) -> Tensor:
             return 0.5 * super().to_env(normalized)
 
-    env = make_mujoco("Pusher-v5", 2)
-    policy, usual = (kind(**env.policy_inputs()) for kind in (Timid, GaussianPolicy))
+    class Twice(GaussianPolicy):
+        def _drawn(self, mean: Tensor, log_std: Tensor, unit: Tensor) -> dict[str, Tensor]:
+            return super()._drawn(mean, log_std, 2.0 * unit)
+
+    env = make_mujoco("Pusher-v5", 2, seed=2)
+    timid, twice, usual = (kind(**env.policy_inputs()) for kind in (Timid, Twice, GaussianPolicy))
     stream = torch.Generator()
-    assert type(draws_of(policy, stream)) is Draws and type(draws_of(usual, stream)) is GaussianDraws
-    usual.sample = policy.sample  # type: ignore[method-assign]
+    assert all(type(draws_of(one, stream)) is Draws for one in (timid, twice))
+    assert type(draws_of(usual, stream)) is GaussianDraws
+    usual.sample = timid.sample  # type: ignore[method-assign]
     assert type(draws_of(usual, stream)) is Draws
+    for policy in (timid, twice, usual):
+        collected_as_sampled(make_mujoco("Pusher-v5", 3, seed=2), policy)
 
 
 def test_a_hook_on_a_layer_is_called_while_collecting() -> None:

@@ -16,7 +16,10 @@ from unified_rl.policies.normalizer import MOMENTS, RunningNormalizer
 from unified_rl.protocols import Samples
 
 Layer = Callable[[Tensor], Tensor]
-OWN = ("sample", "normalize", "_sample", "_raw", "_action", "_units", "mean_and_log_std", "to_env")
+OWN = (
+    *("sample", "normalize", "_raw", "_real", "_sample", "_sampled", "_drawn", "_action", "_units"),
+    *("mean_and_log_std", "_of_features", "to_env"),
+)
 """Methods whose work :class:`GaussianDraws` does; a policy that changes one of them is asked itself."""
 
 
