@@ -27,6 +27,7 @@ from unified_rl.objectives.transitions import KEYS, Networks, Transitions, prepa
 from unified_rl.optimizer import make_optimizer
 from unified_rl.policies.base import Policy
 from unified_rl.policies.critics import QEnsemble, ValueCritic
+from unified_rl.policies.encoder import image_features
 from unified_rl.policies.normalizer import RunningNormalizer
 from unified_rl.protocols import BoxPolicy, standardises
 from unified_rl.quick_adam import QuickAdam
@@ -436,7 +437,7 @@ def make_networks(
     seed: int,
 ) -> Networks:
     """The critic, its slow copy and, if asked for, a state value, for a policy's observations and actions."""
-    standardised = standardises(policy)
+    standardised, features = standardises(policy), image_features(policy)
     critic = QEnsemble(
         policy.space,
         num=critics,
@@ -444,12 +445,18 @@ def make_networks(
         layer_norm=layer_norm,
         stacked=device.type == "cuda",
         normalize_observation=standardised,
+        image_features=features,
         seed=seed,
     ).to(device)
     value = None
     if state_value:
         value = ValueCritic(
-            policy.space, hidden, activation="relu", normalize_observation=standardised, seed=seed + 1
+            policy.space,
+            hidden,
+            activation="relu",
+            normalize_observation=standardised,
+            image_features=features,
+            seed=seed + 1,
         ).to(device)
     nets = Networks(policy, critic, copy.deepcopy(critic).requires_grad_(False), value, log_alpha)
     moments = getattr(policy, "normalizer", None)

@@ -12,6 +12,7 @@ from torch import Tensor
 from unified_rl.agents.return_scale import ReturnScale, RewardScale
 from unified_rl.objectives.rows import Rows
 from unified_rl.policies.critics import ValueCritic
+from unified_rl.policies.encoder import image_features
 from unified_rl.policies.normalizer import RunningNormalizer, seen_by
 from unified_rl.policies.token_critic import TokenCritic
 from unified_rl.protocols import (
@@ -32,7 +33,8 @@ class StateBaseline:
 
     def __init__(self, policy: ControlPolicy, hidden: tuple[int, ...], seed: int) -> None:
         own = standardises(policy)
-        self.module = ValueCritic(policy.space, hidden, normalize_observation=own, seed=seed)
+        features = image_features(policy)
+        self.module = ValueCritic(policy.space, hidden, normalize_observation=own, image_features=features, seed=seed)
         follow_moments(self.module, policy)
         self.rewards: RewardScale | None = None
         self.returns: ReturnScale | None = None

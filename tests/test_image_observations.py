@@ -12,6 +12,8 @@ import torch
 from gymnasium import spaces
 
 import unified_rl as ur
+from unified_rl.agents.actor_critic import make_networks
+from unified_rl.agents.baselines import StateBaseline
 from unified_rl.config import compose
 from unified_rl.envs.control import ControlEnvBase, FrameStack, GymnasiumEnv
 from unified_rl.errors import ConfigError, RecordError
@@ -215,3 +217,16 @@ def test_critics_encode_with_weights_of_their_own() -> None:
         critic = QEnsemble(space, hidden=(4,), stacked=stacked, image_features=5)
         critic(rows[0], torch.zeros(3, 2)).sum().backward()
         assert all(weight.grad is not None for weight in critic.encoder.parameters())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("agent", ["ppo", "sac"])
+def test_critics_give_images_the_width_that_the_policy_gives_them(agent: str) -> None:
+    kind = "policy=gaussian" if agent == "ppo" else "policy=tanh_gaussian"
+    policy = Job(compose(composed(f"agent={agent}", kind))).policy
+    if agent == "ppo":
+        critics: list[torch.nn.Module | None] = [StateBaseline(policy, (4,), seed=0).module]  # type: ignore[arg-type]
+    else:
+        alpha, cpu = torch.zeros(()), torch.device("cpu")
+        nets = make_networks(policy, alpha, cpu, True, critics=2, hidden=(4,), layer_norm=False, seed=0)  # type: ignore[arg-type]
+        critics = [nets.critic, nets.target, nets.value]
+    assert all(critic is not None and critic.encoder.features == 6 for critic in critics)  # type: ignore[union-attr]

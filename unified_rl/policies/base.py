@@ -17,7 +17,7 @@ from torchrl.envs.utils import ExplorationType, exploration_type
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.observations import layout_of
 from unified_rl.policies.acting import act
-from unified_rl.policies.encoder import ObservationEncoder
+from unified_rl.policies.encoder import USUAL_FEATURES, ObservationEncoder
 from unified_rl.policies.normalizer import MOMENTS, RunningNormalizer, seen_by
 from unified_rl.protocols import Domain
 from unified_rl.ranges import Count, Seed
@@ -118,7 +118,8 @@ class Policy(TensorDictModuleBase):
             :meth:`update_normalizer` between updates. Samples then hold the number of the moments they were made under
             (``moments [...]`` int64), and :meth:`log_prob` scores under those. Pixels are divided by 255 instead.
         image_features: width that the encoder gives each image of an observation
-            (:class:`~unified_rl.policies.encoder.ObservationEncoder`); of no effect without images.
+            (:class:`~unified_rl.policies.encoder.ObservationEncoder`), and those of critics beside it; of no effect
+            without images.
         seed: of the initial weights, and of the policy's own :attr:`generator`.
 
     Attributes:
@@ -157,7 +158,7 @@ class Policy(TensorDictModuleBase):
         *,
         observation_dim: int | None = None,
         normalize_observation: bool = False,
-        image_features: Count = 256,
+        image_features: Count = USUAL_FEATURES,
         seed: Seed = 0,
     ) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unified_rl.errors import ConfigError
 from unified_rl.observations import layout_of
 from unified_rl.policies.base import action_bounds
-from unified_rl.policies.encoder import ObservationEncoder
+from unified_rl.policies.encoder import USUAL_FEATURES, ObservationEncoder
 from unified_rl.policies.networks import activation_named, mlp, seeded
 from unified_rl.policies.normalizer import RunningNormalizer, seen_by
 from unified_rl.ranges import Count, Seed, ranged
@@ -84,7 +84,7 @@ class ValueCritic(Critic):
         orthogonal: bool = True,
         layer_norm: bool = False,
         normalize_observation: bool = False,
-        image_features: Count = 256,
+        image_features: Count = USUAL_FEATURES,
         seed: Seed = 0,
     ) -> None:
         part = space.observation if isinstance(space, Space) else space
@@ -164,7 +164,7 @@ class QEnsemble(Critic):
         action_low: Sequence[float] | None = None,
         action_high: Sequence[float] | None = None,
         normalize_observation: bool = False,
-        image_features: Count = 256,
+        image_features: Count = USUAL_FEATURES,
         seed: Seed = 0,
     ) -> None:
         if not isinstance(space, Space) and action_low is None and action_high is None and action_dim is not None:

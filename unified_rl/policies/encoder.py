@@ -14,6 +14,8 @@ NATURE = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
 """Channels, kernel and stride of "Human-level control through deep reinforcement learning" (Nature 518, 2015)."""
 SMALL = ((32, 3, 1), (64, 3, 2), (64, 3, 1))
 """The same for smaller images, with a border of one pixel."""
+USUAL_FEATURES = 256
+"""Width of what an image becomes, unless another is asked for."""
 
 
 class ImageEncoder(nn.Module):
@@ -61,10 +63,12 @@ class ObservationEncoder(nn.Module):
 
     Attributes:
         width: of the result.
+        features: as given.
     """
 
     def __init__(self, layout: Layout, features: int, seed: int) -> None:
         super().__init__()
+        self.features = features
         self.width = layout.vector + features * len(layout.images)
         with seeded(seed):
             self.images = nn.ModuleList(ImageEncoder(leaf.part.planes, features) for leaf in layout.images)  # type: ignore[attr-defined]
@@ -74,3 +78,9 @@ class ObservationEncoder(nn.Module):
         lead = numbers.shape[:-1]
         seen = [net(image.flatten(0, len(lead) - 1)) for net, image in zip(self.images, images, strict=True)]
         return torch.cat([numbers, *(one.reshape(*lead, -1) for one in seen)], -1)
+
+
+def image_features(policy: object) -> int:
+    """Width that ``policy`` gives an image, for critics beside it; the usual one if it has no encoder of this library."""
+    encoder = getattr(policy, "encoder", None)
+    return encoder.features if isinstance(encoder, ObservationEncoder) else USUAL_FEATURES
