@@ -81,6 +81,6 @@ class ObservationEncoder(nn.Module):
 
 
 def image_features(policy: object) -> int:
-    """Width that ``policy`` gives an image, for critics beside it; the usual one if it has no encoder of this library."""
+    """Width that ``policy`` gives an image, for critics beside it; the usual one if its encoder is another."""
     encoder = getattr(policy, "encoder", None)
     return encoder.features if isinstance(encoder, ObservationEncoder) else USUAL_FEATURES
