@@ -354,7 +354,14 @@ def _fill_by_domain(config: dict[str, Any], allow: Sequence[str]) -> None:
     domain = getattr(locate(rollout["_target_"], allow, "rollout"), "domain", None)
     for group, node in (settings.get(domain) or {}).items():
         if isinstance(config.get(group), dict):
-            config[group] |= {key: value for key, value in node.items() if key not in config[group]}
+            config[group] |= {key: value for key, value in node.items() if _is_open(key, config[group])}
+
+
+def _is_open(key: str, node: Mapping[str, Any]) -> bool:
+    """Whether a suggested value of ``key`` is wanted: nobody set it, and a critic's rate neither by setting ``lr``."""
+    if key == "critic_lr" and ("lr" in node or node.get("advantage") == "group"):
+        return False
+    return key not in node
 
 
 @contextmanager
