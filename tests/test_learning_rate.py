@@ -337,6 +337,23 @@ def test_the_fresh_critic_of_a_model_folder_has_the_rate_of_fresh_weights(
     assert "critic_lr" not in fresh
 
 
+@pytest.mark.parametrize(
+    ("words", "lr", "critic"),
+    [
+        ([], 1e-3, 3e-3),
+        (["agent.lr=1e-4"], 1e-4, None),  # a rate that is set is of both
+        (["agent.lr=0"], 0, None),  # so that a frozen run is frozen
+        (["agent.lr=1e-4", "agent.critic_lr=2e-4"], 1e-4, 2e-4),
+        (["agent.advantage=group"], 1e-3, None),  # no critic
+    ],
+)
+def test_a_learning_rate_of_a_robot_that_is_set_is_of_policy_and_critic(
+    words: list[str], lr: float, critic: float | None
+) -> None:
+    node = compose(["env=hopper", "agent=ppo", *words])["agent"]
+    assert (node["lr"], node.get("critic_lr")) == (lr, critic)
+
+
 def test_a_rate_of_a_critic_that_is_not_there_is_refused() -> None:
     policy, rows = language()
     with pytest.raises(ConfigError, match=r"agent\.critic_lr is of a critic, and there is none"):
