@@ -135,9 +135,25 @@ def test_the_study_of_control_compares_what_it_says_and_has_a_null_control() -> 
     runs = make_jobs(one, lambda words: resolve_defaults(compose(words)))[1]
     for domain in domains:
         cells = {job.labels["correction"]: job.cfg for job in runs if job.labels["domain"] == domain}
-        assert set(cells) - {"zoo"} == {"ppo", "frozen", "sb3"} and ("zoo" in cells) == (domain != "inverted_pendulum")
+        others = {"ppo", "frozen", "sb3"} | ({"zoo"} if domain != "inverted_pendulum" else set())
+        assert set(cells) == others | ({"tuned"} if domain == "hopper" else set())
         own, frozen = cells["ppo"]["agent"], cells["frozen"]["agent"]
-        assert frozen["lr"] == 0 and {**frozen, "lr": own["lr"]} == own
+        # a rate that is set is of the critic, too
+        assert frozen["lr"] == 0 and frozen["critic_lr"] is None
+        assert {**frozen, "lr": own["lr"], "critic_lr": own["critic_lr"]} == own
         assert len({cfg["steps"] for cfg in cells.values()}) == 1 and cells["sb3"]["agent"]["options"] is None
-        gammas = {cfg["agent"]["gamma"] or DISCOUNTS["control"] for name, cfg in cells.items() if name != "zoo"}
+        defaults = [cfg["agent"]["gamma"] for name, cfg in cells.items() if name not in ("zoo", "tuned")]
+        gammas = {gamma or DISCOUNTS["control"] for gamma in defaults}
         assert gammas == {0.9 if domain == "pendulum" else 0.99}
+
+
+def test_the_study_of_sac_compares_equal_numbers_of_steps_and_has_a_null_control() -> None:
+    found = Study.from_config(resolve_defaults(compose(["study=control_sac"], primary="compare"), primary="compare"))
+    runs = make_jobs(found, lambda words: resolve_defaults(compose(words)))[1]
+    assert {job.labels["domain"] for job in runs} == {"half_cheetah", "hopper", "pendulum"}
+    for domain in found.domains:
+        cells = {job.labels["correction"]: job.cfg for job in runs if job.labels["domain"] == domain}
+        assert {"sac", "sb3"} <= set(cells) and len({cfg["steps"] for cfg in cells.values()}) == 1
+        assert cells["sac"]["agent"]["updates_per_step"] == 1 and cells["sb3"]["agent"]["options"] is None
+    frozen = next(job.cfg for job in runs if job.labels["correction"] == "frozen")["agent"]
+    assert frozen["lr"] == 0
