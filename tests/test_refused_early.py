@@ -115,9 +115,13 @@ def test_rows_of_a_cloned_policy_are_recorded_with_the_discount_of_its_agent(tmp
     from unified_rl.replay import read_rows
     from unified_rl.training.dataset import record_dataset
 
-    job = Job(compose(["progress=false", *SUPERVISED, "agent.gamma=0.5", "policy.hidden=[8]"]))
-    record_dataset(job, tmp_path / "rows", batches=1)
-    assert float(read_rows(tmp_path / "rows")["discount"].max()) == 0.5, "of a single step; chunks have powers of it"
+    for chunk in (1, 4):
+        small = [f"env.chunk={chunk}", "agent.gamma=0.5", "policy.hidden=[8]"]
+        job = Job(compose(["progress=false", *SUPERVISED, *small]))
+        record_dataset(job, tmp_path / f"rows{chunk}", batches=1)
+        found = set(read_rows(tmp_path / f"rows{chunk}")["discount"].flatten().tolist())
+        # a chunk that an episode's end cuts short has a lower power
+        assert 0.5**chunk in found and found <= {0.5**steps for steps in range(1, chunk + 1)}
 
 
 @pytest.mark.parametrize("agent", ["sac", "actor_critic", "behavior_cloning", "sb3_ppo"])
