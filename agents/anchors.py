@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,6 +21,7 @@ from unified_rl.interventions import Wrapper
 from unified_rl.policies.normalizer import MOMENTS
 from unified_rl.protocols import RestsAdapters, Scores, ShowsLogits, ShowsNormals, Trainable, UnitStates, standardises
 from unified_rl.ranges import Count, Name, Positive, Share, shown
+from unified_rl.shard import ALONE, Shard
 
 PROVIDERS = ("snapshot", "average", "interpolated")
 """Where the proximal policy of a decoupled correction comes from."""
@@ -248,9 +249,14 @@ class Anchors(Mapping[str, Provider]):
         distributions: names whose whole distributions are needed, and the setting that needs each.
         proximal: store proximal log-probs although the correction does not ask for them.
 
+    Attributes:
+        shard: of the processes that divide the passes among them.
+
     Raises:
         ConfigError: an anchor is needed and nobody provides it, or the other way round.
     """
+
+    shard: Shard = ALONE
 
     def __init__(
         self,
@@ -338,8 +344,7 @@ class Anchors(Mapping[str, Provider]):
         else:
             extra.pop("proximal_log_prob", None)
         for name in self.scored:
-            parts = [self.providers[name].log_prob(part) for part in self._parts(record)]
-            extra[f"{name}_log_prob"] = torch.cat(parts)
+            extra[f"{name}_log_prob"] = self._scored(record, self.providers[name].log_prob)
         record.update(extra)
 
     def _parts(self, record: TensorDict) -> Sequence[TensorDict]:
@@ -347,8 +352,12 @@ class Anchors(Mapping[str, Provider]):
         return out
 
     def _wrapper_keys(self, record: TensorDict) -> dict[str, Tensor]:
-        parts = [self.wrapper.annotate(part) for part in self._parts(record)]
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        parts = [self.wrapper.annotate(part) for part in self._parts(self.shard.own(record))]
+        whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        return {key: self.shard.gather(found, len(record)) for key, found in whole.items()}
+
+    def _scored(self, record: TensorDict, score: Callable[[TensorDict], Tensor]) -> Tensor:
+        return self.shard.divided(record, lambda rows: torch.cat([score(part) for part in self._parts(rows)]))
 
     def _proximal(self, record: TensorDict, version: int, scored: Tensor | None) -> Tensor:
         """Log-probs at the start of the update; those of fresh rows are the behavior's, without a forward pass."""
@@ -361,7 +370,7 @@ class Anchors(Mapping[str, Provider]):
 
     def chunked(self, policy: Scores, record: TensorDict) -> Tensor:
         """Log-probs ``[B, N]`` of a policy without gradient, a micro-batch at a time."""
-        return torch.cat([policy.log_prob(part).log_prob.detach() for part in self._parts(record)])
+        return self._scored(record, lambda part: policy.log_prob(part).log_prob.detach())
 
     def interpolate(self, batch: TensorDictBase, log_prob: Tensor, version: int) -> None:
         """Sets the proximal policy between behavior and current by age, where the correction wants that."""

@@ -25,11 +25,18 @@ from unified_rl.protocols import (
     standardises,
 )
 from unified_rl.returns import SuccessTracker, gae, record_advantage, segment_ends, to_segments, vtrace
+from unified_rl.shard import ALONE, Shard
 from unified_rl.units import Steps, row_return
 
 
 class StateBaseline:
-    """``V(s)`` per environment step; the true successor is bootstrapped at truncations."""
+    """``V(s)`` per environment step; the true successor is bootstrapped at truncations.
+
+    Attributes:
+        shard: of the processes that divide the passes of :meth:`scan_inputs` among them.
+    """
+
+    shard: Shard = ALONE
 
     def __init__(self, policy: ControlPolicy, hidden: tuple[int, ...], seed: int) -> None:
         own = standardises(policy)
@@ -52,7 +59,8 @@ class StateBaseline:
 
     def scan_inputs(self, record: TensorDictBase) -> dict[str, Tensor]:
         """Arguments of :func:`~unified_rl.returns.gae` per step, ``[B, T]``; the log-ratio where it is known."""
-        value, after = self.module(record["observation"]), self.module(record["next_observation"])
+        value = self.shard.divided(record, lambda rows: self.module(rows["observation"]))
+        after = self.shard.divided(record, lambda rows: self.module(rows["next_observation"]))
         inputs = {
             "reward": record["reward"] if self.rewards is None else self.rewards(record["reward"]),
             "value": value if self.returns is None else self.returns.value(value),
@@ -72,7 +80,12 @@ class TokenBaseline:
 
     An answer cut by its budget bootstraps from the value before its last token ("Truncated Proximal Policy
     Optimization", arXiv:2506.15050).
+
+    Attributes:
+        shard: of the processes that divide the passes of the scans' inputs among them.
     """
+
+    shard: Shard = ALONE
 
     def __init__(self, policy: LanguagePolicy, config: dict[str, Any] | None, seed: int) -> None:
         trunk = policy if config is None else None
@@ -84,7 +97,7 @@ class TokenBaseline:
 
     def scan_inputs(self, record: TensorDictBase) -> dict[str, Tensor]:
         """Arguments of :func:`~unified_rl.returns.gae` per token, ``[B, N]``; the log-ratio where it is known."""
-        mask, value = record["mask"], self.module.values(record)
+        mask, value = record["mask"], self.shard.divided(record, self.module.values)
         column = torch.arange(mask.shape[1], device=mask.device)
         last = last_units(record)
         said = last >= 0
@@ -114,7 +127,7 @@ class TokenBaseline:
     def step_scan_inputs(self, record: TensorDictBase) -> dict[str, Tensor]:
         """The same per turn, ``[B, T]``: a turn's value is that of the context in which it begins."""
         turns = record["reward"].shape[1]
-        value = self.module.values(record)
+        value = self.shard.divided(record, self.module.values)
         _, first, said = to_segments(torch.zeros_like(value), value, record["step_index"], record["mask"], turns)
         last = said & (said.flip(1).cumsum(1).flip(1) == 1)
         inputs = {

@@ -19,6 +19,7 @@ from unified_rl.protocols import HasGenerator, Trainable, domain_of, layout_of, 
 from unified_rl.ranges import Count, NonNegative, Share, UnitInterval, UpperBound, Whole, ranged
 from unified_rl.replay import Fresh, Replay
 from unified_rl.replay.fit import check_replay
+from unified_rl.shard import ALONE, Shard
 from unified_rl.units import trim_units
 
 
@@ -64,6 +65,8 @@ class BehaviorCloning:
     option = "behavior_cloning"
     """What the configuration calls it, for errors; a run sets its own choice."""
 
+    shard: Shard = ALONE
+
     def __init__(
         self,
         policy: Trainable,
@@ -93,10 +96,18 @@ class BehaviorCloning:
         self.optimizer = Optimizer(
             {"policy": self.live}, lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, kind=optimizer
         )
-        for one in (policy, self.live):
+        self._hand_out(generator)
+        self.version = 0
+
+    def _hand_out(self, generator: torch.Generator) -> None:
+        """Gives the policy the stream of losses that draw noise."""
+        for one in (self.policy, self.live):
             if isinstance(one, HasGenerator):
                 one.generator = generator
-        self.version = 0
+
+    def share(self, shard: Shard) -> None:
+        """Divides the passes among processes that are given the same rows; noise is drawn from a stream of each."""
+        self.shard = shard
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
@@ -126,7 +137,8 @@ class BehaviorCloning:
         if self.learning_rate.moves:
             self.optimizer.set_lr(self.learning_rate(self.optimizer.steps))
         self.optimizer.zero_grad()
-        if self.micro_batch is None or self.micro_batch >= len(batch):
+        whole = self.micro_batch is None or self.micro_batch >= len(batch)
+        if whole and self.shard.world == 1:
             total, count = self._loss(batch)
             loss = total / (count if isinstance(count, int) else count.clamp(min=1))
             loss.backward()
@@ -154,13 +166,21 @@ class BehaviorCloning:
         return torch.where(mask, nll, 0.0).sum(), mask.sum()
 
     def _accumulated(self, batch: TensorDictBase) -> Tensor:
-        """Gradients of the mean over all supervised entries, ``micro_batch`` rows at a time; the loss, detached."""
+        """Gradients of the mean over all supervised entries, ``micro_batch`` rows at a time; the loss, detached.
+
+        Of several processes each passes its own rows, and the sums are of all.
+        """
         total: Any = 0
         loss = torch.zeros((), device=self.device)
-        for rows in batch.split(self.micro_batch or len(batch)):
+        own = batch[self.shard.mine(len(batch))]
+        for rows in own.split(self.micro_batch or len(own)) if len(own) else ():
             part, count = self._loss(rows)
             part.backward()
             loss, total = loss + part.detach(), total + count
+        if self.shard.world > 1:
+            self.shard.sum_gradients(self.optimizer.parameters)
+            found = self.shard.sums({"loss": loss, "count": total}, self.device)
+            loss, total = found["loss"].to(loss.dtype), found["count"]
         total = max(total, 1) if isinstance(total, int) else total.clamp(min=1)
         gradients = [p.grad for p in self.optimizer.parameters if p.grad is not None]
         torch._foreach_div_(gradients, total)
@@ -172,6 +192,8 @@ class BehaviorCloning:
         if self.version == 0:
             self.check_replay(replay)
         metrics: dict[str, Any] = {}
+        if self.shard.world > 1:
+            self._hand_out(self.shard.stream(self.generator, self.version))
         for _ in range(self.updates):
             metrics = dict(self.step(replay.sample(self.batch_size, version=self.version)))
         metrics["agent/lr"] = self.optimizer.rate

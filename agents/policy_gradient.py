@@ -42,6 +42,7 @@ from unified_rl.protocols import EndsPretraining, HasWeights, Trainable, domain_
 from unified_rl.ranges import Count, NonNegative, Seed, UnitInterval, UpperBound, Whole, ranged
 from unified_rl.replay import Replay
 from unified_rl.replay.fit import check_replay
+from unified_rl.shard import ALONE, Shard
 from unified_rl.units import split_steps
 
 
@@ -125,6 +126,8 @@ class PolicyGradient:
 
     option = "policy_gradient"
     """What the configuration calls it, for errors; a run sets its own choice."""
+
+    shard: Shard = ALONE
 
     def __init__(
         self,
@@ -358,6 +361,22 @@ class PolicyGradient:
         if not rows.gates:  # gates open later
             self.correction.require_shown(sorted(sources if not rows.sources else set(rows.sources) & set(sources)))
 
+    def share(self, shard: Shard) -> None:
+        """Divides the passes over policy, critic and anchors among processes that are given the same rows.
+
+        Raises:
+            ConfigError: an intervention of the user's own that does not say it is right then.
+        """
+        if not (is_ours(self.wrapper) or self.wrapper.shares):
+            raise ConfigError(
+                f"correction.wrapper is {type(self.wrapper).__name__}, which does not say that it may see a share of "
+                "the rows: set its attribute shares=True where it may, or learner=single"
+            )
+        self.shard = self.anchors.shard = self.wrapper.shard = shard
+        self.objective.share(shard)
+        if self.baseline is not None:
+            self.baseline.shard = shard
+
     def _draw(self, replay: Replay) -> TensorDict:
         return self.draw(replay, self.version)
 
@@ -394,6 +413,7 @@ class PolicyGradient:
         """One gradient and one optimiser step."""
         self.optimizer.zero_grad()
         total, metrics = self.objective.backward(batch, self.micro_batch)
+        self.shard.sum_gradients(self.optimizer.parameters)
         return {**metrics, "loss/total": total, "grad/norm": self.optimizer.step(total)}
 
     def state_dict(self) -> dict[str, Any]:

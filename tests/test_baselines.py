@@ -20,6 +20,7 @@ class Fixed:
         self.module = nn.Identity()
         self.module.values = lambda record: self.value  # type: ignore[assignment]
 
+    shard = TokenBaseline.shard
     values = TokenBaseline.values
     scan_inputs = TokenBaseline.scan_inputs
 

@@ -42,6 +42,8 @@ ORDER = (
     "untrusted",
     "devices",
     "machine",
+    "shard",
+    "launching",
     "wrapping",
     "ranges",
     "errors",

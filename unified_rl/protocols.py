@@ -725,6 +725,19 @@ class ChecksIdentity(Protocol):
 
 
 @runtime_checkable
+class SharesPasses(Protocol):
+    """An agent whose passes over the model can be divided among processes that hold the same rows and weights."""
+
+    policy: Any
+    optimizer: Any
+    """With ``parameters``, the weights that it moves."""
+
+    def share(self, shard: Any) -> None:
+        """Does so, see :class:`unified_rl.shard.Shard`; raises ConfigError where it would not be the same gradient."""
+        ...
+
+
+@runtime_checkable
 class PlansUpdates(Protocol):
     """An agent whose learning rate follows the length of the run."""
 

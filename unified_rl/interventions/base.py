@@ -13,6 +13,7 @@ from unified_rl.correction import Correction
 from unified_rl.optimizer import Optimizer
 from unified_rl.protocols import Trainable, domain_of
 from unified_rl.ranges import enforce
+from unified_rl.shard import ALONE, Shard
 from unified_rl.units import Source
 
 Metrics = dict[str, Any]
@@ -48,7 +49,14 @@ class Wrapper:
         rescores: ``score`` is not the policy's own, so compiling that would be of no use.
         anchors: names of the policies whose log-probs ``{name}_log_prob [B, N]`` it reads from the rows.
         sync_every: updates after which the reference becomes the present policy; None leaves it as it was at first.
+        shard: of the processes that divide the rows among them: ``annotate``, ``score`` and ``watch`` see this one's
+            rows alone, all other hooks the whole batch.
+        shares: a class of the user's own says so where it is right then: what it sums up in ``score`` and ``watch`` it
+            adds up over ``shard``.
     """
+
+    shard: Shard = ALONE
+    shares = False
 
     whole_rows = False
     rescores = False

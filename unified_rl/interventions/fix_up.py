@@ -92,7 +92,8 @@ class FixUp(Wrapper):
         self.worst, beta = None, self.beta
         metrics = step()
         assert self.worst is not None
-        self.beta = max(0.0, beta - self.learning_rate * (self.bound - self.margin * float(self.worst)))
+        worst = float(self.shard.largest(self.worst))
+        self.beta = max(0.0, beta - self.learning_rate * (self.bound - self.margin * worst))
         return {**metrics, "wrapper/beta": beta}
 
     def finish(self, batches: Sequence[TensorDictBase]) -> Metrics:
@@ -113,13 +114,14 @@ class FixUp(Wrapper):
     @torch.no_grad()
     def largest(self, batch: TensorDictBase) -> float:
         """The largest KL of a state of the batch."""
-        return float(self._by_state(self.old.divergence(batch)[1], batch).amax())
+        kl = self.shard.divided(batch, lambda rows: self.old.divergence(rows)[1])
+        return float(self._by_state(kl, batch).amax())
 
     def _by_state(self, kl: Tensor, batch: TensorDictBase) -> Tensor:
         return torch.where(batch["mask"], kl, 0.0) if self.language else Steps.of(batch).sum(kl)
 
     def _descend(self, batch: TensorDictBase) -> None:
-        """One step on the mean KL of the states that are beyond half of the bound."""
+        """One step on the mean KL of the states that are beyond half of the bound; every process makes it whole."""
         self.optimizer.zero_grad()
         kl = self._by_state(self.old.divergence(batch)[1], batch)
         far = kl.detach() > 0.5 * self.bound

@@ -46,7 +46,8 @@ class LayerNoise(Wrapper):
     """The kernel's numerator is a perturbed policy: ``h <- h + sigma_l * noise`` in every layer. ALP, 2603.19470.
 
     The sampler, and so the denominator, is not perturbed. The noise is a function of a seed, a count of scoring passes
-    and the layer, so that layers that are computed again in the backward pass meet the same noise.
+    and the layer, so that layers that are computed again in the backward pass meet the same noise. Other passes, such
+    as those of micro-batches or of several processes, meet other noise of the same size.
 
     Args:
         policy, correction: see :class:`Wrapper`.
@@ -121,7 +122,8 @@ class LayerNoise(Wrapper):
         return add
 
     def _noise(self, hidden: Tensor, index: int) -> Tensor:
-        mixed = hash((self.seed, self.count, index, *hidden.shape)) % 2**63
+        rank = (self.shard.rank,) if self.shard.world > 1 else ()  # other rows, other noise
+        mixed = hash((self.seed, self.count, index, *hidden.shape, *rank)) % 2**63
         generator = torch.Generator(hidden.device).manual_seed(mixed)
         return torch.randn(hidden.shape, generator=generator, device=hidden.device, dtype=hidden.dtype)
 

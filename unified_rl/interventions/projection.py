@@ -127,6 +127,11 @@ class ProjectCategorical(Wrapper):
         """One step; says which share of the units met by it lay outside the ball."""
         self.outside, self.met = 0, 0
         metrics = step()
+        if self.shard.world > 1:
+            mine = self.shard.mine(len(batch))  # one that has no row passes the first, which is another's
+            met = {"outside": self.outside, "met": self.met} if mine.stop > mine.start else {}
+            found = self.shard.sums(met, batch["mask"].device)
+            return {**metrics, "wrapper/projected": found["outside"] / found["met"].clamp(min=1)}
         return {**metrics, "wrapper/projected": self.outside / max(1, self.met)}
 
     def _projected(self, new: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ class EssLearningRate(Wrapper):
     def around(self, step: Callable[[], Metrics], batch: TensorDictBase) -> Metrics:
         """One step at the scaled learning rate, which is restored."""
         ess = log_ess_fraction(row_log_weight(batch)[sampled(batch)])
-        scale = float(((ess - math.log(self.target)) * self.power).exp().clamp(max=1.0))
+        scale = self.shard.first(float(((ess - math.log(self.target)) * self.power).exp().clamp(max=1.0)))
         with self.optimizer.scaled_lr(scale):
             metrics = step()
         return {**metrics, "wrapper/lr_scale": scale, "wrapper/row_ess": ess.exp()}
@@ -147,8 +147,9 @@ class ClipBiasScale(Wrapper):
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = float(_norm(gradients)) / max(shrunk, 1e-12)
         self.running = self.decay * self.running + (1 - self.decay) * norm if self.running else norm
-        removed, self.removed = self.removed, None
-        size = 0.0 if removed is None else float(_norm(removed))
+        found: Sequence[Tensor | None] = [None] * len(self.parameters) if self.removed is None else self.removed
+        removed, self.removed = [x for x in self.shard.summed(found, self.parameters) if x is not None], None
+        size = float(_norm(removed)) if removed else 0.0
         self.scale = 1.0 / max(1.0, size / max(self.running, 1e-12))
         if self.scale < 1.0:
             torch._foreach_mul_(gradients, self.scale)
@@ -223,6 +224,7 @@ class Reposition(Wrapper):
     def _watch_entropy(self, batch: TensorDictBase) -> None:
         mask = batch["mask"] & sampled(batch).unsqueeze(-1)
         entropy = float(-torch.where(mask, batch["behavior_log_prob"], 0.0).sum() / mask.sum().clamp(min=1))
+        entropy = self.shard.first(entropy)  # a switch follows from it
         seen = torch.tensor(self.entropies, dtype=torch.float64)
         if self.threshold is not None and len(seen) == self.window:
             deviation = abs(entropy - float(seen.mean())) / max(float(seen.std()), 1e-8)

@@ -7,7 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from unified_rl.shard import Shard
+
 Metrics = dict[str, Any]
+TOTAL, COUNT = "\ntotal", "\ncount"
+"""Behind the name of a mean, while its parts are summed over processes."""
 
 
 class Mean(NamedTuple):
@@ -30,6 +34,17 @@ class Sums:
         """Takes in a micro-batch."""
         for key, value in metrics.items():
             self._found[key] = joined(self._found[key], value) if key in self._found else value
+
+    def over(self, shard: Shard, device: Any) -> None:
+        """Takes in the shares of the other processes."""
+        flat: Metrics = {}
+        for key, value in self._found.items():
+            parts = {TOTAL: value.total, COUNT: value.count} if isinstance(value, Mean) else {"": value}
+            flat |= {key + part: x for part, x in parts.items()}
+        found = shard.sums(flat, device)
+        means = [key.removesuffix(TOTAL) for key in found if key.endswith(TOTAL)]
+        self._found = {key: x for key, x in found.items() if not key.endswith((TOTAL, COUNT))}
+        self._found |= {key: Mean(found[key + TOTAL], found[key + COUNT]) for key in means}
 
     def values(self) -> Metrics:
         """One detached scalar a metric."""

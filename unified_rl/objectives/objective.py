@@ -19,6 +19,7 @@ from unified_rl.objectives.rows import Rows
 from unified_rl.policies.sampling import HasSampling
 from unified_rl.protocols import Scores, Trainable
 from unified_rl.ranges import enforce
+from unified_rl.shard import ALONE, Shard
 
 
 class Other(Protocol):
@@ -218,22 +219,37 @@ class Objective:
         terms: by name, in order.
         score: ``rows -> (log_prob, penalty)``, the policy's own or a wrapper's.
         generator: for supervised losses that draw noise.
+
+    Attributes:
+        shard: of the processes that divide the passes among them; see :meth:`share`.
     """
+
+    shard: Shard = ALONE
 
     def __init__(
         self, policy: Trainable, terms: Mapping[str, Term], score: Score, generator: torch.Generator | None = None
     ) -> None:
         self.policy, self.terms, self.score, self.generator = policy, dict(terms), score, generator
+        self._shared: torch.Generator | None = None
         self.sampling = policy.sampling if isinstance(policy, HasSampling) else None
         self.reported = frozenset().union(*(term.reports for term in self.terms.values()))
         self.start(0.0, 0)
 
     def start(self, progress: float, update: int) -> None:
         """At the start of an update: coefficients, and which terms count."""
+        if self._shared is not None:
+            self.generator = self.shard.stream(self._shared, update)
         for term in self.terms.values():
             term.start(progress, update)
         self.active = {name: term for name, term in self.terms.items() if term.active}
         self.readers = [reader for term in self.active.values() for reader in term.readers]
+
+    def share(self, shard: Shard) -> None:
+        """Passes its share of the rows alone; noise of supervised losses is then drawn from a stream of the process's.
+
+        The stream that it was given also orders minibatches, and must go on alike everywhere.
+        """
+        self.shard, self._shared = shard, self.generator
 
     @property
     def whole_groups(self) -> bool:
@@ -246,15 +262,17 @@ class Objective:
             term.check(record)
 
     def backward(self, batch: TensorDict, micro_batch: int | None) -> tuple[Tensor, Metrics]:
-        """Accumulates the gradient of the whole optimiser batch.
+        """Accumulates the gradient of the whole optimiser batch; of several processes, that of its share of the rows.
 
         Args:
             batch: annotated rows.
             micro_batch: rows of one forward pass; None takes all.
 
         Returns:
-            The loss, detached, and one scalar a metric; neither depends on ``micro_batch``.
+            The loss, detached, and one scalar a metric; neither depends on ``micro_batch`` or on the processes.
         """
+        if self.shard.world > 1:
+            return self._divided(batch, micro_batch)
         size, sums = min(micro_batch or len(batch), len(batch)), Sums()
         if size == len(batch):
             forward = self._forward(batch)
@@ -268,6 +286,30 @@ class Objective:
             here = {name: None if s is None else s[index] for name, s in split.items()}
             total = total + self._micro_batch(self._forward(rows), rows, here, sums)
         return total, sums.values()
+
+    def _divided(self, batch: TensorDict, micro_batch: int | None) -> tuple[Tensor, Metrics]:
+        """As :meth:`backward`: terms prepare on the whole batch everywhere, and each process passes its own rows."""
+        shard, device, sums = self.shard, batch["mask"].device, Sums()
+        mine, own = shard.mine(len(batch)), shard.own(batch)
+        rows = mine.stop - mine.start
+        size = min(micro_batch or len(own), len(own))
+        once = self._forward(own) if rows and size == len(own) else None
+
+        def score() -> Tensor:
+            found = self._scored(own, size) if once is None else once.log_prob.detach()
+            return shard.gather(found, len(batch))
+
+        stats = self.prepare(batch, Scored(score, free=False))
+        parts = batch[mine].split(size) if rows else ()  # only now: terms may have written into the batch
+        split = {name: None if s is None else s[mine].split(size) for name, s in stats.items()} if rows else {}
+        total = torch.zeros((), device=device)
+        for index, part in enumerate(parts):
+            here = {name: None if s is None else s[index] for name, s in split.items()}
+            total = total + self._micro_batch(once or self._forward(part), part, here, sums)
+        sums.add({"loss/total": total})
+        sums.over(shard, device)
+        found = sums.values()
+        return found.pop("loss/total"), found
 
     def prepare(self, batch: TensorDict, scored: Scored) -> dict[str, Any]:
         """Every term's statistics of the whole optimiser batch."""
