@@ -593,6 +593,7 @@ def option_cases() -> Iterator[Case]:
         base = CONTROL if name == "demonstrations" else LANGUAGE
         if name != "none":
             yield Case(f"warm_start={name}", base, (f"warm_start={name}", *warm[name]))
+    yield Case("learner=data_parallel", CONTROL, ("learner=data_parallel",))  # one process, which it is refused for
 
 
 SUPERVISED = ("env=two_route", "agent=behavior_cloning", "rollout.rows=8")
@@ -615,7 +616,8 @@ ROLLOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "none": (LANGUAGE, ("rollout=none",)),
 }
 """A run, and the words that put an option in its place."""
-COVERED = {"recipe": "test_recipes.py trains each", "study": "of compare, not of a run"}
+COVERED = {"recipe": "test_recipes.py trains each", "study": "of compare, not of a run",
+           "learner": "test_ranks.py trains in several processes"}  # fmt: skip
 """Groups that are walked elsewhere."""
 
 
@@ -628,7 +630,8 @@ def test_what_no_run_reaches_is_named_on_its_page(source: Path) -> None:
 
 
 def test_every_group_is_walked() -> None:
-    assert set(group_options()) == {"env", "policy", "agent", "correction", "replay", "rollout", "warm_start", "recipe"}
+    walked = {"env", "policy", "agent", "correction", "replay", "rollout", "warm_start", "recipe", "learner"}
+    assert set(group_options()) == walked
 
 
 # ---------------------------------------------------------------------------------------------- parameters of classes

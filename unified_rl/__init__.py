@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         evaluate,
         export,
         lab,
+        launch,
         load_policy,
         memory_plan,
         recipes,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         DataError,
         EnvError,
         NonFiniteError,
+        PeerError,
         RecordError,
         UnifiedRLError,
     )
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
 PUBLIC: dict[str, tuple[str, ...]] = {
     "unified_rl.commands": (
         "train",
+        "launch",
         "resume",
         "evaluate",
         "export",
@@ -155,6 +158,7 @@ PUBLIC: dict[str, tuple[str, ...]] = {
         "CheckpointError",
         "DamageError",
         "NonFiniteError",
+        "PeerError",
         "DataError",
         "EnvError",
     ),
@@ -188,6 +192,7 @@ __all__ = [
     "LanguageTask",
     "Mixture",
     "NonFiniteError",
+    "PeerError",
     "Policy",
     "PolicyGradient",
     "Priority",
@@ -224,6 +229,7 @@ __all__ = [
     "gae",
     "group_advantage",
     "lab",
+    "launch",
     "load_correction",
     "load_policy",
     "make_env",

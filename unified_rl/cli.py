@@ -22,8 +22,10 @@ DISK = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT)
 def train(arguments: argparse.Namespace) -> int:
     """Trains one run, or goes on with one."""
     from unified_rl.config import compose, resolve_defaults
+    from unified_rl.launching import speaks_first
     from unified_rl.settling import BUDGETS
 
+    speaks_first()
     if arguments.multirun:
         return _sweep(arguments)
     resumed = _resumed(arguments.overrides)
@@ -56,6 +58,13 @@ def train(arguments: argparse.Namespace) -> int:
 
     print(f"run folder: {run(config, arguments.allow)}")
     return 0
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    """Trains one run in several processes, which divide the passes over the model."""
+    from unified_rl.launching import launch as run
+
+    return run(arguments.processes, arguments.words)
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -174,6 +183,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": train,
+    "launch": launch,
     "compare": compare,
     "evaluate": evaluate,
     "export": export,
@@ -196,6 +206,10 @@ EXAMPLES = {
   unified-rl train -m env=hopper,walker2d agent=ppo agent.lr=3e-4,1e-3 seed=1,2,3 steps=1e5
   unified-rl train resume=RUN [steps=N]        continues a run; resume_env=restart begins new episodes
   unified-rl train resume=RUN --checkpoint 400 goes back to the checkpoint after 400 updates""",
+    "launch": """examples:
+  unified-rl launch --processes 2 train env=chain_mod learner=data_parallel
+  unified-rl launch --processes 4 train resume=RUN
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m unified_rl.cli train learner=data_parallel ...   on several machines""",
     "compare": """examples:
   unified-rl compare study=quickstart
   unified-rl compare study=quickstart study.seeds=[1,2,3]""",
@@ -320,6 +334,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--plan", action="store_true", help="print what it will take in memory and stop")
         parser.add_argument("-m", "--multirun", action="store_true", help="run all combinations of key=a,b, as compare")
         parser.add_argument("--workers", type=int, default=2, metavar="N", help="of -m: runs at a time; by default 2")
+    if verb == "launch":
+        parser.add_argument("--processes", type=int, default=2, metavar="N", help="how many; by default 2")
+        parser.add_argument("words", nargs="*", metavar="train KEY=VALUE ...", help="as of unified-rl train")
     if verb == "evaluate":
         parser.add_argument("run", metavar="RUN", nargs="?", help="a run's folder, or a model's")
         parser.add_argument(
@@ -386,7 +403,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("words", nargs="*", metavar="show NAME", help="show one; without it, list all")
         parser.add_argument("--json", action="store_true", help="print JSON")
         parser.add_argument("--write", metavar="DIR", help="write the page of recipes there")
-    if verb not in ("samples", "lab", "recipes", "verify", "doctor"):
+    if verb not in ("launch", "samples", "lab", "recipes", "verify", "doctor"):
         parser.add_argument(
             "--allow",
             action="append",
@@ -425,6 +442,12 @@ def _overview() -> str:
     )
 
 
+def _split(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """The words of ``launch`` itself, and those that it hands on."""
+    at = next((i for i, word in enumerate(words) if word in VERBS), len(words))
+    return words[:at], words[at:]
+
+
 def _dispatch(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -437,7 +460,10 @@ def _dispatch(argv: Sequence[str]) -> int:
         from unified_rl.instantiate import nearest
 
         raise ConfigError(f"there is no verb {verb!r}; {nearest(verb, VERBS)}")
-    arguments = _parser(verb).parse_intermixed_args(argv[1:])
+    own, handed_on = (argv[1:], []) if verb != "launch" else _split(argv[1:])
+    arguments = _parser(verb).parse_intermixed_args(own)
+    if verb == "launch":
+        arguments.words = [*arguments.words, *handed_on]
     if arguments.help:
         return _show_help(verb, arguments)
     if verb == "evaluate" and arguments.run is None:

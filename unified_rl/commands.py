@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from unified_rl.config import CHOICES, compose, flatten, resolve_defaults
-from unified_rl.errors import CheckpointError, ConfigError
+from unified_rl.errors import CheckpointError, ConfigError, PeerError
 from unified_rl.instantiate import allowing
 
 if TYPE_CHECKING:
@@ -145,6 +145,41 @@ def train(
     overrides, allow = _by_name(overrides, allow)
     cfg = _composed(overrides, "train", allow, config_dirs)
     return Run(run(cfg, allow, progress=progress, callbacks=callbacks), allow)
+
+
+def launch(
+    overrides: Sequence[str], *, processes: int = 2, allow: Sequence[str] = (), config_dirs: Sequence[str] = ()
+) -> Run:
+    """Trains one run in several processes of this machine, as ``unified-rl launch`` does; they write to this terminal.
+
+    Args:
+        overrides: as of :func:`train`, in texts, with ``learner=data_parallel``; or ``["resume=RUN"]`` and what goes
+            with it.
+        processes: how many.
+        allow, config_dirs: as of :func:`train`.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ConfigError: as of :func:`train`, before a process begins.
+        PeerError: the processes ended otherwise; process 0 said why on standard error.
+    """
+    from unified_rl.launching import launch as run
+    from unified_rl.training.provenance import run_folder
+
+    found = next((text.partition("=")[2] for text in overrides if text.startswith("resume=")), None)
+    words = list(overrides)
+    if found is None:
+        cfg = _composed(overrides, "train", allow, config_dirs)
+        found = str(run_folder(cfg))
+        quoted = found.replace("\\", "\\\\").replace("'", "\\'")
+        words = [*(text for text in words if not text.startswith("run_dir=")), f"run_dir='{quoted}'"]
+    options = [*(f"--allow={one}" for one in allow), *(f"--config-dir={one}" for one in config_dirs)]
+    code = run(processes, ["train", *words, *options])
+    if code != 0:
+        raise PeerError(f"the launched run {found} ended with exit code {code}; process 0 said why on standard error")
+    return Run(found, allow)
 
 
 def memory_plan(overrides: Overrides = (), *, allow: Sequence[str] = (), config_dirs: Sequence[str] = ()) -> Any:

@@ -29,6 +29,10 @@ class RolloutError(UnifiedRLError, RuntimeError):
     """An environment, a reward or a row source raised; the message says what, where, and what is saved."""
 
 
+class PeerError(UnifiedRLError, RuntimeError):
+    """Another process of the same run ended, does not answer, or holds another state; the message says which."""
+
+
 class RestoreError(CheckpointError):
     """An environment that cannot be put back to where it was; a run goes on with new episodes."""
 

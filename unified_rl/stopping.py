@@ -129,7 +129,18 @@ def raising() -> Iterator[StopSignal]:
             stop.leaves, stop.shielded = before
 
 
+_quiet = False
+
+
+def quieten() -> None:
+    """From here on this process says nothing: another one speaks for it."""
+    global _quiet
+    _quiet = True
+
+
 def say(text: str) -> None:
     """One line to standard error; a terminal that is gone is no reason to fail."""
+    if _quiet:
+        return
     with suppress(OSError, ValueError):
         print(f"unified-rl: {text}", file=sys.stderr, flush=True)

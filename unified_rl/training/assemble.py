@@ -20,6 +20,7 @@ from unified_rl.replay import Replay, Sampler
 from unified_rl.rollout import as_environment
 from unified_rl.settling import suggest_rates
 from unified_rl.training.checkpoint import FOLDER, checkpoints, intact_checkpoint, lock_run
+from unified_rl.training.learner import refuse_alone
 from unified_rl.training.provenance import CONFIG, META, check_run, meta_text, write_run
 from unified_rl.training.run import Job
 from unified_rl.training.seeding import derive
@@ -181,6 +182,7 @@ def assemble(
     cfg, objects = _configuration(
         parts, {**settings, **({} if steps is None else {"steps": steps}), "seed": seed}, allow, config_dirs
     )
+    refuse_alone(cfg)
     target = None if folder is None else Path(folder)
     holds = target is not None and bool(checkpoints(target / FOLDER))
     if holds and not cfg["resume_existing"]:

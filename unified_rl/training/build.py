@@ -47,6 +47,7 @@ from unified_rl.training.evaluation import (
     evaluate_language,
     held_out_loss,
 )
+from unified_rl.training.learner import refuse_alone
 from unified_rl.training.limits import check_machine, check_model_folder, check_replay_memory, check_rows, row_size
 from unified_rl.training.loggers import Logger, make_loggers
 from unified_rl.training.memory_plan import (
@@ -58,6 +59,7 @@ from unified_rl.training.memory_plan import (
     prefill_of,
 )
 from unified_rl.training.metric_names import MetricNames, names_of
+from unified_rl.training.ranks import Ranks
 from unified_rl.training.samples import SampleBook
 from unified_rl.training.seeding import derive, generator, scoped
 from unified_rl.training.settings import TrainSettings, check_eval_sampling
@@ -65,7 +67,7 @@ from unified_rl.training.trainer import Trainer
 from unified_rl.training.written import check_rollout
 from unified_rl.units import Source
 
-NODES = ("env", "policy", "agent", "correction", "replay", "rollout", "warm_start")
+NODES = ("env", "policy", "agent", "correction", "replay", "rollout", "warm_start", "learner")
 DISCOUNTS = {"control": 0.99, "language": 1.0}
 """Of agents whose ``gamma`` is None."""
 SIMULATIONS = 16
@@ -88,6 +90,7 @@ class Job:
     Attributes:
         found_rows: what becomes of rows that ``replay.path`` holds already: ``refuse`` (a new run), ``drop`` (a run
             that begins once more) or ``keep`` (one that goes on from a checkpoint).
+        ranks: the processes that train the run.
 
     Raises:
         ConfigError: parts that do not fit together.
@@ -105,6 +108,7 @@ class Job:
         cfg = check_run(cfg, allow)
         self.cfg, self.allow = cfg, list(allow)
         self.found_rows: Literal["refuse", "drop", "keep"] = "refuse"
+        self.ranks = Ranks()
         self.settings = _settings_of(cfg)
         if self.settings.steps == 0 and not cfg.get("warm_start"):
             raise ConfigError("steps=0 must be at least 1, or the run needs a warm_start to make")
@@ -348,9 +352,11 @@ class Job:
         if self.rewards is not None:
             self.rewards.close()
 
-    def make_trainer(self, folder: Path, display: Any = None) -> Trainer:
+    def make_trainer(self, folder: Path | None, display: Any = None) -> Trainer:
         """Agent, rollout and replay around the policy as it is now (after any warm start)."""
         self._check_budget()
+        if not self.ranks.parallel:
+            refuse_alone(self.cfg)
         if not self.collects:
             return self._trainer(folder, self.collecting_agent(), None, None, display)
         rollout, agent, replay = self._collecting(self.policy)
@@ -363,7 +369,7 @@ class Job:
         self.policy = agent.policy
         return agent
 
-    def _trainer(self, folder: Path, agent: Any, feed: Any, replay: Any, display: Any) -> Trainer:
+    def _trainer(self, folder: Path | None, agent: Any, feed: Any, replay: Any, display: Any) -> Trainer:
         if feed is None:
             self._check_metrics(agent, None)
         trainer = Trainer(
@@ -380,6 +386,7 @@ class Job:
             loggers=self.loggers,
             config=self.cfg,
             space=space_of(self.env),
+            ranks=self.ranks,
         )
         trainer.watch.names = self._names
         return trainer
@@ -441,7 +448,7 @@ class Job:
         self._check_metrics(agent, rollout)
         self.memory = memory_plan(policy, agent, rollout, self.env, self._evaluated_rows(), self.row_size)
         if self.memory is not None:
-            self.fits(self.memory)
+            self.fits(self.ranks.part_of(self.memory))
         refuse_idle_terms(agent, rollout, replay)
         check_rollout(agent, rollout, replay)
         return rollout, agent, replay
@@ -504,6 +511,7 @@ class Job:
             )
         if not self.settings.identity_check and isinstance(agent, ChecksIdentity):
             agent.verify_identity = False
+        self.ranks.enlist(agent, self._agent_name)
         return agent
 
     def _micro_batch(self, policy: Any, rows: int) -> dict[str, int]:

@@ -27,6 +27,7 @@ from unified_rl.training.failures import RunFolder, foreign
 from unified_rl.training.growing import Row
 from unified_rl.training.loggers import Logger
 from unified_rl.training.metrics import Means, MetricLog
+from unified_rl.training.ranks import Ranks
 from unified_rl.training.restoring import policy_state, restoring
 from unified_rl.training.samples import SampleBook
 from unified_rl.training.settings import TrainSettings
@@ -53,6 +54,7 @@ class Trainer:
         loggers: where metrics go beside the record; by default TensorBoard and CSV.
         config: the run's configuration, for loggers that show it.
         space: of a control environment; checkpoints hold it, so that a policy acts where its environment is not.
+        ranks: the processes that train this run; by default this one alone.
 
     Attributes:
         log: the logged rows.
@@ -75,8 +77,10 @@ class Trainer:
         loggers: Sequence[Logger] | None = None,
         config: Mapping[str, Any] | None = None,
         space: Space | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.settings, self.folder, self.agent = settings, folder, agent
+        self.ranks = ranks or Ranks()
         self.feed, self.replay, self.evaluate = feed, replay, evaluate
         self.display = display or (lambda steps, metrics: None)
         self.samples, self.answered, self.callbacks = samples, answered, callbacks or Callbacks()
@@ -160,8 +164,7 @@ class Trainer:
             self._finish_update()
         while self.updates < self.planned and not self.stopped:
             self._iterate()
-            if stop.requested:
-                raise stop.error()
+            self.ranks.agree(stop, self)
         if self.stopped:
             say(f"{self.folder or 'the run'} ends at update {self.updates} of {self.planned}: {self.stopped}")
         if self._saved != self.updates or relogged == self.updates:
@@ -230,6 +233,10 @@ class Trainer:
 
     def _finish_update(self) -> None:
         """Evaluates, logs and saves where the intervals say so; until then the update's row counts as not logged."""
+        if not self.ranks.leads:
+            self._logged = True
+            self.means.pop_tensors()
+            return
         first, settings = self.updates == 0, self.settings
         last = self.updates == self.planned or (bool(self.stopped) and not first)
         if self.updates == self.planned:
@@ -307,7 +314,7 @@ class Trainer:
 
     def _admit(self) -> None:
         feed = self.feed
-        if feed is None:
+        if feed is None or not self.ranks.leads:
             return
         feed.publish(self.agent.version)
         with foreign("collecting rows"):
@@ -317,7 +324,7 @@ class Trainer:
         if self.feed is None:
             return None
         assert self.replay is not None
-        rows, metrics = self.feed.take()
+        rows, metrics = self.ranks.taken(self.feed.take)
         with self.present.writes():  # a memory-mapped replay may meet a full disk
             self.replay.extend(rows)
         self._steps += int(metrics.get(STEPS, self.per_update))
@@ -365,7 +372,7 @@ class Trainer:
     def _whereabouts(self) -> str:
         if self._saved < 0:
             return f"{self.folder} holds no checkpoint yet"
-        return f"update {self._saved} is saved, go on with 'unified-rl train resume={self.folder}'"
+        return f"update {self._saved} is saved, go on with '{self.ranks.command} resume={self.folder}'"
 
     def _close(self) -> None:
         if self.feed is not None:

@@ -16,6 +16,7 @@ from unified_rl.errors import (
     DamageError,
     DataError,
     EnvError,
+    PeerError,
     RestoreError,
     RolloutError,
     UnifiedRLError,
@@ -29,6 +30,7 @@ from unified_rl.training.checkpoint import (
     EXTENSION,
     FOLDER,
     adopt,
+    checkpoint_name,
     checkpoints,
     intact_checkpoint,
     lock_run,
@@ -38,6 +40,7 @@ from unified_rl.training.checkpoint import (
 )
 from unified_rl.training.display import make_display
 from unified_rl.training.failures import foreign, forget_report, write_report
+from unified_rl.training.learner import as_launched
 from unified_rl.training.metrics import RECORD, read_metrics
 from unified_rl.training.provenance import (
     CONFIG,
@@ -52,6 +55,7 @@ from unified_rl.training.provenance import (
     stored_config,
     write_run,
 )
+from unified_rl.training.ranks import Launched, Ranks, ranks_of
 from unified_rl.training.restoring import policy_state, restoring
 from unified_rl.training.seeding import derive
 from unified_rl.training.trainer import Trainer
@@ -82,6 +86,35 @@ def train(
         RolloutError: the environment or a reward raised; the traceback is in ``error.txt``.
         Interrupted: a signal; the last whole update is saved.
     """
+    with ranks_of(cfg, allow) as ranks:
+        if isinstance(ranks, Launched) and not ranks.leads:
+            return _follow(ranks, allow)
+        return _train_new(cfg, allow, progress, callbacks, ranks)
+
+
+def _follow(ranks: Launched, allow: Sequence[str]) -> Path:
+    """Trains along with process 0, which collects the rows, keeps the run's folder and says what happens.
+
+    Returns:
+        No run folder: where nothing is written.
+    """
+    with raising():
+        cfg = ranks.told()
+        if cfg is not None:
+            job = Job(ranks.own(cfg), allow)
+            job.ranks = ranks
+            trainer = job.make_trainer(None)
+            ranks.start(trainer, None)
+            try:
+                trainer.run()
+            finally:
+                job.close()
+    return Path(os.devnull)
+
+
+def _train_new(
+    cfg: dict[str, Any], allow: Sequence[str], progress: bool | None, callbacks: Sequence[Any], ranks: Ranks
+) -> Path:
     folder = run_folder(cfg)
     with _leaving_nothing(folder) as warmed, raising() as stop, lock_run(folder):
         begun = has_begun(folder)
@@ -99,7 +132,8 @@ def train(
         else:
             check_run(folder)
         found = _start(folder)
-        _train_in(folder, cfg, allow, progress, stop, found, fresh=not begun, callbacks=callbacks, warmed=warmed)
+        options: dict[str, Any] = {"fresh": not begun, "callbacks": callbacks, "warmed": warmed}
+        _train_in(folder, cfg, allow, progress, stop, found, ranks=ranks, **options)
     return folder
 
 
@@ -171,10 +205,14 @@ def resume(
         raise ConfigError(f"resume_env={resume_env} must be one of {', '.join(RESUME_ENV)}")
     folder = Path(run)
     cfg = _with_budget(read_config(folder), {"steps": steps, "epochs": epochs, "updates": updates})
-    with raising() as stop, lock_run(folder):
-        check_run(folder)
-        found = _start(folder, checkpoint)
-        _train_in(folder, cfg, allow, progress, stop, found, resume_env, callbacks=callbacks)
+    cfg = as_launched(cfg)  # a run goes on in as many processes as there are
+    with ranks_of(cfg, allow) as ranks:
+        if isinstance(ranks, Launched) and not ranks.leads:
+            return _follow(ranks, allow)
+        with raising() as stop, lock_run(folder):
+            check_run(folder)
+            found = _start(folder, checkpoint)
+            _train_in(folder, cfg, allow, progress, stop, found, resume_env, callbacks=callbacks, ranks=ranks)
     return folder
 
 
@@ -233,13 +271,17 @@ def _train_in(
     fresh: bool = False,
     callbacks: Sequence[Any] = (),
     warmed: list[int] | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
+    ranks = ranks or Ranks()
     shown = cfg.get("progress", True) if progress is None else progress
     display = make_display(folder.name) if shown else None
     try:
         with status(folder), display or nullcontext():
             forget_report(folder)
-            job = Job(cfg, allow, callbacks)
+            ranks.tell(cfg)
+            job = Job(ranks.own(cfg), allow, callbacks)
+            job.ranks = ranks
             _write_budget(folder, cfg, job, found)
             if display is not None:
                 display.steps = job.settings.steps
@@ -254,13 +296,14 @@ def _train_in(
             trainer = job.make_trainer(folder, display.update if display else None)
             if found is not None:
                 restore(trainer, folder, found, resume_env)
+            ranks.start(trainer, None if found is None else folder / FOLDER / checkpoint_name(trainer.updates))
             if display is not None:
                 display.follow(trainer)
             try:
                 trainer.run()
             finally:
                 job.close()
-    except (RolloutError, EnvError) as error:
+    except (RolloutError, EnvError, PeerError) as error:
         write_report(folder, error)
         raise
     except Exception as error:

@@ -1,0 +1,92 @@
+"""In how many processes a run trains: what the configuration says, against how this process was started."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from annotated_types import Interval
+
+from unified_rl.configurable import configurable
+from unified_rl.errors import ConfigError
+from unified_rl.launching import launched, local
+from unified_rl.ranges import ranged
+
+Seconds = Annotated[float, Interval(gt=0, le=86_400)]
+LAUNCH = "unified-rl launch --processes N train"
+
+
+@configurable
+@ranged("learner")
+class DataParallel:
+    """Every process holds the run's rows, weights and streams; they divide the passes over the model.
+
+    How many there are follows from how the command was started, and is no part of the configuration.
+
+    Args:
+        timeout: seconds that one may wait for another inside an update. Process 0's own work, collecting, evaluating
+            and saving, is waited for without a limit.
+    """
+
+    def __init__(self, timeout: Seconds = 120.0) -> None:
+        self.timeout = timeout
+
+
+def is_parallel(cfg: Mapping[str, Any]) -> bool:
+    """Whether a configuration asks for several processes."""
+    return bool(cfg.get("learner"))
+
+
+def refuse_alone(cfg: Mapping[str, Any]) -> None:
+    """Refuses a run that is made for several processes, where this one trains by itself.
+
+    Raises:
+        ConfigError: says how it is started, or what to set.
+    """
+    if is_parallel(cfg):
+        raise ConfigError(
+            f"learner=data_parallel trains in several processes, and this is one: start it with '{LAUNCH} ...', or "
+            "set learner=single"
+        )
+
+
+def check_learner(cfg: Mapping[str, Any]) -> None:
+    """Refuses a configuration that does not fit how this process was started, or that several processes cannot run.
+
+    Raises:
+        ConfigError: says what to set, or how to start.
+    """
+    found = launched()
+    if found is None:
+        refuse_alone(cfg)
+        return
+    if not is_parallel(cfg):
+        raise ConfigError(
+            f"this process was launched as one of {found[1]}, and learner=single trains in one: add "
+            "learner=data_parallel, or call unified-rl train without launch"
+        )
+    if cfg.get("steps") == 0:
+        raise ConfigError("steps=0 makes a warm start alone, which one process does: call unified-rl train for it")
+    if (cfg.get("replay") or {}).get("storage") == "memmap":
+        raise ConfigError(
+            "replay.storage=memmap is a folder of one process, and with learner=data_parallel each holds the rows "
+            "itself: set replay.storage=memory"
+        )
+    device = str(cfg.get("device", "cpu"))
+    if device.startswith("cuda:"):
+        raise ConfigError(
+            f"device={device} is one device, and each process of learner=data_parallel takes its own: set device=cuda"
+        )
+
+
+def as_launched(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a run that goes on, with the learner that this process was started as."""
+    if launched() is None:
+        return {**cfg, "learner": None}
+    path = f"{DataParallel.__module__}.{DataParallel.__qualname__}"
+    return {**cfg, "learner": cfg.get("learner") or {"_target_": path}}
+
+
+def own_device(name: str) -> str:
+    """The device of this process: of several on one machine each has its own."""
+    return f"cuda:{local()[0]}" if name == "cuda" and launched() is not None else name
