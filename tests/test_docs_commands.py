@@ -28,6 +28,7 @@ RUN_ELSEWHERE = {
 NOT_RUN = {
     r"^compare study=": "a study trains dozens of runs: minutes to hours (test_study_compare runs small ones)",
     r"^export .*--merge": "needs a run with adapters (test_export runs it)",
+    r"^launch": "its processes import everything anew (test_ranks runs them)",
     r"^lab": "two minutes and more (test_lab_run runs parts of it)",
     r"^train --config-dir mine --allow hallway": "its environment is a name for one of the reader's own",
     r"^train --config-dir my_configs --allow mine env=\.\.\.": "its dots stand for the reader's own choice",
