@@ -1,4 +1,4 @@
-# make install | quickstart | test | lint | bench | robotics | clean
+# make install | quickstart | test | lint | bench | robotics | scale | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,11 +11,12 @@ BENCH_OUT ?= build/benchmarks
 # gymnasium-robotics and dm_control do not run with the MuJoCo of constraints.txt; these do together (docs/robot.md).
 ROBOTICS := mujoco==3.10.0 gymnasium-robotics==1.4.2 dm-control==1.0.43 shimmy[dm-control]==2.0.1
 ROBOTICS_VENV ?= build/robotics
+SCALE_VENV ?= build/scale
 # One thread a process, and waiting threads that sleep: shared cores stay usable, runs are up to 4x faster on them.
 export OMP_WAIT_POLICY ?= PASSIVE
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test lint bench robotics clean
+.PHONY: install quickstart test lint bench robotics scale clean
 
 install: $(VENV)/.installed-dev
 
@@ -41,6 +42,11 @@ robotics:
 	grep -v '^mujoco' constraints.txt > $(ROBOTICS_VENV)/constraints.txt
 	$(ROBOTICS_VENV)/bin/python -m pip install -q --disable-pip-version-check -c $(ROBOTICS_VENV)/constraints.txt -e . pytest $(ROBOTICS)
 	UNIFIED_RL_ROBOTICS=1 $(ROBOTICS_VENV)/bin/python -m pytest -rA -p no:cacheprovider tests/test_robotics.py
+
+scale:
+	$(PYTHON) -m venv --clear $(SCALE_VENV)
+	$(SCALE_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray]' pytest hypothesis
+	UNIFIED_RL_SCALE=1 $(SCALE_VENV)/bin/python -m pytest -rA -p no:cacheprovider tests/test_ray.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no virtual environment: on Debian, apt-get install python3-venv"; exit 1; }

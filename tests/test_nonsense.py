@@ -56,7 +56,8 @@ MEANT: list[tuple[str, str, str]] = [
      "env.gamma env.held_out env.partial_credit env.seed env.spare_turns env.turn_cost policy.logit_chunk policy.seed "
      "policy.top_k replay.discount replay.sampler.beta replay.sampler.beta_draws replay.sampler.max_lag replay.seed "
      "replay.share rollout.random_steps rollout.sources.demonstrations.per_group "
-     "rollout.sources.demonstrations.rows rollout.staleness warm_start.smoothing"),
+     "rollout.sources.demonstrations.rows rollout.staleness warm_start.smoothing engine.num_cpus engine.num_gpus "
+     "engine.restarts"),
     ("0 1e30 inf 2**63", "a bound of a ratio or of a mean square; large is none",
      "correction.kernel.budget correction.kernel.low"),
     ("0 1e30 2**63", "a factor: 0 turns it off, and a large one is finite (what becomes infinite ends the run)",
@@ -97,7 +98,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.actor agent.anchors agent.critic agent.gates agent.lr_schedule agent.objectives agent.objectives.policy "
      "agent.optimizer agent.options env.chat_template_kwargs "
      "correction.advantage correction.proximal correction.wrapper env.make_kwargs env.options policy.lora "
-     "replay.sampler.samplers "
+     "engine.env_vars replay.sampler.samplers "
      "rollout.columns rollout.sources"),
 ]  # fmt: skip
 """All nonsense values that composing takes, and why; everything else is refused by name."""

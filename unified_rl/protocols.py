@@ -826,6 +826,15 @@ class Restarts(Protocol):
         ...
 
 
+@runtime_checkable
+class NumbersRows(Protocol):
+    """A rollout whose episodes and groups can have numbers that those of other workers do not have."""
+
+    def number_from(self, first: int) -> None:
+        """Numbers episodes and groups from ``first`` on; called before the first collection."""
+        ...
+
+
 def require_solutions(env: object, setting: str, style: str | None = None) -> Solves:
     """The task, which can show correct answers.
 

@@ -92,6 +92,11 @@ class ControlRollout:
         if random_steps and not bool(torch.isfinite(self._high - self._low).all()):
             raise ConfigError("rollout.random_steps draws from the action bounds, which are not finite; set it to 0")
 
+    def number_from(self, first: int) -> None:
+        """Numbers episodes from ``first`` on, before any is begun: workers of one run have numbers of their own."""
+        self._episode = torch.arange(first, first + self.num_envs)
+        self._next_episode = first + self.num_envs
+
     @torch.no_grad()
     def collect(self, version: int) -> tuple[TensorDict, dict[str, float]]:
         """Steps ``horizon`` times.

@@ -29,6 +29,14 @@ class Feed(Protocol):
     """Environment steps, or conversations, that one ticket adds to the budget: the policy's own, no joined rows."""
     staleness: int
 
+    def open(self) -> None:
+        """Makes ready whatever collects, before anything is spent; called again, it does nothing.
+
+        Raises:
+            ConfigError: it cannot be had.
+        """
+        ...
+
     def publish(self, version: int) -> None:
         """The policy's weights are now those of ``version``; tickets admitted from here on start with them."""
         ...
@@ -98,6 +106,9 @@ class LocalFeed:
         """Collections since the run began."""
         return self._tickets[0]
 
+    def open(self) -> None:
+        """Nothing to make ready."""
+
     def publish(self, version: int) -> None:
         """Notes the version; the rollout shares the policy's weights."""
         self.version = version
@@ -144,7 +155,14 @@ class LocalFeed:
 
         Raises:
             RestoreError: the rollout cannot be put back, and ``restart`` is None.
+            CheckpointError: the state is of a run with workers.
         """
+        if "workers" in state:
+            made = len(state["workers"])
+            raise CheckpointError(
+                f"this run was made with engine=ray engine.workers={made}, and cannot go on with engine=local, since "
+                "each worker has episodes of its own under way: resume it with the same engine"
+            )
         if restart is None and not state.get("exact", True):
             raise RestoreError("the run ended inside a collection, whose environment state was not kept")
         if restart is None:

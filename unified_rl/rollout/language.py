@@ -127,6 +127,10 @@ class LanguageRollout:
                 + ("name one reward function" if name == REWARDS else f"leave out rollout.columns.{name}")
             )
 
+    def number_from(self, first: int) -> None:
+        """Numbers groups and episodes from ``first`` on, before the first: workers of one run have their own."""
+        self.builder.load_state_dict({"next_group": first, "next_episode": first})
+
     @torch.no_grad()
     def collect(self, version: int) -> tuple[TensorDict, dict[str, float]]:
         """Samples one batch of conversations.

@@ -108,6 +108,10 @@ class Assembled:
         self._describe("running")
         return Path(self.trainer.save())
 
+    def close(self) -> None:
+        """Ends the processes of a run that is not :meth:`run` to its end: workers, and those of reward functions."""
+        self._close()
+
     def _describe(self, status: str) -> None:
         """``config.yaml`` and ``meta.json``, which names the parts that no configuration can build again."""
         if self.folder is None:
@@ -163,8 +167,8 @@ def assemble(
         config_dirs: folders with options of your own.
         callbacks: objects or classes with hooks, see :class:`~unified_rl.training.callbacks.Callback`.
         settings: the scalars of :class:`~unified_rl.training.settings.TrainSettings`, such as ``eval_episodes``,
-            ``reward`` (also functions themselves), and dotted settings of a part that is an option:
-            ``**{"agent.lr": 1e-3}``.
+            ``reward`` (also functions themselves), ``engine`` (``"ray"``, where no part is an object or class of the
+            script), and dotted settings of a part that is an option: ``**{"agent.lr": 1e-3}``.
 
     Returns:
         The run, not yet trained.
@@ -183,6 +187,7 @@ def assemble(
         parts, {**settings, **({} if steps is None else {"steps": steps}), "seed": seed}, allow, config_dirs
     )
     refuse_alone(cfg)
+    _refuse_objects(cfg, objects)
     target = None if folder is None else Path(folder)
     holds = target is not None and bool(checkpoints(target / FOLDER))
     if holds and not cfg["resume_existing"]:
@@ -192,20 +197,24 @@ def assemble(
         check_run(target)
         found = intact_checkpoint(target)
     job = Job(cfg, allow, callbacks)
-    job.watchers()
-    job.tell_null_control()
-    job.found_rows = "refuse" if found is None else "keep"
-    if found is None:
-        job.warm_start(lambda *progress: None)
-    trainer = job.make_trainer(target)  # type: ignore[arg-type]
-    _check_parts(parts, job, trainer)
-    if eval_env is not None:
-        job.eval_env = job.rewarded(as_environment(eval_env))
-    elif _is_object(env) and job.env.domain == "control":
-        trainer.evaluate = _undisturbed(job.env, job.evaluate)
-    if found is not None:
-        assert target is not None
-        restore(trainer, target, found)
+    try:
+        job.watchers()
+        job.tell_null_control()
+        job.found_rows = "refuse" if found is None else "keep"
+        if found is None:
+            job.warm_start(lambda *progress: None)
+        trainer = job.make_trainer(target)  # type: ignore[arg-type]
+        _check_parts(parts, job, trainer)
+        if eval_env is not None:
+            job.eval_env = job.rewarded(as_environment(eval_env))
+        elif _is_object(env) and job.env.domain == "control":
+            trainer.evaluate = _undisturbed(job.env, job.evaluate)
+        if found is not None:
+            assert target is not None
+            restore(trainer, target, found)
+    except BaseException:
+        job.close()
+        raise
     return Assembled(job, trainer, objects)
 
 
@@ -268,6 +277,19 @@ def _configuration(
     suggest_rates(cfg, flat, shipped_choices(cfg) - set(own), allow)
     cfg = resolve_defaults(cfg, allow=allow)
     return cfg, [group for group, node in own.items() if not isinstance(node["_target_"], str)]
+
+
+def _refuse_objects(cfg: Mapping[str, Any], objects: Sequence[str]) -> None:
+    """Raises ConfigError for parts of a script in a run whose workers are to build them from its configuration."""
+    reward = cfg.get("reward")
+    rewards = reward if isinstance(reward, list | tuple) else [reward]
+    told = [*objects, *(["reward"] if any(callable(one) for one in rewards) else [])]
+    if cfg.get("engine") and told:
+        raise ConfigError(
+            f"engine=ray builds the run in every worker from its configuration, and {', '.join(told)} came as objects "
+            "or classes of this script: name them (an option, or _target_ with the dotted path and allow=), or use "
+            "engine=local"
+        )
 
 
 def _node(part: Part) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,12 +34,14 @@ from unified_rl.replay import HindsightReplay, WithDataset
 from unified_rl.rollout import ControlRollout, LanguageRollout
 from unified_rl.rollout.environment import make_environment
 from unified_rl.rollout.feed import LocalFeed
+from unified_rl.rollout.tickets import TicketFeed
 from unified_rl.rollout.windows import executed_steps, fitted_windows, refuse_single_steps
 from unified_rl.spaces import Space
 from unified_rl.stopping import say
 from unified_rl.training.best import Watch
 from unified_rl.training.budget import open_budget, steps_of
 from unified_rl.training.callbacks import Callbacks, make_callbacks
+from unified_rl.training.engine import RayEngine, check_engine
 from unified_rl.training.evaluation import (
     Scores,
     evaluate_control,
@@ -67,7 +69,7 @@ from unified_rl.training.trainer import Trainer
 from unified_rl.training.written import check_rollout
 from unified_rl.units import Source
 
-NODES = ("env", "policy", "agent", "correction", "replay", "rollout", "warm_start", "learner")
+NODES = ("env", "policy", "agent", "correction", "replay", "rollout", "warm_start", "learner", "engine")
 DISCOUNTS = {"control": 0.99, "language": 1.0}
 """Of agents whose ``gamma`` is None."""
 SIMULATIONS = 16
@@ -86,6 +88,8 @@ class Job:
             :class:`~unified_rl.training.settings.TrainSettings`.
         allow: prefixes beside ``unified_rl.`` that configuration may build.
         objects: callbacks that are objects already.
+        worker: which one of the run's workers this builds the rollout of. The first draws from the streams of a run
+            without workers, each further one from its own.
 
     Attributes:
         found_rows: what becomes of rows that ``replay.path`` holds already: ``refuse`` (a new run), ``drop`` (a run
@@ -96,17 +100,21 @@ class Job:
         ConfigError: parts that do not fit together.
     """
 
-    def __init__(self, cfg: dict[str, Any], allow: Sequence[str] = (), objects: Sequence[Any] = ()) -> None:
-        self._begin(cfg, allow, objects)
+    def __init__(
+        self, cfg: dict[str, Any], allow: Sequence[str] = (), objects: Sequence[Any] = (), worker: int = 0
+    ) -> None:
+        self._begin(cfg, allow, objects, worker)
         check_model_folder(self.cfg["policy"].get("path"))
         self.policy = make_policy(self.cfg, self.env.policy_inputs(), self.allow).to(self.device)
         node = self.cfg.get("correction")
         self.correction = build(node, allow=self.allow, setting="correction") if node else None
 
-    def _begin(self, cfg: dict[str, Any], allow: Sequence[str], objects: Sequence[Any]) -> None:
+    def _begin(self, cfg: dict[str, Any], allow: Sequence[str], objects: Sequence[Any], worker: int = 0) -> None:
         """Settings and environment."""
         cfg = check_run(cfg, allow)
         self.cfg, self.allow = cfg, list(allow)
+        self._suffix = f"/{worker}" if worker else ""
+        self.feed: TicketFeed | None = None
         self.found_rows: Literal["refuse", "drop", "keep"] = "refuse"
         self.ranks = Ranks()
         self.settings = _settings_of(cfg)
@@ -126,6 +134,7 @@ class Job:
         self.rewards = self._rewards()
         self.env = self._environment("env", self._num_envs())
         self._check_domains()
+        self.engine = self._engine()
         self._settle_budget()
         self.language = self.env.domain == "language"
         if not self.language and self.settings.eval_episodes == 0:
@@ -157,6 +166,16 @@ class Job:
     def callbacks(self) -> Callbacks:
         """Of the configuration, and behind them ``objects``. Evaluating a run makes none."""
         return make_callbacks(self.settings.callbacks, self._objects, self.allow)
+
+    def _engine(self) -> RayEngine | None:
+        """Raises ConfigError where the node describes another kind of part."""
+        node = self.cfg.get("engine")
+        found = build(node, allow=self.allow, setting="engine") if node else None
+        if found is not None and not isinstance(found, RayEngine):
+            raise ConfigError(
+                f"engine is a {type(found).__name__}, which collects nothing; use engine=ray or engine=local"
+            )
+        return found
 
     def _settle_budget(self) -> None:
         """The steps that ``epochs`` or ``updates`` come to, where the configuration does not say them.
@@ -195,6 +214,8 @@ class Job:
         Raises:
             ConfigError: a package that is not installed, or a class that is not allowed or not found.
         """
+        if self.engine is not None:
+            self.engine.check_installed()
         return self.loggers, self.callbacks
 
     # ------------------------------------------------------------------ what the configuration says
@@ -296,7 +317,8 @@ class Job:
         sizes = {key: value for key, value in self._env_options.items() if key in taken}
         if "tokenizer" in sizes:
             node = {key: value for key, value in node.items() if key != "tokenizer"}
-        seed = self._integer(stream)
+        domain = getattr(locate(node["_target_"], self.allow), "domain", None)
+        seed = self._integer(stream if domain == "language" else f"{stream}{self._suffix}")  # of a task: its data
         env = make_environment(
             node,
             taken,
@@ -348,7 +370,9 @@ class Job:
         return build(node, allow=self.allow, setting="reward")
 
     def close(self) -> None:
-        """Ends processes of the run's reward functions; they start again where one is called."""
+        """Ends the run's workers, and processes of its reward functions, which start again where one is called."""
+        if self.feed is not None:
+            self.feed.close()
         if self.rewards is not None:
             self.rewards.close()
 
@@ -358,10 +382,19 @@ class Job:
         if not self.ranks.parallel:
             refuse_alone(self.cfg)
         if not self.collects:
+            check_engine(self.engine, self._agent_name, None, None, self.cfg)
             return self._trainer(folder, self.collecting_agent(), None, None, display)
         rollout, agent, replay = self._collecting(self.policy)
         self._waiting = None
-        return self._trainer(folder, agent, LocalFeed(rollout), replay, display)
+        return self._trainer(folder, agent, self._feed(rollout), replay, display)
+
+    def _feed(self, rollout: Any) -> LocalFeed | TicketFeed:
+        """Collects in this process, or in the engine's workers, each of which builds a rollout like this one."""
+        if self.engine is None:
+            return LocalFeed(rollout)
+        if self.feed is None:
+            self.feed = self.engine.make_feed(self.cfg, self.allow, self.policy, rollout)
+        return self.feed
 
     def collecting_agent(self) -> Any:
         """An agent that collects by itself, whose policy becomes the job's."""
@@ -401,6 +434,8 @@ class Job:
         samples = (self.settings.eval_sampling or {}).get("samples", 1)
         callbacks = self.callbacks.members
         self._names = names_of(self.env, agent, rollout, callbacks, samples, self._imitates)
+        if self.engine is not None:
+            self._names = dataclasses.replace(self._names, known=self._names.known | self.engine.metrics)
         Watch(self.settings).check(self._names)
 
     def _check_late_metrics(self) -> None:
@@ -445,6 +480,7 @@ class Job:
         if isinstance(agent, ChecksReplay):
             agent.option = self._agent_name
             agent.check_replay(replay)
+        check_engine(self.engine, self._agent_name, rollout, replay, self.cfg)
         self._check_metrics(agent, rollout)
         self.memory = memory_plan(policy, agent, rollout, self.env, self._evaluated_rows(), self.row_size)
         if self.memory is not None:
@@ -488,6 +524,7 @@ class Job:
             rollout, _, replay = self._collecting(copy.deepcopy(self.policy))
             self._waiting = rollout, replay
             self._check_late_metrics()
+            self._feed(rollout).open()
 
     @property
     def _agent_name(self) -> str:
@@ -533,7 +570,7 @@ class Job:
         return rollout
 
     def _made_rollout(self) -> Any:
-        drawn = {"problem_generator": generator(self.seed, "problems")} if self.language else {}
+        drawn = {"problem_generator": generator(self.seed, f"problems{self._suffix}")} if self.language else {}
         return self.build(
             self.cfg["rollout"],
             "rollout",
@@ -541,8 +578,8 @@ class Job:
             policy=self.policy,
             gamma=self.gamma,
             device=str(self.device),
-            generator=generator(self.seed, "rollout", self.device),
-            streams=partial(generator, self.seed),
+            generator=generator(self.seed, f"rollout{self._suffix}", self.device),
+            streams=lambda name: generator(self.seed, f"{name}{self._suffix}"),
             **drawn,
         )
 

@@ -282,12 +282,12 @@ class Launched(Ranks):
     # ------------------------------------------------------------------ a run
 
     def own(self, cfg: Mapping[str, Any]) -> dict[str, Any]:
-        """The configuration of this process: a device of its own; others than process 0 keep no record."""
+        """The configuration of this process: a device of its own; others than 0 keep no record and collect nothing."""
         cfg = {**cfg, "device": own_device(str(cfg.get("device", "cpu")))}
         if self.leads:
             return cfg
         silent = {"logger": (), "callbacks": (), "keep_best": None, "early_stopping": None, "samples_rows": 0}
-        return {**cfg, **silent, "progress": False, "warm_start": None}
+        return {**cfg, **silent, "progress": False, "warm_start": None, "engine": None}
 
     def enlist(self, agent: Any, name: str) -> None:
         """Divides the passes of an agent.

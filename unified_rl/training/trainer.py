@@ -138,6 +138,8 @@ class Trainer:
         self.present = RunFolder(self.folder)
         with stopping() as stop:
             try:
+                if self.feed is not None and self.ranks.leads and self.updates < self.planned:
+                    self.feed.open()
                 with self.present.writes():
                     if self.folder is not None:
                         for place in (FOLDER, EXTENSION, BEST):
@@ -186,8 +188,8 @@ class Trainer:
     def update(self) -> None:
         """Collects what is missing and trains once; the metrics wait in :attr:`means` to be logged."""
         self._admit()  # until it ends, the state is that after the last update: see LocalFeed
-        if self.feed is not None and self.callbacks.members:
-            rows, told = self.feed.peek()
+        if self.feed is not None and self.ranks.leads:
+            rows, told = self.feed.peek()  # waits for it
             self.callbacks("on_rollout_end", self, rows, {k: v for k, v in told.items() if k != "samples"})
         self._clean = self._logged = False
         taken = self._take()

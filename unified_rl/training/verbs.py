@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -282,27 +282,25 @@ def _train_in(
             ranks.tell(cfg)
             job = Job(ranks.own(cfg), allow, callbacks)
             job.ranks = ranks
-            _write_budget(folder, cfg, job, found)
-            if display is not None:
-                display.steps = job.settings.steps
-            job.watchers()
-            job.tell_null_control()
-            if not fresh:
-                job.found_rows = "drop" if found is None else "keep"
-            if found is None:
-                _tell_new_start(folder)
-                with foreign("the warm start"):
-                    job.warm_start(_reporting(display, [] if warmed is None else warmed))
-            trainer = job.make_trainer(folder, display.update if display else None)
-            if found is not None:
-                restore(trainer, folder, found, resume_env)
-            ranks.start(trainer, None if found is None else folder / FOLDER / checkpoint_name(trainer.updates))
-            if display is not None:
-                display.follow(trainer)
-            try:
+            with closing(job):
+                _write_budget(folder, cfg, job, found)
+                if display is not None:
+                    display.steps = job.settings.steps
+                job.watchers()
+                job.tell_null_control()
+                if not fresh:
+                    job.found_rows = "drop" if found is None else "keep"
+                if found is None:
+                    _tell_new_start(folder)
+                    with foreign("the warm start"):
+                        job.warm_start(_reporting(display, [] if warmed is None else warmed))
+                trainer = job.make_trainer(folder, display.update if display else None)
+                if found is not None:
+                    restore(trainer, folder, found, resume_env)
+                ranks.start(trainer, None if found is None else folder / FOLDER / checkpoint_name(trainer.updates))
+                if display is not None:
+                    display.follow(trainer)
                 trainer.run()
-            finally:
-                job.close()
     except (RolloutError, EnvError, PeerError) as error:
         write_report(folder, error)
         raise

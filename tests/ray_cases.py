@@ -1,0 +1,57 @@
+"""Tasks whose workers are slow, die, or fail, as files in a folder say; the folder is named in their environment."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from run_cases import EasyChain
+
+from unified_rl.envs.control import TwoRouteEnv
+
+FOLDER, DELAY = "RAY_CASES_FOLDER", "RAY_CASES_DELAY"
+
+
+def stumble(calls: int) -> None:
+    """Waits, and does what a file of the folder says for this call; whoever removes it first is the one."""
+    if delay := float(os.environ.get(DELAY, 0)):
+        time.sleep(random.random() * delay)
+    folder = os.environ.get(FOLDER)
+    for path in Path(folder).glob(f"*-{calls}") if folder else ():
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            continue
+        what = path.name.split("-")[0]
+        if what == "exit":
+            os._exit(3)
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "raise":
+            raise ValueError("the gripper\nis stuck")
+
+
+class UnsteadyRoute(TwoRouteEnv):
+    """A control task."""
+
+    calls = 0
+
+    def step_batch(self, action: Any) -> Any:
+        self.calls += 1
+        stumble(self.calls)
+        return super().step_batch(action)
+
+
+class UnsteadyChain(EasyChain):
+    """A language task."""
+
+    calls = 0
+
+    def respond(self, problems: Any, turns: Any, finished: Any) -> Any:
+        self.calls += 1
+        stumble(self.calls)
+        return super().respond(problems, turns, finished)

@@ -1,0 +1,183 @@
+"""Where a run collects: settings of ``engine=ray``, and what cannot be collected outside the run's own process."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+from unified_rl.configurable import configurable
+from unified_rl.errors import ConfigError
+from unified_rl.protocols import NumbersRows
+from unified_rl.ranges import Count, Devices, Whole, ranged, shown
+from unified_rl.replay import HindsightReplay
+from unified_rl.rollout import DemonstrationRollout
+from unified_rl.rollout.tickets import LOST, WAITED, Cluster, TicketFeed
+from unified_rl.rollout.weights import Flat, pack
+
+ELSEWHERE = ("callbacks", "engine", "keep_best", "early_stopping", "warm_start", "logger")
+"""Of a run's configuration: what workers have no part in."""
+
+
+@configurable
+@ranged("engine")
+class RayEngine:
+    """Rollouts in Ray actors, each built from the run's own configuration, here or on machines of a cluster.
+
+    Args:
+        workers: actors, at most ``rollout.staleness + 1``, which is how many batches are under way.
+        order: ``ticket`` takes batches in the order in which they were begun: rows are at most ``rollout.staleness``
+            updates old, and a run is the same twice. ``completion`` takes whichever is done first, and promises
+            neither: a slow batch is overtaken without end.
+        restarts: lost workers that are replaced, in one run of the command.
+        num_cpus: of an actor, as Ray counts them.
+        num_gpus: of an actor; with 0 it samples on the CPU, whatever ``device`` the run has.
+        address: ``HOST:PORT`` of a Ray cluster, or ``auto`` for the one that this machine belongs to. Null starts one
+            on this machine, and ends it with the run.
+        env_vars: environment variables of the actors' processes.
+
+    Attributes:
+        metrics: names of what a run with it logs beside the rollout's own.
+    """
+
+    def __init__(
+        self,
+        workers: Count = 1,
+        order: Literal["ticket", "completion"] = "ticket",
+        restarts: Whole = 10,
+        num_cpus: Devices = 1.0,
+        num_gpus: Devices = 0.0,
+        address: str | None = None,
+        env_vars: dict[str, str] | None = None,
+    ) -> None:
+        self.workers, self.order, self.restarts = workers, order, restarts
+        self.num_cpus, self.num_gpus, self.address = num_cpus, num_gpus, address
+        self.env_vars = dict(env_vars or {})
+        self.check_settings({"num_cpus": num_cpus, "num_gpus": num_gpus, "address": address})
+        apart = {f"{WAITED}/{worker}" for worker in range(workers)} if workers > 1 else set()
+        self.metrics = frozenset({WAITED, LOST, *apart})
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Refuses, when a run is composed, what Ray would refuse later.
+
+        Raises:
+            ConfigError: a part beside whole devices, or an address that is none.
+        """
+        for name in ("num_cpus", "num_gpus"):
+            each = settings.get(name) or 0.0
+            if each > 1 and each != int(each):
+                raise ConfigError(f"engine.{name}={each} must be a part of one, or a whole number")
+        address = settings.get("address")
+        if address is None or address == "auto":
+            return
+        if "://" in address:
+            raise ConfigError(
+                f"engine.address={address}: the run must be started on a machine of the cluster; set HOST:PORT, or "
+                "auto there"
+            )
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ConfigError(
+                f"engine.address={shown(address)} is no HOST:PORT; write that of 'ray start --head', or auto"
+            )
+
+    def check_installed(self) -> None:
+        """Raises ConfigError where Ray is not."""
+        if importlib.util.find_spec("ray") is None:
+            raise ConfigError("engine=ray needs Ray: pip install 'unified-rl[ray]', or use engine=local")
+
+    def make_feed(self, cfg: Mapping[str, Any], allow: Sequence[str], policy: Any, rollout: Any) -> TicketFeed:
+        """The feed of a run; nothing is started before it is opened.
+
+        Args:
+            cfg, allow: of the run's :class:`~unified_rl.training.build.Job`.
+            policy: whose weights the workers sample with.
+            rollout: like theirs; it collects nothing.
+        """
+        settings = worker_settings(cfg, allow, rollout, self.workers, on_gpu=self.num_gpus > 0)
+        cluster = self.make_cluster(settings, partial(pack, policy))
+        sizes = (self.workers, int(rollout.steps_per_collect), int(rollout.staleness))
+        return TicketFeed(cluster, *sizes, order=self.order, restarts=self.restarts, seed=int(cfg.get("seed") or 0))
+
+    def make_cluster(self, settings: Mapping[str, Any], pack: Callable[[], Flat]) -> Cluster:
+        """The workers, not yet started."""
+        from unified_rl.training.ray_cluster import RayCluster
+
+        return RayCluster(self, settings, pack)
+
+
+def worker_settings(
+    cfg: Mapping[str, Any], allow: Sequence[str], rollout: Any, workers: int, on_gpu: bool = False
+) -> dict[str, Any]:
+    """What :class:`~unified_rl.training.collector.Collector` begins with, but for the worker's number.
+
+    Random steps at the start of a run are shared out, and how many conversations are sampled together, which follows
+    from the memory of this machine, is settled for all.
+    """
+    mine = {key: value for key, value in cfg.items() if key not in ELSEWHERE}
+    if not on_gpu:
+        mine["device"] = "cpu"
+    if random_steps := getattr(rollout, "random_steps", 0):
+        mine["rollout"] = {**mine["rollout"], "random_steps": -(-random_steps // workers)}
+    together = [rollout.generation_batch] if hasattr(rollout, "generation_batch") else None
+    places = {"folder": os.getcwd(), "path": list(sys.path)}
+    return {"cfg": mine, "allow": list(allow), "workers": workers, "generation_batch": together, **places}
+
+
+def check_engine(engine: RayEngine | None, agent: str, rollout: Any, replay: Any, cfg: Mapping[str, Any]) -> None:
+    """Refuses what cannot be collected by workers.
+
+    Args:
+        engine: None collects in this process.
+        agent: its name.
+        rollout: None where the agent steps an environment itself.
+        replay: the run's.
+        cfg: the run's configuration.
+
+    Raises:
+        ConfigError: says what does not work, and what does.
+    """
+    if engine is None:
+        return
+    name = (cfg.get("choices") or {}).get("rollout")
+    if rollout is None:
+        raise ConfigError(
+            f"engine=ray would be of no effect: agent={agent} steps its environment itself; use engine=local, or an "
+            "agent with a rollout (agent=ppo, agent=sac, agent=policy_gradient)"
+        )
+    if isinstance(rollout, DemonstrationRollout):
+        raise ConfigError(
+            f"engine=ray collects with the policy, and rollout={name} hands out rows that are there already: use "
+            "engine=local (rollout=control and rollout=language can be collected by workers)"
+        )
+    check_bound(engine.workers, int(rollout.staleness))
+    if engine.workers == 1:
+        return
+    if isinstance(replay, HindsightReplay):
+        raise ConfigError(
+            f"engine.workers={engine.workers}: replay=her looks for later steps of an episode behind it, where rows of "
+            "several workers alternate; set engine.workers=1, or use replay=uniform"
+        )
+    if not isinstance(rollout, NumbersRows):
+        raise ConfigError(
+            f"engine.workers={engine.workers}: episodes of several workers must have numbers of their own, and "
+            f"{type(rollout).__name__} has no number_from(first): give it one, or set engine.workers=1"
+        )
+
+
+def check_bound(workers: int, staleness: int) -> None:
+    """Refuses workers that would never have anything to do.
+
+    Raises:
+        ConfigError: names both settings.
+    """
+    if workers > staleness + 1:
+        raise ConfigError(
+            f"engine.workers={workers} with rollout.staleness={staleness}: at most {staleness + 1} batch(es) are under "
+            f"way, so {workers - staleness - 1} worker(s) would always wait; set rollout.staleness={workers - 1} or "
+            f"more, or engine.workers={staleness + 1}"
+        )
