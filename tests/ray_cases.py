@@ -31,6 +31,8 @@ def stumble(calls: int) -> None:
             os._exit(3)
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if what == "hang":
+            time.sleep(10**6)
         if what == "raise":
             raise ValueError("the gripper\nis stuck")
 

@@ -229,38 +229,47 @@ def alive(pids: set[int]) -> list[str]:
     return out
 
 
-@pytest.mark.parametrize("end", ["success", "error", "SIGTERM", "SIGINT to all"])
+ENDS = {"success": 0, "error": 2, "SIGTERM": 143, "SIGINT to all": 130, "SIGTERM twice, a worker hangs": 143}
+"""How a run ends, and its exit code."""
+
+
+@pytest.mark.parametrize("end", ENDS)
 def test_no_process_is_left(end: str, tmp_path: Path) -> None:
-    (tmp_path / "files").mkdir()
-    if end == "error":
-        (tmp_path / "files" / "raise-30").touch()
-    updates = 3 if end == "success" else 5000
+    files, record = tmp_path / "files", tmp_path / "run" / "metrics.jsonl"
+    files.mkdir()
+    if end not in ("success", "SIGTERM", "SIGINT to all"):
+        (files / ("raise-30" if end == "error" else "hang-30")).touch()
+    workers = 1 if "hangs" in end else 2
     command = [
         sys.executable, "-m", "unified_rl.cli", "train", "--allow", "ray_cases", "--allow", "run_cases",
-        *(w for w in DOMAINS["control"] if "updates" not in w), f"run_dir={tmp_path / 'run'}", f"updates={updates}",
-        "engine=ray", "engine.workers=2", "rollout.staleness=1",
-        f"engine.env_vars={{RAY_CASES_FOLDER: '{tmp_path / 'files'}'}}",
+        *(w for w in DOMAINS["control"] if "updates" not in w), f"run_dir={tmp_path / 'run'}",
+        f"updates={3 if end == 'success' else 5000}", "engine=ray", f"engine.workers={workers}",
+        f"rollout.staleness={workers - 1}", f"engine.env_vars={{RAY_CASES_FOLDER: '{files}'}}",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": TESTS}
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        cwd=tmp_path,
+        command, env={**os.environ, "PYTHONPATH": TESTS}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, cwd=tmp_path,
     )  # fmt: skip
     seen: set[int] = set()
-    began, sent = time.monotonic(), False
-    record = tmp_path / "run" / "metrics.jsonl"
+    began, sent = time.monotonic(), 0
+
+    def is_time() -> bool:
+        if "hangs" in end:
+            return not any(files.iterdir()) and sent < 2
+        return end.startswith("SIG") and not sent and record.exists() and len(record.read_text().splitlines()) > 3
+
     while process.poll() is None and time.monotonic() < began + 120:
         seen |= descendants(process.pid)
-        if end.startswith("SIG") and not sent and record.exists() and len(record.read_text().splitlines()) > 3:
-            sent = True
-            if end == "SIGTERM":
-                process.terminate()
-            else:
+        if is_time():
+            sent += 1
+            time.sleep(0.5)
+            if "all" in end:
                 os.killpg(process.pid, signal.SIGINT)
+            else:
+                process.terminate()
         time.sleep(0.1)
     out, err = process.communicate(timeout=10)
-    code = {"success": 0, "error": 2, "SIGTERM": 143, "SIGINT to all": 130}[end]
-    assert process.returncode == code, err
+    assert process.returncode == ENDS[end], err
     assert len(seen) > 3
     if end == "error":
         assert err.count("\n") == 1 and "worker " in err and "the gripper is stuck" in err

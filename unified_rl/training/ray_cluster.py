@@ -18,7 +18,7 @@ from unified_rl import __version__
 from unified_rl.errors import ConfigError, RolloutError
 from unified_rl.rollout.tickets import Collected, WorkerLostError
 from unified_rl.rollout.weights import Flat
-from unified_rl.stopping import SIGNALS
+from unified_rl.stopping import SIGNALS, stopping
 from unified_rl.training.collector import Collector, collected, valued
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ANSWERS_WITHIN = 5.0
 """Seconds in which a cluster's address takes a connection."""
-GRACE = 5.0
+GRACE = 1.0
 """Seconds that workers have to end what they started."""
 
 
@@ -167,7 +167,8 @@ class RayCluster:
 
     def first(self, pending: Sequence[Any]) -> int:
         """As of the protocol."""
-        done, _ = self._ray.wait(list(pending), num_returns=1)
+        with _interrupted_as_told():
+            done, _ = self._ray.wait(list(pending), num_returns=1)
         return list(pending).index(done[0])
 
     def is_done(self, pending: Any) -> bool:
@@ -179,7 +180,8 @@ class RayCluster:
         gone = (lost.RayActorError, lost.ObjectLostError, lost.OwnerDiedError, lost.NodeDiedError,
                 lost.WorkerCrashedError, lost.OutOfMemoryError, lost.LocalRayletDiedError)  # fmt: skip
         try:
-            answer = self._ray.get(pending)
+            with _interrupted_as_told():
+                answer = self._ray.get(pending)
         except gone as error:
             raise WorkerLostError(_first_line(error)) from error
         except lost.RayError as error:
@@ -240,6 +242,18 @@ def _own_signals() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None and signal.getsignal(number) is not handler:
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _interrupted_as_told() -> Iterator[None]:
+    """Around waiting in Ray, which makes a plain KeyboardInterrupt of whatever a signal's handler raises."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        with stopping() as stop:
+            if stop.requested:
+                raise stop.error() from None
+        raise
 
 
 def _first_line(error: BaseException) -> str:
