@@ -80,6 +80,13 @@ def test_identity_ignores_where_a_run_lives_and_nothing_else() -> None:
     assert cfg["warm_start"]["run"] == "here/start-1"  # not changed by asking
 
 
+def test_a_run_that_collects_by_itself_is_the_one_of_before_there_were_workers() -> None:
+    cfg = {"steps": 5, "choices": {"env": "chain_mod"}}
+    local = {**cfg, "engine": None, "choices": {"env": "chain_mod", "engine": "local"}}
+    workers = {**cfg, "engine": {"workers": 2}, "choices": {"env": "chain_mod", "engine": "ray"}}
+    assert identity(cfg) == identity(local) != identity(workers)
+
+
 def test_a_changed_setting_gets_new_folders_and_an_equal_one_the_same() -> None:
     first, again = make_jobs(study(), fake_compose)[1], make_jobs(study(), fake_compose)[1]
     changed = make_jobs(study(overrides=["steps=7"]), fake_compose)[1]
