@@ -268,9 +268,7 @@ def test_weights_that_change_between_tokens_are_used_from_the_next_one_and_what_
     policy.refresh = refresh
     out = policy.generate(prompts, **options)
     assert out.version.tolist() == [[10, 10, 10, 11, 11, 11]] * 2 and len(asked) == 6
-    for row, prompt in enumerate(
-        prompts
-    ):  # by hand, keys and values of either model
+    for row, prompt in enumerate(prompts):  # by hand, keys and values of either model
         cache = DynamicCache()
         ids, expected = prompt[None], []
         for step in range(6):
