@@ -295,25 +295,26 @@ def test_one_worker_is_the_run_without_bit_for_bit(domain: str, bound: int, tmp_
 def test_deaths_and_resuming_change_nothing_and_workers_have_streams_and_numbers_of_their_own(
     domain: str, tmp_path: Path
 ) -> None:
-    cfg = composed(domain, "rollout.staleness=2", "engine=ray", "engine.workers=3", "keep_checkpoints=99")
-    calm, rows = made(cfg, tmp_path / "a")
-    killed: list[int] = []
-    chance = random.Random(1)
+    given = ("rollout.staleness=2", "engine=ray", "engine.workers=3")
+    every = 256 if domain == "control" else 32  # two updates
+    calm, rows = made(composed(domain, *given, f"checkpoint_every={every}", "keep_checkpoints=9"), tmp_path / "a")
+    cfg = composed(domain, *given, NEVER)
+    asked: list[int] = []
 
     def dies(worker: int) -> bool:
-        killed.extend([worker] * (gone := chance.random() < 0.4))
-        return gone
+        asked.append(worker)
+        return len(asked) % 3 == 2
 
     found = checkpoints(tmp_path / "a" / "checkpoints")[0]
     waiting = read_checkpoint(found)["feed"]["waiting"]
     assert len(waiting) == 2 and not any(name.startswith("engine/") for name in waiting[0]["metrics"])
     rough, others = made(cfg, tmp_path / "b", dies=dies)
     again, rest = made(cfg, tmp_path / "c", found, dies=dies)
-    assert len(killed) > 3 and rough.feed.lost + again.feed.lost == len(killed)
+    assert rough.feed.lost >= 2 and again.feed.lost >= 1
     for other in (rough, again):
         assert differences(calm.agent.state_dict(), other.agent.state_dict()) == []
         assert differences(calm.feed.state_dict(), other.feed.state_dict()) == []
-    assert rows == others and rest == rows[-len(rest) :] and len(rest) == 4
+    assert rows == others and rest == rows[-len(rest) :] and len(rest) == 3
     numbers = [unpack_state(one.state)["next_episode"] for one in calm.feed._now.origins]
     assert [number // 2**40 for number in numbers] == [0, 1, 2]
     streams = [tuple(unpack_state(one.state)["generator"].tolist()) for one in calm.feed._now.origins]
