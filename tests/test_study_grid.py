@@ -143,7 +143,7 @@ def test_the_study_of_control_compares_what_it_says_and_has_a_null_control() -> 
     for domain in domains:
         cells = {job.labels["correction"]: job.cfg for job in runs if job.labels["domain"] == domain}
         others = {"ppo", "frozen", "sb3"} | ({"zoo"} if domain != "inverted_pendulum" else set())
-        assert set(cells) == others | ({"tuned"} if domain == "hopper" else set())
+        assert set(cells) == others | ({"tuned"} if domain in ("hopper", "pendulum") else set())
         own, frozen = cells["ppo"]["agent"], cells["frozen"]["agent"]
         # a rate that is set is of the critic, too
         assert frozen["lr"] == 0 and frozen["critic_lr"] is None
@@ -164,3 +164,19 @@ def test_the_study_of_sac_compares_equal_numbers_of_steps_and_has_a_null_control
         assert cells["sac"]["agent"]["updates_per_step"] == 1 and cells["sb3"]["agent"]["options"] is None
     frozen = next(job.cfg for job in runs if job.labels["correction"] == "frozen")["agent"]
     assert frozen["lr"] == 0
+
+
+def test_the_study_of_classes_differs_in_the_policy_alone_and_has_a_null_control() -> None:
+    found = Study.from_config(
+        resolve_defaults(compose(["study=control_classes"], primary="compare"), primary="compare")
+    )
+    one = Study.from_config({"study": {**vars(found), "seeds": [1]}})
+    cells = {job.labels["correction"]: job.cfg for job in make_jobs(one, lambda w: resolve_defaults(compose(w)))[1]}
+    agents = {name: cfg["agent"] for name, cfg in cells.items() if name != "frozen"}
+    assert all(agent == agents["gaussian"] for agent in agents.values()) and len(agents) == 6
+    assert cells["frozen"]["agent"]["lr"] == 0 and cells["frozen"]["policy"] == cells["flow"]["policy"]
+    noise = {"flow": {"std_min": 0.2, "std_max": 0.5}, "diffusion": {"std_min": 0.2}}
+    for name, more in noise.items():
+        assert cells[f"{name}_noisy"]["policy"] == {**cells[name]["policy"], **more} != cells[name]["policy"]
+    kinds = [cells[name]["policy"]["_target_"] for name in ("gaussian", "flow", "diffusion", "tokens")]
+    assert len(set(kinds)) == 4
