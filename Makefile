@@ -6,7 +6,7 @@ TEST_WORKERS ?= 2
 TESTS ?= tests
 INPUTS := pyproject.toml setup.py constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-BENCHMARKS := $(filter-out gpu table scale endurance memory_plan prompt_files study_many bf16,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
+BENCHMARKS := $(filter-out gpu table scale learner endurance memory_plan prompt_files study_many bf16,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
 BENCH_OUT ?= build/benchmarks
 # gymnasium-robotics and dm_control do not run with the MuJoCo of constraints.txt; these do together (docs/robot.md).
 ROBOTICS := mujoco==3.10.0 gymnasium-robotics==1.4.2 dm-control==1.0.43 shimmy[dm-control]==2.0.1
