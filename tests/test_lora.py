@@ -145,6 +145,7 @@ def test_ratio_is_one_with_shared_prompts_and_with_checkpointed_layers(base: str
         other = adapted(base, **options)
         other.load_state_dict(policy.state_dict())
         torch.testing.assert_close(scores(other), scores(policy), atol=1e-5, rtol=0)
+        other.double()  # single precision rounds small sums of large gradients as it likes
         size = 0
 
         def pack(x: torch.Tensor) -> torch.Tensor:
@@ -159,7 +160,7 @@ def test_ratio_is_one_with_shared_prompts_and_with_checkpointed_layers(base: str
         kept.append(size)
     assert float(gradients[0].abs().max()) > 0 and kept[2] < kept[1] / 2
     for other in gradients[1:]:
-        torch.testing.assert_close(other, gradients[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(other, gradients[0], atol=1e-5, rtol=0)
 
 
 def test_half_precision_weights_may_carry_adapters_in_full_precision(base: str) -> None:
