@@ -12,7 +12,6 @@ from typing import Any
 from run_cases import EasyChain
 
 from unified_rl.envs.control import TwoRouteEnv
-from unified_rl.policies.causal_lm import CausalLM
 
 FOLDER, DELAY = "RAY_CASES_FOLDER", "RAY_CASES_DELAY"
 
@@ -36,19 +35,6 @@ def stumble(calls: int) -> None:
             time.sleep(10**6)
         if what == "raise":
             raise ValueError("the gripper\nis stuck")
-
-
-class SlowLM(CausalLM):
-    """Waits between tokens, so that weights change in between."""
-
-    def generate(self, *given: Any, **options: Any) -> Any:
-        refresh = self.refresh
-        if refresh is not None:
-            self.refresh = lambda: (time.sleep(0.05), refresh())[1]
-        try:
-            return super().generate(*given, **options)
-        finally:
-            self.refresh = refresh
 
 
 class UnsteadyRoute(TwoRouteEnv):

@@ -54,8 +54,6 @@ def refusal(*overrides: str, allow: tuple[str, ...] = ("run_cases", "test_engine
             ["OwnRollout has no number_from(first)", "engine.workers=1"],
         ),
         ([*CONTROL, "agent=ppo", RAY, "engine._target_=unified_rl.replay.Uniform"], ["engine is a Uniform", RAY]),
-        ([*CONTROL, "agent=ppo", RAY, "engine.in_flight=true"], ["GaussianPolicy", "leave it out"]),
-        ([*LANGUAGE, RAY, "engine.in_flight=true"], ["rollout.staleness=0", "rollout.staleness=1 or more"]),
         ([*CONTROL, "agent=ppo", RAY, "keep_best=engine/wait_second"], ["keep_best", "engine/wait_seconds"]),
     ],
 )  # fmt: skip

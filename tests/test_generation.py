@@ -289,5 +289,5 @@ def test_asking_for_newer_weights_changes_nothing_where_there_are_none_and_needs
     assert plain.version is None and bool((asked.version[asked.tokens != 0] == 7).all())
     assert torch.equal(plain.tokens, asked.tokens)
     torch.testing.assert_close(plain.log_prob, asked.log_prob, atol=1e-5, rtol=0)
-    with pytest.raises(ConfigError, match=r"engine.in_flight=false"):
+    with pytest.raises(ConfigError, match=r"sample without refresh"):
         policy.generate(ragged_prompts(), max_new_tokens=2, stop_ids=[4], generator=stream(), backend="hf")

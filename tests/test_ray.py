@@ -170,23 +170,6 @@ sys.meta_path.insert(0, Without())
 """Of a machine where the package is not installed."""
 
 
-def test_weights_change_within_an_answer_and_every_token_knows_its_version(ray: Any, tmp_path: Path) -> None:
-    class Rows:
-        def __init__(self) -> None:
-            self.versions: list[Any] = []
-
-        def on_rollout_end(self, trainer: Any, rows: Any, metrics: Any) -> None:
-            told = [version[mask].tolist() for version, mask in zip(rows["policy_version"], rows["mask"], strict=True)]
-            self.versions.append((trainer.updates, told))
-
-    seen = Rows()
-    trained("language", tmp_path / "run", "engine=ray", "rollout.staleness=2", "engine.workers=2",
-            "engine.in_flight=true", "policy._target_=ray_cases.SlowLM", callbacks=[seen])  # fmt: skip
-    answers = [(update, row) for update, rows in seen.versions for row in rows]
-    assert all(row == sorted(row) and update - 2 <= row[0] and row[-1] <= update for update, row in answers)
-    assert sum(len(set(row)) > 1 for _, row in answers) > len(answers) // 8
-
-
 def test_what_cannot_begin_is_refused_with_one_line(ray: Any, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)
     with pytest.raises(ConfigError, match=r"worker 0 did not start .*unified-rl .* must be installed in the Python of"):

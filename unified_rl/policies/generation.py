@@ -162,7 +162,7 @@ def generate(
         if refresh is not None and not own:
             raise ConfigError(
                 "weights cannot change while this model samples (that takes the own loop over a plain key-value "
-                "cache); set engine.in_flight=false"
+                "cache); sample without refresh"
             )
         if own:
             return _Loop(model, tokens, lengths, job, _on_device(generator, model.device)).run()
