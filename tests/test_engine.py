@@ -141,8 +141,7 @@ def test_workers_share_random_steps_and_settled_sizes_and_sample_where_they_may(
 
 def test_an_error_of_a_worker_is_ours_with_its_name_and_the_trace_behind_it() -> None:
     answer = Collector().ask("begin", {"worker": 0, "workers": 1, "folder": "/", "path": [], "allow": [],
-                                       "cfg": {"agent": None, "policy": None}, "generation_batch": None,
-                                       "in_flight": False})  # fmt: skip
+                                       "cfg": {"agent": None, "policy": None}, "generation_batch": None})  # fmt: skip
     with pytest.raises(ConfigError, match=r"^worker 3: this run has no policy") as raised:
         valued(answer, "worker 3")
     assert "In the worker:\nTraceback" in raised.value.__notes__[0]

@@ -82,7 +82,8 @@ def test_identity_ignores_where_a_run_lives_and_nothing_else() -> None:
 
 def test_a_run_that_collects_by_itself_is_the_one_of_before_there_were_workers() -> None:
     cfg = {"steps": 5, "choices": {"env": "chain_mod"}}
-    local = {**cfg, "engine": None, "choices": {"env": "chain_mod", "engine": "local"}}
+    local = {**cfg, "engine": None, "learner": None}
+    local |= {"choices": {"env": "chain_mod", "engine": "local", "learner": "single"}}
     workers = {**cfg, "engine": {"workers": 2}, "choices": {"env": "chain_mod", "engine": "ray"}}
     assert identity(cfg) == identity(local) != identity(workers)
 

@@ -91,16 +91,6 @@ def test_every_schedule_brings_the_same_rows_within_the_bound(
         assert taken == rule
 
 
-def test_in_flight_every_newer_version_goes_to_the_workers_that_collect() -> None:
-    cluster = Counting(2)
-    feed = TicketFeed(cluster, 2, 1, 2, in_flight=True)
-    for update in range(3):
-        feed.publish(update)
-        feed.admit(update + 3)
-        feed.take()
-    assert cluster.swapped == [(0, 1), (1, 1), (0, 2), (1, 2)]
-
-
 def test_workers_do_die_in_these_schedules() -> None:
     assert sum(played(3, 2, 12, random.Random(seed), 0.4, 0.3)[1] for seed in range(20)) > 50
 

@@ -43,7 +43,6 @@ class Counting:
     pick: Callable[[Sequence[int]], int] = lambda workers: 0
     alive: list[bool] = field(default_factory=list)
     state: list[int] = field(default_factory=list)
-    swapped: list[tuple[int, int]] = field(default_factory=list)
     deaths: int = 0
     opened: int = 0
 
@@ -71,9 +70,6 @@ class Counting:
             return (worker, None)
         self.state[worker] = step(self.state[worker], version)
         return (worker, Collected(((version, self.state[worker]), {}), {"x": self.state[worker]}))  # type: ignore[arg-type]
-
-    def swap(self, worker: int, version: int, weights: Any) -> None:
-        self.swapped.append((worker, version))
 
     def result(self, pending: Any, ticket: int, worker: int) -> Collected:
         if pending[1] is None:
@@ -133,9 +129,6 @@ class Here:
             for array in (*answer["value"]["rows"].values(), *answer["value"]["state"]["arrays"].values()):
                 array.flags.writeable = False  # as shared memory is
         return answer
-
-    def swap(self, worker: int, version: int, weights: Any) -> None:
-        raise AssertionError("nothing is under way in one process")
 
     def result(self, pending: Any, ticket: int, worker: int) -> Collected:
         if pending is None:

@@ -162,9 +162,10 @@ def merge_overrides(*lists: Sequence[str]) -> list[str]:
 def identity(cfg: Mapping[str, Any]) -> str:
     """Hash of what a resolved configuration trains, apart from where it lives (8 hex digits)."""
     kept = copy.deepcopy({k: v for k, v in cfg.items() if k not in PLACE_KEYS})
-    if not kept.get("engine"):  # what was made before there were workers is the same run
-        kept.pop("engine", None)
-        (kept.get("choices") or {}).pop("engine", None)
+    for group in ("engine", "learner"):  # what was made before there were workers and launches is the same run
+        if not kept.get(group):
+            kept.pop(group, None)
+            (kept.get("choices") or {}).pop(group, None)
     start = kept.get("warm_start") or {}
     if start.get("run"):
         start["run"] = Path(start["run"]).name

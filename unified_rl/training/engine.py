@@ -125,7 +125,7 @@ def worker_settings(
         mine["rollout"] = {**mine["rollout"], "random_steps": -(-random_steps // workers)}
     together = [rollout.generation_batch] if hasattr(rollout, "generation_batch") else None
     places = {"folder": os.getcwd(), "path": list(sys.path)}
-    settled = {"workers": workers, "generation_batch": together, "in_flight": False}
+    settled = {"workers": workers, "generation_batch": together}
     return {"cfg": mine, "allow": list(allow), **settled, **places}
 
 

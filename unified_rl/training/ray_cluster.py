@@ -161,10 +161,6 @@ class RayCluster:
         """As of the protocol."""
         return self.actors[worker].ask.remote("collect", version, weights)
 
-    def swap(self, worker: int, version: int, weights: Any) -> None:
-        """As of the protocol."""
-        self.actors[worker].swap.remote(version, weights)
-
     def result(self, pending: Any, ticket: int, worker: int) -> Collected:
         """As of the protocol."""
         return collected(self._value(pending, f"worker {worker}, batch {ticket}"))
