@@ -87,6 +87,16 @@ def test_pngs_lie_beside_it(written: Path) -> None:
     assert all(p.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for p in written.glob("*.png"))
 
 
+@pytest.mark.parametrize("draw", [figures.improvement_figure, figures.profile_figure, figures.score_against_staleness])
+def test_titles_of_many_domains_do_not_overlap(draw: Any) -> None:
+    names = ["half_cheetah", "inverted_pendulum", "walker2d", "ant", "hopper", "pendulum", "reacher"]
+    figure = draw([make_run(name, c, 0, 1) for name in names for c in ("ppo", "tis")])
+    figure.draw_without_rendering()
+    assert [ax.get_title().split("\n")[0] for ax in figure.axes] == names
+    boxes = [ax.title.get_window_extent() for ax in figure.axes]
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+
 def test_the_table_gives_iqm_and_interval_and_marks_the_best() -> None:
     cells = summarise(make_runs((1, 3), staleness=(0,)))
     table = score_table(cells)

@@ -29,6 +29,8 @@ DASHES: tuple[Any, ...] = ("-", (0, (4, 1.4)), (0, (1.3, 1.1)), (0, (5, 1.3, 1.2
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 CROWDED = 8
 """A panel with more curves than this is split by staleness."""
+ACROSS = 3
+"""Panels of domains beside one another; more go below."""
 
 NAMES = {
     "eval/score": "held-out score",
@@ -119,18 +121,20 @@ def curves_figure(runs: Sequence[RunData], metric: str, points: int = POINTS) ->
     palette, domains = Palette.of(runs), unique(runs, "domain")
     split = len(group_runs(runs, ("correction", "staleness"))) > CROWDED and len(palette.staleness) > 1
     columns = palette.staleness if split else ("all",)
-    rows, cols = (len(domains), len(columns)) if split else (1, len(domains))
-    figure, axes = panels(rows, cols, share_y="row" if split else False)
+    if split:
+        figure, axes = panels(len(domains), len(columns), share_y="row")
+    else:
+        figure, axes = wrapped(len(domains))
     for d, domain in enumerate(domains):
         for c, staleness in enumerate(columns):
-            ax = axes[d, c] if split else axes[0, d]
+            ax = axes[d, c] if split else axes[d]
             held = [
                 r for r in runs if r.labels["domain"] == domain and (not split or r.labels["staleness"] == staleness)
             ]
             ax.set_title(f"{domain}, staleness {staleness}" if split else str(domain))
             draw_metric(ax, held, metric, palette, split, points)
-    for row in axes:
-        row[0].set_ylabel(NAMES.get(metric, metric))
+    for first in axes[:, 0] if split else axes[::ACROSS]:
+        first.set_ylabel(NAMES.get(metric, metric))
     add_legend(figure, palette, dashes=not split)
     return figure
 
@@ -154,11 +158,12 @@ def draw_metric(
 def score_against_staleness(runs: Sequence[RunData]) -> Figure:
     """Final score (IQM, 95 % interval) against staleness, a panel for each domain; the start as a dotted line."""
     palette, domains = Palette.of(runs), unique(runs, "domain")
-    figure, axes = panels(1, len(domains))
-    for ax, domain in zip(axes[0], domains, strict=True):
+    figure, axes = wrapped(len(domains))
+    for ax, domain in zip(axes, domains, strict=True):
         draw_staleness(ax, [r for r in runs if r.labels["domain"] == domain], palette)
         ax.set_title(str(domain))
-    axes[0, 0].set_ylabel("final held-out score (IQM)")
+    for first in axes[::ACROSS]:
+        first.set_ylabel("final held-out score (IQM)")
     add_legend(figure, palette, dashes=False, markers=True)
     return figure
 
@@ -192,11 +197,11 @@ def improvement_figure(runs: Sequence[RunData]) -> Figure:
     """Pairwise probability that the row beats the column, tasks of a domain being its degrees of staleness."""
     palette, domains = Palette.of(runs), unique(runs, "domain")
     side = 1.3 + 0.62 * max(4, len(palette.corrections))
-    figure, axes = panels(1, len(domains), width=side, height=side - 0.6)
-    for ax, domain in zip(axes[0], domains, strict=True):
+    figure, axes = wrapped(len(domains), width=side, height=side - 0.4)
+    for ax, domain in zip(axes, domains, strict=True):
         held = [r for r in runs if r.labels["domain"] == domain]
         _draw_improvement(ax, held)
-        ax.set_title(f"{domain}: P(row beats column)")
+        ax.set_title(f"{domain}\nP(row beats column)")
     return figure
 
 
@@ -227,8 +232,8 @@ def _draw_improvement(ax: Axes, runs: Sequence[RunData]) -> None:
 def profile_figure(runs: Sequence[RunData]) -> Figure:
     """Performance profiles: the share of runs of each correction that end above a score."""
     palette, domains = Palette.of(runs), unique(runs, "domain")
-    figure, axes = panels(1, len(domains))
-    for ax, domain in zip(axes[0], domains, strict=True):
+    figure, axes = wrapped(len(domains))
+    for ax, domain in zip(axes, domains, strict=True):
         held = [r for r in runs if r.labels["domain"] == domain]
         finals = [r.last() for r in held]
         margin = 0.03 * (max(finals) - min(finals) or 1.0)
@@ -239,7 +244,8 @@ def profile_figure(runs: Sequence[RunData]) -> Figure:
         ax.set_title(str(domain))
         ax.set_xlabel("score")
         ax.set_ylim(-0.03, 1.05)
-    axes[0, 0].set_ylabel("share of runs above it")
+    for first in axes[::ACROSS]:
+        first.set_ylabel("share of runs above it")
     add_legend(figure, palette, dashes=False)
     return figure
 
@@ -283,6 +289,14 @@ def panels(
     figure = Figure(figsize=(width * cols + 1.7, height * rows), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.09, h_pad=0.09)  # type: ignore[union-attr, call-arg]
     return figure, figure.subplots(rows, cols, squeeze=False, sharey=share_y)
+
+
+def wrapped(count: int, **sizes: float) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with so many axes, :data:`ACROSS` of them beside one another, and the axes in order."""
+    figure, axes = panels(-(-count // ACROSS), min(count, ACROSS), **sizes)
+    for unused in axes.flat[count:]:
+        unused.remove()
+    return figure, list(axes.flat)[:count]
 
 
 def add_legend(figure: Figure, palette: Palette, dashes: bool = True, markers: bool = False) -> None:
