@@ -12,16 +12,18 @@ from typing import Any
 from run_cases import EasyChain
 
 from unified_rl.envs.control import TwoRouteEnv
+from unified_rl.policies.causal_lm import CausalLM
 
 FOLDER, DELAY = "RAY_CASES_FOLDER", "RAY_CASES_DELAY"
 
 
 def stumble(calls: int) -> None:
-    """Waits, and does what a file of the folder says for this call; whoever removes it first is the one."""
+    """Waits, and does what a file of the folder says for this call, or this process: the first who removes it."""
     if delay := float(os.environ.get(DELAY, 0)):
         time.sleep(random.random() * delay)
     folder = os.environ.get(FOLDER)
-    for path in Path(folder).glob(f"*-{calls}") if folder else ():
+    told = (f"*-{calls}", f"*-pid{os.getpid()}")
+    for path in [path for name in told for path in Path(folder).glob(name)] if folder else ():
         try:
             path.unlink()
         except FileNotFoundError:
@@ -35,6 +37,21 @@ def stumble(calls: int) -> None:
             time.sleep(10**6)
         if what == "raise":
             raise ValueError("the gripper\nis stuck")
+
+
+class SlowLM(CausalLM):
+    """Waits between tokens, so that weights change in between."""
+
+    def generate(self, *given: Any, **options: Any) -> Any:
+        refresh = self.refresh
+        if refresh is not None:
+            self.refresh = lambda: (refresh(), time.sleep(0.05))[0]
+        try:
+            return super().generate(*given, **options)
+        finally:
+            self.refresh = refresh
+            if refresh is None:
+                time.sleep(0.3)
 
 
 class UnsteadyRoute(TwoRouteEnv):

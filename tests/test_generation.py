@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from unified_rl.errors import ConfigError
 from unified_rl.policies.causal_lm import CausalLM
@@ -248,3 +248,46 @@ def test_replay_is_refused_where_the_own_loop_cannot_run():
 def test_graphs_of_decoding_without_cuda_are_refused():
     with pytest.raises(ConfigError, match="device=cuda"):
         small("llama", cuda_graph=True).generate([[5]], max_new_tokens=2)
+
+
+# ------------------------------------------------------------------------------------------- weights that change
+
+
+def test_weights_that_change_between_tokens_are_used_from_the_next_one_and_what_was_read_stays():
+    policy, newer = small("qwen3", seed=0), small("qwen3", seed=1)
+    prompts, asked = [torch.tensor([5, 6, 7]), torch.tensor([8, 9, 3])], []
+    options = {"max_new_tokens": 6, "stop_ids": [], "generator": stream(1)}
+
+    def refresh() -> int:
+        asked.append(len(asked))
+        if len(asked) == 4:
+            policy.model.load_state_dict(newer.model.state_dict())
+        return 10 + (len(asked) >= 4)
+
+    before = copy.deepcopy(policy)
+    policy.refresh = refresh
+    out = policy.generate(prompts, **options)
+    assert out.version.tolist() == [[10, 10, 10, 11, 11, 11]] * 2 and len(asked) == 6
+    for row, prompt in enumerate(prompts):  # by hand, keys and values of either model
+        cache = DynamicCache()
+        ids, expected = prompt[None], []
+        for step in range(6):
+            model = (before if step < 3 else newer).model
+            with torch.no_grad():
+                logits = model(ids, past_key_values=cache, use_cache=True).logits[0, -1].log_softmax(-1)
+            token = int(out.tokens[row, step])
+            expected.append(logits[token])
+            ids = torch.tensor([[token]])
+        torch.testing.assert_close(out.log_prob[row], torch.stack(expected), atol=1e-5, rtol=0)
+
+
+def test_asking_for_newer_weights_changes_nothing_where_there_are_none_and_needs_the_own_loop():
+    policy = small("llama")
+    plain = policy.generate(ragged_prompts(), max_new_tokens=12, stop_ids=[4], generator=stream())
+    policy.refresh = lambda: 7
+    asked = policy.generate(ragged_prompts(), max_new_tokens=12, stop_ids=[4], generator=stream())
+    assert plain.version is None and bool((asked.version[asked.tokens != 0] == 7).all())
+    assert torch.equal(plain.tokens, asked.tokens)
+    torch.testing.assert_close(plain.log_prob, asked.log_prob, atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match=r"engine.in_flight=false"):
+        policy.generate(ragged_prompts(), max_new_tokens=2, stop_ids=[4], generator=stream(), backend="hf")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_cases import CONTROL, LANGUAGE
+from run_cases import CONTROL, LANGUAGE, merged
 from ticket_cases import ALLOW, differences, made, read_rows, timeless
 
 from unified_rl.config import compose
@@ -168,6 +168,38 @@ class Without:
 sys.meta_path.insert(0, Without())
 """
 """Of a machine where the package is not installed."""
+
+
+def answers_of(folder: Path, *more: str) -> list[tuple[int, list[int]]]:
+    """Of a run whose answers take longer than updates: the update that took each, and the versions of its tokens."""
+    found: list[tuple[int, list[int]]] = []
+
+    class Rows:
+        def on_rollout_end(self, trainer: Any, rows: Any, metrics: Any) -> None:
+            told = zip(rows["policy_version"], rows["mask"], strict=True)
+            found.extend((trainer.updates, version[mask].tolist()) for version, mask in told)
+
+    # a checkpoint waits for the batches under way, so none is written before the end
+    given = ("engine=ray", "rollout.staleness=2", "engine.workers=2", "updates=12", "checkpoint_every=1000000")
+    words = merged(DOMAINS["language"], [*given, "policy._target_=ray_cases.SlowLM", f"run_dir={folder}", *more])
+    train(compose([*words], allow=ALLOW), ALLOW, callbacks=[Rows()])
+    return found
+
+
+def test_weights_in_flight_reach_answers_that_are_sampled_and_every_token_knows_its_version(
+    ray: Any, tmp_path: Path
+) -> None:
+    still = answers_of(tmp_path / "still")
+    assert all(len(set(row)) == 1 for _, row in still)  # without, an answer has one version
+    flying = answers_of(tmp_path / "flying", "engine.in_flight=true")
+    assert all(row == sorted(row) and update - 2 <= row[0] and row[-1] <= update for update, row in flying)
+    assert sum(len(set(row)) > 1 for _, row in flying) > len(flying) // 4
+
+    def lag(answers: list[tuple[int, list[int]]]) -> float:
+        tokens = [update - version for update, row in answers for version in row]
+        return sum(tokens) / len(tokens)
+
+    assert lag(flying) < lag(still) - 0.2, (lag(flying), lag(still))
 
 
 def test_what_cannot_begin_is_refused_with_one_line(ray: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_cases import CONTROL, LANGUAGE
-from ticket_cases import Counting, differences, made, read_rows, step
+from ticket_cases import Counting, Flying, differences, made, read_rows, step
 from torch import nn
 
 from unified_rl.config import compose
@@ -89,6 +89,16 @@ def test_every_schedule_brings_the_same_rows_within_the_bound(
     for schedule in range(10):
         taken, _ = played(workers, bound, updates, random.Random(seed + schedule), dies, saves)
         assert taken == rule
+
+
+def test_in_flight_every_newer_version_goes_to_the_workers_that_collect() -> None:
+    cluster = Counting(2)
+    feed = TicketFeed(cluster, 2, 1, 2, in_flight=True)
+    for update in range(3):
+        feed.publish(update)
+        feed.admit(update + 3)
+        feed.take()
+    assert cluster.swapped == [(0, 1), (1, 1), (0, 2), (1, 2)]
 
 
 def test_workers_do_die_in_these_schedules() -> None:
@@ -309,3 +319,32 @@ def test_deaths_and_resuming_change_nothing_and_workers_have_streams_and_numbers
     assert [number // 2**40 for number in numbers] == [0, 1, 2]
     streams = [tuple(unpack_state(one.state)["generator"].tolist()) for one in calm.feed._now.origins]
     assert len(set(streams)) == 3
+
+
+class Versions:
+    """The versions of every answer's tokens, and the update that took it."""
+
+    def __init__(self) -> None:
+        self.answers: list[tuple[int, list[int]]] = []
+
+    def on_rollout_end(self, trainer: Any, rows: Any, metrics: Any) -> None:
+        told = zip(rows["policy_version"], rows["mask"], strict=True)
+        self.answers += [(trainer.updates, version[mask].tolist()) for version, mask in told]
+
+    @property
+    def lag(self) -> float:
+        tokens = [update - version for update, row in self.answers for version in row]
+        return sum(tokens) / len(tokens)
+
+
+def test_in_flight_an_answer_has_the_versions_of_its_tokens_and_rows_are_younger(tmp_path: Path) -> None:
+    given = (NEVER, "rollout.staleness=2", "engine=ray", "engine.workers=2")
+    flying, still = Versions(), Versions()
+    made(composed("language", *given, "engine.in_flight=true"), tmp_path / "a", kind=Flying, callbacks=[flying])
+    made(composed("language", *given), tmp_path / "b", kind=Flying, callbacks=[still])
+    for update, row in flying.answers:
+        assert row == sorted(row) and update - 2 <= row[0] and row[-1] <= update
+    late = [row for update, row in flying.answers if update >= 2]
+    assert sum(len(set(row)) == 3 for row in late) > len(late) // 4  # two swaps came in six tokens
+    assert all(len(set(row)) == 1 for _, row in still.answers)
+    assert flying.lag < still.lag - 0.2

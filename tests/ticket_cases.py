@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unified_rl.errors import RestoreError
 from unified_rl.rollout.tickets import Collected, WorkerLostError
+from unified_rl.training.callbacks import Callbacks
 from unified_rl.training.checkpoint import read_checkpoint
 from unified_rl.training.collector import Collector, collected, valued
 from unified_rl.training.engine import RayEngine
@@ -43,6 +44,7 @@ class Counting:
     pick: Callable[[Sequence[int]], int] = lambda workers: 0
     alive: list[bool] = field(default_factory=list)
     state: list[int] = field(default_factory=list)
+    swapped: list[tuple[int, int]] = field(default_factory=list)
     deaths: int = 0
     opened: int = 0
 
@@ -70,6 +72,9 @@ class Counting:
             return (worker, None)
         self.state[worker] = step(self.state[worker], version)
         return (worker, Collected(((version, self.state[worker]), {}), {"x": self.state[worker]}))  # type: ignore[arg-type]
+
+    def swap(self, worker: int, version: int, weights: Any) -> None:
+        self.swapped.append((worker, version))
 
     def result(self, pending: Any, ticket: int, worker: int) -> Collected:
         if pending[1] is None:
@@ -130,6 +135,9 @@ class Here:
                 array.flags.writeable = False  # as shared memory is
         return answer
 
+    def swap(self, worker: int, version: int, weights: Any) -> None:
+        """Nothing is under way in one process."""
+
     def result(self, pending: Any, ticket: int, worker: int) -> Collected:
         if pending is None:
             raise WorkerLostError("it died")
@@ -145,33 +153,74 @@ class Here:
         self.actors = []
 
 
+class Flying(Here):
+    """Collects when it is asked for a batch; weights that came meanwhile arrive one by one, at every third token."""
+
+    newer: dict[int, list[tuple[int, Any]]]
+
+    def open(self) -> None:
+        if not self.actors:
+            self.newer = {worker: [] for worker in range(self.workers)}
+        super().open()
+
+    def submit(self, worker: int, version: int, weights: Any) -> Any:
+        return {"given": (worker, version, weights)}
+
+    def swap(self, worker: int, version: int, weights: Any) -> None:
+        self.newer[worker].append((version, weights))
+
+    def result(self, pending: Any, ticket: int, worker: int) -> Collected:
+        if "answer" not in pending:
+            actor = self.actors[worker]
+            assert actor is not None and actor.job is not None
+            swaps, asked, refresh = self.newer[worker], [0], actor._refresh
+
+            def refreshed() -> int:
+                asked[0] += 1
+                if swaps and asked[0] % 3 == 0:
+                    actor.swap(*swaps.pop(0))
+                return refresh()
+
+            if actor.in_flight:
+                actor.job.policy.refresh = refreshed
+            pending["answer"] = super().submit(*pending["given"])
+        return super().result(pending["answer"], ticket, worker)
+
+
 class Inside(RayEngine):
     """Settings of ``engine=ray`` whose workers live in this process."""
 
     dies: Callable[[int], bool] = staticmethod(lambda worker: False)
+    kind: type[Here] = Here
 
     def check_installed(self) -> None:
         """Nothing is needed."""
 
     def make_cluster(self, settings: Any, pack: Callable[[], Any]) -> Here:  # type: ignore[override]
-        return Here(dict(settings), pack, self.workers, self.dies)
+        return self.kind(dict(settings), pack, self.workers, self.dies)
 
 
-def job_of(cfg: dict[str, Any], dies: Callable[[int], bool] | None = None, allow: Sequence[str] = ()) -> Job:
+def job_of(
+    cfg: dict[str, Any], dies: Callable[[int], bool] | None = None, allow: Sequence[str] = (), kind: type[Here] = Here
+) -> Job:
     """A job whose workers, if it has any, live in this process."""
     job = Job(cfg, allow)
     if job.engine is not None:
         node = {key: value for key, value in cfg["engine"].items() if key != "_target_"}
         job.engine = Inside(**node)
+        job.engine.kind = kind
         if dies is not None:
             job.engine.dies = dies  # type: ignore[method-assign]
     return job
 
 
-def made(cfg: dict[str, Any], folder: Path, found: Any = None, **options: Any) -> tuple[Any, list[dict[str, Any]]]:
+def made(
+    cfg: dict[str, Any], folder: Path, found: Any = None, callbacks: Sequence[Any] = (), **options: Any
+) -> tuple[Any, list[dict[str, Any]]]:
     """The trainer behind a run, from a checkpoint if one is given, and its logged rows."""
     folder.mkdir()
     trainer = job_of(cfg, allow=ALLOW, **options).make_trainer(folder)
+    trainer.callbacks = Callbacks(callbacks)
     if found is not None:
         trainer.load_state_dict(read_checkpoint(found), found)
     trainer.run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -83,6 +83,7 @@ class CausalLM(TensorDictModuleBase):
     Attributes:
         end_ids: ids that end an answer by the folder's generation and model configuration.
         rates: :meth:`learning_rates` of its weights.
+        refresh: of :func:`unified_rl.policies.generation.generate`, for whoever writes weights while it samples.
 
     Raises:
         ConfigError, CheckpointError: as :func:`~unified_rl.policies.pretrained.build_model`, and for a bad transform.
@@ -144,6 +145,7 @@ class CausalLM(TensorDictModuleBase):
         self.share_prompts = share_prompts and not gradient_checkpointing and known
         self.model: Any = model
         self._generator: torch.Generator | None = None
+        self.refresh: Callable[[], int] | None = None
         self.rates = self.learning_rates({"path": path, "adapter": adapter, "lora": lora})
         self._keep_base_out(model_and_adapter(path, adapter)[0])
 
@@ -287,6 +289,7 @@ class CausalLM(TensorDictModuleBase):
                 backend=backend,
                 replay=self.cuda_graph,
                 stop_strings=stop_strings,
+                refresh=self.refresh,
             )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

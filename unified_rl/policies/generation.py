@@ -9,7 +9,7 @@ and the way for models whose cache is not plain attention over every position.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -58,12 +58,14 @@ class Generation:
         log_prob: ``[B, max_new_tokens]`` float32, under the sampling distribution; 0 after the end.
         length: ``[B]`` int64, sampled tokens of each row.
         finished: ``[B]`` bool, False where the row ran out of its budget without a stop token.
+        version: ``[B, M]`` int64, of the weights that each token was sampled with; None where they never changed.
     """
 
     tokens: Tensor
     log_prob: Tensor
     length: Tensor
     finished: Tensor
+    version: Tensor | None = None
 
     def rows(self) -> list[list[int]]:
         """The sampled ids of each row, without padding."""
@@ -114,6 +116,7 @@ def generate(
     backend: str = "own",
     replay: bool = False,
     stop_strings: StopStrings | None = None,
+    refresh: Callable[[], int] | None = None,
 ) -> Generation:
     """Samples continuations; row ``i * samples_per_prompt + j`` is sample ``j`` of prompt ``i``.
 
@@ -133,9 +136,12 @@ def generate(
         replay: on a CUDA device, replay the own loop's steps from a CUDA graph. Finished rows then stay in the batch
             until all are.
         stop_strings: texts that end a row too; the tokens that made one up are kept as sampled.
+        refresh: called before the prompts are read and before every further token; it may write other weights into the
+            model, and returns their version. What the cache holds stays as older weights made it.
 
     Raises:
-        ConfigError: an empty prompt, no generator, an unknown backend, or ``replay`` where the own loop cannot run.
+        ConfigError: an empty prompt, no generator, an unknown backend, or ``replay`` or ``refresh`` where the own loop
+            cannot run.
     """
     if backend not in ("own", "hf"):
         raise ConfigError(f"generation backend '{backend}' is unknown; use 'own' or 'hf'")
@@ -143,7 +149,7 @@ def generate(
         raise ConfigError("generation needs a generator, unless greedy=True")
     tokens, lengths = pad_prompts(prompts, pad_id, model.device, lengths)
     job = _Job(max_new_tokens, tuple(stop_ids), pad_id, sampling or Sampling(), samples_per_prompt, greedy, replay)
-    job = dataclasses.replace(job, stop_strings=stop_strings)
+    job = dataclasses.replace(job, stop_strings=stop_strings, refresh=refresh)
     was_training = model.training
     model.eval()  # in training mode gradient checkpointing would switch the cache off
     try:
@@ -152,6 +158,11 @@ def generate(
             raise ConfigError(
                 "decoding cannot be replayed from a CUDA graph for this model or backend (it takes the own loop over a "
                 "plain key-value cache); set policy.cuda_graph=false"
+            )
+        if refresh is not None and not own:
+            raise ConfigError(
+                "weights cannot change while this model samples (that takes the own loop over a plain key-value "
+                "cache); set engine.in_flight=false"
             )
         if own:
             return _Loop(model, tokens, lengths, job, _on_device(generator, model.device)).run()
@@ -181,6 +192,7 @@ class _Job:
     greedy: bool
     replay: bool = False
     stop_strings: StopStrings | None = None
+    refresh: Callable[[], int] | None = None
 
     def empty(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Padded tokens and zero log-probs ``[rows, max_new_tokens]``."""
@@ -220,6 +232,8 @@ class _Loop:
         rows = len(prompts) * job.repeats
         width = prompts.shape[1]
         self.tokens, self.log_prob = job.empty(rows, self.device)
+        self.version = None if job.refresh is None else torch.zeros_like(self.tokens)
+        self.now = 0
         self.stops = torch.tensor(job.stop_ids, dtype=torch.int64, device=self.device)
         self.row: Tensor | None = None  # None: every row, in order
         self.alive = torch.ones(rows, dtype=torch.bool, device=self.device)
@@ -246,16 +260,24 @@ class _Loop:
     def run(self) -> Generation:
         job = self.job
         with self._attention():
+            self._refresh()
             logits = self._prefill()
             if isinstance(self.cache, GroupCache) and not self.cache.usable:
                 self.cache = self.cache.slabs()
             self.seen = job.seen_in(self.prompts, self.lengths, logits)
             rows, steps = len(self.tokens), job.max_new_tokens - 1
-            self.lean = lean_step(self.model, self.cache, rows, steps)
-            with packed_weights(self.model, rows, steps) if self.lean is None else nullcontext():
+            stays = job.refresh is None  # packed copies of weights would not follow
+            self.lean = lean_step(self.model, self.cache, rows, steps) if stays else None
+            with packed_weights(self.model, rows, steps) if stays and self.lean is None else nullcontext():
                 self._decode(logits)
-        out = Generation(self.tokens, self.log_prob, *ends(self.tokens, job.stop_ids, job.max_new_tokens))
+        found = ends(self.tokens, job.stop_ids, job.max_new_tokens)
+        out = Generation(self.tokens, self.log_prob, *found, self.version)
         return _shortened(out, self.cut, job)
+
+    def _refresh(self) -> None:
+        """Newer weights, if there are any."""
+        if self.job.refresh is not None:
+            self.now = self.job.refresh()
 
     def _attention(self) -> AbstractContextManager[None]:
         return group_attention(self.cache) if isinstance(self.cache, GroupCache) else nullcontext()
@@ -274,6 +296,7 @@ class _Loop:
                     if not len(kept):
                         break
                     token = token[kept]
+            self._refresh()
             logits = self._next(token, width + step + 1)
         self._cut_at_texts(step)
 
@@ -322,6 +345,8 @@ class _Loop:
         token, log_prob = self.job.pick(logits, self.generator, self.seen)
         token = torch.where(self.alive, token, self.job.pad_id)
         log_prob = log_prob.masked_fill(~self.alive, 0.0)
+        if self.version is not None:
+            self.version[:, step] = self.now
         if self.row is None:
             self.tokens[:, step], self.log_prob[:, step] = token, log_prob
         else:
@@ -477,7 +502,7 @@ def _shortened(sampled: Generation, cut: Tensor, job: _Job) -> Generation:
     length = torch.where(earlier, cut, sampled.length)
     over = torch.arange(job.max_new_tokens, device=cut.device) >= length[:, None]
     tokens, log_prob = sampled.tokens.masked_fill(over, job.pad_id), sampled.log_prob.masked_fill(over, 0.0)
-    return Generation(tokens, log_prob, length, sampled.finished | earlier)
+    return Generation(tokens, log_prob, length, sampled.finished | earlier, sampled.version)
 
 
 def ends(tokens: Tensor, stop_ids: Sequence[int], budget: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,9 @@ from unified_rl.protocols import Generates, KnowsItsEnds, LanguageEnv, StopsAtSt
 Problems = list[dict[str, Any]]
 SCORES = "rewards/"
 """Begins the names of what single reward functions gave: added up over turns, NaN where one gave nothing."""
-COLUMNS = ("tokens", "mask", "log_prob", "step_index", "reward", "step_mask", "terminated", "truncated")
+UNKNOWN = -1
+"""In place of the version of weights that did not change while they sampled."""
+COLUMNS = ("tokens", "mask", "log_prob", "version", "step_index", "reward", "step_mask", "terminated", "truncated")
 
 
 class Conversations:
@@ -28,6 +30,7 @@ class Conversations:
         self.tokens = torch.full((rows, width), pad_id, dtype=torch.int64)
         self.mask = torch.zeros(rows, width, dtype=torch.bool)
         self.log_prob = torch.zeros(rows, width)
+        self.version = torch.full((rows, width), UNKNOWN, dtype=torch.int64)
         self.step_index = torch.zeros(rows, width, dtype=torch.int64)
         self.reward = torch.zeros(rows, turns)
         self.step_mask = torch.zeros(rows, turns, dtype=torch.bool)
@@ -42,8 +45,10 @@ class Conversations:
         """The token ids so far of some rows."""
         return [self.tokens[row, : self.length[row]] for row in rows.tolist()]
 
-    def add_turn(self, rows: Tensor, turn: int, tokens: Tensor, log_prob: Tensor, length: Tensor) -> None:
-        """Appends sampled turns ``tokens [b, m]`` of true ``length [b]`` to ``rows``."""
+    def add_turn(
+        self, rows: Tensor, turn: int, tokens: Tensor, log_prob: Tensor, length: Tensor, version: Tensor | None = None
+    ) -> None:
+        """Appends sampled turns ``tokens [b, m]`` of true ``length [b]`` to ``rows``; ``version [b, m]`` where told."""
         steps = torch.arange(tokens.shape[1])
         real = steps < length[:, None]
         where_row = rows[:, None].expand_as(tokens)[real]
@@ -51,6 +56,8 @@ class Conversations:
         self.tokens[where_row, where_column] = tokens[real]
         self.mask[where_row, where_column] = True
         self.log_prob[where_row, where_column] = log_prob[real]
+        if version is not None:
+            self.version[where_row, where_column] = version[real]
         beyond = torch.arange(self.tokens.shape[1]) >= self.length[rows][:, None]
         self.step_index[rows] = torch.where(beyond, turn, self.step_index[rows])
         self.length[rows] += length
@@ -181,7 +188,8 @@ def _converse(
         if turn == 0:  # what an answer begins with counts towards its own budget alone
             left = env.max_turn_tokens - begun
             length, finished = torch.minimum(length, left), finished & (length <= left)
-        talk.add_turn(active, turn, tokens, log_prob, length)
+        version: Tensor | None = getattr(out, "version", None)
+        talk.add_turn(active, turn, tokens, log_prob, length, None if version is None else version.to("cpu"))
         if prefixes is not None and turn == 0:
             talk.said = [[prefix + said[0]] for prefix, said in zip(prefixes, talk.said, strict=True)]
         rows = active.tolist()

@@ -12,7 +12,7 @@ from torch import Tensor
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
 from unified_rl.protocols import LanguageEnv, ReportsColumns, Rewarded, Solves, require_solutions
-from unified_rl.rollout.conversation import Conversations, Told
+from unified_rl.rollout.conversation import UNKNOWN, Conversations, Told
 from unified_rl.units import COUNTED, Source
 
 REWARDS = "rewards"
@@ -67,7 +67,7 @@ class RowBuilder:
 
         Args:
             told: the conversations.
-            version: of the policy that spoke, stamped on every unit.
+            version: of the policy that spoke, stamped on every unit that does not know its own.
             group: ``[B]`` int64.
             source: who spoke.
         """
@@ -84,7 +84,7 @@ class RowBuilder:
                 "mask": talk.mask,
                 "behavior_log_prob": talk.log_prob,
                 "step_index": talk.step_index,
-                "policy_version": torch.full((count, width), version),
+                "policy_version": torch.where(talk.version == UNKNOWN, version, talk.version),
                 "reward": talk.reward,
                 "step_mask": talk.step_mask,
                 "terminated": talk.terminated,

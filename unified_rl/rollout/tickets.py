@@ -75,6 +75,10 @@ class Cluster(Protocol):
         """Lets a worker collect behind what it was asked for before; returns a handle at once."""
         ...
 
+    def swap(self, worker: int, version: int, weights: Any) -> None:
+        """Gives a worker newer weights while it collects; returns at once, and a lost worker is none's concern yet."""
+        ...
+
     def result(self, pending: Any, ticket: int, worker: int) -> Collected:
         """What a submission brought; waits for it, and may be asked again.
 
@@ -135,6 +139,8 @@ class TicketFeed:
             again, so neither its age is bounded nor is a run the same twice.
         restarts: workers that may be lost.
         seed: of new episodes, where a lost worker's environment cannot be put back.
+        in_flight: new weights are given to batches under way too, so their rows hold several versions and are younger
+            than the bound; then no run is the same twice.
 
     Attributes:
         lost: workers that were, since the run began or was resumed.
@@ -149,10 +155,11 @@ class TicketFeed:
         order: Order = "ticket",
         restarts: int = 10,
         seed: int = 0,
+        in_flight: bool = False,
     ) -> None:
         self.cluster, self.workers = cluster, workers
         self.steps_per_collect, self.staleness = steps_per_collect, staleness
-        self.order, self.restarts, self.seed = order, restarts, seed
+        self.order, self.restarts, self.seed, self.in_flight = order, restarts, seed, in_flight
         self.version, self.lost, self._hurried = 0, 0, False
         self._now = Now(0, (), (), (Origin(),) * workers)
         self._weights: tuple[int, Any] | None = None
@@ -171,18 +178,24 @@ class TicketFeed:
         self.cluster.open()
 
     def publish(self, version: int) -> None:
-        """Notes the version; weights are sent with the next ticket."""
+        """Notes the version; weights are sent with the next ticket, and in flight to those under way."""
         self.version = version
+        if self.in_flight:
+            for worker in sorted({ticket.worker for ticket in self._now.open if ticket.version < version}):
+                self.cluster.swap(worker, *self._sent())
+
+    def _sent(self) -> tuple[int, Any]:
+        """The version, and a handle to its weights."""
+        if self._weights is None or self._weights[0] != self.version:
+            self._weights = (self.version, self.cluster.put(self.version))
+        return self._weights
 
     def admit(self, allowed: int) -> None:
         """Lets workers collect until ``allowed`` batches have been started since the run began; waits for none."""
         while self.admitted < allowed:
             self.cluster.open()
-            if self._weights is None or self._weights[0] != self.version:
-                self._weights = (self.version, self.cluster.put(self.version))
-            worker = self._next_worker()
-            pending = self.cluster.submit(worker, *self._weights)
-            ticket = Ticket(self.admitted, worker, *self._weights, pending)
+            worker, sent = self._next_worker(), self._sent()
+            ticket = Ticket(self.admitted, worker, *sent, self.cluster.submit(worker, *sent))
             self._now = self._now._replace(open=(*self._now.open, ticket))
 
     def _next_worker(self) -> int:

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -39,6 +40,8 @@ class Collector:
     def __init__(self) -> None:
         self.job: Job | None = None
         self.version: int | None = None
+        self._newer: tuple[int, Flat] | None = None
+        self._lock = threading.Lock()
 
     def ask(self, question: str, *given: Any) -> Answer:
         """Answers ``begin``, ``restore``, ``collect`` or ``end``.
@@ -58,18 +61,20 @@ class Collector:
 
         Args:
             settings: ``cfg`` and ``allow`` of :class:`~unified_rl.training.build.Job`, ``worker``, ``workers``,
-                ``folder`` (where relative paths begin), ``path`` (of modules), and what the run has settled:
-                ``generation_batch``.
+                ``folder`` (where relative paths begin), ``path`` (of modules), ``in_flight``, and what the run has
+                settled: ``generation_batch``.
         """
         if os.path.isdir(settings["folder"]):
             os.chdir(settings["folder"])
         sys.path += [place for place in settings["path"] if place not in sys.path and os.path.isdir(place or ".")]
         worker = settings["worker"]
-        self.workers = settings["workers"]
+        self.workers, self.in_flight = settings["workers"], settings["in_flight"]
         self.job = Job(settings["cfg"], settings["allow"], worker=worker)
         self.rollout = self.job.make_rollout()
         if settings["generation_batch"] is not None:
             self.rollout.generation_batch = settings["generation_batch"][0]
+        if self.in_flight:
+            self.job.policy.refresh = self._refresh
         if worker:
             self.rollout.number_from(worker * APART)
         if self.job.book is not None and hasattr(self.rollout, "shows"):
@@ -87,10 +92,10 @@ class Collector:
 
     def _collect(self, version: int, flat: Flat) -> dict[str, Any]:
         assert self.job is not None
-        if version != self.version:
-            unpack_into(self.job.policy, Flat(*flat))
-            self.version = version
-        rows, metrics = self.rollout.collect(version)
+        if self.version is None or version > self.version or (version != self.version and not self.in_flight):
+            self._load(version, flat)
+        assert self.version is not None
+        rows, metrics = self.rollout.collect(self.version)
         told = {key: float(value) if isinstance(value, Tensor) else value for key, value in metrics.items()}
         if EPOCH in told:  # the others go through the problems as well
             told[EPOCH] *= self.workers
@@ -100,6 +105,25 @@ class Collector:
             "metrics": told,
             "state": pack_state(self.rollout.state_dict()),
         }
+
+    def _load(self, version: int, flat: Flat) -> None:
+        assert self.job is not None
+        unpack_into(self.job.policy, Flat(*flat))
+        self.version = version
+
+    def swap(self, version: int, flat: Flat) -> None:
+        """Newer weights for a collection under way in another thread, from its next token on."""
+        with self._lock:
+            self._newer = (version, flat)
+
+    def _refresh(self) -> int:
+        """What the policy asks before every token."""
+        with self._lock:
+            newer, self._newer = self._newer, None
+        if newer is not None and (self.version is None or newer[0] > self.version):
+            self._load(*newer)
+        assert self.version is not None
+        return self.version
 
     def _end(self) -> None:
         """Ends processes of the run's reward functions and environments."""

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
+from unified_rl.policies.causal_lm import CausalLM
+from unified_rl.policies.generation import has_plain_cache
 from unified_rl.protocols import NumbersRows
 from unified_rl.ranges import Count, Devices, Whole, ranged, shown
 from unified_rl.replay import HindsightReplay
@@ -32,6 +34,8 @@ class RayEngine:
         order: ``ticket`` takes batches in the order in which they were begun: rows are at most ``rollout.staleness``
             updates old, and a run is the same twice. ``completion`` takes whichever is done first, and promises
             neither: a slow batch is overtaken without end.
+        in_flight: new weights are also given to batches under way, between two tokens of a language model, which keeps
+            what it has read. Each token is stored with the version that sampled it. Then no run is the same twice.
         restarts: lost workers that are replaced, in one run of the command.
         num_cpus: of an actor, as Ray counts them.
         num_gpus: of an actor; with 0 it samples on the CPU, whatever ``device`` the run has.
@@ -47,13 +51,14 @@ class RayEngine:
         self,
         workers: Count = 1,
         order: Literal["ticket", "completion"] = "ticket",
+        in_flight: bool = False,
         restarts: Whole = 10,
         num_cpus: Devices = 1.0,
         num_gpus: Devices = 0.0,
         address: str | None = None,
         env_vars: dict[str, str] | None = None,
     ) -> None:
-        self.workers, self.order, self.restarts = workers, order, restarts
+        self.workers, self.order, self.in_flight, self.restarts = workers, order, in_flight, restarts
         self.num_cpus, self.num_gpus, self.address = num_cpus, num_gpus, address
         self.env_vars = dict(env_vars or {})
         self.check_settings({"num_cpus": num_cpus, "num_gpus": num_gpus, "address": address})
@@ -99,9 +104,11 @@ class RayEngine:
             rollout: like theirs; it collects nothing.
         """
         settings = worker_settings(cfg, allow, rollout, self.workers, on_gpu=self.num_gpus > 0)
+        settings |= {"in_flight": self.in_flight}
         cluster = self.make_cluster(settings, partial(pack, policy))
         sizes = (self.workers, int(rollout.steps_per_collect), int(rollout.staleness))
-        return TicketFeed(cluster, *sizes, order=self.order, restarts=self.restarts, seed=int(cfg.get("seed") or 0))
+        return TicketFeed(cluster, *sizes, order=self.order, restarts=self.restarts, seed=int(cfg.get("seed") or 0),
+                          in_flight=self.in_flight)  # fmt: skip
 
     def make_cluster(self, settings: Mapping[str, Any], pack: Callable[[], Flat]) -> Cluster:
         """The workers, not yet started."""
@@ -125,7 +132,7 @@ def worker_settings(
         mine["rollout"] = {**mine["rollout"], "random_steps": -(-random_steps // workers)}
     together = [rollout.generation_batch] if hasattr(rollout, "generation_batch") else None
     places = {"folder": os.getcwd(), "path": list(sys.path)}
-    settled = {"workers": workers, "generation_batch": together}
+    settled = {"workers": workers, "generation_batch": together, "in_flight": False}
     return {"cfg": mine, "allow": list(allow), **settled, **places}
 
 
@@ -156,6 +163,8 @@ def check_engine(engine: RayEngine | None, agent: str, rollout: Any, replay: Any
             "engine=local (rollout=control and rollout=language can be collected by workers)"
         )
     check_bound(engine.workers, int(rollout.staleness))
+    if engine.in_flight:
+        check_in_flight(rollout)
     if engine.workers == 1:
         return
     if isinstance(replay, HindsightReplay):
@@ -167,6 +176,25 @@ def check_engine(engine: RayEngine | None, agent: str, rollout: Any, replay: Any
         raise ConfigError(
             f"engine.workers={engine.workers}: episodes of several workers must have numbers of their own, and "
             f"{type(rollout).__name__} has no number_from(first): give it one, or set engine.workers=1"
+        )
+
+
+def check_in_flight(rollout: Any) -> None:
+    """Refuses weights that would change under a rollout that cannot take them, or that would never change.
+
+    Raises:
+        ConfigError: says what it needs.
+    """
+    policy = getattr(rollout, "policy", None)
+    if not isinstance(policy, CausalLM) or not has_plain_cache(policy.model):
+        raise ConfigError(
+            "engine.in_flight=true changes weights between two tokens of a language model with a plain key-value "
+            f"cache, and this run samples with {type(policy).__name__}: leave it out"
+        )
+    if rollout.staleness == 0:
+        raise ConfigError(
+            "engine.in_flight=true would be of no effect with rollout.staleness=0, where no batch is under way during "
+            "an update: set rollout.staleness=1 or more"
         )
 
 

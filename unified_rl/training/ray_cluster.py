@@ -116,7 +116,13 @@ class RayCluster:
         engine = self.engine
         environment = {"env_vars": {**engine.env_vars}}  # what is set in this process now does not reach an actor
         options = {"num_cpus": engine.num_cpus, "num_gpus": engine.num_gpus, "max_restarts": 0, "max_task_retries": 0}
-        return self._ray.remote(**options, runtime_env=environment)(Collector).remote()
+        if not engine.in_flight:
+            return self._ray.remote(**options, runtime_env=environment)(Collector).remote()
+        # beside a collection, in a thread of its own; without, everything is done in the actor's main thread
+        aside = self._ray.method(concurrency_group="weights")(Collector.swap)
+        kind = type("SwappingCollector", (Collector,), {"swap": aside, "__module__": Collector.__module__})
+        groups = {"weights": 1}
+        return self._ray.remote(**options, runtime_env=environment, concurrency_groups=groups)(kind).remote()
 
     def _begin(self, worker: int) -> Any:
         return self.actors[worker].ask.remote("begin", {**self.settings, "worker": worker})
@@ -160,6 +166,10 @@ class RayCluster:
     def submit(self, worker: int, version: int, weights: Any) -> Any:
         """As of the protocol."""
         return self.actors[worker].ask.remote("collect", version, weights)
+
+    def swap(self, worker: int, version: int, weights: Any) -> None:
+        """As of the protocol."""
+        self.actors[worker].swap.remote(version, weights)
 
     def result(self, pending: Any, ticket: int, worker: int) -> Collected:
         """As of the protocol."""
