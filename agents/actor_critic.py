@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from unified_rl.quick_adam import QuickAdam
 from unified_rl.ranges import Count, Fraction, NonNegative, Positive, Seed, UnitInterval, Whole, ranged
 from unified_rl.replay import Replay, nstep_transitions
 from unified_rl.replay.fit import check_replay
+from unified_rl.shard import ALONE, Shard
 
 Metrics = dict[str, Tensor]
 LABELS = {"value": "loss/value", "critic": "loss/critic", "actor": "loss/policy"}
@@ -50,14 +51,61 @@ class Phase:
     through: bool = False
     """Whether gradients pass through networks of other phases, whose weights then get none."""
 
-    def step(self, *inputs: Any) -> tuple[Tensor, Metrics]:
-        """One optimiser step."""
+    def step(self, *inputs: Any, part: Part | None = None) -> tuple[Tensor, Metrics]:
+        """One optimiser step; ``part`` says which rows of the batch the inputs are."""
         loss, metrics = self.loss(*inputs)
         for parameter in self.parameters:
             parameter.grad = None
-        torch.autograd.backward(loss, inputs=self.parameters if self.through else None)
+        if part is None:
+            torch.autograd.backward(loss, inputs=self.parameters if self.through else None)
+        else:
+            part.backward(loss, self.parameters, self.through)
         self.move.step()
         return loss.detach(), metrics
+
+
+class Part:
+    """Which rows of a batch this process passes through the networks, and what becomes of what it finds.
+
+    Args:
+        shard: of the processes that divide the batch.
+        rows: of the whole batch.
+    """
+
+    def __init__(self, shard: Shard, rows: int) -> None:
+        mine = shard.mine(rows)
+        self.shard, self.rows, self.span = shard, rows, shard.span(rows)
+        self.share = (mine.stop - mine.start) / rows
+        """Of the rows that count: 0 where the first row is passed for company."""
+
+    def batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This process's rows; the order of an ensemble's members has none."""
+        if self.shard.world == 1:
+            return batch
+        return {key: x if key == "members" else x[self.span] for key, x in batch.items()}
+
+    def backward(self, loss: Tensor, parameters: Sequence[Tensor], through: bool) -> None:
+        """The gradient of the mean over all rows, from the mean over this process's."""
+        inputs = list(parameters) if through else None
+        torch.autograd.backward(loss if self.shard.world == 1 else self.share * loss, inputs=inputs)
+        self.shard.sum_gradients(parameters)
+
+    def average(self, x: Tensor) -> Tensor:
+        """The mean of ``[B]`` over all rows, without gradient."""
+        if self.shard.world == 1:
+            return x.mean()
+        total: Tensor = self.share * x.detach().mean()
+        self.shard.all_reduce(total)
+        return total
+
+    def metrics(self, found: Metrics, device: torch.device) -> Metrics:
+        """Means over all rows of those over this process's, and ``td_error [B]`` of all rows."""
+        if self.shard.world == 1:
+            return found
+        each = {key: x for key, x in found.items() if key == "td_error"}
+        means = {key: self.share * x.double() for key, x in found.items() if key not in each}
+        summed = {key: x.to(torch.float32) for key, x in self.shard.sums(means, device).items()}
+        return {**summed, **{key: self.shard.gather(x, self.rows) for key, x in each.items()}}
 
 
 @configurable
@@ -112,6 +160,8 @@ class ActorCritic:
 
     option = "actor_critic"
     """What the configuration calls it, for errors; a run sets its own choice."""
+
+    shard: Shard = ALONE
 
     def __init__(
         self,
@@ -179,6 +229,8 @@ class ActorCritic:
         self.extra: tuple[str, ...] = ()
         self.prioritised = self.checked = False
         self.scales: dict[str, Scales] = self.phases_of.scales(0.0, 0)
+        self.inner_generator, self.part = generator, Part(ALONE, batch_size)
+        """Noise that a policy's supervised loss draws, and the rows of the present step."""
         self.graph = GraphedStep(self.gradient_step, policy_delay) if cuda_graph else None
         self.version = self.gradient_steps = 0
         self._due = 0.0
@@ -237,7 +289,9 @@ class ActorCritic:
         loss = self.phases_of.losses()[name]
 
         def compute(batch: dict[str, Tensor], noise: Tensor, alpha: Tensor, scales: Scales) -> tuple[Tensor, Metrics]:
-            t = Transitions(batch, self.nets, noise, alpha, self.phases_of.aggregate, self.generator)
+            t = Transitions(
+                batch, self.nets, noise, alpha, self.phases_of.aggregate, self.inner_generator, self.part.average
+            )
             value = loss(t, scales)
             if name == "critic" and self.prioritised:
                 t.metrics["td_error"] = t.td_error.detach().abs().mean(0)
@@ -260,11 +314,14 @@ class ActorCritic:
         """
         alpha = self.nets.log_alpha.detach().exp()
         metrics: Metrics = {}
+        part = self.part = Part(self.shard, len(batch["reward"]))
+        batch, noise = part.batch(batch), noise[:, part.span]
         for name, phase in self.phases.items():
             scales = self.scales.get(name, (1.0,))
             if (name != "actor" or update_actor) and any(scales):
-                metrics[LABELS[name]], more = phase.step(batch, noise, alpha, scales)
+                metrics[LABELS[name]], more = phase.step(batch, noise, alpha, scales, part=part)
                 metrics |= more
+        metrics = part.metrics(metrics, self.device)
         if self.reads_alpha:
             metrics["policy/alpha"] = alpha
         if update_actor and self.alpha_move is not None and "policy/entropy" in metrics:
@@ -275,6 +332,31 @@ class ActorCritic:
         return metrics
 
     # ------------------------------------------------------------------ the trainer's interface
+
+    def share(self, shard: Shard) -> None:
+        """Divides the passes over a batch among processes that draw the same one.
+
+        The noise of actions is drawn for the whole batch and cut, so that it is one process's; what a policy's
+        supervised loss draws comes from a stream of each process.
+
+        Raises:
+            ConfigError: a captured graph, or a part of the user's own that does not say it is right then.
+        """
+        if self.graph is not None:
+            raise ConfigError("agent.cuda_graph captures a step of one process: set it to false, or learner=single")
+        for name, part in self.phases_of.parts.items():
+            if not (part.func.__module__.startswith("unified_rl.") or getattr(part.func, "shares", False)):
+                raise ConfigError(
+                    f"{name} is {part.func.__name__}, which does not say that it may see a share of the batch: set its "
+                    "attribute shares=True where its loss is a mean over rows (Transitions.average is that over all), "
+                    "or learner=single"
+                )
+        self.shard = shard
+
+    def weights(self) -> list[Tensor]:
+        """Weights and buffers of all networks, which are the same in every process."""
+        modules = self._modules().values()
+        return [*(x for m in modules for x in (*m.parameters(), *m.buffers())), self.nets.log_alpha]
 
     def update(self, replay: Replay, progress: float = 0.0) -> dict[str, Any]:
         """The gradient steps that are due after one collection.
@@ -344,6 +426,8 @@ class ActorCritic:
             self._update_normalizers(batch["observation"])
         self._set_rate()
         self.gradient_steps += 1
+        if self.shard.world > 1:
+            self.inner_generator = self.shard.stream(self.generator, self.gradient_steps)
         step = self.gradient_step if self.graph is None else self.graph
         metrics = step(batch, noise, self.gradient_steps % self.policy_delay == 0)
         if self.prioritised:

@@ -109,6 +109,10 @@ class BehaviorCloning:
         """Divides the passes among processes that are given the same rows; noise is drawn from a stream of each."""
         self.shard = shard
 
+    def weights(self) -> list[Tensor]:
+        """The weights that are trained, and the policy's buffers, which are the same in every process."""
+        return [*self.optimizer.parameters, *self.policy.buffers()]
+
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
         """Refuses an optimiser or a schedule that cannot be made, when a run is composed.

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 
 from unified_rl.agents.advantage_source import (
     CREDIT_OF,
@@ -376,6 +377,10 @@ class PolicyGradient:
         self.objective.share(shard)
         if self.baseline is not None:
             self.baseline.shard = shard
+
+    def weights(self) -> list[Tensor]:
+        """The weights that are trained, and the policy's buffers, which are the same in every process."""
+        return [*self.optimizer.parameters, *self.policy.buffers()]
 
     def _draw(self, replay: Replay) -> TensorDict:
         return self.draw(replay, self.version)

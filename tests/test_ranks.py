@@ -36,6 +36,9 @@ CONTROL = ["env=two_route", "policy=gaussian", "policy.hidden=[8]", "agent=ppo",
            "rollout.staleness=1"]  # fmt: skip
 TEACHING = ["env=chain_mod", "policy=causal_lm_tiny", *(w for w in LANGUAGE if w.startswith("policy.config")), *QUIET,
             "agent=sft", "rollout=demonstrations", "rollout.rows=14", "agent.micro_batch=3"]  # fmt: skip
+VALUED = ["env=two_route", "agent=sac", "policy.hidden=[8]", "agent.critic_hidden=[8]", *QUIET, "replay=priority",
+          "agent.batch_size=15", "agent.learning_starts=32", "agent.updates_per_step=0.1", "rollout.num_envs=4",
+          "rollout.horizon=8", "rollout.random_steps=32", "replay.capacity=512"]  # fmt: skip
 LOGGED = ("loss/", "update/", "clip/", "reject/", "train/", "rollout/", "grad/", "eval/", "policy/", "ess/", "agent/")
 WAIT = 60.0
 
@@ -94,7 +97,7 @@ def said(folder: Path) -> str:
 
 def weights(run: Path) -> torch.Tensor:
     state = load_state(checkpoints(run / FOLDER)[-1])["agent"]
-    parts = [*state["policy"].values(), *(state.get("critic") or {}).values()]
+    parts = [*state["policy"].values(), *(state.get("critic") or {}).values(), *(state.get("target") or {}).values()]
     return torch.cat([x.double().flatten() for x in parts])
 
 
@@ -139,10 +142,13 @@ def _drifts(rank: int) -> None:
     PolicyGradient.update = drifting  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("name", ["control", "supervised"])
+OTHERS = {"control": CONTROL, "supervised": TEACHING, "valued": VALUED}
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_agents_of_two_processes_are_those_of_one(name: str, tmp_path: Path) -> None:
     """In control process 0's weights are taken over at the end of every update, since the others drift."""
-    words = [*(CONTROL if name == "control" else TEACHING), "updates=4"]
+    words = [*OTHERS[name], "updates=4"]
     one, two = tmp_path / "one", tmp_path / "two"
     alone(["train", *words, f"run_dir={one}"])
     before = _drifts if name == "control" else int
@@ -312,10 +318,11 @@ def test_a_learner_and_a_start_that_do_not_fit_are_refused(
 
 
 def test_agents_that_cannot_divide_their_passes_are_refused_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("stable_baselines3")
     run = tmp_path / "run"
-    words = ["train", "env=two_route", "agent=sac", "updates=2", "learner=data_parallel", f"run_dir={run}"]
+    words = ["train", "env=two_route", "agent=sb3_sac", "steps=64", "learner=data_parallel", f"run_dir={run}"]
     assert together(words, tmp_path / "told", world=1) == [2]
-    assert "agent=sac is none of them: set learner=single" in said(tmp_path / "told") and not run.exists()
+    assert "agent=sb3_sac is none of them: set learner=single" in said(tmp_path / "told") and not run.exists()
 
 
 def test_an_assembled_run_is_of_one_process() -> None:

@@ -729,8 +729,10 @@ class SharesPasses(Protocol):
     """An agent whose passes over the model can be divided among processes that hold the same rows and weights."""
 
     policy: Any
-    optimizer: Any
-    """With ``parameters``, the weights that it moves."""
+
+    def weights(self) -> list[Any]:
+        """Weights and buffers, which every process holds alike at the end of an update."""
+        ...
 
     def share(self, shard: Any) -> None:
         """Does so, see :class:`unified_rl.shard.Shard`; raises ConfigError where it would not be the same gradient."""

@@ -58,12 +58,16 @@ class Shard:
         at = self.bounds(rows)
         return slice(at[self.rank], at[self.rank + 1])
 
+    def span(self, rows: int) -> slice:
+        """Which of so many rows this process passes: :meth:`mine`, or the first where that is empty."""
+        mine = self.mine(rows)
+        return mine if mine.stop > mine.start else slice(0, 1)
+
     def own(self, rows: RowsT) -> RowsT:
         """This process's rows; the first row where it has none, so that it makes the same passes."""
         if self.world == 1:
             return rows
-        mine = self.mine(len(rows))
-        found: RowsT = rows[mine if mine.stop > mine.start else slice(0, 1)]
+        found: RowsT = rows[self.span(len(rows))]
         return found
 
     def gather(self, found: Tensor, rows: int) -> Tensor:

@@ -131,7 +131,7 @@ def pathwise(
     q = t.nets.critic(t.batch["observation"], action)
     value = q.mean(0) if mean else q.amin(0)
     if normalize:
-        value = value / value.detach().abs().mean().clamp(min=1e-6)
+        value = value / t.average(value.detach().abs()).clamp(min=1e-6)
     out: Tensor = (t.alpha * log_prob - value).mean() if entropy else -value.mean()
     return out
 

@@ -80,7 +80,9 @@ class Transitions:
         alpha: the entropy weight, scalar without gradient.
         aggregate: ``(q [num, B], t) -> [B]``, from an ensemble's values to one.
         generator: for whatever else is drawn.
-        metrics: scalars for the log; parts add to it.
+        average: ``[B]`` without gradient to its mean; of several processes that share a batch, over all of it. A loss
+            is the mean over the rows that are here.
+        metrics: means over the rows for the log; parts add to it.
     """
 
     batch: Mapping[str, Tensor]
@@ -89,6 +91,7 @@ class Transitions:
     alpha: Tensor
     aggregate: Callable[[Tensor, Transitions], Tensor]
     generator: torch.Generator
+    average: Callable[[Tensor], Tensor] = torch.mean
     metrics: dict[str, Tensor] = field(default_factory=dict)
     target: Tensor | None = None
     """Of the critic, ``[B]`` without gradient; set in its phase."""

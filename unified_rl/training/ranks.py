@@ -297,8 +297,8 @@ class Launched(Ranks):
         """
         if not isinstance(agent, SharesPasses):
             raise ConfigError(
-                f"learner=data_parallel divides the passes of policy_gradient, ppo, behavior_cloning and sft, and "
-                f"agent={name} is none of them: set learner=single"
+                f"learner=data_parallel divides the passes of policy_gradient, ppo, behavior_cloning, sft, sac and "
+                f"actor_critic, and agent={name} is none of them: set learner=single"
             )
         agent.share(self.shard)
 
@@ -377,7 +377,7 @@ class Launched(Ranks):
 def digest(agent: Any) -> int:
     """The sum of the bits of an agent's weights and buffers, as whole numbers; equal ones have the same."""
     total = torch.zeros((), dtype=torch.int64)
-    for x in (*agent.optimizer.parameters, *agent.policy.buffers()):
+    for x in agent.weights():
         flat = x.detach().contiguous().reshape(-1)
         bits = {4: torch.int32, 8: torch.int64, 2: torch.int16}.get(flat.element_size(), torch.uint8)
         total = total + flat.view(bits).sum(dtype=torch.int64).cpu()
