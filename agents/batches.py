@@ -150,11 +150,15 @@ def choose_steps(
     Raises:
         ConfigError: it is wanted and cannot be done.
     """
+    terms = list(terms)
     groups = [term.where for term in terms if term.whole_groups]
+    rows = [term.where for term in terms if term.whole_rows]
     whole = needs_whole_rows(correction) or wrapper.whole_rows
-    may_split = possible and not whole and not groups
+    may_split = possible and not whole and not groups and not rows
     if wanted and groups:
         raise ConfigError(f"agent.shuffle_steps cuts groups that {groups[0]} needs whole; set it to false")
+    if wanted and rows:
+        raise ConfigError(f"agent.shuffle_steps cuts rows that {rows[0]} needs whole; set it to false")
     if wanted and not may_split:
         level = correction.level_name
         raise ConfigError(

@@ -11,7 +11,7 @@ from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.divergence import DivergenceTerm
 from unified_rl.objectives.objective import Parts, Term
-from unified_rl.objectives.preference import PreferenceTerm
+from unified_rl.objectives.preference import KtoTerm, PreferenceTerm, SetPreferenceTerm
 from unified_rl.objectives.terms import EntropyTerm, NllTerm, PolicyGradientTerm, ValueTerm
 from unified_rl.policies.sampling import HasSampling
 from unified_rl.protocols import Trainable
@@ -24,6 +24,8 @@ TERMS: dict[str, type[Term]] = {
     "nll": NllTerm,
     "divergence": DivergenceTerm,
     "preference": PreferenceTerm,
+    "set_preference": SetPreferenceTerm,
+    "kto": KtoTerm,
 }
 """Terms by name; a subclass of :class:`~unified_rl.objectives.objective.Term` may also be named by its dotted path."""
 

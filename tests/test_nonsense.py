@@ -41,15 +41,20 @@ MEANT: list[tuple[str, str, str]] = [
     ("-1 0 1e30 inf -inf 2**63", "a bound of a log-ratio may be off", "correction.pre.low"),
     ("-1 0 1e30 inf 2**63", "a bound of a log-ratio may be off, and lies above the other", "correction.pre.high"),
     ("-1 0 -inf", "a bound of a covariance may be off", "correction.kernel.cov_low"),
+    ("-1 0", "a bound of a log-ratio that lies below the other", "agent.objectives.prefer.low"),
+    ("-1 0 1e30 2**63", "a bound of a log-ratio that lies above the other", "agent.objectives.prefer.high"),
     ("-1 0 1e30 2**63", "a number that may have either sign: a coefficient, a reward, an exponent, an entropy in nats",
      "agent.actor.improve.coefficient agent.entropy_coef agent.objectives.imitate.coefficient.peak "
      "agent.objectives.imitate.coefficient.valley agent.objectives.policy.coefficient.peak "
-     "agent.objectives.policy.coefficient.valley agent.target_entropy correction.advantage.shift correction.level.p "
+     "agent.objectives.policy.coefficient.valley agent.objectives.prefer.anchor.old "
+     "agent.objectives.prefer.anchor.reference agent.objectives.prefer.pairs.deviations "
+     "agent.target_entropy correction.advantage.shift correction.level.p "
      "correction.wrapper.p_end correction.wrapper.p_start env.left_bonus env.threshold "
      "env.truncated_reward"),
     ("0", "0 turns it off, is the first seed, or is one end of the range",
      "env.workers agent.gamma agent.lam agent.learning_starts agent.objectives.distill.kind.beta "
-     "agent.objectives.imitate.coefficient.warmup agent.objectives.policy.coefficient.warmup agent.seed "
+     "agent.objectives.imitate.coefficient.warmup agent.objectives.policy.coefficient.warmup "
+     "agent.objectives.prefer.negatives agent.seed "
      "correction.kernel.fraction correction.kernel.low_negative correction.kernel.low_positive "
      "correction.kernel.normalize correction.kernel.outer_low correction.proximal.decay correction.thin.least "
      "correction.wrapper.alpha correction.wrapper.p_min correction.wrapper.steps env.data_seed env.direct_share "
@@ -62,6 +67,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.budget correction.kernel.low"),
     ("0 1e30 2**63", "a factor: 0 turns it off, and a large one is finite (what becomes infinite ends the run)",
      "agent.actor.policy.beta agent.adam_eps agent.alpha agent.critic_lr agent.kl agent.lr agent.value_coef "
+     "agent.objectives.prefer.deviation agent.objectives.prefer.nll "
      "agent.weight_decay env.reset_noise_scale "
      "correction.advantage.eps correction.kernel.beta correction.kernel.k_negative correction.kernel.k_positive "
      "correction.kernel.lam_negative correction.kernel.lam_positive correction.kernel.power correction.kernel.target "
@@ -76,7 +82,8 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.high_positive correction.kernel.importance_cap correction.kernel.low_max "
      "correction.kernel.outer_high policy.clip_prediction"),
     ("1e30 2**63", "a positive number of any size",
-     "agent.objectives.prefer.link.beta agent.updates_per_step correction.horizon correction.kernel.floor "
+     "agent.objectives.prefer.beta agent.objectives.prefer.link.beta agent.updates_per_step "
+     "correction.horizon correction.kernel.floor "
      "env.batch_seconds env.step_seconds "
      "correction.kernel.gamma correction.kernel.scale correction.kernel.step correction.kernel.temperature "
      "correction.wrapper.bound correction.wrapper.target env.score_seconds env.tool_seconds policy.std_max "

@@ -12,7 +12,7 @@ from term_cases import agent_of, both_splits, dense, joined, want
 
 from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.errors import ConfigError
-from unified_rl.objectives.preference import best_worst
+from unified_rl.objectives.pairs import best_worst
 from unified_rl.rollout.sources import Demonstrations
 
 

@@ -25,6 +25,7 @@ from unified_rl.agents.baselines import CREDITS
 from unified_rl.agents.loss import TERMS
 from unified_rl.config import group_options, preset
 from unified_rl.correction import lookup
+from unified_rl.correction.generators import GENERATORS
 from unified_rl.correction.levels import LEVELS
 from unified_rl.correction.penalties.penalty import PENALTIES
 from unified_rl.correction.penalties.selection import SELECTIONS
@@ -418,6 +419,22 @@ def term_cases() -> Iterator[Case]:
             "preference.anchor": "nowhere",
             "preference.low": -0.01,
             "preference.high": 0.01,
+            "preference.generator": "js",
+            "preference.score": "mean",
+            "preference.within": "batch",
+            "set_preference.rows": "demonstration",
+            "set_preference.chosen": "best",
+            "set_preference.anchor": "nowhere",
+            "set_preference.low": -0.01,
+            "set_preference.high": 0.01,
+            "set_preference.score": "mean",
+            "set_preference.within": "batch",
+            "kto.rows": "demonstration",
+            "kto.threshold": -1.0,
+            "kto.anchor": "nowhere",
+            "kto.low": -0.01,
+            "kto.high": 0.01,
+            "kto.score": "mean",
         },
     )  # fmt: skip
     yield from of_table(
@@ -431,8 +448,14 @@ def term_cases() -> Iterator[Case]:
     for kind, table, default in (("link", LINKS, "dpo"), ("pairs", PAIRS, "best_worst")):
         yield from of_table(
             f"preference.{kind}", table, STALE, lambda node, kind=kind: term({"name": "preference", kind: node}),
-            default=default, samples={"dpo.smoothing": 0.2, "best_worst.least_gap": 2.0},
+            default=default,
+            samples={"dpo.smoothing": 0.2, "best_worst.least_gap": 2.0, "best_deviant.deviations": 9.0},
+            against={"pairs": "every_pair"}.get(kind),
         )  # fmt: skip
+    yield from of_table(
+        "preference.generator", GENERATORS, STALE, lambda node: term({"name": "preference", "generator": node}),
+        default="reverse_kl",
+    )  # fmt: skip
     shown = "agent.objectives.more={name: nll, rows: {source: demonstration, when: failed}}"
     yield from of_table(
         "gate", GATES, (*STALE, SHOWN, shown, "agent.gates={failed: {name: success_at_most, count: -1}}"),

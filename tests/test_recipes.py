@@ -21,7 +21,8 @@ from unified_rl.study import recipes
 LANGUAGE = tuple(merged(SHORT, ["env.max_turn_tokens=8"]))
 NEEDED = {
     "luffy", "chord", "hpt", "gkd", "opsd", "dpo", "ghpo", "gdpo", "kdrl", "exopd", "nsr", "psr", "w_reinforce",
-    "vla_opd", "iql", "td3_bc", "rlpd",
+    "vla_opd", "iql", "td3_bc", "rlpd", "ipo", "f_dpo", "kto", "rpo_regularised", "humanline_dpo", "humanline_kto",
+    "sweet_spot", "inpo", "mpo", "ampo", "trajectory_dpo",
 }  # fmt: skip
 OFFLINE = ("iql", "td3_bc", "rlpd")
 """Value-based recipes, which have a test file of their own."""
@@ -32,7 +33,7 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
     "gkd": ["rollout.sources.demonstrations.rows=4"],
     "ghpo": ["rollout.group_size=2"],
 }
-TASKS = {"vla_opd": ("env=two_route", *BINS)}
+TASKS = {"vla_opd": ("env=two_route", *BINS), "trajectory_dpo": CONTROL}
 TEACHERS = {"gkd", "kdrl", "exopd", "vla_opd"}
 GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_size"))
 ELSEWHERE = [(name, d) for name in NAMES for d in recipes.recipe(name).domains[1:]]
@@ -43,7 +44,7 @@ LIMITS = [(name, number) for name in NAMES for number in range(len(recipes.recip
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], str]:
     """Runs that can teach, by task."""
-    return {task: teacher(tmp_path_factory.mktemp("teacher"), task) for task in (LANGUAGE, TASKS["vla_opd"])}
+    return {task: teacher(tmp_path_factory.mktemp("teacher"), task) for task in (LANGUAGE, TASKS["vla_opd"], CONTROL)}
 
 
 def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -> list[str]:
@@ -85,9 +86,12 @@ def test_a_recipe_trains_and_is_not_its_absence(name: str, runs: dict[tuple[str,
 
 
 @pytest.mark.parametrize(("name", "domain"), ELSEWHERE)
-def test_a_recipe_trains_in_every_domain_that_it_claims(name: str, domain: str) -> None:
+def test_a_recipe_trains_in_every_domain_that_it_claims(
+    name: str, domain: str, runs: dict[tuple[str, ...], str]
+) -> None:
     task = {"language": LANGUAGE, "control": CONTROL}[domain]
-    with_it = cached(*merged(task, [f"recipe={name}"]))
+    taught = [f"agent.teacher={runs[task]}"] if name in TEACHERS else []
+    with_it = cached(*merged(task, [f"recipe={name}", *taught]))
     assert moved(with_it, cached(*merged(task, ["agent.lr=1e-30"]))) > 1e-5
     assert moved(with_it, cached(*task)) > 1e-6
 

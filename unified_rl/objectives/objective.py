@@ -114,6 +114,7 @@ class Term:
         anchors: names of the policies whose log-probs ``{name}_log_prob [B, N]`` rows must hold.
         distributions: names of the policies whose whole distributions it compares with.
         whole_groups: optimiser batches must hold whole groups.
+        whole_rows: they must hold whole rows, not single steps.
         reports: names of metrics of :meth:`loss` that others may rely on.
     """
 
@@ -121,6 +122,7 @@ class Term:
     anchors: frozenset[str] = frozenset()
     distributions: frozenset[str] = frozenset()
     whole_groups = False
+    whole_rows = False
     reports: frozenset[str] = frozenset()
 
     def __init_subclass__(cls, **arguments: Any) -> None:

@@ -1,90 +1,40 @@
-"""Losses of sequence scores: pairs and sets of a group's rows.
-
-Such a loss depends on the policy through one score a row, so ``prepare`` differentiates it by the scores ``[B]`` of the
-whole optimiser batch, and a micro-batch only multiplies each row's slope by its score: rows of a pair may lie in
-different micro-batches.
-"""
+"""Preferences: pairs and sets of rows of which some are better, and rows that are good or bad by themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from annotated_types import Interval
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.correction.internal.surrogate import KnownGradient
+from unified_rl.correction.generators import GENERATORS
 from unified_rl.correction.lookup import bind
-from unified_rl.correction.view import share
-from unified_rl.errors import ConfigError
-from unified_rl.objectives.forward import Forward
-from unified_rl.objectives.metrics import Mean, Metrics
-from unified_rl.objectives.objective import Scored, Term
-from unified_rl.objectives.terms import nothing, scattered
-from unified_rl.ranges import NonNegative, Positive
+from unified_rl.objectives.pairs import LINKS, PAIRS, first_row
+from unified_rl.objectives.scores import Compared, GroupScoreTerm, Measure, ScoreTerm, Within
+from unified_rl.ranges import NonNegative, Positive, Whole
 from unified_rl.returns.groups import Groups
 from unified_rl.units import row_return
 
-Pairs = tuple[Tensor, Tensor]
-"""Indices ``[P]`` of the better and the worse rows."""
+__all__ = ["LINKS", "PAIRS", "KtoTerm", "PreferenceTerm", "SetPreferenceTerm"]
 
 
-def best_worst(reward: Tensor, group: Tensor, *, least_gap: NonNegative = 0.0) -> Pairs:
-    """In every group whose rewards differ by more than ``least_gap``: the first best row and the first worst."""
-    groups = Groups(group)
-    high, low = groups.extreme(reward, "amax"), groups.extreme(reward, "amin")
-    better, worse = (_first(groups, reward == extreme) for extreme in (high, low))
-    chosen = (high - low)[better] > least_gap
-    return better[chosen], worse[chosen]
-
-
-def _first(groups: Groups, holds: Tensor) -> Tensor:
-    """The first row of every group where ``holds [B]``, which it does somewhere in each, ``[groups]``."""
-    rows = holds.nonzero().squeeze(-1)
-    first = torch.full((groups.number,), len(holds), device=holds.device)
-    return first.scatter_reduce(0, groups.index[rows], rows, "amin")
-
-
-def every_pair(reward: Tensor, group: Tensor) -> Pairs:
-    """Every two rows of one group of which one has the higher reward (GAL)."""
-    better = (reward[:, None] > reward) & (group[:, None] == group)
-    winner, loser = better.nonzero(as_tuple=True)
-    return winner, loser
-
-
-PAIRS: dict[str, Callable[..., Pairs]] = {"best_worst": best_worst, "every_pair": every_pair}
-
-
-def dpo(margin: Tensor, *, beta: Positive = 0.1, smoothing: Annotated[float, Interval(ge=0, le=0.5)] = 0.0) -> Tensor:
-    """``-log sigmoid(beta margin)``. Direct Preference Optimization, 2305.18290."""
-    d = beta * margin
-    return -(1 - smoothing) * F.logsigmoid(d) - smoothing * F.logsigmoid(-d)
-
-
-def ipo(margin: Tensor, *, beta: Positive = 0.1) -> Tensor:
-    """``(margin - 1 / (2 beta))^2``. IPO, 2310.12036."""
-    return (margin - 1 / (2 * beta)).square()
-
-
-LINKS: dict[str, Callable[..., Tensor]] = {"dpo": dpo, "ipo": ipo}
-"""Losses ``[P]`` of margins ``[P]``: the better row's score over the reference minus the worse one's."""
-
-
-class PreferenceTerm(Term):
-    """A contrastive loss on rows of a group.
+class PreferenceTerm(GroupScoreTerm):
+    """A contrastive loss on pairs of rows, a mean over pairs.
 
     Args:
-        name, rows, coefficient: see :class:`Term`.
+        name, rows, coefficient, anchor, low, high, score: see :class:`~unified_rl.objectives.scores.ScoreTerm`.
+        within: see :class:`~unified_rl.objectives.scores.GroupScoreTerm`.
         link: a name of :data:`LINKS`, or a mapping with its settings.
         pairs: a name of :data:`PAIRS`, or a mapping.
-        anchor: the policy that scores are measured against; ``none`` scores by the log-probs alone.
-        low, high: bounds of each unit's log-ratio before the sum (Humanline).
+        generator: scores are ``f'`` of a row's ratio, a name of
+            :data:`~unified_rl.correction.generators.GENERATORS` or a mapping: the divergence from the anchor that the
+            rewards are traded against. f-DPO, 2309.16240; ``reverse_kl`` is DPO.
+        nll: weight of the better row's negative log-likelihood, summed over its units. RPO, 2405.16436.
     """
 
-    whole_groups = True
+    counts, shows = "pairs", "margin"
 
     def __init__(
         self,
@@ -92,69 +42,148 @@ class PreferenceTerm(Term):
         *,
         link: str | Mapping[str, Any] = "dpo",
         pairs: str | Mapping[str, Any] = "best_worst",
-        anchor: str = "reference",
+        generator: str | Mapping[str, Any] = "reverse_kl",
+        nll: NonNegative = 0.0,
+        anchor: str | Mapping[str, Any] = "reference",
         low: float | None = None,
         high: float | None = None,
+        score: Measure = "sum",
+        within: Within = "group",
         rows: Any = None,
         coefficient: float | Mapping[str, Any] = 1.0,
     ) -> None:
-        super().__init__(name, rows, coefficient)
+        super().__init__(name, rows, coefficient, anchor, low, high, score, within)
         self.link, _ = bind(link, LINKS, f"{self.where}.link")
         self.pairs, _ = bind(pairs, PAIRS, f"{self.where}.pairs")
-        if low is not None and high is not None and low > high:
-            raise ConfigError(f"{self.where}.low must not lie above high={high}, got {low}")
-        self.low, self.high, self.anchor = low, high, anchor
-        self.anchors = frozenset({anchor} - {"none"})
-        self.reports = frozenset({f"loss/{name}", f"{name}/pairs", f"{name}/margin"})
+        self.generator = bind(generator, GENERATORS, f"{self.where}.generator")[0]()
+        self.nll = nll
 
-    def check(self, record: TensorDictBase) -> None:
-        """Looks for groups.
+    def compare(self, score: Tensor, likelihood: Tensor, rows: TensorDict) -> Compared:
+        """The link's mean over pairs."""
+        better, worse = self.pairs(row_return(rows), self.groups(rows))
+        slope = self.generator.slope(score)
+        margin = slope[better] - slope[worse]
+        value = self.link(margin).sum()
+        if self.nll:
+            value = value - self.nll * likelihood[better].sum()
+        return Compared(value / max(1, len(better)), len(better), margin.sum())
 
-        Raises:
-            ConfigError: every row is alone in its group, so there are no pairs.
-        """
-        rows = record if self.rows.every else self.rows.chosen(record)
-        if len(rows) and len(rows["group"].unique()) == len(rows):
-            raise ConfigError(
-                f"{self.where} compares rows of one group, and every row is alone in its own: sample several rows a "
-                "prompt or reset state (rollout.group_size)"
-            )
 
-    def prepare(self, batch: TensorDict, scored: Scored) -> TensorDictBase | None:
-        """``slope [B, N]`` of the whole loss by every log-prob, and ``value [B]``, the rows' equal shares of it."""
-        if self.rows.every:
-            return self._prepared(batch, scored.log_prob)
-        at = self.rows.numbers(batch)
-        return scattered(self._prepared(batch[at], scored.log_prob[at]), at, len(batch)) if len(at) else None
+class SetPreferenceTerm(GroupScoreTerm):
+    """Minus the log of the share of the better rows in the softmax of scores, a mean over groups whose rewards differ.
 
-    def _prepared(self, rows: TensorDict, log_prob: Tensor) -> TensorDictBase:
-        gap = log_prob if self.anchor == "none" else log_prob - rows[f"{self.anchor}_log_prob"]
-        x = torch.where(rows["mask"], gap, 0.0)
-        bounded = x.clamp(self.low, self.high) if (self.low, self.high) != (None, None) else x
-        with torch.enable_grad():
-            score = bounded.sum(-1).requires_grad_()
-            better, worse = self.pairs(row_return(rows), rows["group"])
-            margin = score[better] - score[worse]
-            value = self.link(margin).sum() / max(1, len(better))
-            (slope,) = torch.autograd.grad(value, score) if len(better) else (torch.zeros_like(score),)
-        slope = slope.unsqueeze(-1) * share(rows["mask"] & (bounded == x), x.dtype)
-        number = len(rows)
-        items = {
-            "slope": slope,
-            "value": (value.detach() / number).expand(number),
-            "pairs": torch.full_like(score.detach(), len(better) / number),
-            "margin": (margin.detach().sum() / number).expand(number),
-        }
-        return TensorDict(items, batch_size=[number])
+    Multi-Preference Optimization, 2412.04628, of many scored answers; AMPO, 2502.18293, of the best against a few.
 
-    def loss(self, forward: Forward, rows: TensorDict, stats: TensorDictBase | None) -> tuple[Tensor, Metrics]:
-        """The micro-batch's share."""
-        if stats is None:
-            return nothing(forward.log_prob), {}
-        value, pairs = stats["value"].sum(), stats["pairs"].sum()
-        metrics = {
-            f"loss/{self.name}": value,
-            f"{self.name}/pairs": pairs,
-            f"{self.name}/margin": Mean(stats["margin"].sum(), pairs),
-        }
-        return KnownGradient.apply(forward.log_prob, value, stats["slope"]), metrics
+    Args:
+        name, rows, coefficient, anchor, low, high, score: see :class:`~unified_rl.objectives.scores.ScoreTerm`.
+        within: see :class:`~unified_rl.objectives.scores.GroupScoreTerm`.
+        chosen: the better rows: all ``above_mean`` of the group, or its first ``best``.
+        negatives: the others: so many of the lowest rewards; 0 takes all.
+        beta: of the scores.
+        deviation: rows weigh ``exp(deviation |r - mean|)`` in the softmax, with the mean of their group.
+    """
+
+    counts, shows = "sets", "share"
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        chosen: Literal["above_mean", "best"] = "above_mean",
+        negatives: Whole = 0,
+        beta: Positive = 0.1,
+        deviation: NonNegative = 1.0,
+        anchor: str | Mapping[str, Any] = "reference",
+        low: float | None = None,
+        high: float | None = None,
+        score: Measure = "sum",
+        within: Within = "group",
+        rows: Any = None,
+        coefficient: float | Mapping[str, Any] = 1.0,
+    ) -> None:
+        super().__init__(name, rows, coefficient, anchor, low, high, score, within)
+        self.chosen, self.negatives, self.beta, self.deviation = chosen, negatives, beta, deviation
+
+    def compare(self, score: Tensor, likelihood: Tensor, rows: TensorDict) -> Compared:
+        """The mean over groups; ``share`` is the probability of the better rows in the softmax."""
+        reward = row_return(rows)
+        groups = Groups(self.groups(rows))
+        better = reward > groups.mean(reward)
+        differ = groups.extreme(reward, "amax") > groups.extreme(reward, "amin")
+        if self.chosen == "best":
+            better = torch.zeros_like(better).index_fill(0, first_row(groups, reward == _best(groups, reward)), True)
+        logit = self.beta * score + self.deviation * (reward - groups.mean(reward)).abs()
+        part = differ & (better | _lowest(groups, reward.masked_fill(better, torch.inf), self.negatives))
+        at, good = part.nonzero().squeeze(-1), (part & better).nonzero().squeeze(-1)
+        if not len(at):
+            return Compared(score.new_zeros(()), 0, score.new_zeros(()))
+        every, some = Groups(groups.index[at]), Groups(groups.index[good])
+        first = [first_row(g, torch.ones_like(g.index, dtype=torch.bool)) for g in (every, some)]
+        log_share = some.logsumexp(logit[good])[first[1]] - every.logsumexp(logit[at])[first[0]]
+        return Compared(-log_share.mean(), every.number, log_share.exp().sum())
+
+
+def _best(groups: Groups, reward: Tensor) -> Tensor:
+    return groups.extreme(reward, "amax")
+
+
+def _lowest(groups: Groups, reward: Tensor, count: int) -> Tensor:
+    """The ``count`` rows of lowest finite reward of every group, all where ``count`` is 0, ``[B]`` bool."""
+    finite = reward < torch.inf
+    if not count:
+        return finite
+    order = reward.sort(stable=True).indices
+    order = order[groups.index[order].sort(stable=True).indices]  # group by group, rewards ascending in each
+    index = groups.index[order]
+    place = torch.arange(len(order), device=order.device)
+    start = torch.full((groups.number,), len(order), device=order.device).scatter_reduce(0, index, place, "amin")
+    rank = torch.empty_like(place).index_copy(0, order, place - start[index])
+    return finite & (rank < count)
+
+
+class KtoTerm(ScoreTerm):
+    """Rows that are good or bad by themselves.
+
+    ``1 - sigmoid(beta (h - z0))`` of a good row and ``1 - sigmoid(beta (z0 - h))`` of a bad one, ``h`` its score and
+    ``z0 = max(0, mean of h)``, without gradient: of rows that the policy sampled this mean is the divergence from the
+    anchor, which the paper estimates from mismatched prompts and answers instead. Needs neither pairs nor groups, so it
+    also takes episodes. KTO, 2402.01306.
+
+    Args:
+        name, rows, coefficient, anchor, low, high, score: see :class:`~unified_rl.objectives.scores.ScoreTerm`.
+        beta: of the scores.
+        threshold: a row is good whose return lies above it, else bad; None is the mean return of the optimiser batch,
+            and rows at the mean are then neither.
+        desirable, undesirable: weights of good and of bad rows.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        beta: Positive = 0.1,
+        threshold: float | None = None,
+        desirable: NonNegative = 1.0,
+        undesirable: NonNegative = 1.0,
+        anchor: str | Mapping[str, Any] = "reference",
+        low: float | None = None,
+        high: float | None = None,
+        score: Measure = "sum",
+        rows: Any = None,
+        coefficient: float | Mapping[str, Any] = 1.0,
+    ) -> None:
+        super().__init__(name, rows, coefficient, anchor, low, high, score)
+        self.beta, self.threshold = beta, threshold
+        self.desirable, self.undesirable = desirable, undesirable
+
+    def compare(self, score: Tensor, likelihood: Tensor, rows: TensorDict) -> Compared:
+        """The weighted mean over rows."""
+        reward = row_return(rows)
+        threshold = reward.mean() if self.threshold is None else torch.full_like(reward[0], self.threshold)
+        good = reward > threshold
+        gap = self.beta * (score - score.detach().mean().clamp(min=0.0))
+        weight = torch.where(good, self.desirable, self.undesirable)
+        if self.threshold is None:
+            weight = torch.where(torch.isclose(reward, threshold), 0.0, weight)
+        value = (weight * torch.sigmoid(torch.where(good, -gap, gap))).mean()
+        return Compared(value, len(score), score.sum())
