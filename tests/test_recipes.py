@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from run_cases import CONTROL, cached, merged, teacher
 from run_cases import LANGUAGE as SHORT
-from run_cases import cached, merged, teacher
 
 from unified_rl import cli
 from unified_rl.config import compose, config_root
@@ -35,6 +35,8 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
 TASKS = {"vla_opd": ("env=two_route", *BINS)}
 TEACHERS = {"gkd", "kdrl", "exopd", "vla_opd"}
 GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_size"))
+ELSEWHERE = [(name, d) for name in NAMES for d in recipes.recipe(name).domains[1:]]
+"""Recipes and the domains that they claim beside the one that the other tests run them in."""
 LIMITS = [(name, number) for name in NAMES for number in range(len(recipes.recipe(name).limits))]
 
 
@@ -80,6 +82,14 @@ def test_a_recipe_trains_and_is_not_its_absence(name: str, runs: dict[tuple[str,
     start = cached(*of(name, runs, ["agent.lr=1e-30", *sizes]))
     for other in (without, start):
         assert moved(with_it, other) > 1e-5
+
+
+@pytest.mark.parametrize(("name", "domain"), ELSEWHERE)
+def test_a_recipe_trains_in_every_domain_that_it_claims(name: str, domain: str) -> None:
+    task = {"language": LANGUAGE, "control": CONTROL}[domain]
+    with_it = cached(*merged(task, [f"recipe={name}"]))
+    assert moved(with_it, cached(*merged(task, ["agent.lr=1e-30"]))) > 1e-5
+    assert moved(with_it, cached(*task)) > 1e-6
 
 
 def moved(one: Any, other: Any) -> float:
@@ -138,12 +148,17 @@ def test_the_page_of_recipes_is_up_to_date(source: Path) -> None:
 def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[: len(recipes.recipe_names())]] == recipes.recipe_names()
+    listed = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert sorted(listed) == recipes.recipe_names()
+    heading = lines.index("distillation: a teacher's distribution")
+    assert lines[heading + 1].split()[0] == "exopd" and lines[heading + 1].endswith(" (language)")
+    assert next(line for line in lines if line.split()[:1] == ["vla_opd"]).endswith(" (control)")
     assert cli.main(["recipes", "show", "chord"]) == 0
     shown = capsys.readouterr().out
     assert "2508.11408" in shown and "warmup_cosine" in shown and "mu = 0" in shown and "source:" in shown
     assert cli.main(["recipes", "show", "chord", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["limit"][0]["when"]
+    told = json.loads(capsys.readouterr().out)
+    assert told["limit"][0]["when"] and told["family"] == "guidance" and told["domains"] == ["language"]
 
 
 @pytest.mark.parametrize(
@@ -170,3 +185,9 @@ def test_a_misspelt_field_of_a_recipe_is_refused(tmp_path: Path) -> None:
         compose(["recipe=mine"], config_dirs=[str(tmp_path)])
     with pytest.raises(ConfigError, match="did you mean 'when'"):
         recipes.Recipe(limit=[{"whn": []}])
+    with pytest.raises(ConfigError, match="did you mean 'guidance'"):
+        recipes.Recipe(family="guidence")
+    with pytest.raises(ConfigError, match="did you mean 'control'"):
+        recipes.Recipe(domains=["controls"])
+    with pytest.raises(ConfigError, match="a list of some of language, control"):
+        recipes.Recipe(domains=[])

@@ -553,7 +553,8 @@ def recipes(name: str | None = None) -> Any:
         name: a recipe; None lists all.
 
     Returns:
-        A list of mappings (``name``, ``summary``, ``source``, ``confidence``, ``limit``), or one of them.
+        A list of mappings (``name``, ``summary``, ``source``, ``confidence``, ``family``, ``domains``, ``limit``), or
+        one of them.
 
     Raises:
         ConfigError: an unknown recipe (names the nearest).

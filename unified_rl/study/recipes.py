@@ -20,6 +20,23 @@ from unified_rl.instantiate import nearest
 USAGE = "unified-rl recipes [show NAME]"
 PAGE = "recipes.md"
 COMMAND = "unified-rl recipes --write docs"
+FAMILIES = {
+    "guidance": "answers that come from, or are helped by, somebody else",
+    "replay": "answers that are used again",
+    "curriculum": "which prompts are drawn",
+    "rewards": "what an answer earns",
+    "credit": "how much of it each row and token gets",
+    "filters": "which rows are learnt from",
+    "controllers": "coefficients and learning rates that follow a signal",
+    "distillation": "a teacher's distribution",
+    "divergence": "the distance from a target distribution",
+    "preference": "pairs and sets of answers in order",
+    "supervised": "the likelihood of given answers",
+    "offline": "recorded transitions",
+    "other": "none of these",
+}
+"""What a recipe is about: the heading that it is listed under, in this order, and what the heading means."""
+DOMAINS = ("language", "control")
 
 
 @dataclass(frozen=True)
@@ -46,18 +63,29 @@ class Recipe:
         source: title, arXiv id.
         confidence: what of it was read in released code or in the paper, and what was not.
         limit: each a mapping with the fields of :class:`Limit`.
+        family: one of :data:`FAMILIES`, under which it is listed.
+        domains: some of :data:`DOMAINS`: where it trains; a test runs it in each.
 
     Raises:
-        ConfigError: a limit with an unknown field.
+        ConfigError: a limit with an unknown field, an unknown family, no domain or an unknown one.
     """
 
     source: str = ""
     confidence: str = ""
     limit: list[dict[str, Any]] | dict[str, Any] | None = None
+    family: str = "other"
+    domains: list[str] = field(default_factory=lambda: ["language"])
 
     def __post_init__(self) -> None:
-        """Checks the limits."""
+        """Checks the limits, the family and the domains."""
         _ = self.limits
+        if self.family not in FAMILIES:
+            raise ConfigError(f"there is no recipe.family {self.family!r}; {nearest(self.family, list(FAMILIES))}")
+        for domain in self.domains:
+            if domain not in DOMAINS:
+                raise ConfigError(f"recipe.domains has no {domain!r}; {nearest(domain, list(DOMAINS))}")
+        if not self.domains or isinstance(self.domains, str):
+            raise ConfigError(f"recipe.domains is a list of some of {', '.join(DOMAINS)}, not {self.domains!r}")
 
     @property
     def limits(self) -> list[Limit]:
@@ -94,6 +122,13 @@ def summary(name: str) -> str:
     return comment_of(_file(name))
 
 
+def families() -> dict[str, list[str]]:
+    """The recipes of each family that has any, sorted."""
+    of = {name: recipe(name).family for name in recipe_names()}
+    found = {family: [name for name in of if of[name] == family] for family in FAMILIES}
+    return {family: names for family, names in found.items() if names}
+
+
 def _file(name: str) -> Path:
     return config_root() / "recipe" / f"{name}.yaml"
 
@@ -110,22 +145,25 @@ def _plain(name: str) -> dict[str, Any]:
     known = recipe(name)
     limits = [asdict(limit) for limit in known.limits]
     values = {"name": name, "summary": summary(name), "source": known.source, "confidence": known.confidence}
-    return {**values, "limit": limits}
+    return {**values, "family": known.family, "domains": known.domains, "limit": limits}
 
 
 def listing() -> str:
-    """One line a recipe."""
-    names = recipe_names()
-    width = max(map(len, names))
-    lines = [f"{name:{width}}  {summary(name)}" for name in names]
+    """One line a recipe, by family."""
+    width = max(map(len, recipe_names()))
+    lines = []
+    for family, names in families().items():
+        lines += [f"{family}: {FAMILIES[family]}"]
+        lines += [f"  {name:{width}}  {summary(name)} ({', '.join(recipe(name).domains)})" for name in names] + [""]
     hint = f"{USAGE} tells where one comes from and when it is another; unified-rl train recipe=NAME uses it."
-    return "\n".join([*lines, "", hint])
+    return "\n".join([*lines, hint])
 
 
 def shown(name: str) -> str:
     """A recipe in full: source, confidence, limits, and the file itself."""
     known = recipe(name)
     lines = [f"{name}: {summary(name)}", f"source: {known.source}", f"confidence: {known.confidence}"]
+    lines += [f"family: {known.family}", f"domains: {', '.join(known.domains)}"]
     for limit in known.limits:
         lines += [f"limit: {limit.because}", *(f"    {line}" for line in commands(name, limit))]
     return "\n".join([*lines, "", _body(name)])
@@ -153,8 +191,17 @@ def _body(name: str) -> str:
 
 def page() -> str:
     """The page ``docs/recipes.md``."""
-    rows = [f"| `{n}` | {summary(n)} | {recipe(n).source} | {recipe(n).confidence} |" for n in recipe_names()]
-    return "\n".join([*_HEAD, *rows, "", *_LIMITS, *(line for n in recipe_names() for line in _section(n))]) + "\n"
+    tables = [line for family, names in families().items() for line in _table(family, names)]
+    return "\n".join([*_HEAD, *tables, *_LIMITS, *(line for n in recipe_names() for line in _section(n))]) + "\n"
+
+
+def _table(family: str, names: list[str]) -> list[str]:
+    rows = [_row(name, recipe(name)) for name in names]
+    return [f"## {family.capitalize()}: {FAMILIES[family]}", "", *_COLUMNS, *rows, ""]
+
+
+def _row(name: str, known: Recipe) -> str:
+    return f"| `{name}` | {summary(name)} | {', '.join(known.domains)} | {known.source} | {known.confidence} |"
 
 
 _HEAD = [
@@ -170,9 +217,8 @@ _HEAD = [
     "    unified-rl train env=chain_mod recipe=kdrl agent.teacher=runs/EARLIER correction.penalty.0.coefficient=0.01",
     "    unified-rl recipes show chord",
     "",
-    "| recipe | what it is | source | confidence |",
-    "|---|---|---|---|",
 ]
+_COLUMNS = ["| recipe | what it is | trains in | source | confidence |", "|---|---|---|---|---|"]
 _LIMITS = [
     "## Where each is another method",
     "",
