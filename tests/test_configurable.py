@@ -27,8 +27,10 @@ from unified_rl.errors import ConfigError
 from unified_rl.instantiate import locate, parameters
 from unified_rl.objectives.coefficients import COEFFICIENTS
 from unified_rl.replay import Replay, Sampler
+from unified_rl.returns.difficulty import DIFFICULTIES
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.maps import MAPS
+from unified_rl.returns.trackers import TRACKERS
 from unified_rl.study.grid import Study
 from unified_rl.study.recipes import Recipe
 from unified_rl.training.engine import RayEngine
@@ -47,6 +49,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "rollout": lambda part: hasattr(part, "collect"),
     "source of rows": lambda part: hasattr(part, "rows") and hasattr(part, "check"),
     "context of prompts": lambda part: hasattr(part, "check") and "__call__" in vars(part),
+    "curriculum of prompts": lambda part: hasattr(part, "choose") and hasattr(part, "told"),
     "reward functions": lambda part: part is Rewards,
     "learner": lambda part: part is DataParallel,
     "plain settings": lambda part: part in (Correction, Study, Recipe, WarmStart, RayEngine),
@@ -173,7 +176,9 @@ def test_a_mark_is_the_objects_own() -> None:
     assert is_configurable(Replay) and not is_configurable(Inner) and not is_configurable(Replay.extend)
 
 
-@pytest.mark.parametrize("table", [KERNELS, LEVELS, PENALTIES, COEFFICIENTS, TERMS, GATES, MAPS])
+@pytest.mark.parametrize(
+    "table", [KERNELS, LEVELS, PENALTIES, COEFFICIENTS, TERMS, GATES, MAPS, TRACKERS, DIFFICULTIES]
+)
 def test_a_rule_of_this_package_is_one_of_its_table(table: dict[str, Any]) -> None:
     for path in ("unified_rl.training.run.resume", "unified_rl.replay.Replay", "unified_rl.train"):
         with pytest.raises(ConfigError, match="is none of what can stand there"):

@@ -60,7 +60,8 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.wrapper.alpha correction.wrapper.p_min correction.wrapper.steps env.data_seed env.direct_share "
      "env.gamma env.held_out env.partial_credit env.seed env.spare_turns env.turn_cost policy.logit_chunk policy.seed "
      "policy.top_k replay.discount replay.sampler.beta replay.sampler.beta_draws replay.sampler.max_lag replay.seed "
-     "replay.share rollout.random_steps rollout.sources.demonstrations.per_group "
+     "replay.share rollout.curriculum.score.target rollout.curriculum.tracker.fresh rollout.curriculum.tracker.rest "
+     "rollout.random_steps rollout.sources.demonstrations.per_group "
      "rollout.sources.demonstrations.rows rollout.staleness warm_start.smoothing engine.num_cpus engine.num_gpus "
      "engine.restarts"),
     ("0 1e30 inf 2**63", "a bound of a ratio or of a mean square; large is none",
@@ -74,7 +75,8 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.tau_negative correction.kernel.tau_positive correction.thin.surplus correction.wrapper.end "
      "correction.wrapper.initial correction.wrapper.learning_rate correction.wrapper.margin correction.wrapper.power "
      "correction.wrapper.regression correction.wrapper.start policy.output_gain replay.sampler.alpha "
-     "replay.sampler.eps replay.sampler.quotas.demonstration replay.sampler.quotas.online warm_start.lr"),
+     "replay.sampler.eps replay.sampler.quotas.demonstration replay.sampler.quotas.online "
+     "rollout.curriculum.tracker.lr warm_start.lr"),
     ("1e30 inf 2**63", "a bound that is so large is none; 0 would leave nothing and is refused",
      "agent.max_grad_norm agent.target_kl agent.value_clip correction.kernel.cap correction.kernel.clip "
      "correction.kernel.clip_high correction.kernel.clip_low correction.kernel.cov_high correction.kernel.dual "

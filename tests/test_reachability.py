@@ -42,9 +42,11 @@ from unified_rl.objectives.divergence import KINDS
 from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, TARGETS, VALUES
 from unified_rl.objectives.preference import LINKS, PAIRS
 from unified_rl.objectives.terms import NLL_WEIGHTS
+from unified_rl.returns.difficulty import DIFFICULTIES
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.maps import MAPS
 from unified_rl.returns.record import NAMED, PLAIN
+from unified_rl.returns.trackers import TRACKERS
 from unified_rl.training.settings import TrainSettings
 
 try:
@@ -785,6 +787,7 @@ VALUES_OF: dict[str, Any] = {
     "language.sources": {"demonstrations": {"_target_": "unified_rl.rollout.sources.Demonstrations", "per_group": 1}},
     "language.guide": {"_target_": "unified_rl.rollout.sources.Hints"},
     "language.context": {"_target_": "unified_rl.rollout.context.Hints"},
+    "language.curriculum": {"_target_": "unified_rl.rollout.curriculum.Curriculum"},
     "language.staleness": 0,
     "language.generation_batch": 4,
     "language.columns": {"scores": ["correct"]},
@@ -1067,6 +1070,25 @@ def context_cases() -> Iterator[Case]:
             yield Case(f"context.{name}.{key}", used, (f"rollout.{place}={text({**node, key: value})}",))
 
 
+def curriculum_cases() -> Iterator[Case]:
+    """Trackers and what their estimates are worth, on few prompts that come again."""
+    target = "unified_rl.rollout.curriculum.Curriculum"
+    base = (*LANGUAGE, "env.modulus=2", "env.terms=2", "env.held_out=0.0", "correction=reinforce")
+    choice: dict[str, Any] = {"_target_": target, "candidates": 2}
+
+    def placed(key: str) -> Callable[[dict[str, Any]], str]:
+        return lambda node: f"rollout.curriculum={text({**choice, key: node})}"
+
+    yield from of_table(
+        "tracker", TRACKERS, base, placed("tracker"), samples={"network.seed": 3, "neighbours.pairs": 2}
+    )
+    changed = {"deviation.eps": 5.0, "gaussian.target": 1.0, "gaussian.sigma": 1.0e3}
+    yield from of_table("difficulty", DIFFICULTIES, base, placed("score"), samples=changed)
+    for key, value in {"candidates": 3, "pick": "top", "thompson": True}.items():
+        used = (*base, f"rollout.curriculum={text(choice)}")
+        yield Case(f"curriculum.{key}", used, (f"rollout.curriculum={text({**choice, key: value})}",))
+
+
 # ---------------------------------------------------------------------------------------------- the test
 
 KNOWN: dict[str, str] = {}
@@ -1078,6 +1100,10 @@ ASIDE: dict[str, str] = {
     "policy_gradient(gates)": "a column that nothing reads; the gate cases read one",
     "language(columns)": "columns that nothing reads; the advantage cases read them",
     "language(privileged)": "a column that nothing reads; recipe=opsd reads it",
+    **{
+        f"tracker.{name}": "of what was counted twice, so from a third collection on; test_curriculum.py"
+        for name in ("drift.low", "drift.high", "drift.half_life", "decayed.fresh", "decayed.rest")
+    },
     "calculator(spare_turns)": "turns that supervised rows do not have",
     "guess_number(spare_turns)": "turns that supervised rows do not have",
     "countdown(max_turn_tokens)": "a budget of sampled answers; chain_mod shows it",
@@ -1139,6 +1165,7 @@ CASES = [
     *settings_cases(),
     *sampler_cases(),
     *context_cases(),
+    *curriculum_cases(),
     *further_cases(),
 ]
 

@@ -7,6 +7,7 @@ from copy import copy
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import NonFiniteError, RolloutError, UnifiedRLError
@@ -78,6 +79,18 @@ class Conversations:
         self.length[rows] = others.length
         for row, said in zip(rows.tolist(), others.said, strict=True):
             self.said[row] = said
+
+    def scored_again(self, every: int = 1) -> TensorDict:
+        """Copies of every n-th row, as much of the record as scoring needs: tokens, masks, log-probs."""
+        width = torch.arange(self.tokens.shape[1])
+        found = {
+            "tokens": self.tokens,
+            "token_mask": width < self.length[:, None],
+            "mask": self.mask,
+            "behavior_log_prob": self.log_prob,
+        }
+        rows = {name: value[::every].clone() for name, value in found.items()}
+        return TensorDict(rows, batch_size=[len(rows["tokens"])])
 
     def add_reply(self, row: int, ids: list[int]) -> None:
         """Appends the environment's text, masked out."""

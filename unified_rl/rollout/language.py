@@ -17,9 +17,10 @@ from unified_rl.protocols import CountsEpochs, Generates, LanguageEnv, LanguageP
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
 from unified_rl.rollout.context import Context
 from unified_rl.rollout.conversation import Problems, Told, converse, summary
+from unified_rl.rollout.curriculum import EXPECTED, Curriculum
 from unified_rl.rollout.rows import REWARDS, RowBuilder
 from unified_rl.rollout.sources.base import Request, RowSource, check_rows
-from unified_rl.units import Source
+from unified_rl.units import COUNTED, Source
 
 
 def fixed_stream(name: str) -> torch.Generator:
@@ -52,6 +53,7 @@ class LanguageRollout:
             takes one of a recipe's out.
         context: what is sampled again, and after which tokens, see :mod:`unified_rl.rollout.context`; budgets do not
             count what it samples.
+        curriculum: which prompts are drawn, see :mod:`unified_rl.rollout.curriculum`.
         columns: further entries of the record, made of the environment's own numbers: a name gives ``[B]`` int64, a
             list of names ``[B, K]`` float32 (several rewards, strata).
         privileged: style of the solution that a teacher sees behind the prompt (``privileged_tokens``, ``_mask``).
@@ -59,7 +61,8 @@ class LanguageRollout:
             key-value cache, in evaluation too. Null samples all of a collection at once; a run chooses fewer where
             their cache would take more than a quarter of the memory, or 8 GB.
         device: where the policy samples.
-        streams: ``name -> stream``, one for each source (``sources/NAME``) and one for the context.
+        streams: ``name -> stream``, one for each source (``sources/NAME``), one for the context and one for the
+            curriculum.
 
     Attributes:
         rows: rows of one collection at most.
@@ -86,6 +89,7 @@ class LanguageRollout:
         staleness: Whole = 0,
         sources: dict[str, RowSource | None] | None = None,
         context: Context | None = None,
+        curriculum: Curriculum | None = None,
         columns: dict[str, str | list[str]] | None = None,
         privileged: str | None = None,
         generation_batch: Count | None = None,
@@ -102,12 +106,18 @@ class LanguageRollout:
         if self.context is not None:
             _require_part(self.context, "rollout.context", "unified_rl.rollout.context.Hints")
             self.context.check(env, "rollout.context")
+        self.curriculum = curriculum
+        if curriculum is not None:
+            _require_part(curriculum, "rollout.curriculum", "unified_rl.rollout.curriculum.Curriculum", "choose")
+            if EXPECTED in self.builder.columns:
+                raise ConfigError(f"rollout.columns.{EXPECTED} is a column of rollout.curriculum; choose another name")
         self.sources = {name: source for name, source in (sources or {}).items() if source is not None}
         for name, source in self.sources.items():
             _require_part(source, f"rollout.sources.{name}", "unified_rl.rollout.sources.Demonstrations")
             source.check(env, policy, f"rollout.sources.{name}")
             self._refuse_one_reward(source, f"rollout.sources.{name}")
-        self._streams = {name: streams(name) for name in ("context", *(f"sources/{name}" for name in self.sources))}
+        own = ("context", *(f"sources/{name}" for name in self.sources), "curriculum")
+        self._streams = {name: streams(name) for name in own}
         self.shows: Callable[[Told, int], list[list[Any]]] | None = None
         self.steps_per_collect = prompts * group_size
         self.rows = self.steps_per_collect + sum(source.most(prompts) for source in self.sources.values())
@@ -145,12 +155,13 @@ class LanguageRollout:
             NonFiniteError: a log-prob or reward that is not finite; names the prompt and the conversation.
             ConfigError: a source's rows do not fit the rollout's own.
         """
-        problems = self.env.problems(self.prompts, self.problem_generator, "train")
+        problems = self._problems()
         repeated = [problem for problem in problems for _ in range(self.group_size)]
         told = self._converse(self.policy, repeated, self.generator, group_size=self.group_size)
         metrics = summary(*told) | epoch_of(self.env, self.problem_generator)
         if "train" in getattr(self.env, "unjudged", {}):  # reward functions judge: nobody knows what is correct
             metrics.pop("rollout/correct", None)
+        unaided = None if self.curriculum is None else self._outcomes(problems, told)
         if self.context is not None:
             metrics |= self._again(self.context, repeated, told)
             problems = repeated[:: self.group_size]
@@ -160,9 +171,33 @@ class LanguageRollout:
         groups = self.builder.groups(self.prompts)
         rows = self.builder.rows(told, version, groups.repeat_interleave(self.group_size), Source.ONLINE)
         self.steps += len(repeated)
+        if self.curriculum is not None:
+            self.curriculum.expect(rows)
         if self.shows is not None:
             metrics["samples"] = self.shows(told, int(rows["episode"][0, 0]))  # type: ignore[assignment]
-        return self._joined(rows, problems, groups, version, metrics), metrics
+        joined = self._joined(rows, problems, groups, version, metrics)
+        if self.curriculum is not None and unaided is not None:
+            metrics |= self.curriculum.told(*unaided, self._scored)
+        return joined, metrics
+
+    def _problems(self) -> Problems:
+        if self.curriculum is None:
+            return self.env.problems(self.prompts, self.problem_generator, "train")
+        draw = partial(self.env.problems, generator=self.problem_generator)
+        return self.curriculum.choose(draw, self.prompts, self._streams["curriculum"])
+
+    def _outcomes(self, problems: Problems, told: Told) -> tuple[Problems, Tensor, Tensor, TensorDict]:
+        """What came of the prompts before a context changes it, as :meth:`Curriculum.told` takes it."""
+        talk, info = told
+        reward = talk.reward.sum(-1)
+        counted = info[COUNTED] > 0 if COUNTED in info else torch.ones_like(reward, dtype=torch.bool)
+        grouped = (self.prompts, self.group_size)
+        return problems, reward.reshape(grouped), counted.reshape(grouped), talk.scored_again(self.group_size)
+
+    def _scored(self, rows: TensorDict) -> Tensor:
+        """Log-probs ``[n, N]`` of rows under the present policy, so many at once as are sampled together."""
+        parts = rows.split(self.generation_batch or len(rows))
+        return torch.cat([self.policy.log_prob(part.to(self.policy.device)).log_prob.cpu() for part in parts])
 
     def _again(self, context: Context, repeated: Problems, told: Told) -> dict[str, float]:
         """Lets the context replace conversations; counts what it samples."""
@@ -191,6 +226,8 @@ class LanguageRollout:
             )
             metrics[f"rollout/joined/{name}"] = 0.0 if found is None else float(len(found))
             if found is not None:
+                if self.curriculum is not None:
+                    self.curriculum.expect(found)
                 parts.append(check_rows(found, rows, f"rollout.sources.{name}"))
         out = torch.cat(parts) if len(parts) > 1 else rows
         for source in self.sources.values():
@@ -223,6 +260,7 @@ class LanguageRollout:
             "problem_generator": self.problem_generator.get_state(),
             "streams": {name: stream.get_state() for name, stream in self._streams.items()},
             "sources": {name: source.state_dict() for name, source in self.sources.items()},
+            "curriculum": None if self.curriculum is None else self.curriculum.state_dict(),
             "steps": self.steps,
             "generation_batch": self.generation_batch,
             **self.builder.state_dict(),
@@ -234,9 +272,9 @@ class LanguageRollout:
         self.generator.set_state(state["generator"])
         self.problem_generator.set_state(state["problem_generator"])
         for name, stream in self._streams.items():
-            stream.set_state(state["streams"][name])
-        for name, source in self.sources.items():
-            source.load_state_dict(state["sources"][name])
+            if name in state["streams"]:  # a run of a version without it has none
+                stream.set_state(state["streams"][name])
+        self._load_learnt(state)
         self.steps = state["steps"]
         self.generation_batch = state.get("generation_batch", self.generation_batch)
         self.builder.load_state_dict(state)
@@ -247,13 +285,19 @@ class LanguageRollout:
         streams = [self.generator, self.problem_generator, *self._streams.values()]
         for number, stream in enumerate(streams):
             stream.manual_seed(seed + number)
-        for name, source in self.sources.items():
-            source.load_state_dict(state["sources"][name])
+        self._load_learnt(state)
         self.steps = state["steps"]
         self.builder.load_state_dict(state)
 
+    def _load_learnt(self, state: dict[str, Any]) -> None:
+        """What sources and curriculum keep."""
+        for name, source in self.sources.items():
+            source.load_state_dict(state["sources"][name])
+        if self.curriculum is not None:
+            self.curriculum.load_state_dict(state["curriculum"])
 
-def _require_part(part: Any, setting: str, example: str) -> None:
+
+def _require_part(part: Any, setting: str, example: str, method: str = "check") -> None:
     """Raises ConfigError for plain settings where an object is wanted."""
-    if not hasattr(part, "check"):
+    if not hasattr(part, method):
         raise ConfigError(f"{setting} is {part!r}; it must be a mapping with _target_, such as {{_target_: {example}}}")

@@ -8,6 +8,7 @@ from unified_rl.protocols import ChecksWritten
 from unified_rl.replay import WithDataset
 from unified_rl.replay.fit import check_written
 from unified_rl.rollout import ControlRollout, DemonstrationRollout, LanguageRollout, StoredRollout
+from unified_rl.rollout.curriculum import EXPECTED
 from unified_rl.rollout.demonstrations import KEYS
 from unified_rl.rollout.sources import Demonstrations, ExpertFile, Model, Pool, Recorded
 from unified_rl.units import COUNTED, Source
@@ -53,7 +54,8 @@ def written(rollout: Any) -> Written | None:
         alone = [getattr(source, "batch", 0) for source in rollout.sources.values()]
         shown = ("privileged_tokens", "privileged_mask") if rollout.builder.privileged is not None else ()
         counted = (COUNTED,) if rollout.builder.counts else ()
-        columns = (*SHARED, *OF_DOMAIN["language"], *rollout.builder.columns, *counted, *shown)
+        expected = (EXPECTED,) if rollout.curriculum is not None else ()
+        columns = (*SHARED, *OF_DOMAIN["language"], *rollout.builder.columns, *counted, *shown, *expected)
         return Written({int(Source.ONLINE), *made}, max(rollout.group_size + joined, *alone, 1), columns)
     if type(rollout) is DemonstrationRollout:
         return Written({int(Source.DEMONSTRATION)}, 1, (*KEYS[rollout.domain], "source"))
