@@ -451,6 +451,55 @@ class KnowsItsEnds(Protocol):
     end_ids: tuple[int, ...]
 
 
+class EngineSampler(Generates, Protocol):
+    """Samples with weights that are sent to it."""
+
+    def open(self) -> None:
+        """Looks whether it is there.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        ...
+
+    def at(self, version: int) -> EngineSampler:
+        """Itself, with the policy's present weights, which are those of ``version``."""
+        ...
+
+
+@runtime_checkable
+class HasSampler(Protocol):
+    """A language model whose rollouts may be sampled by something else than itself."""
+
+    @property
+    def sampler(self) -> EngineSampler | None:
+        """None where it samples itself."""
+        ...
+
+
+@runtime_checkable
+class SampledApart(Protocol):
+    """A policy whose rows may come from something that gives tokens other log-probs at the same weights."""
+
+    @property
+    def sampled_apart(self) -> bool:
+        """Whether they do: fresh rows are then not those of the policy itself."""
+        ...
+
+
+@runtime_checkable
+class Opens(Protocol):
+    """A rollout that needs something outside its process."""
+
+    def open(self) -> None:
+        """Looks whether it is there, before anything is spent.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        ...
+
+
 @runtime_checkable
 class Scores(Protocol):
     """Gives stored samples their log-probs under the present weights."""

@@ -56,6 +56,8 @@ LogScale = Annotated[float, Interval(ge=-20, le=20)]
 """The logarithm of a scale that float32 holds, with its square."""
 HeldOut = Annotated[float, Interval(ge=0, le=0.99)]
 """A share of prompts kept for evaluation: training ones are found by drawing, so some must be left."""
+Seconds = Annotated[float, Interval(gt=0, le=86_400)]
+"""That somebody waits."""
 Devices = Annotated[float, Interval(ge=0, le=4096)]
 """Cores or GPUs that one process is given, a part of one or several whole ones."""
 Name = Annotated[str, MinLen(1)]

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from unified_rl.configurable import configurable
 from unified_rl.errors import CheckpointError, ConfigError, RecordError
 from unified_rl.policies.adapters import check_lora, frozen_names, model_and_adapter, rest_adapters
+from unified_rl.policies.engines import EngineSettings, Sampler, check_engine_settings, make_engine
+from unified_rl.policies.engines.settings import Name, Precision, Sync
 from unified_rl.policies.fused_layers import fused_layers, recomputing
 from unified_rl.policies.generation import Generation, generate, has_plain_cache
 from unified_rl.policies.heads import logit_shape, read_head
@@ -35,7 +37,7 @@ from unified_rl.policies.sampling import Sampling, entropy_of, seen_before, toke
 from unified_rl.policies.shared_prompt import find_shared, shared_states
 from unified_rl.policies.stop_strings import StopStrings
 from unified_rl.protocols import Domain, Reader
-from unified_rl.ranges import Count, Fraction, Positive, Seed, Share, Whole, ranged
+from unified_rl.ranges import Count, Fraction, Positive, Seconds, Seed, Share, Texts, Whole, ranged
 from unified_rl.units import UnitLogProb
 
 LOGITS_AT_ONCE = 2**25
@@ -78,6 +80,17 @@ class CausalLM(TensorDictModuleBase):
         max_new_tokens: of ``forward``.
         cuda_graph: replay decoding steps from a CUDA graph, for few rows, where the device waits for the launch of
             kernels. Finished rows then stay in the batch until all are.
+        engine: what samples the rollouts: ``own`` is the loop of this library, ``transformers`` its continuous
+            batching, ``vllm`` and ``sglang`` are servers. See docs/engines.md.
+        engine_dtype: what rollouts are sampled in, where it is not the policy's ``dtype``: a copy in ``float32`` or
+            ``bfloat16``, or with linear layers rounded to ``float8``, ``int8`` or ``int4``; of a server, what it
+            computes in. Rows hold the log-probs of the sampler.
+        server: ``http://HOST:PORT`` of the server, or one for each worker of ``engine=ray``.
+        server_folder: absolute path of a folder that this machine and the server's have in common.
+        server_sync: how weights reach the server.
+        server_timeout: seconds without a sign of life after which a request counts as lost.
+        server_retries: further tries of a request.
+        server_requests: requests under way.
         seed: of fresh weights, and of the policy's own :attr:`generator`.
 
     Attributes:
@@ -117,9 +130,24 @@ class CausalLM(TensorDictModuleBase):
         share_prompts: bool = True,
         max_new_tokens: Count = 16,
         cuda_graph: bool = False,
+        engine: Name = "own",
+        engine_dtype: Precision | None = None,
+        server: Texts | None = None,
+        server_folder: str | None = None,
+        server_sync: Sync = "disk",
+        server_timeout: Seconds = 600.0,
+        server_retries: Whole = 5,
+        server_requests: Count = 64,
         seed: Seed = 0,
     ) -> None:
         super().__init__()
+        self.engine = EngineSettings(
+            engine, engine_dtype, server, server_folder, server_sync, server_timeout, server_retries, server_requests
+        )
+        transform = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+        check_engine_settings({**dataclasses.asdict(self.engine), **transform})
+        self._sampler: Sampler | None = None
+        self._worker = 0
         self.in_keys = ["tokens", "token_mask"]
         self.out_keys = ["action", "action_mask", "behavior_log_prob"]
         self.sampling = Sampling(temperature, top_k, top_p, len(tokenizer), min_p, repetition_penalty)
@@ -160,9 +188,11 @@ class CausalLM(TensorDictModuleBase):
         """Refuses a model that cannot be made, when a run is composed.
 
         Raises:
-            ConfigError: a setting of ``config`` or ``lora`` that is unknown, of the wrong type or out of its range.
+            ConfigError: a setting of ``config`` or ``lora`` that is unknown, of the wrong type or out of its range, or
+                settings of an engine that do not go together.
         """
         check_model_config(settings.get("config"), "policy.config")
+        check_engine_settings(settings)
         if settings.get("lora") is not None:
             check_lora(settings["lora"])
 
@@ -191,8 +221,11 @@ class CausalLM(TensorDictModuleBase):
         """How far a token's log-prob may lie from its sampler's at equal weights.
 
         Sampling with a cache and scoring whole rows round differently: a few 1e-5 in float32, and in bfloat16, with its
-        8 bits of precision, hundredths on most tokens and tenths on improbable ones.
+        8 bits of precision, hundredths on most tokens and tenths on improbable ones. There is no bound where another
+        precision samples than is trained: the correction weighs what differs.
         """
+        if self.coarsely_sampled:
+            return float("inf")
         return 0.5 if self.autocast or self.model.dtype in (torch.bfloat16, torch.float16) else 1e-2
 
     @property
@@ -205,6 +238,28 @@ class CausalLM(TensorDictModuleBase):
     @generator.setter
     def generator(self, value: torch.Generator) -> None:
         self._generator = value
+
+    @property
+    def coarsely_sampled(self) -> bool:
+        """Whether rollouts are sampled in another precision than is trained."""
+        return self.engine.engine_dtype not in (None, str(self.model.dtype).removeprefix("torch."))
+
+    @property
+    def sampled_apart(self) -> bool:
+        """Whether rows come from a sampler with other log-probs: another precision, or the kernels of a server."""
+        return self.coarsely_sampled or bool(self.engine.servers)
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """What rollouts are sampled with where it is not the policy itself; made when it is first asked for."""
+        if self._sampler is None:
+            engine = make_engine(self.engine, self._worker)
+            self._sampler = None if engine is None else Sampler(self, engine, self.engine)
+        return self._sampler
+
+    def sample_as(self, worker: int) -> None:
+        """Gives rollouts the server of one of the run's workers, before the first of them."""
+        self._worker, self._sampler = worker, None
 
     @property
     def adapted(self) -> bool:
@@ -233,6 +288,7 @@ class CausalLM(TensorDictModuleBase):
                 memo[id(weight)] = weight
         made = type(self).__new__(type(self))
         memo[id(self)] = made
+        memo[id(self._sampler)] = None  # a copy has weights of its own, and makes its own where it samples
         made.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         return made
 

@@ -58,7 +58,8 @@ class Generation:
         log_prob: ``[B, max_new_tokens]`` float32, under the sampling distribution; 0 after the end.
         length: ``[B]`` int64, sampled tokens of each row.
         finished: ``[B]`` bool, False where the row ran out of its budget without a stop token.
-        version: ``[B, M]`` int64, of the weights that each token was sampled with; None where they never changed.
+        version: ``[B, max_new_tokens]`` int64, of the weights that sampled each token; -1 where they are those that
+            whoever asked knows of, and None where they are everywhere.
     """
 
     tokens: Tensor

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import CheckpointError, ConfigError, RestoreError
-from unified_rl.protocols import Restarts, Rollout
+from unified_rl.protocols import Opens, Restarts, Rollout
 
 Batch = tuple[TensorDict, dict[str, Any]]
 """What one collection brought: its rows and its metrics (and ``samples``, where somebody asked for them)."""
@@ -107,7 +107,9 @@ class LocalFeed:
         return self._tickets[0]
 
     def open(self) -> None:
-        """Nothing to make ready."""
+        """Looks whether the rollout finds what it needs outside this process."""
+        if isinstance(self.rollout, Opens):
+            self.rollout.open()
 
     def publish(self, version: int) -> None:
         """Notes the version; the rollout shares the policy's weights."""

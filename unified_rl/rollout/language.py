@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
-from unified_rl.protocols import CountsEpochs, Generates, LanguageEnv, LanguagePolicy
+from unified_rl.protocols import CountsEpochs, EngineSampler, Generates, HasSampler, LanguageEnv, LanguagePolicy
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
 from unified_rl.rollout.context import Context
 from unified_rl.rollout.conversation import Problems, Told, converse, summary
@@ -141,6 +141,20 @@ class LanguageRollout:
         """Numbers groups and episodes from ``first`` on, before the first: workers of one run have their own."""
         self.builder.load_state_dict({"next_group": first, "next_episode": first})
 
+    def open(self) -> None:
+        """Looks whether what samples is there, before anything is spent.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        sampler = self._sampler()
+        if sampler is not None:
+            sampler.open()
+
+    def _sampler(self) -> EngineSampler | None:
+        """What samples, where it is not the policy itself."""
+        return self.policy.sampler if isinstance(self.policy, HasSampler) else None
+
     @torch.no_grad()
     def collect(self, version: int) -> tuple[TensorDict, dict[str, float]]:
         """Samples one batch of conversations.
@@ -153,17 +167,20 @@ class LanguageRollout:
 
         Raises:
             NonFiniteError: a log-prob or reward that is not finite; names the prompt and the conversation.
-            ConfigError: a source's rows do not fit the rollout's own.
+            ConfigError: a source's rows do not fit the rollout's own, or an engine's log-probs are wrong.
+            RolloutError: an engine fails.
         """
+        sampler = self._sampler()
+        speaker: Generates = self.policy if sampler is None else sampler.at(version)
         problems = self._problems()
         repeated = [problem for problem in problems for _ in range(self.group_size)]
-        told = self._converse(self.policy, repeated, self.generator, group_size=self.group_size)
+        told = self._converse(speaker, repeated, self.generator, group_size=self.group_size)
         metrics = summary(*told) | epoch_of(self.env, self.problem_generator)
         if "train" in getattr(self.env, "unjudged", {}):  # reward functions judge: nobody knows what is correct
             metrics.pop("rollout/correct", None)
         unaided = None if self.curriculum is None else self._outcomes(problems, told)
         if self.context is not None:
-            metrics |= self._again(self.context, repeated, told)
+            metrics |= self._again(self.context, repeated, told, speaker)
             problems = repeated[:: self.group_size]
         talk = told[0]
         self._check_finite("the policy's log-prob of a sampled token", talk.log_prob, repeated)
@@ -199,14 +216,14 @@ class LanguageRollout:
         parts = rows.split(self.generation_batch or len(rows))
         return torch.cat([self.policy.log_prob(part.to(self.policy.device)).log_prob.cpu() for part in parts])
 
-    def _again(self, context: Context, repeated: Problems, told: Told) -> dict[str, float]:
+    def _again(self, context: Context, repeated: Problems, told: Told, speaker: Generates) -> dict[str, float]:
         """Lets the context replace conversations; counts what it samples."""
         sampled = 0
 
         def generate(problems: Problems, prefixes: list[list[int]]) -> Told:
             nonlocal sampled
             sampled += len(problems)
-            return self._converse(self.policy, problems, self.generator, prefixes=prefixes)
+            return self._converse(speaker, problems, self.generator, prefixes=prefixes)
 
         draw = partial(self.env.problems, generator=self._streams["context"])
         metrics = context(self.env, repeated, self.group_size, told, generate, draw)

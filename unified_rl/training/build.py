@@ -63,6 +63,7 @@ from unified_rl.training.memory_plan import (
 from unified_rl.training.metric_names import MetricNames, names_of
 from unified_rl.training.ranks import Ranks
 from unified_rl.training.samples import SampleBook
+from unified_rl.training.sampling_servers import check_sampling, check_servers
 from unified_rl.training.seeding import derive, generator, scoped
 from unified_rl.training.settings import TrainSettings, check_eval_sampling
 from unified_rl.training.trainer import Trainer
@@ -106,6 +107,8 @@ class Job:
         self._begin(cfg, allow, objects, worker)
         check_model_folder(self.cfg["policy"].get("path"))
         self.policy = make_policy(self.cfg, self.env.policy_inputs(), self.allow).to(self.device)
+        if isinstance(self.policy, CausalLM):
+            self.policy.sample_as(check_servers(self.policy.engine, self.engine, worker))
         node = self.cfg.get("correction")
         self.correction = build(node, allow=self.allow, setting="correction") if node else None
 
@@ -375,6 +378,9 @@ class Job:
             self.feed.close()
         if self.rewards is not None:
             self.rewards.close()
+        policy = getattr(self, "policy", None)
+        if isinstance(policy, CausalLM) and policy.sampler is not None:
+            policy.sampler.close()
 
     def make_trainer(self, folder: Path | None, display: Any = None) -> Trainer:
         """Agent, rollout and replay around the policy as it is now (after any warm start)."""
@@ -383,6 +389,8 @@ class Job:
             refuse_alone(self.cfg)
         if not self.collects:
             check_engine(self.engine, self._agent_name, None, None, self.cfg)
+            if isinstance(self.policy, CausalLM):
+                check_sampling(self.policy.engine, self.engine, None)
             return self._trainer(folder, self.collecting_agent(), None, None, display)
         rollout, agent, replay = self._collecting(self.policy)
         self._waiting = None
@@ -481,6 +489,8 @@ class Job:
             agent.option = self._agent_name
             agent.check_replay(replay)
         check_engine(self.engine, self._agent_name, rollout, replay, self.cfg)
+        if isinstance(self.policy, CausalLM):
+            check_sampling(self.policy.engine, self.engine, rollout)
         self._check_metrics(agent, rollout)
         self.memory = memory_plan(policy, agent, rollout, self.env, self._evaluated_rows(), self.row_size)
         if self.memory is not None:

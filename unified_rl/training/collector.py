@@ -21,7 +21,7 @@ from torch import Tensor
 
 from unified_rl import __version__, errors
 from unified_rl.errors import CheckpointError, UnifiedRLError
-from unified_rl.protocols import Restarts
+from unified_rl.protocols import Opens, Restarts
 from unified_rl.rollout.tickets import Collected
 from unified_rl.rollout.weights import Flat, unpack_into
 from unified_rl.training import state as states
@@ -77,6 +77,8 @@ class Collector:
             self.job.policy.refresh = self._refresh
         if worker:
             self.rollout.number_from(worker * APART)
+        if isinstance(self.rollout, Opens):
+            self.rollout.open()
         if self.job.book is not None and hasattr(self.rollout, "shows"):
             self.rollout.shows = self.job.book.of_collection
         return {"version": __version__, "torch": torch.__version__, "host": socket.gethostname(), "pid": os.getpid()}
