@@ -27,6 +27,7 @@ from unified_rl.protocols import (
     HasGoals,
     HasPools,
     HasSplits,
+    KeepsVersions,
     PlansUpdates,
     Rewarded,
 )
@@ -464,6 +465,8 @@ class Job:
         )
         if isinstance(agent, PlansUpdates):
             agent.plan_updates(math.ceil(self.settings.steps / rollout.steps_per_collect))
+        if isinstance(agent, KeepsVersions):
+            agent.keep_versions(rollout.staleness)
         self._check_random_steps(rollout, agent)
         replay = self._replay(rollout.rows, rollout.length) if replay is None else replay
         if not self.language:

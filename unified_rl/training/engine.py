@@ -163,6 +163,12 @@ def check_engine(engine: RayEngine | None, agent: str, rollout: Any, replay: Any
             "engine=local (rollout=control and rollout=language can be collected by workers)"
         )
     check_bound(engine.workers, int(rollout.staleness))
+    proximal = (cfg.get("correction") or {}).get("proximal") or {}
+    if engine.order == "completion" and proximal.get("provider") == "versions":
+        raise ConfigError(
+            "engine.order=completion bounds no row's age, and correction.proximal.provider=versions keeps the weights "
+            "of rollout.staleness versions alone: use engine.order=ticket, or correction=decoupled_ppo"
+        )
     if engine.in_flight:
         check_in_flight(rollout)
     if engine.workers == 1:
