@@ -64,6 +64,8 @@ class LanguageRollout:
     Attributes:
         rows: rows of one collection at most.
         length: None; a row is a whole conversation.
+        share: which part of the problems of a collection this one samples, and of how many: workers that share out
+            each batch draw the same problems, and each takes its own.
         shows: ``(conversations, episode of the first) -> what is written of them``, which :meth:`collect` then adds to
             its metrics as ``samples``; None by default.
 
@@ -109,6 +111,7 @@ class LanguageRollout:
             self._refuse_one_reward(source, f"rollout.sources.{name}")
         self._streams = {name: streams(name) for name in ("context", *(f"sources/{name}" for name in self.sources))}
         self.shows: Callable[[Told, int], list[list[Any]]] | None = None
+        self.share: tuple[int, int] = (0, 1)
         self.steps_per_collect = prompts * group_size
         self.rows = self.steps_per_collect + sum(source.most(prompts) for source in self.sources.values())
         self.steps = 0
@@ -145,7 +148,7 @@ class LanguageRollout:
             NonFiniteError: a log-prob or reward that is not finite; names the prompt and the conversation.
             ConfigError: a source's rows do not fit the rollout's own.
         """
-        problems = self.env.problems(self.prompts, self.problem_generator, "train")
+        problems = self._shared(self.env.problems(self.prompts, self.problem_generator, "train"))
         repeated = [problem for problem in problems for _ in range(self.group_size)]
         told = self._converse(self.policy, repeated, self.generator, group_size=self.group_size)
         metrics = summary(*told) | epoch_of(self.env, self.problem_generator)
@@ -157,12 +160,17 @@ class LanguageRollout:
         talk = told[0]
         self._check_finite("the policy's log-prob of a sampled token", talk.log_prob, repeated)
         self._check_finite("the environment's reward", talk.reward, repeated)
-        groups = self.builder.groups(self.prompts)
+        groups = self.builder.groups(len(problems))
         rows = self.builder.rows(told, version, groups.repeat_interleave(self.group_size), Source.ONLINE)
         self.steps += len(repeated)
         if self.shows is not None:
             metrics["samples"] = self.shows(told, int(rows["episode"][0, 0]))  # type: ignore[assignment]
         return self._joined(rows, problems, groups, version, metrics), metrics
+
+    def _shared(self, problems: Problems) -> Problems:
+        """This rollout's part of them."""
+        part, parts = self.share
+        return problems[len(problems) * part // parts : len(problems) * (part + 1) // parts]
 
     def _again(self, context: Context, repeated: Problems, told: Told) -> dict[str, float]:
         """Lets the context replace conversations; counts what it samples."""
@@ -181,7 +189,7 @@ class LanguageRollout:
         self, rows: TensorDict, problems: Problems, groups: Tensor, version: int, metrics: dict[str, float]
     ) -> TensorDict:
         """The rows, and behind them those of every source."""
-        reward = rows["reward"].sum(-1).reshape(self.prompts, self.group_size)
+        reward = rows["reward"].sum(-1).reshape(len(problems), self.group_size)
         parts = [rows]
         for name, source in self.sources.items():
             stream = self._streams[f"sources/{name}"]

@@ -572,6 +572,10 @@ class Job:
             rollout.generation_batch = generation_batch_for(self.policy, *sizes, prompt=prefill_of(self.env))
         return rollout
 
+    def stream(self, name: str) -> torch.Generator:
+        """The stream of a run without workers, on the CPU."""
+        return generator(self.seed, name)
+
     def _made_rollout(self) -> Any:
         drawn = {"problem_generator": generator(self.seed, f"problems{self._suffix}")} if self.language else {}
         return self.build(
