@@ -176,7 +176,7 @@ _HEAD = [
 _LIMITS = [
     "## Where each is another method",
     "",
-    "Each pair of lines is trained by `tests/test_recipes.py`, or with workers by `tests/test_recipes_asynchronous.py`:",
+    "Each pair of lines is trained by `tests/test_recipes.py`, with workers by `tests/test_recipes_asynchronous.py`:",
     "after two updates, or three, both have the same weights.",
 ]
 
