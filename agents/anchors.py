@@ -13,7 +13,7 @@ from torch import Tensor
 from unified_rl.agents.teacher import load_teacher
 from unified_rl.correction import Correction
 from unified_rl.correction.lookup import check_keys
-from unified_rl.correction.proximal import MovingAverage, interpolated
+from unified_rl.correction.proximal import MovingAverage, Versions, interpolated
 from unified_rl.correction.view import ANCHORS
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.instantiate import check_type, nearest
@@ -32,7 +32,7 @@ from unified_rl.protocols import (
 from unified_rl.ranges import Count, Name, Positive, Share, shown
 from unified_rl.shard import ALONE, Shard
 
-PROVIDERS = ("snapshot", "average", "interpolated")
+PROVIDERS = ("snapshot", "average", "interpolated", "versions")
 """Where the proximal policy of a decoupled correction comes from."""
 RECORDED = ("behavior", "proximal", "proxy")
 """Anchors that no entry of ``agent.anchors`` makes: the sampler, the start of the update, a wrapper."""
@@ -300,6 +300,14 @@ class Anchors(Mapping[str, Provider]):
         if self.provider == "average":
             self.average = MovingAverage(policy, float(correction.proximal.get("decay", 0.9)))
             _same_inputs(self.average.module, policy)
+        self.versions: Versions[Trainable] | None = None
+        if self.provider == "versions":
+            if proximal:
+                raise ConfigError(
+                    "agent.off_policy_targets=true corrects to the policy at the start of the update, and "
+                    f"{who} keeps the log-probs of the versions that sampled in its place: leave one of them out"
+                )
+            self.versions = Versions(Copied(policy).policy, policy)
 
     def _check(self, nodes: Mapping[str, Any], wanted: Mapping[str, str], correction: str) -> None:
         for name, setting in wanted.items():
@@ -345,6 +353,11 @@ class Anchors(Mapping[str, Provider]):
         """The reference policy, if anything needs one."""
         return self.providers["reference"].policy if "reference" in self.providers else None
 
+    def begin(self, version: int) -> None:
+        """Before an update of the policy, whose weights are those of ``version``."""
+        if self.versions is not None:
+            self.versions.store(self.policy, version)
+
     def annotate(self, record: TensorDict, version: int) -> None:
         """Writes the log-probs ``[B, N]`` of the anchors, and the wrapper's keys, into the record."""
         extra = self._wrapper_keys(record)
@@ -369,7 +382,12 @@ class Anchors(Mapping[str, Provider]):
         return self.shard.divided(record, lambda rows: torch.cat([score(part) for part in self._parts(rows)]))
 
     def _proximal(self, record: TensorDict, version: int, scored: Tensor | None) -> Tensor:
-        """Log-probs at the start of the update; of fresh rows of its own the behavior's, without a forward pass."""
+        """Log-probs at the start of the update; of fresh rows of its own the behavior's, without a forward pass.
+
+        By ``versions``, those of the weights that sampled each unit, computed anew.
+        """
+        if self.versions is not None:
+            return self._by_version(self.versions, record, version)
         if self.average is not None:
             return self.chunked(self.average.module, record)
         itself = not (isinstance(self.policy, SampledApart) and self.policy.sampled_apart)
@@ -377,6 +395,24 @@ class Anchors(Mapping[str, Provider]):
             out: Tensor = record["behavior_log_prob"].clone()
             return out
         return self.chunked(self.policy, record) if scored is None else scored
+
+    def _by_version(self, versions: Versions[Trainable], record: TensorDict, version: int) -> Tensor:
+        """Each unit's log-prob under the weights that sampled it; of units that no version sampled, the present."""
+        units = torch.where(record["policy_version"] < 0, version, record["policy_version"])
+        out = torch.zeros_like(record["behavior_log_prob"])
+        for number in units[record["mask"]].unique().tolist():
+            wanted = (units == number) & record["mask"]
+            rows = wanted.any(-1).nonzero()[:, 0]
+            policy = self.policy if number == version else self._older(versions, number)
+            found = self.chunked(policy, record[rows])
+            out[rows] = torch.where(wanted[rows], found, out[rows])
+        return out
+
+    def _older(self, versions: Versions[Trainable], number: int) -> Trainable:
+        policy = versions.load(number)
+        if isinstance(policy, RestsAdapters):
+            policy.rest_adapters()
+        return policy
 
     def chunked(self, policy: Scores, record: TensorDict) -> Tensor:
         """Log-probs ``[B, N]`` of a policy without gradient, a micro-batch at a time."""
@@ -404,6 +440,7 @@ class Anchors(Mapping[str, Provider]):
             "average": None
             if average is None
             else {"module": dict(average.module.state_dict()), "weight": average.weight},
+            "versions": None if self.versions is None else self.versions.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -413,6 +450,8 @@ class Anchors(Mapping[str, Provider]):
         if self.average is not None:
             self.average.module.load_state_dict(state["average"]["module"])
             self.average.weight = state["average"]["weight"]
+        if self.versions is not None:
+            self.versions.load_state_dict(state["versions"])
 
 
 def _in_place(found: Tensor, seen: TensorDictBase, rows: TensorDictBase) -> Tensor:

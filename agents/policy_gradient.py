@@ -41,7 +41,7 @@ from unified_rl.objectives.objective import Objective, Parts
 from unified_rl.optimizer import Optimizer
 from unified_rl.protocols import EndsPretraining, HasWeights, Trainable, domain_of, is_discrete
 from unified_rl.ranges import Count, NonNegative, Seed, UnitInterval, UpperBound, Whole, ranged
-from unified_rl.replay import Replay
+from unified_rl.replay import Fresh, Replay, StalenessBounded
 from unified_rl.replay.fit import check_replay
 from unified_rl.shard import ALONE, Shard
 from unified_rl.units import split_steps
@@ -305,6 +305,7 @@ class PolicyGradient:
             self._set_rates(lambda rate: rate.lr * (1.0 - progress))
         self.wrapper.start(progress)
         self.objective.start(progress, self.version)
+        self.anchors.begin(self.version)
         metrics: dict[str, Any] = {}
         if not self.checked:
             self.check_replay(replay)
@@ -334,8 +335,31 @@ class PolicyGradient:
         self.objective.finish(metrics)
         return metrics
 
+    def keep_versions(self, staleness: int) -> None:
+        """Says how many updates old the rows of a collection may be: so many earlier weights are kept, if any are."""
+        if self.anchors.versions is not None:
+            self.anchors.versions.keep = staleness
+
+    def _check_versions(self, replay: Replay) -> None:
+        """Keeps the weights of as many versions as the replay may hand out rows of.
+
+        Raises:
+            ConfigError: it may hand out rows of any age.
+        """
+        sampler = getattr(replay, "sampler", None)
+        if self.anchors.versions is None or isinstance(sampler, Fresh):
+            return
+        if not isinstance(sampler, StalenessBounded):
+            raise ConfigError(
+                f"correction {self.correction.name} scores rows by the weights that sampled them, and those of rows of "
+                "any age, which this replay hands out, are not kept: use replay=fresh or replay=staleness, or "
+                "correction=decoupled_ppo, which needs none"
+            )
+        self.anchors.versions.keep = sampler.max_lag
+
     def check_replay(self, replay: Replay) -> None:
         """Refuses a replay that this agent cannot use, by its name."""
+        self._check_versions(replay)
         check_replay(replay, self.option, length=self.draw.length, groups=True, draws=self.draw.rows)
         if "reward" in self._scales:
             check_order(replay)

@@ -372,6 +372,7 @@ SURROGATES: dict[str, Callable[[Any], Tensor]] = {
     "decoupled_ppo": lambda p: decoupled(p, mismatch(p).clamp(max=1.1)),
     "ppo_ewma": lambda p: decoupled(p, mismatch(p)),
     "a3po": lambda p: decoupled(p, mismatch(p)),
+    "decoupled_snapshot": lambda p: decoupled(p, mismatch(p)),
     "minirl": lambda p: decoupled(p, mismatch(p), low=0.2, high=0.27) * p.m.sum() / 1000,
     "tis": lambda p: decoupled(p, mismatch(p).clamp(max=1.1)),
     "cis": lambda p: decoupled(p, mismatch(p).clamp(0.9, 1.1)),

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from run_cases import EasyChain
 
 from unified_rl.envs.control import TwoRouteEnv
 from unified_rl.policies.causal_lm import CausalLM
+from unified_rl.policies.generation import Generation
 
 FOLDER, DELAY = "RAY_CASES_FOLDER", "RAY_CASES_DELAY"
 
@@ -52,6 +54,19 @@ class SlowLM(CausalLM):
             self.refresh = refresh
             if refresh is None:
                 time.sleep(0.3)
+
+
+class StillLM(CausalLM):
+    """Draws the answers to each prompt from a stream of its own, so they do not depend on what is sampled beside it."""
+
+    def generate(self, prompts: Any, *, generator: Any = None, **options: Any) -> Any:
+        found = []
+        for prompt in prompts:
+            ids = [int(token) for token in prompt]
+            stream = torch.Generator().manual_seed(sum(token * 31**place for place, token in enumerate(ids)) % 2**31)
+            found.append(super().generate([prompt], generator=stream, **options))
+        names = ("tokens", "log_prob", "length", "finished")
+        return Generation(*(torch.cat([getattr(one, name) for one in found]) for name in names))
 
 
 class UnsteadyRoute(TwoRouteEnv):

@@ -21,7 +21,7 @@ PUBLISHED = set(
     k3_reject opsm dppo_tv dppo_kl gspo gmpo hoelder ctpo minpro turn_ppo s_ppo st_ppo steppo alp cispo dispo
     topr rec_one_side rec_two_side rec_ring opmd asymre red_weight red_drop sppo sapo vespo p3o p4o m2po bapo
     humanline luffy nft aipo lp_reg tba gvpo copg dro flowrl opo vcpo sfpo t_ppo nat_uniform nat_prefix remix
-    erpd troll fixpo mdpo
+    erpd troll fixpo mdpo decoupled_snapshot
     """.split()  # noqa: SIM905
 )
 
@@ -72,6 +72,7 @@ def test_sources_are_papers_with_an_arxiv_id_but_for_those_that_have_none() -> N
         ("rec_one_side", "ppo"),
         ("ppo_ewma", "decoupled_ppo"),
         ("a3po", "decoupled_ppo"),
+        ("decoupled_snapshot", "decoupled_ppo"),
         ("steppo", "ppo"),
         ("t_ppo", "ppo"),
         ("opo", "reinforce"),

@@ -56,6 +56,25 @@ def refusal(*overrides: str, allow: tuple[str, ...] = ("run_cases", "test_engine
         ([*CONTROL, "agent=ppo", RAY, "engine._target_=unified_rl.replay.Uniform"], ["engine is a Uniform", RAY]),
         ([*CONTROL, "agent=ppo", RAY, "engine.in_flight=true"], ["GaussianPolicy", "leave it out"]),
         ([*LANGUAGE, RAY, "engine.in_flight=true"], ["rollout.staleness=0", "rollout.staleness=1 or more"]),
+        (
+            [*CONTROL, "agent=ppo", RAY, "engine.order=periodic"],
+            ["engine.order=periodic shares out the prompts", "ControlRollout", "engine.order=ticket"],
+        ),
+        ([*LANGUAGE, RAY, "engine.order=periodic", "rollout.staleness=1"], ["no effect", "rollout.staleness=0"]),
+        ([*LANGUAGE, RAY, "engine.order=periodic", "engine.workers=5"], ["share out rollout.prompts=4"]),
+        (
+            [*LANGUAGE, RAY, "engine.order=periodic", "engine.workers=2",
+             "rollout.sources={shown: {_target_: unified_rl.rollout.sources.Demonstrations, rows: 4}}"],
+            ["would join the rows of rollout.sources (shown)", "engine.workers=1"],
+        ),
+        (
+            [*LANGUAGE, "recipe=vade", RAY, "engine.order=periodic", "engine.workers=2"],
+            ["rollout.curriculum", "engine.order=ticket"],
+        ),
+        (
+            [*LANGUAGE, RAY, "engine.in_flight=true", "rollout.staleness=1", "policy.engine_dtype=bfloat16"],
+            ["policy.engine_dtype=null", "leave it out"],
+        ),
         ([*CONTROL, "agent=ppo", RAY, "keep_best=engine/wait_second"], ["keep_best", "engine/wait_seconds"]),
     ],
 )  # fmt: skip
@@ -144,7 +163,7 @@ def test_workers_share_random_steps_and_settled_sizes_and_sample_where_they_may(
 def test_an_error_of_a_worker_is_ours_with_its_name_and_the_trace_behind_it() -> None:
     answer = Collector().ask("begin", {"worker": 0, "workers": 1, "folder": "/", "path": [], "allow": [],
                                        "cfg": {"agent": None, "policy": None}, "generation_batch": None,
-                                       "in_flight": False})  # fmt: skip
+                                       "in_flight": False, "parts": False})  # fmt: skip
     with pytest.raises(ConfigError, match=r"^worker 3: this run has no policy") as raised:
         valued(answer, "worker 3")
     assert "In the worker:\nTraceback" in raised.value.__notes__[0]

@@ -127,6 +127,8 @@ def agent_for(
     agent = PolicyGradient(
         trained, load_correction(preset), generator, count, length, epochs=epochs, micro_batch=5, teacher=teacher
     )
+    agent.keep_versions(1)
+    agent.anchors.begin(0)  # the weights of the rows' version, for the preset that keeps them
     agent.version = 1
     replay.extend(rows)
     return agent, replay

@@ -332,7 +332,7 @@ def correction_cases() -> Iterator[Case]:
         node = {"name": "truncate", "high": 1.01}
         base = (*STALE, "correction=decoupled_ppo", f"correction.mismatch=[{text(node)}]")
         yield Case(f"mismatch.truncate.{key}", base, (f"correction.mismatch=[{text({**node, key: value})}]",))
-    for provider in ("average", "interpolated"):
+    for provider in ("average", "interpolated", "versions"):
         base = (*STALE, "correction=decoupled_ppo")
         yield Case(f"proximal.{provider}", base, (f"correction.proximal={{provider: {provider}}}",))
     yield Case("proximal.average.decay", (*STALE, "correction=ppo_ewma"), ("correction.proximal.decay=0.1",))

@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_cases import CONTROL, LANGUAGE
-from ticket_cases import Counting, Flying, differences, made, read_rows, step
+from ticket_cases import ALLOW, Counting, Flying, differences, made, read_rows, step
 from torch import nn
 
 from unified_rl.config import compose
 from unified_rl.errors import CheckpointError, ConfigError, RolloutError
 from unified_rl.rollout.feed import Feed, LocalFeed
-from unified_rl.rollout.tickets import TicketFeed
+from unified_rl.rollout.tickets import TicketFeed, join
 from unified_rl.rollout.weights import pack, unpack_into
 from unified_rl.training.checkpoint import checkpoints, read_checkpoint
 from unified_rl.training.collector import pack_state, unpack_state
@@ -64,8 +64,12 @@ def played(
 @pytest.fixture(autouse=True)
 def _plain_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The counting workers bring pairs of numbers, which a checkpoint holds as they are."""
-    from unified_rl.rollout import feed
+    from unified_rl.rollout import feed, tickets
 
+    def joined(parts: Any) -> Any:
+        return ([rows for rows, _ in parts], {}) if isinstance(parts[0][0], tuple) else join(parts)
+
+    monkeypatch.setattr(tickets, "join", joined)
     ours = feed.pack_rows, feed.unpack_rows
     monkeypatch.setattr(feed, "pack_rows", lambda rows: rows if isinstance(rows, tuple) else ours[0](rows))
     monkeypatch.setattr(feed, "unpack_rows", lambda rows: rows if isinstance(rows, tuple) else ours[1](rows))
@@ -99,6 +103,31 @@ def test_in_flight_every_newer_version_goes_to_the_workers_that_collect() -> Non
         feed.admit(update + 3)
         feed.take()
     assert cluster.swapped == [(0, 1), (1, 1), (0, 2), (1, 2)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(workers=st.integers(1, 4), updates=st.integers(1, 8), seed=st.integers(0, 2**32))
+def test_parts_of_a_batch_have_one_version_and_one_order_whoever_dies(workers: int, updates: int, seed: int) -> None:
+    for dies, saves in ((0.0, 0.0), (0.3, 0.0), (0.3, 0.3)):
+        states, chance = list(range(workers)), random.Random(seed)
+        feed = periodic(workers, chance, dies)
+        for update in range(updates):
+            states = [step(state, update) for state in states]
+            feed.publish(update)
+            feed.admit(update + 1)
+            assert feed.admitted == update + 1
+            taken = feed.take()[0]
+            assert (taken if workers > 1 else [taken]) == [(update, state) for state in states]
+            if chance.random() < saves:
+                feed.publish(update + 1)
+                state = feed.state_dict()
+                feed = periodic(workers, chance, dies)
+                feed.load_state_dict(state)
+
+
+def periodic(workers: int, chance: random.Random, dies: float) -> TicketFeed:
+    cluster = Counting(workers, dies=lambda: chance.random() < dies)
+    return TicketFeed(cluster, workers, 1, 0, order="periodic", restarts=10**6)
 
 
 def test_workers_do_die_in_these_schedules() -> None:
@@ -201,6 +230,10 @@ def test_an_environment_that_cannot_be_put_back_begins_new_episodes_and_says_so(
         (
             {"workers": [[None, None]] * 3, "admitted": 3, "waiting": []},
             "engine.workers=3, and cannot go on with engine",
+        ),
+        (
+            {"workers": [[None, None]] * 2, "admitted": 3, "waiting": [], "order": "periodic"},
+            "made with engine.order=periodic, and cannot go on with engine.order=ticket",
         ),
     ],
 )
@@ -348,3 +381,59 @@ def test_in_flight_an_answer_has_the_versions_of_its_tokens_and_rows_are_younger
     assert sum(len(set(row)) == 3 for row in late) > len(late) // 4  # two swaps came in six tokens
     assert all(len(set(row)) == 1 for _, row in still.answers)
     assert flying.lag < still.lag - 0.2
+
+
+# ------------------------------------------------------------------------------------------- parts of a batch
+
+
+def of(*more: str) -> dict[str, Any]:
+    return compose([*DOMAINS["language"], *more], allow=ALLOW)
+
+
+class Prompts:
+    """Of every update, the prompts of its rows in order, and their versions."""
+
+    def __init__(self) -> None:
+        self.prompts: list[list[list[int]]] = []
+        self.versions: list[set[int]] = []
+
+    def on_rollout_end(self, trainer: Any, rows: Any, metrics: Any) -> None:
+        first = rows["mask"].long().argmax(-1)
+        self.prompts.append([row[:n].tolist() for row, n in zip(rows["tokens"], first, strict=True)])
+        self.versions.append(set(rows["policy_version"][rows["mask"]].tolist()))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_that_share_out_every_batch_make_the_run_without_them_but_for_the_noise_of_sampling(
+    workers: int, tmp_path: Path
+) -> None:
+    parts = ("engine=ray", "engine.order=periodic", f"engine.workers={workers}", NEVER)
+    one, other = Prompts(), Prompts()
+    still = "policy._target_=ray_cases.StillLM" if workers > 1 else "seed=0"
+    here, rows = made(of(NEVER, still), tmp_path / "a", callbacks=[one])
+    there, others = made(of(*parts, still), tmp_path / "b", callbacks=[other])
+    assert one.prompts == other.prompts and len(one.prompts) == 5
+    assert one.versions == other.versions == [{0}, {1}, {2}, {3}, {4}]
+    assert differences(here.agent.state_dict(), there.agent.state_dict()) == []
+    for row, its in zip(rows, others, strict=True):
+        whole = [key for key in row if workers == 1 or "reward_p" not in key]  # quantiles are those of the parts
+        assert row.keys() == its.keys() and {k: its[k] for k in whole} == pytest.approx({k: row[k] for k in whole})
+
+
+def test_parts_are_collected_again_when_workers_die_and_a_run_is_resumed(tmp_path: Path) -> None:
+    given = ("engine=ray", "engine.order=periodic", "engine.workers=3")
+    calm, rows = made(composed("language", *given, "checkpoint_every=32", "keep_checkpoints=9"), tmp_path / "a")
+    found = checkpoints(tmp_path / "a" / "checkpoints")[0]
+    asked: list[int] = []
+
+    def dies(worker: int) -> bool:
+        asked.append(worker)
+        return len(asked) % 4 == 2
+
+    rough, others = made(composed("language", *given, NEVER), tmp_path / "b", dies=dies)
+    again, rest = made(composed("language", *given, NEVER), tmp_path / "c", found, dies=dies)
+    assert rough.feed.lost >= 2 and again.feed.lost >= 1
+    for other in (rough, again):
+        assert differences(calm.agent.state_dict(), other.agent.state_dict()) == []
+        assert differences(calm.feed.state_dict(), other.feed.state_dict()) == []
+    assert rows == others and rest == rows[-len(rest) :] and len(rest) == 3

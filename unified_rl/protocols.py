@@ -798,6 +798,15 @@ class PlansUpdates(Protocol):
 
 
 @runtime_checkable
+class KeepsVersions(Protocol):
+    """An agent that scores rows by the very weights that sampled them."""
+
+    def keep_versions(self, staleness: int) -> None:
+        """Says how many updates old the rows of a collection may be."""
+        ...
+
+
+@runtime_checkable
 class NamesMetrics(Protocol):
     """An agent that tells beforehand which metrics its updates have, for those who wait for one."""
 

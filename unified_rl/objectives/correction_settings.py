@@ -12,7 +12,7 @@ from unified_rl.objectives.rows import Rows
 from unified_rl.ranges import Name, Share
 from unified_rl.returns.record import setting_types
 
-PROXIMAL: dict[str, Any] = {"provider": Literal["snapshot", "average", "interpolated"], "decay": Share}
+PROXIMAL: dict[str, Any] = {"provider": Literal["snapshot", "average", "interpolated", "versions"], "decay": Share}
 """Types of the settings of the proximal policy's provider."""
 
 CREDIT: dict[str, Any] = {"name": Name, "whiten": bool}

@@ -67,6 +67,8 @@ class LanguageRollout:
     Attributes:
         rows: rows of one collection at most.
         length: None; a row is a whole conversation.
+        share: which part of the problems of a collection this one samples, and of how many: workers that share out
+            each batch draw the same problems, and each takes its own.
         shows: ``(conversations, episode of the first) -> what is written of them``, which :meth:`collect` then adds to
             its metrics as ``samples``; None by default.
 
@@ -119,6 +121,7 @@ class LanguageRollout:
         own = ("context", *(f"sources/{name}" for name in self.sources), "curriculum")
         self._streams = {name: streams(name) for name in own}
         self.shows: Callable[[Told, int], list[list[Any]]] | None = None
+        self.share: tuple[int, int] = (0, 1)
         self.steps_per_collect = prompts * group_size
         self.rows = self.steps_per_collect + sum(source.most(prompts) for source in self.sources.values())
         self.steps = 0
@@ -185,7 +188,7 @@ class LanguageRollout:
         talk = told[0]
         self._check_finite("the policy's log-prob of a sampled token", talk.log_prob, repeated)
         self._check_finite("the environment's reward", talk.reward, repeated)
-        groups = self.builder.groups(self.prompts)
+        groups = self.builder.groups(len(problems))
         rows = self.builder.rows(told, version, groups.repeat_interleave(self.group_size), Source.ONLINE)
         self.steps += len(repeated)
         if self.curriculum is not None:
@@ -199,7 +202,7 @@ class LanguageRollout:
 
     def _problems(self) -> Problems:
         if self.curriculum is None:
-            return self.env.problems(self.prompts, self.problem_generator, "train")
+            return self._shared(self.env.problems(self.prompts, self.problem_generator, "train"))
         draw = partial(self.env.problems, generator=self.problem_generator)
         return self.curriculum.choose(draw, self.prompts, self._streams["curriculum"])
 
@@ -215,6 +218,11 @@ class LanguageRollout:
         """Log-probs ``[n, N]`` of rows under the present policy, so many at once as are sampled together."""
         parts = rows.split(self.generation_batch or len(rows))
         return torch.cat([self.policy.log_prob(part.to(self.policy.device)).log_prob.cpu() for part in parts])
+
+    def _shared(self, problems: Problems) -> Problems:
+        """This rollout's part of them."""
+        part, parts = self.share
+        return problems[len(problems) * part // parts : len(problems) * (part + 1) // parts]
 
     def _again(self, context: Context, repeated: Problems, told: Told, speaker: Generates) -> dict[str, float]:
         """Lets the context replace conversations; counts what it samples."""
@@ -233,7 +241,7 @@ class LanguageRollout:
         self, rows: TensorDict, problems: Problems, groups: Tensor, version: int, metrics: dict[str, float]
     ) -> TensorDict:
         """The rows, and behind them those of every source."""
-        reward = rows["reward"].sum(-1).reshape(self.prompts, self.group_size)
+        reward = rows["reward"].sum(-1).reshape(len(problems), self.group_size)
         parts = [rows]
         for name, source in self.sources.items():
             stream = self._streams[f"sources/{name}"]

@@ -3,7 +3,7 @@
 Tickets go to workers in turn, ticket ``n`` starts from the weights that were newest when it was admitted, and batches
 are taken in the order of tickets. So what a run learns depends on its seed, the number of workers and the bound, and
 not on timing: a worker that is slow, or dies and is replaced, changes nothing. No row is older than the bound, however
-slow a worker is, and none is thrown away.
+slow a worker is, and none is thrown away. Instead of one batch each, workers may collect a part of every batch.
 
 Where workers live and how they are reached is a :class:`Cluster`.
 """
@@ -14,13 +14,20 @@ import time
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
+from tensordict import TensorDict
+
 from unified_rl.errors import CheckpointError, RestoreError, RolloutError, UnifiedRLError
 from unified_rl.rollout.feed import Batch, pack, unpack
 from unified_rl.stopping import say
 
-Order = Literal["ticket", "completion"]
+Order = Literal["ticket", "completion", "periodic"]
 WAITED, LOST = "engine/wait_seconds", "engine/lost_workers"
 """Seconds that an update waited for its batch (``/K`` behind it: for worker K's), and workers lost so far."""
+COUNTS = frozenset({"rollout/resampled"})
+"""Metrics of a collection that add up over its parts; the others are means over conversations."""
+OF_TOKENS = frozenset({"rollout/entropy_estimate"})
+"""Those that are means over tokens."""
 
 
 class WorkerLostError(Exception):
@@ -102,7 +109,7 @@ class Cluster(Protocol):
 
 
 class Ticket(NamedTuple):
-    """A batch under way."""
+    """A batch under way, or a worker's part of one."""
 
     number: int
     worker: int
@@ -136,7 +143,8 @@ class TicketFeed:
         steps_per_collect: of a batch, see :class:`~unified_rl.rollout.feed.Feed`.
         staleness: the bound.
         order: ``ticket``, or ``completion``: whichever batch is done first. Then a slow one is overtaken again and
-            again, so neither its age is bounded nor is a run the same twice.
+            again, so neither its age is bounded nor is a run the same twice. ``periodic``: every worker collects its
+            part of each batch, and the parts are joined in the order of workers; the bound is 0.
         restarts: workers that may be lost.
         seed: of new episodes, where a lost worker's environment cannot be put back.
         in_flight: new weights are given to batches under way too, so their rows hold several versions and are younger
@@ -167,7 +175,7 @@ class TicketFeed:
     @property
     def admitted(self) -> int:
         """Collections that were started and whose rows were taken, wait, or are under way."""
-        return self._now.taken + len(self._now.waiting) + len(self._now.open)
+        return self._now.taken + len(self._now.waiting) + len({ticket.number for ticket in self._now.open})
 
     def open(self) -> None:
         """Starts the workers.
@@ -194,15 +202,18 @@ class TicketFeed:
         """Lets workers collect until ``allowed`` batches have been started since the run began; waits for none."""
         while self.admitted < allowed:
             self.cluster.open()
-            worker, sent = self._next_worker(), self._sent()
-            ticket = Ticket(self.admitted, worker, *sent, self.cluster.submit(worker, *sent))
-            self._now = self._now._replace(open=(*self._now.open, ticket))
+            number, sent = self.admitted, self._sent()
+            begun = tuple(Ticket(number, k, *sent, self.cluster.submit(k, *sent)) for k in self._next_workers())
+            self._now = self._now._replace(open=(*self._now.open, *begun))
 
-    def _next_worker(self) -> int:
+    def _next_workers(self) -> Sequence[int]:
+        """Those that collect the next batch."""
+        if self.order == "periodic":
+            return range(self.workers)
         if self.order == "ticket":
-            return self.admitted % self.workers
+            return [self.admitted % self.workers]
         busy = [ticket.worker for ticket in self._now.open]
-        return min(range(self.workers), key=lambda worker: (busy.count(worker), worker))
+        return [min(range(self.workers), key=lambda worker: (busy.count(worker), worker))]
 
     def peek(self) -> Batch:
         """The batch that :meth:`take` returns next; waits for it.
@@ -222,36 +233,42 @@ class TicketFeed:
 
     def _fetch(self) -> None:
         """Waits for a batch under way; a worker that is lost is replaced, and collects what it had again."""
-        begun = time.monotonic()
+        begun, found, times = time.monotonic(), dict[int, Collected](), dict[str, float]()
         while True:
-            ticket = self._choose()
+            tickets = self._choose()
+            ticket = next(ticket for ticket in tickets if ticket.worker not in found)
             try:
-                (rows, metrics), state = self.cluster.result(ticket.pending, ticket.number, ticket.worker)
-                break
+                found[ticket.worker] = self.cluster.result(ticket.pending, ticket.number, ticket.worker)
             except WorkerLostError as error:
                 self._replace(ticket.worker, error)
+                continue
             except KeyboardInterrupt:  # somebody who would not wait for this batch
                 self._hurried = True
                 raise
-        waited = time.monotonic() - begun
-        metrics = {**metrics, WAITED: waited, LOST: float(self.lost)}
-        if self.workers > 1:
-            metrics[f"{WAITED}/{ticket.worker}"] = waited
+            times[f"{WAITED}/{ticket.worker}"] = time.monotonic() - begun - sum(times.values())
+            if len(found) == len(tickets):
+                break
+        brought = [found[worker] for worker in sorted(found)]
+        rows, metrics = brought[0].batch if len(brought) == 1 else join([one.batch for one in brought])
+        metrics = {**metrics, WAITED: time.monotonic() - begun, LOST: float(self.lost)}
+        metrics |= times if self.workers > 1 else {}
         now = self._now
         self._now = now._replace(
             waiting=(*now.waiting, (rows, metrics)),
             open=tuple(one for one in now.open if one.number != ticket.number),
-            origins=_with(now.origins, ticket.worker, Origin(state)),
+            origins=tuple(
+                Origin(found[worker].state) if worker in found else origin for worker, origin in enumerate(now.origins)
+            ),
         )
 
-    def _choose(self) -> Ticket:
-        """The oldest ticket; by completion one that is done, the oldest of its worker."""
+    def _choose(self) -> Sequence[Ticket]:
+        """The oldest batch, in all its parts; by completion one that is done, the oldest of its worker."""
         tickets: tuple[Ticket, ...] = self._now.open
-        if self.order == "ticket":
-            return tickets[0]
+        if self.order != "completion":
+            return [ticket for ticket in tickets if ticket.number == tickets[0].number]
         oldest: list[Ticket] = list({ticket.worker: ticket for ticket in reversed(tickets)}.values())
         place = self.cluster.first([ticket.pending for ticket in oldest])
-        return oldest[place]
+        return [oldest[place]]
 
     def _replace(self, worker: int, error: WorkerLostError) -> None:
         """A new worker where one was lost, with the state behind its last batch that was brought, and its tickets."""
@@ -296,7 +313,9 @@ class TicketFeed:
         while self._now.open:
             why: Exception | str = "interrupted"
             try:
-                if not self._hurried or self.cluster.is_done(self._now.open[0].pending):
+                first = self._now.open[0].number
+                parts = [ticket for ticket in self._now.open if ticket.number == first]
+                if not self._hurried or all(self.cluster.is_done(ticket.pending) for ticket in parts):
                     self._fetch()
                     continue
             except UnifiedRLError as error:
@@ -306,7 +325,9 @@ class TicketFeed:
             break  # a resumed run collects these from the very weights that it is saved with
         waiting = tuple((rows, _lasting(metrics)) for rows, metrics in self._now.waiting)
         admitted = self._now.taken + len(waiting)
-        return {"workers": [list(one) for one in self._now.origins], "admitted": admitted, "waiting": pack(waiting)}
+        kind = {"order": self.order} if self.order == "periodic" else {}
+        workers = [list(one) for one in self._now.origins]
+        return {"workers": workers, "admitted": admitted, "waiting": pack(waiting), **kind}
 
     def load_state_dict(self, state: dict[str, Any], restart: int | None = None) -> None:
         """Restores :meth:`state_dict`, of as many workers.
@@ -330,6 +351,11 @@ class TicketFeed:
                 f"this run was made with engine.workers={made}, and cannot go on with engine.workers={self.workers}, "
                 f"since each has episodes of its own under way: resume it with engine.workers={made}"
             )
+        if (state.get("order") == "periodic") != (self.order == "periodic"):
+            raise CheckpointError(
+                f"this run was made with engine.order={state.get('order', 'ticket')}, and cannot go on with "
+                f"engine.order={self.order}, since workers draw other problems there: resume it with the same order"
+            )
         origins = tuple(Origin(*one) for one in state["workers"])
         if restart is not None:
             origins = tuple(one._replace(restart=restart + worker) for worker, one in enumerate(origins))
@@ -349,8 +375,28 @@ class TicketFeed:
         self.cluster.close()
 
 
-def _with(origins: tuple[Origin, ...], worker: int, origin: Origin) -> tuple[Origin, ...]:
-    return (*origins[:worker], origin, *origins[worker + 1 :])
+def join(parts: Sequence[Batch]) -> Batch:
+    """One batch of its parts, in their order.
+
+    Metrics are means over all rows (of tokens, where that is what they are of), and quantiles those of the parts; shown
+    samples are those of the first part.
+    """
+    named = dict.fromkeys(key for _, metrics in parts for key in metrics if key != "samples")
+    told: dict[str, Any] = {}
+    for name in named:
+        held = [(metrics[name], _weight(name, rows)) for rows, metrics in parts if name in metrics]
+        whole = 1.0 if name in COUNTS else sum(weight for _, weight in held)
+        told[name] = sum(value * weight for value, weight in held) / whole
+    if "samples" in parts[0][1]:
+        told["samples"] = parts[0][1]["samples"]
+    return torch.cat([rows for rows, _ in parts]), told
+
+
+def _weight(name: str, rows: TensorDict) -> float:
+    """Of a part's metric in the whole batch's."""
+    if name in COUNTS:
+        return 1.0
+    return float(rows["mask"].sum()) if name in OF_TOKENS else float(len(rows))
 
 
 def _lasting(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from unified_rl.protocols import (
     HasGoals,
     HasPools,
     HasSplits,
+    KeepsVersions,
     PlansUpdates,
     Rewarded,
 )
@@ -472,6 +473,8 @@ class Job:
         )
         if isinstance(agent, PlansUpdates):
             agent.plan_updates(math.ceil(self.settings.steps / rollout.steps_per_collect))
+        if isinstance(agent, KeepsVersions):
+            agent.keep_versions(rollout.staleness)
         self._check_random_steps(rollout, agent)
         replay = self._replay(rollout.rows, rollout.length) if replay is None else replay
         if not self.language:
@@ -578,6 +581,10 @@ class Job:
             sizes = (rollout.steps_per_collect, self.env.max_length, rollout.group_size)
             rollout.generation_batch = generation_batch_for(self.policy, *sizes, prompt=prefill_of(self.env))
         return rollout
+
+    def stream(self, name: str) -> torch.Generator:
+        """The stream of a run without workers, on the CPU."""
+        return generator(self.seed, name)
 
     def _made_rollout(self) -> Any:
         drawn = {"problem_generator": generator(self.seed, f"problems{self._suffix}")} if self.language else {}

@@ -61,14 +61,14 @@ class Collector:
 
         Args:
             settings: ``cfg`` and ``allow`` of :class:`~unified_rl.training.build.Job`, ``worker``, ``workers``,
-                ``folder`` (where relative paths begin), ``path`` (of modules), ``in_flight``, and what the run has
-                settled: ``generation_batch``.
+                ``folder`` (where relative paths begin), ``path`` (of modules), ``in_flight``, ``parts`` (whether
+                workers share out every batch), and what the run has settled: ``generation_batch``.
         """
         if os.path.isdir(settings["folder"]):
             os.chdir(settings["folder"])
         sys.path += [place for place in settings["path"] if place not in sys.path and os.path.isdir(place or ".")]
         worker = settings["worker"]
-        self.workers, self.in_flight = settings["workers"], settings["in_flight"]
+        self.workers, self.in_flight, self.parts = settings["workers"], settings["in_flight"], settings["parts"]
         self.job = Job(settings["cfg"], settings["allow"], worker=worker)
         self.rollout = self.job.make_rollout()
         if settings["generation_batch"] is not None:
@@ -77,6 +77,9 @@ class Collector:
             self.job.policy.refresh = self._refresh
         if worker:
             self.rollout.number_from(worker * APART)
+        if self.parts:  # all draw the problems of a batch, and each takes its own
+            self.rollout.share = (worker, self.workers)
+            self.rollout.problem_generator = self.job.stream("problems")
         if isinstance(self.rollout, Opens):
             self.rollout.open()
         if self.job.book is not None and hasattr(self.rollout, "shows"):
@@ -99,7 +102,7 @@ class Collector:
         assert self.version is not None
         rows, metrics = self.rollout.collect(self.version)
         told = {key: float(value) if isinstance(value, Tensor) else value for key, value in metrics.items()}
-        if EPOCH in told:  # the others go through the problems as well
+        if EPOCH in told and not self.parts:  # the others go through the problems as well
             told[EPOCH] *= self.workers
         return {
             "rows": {key: value.numpy() for key, value in rows.items()},

@@ -16,7 +16,7 @@ from unified_rl.policies.generation import has_plain_cache
 from unified_rl.protocols import NumbersRows
 from unified_rl.ranges import Count, Devices, Whole, ranged, shown
 from unified_rl.replay import HindsightReplay
-from unified_rl.rollout import DemonstrationRollout
+from unified_rl.rollout import DemonstrationRollout, LanguageRollout
 from unified_rl.rollout.tickets import LOST, WAITED, Cluster, TicketFeed
 from unified_rl.rollout.weights import Flat, pack
 
@@ -30,10 +30,12 @@ class RayEngine:
     """Rollouts in Ray actors, each built from the run's own configuration, here or on machines of a cluster.
 
     Args:
-        workers: actors, at most ``rollout.staleness + 1``, which is how many batches are under way.
+        workers: actors, at most ``rollout.staleness + 1``, which is how many batches are under way; in periodic order
+            as many as there are prompts.
         order: ``ticket`` takes batches in the order in which they were begun: rows are at most ``rollout.staleness``
             updates old, and a run is the same twice. ``completion`` takes whichever is done first, and promises
-            neither: a slow batch is overtaken without end.
+            neither: a slow batch is overtaken without end. ``periodic`` lets every worker answer its part of each
+            batch's prompts, all by one version, while the update waits (language, ``rollout.staleness=0``).
         in_flight: new weights are also given to batches under way, between two tokens of a language model, which keeps
             what it has read. Each token is stored with the version that sampled it. Then no run is the same twice.
         restarts: lost workers that are replaced, in one run of the command.
@@ -50,7 +52,7 @@ class RayEngine:
     def __init__(
         self,
         workers: Count = 1,
-        order: Literal["ticket", "completion"] = "ticket",
+        order: Literal["ticket", "completion", "periodic"] = "ticket",
         in_flight: bool = False,
         restarts: Whole = 10,
         num_cpus: Devices = 1.0,
@@ -104,7 +106,7 @@ class RayEngine:
             rollout: like theirs; it collects nothing.
         """
         settings = worker_settings(cfg, allow, rollout, self.workers, on_gpu=self.num_gpus > 0)
-        settings |= {"in_flight": self.in_flight}
+        settings |= {"in_flight": self.in_flight, "parts": self.order == "periodic"}
         cluster = self.make_cluster(settings, partial(pack, policy))
         sizes = (self.workers, int(rollout.steps_per_collect), int(rollout.staleness))
         return TicketFeed(cluster, *sizes, order=self.order, restarts=self.restarts, seed=int(cfg.get("seed") or 0),
@@ -132,7 +134,7 @@ def worker_settings(
         mine["rollout"] = {**mine["rollout"], "random_steps": -(-random_steps // workers)}
     together = [rollout.generation_batch] if hasattr(rollout, "generation_batch") else None
     places = {"folder": os.getcwd(), "path": list(sys.path)}
-    settled = {"workers": workers, "generation_batch": together, "in_flight": False}
+    settled = {"workers": workers, "generation_batch": together, "in_flight": False, "parts": False}
     return {"cfg": mine, "allow": list(allow), **settled, **places}
 
 
@@ -162,7 +164,16 @@ def check_engine(engine: RayEngine | None, agent: str, rollout: Any, replay: Any
             f"engine=ray collects with the policy, and rollout={name} hands out rows that are there already: use "
             "engine=local (rollout=control and rollout=language can be collected by workers)"
         )
-    check_bound(engine.workers, int(rollout.staleness))
+    if engine.order == "periodic":
+        check_parts(engine.workers, rollout)
+    else:
+        check_bound(engine.workers, int(rollout.staleness))
+    proximal = (cfg.get("correction") or {}).get("proximal") or {}
+    if engine.order == "completion" and proximal.get("provider") == "versions":
+        raise ConfigError(
+            "engine.order=completion bounds no row's age, and correction.proximal.provider=versions keeps the weights "
+            "of rollout.staleness versions alone: use engine.order=ticket, or correction=decoupled_ppo"
+        )
     if engine.in_flight:
         check_in_flight(rollout)
     if engine.workers == 1:
@@ -179,6 +190,40 @@ def check_engine(engine: RayEngine | None, agent: str, rollout: Any, replay: Any
         )
 
 
+def check_parts(workers: int, rollout: Any) -> None:
+    """Refuses batches that cannot be shared out.
+
+    Raises:
+        ConfigError: says what it needs.
+    """
+    where = "engine.order=periodic"
+    if not isinstance(rollout, LanguageRollout):
+        raise ConfigError(
+            f"{where} shares out the prompts of a batch, and this run collects by {type(rollout).__name__}: use "
+            "engine.order=ticket with rollout.staleness=1 or more"
+        )
+    if rollout.staleness:
+        raise ConfigError(
+            f"{where} collects every batch within its update, so rollout.staleness={rollout.staleness} would be of no "
+            "effect: set rollout.staleness=0, or engine.order=ticket"
+        )
+    if workers > rollout.prompts:
+        raise ConfigError(
+            f"engine.workers={workers} cannot share out rollout.prompts={rollout.prompts}: lower the one or raise the "
+            "other"
+        )
+    if workers > 1 and rollout.curriculum is not None:
+        raise ConfigError(
+            f"{where} with engine.workers={workers}: rollout.curriculum draws prompts by the answers that it has seen, "
+            "and each worker sees its own; set engine.workers=1, or engine.order=ticket"
+        )
+    if workers > 1 and rollout.sources:
+        raise ConfigError(
+            f"{where} with engine.workers={workers}: each worker would join the rows of rollout.sources "
+            f"({', '.join(rollout.sources)}); set engine.workers=1, or engine.order=ticket"
+        )
+
+
 def check_in_flight(rollout: Any) -> None:
     """Refuses weights that would change under a rollout that cannot take them, or that would never change.
 
@@ -190,6 +235,11 @@ def check_in_flight(rollout: Any) -> None:
         raise ConfigError(
             "engine.in_flight=true changes weights between two tokens of a language model with a plain key-value "
             f"cache, and this run samples with {type(policy).__name__}: leave it out"
+        )
+    if policy.engine.engine != "own" or policy.engine.engine_dtype is not None:
+        raise ConfigError(
+            "engine.in_flight=true changes the policy's own weights while it samples, and policy.engine or "
+            "policy.engine_dtype samples with others: set policy.engine=own policy.engine_dtype=null, or leave it out"
         )
     if rollout.staleness == 0:
         raise ConfigError(

@@ -214,18 +214,22 @@ def _held(policy: CausalLM, agent: Any) -> list[Part]:
     optimizer = agent.optimizer
     trained = sum(p.numel() * p.element_size() for p in optimizer.parameters)
     moments = MOMENTS.get(type(optimizer.adam).__name__, 2) + bool(optimizer.adam.defaults.get("momentum"))
-    kept = int(moments * trained)
+    estimates = int(moments * trained)
     baseline, anchors = getattr(agent, "baseline", None), getattr(agent, "anchors", None)
     critic: list[nn.Module] = [] if baseline is None else [baseline.module]
     others: list[Any] = [] if anchors is None else [provider.policy for provider in anchors.values()]
     average = None if anchors is None else anchors.average
     others += [] if average is None else [average.module]
+    versions = None if anchors is None else anchors.versions
+    others += [] if versions is None else [versions.module]
+    kept = 0 if versions is None or policy.device.type != "cpu" else (versions.keep + 1) * trained
     parts = [
         Part("weights", module_bytes([policy]), "of the policy", there=True),
         Part("critic", module_bytes(critic, [policy]), "its weights", there=True),
         Part("other policies", module_bytes(others, [policy]), "reference, teachers, averages", there=True),
+        Part("earlier weights", kept, "of versions that rows may be of"),
         Part("gradients", trained, f"{trained // 4:,} weights that are trained"),
-        Part("optimiser", kept, f"{type(optimizer.adam).__name__}, {moments} numbers a weight"),
+        Part("optimiser", estimates, f"{type(optimizer.adam).__name__}, {moments} numbers a weight"),
     ]
     return [part for part in parts if part.size]
 

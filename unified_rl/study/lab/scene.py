@@ -58,7 +58,8 @@ class Scene:
     def log_probs(self, correction: Correction) -> dict[str, Tensor]:
         """The same, with the proximal policy that the correction asks for.
 
-        That is the one between behavior and current, the moving average, or interpolated by version. A reference that
+        That is the one between behavior and current, the moving average, one interpolated by version, or the behavior
+        policy itself, which its own weights score here exactly as it sampled. A reference that
         the kernel's ratio is taken to is the proximal policy too (Humanline syncs it with the policy).
         """
         found = dict(self.unit_log_probs)
@@ -68,6 +69,8 @@ class Scene:
         elif provider == "interpolated":
             version = torch.zeros_like(self.problem.action)
             found["proximal"] = interpolated(found["current"], found["behavior"], version, self.drift.lag)
+        elif provider == "versions":
+            found["proximal"] = found["behavior"]
         if follows_policy(correction):
             found["reference"] = found["proximal"]
         return found

@@ -104,6 +104,8 @@ class Runs:
         """Log-probs that do not change within an update, each ``[R * rows, N]``."""
         if self.plan.correction.proximal.get("provider") == "average":
             proximal = self.policy.log_table(self.average)
+        if self.plan.correction.proximal.get("provider") == "versions":
+            proximal = behavior
         tables = {
             "behavior": behavior,
             "proximal": proximal,
