@@ -42,7 +42,8 @@ MEANT: list[tuple[str, str, str]] = [
     ("-1 0 1e30 inf 2**63", "a bound of a log-ratio may be off, and lies above the other", "correction.pre.high"),
     ("-1 0 -inf", "a bound of a covariance may be off", "correction.kernel.cov_low"),
     ("-1 0 1e30 2**63", "a number that may have either sign: a coefficient, a reward, an exponent, an entropy in nats",
-     "agent.actor.improve.coefficient agent.entropy_coef agent.objectives.imitate.coefficient.peak "
+     "agent.actor.improve.coefficient agent.objectives.entropy.coefficient agent.objectives.near.coefficient.high "
+     "agent.objectives.near.coefficient.middle agent.entropy_coef agent.objectives.imitate.coefficient.peak "
      "agent.objectives.imitate.coefficient.valley agent.objectives.policy.coefficient.peak "
      "agent.objectives.policy.coefficient.valley agent.target_entropy correction.advantage.shift correction.level.p "
      "correction.wrapper.p_end correction.wrapper.p_start env.left_bonus env.threshold "
@@ -76,6 +77,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.high_positive correction.kernel.importance_cap correction.kernel.low_max "
      "correction.kernel.outer_high policy.clip_prediction"),
     ("1e30 2**63", "a positive number of any size",
+     "agent.objectives.near.coefficient.width "
      "agent.objectives.prefer.link.beta agent.updates_per_step correction.horizon correction.kernel.floor "
      "env.batch_seconds env.step_seconds "
      "correction.kernel.gamma correction.kernel.scale correction.kernel.step correction.kernel.temperature "
@@ -90,7 +92,7 @@ MEANT: list[tuple[str, str, str]] = [
      "policy.path replay.path replay.trim_key rollout.context.style rollout.data rollout.privileged "
      "rollout.sources.demonstrations.style rollout.style warm_start.run"),
     ("[]", "a list may be empty",
-     "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
+     "agent.filters agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),
     ("[] {}", "every row", "agent.objectives.policy.rows correction.advantage.rows"),
