@@ -42,7 +42,8 @@ MEANT: list[tuple[str, str, str]] = [
     ("-1 0 1e30 inf 2**63", "a bound of a log-ratio may be off, and lies above the other", "correction.pre.high"),
     ("-1 0 -inf", "a bound of a covariance may be off", "correction.kernel.cov_low"),
     ("-1 0 1e30 2**63", "a number that may have either sign: a coefficient, a reward, an exponent, an entropy in nats",
-     "agent.actor.improve.coefficient agent.objectives.entropy.coefficient agent.objectives.near.coefficient.high "
+     "agent.actor.improve.coefficient agent.objectives.distill.coefficient agent.objectives.entropy.coefficient "
+     "agent.objectives.near.coefficient.high "
      "agent.objectives.near.coefficient.middle agent.entropy_coef agent.objectives.imitate.coefficient.peak "
      "agent.objectives.imitate.coefficient.valley agent.objectives.policy.coefficient.peak "
      "agent.objectives.policy.coefficient.valley agent.target_entropy correction.advantage.shift correction.level.p "
@@ -53,7 +54,8 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.imitate.coefficient.warmup agent.objectives.policy.coefficient.warmup agent.seed "
      "correction.kernel.fraction correction.kernel.low_negative correction.kernel.low_positive "
      "correction.kernel.normalize correction.kernel.outer_low correction.proximal.decay correction.thin.least "
-     "correction.wrapper.alpha correction.wrapper.p_min correction.wrapper.steps env.data_seed env.direct_share "
+     "correction.wrapper.alpha correction.wrapper.decay "
+     "correction.wrapper.p_min correction.wrapper.steps env.data_seed env.direct_share "
      "env.gamma env.held_out env.partial_credit env.seed env.spare_turns env.turn_cost policy.logit_chunk policy.seed "
      "policy.top_k replay.discount replay.sampler.beta replay.sampler.beta_draws replay.sampler.max_lag replay.seed "
      "replay.share rollout.random_steps rollout.sources.demonstrations.per_group "

@@ -200,6 +200,7 @@ WRAPPED = {
     "min_p_proxy": "ppo",
     "project_categorical": "troll",
     "reposition": "sfpo",
+    "snr_learning_rate": "vcpo",
     "sync_reference": "humanline",
 }
 """A preset that acts outside its loss in each way."""
@@ -296,6 +297,7 @@ def correction_cases() -> Iterator[Case]:
         },
         samples={
             "min_p_proxy.p_min": 0.9,
+            "snr_learning_rate.least": 0.9,
             "reposition.threshold": None,
             "reposition.window": 7,
             "anneal_penalty.floor": 0.9,

@@ -37,7 +37,8 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
     "fg_expo_kl": ["agent.objectives.near.coefficient.high=1.0e+3"],
 }  # fmt: skip
 TASKS = {"vla_opd": ("env=two_route", *BINS)}
-TEACHERS = {"gkd", "kdrl", "exopd", "vla_opd"}
+FEW_DEMONSTRATIONS = ["warm_start.stages=[{updates: 2, lr: 3.0e-3}]", "warm_start.dataset=32"]
+TEACHERS = {"gkd", "kdrl", "exopd", "vla_opd", "dgrpo", "vold_text"}
 APART = {"safe": ["agent.anchors.reference.folder=RUN"]}
 """Recipes that do nothing until the policy has left its reference, which two updates hardly do."""
 GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_size"))
@@ -60,6 +61,8 @@ def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -
     chosen = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "none")
     content = yaml.safe_load((config_root() / "recipe" / f"{chosen}.yaml").read_text()) or {}
     own = content.get("rollout", {})
+    if "override /warm_start" in str(content) or any(word.startswith("warm_start=") for word in words):
+        words += FEW_DEMONSTRATIONS
     return [word for word in words if "group_size" not in own or word != GROUP_SIZE]
 
 
@@ -93,7 +96,8 @@ def test_a_recipe_trains_and_is_not_its_absence(name: str, runs: dict[tuple[str,
 @pytest.mark.parametrize(("name", "domain"), ELSEWHERE)
 def test_a_recipe_trains_in_every_domain_that_it_claims(name: str, domain: str) -> None:
     task = merged({"language": LANGUAGE, "control": CONTROL}[domain], ["agent.epochs=2"])  # it leaves its start
-    with_it = cached(*merged(task, [f"recipe={name}", *SMALL.get(name, [])]))
+    few = FEW_DEMONSTRATIONS if name == "demo_regularised" else []
+    with_it = cached(*merged(task, [f"recipe={name}", *SMALL.get(name, []), *few]))
     assert moved(with_it, cached(*merged(task, ["agent.lr=1e-30"]))) > 1e-5
     assert moved(with_it, cached(*task)) > 1e-6
 
@@ -158,8 +162,9 @@ def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().out.splitlines()
     listed = [line.split()[0] for line in lines if line.startswith("  ")]
     assert sorted(listed) == recipes.recipe_names()
-    heading = lines.index("distillation: a teacher's distribution")
-    assert lines[heading + 1].split()[0] == "exopd" and lines[heading + 1].endswith(" (language)")
+    of_family = lines[lines.index("distillation: a teacher's distribution") + 1 :]
+    of_family = of_family[: of_family.index("")]
+    assert next(line for line in of_family if line.split()[0] == "exopd").endswith(" (language)")
     assert next(line for line in lines if line.split()[:1] == ["vla_opd"]).endswith(" (control)")
     assert cli.main(["recipes", "show", "chord"]) == 0
     shown = capsys.readouterr().out
