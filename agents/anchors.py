@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -30,6 +30,7 @@ from unified_rl.protocols import (
     standardises,
 )
 from unified_rl.ranges import Count, Name, Positive, Share, shown
+from unified_rl.returns.readings import Read
 from unified_rl.shard import ALONE, Shard
 
 PROVIDERS = ("snapshot", "average", "interpolated", "versions")
@@ -417,6 +418,21 @@ class Anchors(Mapping[str, Provider]):
     def chunked(self, policy: Scores, record: TensorDict) -> Tensor:
         """Log-probs ``[B, N]`` of a policy without gradient, a micro-batch at a time."""
         return self._scored(record, lambda part: policy.log_prob(part).log_prob.detach())
+
+    def read(self, record: TensorDict, columns: Mapping[str, Read]) -> dict[str, Tensor]:
+        """What functions make of every unit's distribution under the present weights, ``[B, N]`` each; no gradient.
+
+        Args:
+            record: the rows.
+            columns: ``(logits [n, V], token [n]) -> [n]`` by name.
+        """
+        shown = cast(ShowsLogits, self.policy)  # whoever has columns to read has seen to it
+
+        def reader(logits: Tensor, token: Tensor) -> tuple[Tensor, ...]:
+            return (torch.stack([function(logits, token) for function in columns.values()], -1),)
+
+        found = self._scored(record, lambda part: shown.read_logits(part, reader)[0].detach())
+        return dict(zip(columns, found.unbind(-1), strict=True))
 
     def interpolate(self, batch: TensorDictBase, log_prob: Tensor, version: int) -> None:
         """Sets the proximal policy between behavior and current by age, where the correction wants that."""

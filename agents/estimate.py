@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,9 +16,12 @@ from unified_rl.correction import Correction
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
+from unified_rl.objectives.moving import Moving
 from unified_rl.objectives.objective import Objective, Parts
 from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.terms import OWN_ROWS
+from unified_rl.protocols import ShowsLogits
+from unified_rl.returns.filters import FILTERS
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.groups import Groups
 from unified_rl.returns.maps import MAPS
@@ -67,14 +70,14 @@ class CriticAdvantage:
 
 
 class Estimate:
-    """Drops, gates, anchors, advantages, maps: in this order, on the joined rows of one update.
+    """Drops, gates, anchors, advantages, maps, filters: in this order, on the joined rows of one update.
 
     Args:
         parts, objective: of the agent.
         advantage: ``(record, log_prob, weight) -> [B, T] or [B, N]``.
         drop_equal_groups: leave out rows of groups whose rewards are all equal.
         gates: bool columns by name, see :func:`make_gates`.
-        maps: of the advantages, in order, see :func:`make_maps`.
+        maps, filters: of the advantages, and by them, in order, see :func:`make_maps` and :func:`make_filters`.
         reference_kl: reported, and taken from the rewards where it stands there.
     """
 
@@ -85,20 +88,47 @@ class Estimate:
         advantage: GroupBaseline | CriticAdvantage,
         drop_equal_groups: bool = False,
         gates: Mapping[str, Callable[[TensorDict], Tensor]] | None = None,
-        maps: Sequence[Callable[..., Tensor]] = (),
+        maps: Sequence[Moving] = (),
         reference_kl: ReferenceKl | None = None,
+        filters: Sequence[Moving] = (),
     ) -> None:
         self.policy, self.anchors, self.wrapper, self.objective = parts.policy, parts.anchors, parts.wrapper, objective
         self.groups = advantage
         self.drop_equal_groups = drop_equal_groups
-        self.gates, self.maps = dict(gates or {}), maps
+        self.gates, self.maps, self.filters = dict(gates or {}), maps, filters
         self.reference_kl = reference_kl or ReferenceKl(0.0)
+        for rule in self._rules:
+            if rule.reads and not isinstance(self.policy, ShowsLogits):
+                raise ConfigError(
+                    f"{rule.where} reads the distribution of every unit, and {type(self.policy).__name__} shows none: "
+                    "use a policy of tokens or of action bins (policy=autoregressive)"
+                )
+
+    @property
+    def _rules(self) -> list[Moving]:
+        return [*self.maps, *self.filters]
+
+    @property
+    def followed(self) -> set[str]:
+        """Names of the metrics that controllers of maps and filters follow."""
+        return set().union(*(rule.metrics for rule in self._rules))
+
+    def start(self, progress: float, update: int) -> None:
+        """At the start of an update: sets the numbers of maps and filters that move."""
+        for rule in self._rules:
+            rule.start(progress, update)
+
+    def finish(self, metrics: Mapping[str, Any], reported: Collection[str]) -> None:
+        """At the end of an update: controllers see its metrics."""
+        for rule in self._rules:
+            rule.finish(metrics, reported)
 
     @property
     def reports(self) -> set[str]:
         """Names of the metrics that it adds."""
         kl = {"kl/reference"} if self.reference_kl.coefficient else set()
         kept = {"train/groups_kept"} if self.drop_equal_groups else set()
+        kept |= {"train/kept"} if self.filters else set()
         return {"train/reward", "train/zero_advantage", "train/counted", *kl, *kept}
 
     @torch.no_grad()
@@ -128,9 +158,29 @@ class Estimate:
         score = partial(self.anchors.chunked, self.policy, record)
         weight = self.wrapper.row_weight(record) if isinstance(self.groups, GroupBaseline) else None
         record["advantage"] = self.groups(record, score, weight)
-        for number, reshape in enumerate(self.maps):
-            record["advantage"] = _same_shape(reshape(record, record["advantage"]), record["advantage"], number)
+        columns = {name: read for rule in self._rules for name, read in rule.reads.items()}
+        if columns:
+            record.update(self.anchors.read(record, columns))
+        for reshape in self.maps:
+            record["advantage"] = _fitting(reshape(record, record["advantage"]), record, reshape.where)
         metrics["train/zero_advantage"] = (record["advantage"] == 0).float().mean()
+        return self._filtered(record, metrics) if self.filters else record
+
+    def _filtered(self, record: TensorDict, metrics: dict[str, Any]) -> TensorDict:
+        """The rows and the units that every filter in turn keeps."""
+        units = record["mask"].sum()
+        for keeps in self.filters:
+            kept = keeps(record, record["advantage"])
+            if kept.dtype != torch.bool or kept.shape not in (record.batch_size, record["mask"].shape):
+                shape = f"{kept.dtype} {tuple(kept.shape)}"
+                raise ConfigError(f"{keeps.where} must give one bool a row or a unit; it gave {shape}")
+            if kept.ndim == 1:
+                record = record[kept]
+            else:
+                record["mask"] = record["mask"] & kept
+            if not len(record):
+                break
+        metrics["train/kept"] = record["mask"].sum() / units.clamp(min=1)
         return record
 
     @staticmethod
@@ -169,12 +219,16 @@ class Estimate:
         return record[torch.stack([rows.of_record(record) for rows in chosen]).any(0)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the advantage."""
-        return self.groups.state_dict()
+        """Of the advantage, and of the controllers of maps and filters."""
+        rules = {rule.where: state for rule in self._rules if (state := rule.state_dict())}
+        return {**self.groups.state_dict(), **({"rules": rules} if rules else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.groups.load_state_dict(state)
+        for rule in self._rules:
+            if rule.where in state.get("rules", {}):
+                rule.load_state_dict(state["rules"][rule.where])
 
 
 def make_gates(nodes: Mapping[str, Any] | None) -> dict[str, Callable[[TensorDict], Tensor]]:
@@ -186,19 +240,28 @@ def make_gates(nodes: Mapping[str, Any] | None) -> dict[str, Callable[[TensorDic
     return {name: bind(node, GATES, f"agent.gates.{name}")[0] for name, node in (nodes or {}).items()}
 
 
-def make_maps(nodes: Sequence[Any] | None) -> list[partial[Any]]:
+def make_maps(nodes: Sequence[Any] | None) -> list[Moving]:
     """The maps that ``agent.maps`` describes.
 
     Raises:
         ConfigError: an unknown map or setting, under its full name.
     """
-    return [bind(node, MAPS, f"agent.maps[{number}]")[0] for number, node in enumerate(nodes or ())]
+    return [Moving(node, MAPS, f"agent.maps[{number}]") for number, node in enumerate(nodes or ())]
 
 
-def _same_shape(mapped: Tensor, advantage: Tensor, number: int) -> Tensor:
-    if mapped.shape != advantage.shape:
-        shapes = f"{tuple(advantage.shape)} into {tuple(mapped.shape)}"
-        raise ConfigError(f"agent.maps[{number}] must keep the advantage's shape; it turned {shapes}")
+def make_filters(nodes: Sequence[Any] | None) -> list[Moving]:
+    """The filters that ``agent.filters`` describes.
+
+    Raises:
+        ConfigError: an unknown filter or setting, under its full name.
+    """
+    return [Moving(node, FILTERS, f"agent.filters[{number}]") for number, node in enumerate(nodes or ())]
+
+
+def _fitting(mapped: Tensor, record: TensorDict, where: str) -> Tensor:
+    if mapped.shape not in (record["advantage"].shape, record["mask"].shape):
+        shapes = f"{tuple(record['advantage'].shape)} into {tuple(mapped.shape)}"
+        raise ConfigError(f"{where} must keep the advantage's shape, or give one a unit; it turned {shapes}")
     return mapped
 
 

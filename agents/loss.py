@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import Any
 
 from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.divergence import DivergenceTerm
+from unified_rl.objectives.moving import Moving
 from unified_rl.objectives.objective import Parts, Term
 from unified_rl.objectives.preference import KtoTerm, PreferenceTerm, SetPreferenceTerm
 from unified_rl.objectives.terms import EntropyTerm, NllTerm, PolicyGradientTerm, ValueTerm
@@ -80,12 +80,11 @@ def make_terms(
     return terms
 
 
-def anchors_of(terms: Iterable[Term], maps: Iterable[partial[Any]]) -> tuple[dict[str, str], dict[str, str]]:
+def anchors_of(terms: Iterable[Term], rules: Iterable[Moving]) -> tuple[dict[str, str], dict[str, str]]:
     """Anchors whose log-probs, and whose whole distributions, are compared with; and the setting that does so."""
     log_probs = {anchor: term.where for term in terms for anchor in sorted(term.anchors)}
-    for number, reshape in enumerate(maps):
-        wanted = getattr(reshape.func, "anchors", ())  # what a function declares of itself
-        log_probs |= {anchor: f"agent.maps[{number}]" for anchor in wanted if anchor not in log_probs}
+    for rule in rules:
+        log_probs |= {anchor: rule.where for anchor in rule.anchors if anchor not in log_probs}
     return log_probs, {anchor: term.where for term in terms for anchor in sorted(term.distributions)}
 
 

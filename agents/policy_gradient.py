@@ -26,7 +26,7 @@ from unified_rl.agents.advantage_source import (
 from unified_rl.agents.anchors import PROVIDERS, Anchors, check_anchors
 from unified_rl.agents.baselines import Baseline, StateBaseline, keep_seen, make_baseline, update_moments
 from unified_rl.agents.batches import Batches, Draw, choose_steps
-from unified_rl.agents.estimate import Estimate, make_advantage, make_gates, make_maps
+from unified_rl.agents.estimate import Estimate, make_advantage, make_filters, make_gates, make_maps
 from unified_rl.agents.loss import anchors_of, attach, make_terms, refuse_memory
 from unified_rl.agents.reference_kl import ReferenceKl, check_kl
 from unified_rl.agents.return_scale import check_order, check_scales
@@ -115,7 +115,10 @@ class PolicyGradient:
             ``reduce-overhead``); needs a CUDA device, and minibatches of one size to be of use.
         objectives: terms of the loss by name, beside or instead of ``policy``, ``value`` and ``entropy``; null takes
             one out. See :data:`unified_rl.agents.loss.TERMS`.
-        maps: of the advantages, in order, see :data:`unified_rl.returns.maps.MAPS`.
+        maps: of the advantages, in order, see :data:`unified_rl.returns.maps.MAPS`; their numbers may be schedules and
+            controllers.
+        filters: which rows and units are learnt from, by their advantages, in order, see
+            :data:`unified_rl.returns.filters.FILTERS`; their numbers may move too.
         gates: bool columns by name, see :data:`unified_rl.returns.gates.GATES`, for the ``rows`` of terms.
 
     Raises:
@@ -177,6 +180,7 @@ class PolicyGradient:
         objectives: dict[str, Any] | None = None,
         gates: dict[str, Any] | None = None,
         maps: list[str | dict[str, Any]] | None = None,
+        filters: list[str | dict[str, Any]] | None = None,
         seed: Seed = 0,
     ) -> None:
         self.language, discrete = domain_of(policy) == "language", is_discrete(policy)
@@ -213,8 +217,8 @@ class PolicyGradient:
         rates = None if critic_lr is None else {"critic": critic_lr}
         self.optimizer = Optimizer(modules, lr, weight_decay, rates=rates, **options)
         self.wrapper.attach(self.optimizer)
-        reshaped = make_maps(maps)
-        needs = anchors_of(terms.values(), reshaped)
+        reshaped, kept = make_maps(maps), make_filters(filters)
+        needs = anchors_of(terms.values(), [*reshaped, *kept])
         needs[0].update(reference_kl.anchors)
         refuse_memory(policy, needs[1])
         self.anchors = Anchors(
@@ -226,8 +230,9 @@ class PolicyGradient:
         self.objective = Objective(policy, terms, lambda rows: self.wrapper.score(rows, plain), generator)
         source = make_advantage(correction, self.baseline, self.credit, lam, off_policy_targets, normalize_advantage)
         self.estimate = Estimate(
-            parts, self.objective, source, drop_equal_groups, make_gates(gates), reshaped, reference_kl
+            parts, self.objective, source, drop_equal_groups, make_gates(gates), reshaped, reference_kl, kept
         )
+        self.objective.follow(self.estimate.followed)
         self.draw = Draw(rows, length, self.language, discrete, not self.shuffle_steps, self.device)
         self.batches = Batches(generator, epochs, minibatch, target_kl)
         self.rows, self.length = rows, length
@@ -262,7 +267,7 @@ class PolicyGradient:
 
             check_model_config(settings["critic_config"], "agent.critic_config")
         make_gates(settings.get("gates"))
-        needs = anchors_of(terms.values(), make_maps(settings.get("maps")))
+        needs = anchors_of(terms.values(), [*make_maps(settings.get("maps")), *make_filters(settings.get("filters"))])
         check_anchors(settings.get("anchors") or {}, {**needs[0], **needs[1]})
 
     @property
@@ -306,6 +311,7 @@ class PolicyGradient:
         self.wrapper.start(progress)
         self.objective.start(progress, self.version)
         self.anchors.begin(self.version)
+        self.estimate.start(progress, self.version)
         metrics: dict[str, Any] = {}
         if not self.checked:
             self.check_replay(replay)
@@ -333,6 +339,7 @@ class PolicyGradient:
         if trained:
             self.anchors.update(self.version)
         self.objective.finish(metrics)
+        self.estimate.finish(metrics, self.objective.reported)
         return metrics
 
     def keep_versions(self, staleness: int) -> None:

@@ -80,6 +80,60 @@ def test_a_controller_of_a_terms_own_metric_comes_back_from_0() -> None:
     assert agent.objective.terms["entropy"].coefficient == pytest.approx(-found) and found > 0.01
 
 
+def test_the_integral_of_a_control_is_bounded_and_removes_the_error_that_proportion_leaves() -> None:
+    """The plant ``entropy = 1 + u / 2`` comes to the target under an integral, and stays off it under a gain alone."""
+
+    def settled(**gains: Any) -> float:
+        control = coefficient({**PI, "metric": "m", "target": 2.0, "low": -9.0, "high": 9.0, **gains})
+        for _ in range(400):
+            found = 1.0 + 0.5 * control(0.0, 0)
+            control.observe({"m": found})
+        return found
+
+    assert settled(gain=1.0, integral=0.0) == pytest.approx(1.0 + 0.5 * 1.0 / 1.5)
+    assert settled(gain=1.0, integral=0.1) == pytest.approx(2.0)
+    bounded = coefficient({**PI, "metric": "m", "gain": 0.0, "integral": 0.05, "windup": 2.0})
+    for _ in range(9):
+        bounded.observe({"m": 0.0})
+    assert bounded(0.0, 0) == pytest.approx(0.05 * 2.0)
+
+
+def test_a_logistic_coefficient_follows_its_curve() -> None:
+    one = coefficient({"name": "logistic", "metric": "m", "low": 0.1, "high": 0.5, "middle": 0.5, "width": 0.1})
+    assert one(0.0, 0) == pytest.approx(0.1 + 0.4 / (1 + math.exp(5.0)))  # nothing seen yet counts as 0
+    for found, want in ((0.5, 0.3), (0.6, 0.1 + 0.4 / (1 + math.exp(-1.0))), (1e6, 0.5), (-1e6, 0.1)):
+        one.observe({"m": found})
+        assert one(0.0, 0) == pytest.approx(want)
+
+
+def test_a_kl_counts_above_a_threshold_that_follows_the_reward() -> None:
+    """Written out: averages from 0 and from the first reward, the PID control, the gate of the entropy, warm-up."""
+    gains = {"proportional": 0.3, "integral": 0.01, "derivative": 0.05}
+    one = coefficient({"name": "kl_threshold", "metric": "kl", "warmup": 1, **gains})
+    assert one(0.0, 0) == 0.0
+    seen = [(4.0, 0.3, 0.0), (5.0, 0.9, 1.0), (9.0, 7.0, 0.5)]
+    kl = average = total = before = 0.0
+    for number, (found, nats, reward) in enumerate(seen):
+        one.observe({"kl": found, "policy/entropy": nats, "train/reward": reward})
+        kl = 0.9 * kl + 0.1 * found
+        newer = reward if number == 0 else 0.95 * average + 0.05 * reward
+        error = (newer - average if number else 0.0) - 0.001
+        total += error
+        change = error - before if number else 0.0
+        threshold = min(0.6, max(0.1, 0.3 + 0.3 * error + 0.01 * total + 0.05 * change))  # warm-up ends with the first
+        average, before = newer, error
+        assert one(0.0, 0) == pytest.approx(0.2 * (kl - threshold) * max(0.5, 2.0 / (nats + 0.1)))
+    assert kl > threshold and max(0.5, 2.0 / (7.0 + 0.1)) == 0.5
+    again = coefficient({"name": "kl_threshold", "metric": "kl", "warmup": 1, **gains})
+    again.load_state_dict(copy.deepcopy(one.state_dict()))
+    for each in (one, again):
+        each.observe({"kl": 1.0, "policy/entropy": 1.0, "train/reward": 0.7})
+    assert one(0.0, 0) == again(0.0, 0)
+    calm = coefficient({"name": "kl_threshold", "metric": "kl", "warmup": 9})
+    calm.observe({"kl": 4.4, "policy/entropy": 1.0, "train/reward": 0.0})
+    assert calm(0.0, 0) == 0.0, "0.44 is below 1.5 times the threshold while warming up"
+
+
 def test_a_metric_that_no_part_reports_is_refused_at_its_first_observation() -> None:
     policy, rows = joined()
     agent = agent_of(
@@ -116,6 +170,8 @@ def test_a_metric_that_an_update_without_rows_lacks_is_waited_for() -> None:
         ({"name": "steps", "at": [5, 3], "values": [1.0, 2.0, 3.0]}, "c.at must increase"),
         ({**PI, "low": 2.0, "high": 1.0}, "c.low=2.0 must not lie above high=1.0"),
         ({"name": "dual", "metric": "m", "limit": 0.0}, "c.limit=0.0 must be above 0"),
+        ({"name": "logistic", "metric": "m", "high": 1.0, "width": 0.0}, "c.width=0.0 must be above 0"),
+        ({"name": "kl_threshold", "metric": "m", "low": 0.7}, "c.low=0.7 must not lie above high=0.6"),
         (None, "c is None; it must be a finite number"),
         (True, "c is True; it must be a finite number"),
         (float("inf"), "c is inf; it must be a finite number"),

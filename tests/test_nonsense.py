@@ -44,7 +44,9 @@ MEANT: list[tuple[str, str, str]] = [
     ("-1 0", "a bound of a log-ratio that lies below the other", "agent.objectives.prefer.low"),
     ("-1 0 1e30 2**63", "a bound of a log-ratio that lies above the other", "agent.objectives.prefer.high"),
     ("-1 0 1e30 2**63", "a number that may have either sign: a coefficient, a reward, an exponent, an entropy in nats",
-     "agent.actor.improve.coefficient agent.entropy_coef agent.objectives.imitate.coefficient.peak "
+     "agent.actor.improve.coefficient agent.objectives.distill.coefficient agent.objectives.entropy.coefficient "
+     "agent.objectives.near.coefficient.high "
+     "agent.objectives.near.coefficient.middle agent.entropy_coef agent.objectives.imitate.coefficient.peak "
      "agent.objectives.imitate.coefficient.valley agent.objectives.policy.coefficient.peak "
      "agent.objectives.policy.coefficient.valley agent.objectives.prefer.anchor.old "
      "agent.objectives.prefer.anchor.reference agent.objectives.prefer.pairs.deviations "
@@ -57,7 +59,8 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.prefer.negatives agent.seed "
      "correction.kernel.fraction correction.kernel.low_negative correction.kernel.low_positive "
      "correction.kernel.normalize correction.kernel.outer_low correction.proximal.decay correction.thin.least "
-     "correction.wrapper.alpha correction.wrapper.p_min correction.wrapper.steps env.data_seed env.direct_share "
+     "correction.wrapper.alpha correction.wrapper.decay "
+     "correction.wrapper.p_min correction.wrapper.steps env.data_seed env.direct_share "
      "env.gamma env.held_out env.partial_credit env.seed env.spare_turns env.turn_cost policy.logit_chunk policy.seed "
      "policy.top_k replay.discount replay.sampler.beta replay.sampler.beta_draws replay.sampler.max_lag replay.seed "
      "replay.share rollout.curriculum.score.target rollout.curriculum.tracker.fresh rollout.curriculum.tracker.rest "
@@ -84,8 +87,8 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.high_positive correction.kernel.importance_cap correction.kernel.low_max "
      "correction.kernel.outer_high policy.clip_prediction"),
     ("1e30 2**63", "a positive number of any size",
-     "agent.objectives.prefer.beta agent.objectives.prefer.link.beta agent.updates_per_step "
-     "correction.horizon correction.kernel.floor "
+     "agent.objectives.near.coefficient.width agent.objectives.prefer.beta "
+     "agent.objectives.prefer.link.beta agent.updates_per_step correction.horizon correction.kernel.floor "
      "env.batch_seconds env.step_seconds "
      "correction.kernel.gamma correction.kernel.scale correction.kernel.step correction.kernel.temperature "
      "correction.wrapper.bound correction.wrapper.target env.score_seconds env.tool_seconds policy.std_max "
@@ -99,7 +102,7 @@ MEANT: list[tuple[str, str, str]] = [
      "policy.path replay.path replay.trim_key rollout.context.style rollout.data rollout.privileged "
      "rollout.sources.demonstrations.style rollout.style warm_start.run"),
     ("[]", "a list may be empty",
-     "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
+     "agent.filters agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),
     ("[] {}", "every row", "agent.objectives.policy.rows correction.advantage.rows"),

@@ -43,6 +43,7 @@ from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, TARGETS, VAL
 from unified_rl.objectives.preference import LINKS, PAIRS
 from unified_rl.objectives.terms import NLL_WEIGHTS
 from unified_rl.returns.difficulty import DIFFICULTIES
+from unified_rl.returns.filters import FILTERS
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.maps import MAPS
 from unified_rl.returns.record import NAMED, PLAIN
@@ -202,6 +203,7 @@ WRAPPED = {
     "min_p_proxy": "ppo",
     "project_categorical": "troll",
     "reposition": "sfpo",
+    "snr_learning_rate": "vcpo",
     "sync_reference": "humanline",
 }
 """A preset that acts outside its loss in each way."""
@@ -298,6 +300,7 @@ def correction_cases() -> Iterator[Case]:
         },
         samples={
             "min_p_proxy.p_min": 0.9,
+            "snr_learning_rate.least": 0.9,
             "reposition.threshold": None,
             "reposition.window": 7,
             "anneal_penalty.floor": 0.9,
@@ -465,8 +468,26 @@ def term_cases() -> Iterator[Case]:
         samples={"success_at_most.threshold": -1.0},
         first={"success_at_most": {"count": 2}},
     )  # fmt: skip
-    yield from of_table("map", MAPS, STALE, lambda node: f"agent.maps=[{text(node)}]",
-                        first={"sign": {"positive": 0.3, "negative": 0.2}})  # fmt: skip
+    yield from of_table(
+        "map", MAPS, STALE, lambda node: f"agent.maps=[{text(node)}]",
+        first={
+            "sign": {"positive": 0.3, "negative": 0.2},
+            "long_success": {"threshold": 2.0},
+            "overlong_failure": {"base": 2.0},
+            "retempered": {"target": 3.0},
+            "tilted": {"share": 0.5},
+        },
+        samples={
+            "long_success.threshold": 0.5,
+            "overlong_failure.threshold": 2.0,
+            "retempered.cold": 0.2,
+            "retempered.hot": 3.0,
+            "retempered.threshold": 2.0,
+            "tilted.probability": 0.06,
+        },
+    )  # fmt: skip
+    yield from of_table("filter", FILTERS, STALE, lambda node: f"agent.filters=[{text(node)}]",
+                        samples={"largest_advantage.over": "batch", "widest_spread.over": "batch"})  # fmt: skip
     yield from of_table(
         "coefficient", COEFFICIENTS, (*STALE, SHOWN),
         lambda node: term({"name": "nll", "coefficient": node}),
@@ -478,6 +499,9 @@ def term_cases() -> Iterator[Case]:
             "dual": {"metric": "loss/more", "limit": 1.0},
             "warmup_cosine": {"peak": 0.5, "valley": 0.1, "warmup": 0, "decay": 2},
             "proportional_integral": {"metric": "loss/more", "target": 3.0, "base": 0.3, "gain": 0.1, "integral": 0.05},
+            "logistic": {"metric": "loss/more", "high": 0.5, "middle": 2.0, "width": 1.0},
+            "kl_threshold": {"metric": "loss/more", "entropy": "loss/more", "base": 0.2, "low": 0.01, "scale": 1.0,
+                             "wanted_rise": 0.5, "warmup": 2, "floor": 0.1, "entropy_scale": 1.0},
         },
         samples={
             "exponential.floor": 0.4,
@@ -493,6 +517,16 @@ def term_cases() -> Iterator[Case]:
             "proportional_integral.low": 0.9,
             "proportional_integral.high": 0.2,
             "proportional_integral.base": 0.4,
+            "proportional_integral.windup": 0.1,
+            "logistic.metric": "grad/norm",
+            "kl_threshold.metric": "grad/norm",
+            "kl_threshold.entropy": "grad/norm",
+            "kl_threshold.reward": "nowhere",
+            "kl_threshold.low": 0.25,
+            "kl_threshold.high": 0.02,
+            "kl_threshold.warmup": 0,
+            "kl_threshold.floor": 9.0,
+            "kl_threshold.windup": 0.1,
         },
     )  # fmt: skip
     node = {"name": "nll", "coefficient": {"name": "linear", "start": 0.3}}
@@ -759,6 +793,7 @@ VALUES_OF: dict[str, Any] = {
     "policy_gradient.objectives": {"value": None},
     "policy_gradient.gates": {"failed": "success_at_most"},
     "policy_gradient.maps": [{"name": "sign", "negative": 0.1}],
+    "policy_gradient.filters": ["uncertain_units"],
     "policy_gradient.drop_equal_groups": True,
     "actor_critic.critic": {"extra": "nowhere"},
     "actor_critic.updates_per_step": 1.0,
@@ -1101,6 +1136,11 @@ KNOWN: dict[str, str] = {}
 
 RANDOM = "supervised rows hold no reward, and random policies never earn one; chain_mod shows it"
 ASIDE: dict[str, str] = {
+    "map.retempered.cold": "of an entropy above the target; test_row_rules.py",
+    **{
+        f"coefficient.kl_threshold.{name}": "of a reward that moves, in the third update; test_coefficients.py"
+        for name in ("derivative", "reward_decay")
+    },
     "select.top_covariance.seed": "decides between equal covariances only",
     "policy_gradient(gates)": "a column that nothing reads; the gate cases read one",
     "language(columns)": "columns that nothing reads; the advantage cases read them",

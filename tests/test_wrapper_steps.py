@@ -28,7 +28,7 @@ from torch import nn
 from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.correction import load_correction
 from unified_rl.errors import ConfigError
-from unified_rl.interventions.steps import Reposition, log_ess_fraction, score_norm_proxy
+from unified_rl.interventions.steps import Reposition, log_ess_fraction, score_norm_proxy, signal_share
 from unified_rl.optimizer import Optimizer
 
 
@@ -330,3 +330,64 @@ def test_micro_batches_give_the_step_of_the_whole() -> None:
         nudge(policy, 0.02), nudge(twin, 0.02)
         whole = gradients(language_agent(policy, rows, correction), filled(rows, 1))
         close(gradients(language_agent(twin, rows, correction, micro_batch=5), filled(rows, 1)), whole)
+
+
+# ------------------------------------------------------------------------------------------- OBLR-PO
+
+
+def test_the_share_of_signal_is_that_of_gradients_whose_mean_and_variance_are_known() -> None:
+    """``|g|^2 / (|g|^2 + Var)`` without bias: its two averages are linear in both, here written out."""
+
+    def averages(gradients: torch.Tensor, decay: float) -> tuple[float, float]:
+        mean, square = torch.zeros(gradients.shape[1]), 0.0
+        for gradient in gradients:
+            mean = decay * mean + (1 - decay) * gradient
+            square = decay * square + (1 - decay) * float(gradient.square().sum())
+        return float(mean.square().sum()), square
+
+    constant = torch.full((7, 3), 0.5)
+    assert signal_share(*averages(constant, 0.9), 0.9, 7) == pytest.approx(1.0)
+    torch.manual_seed(0)
+    noise = torch.randn(400, 2000)  # mean 0: no signal
+    assert signal_share(*averages(noise, 0.9), 0.9, 400) < 0.05
+    half = torch.randn(400, 2000) + 1.0  # |g|^2 = Var
+    assert signal_share(*averages(half, 0.9), 0.9, 400) == pytest.approx(0.5, abs=0.05)
+    early = torch.randn(3, 20000) + 1.0
+    assert signal_share(*averages(early, 0.9), 0.9, 3) == pytest.approx(0.5, abs=0.05)
+    assert signal_share(4.0, 4.0, 0.9, 1) == 1.0 and signal_share(4.0, 4.0, 0.0, 9) == 1.0
+
+
+def test_the_rate_follows_the_gradients_signal_and_resumes_bit_for_bit() -> None:
+    policy, rows = language()
+    node = {"name": "snr_learning_rate", "decay": 0.5}
+
+    def made() -> PolicyGradient:
+        correction = load_correction("reinforce", advantage={"baseline": "weighted"}, wrapper=node)
+        agent = PolicyGradient(copy.deepcopy(policy), correction, stream(), rows=len(rows), lr=1e-2, max_grad_norm=0.01)
+        agent.checked = True
+        return agent
+
+    agent = made()
+    seen: list[list[torch.Tensor]] = []
+    look = agent.optimizer.after_clip
+
+    def watched(shrunk: float) -> None:
+        assert shrunk < 1.0, "the bound on the norm is undone, or it would be measured"
+        seen.append([p.grad / shrunk for p in agent.policy.parameters()])
+        look(shrunk)
+
+    agent.optimizer.after_clip = watched
+    scales = [float(agent.update(filled(rows, 1))["wrapper/lr_scale"]) for _ in range(3)]
+    assert scales[0] == 1.0 and agent.optimizer.rate == pytest.approx(1e-2)
+    flat = torch.stack([torch.cat([g.flatten() for g in gradient]) for gradient in seen]).double()
+    mean = 0.125 * flat[0] + 0.25 * flat[1] + 0.5 * flat[2]
+    square = float(0.125 * flat[0].square().sum() + 0.25 * flat[1].square().sum() + 0.5 * flat[2].square().sum())
+    held, own = 0.875, 0.5 * 1.125 / (1.5 * 0.875)
+    expected = (float(mean.square().sum()) / (square * held) - own) / (1 - own)
+    assert scales[2] == pytest.approx(min(1.0, max(0.0, expected)), abs=1e-3)
+    again = made()
+    again.load_state_dict(copy.deepcopy(agent.state_dict()))
+    agent.optimizer.after_clip = look
+    for one in (agent, again):
+        one.update(filled(rows, 1))
+    same(weights(agent.policy), weights(again.policy), atol=0.0, rtol=0.0)

@@ -13,7 +13,7 @@ from unified_rl.interventions.noise import LayerNoise
 from unified_rl.interventions.projection import ProjectCategorical
 from unified_rl.interventions.proxy import MinPProxy
 from unified_rl.interventions.schedule import AnnealLevel, AnnealPenalty, SyncReference
-from unified_rl.interventions.steps import ClipBiasScale, EssLearningRate, Reposition
+from unified_rl.interventions.steps import ClipBiasScale, EssLearningRate, Reposition, SnrLearningRate
 from unified_rl.protocols import Trainable
 
 __all__ = ["WRAPPERS", "Wrapper", "make_wrapper", "wrapper_class"]
@@ -28,6 +28,7 @@ WRAPPERS: dict[str, type[Wrapper]] = {
     "min_p_proxy": MinPProxy,
     "project_categorical": ProjectCategorical,
     "reposition": Reposition,
+    "snr_learning_rate": SnrLearningRate,
     "sync_reference": SyncReference,
 }
 """By the name that a preset's ``wrapper`` node gives; its other entries are the constructor's keyword arguments."""

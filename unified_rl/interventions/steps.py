@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -35,38 +36,26 @@ def score_norm_proxy(logits: Tensor, token: Tensor) -> Tensor:
     return 1 - 2 * p.gather(-1, token.unsqueeze(-1)).squeeze(-1) + p.square().sum(-1)
 
 
-class EssLearningRate(Wrapper):
-    """The learning rate of a step times a power of its rows' effective sample size, and the matching group baseline.
+class ScoreNormBaseline(Wrapper):
+    """A group baseline that weighs its rows by ``w^2 * |score|^2``: of all baselines the one of least variance.
 
-    ``lr * min(1, ESS / target)^power`` with the ESS fraction of the untruncated row weights proximal/behavior. The
-    baseline of a group weighs its rows by ``w^2 * |score|^2``, the squared norm of the score taken in the logits. VCPO,
-    2602.17616.
+    ``w`` is the row's proximal over behavior probability, and ``|score|^2`` the squared norm of the score taken in the
+    logits. Without a group baseline in the correction it does nothing.
 
     Args:
         policy, correction: see :class:`Wrapper`.
-        power: 0.5 is the square root, 1 linear.
-        target: ESS fraction at which the learning rate is the full one.
-        length_normalized: divide the weight of a row in the baseline by its squared length.
+        length_normalized: divide the weight of a row by its squared length.
 
     Raises:
-        ConfigError: a group baseline is wanted, and the policy shows no logits.
+        ConfigError: a group baseline is wanted, and the policy shows no logits or is of control.
     """
 
-    reports = ("wrapper/lr_scale", "wrapper/row_ess")
     whole_rows = True
     anchors = frozenset({"proximal"})
 
-    def __init__(
-        self,
-        policy: Trainable,
-        correction: Correction,
-        *,
-        power: NonNegative = 0.5,
-        target: Positive = 1.0,
-        length_normalized: bool = False,
-    ) -> None:
+    def __init__(self, policy: Trainable, correction: Correction, *, length_normalized: bool = False) -> None:
         super().__init__(policy, correction)
-        self.power, self.target, self.length_normalized = power, target, length_normalized
+        self.length_normalized = length_normalized
         self.baseline = bool(correction.advantage)
         if self.baseline and not self.language:
             raise ConfigError(
@@ -97,6 +86,36 @@ class EssLearningRate(Wrapper):
         out: Tensor | None = weight / record["mask"].sum(-1).clamp(min=1).square() if self.length_normalized else weight
         return out
 
+
+class EssLearningRate(ScoreNormBaseline):
+    """The learning rate of a step times a power of its rows' effective sample size, and the matching group baseline.
+
+    ``lr * min(1, ESS / target)^power`` with the ESS fraction of the untruncated row weights proximal/behavior. VCPO,
+    2602.17616.
+
+    Args:
+        policy, correction, length_normalized: see :class:`ScoreNormBaseline`.
+        power: 0.5 is the square root, 1 linear.
+        target: ESS fraction at which the learning rate is the full one.
+
+    Raises:
+        ConfigError: a group baseline is wanted, and the policy shows no logits.
+    """
+
+    reports = ("wrapper/lr_scale", "wrapper/row_ess")
+
+    def __init__(
+        self,
+        policy: Trainable,
+        correction: Correction,
+        *,
+        power: NonNegative = 0.5,
+        target: Positive = 1.0,
+        length_normalized: bool = False,
+    ) -> None:
+        super().__init__(policy, correction, length_normalized=length_normalized)
+        self.power, self.target = power, target
+
     def around(self, step: Callable[[], Metrics], batch: TensorDictBase) -> Metrics:
         """One step at the scaled learning rate, which is restored."""
         ess = log_ess_fraction(row_log_weight(batch)[sampled(batch)])
@@ -104,6 +123,88 @@ class EssLearningRate(Wrapper):
         with self.optimizer.scaled_lr(scale):
             metrics = step()
         return {**metrics, "wrapper/lr_scale": scale, "wrapper/row_ess": ess.exp()}
+
+
+def signal_share(mean: float, square: float, decay: float, steps: int) -> float:
+    """``|g|^2 / (|g|^2 + Var)`` of gradients of mean g, from averages that started at 0; between 0 and 1.
+
+    Args:
+        mean: squared norm of the moving average of the gradient.
+        square: moving average of its squared norm.
+        decay: of both.
+        steps: gradients that they hold; one gradient tells no variance, and counts as signal.
+    """
+    held = 1.0 - decay**steps
+    own = (1 - decay) * (1 + decay**steps) / ((1 + decay) * held)  # share of the variance that the average keeps
+    if own >= 1.0 or square == 0.0:
+        return 1.0
+    ratio = mean / (square * held)
+    return min(1.0, max(0.0, (ratio - own) / (1.0 - own)))
+
+
+class SnrLearningRate(ScoreNormBaseline):
+    """The learning rate of a step times the share of signal in its gradient, and the baseline of least variance.
+
+    ``lr * |g|^2 / (|g|^2 + Var)`` of the policy, from moving averages over steps, see :func:`signal_share`. OBLR-PO,
+    2511.23310 (this form of the rate is our reading of an abstract).
+
+    Args:
+        policy, correction, length_normalized: see :class:`ScoreNormBaseline`.
+        decay: of the averages; 0 leaves the rate as it is.
+        least: below which the factor never falls.
+
+    Raises:
+        ConfigError: see :class:`ScoreNormBaseline`.
+    """
+
+    reports = ("wrapper/lr_scale",)
+
+    def __init__(
+        self,
+        policy: Trainable,
+        correction: Correction,
+        *,
+        decay: Share = 0.9,
+        least: UnitInterval = 0.0,
+        length_normalized: bool = False,
+    ) -> None:
+        super().__init__(policy, correction, length_normalized=length_normalized)
+        self.decay, self.least = decay, least
+        self.mean: dict[str, Tensor] = {}
+        self.square, self.steps, self.scale = 0.0, 0, 1.0
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Looks at the gradient between the bound on its norm and the step."""
+        super().attach(optimizer)
+        self.parameters = {name: p for name, p in optimizer.named if name.startswith("policy.")}
+        optimizer.after_clip = self._look
+
+    @torch.no_grad()
+    def _look(self, shrunk: float) -> None:
+        """Takes in a gradient, which ``shrunk`` has already been applied to, and scales the rate of this step."""
+        found = {name: p.grad / max(shrunk, 1e-12) for name, p in self.parameters.items() if p.grad is not None}
+        for name, gradient in found.items():
+            self.mean.setdefault(name, torch.zeros_like(gradient)).lerp_(gradient, 1 - self.decay)
+        self.square = self.decay * self.square + (1 - self.decay) * float(_norm(list(found.values()))) ** 2
+        self.steps += 1
+        share = signal_share(float(_norm(list(self.mean.values()))) ** 2, self.square, self.decay, self.steps)
+        self.scale = max(self.least, share)
+        self.stack.enter_context(self.optimizer.scaled_lr(self.scale))
+
+    def around(self, step: Callable[[], Metrics], batch: TensorDictBase) -> Metrics:
+        """One step at a learning rate that is known once its gradient is, and restored."""
+        with ExitStack() as self.stack:
+            metrics = step()
+        return {**metrics, "wrapper/lr_scale": self.scale}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, and how many gradients they hold."""
+        return {"mean": dict(self.mean), "square": self.square, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores them."""
+        self.mean = {name: x.to(self.parameters[name].device) for name, x in state["mean"].items()}
+        self.square, self.steps = float(state["square"]), int(state["steps"])
 
 
 class ClipBiasScale(Wrapper):

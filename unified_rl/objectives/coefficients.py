@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
-from unified_rl.ranges import AtLeastOne, Count, Fraction, NonNegative, Positive, Whole, ranged
+from unified_rl.ranges import AtLeastOne, Count, Fraction, NonNegative, Positive, Share, Whole, ranged
 
 Coefficient = Callable[[float, int], float]
 """``(progress in [0, 1], update number) -> value``."""
@@ -21,7 +21,10 @@ DOUBLING = math.log(2)
 
 @runtime_checkable
 class Controller(Protocol):
-    """A coefficient with a state, moved by a metric of the updates before."""
+    """A coefficient with a state, moved by a metric of the updates before.
+
+    One that follows several has them all in a further attribute, ``metrics: tuple[str, ...]``.
+    """
 
     metric: str
 
@@ -129,6 +132,7 @@ class Steps:
         return self.values[sum(update >= boundary for boundary in self.at)]
 
 
+@ranged()
 class ProportionalIntegral:
     """Moves a coefficient so that a metric comes to a target: ``base + gain e + integral sum(e)``. EntroPIC.
 
@@ -141,9 +145,10 @@ class ProportionalIntegral:
         gain: of the last error.
         integral: of the sum of all errors.
         low, high: bounds.
+        windup: bound of the sum's size, so that a bound of the value that was long held is left at once; None is none.
 
     Raises:
-        ConfigError: ``low`` above ``high``.
+        ConfigError: ``low`` above ``high``, or a setting out of its range.
     """
 
     def __init__(
@@ -156,11 +161,12 @@ class ProportionalIntegral:
         integral: float = 0.0,
         low: float = 0.0,
         high: float = 1.0,
+        windup: Positive | None = None,
     ) -> None:
         if low > high:
             raise ConfigError(f"low={low} must not lie above high={high}")
         self.metric, self.target, self.base, self.gain, self.integral = metric, target, base, gain, integral
-        self.low, self.high = low, high
+        self.low, self.high, self.windup = low, high, math.inf if windup is None else windup
         self.error = self.sum = 0.0
 
     def __call__(self, progress: float, update: int) -> float:
@@ -170,7 +176,7 @@ class ProportionalIntegral:
     def observe(self, metrics: Mapping[str, Any]) -> None:
         """Takes in the metrics of an update, which hold the metric."""
         self.error = self.target - float(metrics[self.metric])
-        self.sum += self.error
+        self.sum = min(self.windup, max(-self.windup, self.sum + self.error))
 
     def state_dict(self) -> dict[str, Any]:
         """The last error and the sum of all."""
@@ -230,6 +236,157 @@ class Dual:
         self.value = state["value"]
 
 
+@ranged()
+class Logistic:
+    """Between ``low`` and ``high`` along a logistic curve of a metric of the update before. FG-ExPO's weight of a KL.
+
+    ``low + (high - low) / (1 + exp(-(metric - middle) / width))``; before any update the metric counts as ``first``.
+
+    Args:
+        metric: a name in the run's metrics.
+        low, high: values far below and far above the middle.
+        middle: of the curve.
+        width: of the metric over which it rises.
+        first: the metric before the first update.
+
+    Raises:
+        ConfigError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        metric: str,
+        high: float,
+        low: float = 0.0,
+        middle: float = 0.5,
+        width: Positive = 0.1,
+        first: float = 0.0,
+    ) -> None:
+        self.metric, self.low, self.high, self.middle, self.width = metric, low, high, middle, width
+        self.seen = first
+
+    def __call__(self, progress: float, update: int) -> float:
+        """The present value."""
+        x = (self.seen - self.middle) / self.width
+        share = 0.5 * (1.0 + math.tanh(0.5 * x))  # the logistic function, which never overflows so
+        return self.low + (self.high - self.low) * share
+
+    def observe(self, metrics: Mapping[str, Any]) -> None:
+        """Takes in the metrics of an update, which hold the metric."""
+        self.seen = float(metrics[self.metric])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metric as it was last."""
+        return {"seen_metric": self.seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores it."""
+        self.seen = state["seen_metric"]
+
+
+@ranged()
+class KlThreshold:
+    """Coefficient of a KL divergence that is punished by its square above a threshold. SAFE.
+
+    The penalty is ``scale * (kl - threshold)^2 * gate`` where the KL's moving average exceeds the threshold, so its
+    gradient is that of the KL times ``2 scale (kl - threshold) gate``, the value here. The gate grows as the policy
+    grows certain, ``max(floor, entropy_scale / (entropy + entropy_offset))``. The threshold follows the reward:
+    ``clip((base + pid) * phase, low, high)``, a PID control of the rise of the reward's moving average above
+    ``wanted_rise``; ``phase`` is ``warmup_factor`` in the first ``warmup`` updates and 1 later (the release tells
+    further phases apart).
+
+    Args:
+        metric: the KL, a name in the run's metrics.
+        entropy, reward: names of those.
+        base, low, high: of the threshold.
+        proportional, integral, derivative: gains of the control.
+        wanted_rise: of the reward's average from one update to the next.
+        windup: bound of the size of the integral.
+        warmup, warmup_factor: see above.
+        scale: of the penalty.
+        entropy_scale, entropy_offset, floor: of the gate.
+        decay, reward_decay: of the moving averages of the KL, which starts at 0, and of the reward.
+
+    Raises:
+        ConfigError: ``low`` above ``high``, or a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        metric: str,
+        entropy: str = "policy/entropy",
+        reward: str = "train/reward",
+        base: NonNegative = 0.3,
+        low: NonNegative = 0.1,
+        high: NonNegative = 0.6,
+        proportional: float = 0.3,
+        integral: float = 0.01,
+        derivative: float = 0.05,
+        wanted_rise: float = 0.001,
+        windup: Positive = 1.0,
+        warmup: Whole = 50,
+        warmup_factor: Positive = 1.5,
+        scale: NonNegative = 0.1,
+        entropy_scale: NonNegative = 2.0,
+        entropy_offset: Positive = 0.1,
+        floor: NonNegative = 0.5,
+        decay: Share = 0.9,
+        reward_decay: Share = 0.95,
+    ) -> None:
+        if low > high:
+            raise ConfigError(f"low={low} must not lie above high={high}")
+        self.metric, self.entropy, self.reward = metric, entropy, reward
+        self.base, self.low, self.high = base, low, high
+        self.gains, self.wanted_rise, self.windup = (proportional, integral, derivative), wanted_rise, windup
+        self.warmup, self.warmup_factor, self.scale = warmup, warmup_factor, scale
+        self.gate = floor, entropy_scale, entropy_offset
+        self.decay, self.reward_decay = decay, reward_decay
+        self.state: dict[str, float] = {"kl": 0.0, "nats": 0.0, "error": 0.0, "sum": 0.0, "pid": 0.0, "updates": 0}
+        self.average: float | None = None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The KL, the entropy and the reward."""
+        return self.metric, self.entropy, self.reward
+
+    @property
+    def threshold(self) -> float:
+        """Of the KL's moving average, at present."""
+        phase = self.warmup_factor if self.state["updates"] < self.warmup else 1.0
+        return min(self.high, max(self.low, (self.base + self.state["pid"]) * phase))
+
+    def __call__(self, progress: float, update: int) -> float:
+        """The present value; 0 at or below the threshold."""
+        floor, scale, offset = self.gate
+        gate = max(floor, scale / (max(self.state["nats"], 0.0) + offset))
+        return 2.0 * self.scale * max(0.0, self.state["kl"] - self.threshold) * gate
+
+    def observe(self, metrics: Mapping[str, Any]) -> None:
+        """Takes in the metrics of an update, which hold all three."""
+        state = self.state
+        kl, state["nats"], reward = (float(metrics[name]) for name in self.metrics)
+        state["kl"] = self.decay * state["kl"] + (1 - self.decay) * kl
+        before = reward if self.average is None else self.average
+        self.average = self.reward_decay * before + (1 - self.reward_decay) * reward
+        error = self.average - before - self.wanted_rise
+        state["sum"] = min(self.windup, max(-self.windup, state["sum"] + error))
+        proportional, integral, derivative = self.gains
+        change = error - state["error"] if state["updates"] else 0.0
+        state["pid"] = proportional * error + integral * state["sum"] + derivative * change
+        state["error"], state["updates"] = error, state["updates"] + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Averages, the control's memory, and the number of updates seen."""
+        return {**self.state, "average": self.average}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        self.state = {key: state[key] for key in self.state}
+        self.average = state["average"]
+
+
 class Complement:
     """One minus another coefficient."""
 
@@ -256,9 +413,10 @@ class Observed:
         self.controller, self.where, self.complement, self.seen = controller, where, complement, False
 
     @property
-    def metric(self) -> str:
+    def metrics(self) -> tuple[str, ...]:
         """What it follows."""
-        return self.controller.metric
+        several: tuple[str, ...] | None = getattr(self.controller, "metrics", None)
+        return (self.controller.metric,) if several is None else several
 
     def __call__(self, progress: float, update: int) -> float:
         """The present value."""
@@ -275,12 +433,13 @@ class Observed:
         Raises:
             ConfigError: a first update that took optimiser steps reported no such metric; names the nearest.
         """
-        if self.metric in metrics:
+        missing = [name for name in self.metrics if name not in metrics]
+        if not missing:
             self.seen = True
             self.controller.observe(metrics)
-        elif not self.seen and self.metric not in reported and any(name.startswith("loss/") for name in metrics):
-            near = nearest(self.metric, [*metrics, *reported])
-            raise ConfigError(f"{self.where}.metric {self.metric!r} is reported by no part of this run; {near}")
+        elif not self.seen and missing[0] not in reported and any(name.startswith("loss/") for name in metrics):
+            near = nearest(missing[0], [*metrics, *reported])
+            raise ConfigError(f"{self.where}.metric {missing[0]!r} is reported by no part of this run; {near}")
 
     def state_dict(self) -> dict[str, Any]:
         """Of the controller."""
@@ -300,6 +459,8 @@ COEFFICIENTS: dict[str, Callable[..., Any]] = {
     "steps": Steps,
     "proportional_integral": ProportionalIntegral,
     "dual": Dual,
+    "logistic": Logistic,
+    "kl_threshold": KlThreshold,
 }
 """Schedules and controllers by name; their settings are keyword arguments."""
 

@@ -19,6 +19,7 @@ from unified_rl.objectives.rows import Rows
 from unified_rl.policies.sampling import HasSampling
 from unified_rl.protocols import Scores, Trainable
 from unified_rl.ranges import enforce
+from unified_rl.returns.readings import Read
 from unified_rl.shard import ALONE, Shard
 
 
@@ -64,6 +65,10 @@ class Others(Protocol):
 
     def chunked(self, policy: Scores, record: TensorDict) -> Tensor:
         """Log-probs ``[B, N]`` of a policy without gradient, a micro-batch at a time."""
+        ...
+
+    def read(self, record: TensorDict, columns: Mapping[str, Read]) -> dict[str, Tensor]:
+        """Columns ``[B, N]`` from every unit's distribution under the present weights, without gradient."""
         ...
 
     def interpolate(self, batch: TensorDictBase, log_prob: Tensor, version: int) -> None:
@@ -116,6 +121,7 @@ class Term:
         whole_groups: optimiser batches must hold whole groups.
         whole_rows: they must hold whole rows, not single steps.
         reports: names of metrics of :meth:`loss` that others may rely on.
+        followed: names of metrics that controllers elsewhere in the run follow.
     """
 
     readers: tuple[Reader, ...] = ()
@@ -124,6 +130,7 @@ class Term:
     whole_groups = False
     whole_rows = False
     reports: frozenset[str] = frozenset()
+    followed: frozenset[str] = frozenset()
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -153,8 +160,9 @@ class Term:
 
     @property
     def active(self) -> bool:
-        """Whether it costs anything in this update: at 0 only a term whose controller follows its own metric does."""
-        return self.coefficient != 0.0 or (isinstance(self.schedule, Observed) and self.schedule.metric in self.reports)
+        """Whether it costs anything in this update: at 0 only a term of which a controller follows a metric does."""
+        own = self.schedule.metrics if isinstance(self.schedule, Observed) else ()
+        return self.coefficient != 0.0 or not self.reports.isdisjoint({*own, *self.followed})
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Looks at the names of what rows will hold, before any are collected.
@@ -245,6 +253,13 @@ class Objective:
             term.start(progress, update)
         self.active = {name: term for name, term in self.terms.items() if term.active}
         self.readers = [reader for term in self.active.values() for reader in term.readers]
+
+    def follow(self, metrics: Collection[str]) -> None:
+        """Terms that report what controllers follow, their own or others', are watched where they count for nothing."""
+        own = (s.metrics for t in self.terms.values() if isinstance(s := t.schedule, Observed))
+        followed = frozenset(metrics).union(*own)
+        for term in self.terms.values():
+            term.followed = followed
 
     def share(self, shard: Shard) -> None:
         """Passes its share of the rows alone; noise of supervised losses is then drawn from a stream of the process's.

@@ -1,7 +1,13 @@
-"""Maps of advantages: what reshapes them after the baseline, detached, ``(record, advantage [B, T]) -> [B, T]``."""
+"""Maps of advantages: what reshapes them after the baseline, detached.
+
+``(record, advantage [B, T]) -> [B, T]``, or ``[B, N]`` where units of a step are told apart from here on. A map says by
+attributes what it wants beside the record: ``anchors`` (log-probs of other policies) and ``reads`` (columns from every
+unit's distribution, see :mod:`~unified_rl.returns.readings`).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,7 +15,10 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.errors import RecordError
-from unified_rl.units import Steps
+from unified_rl.ranges import NonNegative, Positive, UnitInterval
+from unified_rl.returns import readings
+from unified_rl.returns.groups import Groups
+from unified_rl.units import Steps, row_return
 
 
 def sign(record: TensorDictBase, advantage: Tensor, *, positive: float = 1.0, negative: float = 1.0) -> Tensor:
@@ -18,7 +27,7 @@ def sign(record: TensorDictBase, advantage: Tensor, *, positive: float = 1.0, ne
 
 
 def overconfident(record: TensorDictBase, advantage: Tensor, *, alpha: float = 1.0) -> Tensor:
-    """Negative advantages times ``1 + alpha softplus(sum(lp - lp_reference))`` of their row. ACE.
+    """Negative advantages times ``1 + alpha softplus(sum(lp - lp_reference))`` of their row. ACE (multiplier assumed).
 
     Raises:
         RecordError: the rows were not scored by the policy at the start of the update, and by the reference.
@@ -32,4 +41,110 @@ def overconfident(record: TensorDictBase, advantage: Tensor, *, alpha: float = 1
 
 overconfident.anchors = ("reference", "proximal")  # type: ignore[attr-defined]  # an agent scores them beforehand
 
-MAPS: dict[str, Callable[..., Tensor]] = {"sign": sign, "overconfident": overconfident}
+
+def long_success(
+    record: TensorDictBase, advantage: Tensor, *, otherwise: NonNegative = 0.1, threshold: float = 0.5
+) -> Tensor:
+    """Groups whose longest right answer is not longer than their wrong ones are on average count less. ADORA.
+
+    Args:
+        otherwise: factor of such a group; wrong answers that were cut are left out of the mean.
+        threshold: of the return, above which an answer is right.
+    """
+    won, length, groups = row_return(record) > threshold, _length(record, advantage), Groups.of(record)
+    finished = ~(record["truncated"] & record["step_mask"]).any(-1)
+    longest = groups.extreme(torch.where(won, length, -1.0), "amax")
+    wrong = groups.weighted_mean(length, (~won & finished).to(length.dtype))
+    return advantage * torch.where(longest > wrong, 1.0, otherwise).unsqueeze(-1).to(advantage.dtype)
+
+
+def overlong_failure(
+    record: TensorDictBase, advantage: Tensor, *, base: Positive = 1.00001, threshold: float = 0.5
+) -> Tensor:
+    """Wrong answers longer by D than their group's right ones on average: times ``2 - base^-D``. View-R1's STCR.
+
+    Args:
+        base: at least 1, of the power.
+        threshold: of the return, above which an answer is right.
+    """
+    won, length, groups = row_return(record) > threshold, _length(record, advantage), Groups.of(record)
+    right = won.to(length.dtype)
+    excess = length - groups.weighted_mean(length, right)
+    grown = ~won & (groups.sum(right) > 0) & (excess > 0)
+    factor = torch.where(grown, 2.0 - base ** (-excess), 1.0)
+    return advantage * factor.unsqueeze(-1).to(advantage.dtype)
+
+
+def retempered(
+    record: TensorDictBase,
+    advantage: Tensor,
+    *,
+    target: NonNegative = 0.5,
+    hot: Positive = 1.2,
+    cold: Positive = 0.8,
+    cap: UnitInterval = 0.1,
+    threshold: float = 0.05,
+) -> Tensor:
+    """``(1 - a) A + a w`` on the units of right answers, ``(1 - a) A`` elsewhere, ``[B, N]``. DCPO.
+
+    ``w`` is a unit's probability under the distribution tempered by ``hot`` (where the mean entropy is at most the
+    target) or ``cold``, over its own; ``a = x / (1 + x)`` with ``x = min(|target - entropy|, cap) / share of right
+    answers``, and 0 where there is none. The mean of ``w`` is 1.
+
+    Args:
+        target: wanted mean entropy of a unit, in nats.
+        hot, cold: further temperatures.
+        cap: bound of the entropy's distance.
+        threshold: of the return, above which an answer is right.
+    """
+    mask, won = record["mask"], row_return(record) > threshold
+    nats = torch.where(mask, record["entropy"], 0.0).sum() / mask.sum().clamp(min=1)
+    tempered = torch.where(nats <= target, record["hot_log_prob"], record["cold_log_prob"])
+    weight = torch.where(mask, tempered - record["read_log_prob"], 0.0).exp()
+    x = (target - nats).abs().clamp(max=cap) / won.float().mean()
+    share = torch.where(won.any(), x / (1 + x), 0.0)
+    out: Tensor = (1 - share) * of_units(record, advantage) + share * weight * won.unsqueeze(-1)
+    return out
+
+
+retempered.reads = lambda *, hot, cold, **others: {  # type: ignore[attr-defined]
+    "entropy": readings.entropy,
+    "read_log_prob": readings.log_prob,
+    "hot_log_prob": readings.log_prob_at(hot),
+    "cold_log_prob": readings.log_prob_at(cold),
+}
+
+
+def tilted(record: TensorDictBase, advantage: Tensor, *, share: float = 0.0, probability: UnitInterval = 0.0) -> Tensor:
+    """``A + share |A|``: a positive share strengthens what is learnt and weakens what is unlearnt. EntroPIC.
+
+    Args:
+        share: from -1, where positive advantages vanish and negative ones double, to 1, the other way round.
+        probability: only units likelier than this when they were sampled; 0 takes all, of policies of densities too.
+    """
+    if probability == 0.0:
+        return advantage + share * advantage.abs()
+    likely: Tensor = record["behavior_log_prob"] > math.log(probability)
+    advantage = of_units(record, advantage)
+    return advantage + share * advantage.abs() * likely
+
+
+def of_units(record: TensorDictBase, advantage: Tensor) -> Tensor:
+    """Advantages of units ``[B, N]``, from those of steps or of units."""
+    return advantage if advantage.shape == record["mask"].shape else Steps.of(record).broadcast(advantage)
+
+
+def _length(record: TensorDictBase, like: Tensor) -> Tensor:
+    """Units of every row, ``[B]``, as floats."""
+    out: Tensor = record["mask"].sum(-1).to(like.dtype)
+    return out
+
+
+MAPS: dict[str, Callable[..., Tensor]] = {
+    "sign": sign,
+    "overconfident": overconfident,
+    "long_success": long_success,
+    "overlong_failure": overlong_failure,
+    "retempered": retempered,
+    "tilted": tilted,
+}

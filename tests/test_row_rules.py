@@ -1,0 +1,234 @@
+"""Maps and filters of advantages: each against numbers worked out by hand, and their moving settings in an agent."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from agent_cases import filled
+from tensordict import TensorDict
+from term_cases import agent_of, dense, joined
+
+from unified_rl.errors import ConfigError
+from unified_rl.returns import filters, maps
+
+
+def record(**items: Any) -> TensorDict:
+    """Four rows of two groups, six units at most, one step each."""
+    mask = torch.arange(6) < torch.tensor([[6], [2], [4], [3]])
+    given = {
+        "mask": mask,
+        "step_index": torch.zeros(4, 6, dtype=torch.int64),
+        "reward": torch.tensor([[1.0], [0.0], [1.0], [0.0]]),
+        "truncated": torch.zeros(4, 1, dtype=torch.bool),
+        "step_mask": torch.ones(4, 1, dtype=torch.bool),
+        "group": torch.tensor([0, 0, 1, 1]),
+        **items,
+    }
+    return TensorDict(given, batch_size=[4])
+
+
+A = torch.tensor([[1.0], [-1.0], [0.5], [-0.5]])
+
+
+def test_a_group_whose_longest_right_answer_is_not_longer_than_its_wrong_ones_counts_less() -> None:
+    lengths = torch.arange(6) < torch.tensor([[3], [4], [4], [4]])  # 3 < 4: less; 4 is not above 4: less
+    assert maps.long_success(record(mask=lengths), A).flatten().tolist() == pytest.approx([0.1, -0.1, 0.05, -0.05])
+    assert maps.long_success(record(), A).equal(A)  # 6 > 2 and 4 > 3
+    cut = torch.tensor([[False], [True], [False], [True]])  # cut wrong answers do not count: nothing is as long
+    assert maps.long_success(record(mask=lengths, truncated=cut), A).equal(A)
+    nobody = maps.long_success(record(reward=torch.zeros(4, 1)), A)
+    torch.testing.assert_close(nobody, 0.1 * A)
+
+
+def test_a_wrong_answer_counts_more_by_how_much_longer_it_is_than_right_ones() -> None:
+    lengths = torch.arange(6) < torch.tensor([[2], [6], [4], [3]])
+    got = maps.overlong_failure(record(mask=lengths), A, base=2.0)
+    assert got.flatten().tolist() == pytest.approx([1.0, -(2 - 2.0**-4), 0.5, -0.5])  # 6 - 2 = 4; 3 is no longer than 4
+    alone = maps.overlong_failure(record(mask=lengths, reward=torch.zeros(4, 1)), A, base=2.0)
+    assert alone.equal(A)  # without a right answer nothing is overlong
+    far = maps.overlong_failure(record(mask=lengths), A, base=1e6)
+    assert float(far[1]) == pytest.approx(-2.0)
+
+
+def test_a_tilt_strengthens_one_sign_and_weakens_the_other() -> None:
+    assert maps.tilted(record(), A, share=0.25).flatten().tolist() == [1.25, -0.75, 0.625, -0.375]
+    assert maps.tilted(record(), A, share=-1.0).flatten().tolist() == [0.0, -2.0, 0.0, -1.0]
+    likely = record(behavior_log_prob=torch.tensor([0.9, 0.1, 0.9, 0.1, 0.9, 0.1]).log().expand(4, 6))
+    got = maps.tilted(likely, A, share=0.25, probability=0.5)
+    assert got[1].tolist() == [-0.75, -1.0, -0.75, -1.0, -0.75, -1.0]
+
+
+def test_a_mixture_with_the_tempered_policy_has_its_written_out_value() -> None:
+    lp = torch.tensor([0.5, 0.25, 0.125, 0.5, 0.25, 0.125]).log().expand(4, 6)
+    given = {"read_log_prob": lp, "hot_log_prob": lp + math.log(2.0), "cold_log_prob": lp - math.log(2.0)}
+    rows = record(entropy=torch.full((4, 6), 0.46), **given)  # below the target: the hot one, of weight 2
+    x = 0.04 / 0.5  # half of the answers are right
+    share = x / (1 + x)
+    got = maps.retempered(rows, A, target=0.5)
+    expected = torch.tensor([(1 - share) * 1.0 + share * 2.0, -(1 - share)])
+    torch.testing.assert_close(got[:2, 0], expected)
+    far = maps.retempered(
+        record(entropy=torch.full((4, 6), 3.0), **given), A, target=0.5
+    )  # the cold one, x = 0.1 / 0.5
+    share = 0.2 / 1.2
+    torch.testing.assert_close(far[0, 0], torch.tensor((1 - share) + share * 0.5))
+    exact = maps.retempered(record(entropy=torch.full((4, 6), 0.5), **given), A, target=0.5)
+    torch.testing.assert_close(exact, A.expand(4, 6))
+    nobody = maps.retempered(record(entropy=torch.zeros(4, 6), reward=torch.zeros(4, 1), **given), A)
+    torch.testing.assert_close(nobody, A.expand(4, 6))  # no right answer: nothing is divided by 0
+
+
+def test_columns_that_a_map_reads_are_of_the_present_distribution() -> None:
+    """And the weight of DCPO has mean 1 under it."""
+    policy, rows = joined()
+    agent = agent_of(policy, rows)
+    drawn = agent._draw(filled(rows, 1))
+    wanted = maps.retempered.reads(hot=1.2, cold=0.8)  # type: ignore[attr-defined]
+    found = agent.anchors.read(drawn, wanted)
+    with torch.no_grad():
+        full, lp = dense(policy, drawn)
+    mask = drawn["mask"]
+    hot = (full / 1.2).log_softmax(-1)
+    got = (found["hot_log_prob"] - found["read_log_prob"])[mask]
+    want = (hot - full).gather(-1, drawn["tokens"].unsqueeze(-1)).squeeze(-1)[mask]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found["read_log_prob"][mask], lp[mask], atol=1e-5, rtol=1e-4)
+    entropy = -(full.exp() * full).sum(-1)
+    torch.testing.assert_close(found["entropy"][mask], entropy[mask], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close((full.exp() * (hot - full).exp()).sum(-1)[mask], torch.ones(int(mask.sum())))
+
+
+# ---------------------------------------------------------------------------------------------- filters
+
+
+def rows_of(values: list[float], groups: list[int]) -> tuple[TensorDict, torch.Tensor]:
+    n = len(values)
+    items = {"mask": torch.ones(n, 2, dtype=torch.bool), "group": torch.tensor(groups), "reward": torch.zeros(n, 1)}
+    items["step_index"] = torch.zeros(n, 2, dtype=torch.int64)
+    return TensorDict(items, batch_size=[n]), torch.tensor(values)[:, None]
+
+
+def test_the_rows_of_largest_advantage_are_kept() -> None:
+    rows, advantage = rows_of([0.1, -3.0, 0.2, 0.3, 5.0, -0.1, 4.0, 0.0], [7, 7, 7, 7, 2, 2, 2, 2])
+    by_group = filters.largest_advantage(rows, advantage, keep=0.5)
+    assert by_group.nonzero().flatten().tolist() == [1, 3, 4, 6]
+    by_batch = filters.largest_advantage(rows, advantage, keep=0.375, over="batch")
+    assert by_batch.nonzero().flatten().tolist() == [1, 4, 6]
+    assert bool(filters.largest_advantage(rows, advantage, keep=1.0).all())
+    flat = filters.largest_advantage(rows, torch.ones(8, 1), keep=0.5)
+    assert flat.nonzero().flatten().tolist() == [0, 1, 4, 5]  # of equal ones the earlier
+    assert int(filters.largest_advantage(rows, advantage, keep=0.1).sum()) == 2  # one of each group at least
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.4, 0.6, 0.8, 1.0])
+def test_the_rows_of_widest_spread_are_those_that_trying_all_subsets_finds(keep: float) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(15).tolist()
+    groups = [3] * 6 + [1] * 5 + [9] * 4
+    rows, advantage = rows_of(values, groups)
+    kept = filters.widest_spread(rows, advantage, keep=keep)
+    for group in set(groups):
+        at = [i for i, g in enumerate(groups) if g == group]
+        size = max(1, int(keep * len(at) + 1e-6))
+        best = max(float(torch.tensor([values[i] for i in some]).double().var(correction=0))
+                   for some in itertools.combinations(at, size))  # fmt: skip
+        chosen = [i for i in at if kept[i]]
+        assert len(chosen) == size
+        assert float(torch.tensor([values[i] for i in chosen]).double().var(correction=0)) == pytest.approx(best)
+    whole = filters.widest_spread(rows, advantage, keep=keep, over="batch")
+    assert int(whole.sum()) == int(keep * 15 + 1e-6)
+
+
+def test_the_units_of_largest_advantage_times_entropy_are_kept() -> None:
+    rows, advantage = rows_of([1.0, -2.0, 0.0], [0, 0, 0])
+    rows["entropy"] = torch.tensor([[1.0, 3.0], [1.0, 0.2], [9.0, 9.0]])  # scores 1, 3, 2, 0.4, 0, 0
+    rows["mask"][0, 1] = False  # 1, 2, 0.4, 0, 0 are left
+    kept = filters.uncertain_units(rows, advantage, keep=0.4)
+    assert kept.tolist() == [[True, False], [True, False], [False, False]]
+    assert filters.uncertain_units(rows, advantage, keep=1.0).equal(rows["mask"])
+
+
+# ---------------------------------------------------------------------------------------------- in an agent
+
+
+def annotated(agent: Any, rows: TensorDict) -> TensorDict:
+    agent.checked = True
+    agent.estimate.start(0.0, agent.version)
+    return agent._annotate(agent._draw(filled(rows, 1)), {})
+
+
+def test_filters_take_rows_and_units_out_after_the_statistics() -> None:
+    policy, rows = joined()
+    whole = annotated(agent_of(policy, rows), rows)
+    kept = annotated(agent_of(policy, rows, filters=[{"name": "largest_advantage", "keep": 0.5}]), rows)
+    size = whole["advantage"].abs().flatten()
+    expected = [r for g in range(3) for r in sorted(range(4 * g, 4 * g + 4), key=lambda r: -size[r])[:2]]
+    assert kept["advantage"].flatten().tolist() == whole["advantage"].flatten()[sorted(expected)].tolist()
+    some = annotated(agent_of(policy, rows, filters=[{"name": "uncertain_units", "keep": 0.25}]), rows)
+    units = int(whole["mask"].sum())
+    assert int(some["mask"].sum()) == math.ceil(0.25 * units)
+
+
+def test_a_number_of_a_rule_may_follow_a_schedule_and_a_controller_that_resumes() -> None:
+    policy, rows = joined()
+    entropy = {"name": "proportional_integral", "metric": "policy/entropy", "target": 0.1, "gain": -0.1, "low": -1.0}
+    options = {
+        "objectives": {"entropy": {"name": "entropy", "coefficient": 0.0}},
+        "maps": [{"name": "tilted", "share": entropy}],
+        "filters": [{"name": "largest_advantage", "keep": {"name": "linear", "start": 0.5, "end": 1.0}}],
+    }
+    agent = agent_of(copy.deepcopy(policy), rows, **options)
+    found = agent.update(filled(rows, 1), progress=0.0)
+    assert found["train/kept"] < 0.75 and found["policy/entropy"] > 1.0
+    again = agent_of(copy.deepcopy(policy), rows, **options)
+    again.load_state_dict(copy.deepcopy(agent.state_dict()))
+    for one in (agent, again):
+        one.estimate.start(1.0, 1)
+        assert one.estimate.maps[0].settings["share"] == pytest.approx(-0.1 * (0.1 - float(found["policy/entropy"])))
+        assert one.estimate.filters[0].settings["keep"] == 1.0
+        one.update(filled(rows, 1), progress=1.0)
+    for a, b in zip(agent.policy.parameters(), again.policy.parameters(), strict=True):
+        assert a.equal(b)
+
+
+def test_a_term_is_watched_where_only_a_map_follows_it() -> None:
+    policy, rows = joined()
+    objectives = {"entropy": {"name": "entropy", "coefficient": 0.0}}
+    assert "policy/entropy" not in agent_of(policy, rows, objectives=objectives).update(filled(rows, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"filters": ["largest_advantag"]}, r"agent\.filters\[0\] 'largest_advantag' is unknown; did you mean"),
+        ({"filters": [{"name": "largest_advantage", "keep": 0.0}]}, r"agent\.filters\[0\]\.keep=0\.0 must"),
+        (
+            {"filters": [{"name": "widest_spread", "keep": {"name": "linear", "start": 2.0}}]},
+            r"agent\.filters\[0\]\.keep=2\.0 must",
+        ),
+        (
+            {"maps": [{"name": "tilted", "share": {"name": "liner"}}]},
+            r"agent\.maps\[0\]\.share\.name 'liner' is unknown",
+        ),
+        (
+            {"maps": [{"name": "tilted", "share": {"name": "logistic", "metric": "policy/entropi", "high": 1.0}}]},
+            r"agent\.maps\[0\]\.share\.metric 'policy/entropi' is reported by no part",
+        ),
+    ],
+)
+def test_bad_rules_are_refused_under_their_full_names(options: Any, words: str) -> None:
+    policy, rows = joined()
+    with pytest.raises(ConfigError, match=words):
+        agent_of(policy, rows, **options).update(filled(rows, 1))
+
+
+def test_a_rule_that_reads_distributions_is_refused_without_any() -> None:
+    from agent_cases import control_agent, gaussian
+
+    with pytest.raises(ConfigError, match=r"agent\.maps\[0\] reads the distribution of every unit, and Gaussian"):
+        control_agent(gaussian(), maps=["retempered"])

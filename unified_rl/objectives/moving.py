@@ -1,0 +1,87 @@
+"""Rules whose numbers may move: each is a constant, a schedule over the run, or a controller that follows a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from unified_rl.correction.lookup import Table, as_rule, bind, settings_of
+from unified_rl.instantiate import check_type
+from unified_rl.objectives.coefficients import Observed, coefficient
+from unified_rl.returns.readings import Read
+
+
+class Moving:
+    """A rule of a table with its settings, of which numbers may be given as a schedule or a controller.
+
+    A rule may declare what it reads beside the record, as attributes of its function: ``anchors``, names of policies
+    whose log-probs it wants, and ``reads``, ``(**settings) -> {column: (logits [n, V], token [n]) -> [n]}``.
+
+    Args:
+        node: a name, or a mapping with ``name`` and settings; a mapping in place of a number is a coefficient, see
+            :func:`~unified_rl.objectives.coefficients.coefficient`.
+        table: the known rules.
+        where: the full name of the setting.
+
+    Raises:
+        ConfigError: an unknown rule or setting, or one of the wrong type or range, under its full name.
+    """
+
+    def __init__(self, node: str | Mapping[str, Any], table: Table, where: str) -> None:
+        rule = as_rule(node, where)
+        self.where = where
+        moving = {key: value for key, value in rule.items() if isinstance(value, Mapping)}
+        self.schedules = {key: coefficient(value, f"{where}.{key}") for key, value in moving.items()}
+        first = {key: schedule(0.0, 0) for key, schedule in self.schedules.items()}
+        self.rule, _ = bind({**rule, **first} if moving else node, table, where)
+        known = settings_of(self.rule.func)
+        self.hints = {key: known[key].hint for key in moving}
+        self.defaults = {key: parameter.default for key, parameter in known.items()}
+        self.anchors: tuple[str, ...] = getattr(self.rule.func, "anchors", ())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The present settings, defaults included."""
+        return {**self.defaults, **self.rule.keywords}
+
+    @property
+    def reads(self) -> dict[str, Read]:
+        """Columns ``[B, N]`` that it wants of every unit's distribution under the present weights."""
+        declared = getattr(self.rule.func, "reads", None)
+        return {} if declared is None else declared(**self.settings)
+
+    @property
+    def metrics(self) -> set[str]:
+        """Names of the metrics that its controllers follow."""
+        return {name for schedule in self._observed.values() for name in schedule.metrics}
+
+    def start(self, progress: float, update: int) -> None:
+        """At the start of an update: sets what moves.
+
+        Raises:
+            ConfigError: a value outside the setting's range.
+        """
+        for key, schedule in self.schedules.items():
+            self.rule.keywords[key] = check_type(schedule(progress, update), self.hints[key], f"{self.where}.{key}")
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The rule under the present settings."""
+        return self.rule(*arguments)
+
+    def finish(self, metrics: Mapping[str, Any], reported: Collection[str] = ()) -> None:
+        """At the end of an update: controllers see its metrics."""
+        for schedule in self._observed.values():
+            schedule.observe(metrics, reported)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the controllers."""
+        return {key: schedule.state_dict() for key, schedule in self._observed.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        for key, schedule in self._observed.items():
+            schedule.load_state_dict(state[key])
+
+    @property
+    def _observed(self) -> dict[str, Observed]:
+        return {key: schedule for key, schedule in self.schedules.items() if isinstance(schedule, Observed)}

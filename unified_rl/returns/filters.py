@@ -1,0 +1,113 @@
+"""Filters: which rows, or units, are learnt from, chosen after the statistics of their groups.
+
+``(record, advantage [B, T] or [B, N]) -> [B]`` or ``[B, N]`` bool, what is kept. As maps do, a filter says by the
+attribute ``reads`` which columns it wants from every unit's distribution. Rows that are left out are in no denominator;
+neither are units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from unified_rl.ranges import Fraction
+from unified_rl.returns import readings
+from unified_rl.returns.groups import Groups
+from unified_rl.returns.maps import of_units
+
+Over = Literal["group", "batch"]
+
+
+def largest_advantage(
+    record: TensorDictBase, advantage: Tensor, *, keep: Fraction = 0.5, over: Over = "group"
+) -> Tensor:
+    """The share ``keep`` of the rows, rounded down, with the largest ``|A|``; earlier ones of equal size. CPPO.
+
+    Args:
+        keep: one minus the pruning rate; at least one row is kept of each.
+        over: of every group, or of the whole update.
+    """
+    size = advantage.abs().amax(-1)
+    group, count = _parts(record, over)
+    rank = _ranks(-size, group)
+    return rank < _quota(count, keep)
+
+
+def widest_spread(record: TensorDictBase, advantage: Tensor, *, keep: Fraction = 0.5, over: Over = "group") -> Tensor:
+    """The share ``keep`` of the rows, rounded down, whose advantages vary most: some lowest, the rest highest. D3S.
+
+    The best number of lowest ones is found among all; of equally good ones the smallest.
+
+    Args:
+        keep: at least one row is kept of each.
+        over: of every group, or of the whole update.
+    """
+    value = advantage.mean(-1).double()
+    group, count = _parts(record, over)
+    rank, quota = _ranks(value, group), _quota(count, keep)
+    width, number = int(count.max()), int(group.max()) + 1
+    table = value.new_zeros(number, width).index_put((group, rank), value)
+    sizes, wanted = (x.new_zeros(number).index_put((group,), x).unsqueeze(-1) for x in (count, quota))
+    zero = table.new_zeros(number, 1)
+    first, second = (torch.cat([zero, x.cumsum(-1)], -1) for x in (table, table.square()))  # sums of the k lowest
+    low = torch.arange(width + 1, device=value.device).expand(number, -1)
+    at, end = (sizes - wanted + low).clamp(max=width), sizes
+
+    def chosen(sums: Tensor) -> Tensor:
+        return sums.gather(-1, low.clamp(max=width)) + sums.gather(-1, end) - sums.gather(-1, at)
+
+    spread = chosen(second) / wanted - (chosen(first) / wanted).square()
+    spread = torch.where(low <= wanted, spread, -math.inf)
+    best = spread.argmax(-1)[group]
+    return (rank < best) | (rank >= count - quota + best)
+
+
+def uncertain_units(record: TensorDictBase, advantage: Tensor, *, keep: Fraction = 0.5) -> Tensor:
+    """The share ``keep`` of the update's units, rounded up, of largest ``|A|`` times entropy; equal ones too. D3S."""
+    mask: Tensor = record["mask"]
+    score: Tensor = of_units(record, advantage).abs() * record["entropy"]
+    found = score[mask]
+    if not len(found):
+        return mask
+    least = found.kthvalue(len(found) - math.ceil(keep * len(found)) + 1).values
+    return mask & (score >= least)
+
+
+uncertain_units.reads = lambda **settings: {"entropy": readings.entropy}  # type: ignore[attr-defined]
+
+
+def _parts(record: TensorDictBase, over: str) -> tuple[Tensor, Tensor]:
+    """A number from 0 on of every row's part ``[B]`` int64, and the rows of that part ``[B]`` int64."""
+    if over == "batch":
+        rows = len(record)
+        zero = torch.zeros(rows, dtype=torch.int64, device=record["mask"].device)
+        return zero, zero + rows
+    groups = Groups.of(record)
+    return groups.index, groups.count.long()
+
+
+def _quota(count: Tensor, keep: float) -> Tensor:
+    """Rows that are kept of parts of ``count`` rows, as many, ``[B]`` int64."""
+    return (count * keep + 1e-6).floor().long().clamp(min=1)
+
+
+def _ranks(value: Tensor, group: Tensor) -> Tensor:
+    """Each row's place ``[B]`` among those of its group by ``value [B]``, ascending; equal ones in their order."""
+    order = value.argsort(stable=True)
+    order = order[group[order].argsort(stable=True)]
+    sorted_group = group[order]
+    start = torch.searchsorted(sorted_group, sorted_group)
+    place = torch.arange(len(order), device=value.device) - start
+    return torch.empty_like(place).index_put((order,), place)
+
+
+FILTERS: dict[str, Callable[..., Tensor]] = {
+    "largest_advantage": largest_advantage,
+    "widest_spread": widest_spread,
+    "uncertain_units": uncertain_units,
+}
