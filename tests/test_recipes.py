@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from run_cases import CONTROL, cached, merged, teacher
+from run_cases import CONTROL, cached, merged, recorded, teacher
 from run_cases import LANGUAGE as SHORT
 
 from unified_rl import cli
@@ -22,36 +22,46 @@ LANGUAGE = tuple(merged(SHORT, ["env.max_turn_tokens=8"]))
 NEEDED = {
     "luffy", "chord", "hpt", "gkd", "opsd", "dpo", "ghpo", "gdpo", "kdrl", "exopd", "nsr", "psr", "w_reinforce",
     "vla_opd", "iql", "td3_bc", "rlpd", "ipo", "f_dpo", "kto", "rpo_regularised", "humanline_dpo", "humanline_kto",
-    "sweet_spot", "inpo", "mpo", "ampo", "trajectory_dpo",
+    "sweet_spot", "inpo", "mpo", "ampo", "trajectory_dpo", "opd", "opd_topk", "opcd", "sdft", "veto_kd", "offline_kd",
+    "paced", "rlad", "karl", "f_dpg", "kl_rl", "rapo", "dph_rl", "tr_dpo", "hypo",
 }  # fmt: skip
 OFFLINE = ("iql", "td3_bc", "rlpd")
 """Value-based recipes, which have a test file of their own."""
 NAMES = [name for name in recipes.recipe_names() if name not in OFFLINE]
 BINS = ("policy=autoregressive", "policy.bins=5", "policy.hidden=[8]", "rollout.num_envs=4", "rollout.horizon=8")
 SMALL = {  # what makes the run of a recipe small, or lets two updates tell something
-    "chord": ["rollout.sources.demonstrations.rows=6"],
+    "chord": ["rollout.sources.demonstrations.rows=8"],
     "gkd": ["rollout.sources.demonstrations.rows=4"],
+    "offline_kd": ["rollout.sources.demonstrations.rows=8"],
+    "hypo": ["rollout.sources.recorded.rows=8"],
+    "tr_dpo": ["agent.anchors.reference.every=1"],
+    "dph_rl": ["rollout.sources.rehearsed.rows=8"],
     "ghpo": ["rollout.group_size=2"],
 }
 TASKS = {"vla_opd": ("env=two_route", *BINS), "trajectory_dpo": CONTROL}
-TEACHERS = {"gkd", "kdrl", "exopd", "vla_opd"}
+TEACHERS = {"gkd", "kdrl", "exopd", "vla_opd", "opd", "opd_topk", "veto_kd", "offline_kd", "paced", "rlad"}
+RECORDED = {"dph_rl": "rollout.sources.rehearsed.data=FOLDER", "hypo": "rollout.sources.recorded.data=FOLDER"}
+"""What names the recorded rows of recipes that learn from such rows."""
 GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_size"))
 ELSEWHERE = [(name, d) for name in NAMES for d in recipes.recipe(name).domains[1:]]
 """Recipes and the domains that they claim beside the one that the other tests run them in."""
+ROWS = ("rows",)
 LIMITS = [(name, number) for name in NAMES for number in range(len(recipes.recipe(name).limits))]
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], str]:
-    """Runs that can teach, by task."""
-    return {task: teacher(tmp_path_factory.mktemp("teacher"), task) for task in (LANGUAGE, TASKS["vla_opd"], CONTROL)}
+    """Runs that can teach, by task, and recorded rows."""
+    found = {task: teacher(tmp_path_factory.mktemp("teacher"), task) for task in (LANGUAGE, TASKS["vla_opd"], CONTROL)}
+    return {**found, ROWS: recorded(tmp_path_factory.mktemp("rows"), LANGUAGE)}
 
 
 def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -> list[str]:
     """Overrides of a run in the small setting of a recipe; a group size that a recipe has of its own is kept."""
     task = TASKS.get(name, LANGUAGE)
     words = [word.replace("=RUN", f"={runs[task]}") for part in overrides for word in part]
-    words = [word.replace("rows: 64", "rows: 6") for word in merged(task, words)]
+    words = [word.replace("=FOLDER", f"={runs[ROWS]}").replace(" FOLDER", f" {runs[ROWS]}") for word in words]
+    words = [word.replace("rows: 64", "rows: 8").replace("rows=64", "rows=8") for word in merged(task, words)]
     chosen = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "none")
     content = yaml.safe_load((config_root() / "recipe" / f"{chosen}.yaml").read_text()) or {}
     own = content.get("rollout", {})
@@ -59,7 +69,7 @@ def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -
 
 
 def with_recipe(name: str, runs: dict[tuple[str, ...], str]) -> list[str]:
-    taught = ["agent.teacher=RUN"] if name in TEACHERS else []
+    taught = ["agent.teacher=RUN"] if name in TEACHERS else [RECORDED[name]] if name in RECORDED else []
     return of(name, runs, [f"recipe={name}", *SMALL.get(name, []), *taught])
 
 
