@@ -46,7 +46,9 @@ OF_FOLDER: dict[str, Any] = {
     "adapter": Name,
 }
 """Settings of a language model that is read from a folder, named as the policy's own."""
-SETTINGS: dict[str, Any] = {"folder": Name, "sync_every": Count, "ema": Share, "view": Name, **OF_FOLDER}
+SETTINGS: dict[str, Any] = {
+    "folder": Name, "sync_every": Count, "ema": Share, "every": Count, "view": Name, **OF_FOLDER
+}  # fmt: skip
 
 
 class Provider:
@@ -150,15 +152,17 @@ class Copied(Provider):
 
 
 class Averaged(Copied):
-    """An exponential moving average of the policy's weights; buffers are copied."""
+    """A moving average of the policy's weights, moved after every ``each`` updates; buffers are copied."""
 
-    def __init__(self, policy: Trainable, view: str | None, decay: float) -> None:
+    def __init__(self, policy: Trainable, view: str | None, decay: float, each: int = 1) -> None:
         super().__init__(policy, view)
-        self.decay = decay
+        self.decay, self.each = decay, each
 
     @torch.no_grad()
     def update(self, policy: Trainable, version: int) -> None:
-        """Takes in the newest weights."""
+        """Takes in the newest weights where it is time to."""
+        if version % self.each:
+            return
         for mine, newest in zip(self.policy.parameters(), policy.parameters(), strict=True):
             if mine is not newest:  # a weight that nobody trains is shared
                 mine.lerp_(newest, 1.0 - self.decay)
@@ -186,6 +190,10 @@ def provider_settings(name: str, node: Any) -> dict[str, Any]:
     makers = [key for key in given if key in ("folder", "sync_every", "ema")]
     if len(makers) > 1:
         raise ConfigError(f"{where} is made by one of folder, sync_every and ema, got {', '.join(makers)}")
+    if "every" in given and "ema" not in given:
+        raise ConfigError(
+            f"{where}.every says how often a moving average moves: set {where}.ema too, or {where}.sync_every alone"
+        )
     idle = next((key for key in given if key in OF_FOLDER), None)
     if idle is not None and "folder" not in given:
         raise ConfigError(f"{where}.{idle} would be of no effect: it is of a model that is read from {where}.folder")
@@ -197,9 +205,9 @@ def make_provider(name: str, node: Any, policy: Any) -> Provider:
 
     Args:
         name: of the anchor; ``self`` is by default the policy as it is, ``old`` as it was at the start of the update.
-        node: ``{folder: RUN}``, ``{sync_every: N}``, ``{ema: DECAY}`` or ``{}`` (as at the start of the run), each with
-            an optional ``view``; a language model's folder also with ``temperature``, ``dtype``, ``autocast`` and
-            ``adapter``.
+        node: ``{folder: RUN}``, ``{sync_every: N}``, ``{ema: DECAY}`` (``every: N`` moves it after every N updates) or
+            ``{}`` (as at the start of the run), each with an optional ``view``; a language model's folder also with
+            ``temperature``, ``dtype``, ``autocast`` and ``adapter``.
         policy: the policy that is trained.
 
     Raises:
@@ -213,7 +221,7 @@ def make_provider(name: str, node: Any, policy: Any) -> Provider:
         made = load_teacher(given["folder"], policy, f"agent.anchors.{name}.folder", options)
         return Provider(made, view, foreign=True)
     if "ema" in given:
-        return Averaged(policy, view, given["ema"])
+        return Averaged(policy, view, given["ema"], given.get("every", 1))
     if name == "self" and not given:
         return Provider(policy, view)
     return Copied(policy, view, given.get("sync_every", 1 if name == "old" else None))

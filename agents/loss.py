@@ -12,6 +12,7 @@ from unified_rl.objectives.divergence import DivergenceTerm
 from unified_rl.objectives.moving import Moving
 from unified_rl.objectives.objective import Parts, Term
 from unified_rl.objectives.preference import KtoTerm, PreferenceTerm, SetPreferenceTerm
+from unified_rl.objectives.sampled import SampledDivergenceTerm
 from unified_rl.objectives.terms import EntropyTerm, NllTerm, PolicyGradientTerm, ValueTerm
 from unified_rl.policies.sampling import HasSampling
 from unified_rl.protocols import Trainable
@@ -23,6 +24,7 @@ TERMS: dict[str, type[Term]] = {
     "entropy": EntropyTerm,
     "nll": NllTerm,
     "divergence": DivergenceTerm,
+    "sampled_divergence": SampledDivergenceTerm,
     "preference": PreferenceTerm,
     "set_preference": SetPreferenceTerm,
     "kto": KtoTerm,

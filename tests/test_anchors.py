@@ -65,7 +65,7 @@ def test_a_moving_average_lags_behind_by_its_decay() -> None:
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("node", [{}, {"sync_every": 4}, {"ema": 0.9}])
+@pytest.mark.parametrize("node", [{}, {"sync_every": 4}, {"ema": 0.9}, {"ema": 0.9, "every": 4}])
 def test_a_provider_resumes_bit_for_bit(node: dict[str, Any]) -> None:
     policy, rows = joined()
 
@@ -79,6 +79,15 @@ def test_a_provider_resumes_bit_for_bit(node: dict[str, Any]) -> None:
     assert equal(weights(agent.policy), weights(again.policy))
     assert equal(weights(agent.anchors["base"].policy), weights(again.anchors["base"].policy))
     assert not equal(weights(agent.anchors["base"].policy), weights(agent.policy))
+
+
+def test_an_average_may_move_after_every_so_many_updates() -> None:
+    policy, rows = joined()
+    agent = agent_of(policy, rows, objectives=compared("base"), anchors={"base": {"ema": 0.4, "every": 2}}, lr=1e-2)
+    path = three(agent, rows)
+    wanted = [0.4 * m + 0.6 * n for m, n in zip(path[0], path[2], strict=True)]
+    for a, b in zip(weights(agent.anchors["base"].policy), wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_a_folder_is_read_again_and_not_saved(tmp_path: Path) -> None:
@@ -249,6 +258,10 @@ def test_a_control_policy_has_providers_too() -> None:
         (
             {"objectives": compared("base"), "anchors": {"base": {"ema": 0.5, "dtype": "bfloat16"}}},
             r"base\.dtype would be of no effect: .* agent\.anchors\.base\.folder",
+        ),
+        (
+            {"objectives": compared("base"), "anchors": {"base": {"every": 2}}},
+            r"base\.every says how often a moving average moves: set .*base\.ema too, or .*base\.sync_every alone",
         ),
         (
             {"objectives": compared("base"), "anchors": {"base": "runs/x"}},

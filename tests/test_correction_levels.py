@@ -23,7 +23,7 @@ LEVEL_NODES: list[Any] = [
 KERNELS_OF_ONE: list[Any] = [
     "constant", "ratio", "ppo", "clipped", "band", "ring", "sign_clamp", "tapered", "soft_gate", "gamma_density",
     "tv_mask", "kl_mask", "log_clip", "centered_ppo", "ess_cap", "ess_cap_mixed", "m2_mask", "searched_ppo",
-    "spared_ppo", "demonstration_shape",
+    "spared_ppo", "demonstration_shape", "teacher_ratio",
     {"name": "band", "weighted": False},
 ]  # fmt: skip
 
@@ -34,6 +34,7 @@ NOT_ONE = {
     "residual": "its advantage is a residual of rewards",
     "likelihood_pair": "its advantage is a success rate's",
     "teacher_ppo": "its advantage is the teacher's",
+    "f_divergence": "its advantage is a pseudo-reward",
 }
 """Kernels whose weight at ratio 1 is not 1 times the given advantage, and why."""
 
@@ -55,6 +56,7 @@ def undrifted() -> tuple[Tensor, TensorDict]:
     batch["step_index"] = (torch.arange(6) // 2).expand(4, 6).contiguous()
     batch["reward"] = torch.zeros(4, 3, dtype=torch.float64)
     batch["proxy_log_prob"] = current.clone()
+    batch["teacher_log_prob"] = current.clone()
     return current, batch
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from unified_rl.correction.generators import GENERATORS, Alpha, Hellinger, between
+from unified_rl.correction.generators import GENERATORS, Alpha, Generator, Hellinger
 
 GENERATED = {name: make() for name, make in GENERATORS.items()}
 A, B = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.1, 0.6, 0.3]]).log()
@@ -23,6 +23,10 @@ TEXTBOOK = {
     "hellinger": 1 - (P * Q).sqrt().sum(),
     "alpha": 4 * (1 - (P * Q).sqrt().sum()),
 }
+
+
+def between(generator: Generator, log_pi: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    return (log_p.exp() * generator.value(log_pi - log_p)).sum(-1)
 
 
 @pytest.mark.parametrize("name", GENERATED)

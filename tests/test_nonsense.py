@@ -32,6 +32,8 @@ COMPLETED = {
     ("policy", "causal_lm_path"): ["policy.path=x"],
     ("warm_start", "from_run"): ["warm_start.run=x"],
     ("rollout", "stored"): ["rollout.data=x"],
+    ("recipe", "hypo"): ["rollout.sources.recorded.data=x"],
+    ("recipe", "dph_rl"): ["rollout.sources.rehearsed.data=x"],
 }
 MEANT: list[tuple[str, str, str]] = [
     # values, why they are meant, and the settings (those that YAML leaves at null stand for what sets them)
@@ -47,6 +49,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.actor.improve.coefficient agent.objectives.distill.coefficient agent.objectives.entropy.coefficient "
      "agent.objectives.near.coefficient.high "
      "agent.objectives.near.coefficient.middle agent.entropy_coef agent.objectives.imitate.coefficient.peak "
+     "agent.objectives.cover.coefficient agent.objectives.rehearse.coefficient "
      "agent.objectives.imitate.coefficient.valley agent.objectives.policy.coefficient.peak "
      "agent.objectives.policy.coefficient.valley agent.objectives.prefer.anchor.old "
      "agent.objectives.prefer.anchor.reference agent.objectives.prefer.pairs.deviations "
@@ -54,6 +57,8 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.wrapper.p_end correction.wrapper.p_start env.left_bonus env.threshold "
      "env.truncated_reward"),
     ("0", "0 turns it off, is the first seed, or is one end of the range",
+     "correction.kernel.share rollout.sources.rehearsed.per_group rollout.sources.rehearsed.rows "
+     "rollout.sources.recorded.per_group rollout.sources.recorded.rows "
      "env.workers agent.gamma agent.lam agent.learning_starts agent.objectives.distill.kind.beta "
      "agent.objectives.imitate.coefficient.warmup agent.objectives.policy.coefficient.warmup "
      "agent.objectives.prefer.negatives agent.seed "
@@ -71,6 +76,9 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.budget correction.kernel.low"),
     ("0 1e30 2**63", "a factor: 0 turns it off, and a large one is finite (what becomes infinite ends the run)",
      "agent.actor.policy.beta agent.adam_eps agent.alpha agent.critic_lr agent.kl agent.lr agent.value_coef "
+     "agent.objectives.distill.target.beta agent.objectives.early.pass_rate.alpha "
+     "agent.objectives.early.pass_rate.beta agent.objectives.late.pass_rate.alpha "
+     "agent.objectives.late.pass_rate.beta "
      "agent.objectives.prefer.deviation agent.objectives.prefer.nll "
      "agent.weight_decay env.reset_noise_scale "
      "correction.advantage.eps correction.kernel.beta correction.kernel.k_negative correction.kernel.k_positive "
@@ -81,6 +89,7 @@ MEANT: list[tuple[str, str, str]] = [
      "replay.sampler.eps replay.sampler.quotas.demonstration replay.sampler.quotas.online "
      "rollout.curriculum.tracker.lr warm_start.lr"),
     ("1e30 inf 2**63", "a bound that is so large is none; 0 would leave nothing and is refused",
+     "agent.objectives.cover.tilt agent.objectives.distill.importance_cap correction.kernel.soft "
      "agent.max_grad_norm agent.target_kl agent.value_clip correction.kernel.cap correction.kernel.clip "
      "correction.kernel.clip_high correction.kernel.clip_low correction.kernel.cov_high correction.kernel.dual "
      "correction.kernel.dual_clip correction.kernel.high correction.kernel.high_max correction.kernel.high_negative "
@@ -94,7 +103,9 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.wrapper.bound correction.wrapper.target env.score_seconds env.tool_seconds policy.std_max "
      "policy.repetition_penalty "
      "policy.std_min policy.temperature"),
-    ("0", "none", "agent.ema agent.warmup_ratio agent.warmup_steps policy.min_p rollout.validation warm_start.ema"),
+    ("0", "none",
+     "agent.anchors.reference.ema agent.ema agent.warmup_ratio agent.warmup_steps policy.min_p "
+     "rollout.validation warm_start.ema"),
     ("true", "null decides by itself", "agent.normalize_advantage agent.shuffle_steps env.chat"),
     ("abc long", "a file, a name or a style: looked up when the run is built, before its first step",
      "env.answer_key env.question_key env.stop env.system_prompt env.template "
@@ -105,7 +116,9 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.filters agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),
-    ("[] {}", "every row", "agent.objectives.policy.rows correction.advantage.rows"),
+    ("[] {}", "every row", "agent.objectives.distill.rows agent.objectives.policy.rows agent.objectives.prefer.rows "
+     "agent.objectives.rehearse.rows "
+     "correction.advantage.rows"),
     ("{}", "a mapping may be empty",
      "agent.actor agent.anchors agent.critic agent.gates agent.lr_schedule agent.objectives agent.objectives.policy "
      "agent.optimizer agent.options env.chat_template_kwargs "

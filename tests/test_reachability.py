@@ -38,7 +38,8 @@ from unified_rl.errors import UnifiedRLError
 from unified_rl.instantiate import REQUIRED, locate, parameters
 from unified_rl.interventions import WRAPPERS
 from unified_rl.objectives.coefficients import COEFFICIENTS
-from unified_rl.objectives.divergence import KINDS
+from unified_rl.objectives.kinds import KINDS
+from unified_rl.objectives.kinds import TARGETS as BETWEEN
 from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, TARGETS, VALUES
 from unified_rl.objectives.preference import LINKS, PAIRS
 from unified_rl.objectives.terms import NLL_WEIGHTS
@@ -217,7 +218,7 @@ def correction_cases() -> Iterator[Case]:
         lambda node: f"correction.kernel={text(node)}",
         default=PLAIN_KERNEL,
         extra={"demonstration_shape": [SHOWN], "spared_ppo": [PROXY]},
-        along={"teacher_ppo": TAUGHT},
+        along={"teacher_ppo": TAUGHT, "teacher_ratio": TAUGHT},
         first={
             "clip_cov": {"fraction": 0.5, "cov_low": -10.0, "cov_high": 10.0},
             "spared_ppo": {"fraction": 0.9, "clip_low": 0.1, "clip_high": 0.1},
@@ -226,6 +227,8 @@ def correction_cases() -> Iterator[Case]:
         samples={
             "ppo.dual_clip": 1.1,
             "residual.divide": "group",
+            "residual.soft": 0.5,
+            "f_divergence.generator": "js",
             "residual.importance_cap": 0.9,
             "kl_mask.cap": 0.01,
             "log_clip.low": 3.0,
@@ -403,7 +406,11 @@ def term_cases() -> Iterator[Case]:
         "term", TERMS, STALE, term,
         extra={"nll": [SHOWN], "value": ["agent.advantage=critic"]},
         along={"divergence": TAUGHT},
-        first={"entropy": {"coefficient": 1.0}, "divergence": {"anchor": "teacher"}},
+        first={
+            "entropy": {"coefficient": 1.0},
+            "divergence": {"anchor": "teacher", "top_k": 3},
+            "sampled_divergence": {"coefficient": 10.0},
+        },
         samples={
             "policy_gradient.rows": "demonstration",
             "value.rows": "demonstration",
@@ -415,6 +422,17 @@ def term_cases() -> Iterator[Case]:
             "divergence.rows": "demonstration",
             "divergence.kind": "forward_kl",
             "divergence.top_k": 2,
+            "divergence.target": "veto",
+            "divergence.support": "student",
+            "divergence.rest": "drop",
+            "divergence.importance_cap": 0.9,
+            "divergence.pass_rate": {"alpha": 2.0},
+            "sampled_divergence.rows": "demonstration",
+            "sampled_divergence.generator": "js",
+            "sampled_divergence.anchor": "nowhere",
+            "sampled_divergence.drawn": "policy",
+            "sampled_divergence.tilt": 0.5,
+            "sampled_divergence.reduce": "token-sum",
             "divergence.view": "privileged",
             "divergence.anchor": "nowhere",
             "divergence.reduce": "token-sum",
@@ -449,6 +467,14 @@ def term_cases() -> Iterator[Case]:
     yield from of_table(
         "divergence.kind", KINDS, STALE, lambda node: term({"name": "divergence", "kind": node}),
         along=dict.fromkeys(KINDS, TAUGHT), samples={"jsd.beta": 0.2},
+    )  # fmt: skip
+    yield from of_table(
+        "divergence.target", BETWEEN, STALE, lambda node: term({"name": "divergence", "target": node}),
+        along=dict.fromkeys(BETWEEN, TAUGHT),
+    )  # fmt: skip
+    yield from of_table(
+        "sampled_divergence.generator", GENERATORS, STALE,
+        lambda node: term({"name": "sampled_divergence", "generator": node, "coefficient": 10.0}), default="forward_kl",
     )  # fmt: skip
     for kind, table, default in (("link", LINKS, "dpo"), ("pairs", PAIRS, "best_worst")):
         yield from of_table(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from run_cases import CONTROL, cached, merged, teacher
+from run_cases import CONTROL, cached, merged, recorded, teacher
 from run_cases import LANGUAGE as SHORT
 
 from unified_rl import cli
@@ -22,7 +22,8 @@ LANGUAGE = tuple(merged(SHORT, ["env.max_turn_tokens=8"]))
 NEEDED = {
     "luffy", "chord", "hpt", "gkd", "opsd", "dpo", "ghpo", "gdpo", "kdrl", "exopd", "nsr", "psr", "w_reinforce",
     "vla_opd", "iql", "td3_bc", "rlpd", "ipo", "f_dpo", "kto", "rpo_regularised", "humanline_dpo", "humanline_kto",
-    "sweet_spot", "inpo", "mpo", "ampo", "trajectory_dpo",
+    "sweet_spot", "inpo", "mpo", "ampo", "trajectory_dpo", "opd", "opd_topk", "opcd", "sdft", "veto_kd", "offline_kd",
+    "paced", "rlad", "karl", "f_dpg", "kl_rl", "rapo", "dph_rl", "tr_dpo", "hypo",
 }  # fmt: skip
 OFFLINE = ("iql", "td3_bc", "rlpd")
 """Value-based recipes, which have a test file of their own."""
@@ -31,8 +32,12 @@ ASYNCHRONOUS = ("areal", "echo_pull", "echo_push", "llama_rl", "periodic_asynchr
 NAMES = [name for name in recipes.recipe_names() if name not in (*OFFLINE, *ASYNCHRONOUS)]
 BINS = ("policy=autoregressive", "policy.bins=5", "policy.hidden=[8]", "rollout.num_envs=4", "rollout.horizon=8")
 SMALL = {  # what makes the run of a recipe small, or lets two updates tell something
-    "chord": ["rollout.sources.demonstrations.rows=6"],
+    "chord": ["rollout.sources.demonstrations.rows=8"],
     "gkd": ["rollout.sources.demonstrations.rows=4"],
+    "offline_kd": ["rollout.sources.demonstrations.rows=8"],
+    "hypo": ["rollout.sources.recorded.rows=8"],
+    "tr_dpo": ["agent.anchors.reference.every=1"],
+    "dph_rl": ["rollout.sources.rehearsed.rows=8"],
     "ghpo": ["rollout.group_size=2"],
     "adora": ["agent.maps.0.threshold=2.0"],  # answers of eight tokens are hardly ever longer than others
     "safe": ["agent.objectives.near.coefficient.base=0.0", "agent.objectives.near.coefficient.low=0.0",
@@ -41,26 +46,32 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
 }  # fmt: skip
 TASKS = {"vla_opd": ("env=two_route", *BINS), "trajectory_dpo": CONTROL}
 FEW_DEMONSTRATIONS = ["warm_start.stages=[{updates: 2, lr: 3.0e-3}]", "warm_start.dataset=32"]
-TEACHERS = {"gkd", "kdrl", "exopd", "vla_opd", "dgrpo", "vold_text"}
+TEACHERS = {"gkd", "kdrl", "exopd", "vla_opd", "dgrpo", "vold_text", "opd", "opd_topk", "veto_kd",
+            "offline_kd", "paced", "rlad"}  # fmt: skip
 APART = {"safe": ["agent.anchors.reference.folder=RUN"]}
 """Recipes that do nothing until the policy has left its reference, which two updates hardly do."""
+RECORDED = {"dph_rl": "rollout.sources.rehearsed.data=FOLDER", "hypo": "rollout.sources.recorded.data=FOLDER"}
+"""What names the recorded rows of recipes that learn from such rows."""
 GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_size"))
 ELSEWHERE = [(name, d) for name in NAMES for d in recipes.recipe(name).domains[1:]]
 """Recipes and the domains that they claim beside the one that the other tests run them in."""
+ROWS = ("rows",)
 LIMITS = [(name, number) for name in NAMES for number in range(len(recipes.recipe(name).limits))]
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], str]:
-    """Runs that can teach, by task."""
-    return {task: teacher(tmp_path_factory.mktemp("teacher"), task) for task in (LANGUAGE, TASKS["vla_opd"], CONTROL)}
+    """Runs that can teach, by task, and recorded rows."""
+    found = {task: teacher(tmp_path_factory.mktemp("teacher"), task) for task in (LANGUAGE, TASKS["vla_opd"], CONTROL)}
+    return {**found, ROWS: recorded(tmp_path_factory.mktemp("rows"), LANGUAGE)}
 
 
 def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -> list[str]:
     """Overrides of a run in the small setting of a recipe; a group size that a recipe has of its own is kept."""
     task = TASKS.get(name, LANGUAGE)
     words = [word.replace("=RUN", f"={runs[task]}") for part in overrides for word in part]
-    words = [word.replace("rows: 64", "rows: 6") for word in merged(task, words)]
+    words = [word.replace("=FOLDER", f"={runs[ROWS]}").replace(" FOLDER", f" {runs[ROWS]}") for word in words]
+    words = [word.replace("rows: 64", "rows: 8").replace("rows=64", "rows=8") for word in merged(task, words)]
     chosen = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "none")
     content = yaml.safe_load((config_root() / "recipe" / f"{chosen}.yaml").read_text()) or {}
     own = content.get("rollout", {})
@@ -70,7 +81,7 @@ def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -
 
 
 def with_recipe(name: str, runs: dict[tuple[str, ...], str]) -> list[str]:
-    taught = ["agent.teacher=RUN"] if name in TEACHERS else []
+    taught = ["agent.teacher=RUN"] if name in TEACHERS else [RECORDED[name]] if name in RECORDED else []
     return of(name, runs, [f"recipe={name}", *SMALL.get(name, []), *APART.get(name, []), *taught])
 
 

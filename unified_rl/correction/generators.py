@@ -151,10 +151,5 @@ GENERATORS: dict[str, Callable[..., Generator]] = {
 }
 
 
-def between(generator: Generator, log_pi: Tensor, log_p: Tensor) -> Tensor:
-    """``D_f(pi || p)`` of log-probs ``[n, m]``, ``[n]``."""
-    return (log_p.exp() * generator.value(log_pi - log_p)).sum(-1)
-
-
 def _safe(log_ratio: Tensor) -> Tensor:
     return torch.clamp(log_ratio, -CLAMP, CLAMP)

@@ -6,8 +6,7 @@ and again in the backward pass, so no second ``[B, N, V]`` tensor is ever held.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,42 +17,22 @@ from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.correction.view import share
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
-from unified_rl.interventions.distribution import FLOOR, categorical_kl, normal_kl, parts_log_prob, support_of
 from unified_rl.objectives.forward import Forward, Reader
+from unified_rl.objectives.kinds import KINDS, NORMAL_KINDS, TARGETS, Rest, Support, parts
 from unified_rl.objectives.metrics import Metrics
 from unified_rl.objectives.objective import Parts, Scored, Term
 from unified_rl.objectives.terms import reduction
 from unified_rl.protocols import ShowsLogits, ShowsNormals, averages_dims
-from unified_rl.ranges import UnitInterval, Whole
+from unified_rl.ranges import NonNegative, UpperBound, Whole
+from unified_rl.returns.groups import Groups
+from unified_rl.units import Source, row_return
 
 
-def forward_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
-    """``KL(teacher || student)``."""
-    return categorical_kl(log_t, log_s)
-
-
-def reverse_kl(log_s: Tensor, log_t: Tensor) -> Tensor:
-    """``KL(student || teacher)``."""
-    return categorical_kl(log_s, log_t)
-
-
-def jsd(log_s: Tensor, log_t: Tensor, *, beta: UnitInterval = 0.5) -> Tensor:
-    """``beta KL(T || M) + (1 - beta) KL(S || M)``, ``M = (1 - beta) S + beta T``; 0 and 1 are the two KLs. GKD."""
-    if beta in (0.0, 1.0):
-        return forward_kl(log_s, log_t) if beta == 0.0 else reverse_kl(log_s, log_t)
-    log_m = torch.logaddexp(log_s + math.log(1 - beta), log_t + math.log(beta))
-    return beta * categorical_kl(log_t, log_m) + (1 - beta) * categorical_kl(log_s, log_m)
-
-
-KINDS: dict[str, Callable[..., Tensor]] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
-"""Pure functions of log-probs ``[n, m]`` of student and teacher, ``[n]``."""
-
-
-NORMAL_KINDS: dict[str, Callable[..., Tensor]] = {
-    "forward_kl": lambda student, teacher: normal_kl(*teacher, *student),
-    "reverse_kl": lambda student, teacher: normal_kl(*student, *teacher),
-}
-"""The kinds with a closed form for Normals ``(mean, log_std)``, elementwise."""
+def by_pass_rate(rows: TensorDictBase, *, alpha: NonNegative = 1.0, beta: NonNegative = 1.0) -> Tensor:
+    """``p^alpha (1 - p)^beta`` of the share ``p`` of a group's own rows that return more than 0.5, ``[B]``."""
+    own = rows["source"] <= int(Source.OFFLINE)
+    p = Groups.of(rows).weighted_mean((row_return(rows) > 0.5).float(), own.float())
+    return p.pow(alpha) * (1 - p).pow(beta)
 
 
 class DivergenceTerm(Term):
@@ -64,10 +43,18 @@ class DivergenceTerm(Term):
     Args:
         name, rows, coefficient: see :class:`Term`.
         anchor: name of the other policy, see :class:`~unified_rl.agents.anchors.Anchors`.
-        kind: a name of :data:`KINDS`, or a mapping with its settings.
+        kind: a name of :data:`~unified_rl.objectives.kinds.KINDS`, or a mapping with its settings.
+        target: what stands in the other policy's place, a name of :data:`~unified_rl.objectives.kinds.TARGETS` or a
+            mapping; None is the other policy itself.
         view: of the rows, as the other policy sees them (``privileged``: with the solution in the prompt); by default
             as its provider says.
-        top_k: keep the other policy's most probable tokens one by one and the rest together; 0 keeps all.
+        top_k: keep the most probable tokens one by one, the sampled one among them; 0 keeps all.
+        support: whose most probable tokens these are, the ``teacher``'s (the other policy's) or the ``student``'s.
+        rest: what becomes of all others, see :func:`~unified_rl.objectives.kinds.parts`.
+        importance_cap: units weigh their ratio to the behavior policy, without gradient, at most so much; None weighs
+            all alike.
+        pass_rate: ``{alpha: a, beta: b}`` weighs a row by ``p^a (1 - p)^b``, with the share ``p`` of its group's own
+            rows that return more than 0.5; None weighs all alike. PACED.
         reduce: as a correction's.
     """
 
@@ -77,7 +64,12 @@ class DivergenceTerm(Term):
         *,
         anchor: str = "teacher",
         kind: str | Mapping[str, Any] = "reverse_kl",
+        target: str | Mapping[str, Any] | None = None,
         top_k: Whole = 0,
+        support: Support = "teacher",
+        rest: Rest = "together",
+        importance_cap: UpperBound | None = None,
+        pass_rate: Mapping[str, Any] | None = None,
         view: str | None = None,
         reduce: str = "token-mean",
         rows: Any = None,
@@ -86,7 +78,15 @@ class DivergenceTerm(Term):
         super().__init__(name, rows, coefficient)
         self.kind, _ = bind(kind, KINDS, f"{self.where}.kind")
         self.kind_name = as_rule(kind, self.where)["name"]
+        self.target = None if target is None else bind(target, TARGETS, f"{self.where}.target")[0]
         self.anchor, self.top_k, self.view = anchor, top_k, view
+        self.support, self.rest, self.importance_cap = support, rest, importance_cap
+        if not top_k and (support, rest) != ("teacher", "together"):
+            raise ConfigError(f"{self.where}.support and rest are of the parts that {self.where}.top_k keeps: set it")
+        self.difficulty = None
+        if pass_rate is not None:
+            self.difficulty, _ = bind({"name": "p", **pass_rate}, {"p": by_pass_rate}, f"{self.where}.pass_rate")
+        self.whole_groups = self.difficulty is not None
         self.distributions = frozenset({anchor})
         self.reduce = reduction(reduce, self.where)
         self.reports = frozenset({f"loss/{name}"})
@@ -108,10 +108,10 @@ class DivergenceTerm(Term):
         if isinstance(parts.policy, ShowsLogits):
             self.readers = (Reader(self.name, self._read, self._states),)
             return
-        if self.kind_name not in NORMAL_KINDS or self.top_k or self.view:
+        if self.kind_name not in NORMAL_KINDS or self.top_k or self.view or self.target is not None:
             raise ConfigError(
                 f"{self.where} is of the Normals of {type(parts.policy).__name__}: kind is one of "
-                f"{', '.join(NORMAL_KINDS)} there, top_k 0 and view null"
+                f"{', '.join(NORMAL_KINDS)} there, top_k 0, view and target null"
             )
         assert isinstance(parts.policy, ShowsNormals)
         self.normal, self.averaged = parts.policy, averages_dims(parts.policy)
@@ -123,6 +123,11 @@ class DivergenceTerm(Term):
             ConfigError: names the view's setting, and what works.
         """
         self.check_columns(list(map(str, record.keys())))
+        if self.difficulty is not None and len(record["group"].unique()) == len(record):
+            raise ConfigError(
+                f"{self.where}.pass_rate is a share of a group's rows, and every row is alone in its own: sample "
+                f"several rows a prompt (rollout.group_size), or set {self.where}.pass_rate=null"
+            )
 
     def check_columns(self, columns: Collection[str]) -> None:
         """As :meth:`check`, by the names of the columns."""
@@ -143,12 +148,10 @@ class DivergenceTerm(Term):
     def _read(self, logits: Tensor, token: Tensor, states: Tensor) -> Tensor:
         with torch.no_grad():
             other = self.other.logits(states)
-        if self.top_k:
-            support = support_of(other, token, self.top_k)
-            parts = parts_log_prob(logits, support), parts_log_prob(other, support)
-        else:
-            parts = logits.log_softmax(-1).clamp(min=FLOOR), other.log_softmax(-1).clamp(min=FLOOR)
-        out: Tensor = self.kind(*parts)
+        log_s, log_t = parts(logits, other, token, self.top_k, self.support, self.rest)
+        if self.target is not None:
+            log_t = self.target(log_s, log_t)
+        out: Tensor = self.kind(log_s, log_t)
         return out
 
     def _of_normals(self, rows: TensorDictBase) -> Tensor:
@@ -160,11 +163,17 @@ class DivergenceTerm(Term):
 
     def prepare(self, batch: TensorDict, scored: Scored) -> TensorDictBase:
         """``coefficient [B]``."""
-        return TensorDict({"coefficient": self.reduce(self.rows.within(batch)["mask"])}, batch_size=[len(batch)])
+        coefficient = self.reduce(self.rows.within(batch)["mask"])
+        if self.difficulty is not None:
+            coefficient = coefficient * self.difficulty(batch)
+        return TensorDict({"coefficient": coefficient}, batch_size=[len(batch)])
 
     def loss(self, forward: Forward, rows: TensorDict, stats: TensorDictBase) -> tuple[Tensor, Metrics]:
         """The reduced divergence."""
         found = forward.read(self.name) if self.readers else self._of_normals(rows)
         scale = share(self.rows.within(rows)["mask"], torch.float32) * stats["coefficient"].unsqueeze(-1)
+        if self.importance_cap is not None:
+            ratio = (forward.log_prob.detach() - rows["behavior_log_prob"]).clamp(-20.0, 20.0).exp()
+            scale = scale * torch.where(rows["mask"], ratio, 0.0).clamp(max=self.importance_cap)
         value = (found * scale).sum()
         return value, {f"loss/{self.name}": value.detach()}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from unified_rl.correction.generators import GENERATORS, Generator
 from unified_rl.correction.internal.distributed import Total
 from unified_rl.correction.kernels.kernel import Kernel, Traits, by_name, clipped_formula, number
 from unified_rl.correction.kernels.unit import ppo
+from unified_rl.correction.lookup import bind
 from unified_rl.correction.view import View, anchor_log_prob, masked
 from unified_rl.errors import RecordError
-from unified_rl.ranges import NonNegative, Positive, Radius, UpperBound
+from unified_rl.ranges import NonNegative, Positive, Radius, UnitInterval, UpperBound
 from unified_rl.returns.groups import Groups
 from unified_rl.units import row_return
 
@@ -21,9 +26,10 @@ class Residual(Kernel):
     """Weight 1 on the centered residual: TBA (2503.18929), GVPO (2504.19599), CoPG (2406.19185) up to a factor.
 
     The advantage is ``scale * (delta - group mean of delta)`` with ``delta = R - beta * (S - S_anchor)``, S a row's
-    summed log-prob. ``divide``: none, ``group`` (by group size - 1) or ``pairs`` (times the group size).
-    ``length_normalized`` uses row means for S; ``importance_cap`` multiplies by the row's ratio to the behavior policy,
-    capped.
+    summed log-prob; with ``soft`` it is ``scale * (delta - V)``, V the group's soft value
+    ``soft * log mean exp(R / soft)`` (KARL, 2603.05218). ``divide``: none, ``group`` (by group size - 1) or ``pairs``
+    (times the group size). ``length_normalized`` uses row means for S; ``importance_cap`` multiplies by the row's ratio
+    to the behavior policy, capped.
     """
 
     name = "residual"
@@ -34,6 +40,7 @@ class Residual(Kernel):
     divide: Literal["none", "group", "pairs"] = "none"
     length_normalized: bool = False
     importance_cap: UpperBound | None = None
+    soft: UpperBound | None = None
 
     @property
     def anchors(self) -> tuple[str, ...]:
@@ -43,18 +50,23 @@ class Residual(Kernel):
     @property
     def without_groups(self) -> str | None:
         """A residual that is not centered needs no group."""
-        return self.traits.groups if self.centered else None
+        return self.traits.groups if self.centered or self.soft is not None else None
 
     def formula(self) -> str:
         """The residual."""
         return (
             "1, with A = "
             + ("" if self.scale == 1.0 else f"{number(self.scale)} * ")
-            + ("(delta - group mean of delta)" if self.centered else "delta")
+            + ("delta" if not self.centered and self.soft is None else f"(delta - {self._baseline()})")
             + {"none": "", "group": " / (group size - 1)", "pairs": " * group size"}[self.divide]
             + ("" if self.importance_cap is None else f" * min(row ratio to behavior, {number(self.importance_cap)})")
             + f", delta = R - {number(self.beta)} * {'mean' if self.length_normalized else 'sum'} over the row of d"
         )
+
+    def _baseline(self) -> str:
+        if self.soft is None:
+            return "group mean of delta"
+        return f"{number(self.soft)} * log of the group mean of exp(R / {number(self.soft)})"
 
     def prepare(self, view: View, total: Total) -> dict[str, Tensor]:
         """The residual of each row, as the advantage of its units."""
@@ -62,8 +74,12 @@ class Residual(Kernel):
         if self.length_normalized:
             drift = drift / view.layout.count.squeeze(-1).to(drift.dtype)
         groups = Groups.of(view.batch)
-        delta = row_return(view.batch).to(drift.dtype) - self.beta * drift
-        value = self.scale * (delta - groups.mean(delta) if self.centered else delta)
+        reward = row_return(view.batch).to(drift.dtype)
+        delta = reward - self.beta * drift
+        if self.soft is not None:
+            value = self.scale * (delta - soft_value(reward, groups, self.soft))
+        else:
+            value = self.scale * (delta - groups.mean(delta) if self.centered else delta)
         if self.divide == "group":
             value = value / (groups.count - 1).clamp(min=1)
         elif self.divide == "pairs":
@@ -75,6 +91,14 @@ class Residual(Kernel):
     def weight(self, view: View) -> Tensor:
         """Ones."""
         return torch.ones_like(view.log_ratio)
+
+
+def soft_value(reward: Tensor, groups: Groups, temperature: float) -> Tensor:
+    """``temperature * log mean exp(reward / temperature)`` of each row's group, ``[B]``: from the best to the mean."""
+    if math.isinf(temperature):
+        return groups.mean(reward)
+    x = reward.double() / temperature
+    return (temperature * (groups.logsumexp(x) - groups.count.double().log())).to(reward.dtype)
 
 
 class LikelihoodPair(Kernel):
@@ -154,4 +178,71 @@ class TeacherPPO(Kernel):
         return ppo(view, self.clip_low, self.clip_high)
 
 
-KERNELS = by_name(Residual, LikelihoodPair, TeacherPPO)
+class TeacherRatio(Kernel):
+    """PPO on the ratio to the geometric mean ``anchor^share teacher^(1 - share)``. RLAD, 2602.22495 (from memory).
+
+    What the teacher likes more stays unclipped longer where it did well, and is clipped earlier where it did not:
+    imitation is only ever through the advantage.
+    """
+
+    name = "teacher_ratio"
+    traits = Traits(truncates=True, anchors=("teacher",))
+    clip_low: Radius = 0.2
+    clip_high: Radius = 0.2
+    share: UnitInterval = 0.5
+
+    def formula(self) -> str:
+        """The ratio and its bounds."""
+        mixed = f"log r = {number(self.share)} * d + {number(1 - self.share)} * log(current / teacher)"
+        return f"{clipped_formula(1 - self.clip_low, 1 + self.clip_high, None)}; {mixed}"
+
+    def weight(self, view: View) -> Tensor:
+        """PPO's, of the mixed ratio."""
+        mixed = self.share * view.log_ratio + (1 - self.share) * view.against("teacher")
+        return ppo(replace(view, log_ratio=mixed), self.clip_low, self.clip_high)
+
+
+class FDivergence(Kernel):
+    """Weight 1 on ``-f'(pi / target)`` less its group's mean, ``target ~ anchor exp(R / beta)``. f-DPG, 2302.08215.
+
+    Both are of whole rows, and the target's normaliser is the mean of ``target / pi`` over a prompt's rows.
+    ``generator`` is a name of :data:`~unified_rl.correction.generators.GENERATORS` or a mapping: the reverse KL is
+    reinforcement learning with a KL penalty, the forward KL distributional policy gradients (DPG). A weight is at most
+    ``exp(20)``.
+    """
+
+    name = "f_divergence"
+    traits = Traits(holds_ratio=False, own_advantage=True, groups="dro", purpose="other objective")
+    generator: str | Mapping[str, Any] = "reverse_kl"
+    beta: Positive = 0.1
+
+    def __post_init__(self) -> None:
+        """Checks the generator."""
+        self._generator()
+
+    def _generator(self) -> Generator:
+        made: Generator = bind(self.generator, GENERATORS, "correction.kernel.generator")[0]()
+        return made
+
+    def formula(self) -> str:
+        """The pseudo-reward."""
+        name = self.generator if isinstance(self.generator, str) else self.generator["name"]
+        return (
+            f"1, with A = -f'(pi / target) - its group mean, target = anchor * exp(R / {number(self.beta)}) / Z, "
+            f"f of {str(name).replace('_', ' ')}"
+        )
+
+    def prepare(self, view: View, total: Total) -> dict[str, Tensor]:
+        """The pseudo-reward of each row, as the advantage of its units."""
+        groups, drift = Groups.of(view.batch), view.unit_log_ratio.sum(-1)
+        target = row_return(view.batch).to(drift.dtype) / self.beta - drift
+        normaliser = groups.logsumexp(target) - groups.count.to(drift.dtype).log()
+        reward = -self._generator().slope(normaliser - target)
+        return {"advantage": (reward - groups.mean(reward)).unsqueeze(-1).expand_as(view.log_ratio)}
+
+    def weight(self, view: View) -> Tensor:
+        """Ones."""
+        return torch.ones_like(view.log_ratio)
+
+
+KERNELS = by_name(Residual, LikelihoodPair, TeacherPPO, TeacherRatio, FDivergence)
