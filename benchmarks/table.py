@@ -117,9 +117,16 @@ def draw(rows: list[Row]) -> Iterator[Line]:
         yield what, "Gumbel noise for every token", middle(mine, "noise_cpu_ms", "own_cpu_ms"), "", 0.0
 
 
+def pool(rows: list[Row]) -> Iterator[Line]:
+    """Milliseconds of a draw of 256 answers over the two that it may take."""
+    large = max(rows, key=lambda row: int(row["rows"]))
+    what = f"time of drawing {large['draw']} of {int(large['rows']):,} kept answers"
+    yield what, "2 ms", float(large["median_ms"]) / 2, "at most", 1.0
+
+
 PARTS = (
     stepping, collection, replay, sac_update, ppo_end_to_end, scans, grpo_step, grpo_step_135m, correction, generation,
-    draw,
+    draw, pool,
 )  # fmt: skip
 READERS: dict[str, Callable[[list[Row]], Iterator[Line]]] = {f.__name__: f for f in PARTS}
 

@@ -47,6 +47,7 @@ def far() -> TensorDict:
     """Rows whose proximal policy lies further off than the one that acted."""
     batch = make_batch()
     g = torch.Generator().manual_seed(1)
+    batch["source"][4] = 1  # a row of replay
     batch["proximal_log_prob"] += 0.6 * torch.randn(batch["mask"].shape, generator=g, dtype=torch.float64)
     return batch
 

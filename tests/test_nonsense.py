@@ -70,8 +70,10 @@ MEANT: list[tuple[str, str, str]] = [
      "policy.top_k replay.discount replay.sampler.beta replay.sampler.beta_draws replay.sampler.max_lag replay.seed "
      "replay.share rollout.curriculum.score.target rollout.curriculum.tracker.fresh rollout.curriculum.tracker.rest "
      "rollout.random_steps rollout.sources.demonstrations.per_group "
-     "rollout.sources.demonstrations.rows rollout.staleness warm_start.smoothing engine.num_cpus engine.num_gpus "
+     "rollout.sources.demonstrations.rows rollout.sources.experience.share rollout.sources.experience.start "
+     "rollout.staleness warm_start.smoothing engine.num_cpus engine.num_gpus "
      "engine.restarts"),
+    ("-1 0 1e30 2**63", "a return above which an answer is right", "rollout.sources.experience.threshold"),
     ("0 1e30 inf 2**63", "a bound of a ratio or of a mean square; large is none",
      "correction.kernel.budget correction.kernel.low"),
     ("0 1e30 2**63", "a factor: 0 turns it off, and a large one is finite (what becomes infinite ends the run)",
@@ -101,7 +103,7 @@ MEANT: list[tuple[str, str, str]] = [
      "env.batch_seconds env.step_seconds "
      "correction.kernel.gamma correction.kernel.scale correction.kernel.step correction.kernel.temperature "
      "correction.wrapper.bound correction.wrapper.target env.score_seconds env.tool_seconds policy.std_max "
-     "policy.repetition_penalty "
+     "policy.repetition_penalty rollout.sources.experience.deviation "
      "policy.std_min policy.temperature"),
     ("0", "none",
      "agent.anchors.reference.ema agent.ema agent.warmup_ratio agent.warmup_steps policy.min_p "

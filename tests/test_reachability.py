@@ -64,6 +64,10 @@ STALE = (*LANGUAGE, *FAST, "rollout.staleness=1", "correction=reinforce")
 STALE_CONTROL = (*CONTROL, *FAST, "rollout.staleness=1", "correction=ppo")
 BINS = (*STALE_CONTROL, "policy=autoregressive", "policy.bins=5")
 SHOWN = "rollout.sources={demonstrations: {_target_: unified_rl.rollout.sources.Demonstrations, per_group: 1}}"
+REPLAYED = (
+    "rollout.staleness=0",
+    "rollout.sources={experience: {_target_: unified_rl.rollout.sources.Experience, start: 0.0}}",
+)
 VALUED = (
     "env=inverted_pendulum",
     "agent=actor_critic",
@@ -217,7 +221,7 @@ def correction_cases() -> Iterator[Case]:
         STALE,
         lambda node: f"correction.kernel={text(node)}",
         default=PLAIN_KERNEL,
-        extra={"demonstration_shape": [SHOWN], "spared_ppo": [PROXY]},
+        extra={"demonstration_shape": [SHOWN], "spared_ppo": [PROXY], "replay_shape": REPLAYED},
         along={"teacher_ppo": TAUGHT, "teacher_ratio": TAUGHT},
         first={
             "clip_cov": {"fraction": 0.5, "cov_low": -10.0, "cov_high": 10.0},
@@ -781,6 +785,7 @@ CLASSES: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (*TAUGHT_LM, "env=jsonl", "env.path=FILE", "env.vocabulary_size=300"),
     ),
     "sb3": ("agent", "unified_rl.agents.sb3.SB3Agent", SB3),
+    "experience": ("rollout.sources.experience", "unified_rl.rollout.sources.Experience", (*LM, *FAST, *REPLAYED)),
     "demonstrated": (
         "rollout.sources.demonstrations", "unified_rl.rollout.sources.Demonstrations",
         (*STALE, SHOWN.replace("per_group: 1", "per_group: 1, style: chain")),
@@ -961,6 +966,13 @@ VALUES_OF: dict[str, Any] = {
     "warm_start.dataset": 32,
     "warm_start.ema": 0.5,
     "warm_start.run": "TEACHER",
+    "experience.share": 0.25,
+    "experience.answers": 1,
+    "experience.prompts": 1,
+    "experience.deviation": 0.01,
+    "experience.start": 1.0,
+    "experience.pick": "newest",
+    "experience.threshold": 1.0,
     "demonstrated.style": "direct",
     "demonstrated.per_group": 2,
 }

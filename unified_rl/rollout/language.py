@@ -19,7 +19,7 @@ from unified_rl.rollout.context import Context
 from unified_rl.rollout.conversation import Problems, Told, converse, summary
 from unified_rl.rollout.curriculum import EXPECTED, Curriculum
 from unified_rl.rollout.rows import REWARDS, RowBuilder
-from unified_rl.rollout.sources.base import Request, RowSource, check_rows
+from unified_rl.rollout.sources.base import ChecksGroup, ChoosesPrompts, Request, RowSource, check_rows
 from unified_rl.units import COUNTED, Source
 
 
@@ -117,6 +117,8 @@ class LanguageRollout:
         for name, source in self.sources.items():
             _require_part(source, f"rollout.sources.{name}", "unified_rl.rollout.sources.Demonstrations")
             source.check(env, policy, f"rollout.sources.{name}")
+            if isinstance(source, ChecksGroup):
+                source.check_group(group_size, f"rollout.sources.{name}")
             self._refuse_one_reward(source, f"rollout.sources.{name}")
         own = ("context", *(f"sources/{name}" for name in self.sources), "curriculum")
         self._streams = {name: streams(name) for name in own}
@@ -201,10 +203,16 @@ class LanguageRollout:
         return joined, metrics
 
     def _problems(self) -> Problems:
+        """Fresh ones, and behind them those that sources bring."""
+        again: Problems = []
+        for name, source in self.sources.items():
+            if isinstance(source, ChoosesPrompts):
+                again += source.problems(self.prompts - len(again), self._streams[f"sources/{name}"])
+        fresh = self.prompts - len(again)
         if self.curriculum is None:
-            return self._shared(self.env.problems(self.prompts, self.problem_generator, "train"))
+            return [*self._shared(self.env.problems(fresh, self.problem_generator, "train")), *again]
         draw = partial(self.env.problems, generator=self.problem_generator)
-        return self.curriculum.choose(draw, self.prompts, self._streams["curriculum"])
+        return [*self.curriculum.choose(draw, fresh, self._streams["curriculum"]), *again]
 
     def _outcomes(self, problems: Problems, told: Told) -> tuple[Problems, Tensor, Tensor, TensorDict]:
         """What came of the prompts before a context changes it, as :meth:`Curriculum.told` takes it."""

@@ -10,7 +10,7 @@ from unified_rl.replay.fit import check_written
 from unified_rl.rollout import ControlRollout, DemonstrationRollout, LanguageRollout, StoredRollout
 from unified_rl.rollout.curriculum import EXPECTED
 from unified_rl.rollout.demonstrations import KEYS
-from unified_rl.rollout.sources import Demonstrations, ExpertFile, Model, Pool, Recorded
+from unified_rl.rollout.sources import Demonstrations, Experience, ExpertFile, Model, Pool, Recorded
 from unified_rl.units import COUNTED, Source
 
 SHARED = ("mask", "behavior_log_prob", "step_index", "policy_version", "reward", "step_mask", "terminated", "truncated",
@@ -22,6 +22,7 @@ OF_DOMAIN = {
 }
 WRITES = {
     Demonstrations: Source.DEMONSTRATION,
+    Experience: Source.OFFLINE,
     ExpertFile: Source.EXPERT,
     Model: Source.EXPERT,
     Pool: Source.OFFLINE,

@@ -382,6 +382,31 @@ class DemonstrationShape(Kernel):
         return torch.where(shown.unsqueeze(-1), self.gamma * p / (p + self.gamma).square(), on_policy)
 
 
+class ReplayShape(Kernel):
+    """``shaped`` of the ratio to their own sampler on rows of replay, PPO on all others. ExGRPO, 2510.02245."""
+
+    name = "replay_shape"
+    traits = Traits(probabilities="ppo")
+    gamma: Positive = 0.1
+    clip_low: Radius = 0.2
+    clip_high: Radius = 0.2
+
+    def formula(self) -> str:
+        """Both rules."""
+        return f"c r / (r + c)^2, c = {number(self.gamma)}, on rows of replay; elsewhere " + clipped_formula(
+            1 - self.clip_low, 1 + self.clip_high, None
+        )
+
+    def weight(self, view: View) -> Tensor:
+        """The one or the other, by the row's source."""
+        source = view.batch.get("source", None)
+        on_policy = ppo(view, self.clip_low, self.clip_high)
+        if source is None:
+            return on_policy
+        shaped = self.gamma * view.ratio / (view.ratio + self.gamma).square()
+        return torch.where((source == Source.OFFLINE).unsqueeze(-1), shaped, on_policy)
+
+
 class CenteredPPO(Kernel):
     """PPO on the ratio to each unit's own behavior policy, clipped around the proximal policy's ratio to it.
 
@@ -421,5 +446,6 @@ KERNELS = by_name(
     ExpAdvantage,
     Shaped,
     DemonstrationShape,
+    ReplayShape,
     CenteredPPO,
 )

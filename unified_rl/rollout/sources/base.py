@@ -129,6 +129,24 @@ class RowSource(Protocol):
         ...
 
 
+@runtime_checkable
+class ChoosesPrompts(Protocol):
+    """A source that brings prompts of its own, which take the last places of a collection."""
+
+    def problems(self, count: int, generator: torch.Generator) -> Problems:
+        """Fewer than ``count`` problems, for a collection of so many."""
+        ...
+
+
+@runtime_checkable
+class ChecksGroup(Protocol):
+    """A source that is of use with some group sizes alone."""
+
+    def check_group(self, group_size: int, setting: str) -> None:
+        """Raises ConfigError for another."""
+        ...
+
+
 class Joining:
     """What most sources share: so many rows to the group of each prompt, or a batch of their own; nothing kept."""
 
