@@ -71,10 +71,6 @@ def refusal(*overrides: str, allow: tuple[str, ...] = ("run_cases", "test_engine
             [*LANGUAGE, "recipe=vade", RAY, "engine.order=periodic", "engine.workers=2"],
             ["rollout.curriculum", "engine.order=ticket"],
         ),
-        (
-            [*LANGUAGE, RAY, "engine.in_flight=true", "rollout.staleness=1", "policy.engine_dtype=bfloat16"],
-            ["policy.engine_dtype=null", "leave it out"],
-        ),
         ([*CONTROL, "agent=ppo", RAY, "keep_best=engine/wait_second"], ["keep_best", "engine/wait_seconds"]),
     ],
 )  # fmt: skip

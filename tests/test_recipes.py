@@ -48,7 +48,9 @@ TASKS = {"vla_opd": ("env=two_route", *BINS), "trajectory_dpo": CONTROL}
 FEW_DEMONSTRATIONS = ["warm_start.stages=[{updates: 2, lr: 3.0e-3}]", "warm_start.dataset=32"]
 TEACHERS = {"gkd", "kdrl", "exopd", "vla_opd", "dgrpo", "vold_text", "opd", "opd_topk", "veto_kd",
             "offline_kd", "paced", "rlad"}  # fmt: skip
-APART = {"safe": ["agent.anchors.reference.folder=RUN"]}
+NARROW = ["agent.objectives.prefer.low=-1.0e-4", "agent.objectives.prefer.high=1.0e-4"]
+APART = {"safe": ["agent.anchors.reference.folder=RUN"], "tr_dpo": ["agent.anchors.reference.ema=0.5"],
+         "humanline_dpo": NARROW, "humanline_kto": NARROW}  # fmt: skip
 """Recipes that do nothing until the policy has left its reference, which two updates hardly do."""
 RECORDED = {"dph_rl": "rollout.sources.rehearsed.data=FOLDER", "hypo": "rollout.sources.recorded.data=FOLDER"}
 """What names the recorded rows of recipes that learn from such rows."""

@@ -236,11 +236,6 @@ def check_in_flight(rollout: Any) -> None:
             "engine.in_flight=true changes weights between two tokens of a language model with a plain key-value "
             f"cache, and this run samples with {type(policy).__name__}: leave it out"
         )
-    if policy.engine.engine != "own" or policy.engine.engine_dtype is not None:
-        raise ConfigError(
-            "engine.in_flight=true changes the policy's own weights while it samples, and policy.engine or "
-            "policy.engine_dtype samples with others: set policy.engine=own policy.engine_dtype=null, or leave it out"
-        )
     if rollout.staleness == 0:
         raise ConfigError(
             "engine.in_flight=true would be of no effect with rollout.staleness=0, where no batch is under way during "
