@@ -58,6 +58,7 @@ class EngineServer:
         self.mode, self.busy, self.version = mode, busy, "from-the-folder"
         self.seen: Counter[str] = Counter()
         self.asked: list[dict[str, Any]] = []
+        self.ids: set[str] = set()
         self.key: str | None = None
         self.before = ""
         self.released = threading.Event()
@@ -219,6 +220,9 @@ class Handler(BaseHTTPRequestHandler):
     def _inference_v1_generate(self, body: dict[str, Any]) -> None:
         asked = body["sampling_params"]
         assert (asked["n"], asked["logprobs"]) == (1, 0)
+        if body["request_id"] in self.owner.ids:
+            return self._send({"error": "this request id is in use"}, 400)
+        self.owner.ids.add(body["request_id"])
         told = self.owner.answer(body["token_ids"], asked, asked["max_tokens"], asked["seed"])
         pairs = zip(told["tokens"] + [0], told["log_probs"], strict=False)
         choice = {

@@ -111,8 +111,7 @@ def server(base: Path) -> Iterator[EngineServer]:
 TRANSFORMS: list[tuple[str, dict[str, Any]]] = [
     *((engine, {}) for engine in ("own", "copy", *SERVERS)),
     ("copy", {"top_p": 0.8}),
-    ("transformers", {"top_p": 0.8}),
-    ("transformers", {"top_k": 5}),
+    ("transformers", {"top_p": 0.8, "top_k": 9}),
     ("vllm", {"top_p": 0.8, "top_k": 9}),
     ("vllm", {"min_p": 0.1, "repetition_penalty": 1.3}),
 ]
@@ -152,9 +151,7 @@ def test_a_seed_gives_the_same_answers_and_another_one_others(engine, server, tm
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize(
-    ("engine", "samples"), [("own", 4000), ("copy", 4000), ("transformers", 500), ("vllm", 300), ("sglang", 300)]
-)
+@pytest.mark.parametrize(("engine", "samples"), [("own", 4000), ("copy", 4000), ("transformers", 400), ("vllm", 300)])
 def test_tokens_come_from_that_distribution(engine, samples, server, tmp_path):
     policy = policy_of(engine, server, tmp_path)
     out = speak(policy, prompts=[PROMPTS[0]], samples=samples, max_new_tokens=1, stop_ids=[EOS])
@@ -181,12 +178,12 @@ def test_answers_behind_a_push_come_from_the_new_weights(engine, server, tmp_pat
         assert (before.version[said[0]] == 0).all() and (after.version[said[1]] == 1).all()
 
 
-def test_stop_texts_end_answers_of_every_engine(server, tmp_path):
+def test_stop_texts_end_answers(server, tmp_path):
     from unified_rl.policies.stop_strings import StopStrings
 
     texts = StopStrings(letter_tokenizer(), ["3", "7"])
     ends = set(letter_tokenizer().convert_tokens_to_ids(["3", "7"]))
-    for engine in ENGINES:
+    for engine in ("copy", *SERVERS):  # what transformers brings is looked at by the same function
         policy = policy_of(engine, server, tmp_path)
         out = speak(policy, stop_strings=texts, stop_ids=[EOS])
         assert largest_gap(policy, out) < 1e-4
@@ -547,10 +544,10 @@ class served:
 RUN = merged(LANGUAGE, ["agent.lr=0.02", "rollout.prompts=2", "seed=3", "eval_episodes=2", "eval_every=0"])
 
 
-def _last(folder: Path) -> dict[str, torch.Tensor]:
+def _last(folder: Path, place: int = -1) -> dict[str, torch.Tensor]:
     from unified_rl.training.checkpoint import checkpoints, read_checkpoint
 
-    return read_checkpoint(checkpoints(folder / "checkpoints")[-1])["agent"]["policy"]
+    return read_checkpoint(checkpoints(folder / "checkpoints")[place])["agent"]["policy"]
 
 
 @pytest.mark.parametrize("engine", ["transformers", *SERVERS])
@@ -566,16 +563,14 @@ def test_a_run_trains_and_goes_on_as_if_it_had_not_stopped(engine, tmp_path):
 
 
 def _trains_and_goes_on(overrides: list[str], folder: Path) -> None:
-    whole, parted = folder / "whole", folder / "parted"
-    train_run(compose(["progress=false", *overrides, f"run_dir={whole}", "steps=16"], allow=ALLOW), allow=ALLOW)
-    train_run(compose(["progress=false", *overrides, f"run_dir={parted}", "steps=8"], allow=ALLOW), allow=ALLOW)
-    half = _last(parted)
-    resume_run(parted, 16, allow=ALLOW)
-    first, second = _last(whole), _last(parted)
-    assert any(not torch.equal(half[name], weight) for name, weight in second.items())
-    assert all(torch.equal(first[name], weight) for name, weight in second.items())
-    logged = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    run = folder / "run"
+    train_run(compose(["progress=false", *overrides, f"run_dir={run}", "steps=16"], allow=ALLOW), allow=ALLOW)
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert next(row["identity/max_log_ratio"] for row in logged if "identity/max_log_ratio" in row) < 1e-3
+    whole, half = _last(run), _last(run, -2)
+    assert any(not torch.equal(half[name], weight) for name, weight in whole.items())
+    resume_run(run, allow=ALLOW, checkpoint=1)
+    assert all(torch.equal(whole[name], weight) for name, weight in _last(run).items())
 
 
 def test_a_server_that_dies_ends_the_run_with_one_line_and_another_one_takes_over(tmp_path):
@@ -598,13 +593,14 @@ def test_a_server_that_dies_ends_the_run_with_one_line_and_another_one_takes_ove
 # ------------------------------------------------------------------------------------------------ precision
 
 
-def test_eight_bits_are_rounded_as_they_would_be_stored():
+def test_weights_are_rounded_as_they_would_be_stored():
     weight = torch.tensor([[1.0, -0.5, 0.1, 0.0], [254.0, 3.0, -254.0, 0.9]])
     assert torch.allclose(
         rounded(weight, "int8"), torch.tensor([[1.0, -64 / 127, 13 / 127, 0.0], [254.0, 4.0, -254.0, 0.0]])
     )
     steps = rounded(torch.tensor([[448.0, 17.0, 18.9, 1.0]]), "float8")  # e4m3: between 16 and 32 in steps of 2
     assert steps.tolist() == [[448.0, 16.0, 18.0, 1.0]]
+    assert rounded(torch.tensor([[7.0, 3.4, -1.6]]), "int4").tolist() == [[7.0, 3.0, -2.0]]
     assert torch.equal(rounded(torch.zeros(2, 3), "int8"), torch.zeros(2, 3))
 
 
@@ -627,7 +623,7 @@ def test_the_same_precision_on_both_sides_is_the_run_without_the_setting():
     assert same.metrics["drift"] < 1e-6 and same.metrics["weight/max"] == same.metrics["weight/mean"] == 1.0
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float8", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
 def test_a_coarse_sampler_trains_and_its_mismatch_is_weighed_and_logged(dtype):
     base = [*LANGUAGE, "correction=decoupled_ppo", "agent.lr=0.05"]
     found = trained([*base, f"policy.engine_dtype={dtype}"])

@@ -181,3 +181,20 @@ def test_the_study_of_classes_differs_in_the_policy_alone_and_has_a_null_control
         assert cells[f"{name}_noisy"]["policy"] == {**cells[name]["policy"], **more} != cells[name]["policy"]
     kinds = [cells[name]["policy"]["_target_"] for name in ("gaussian", "flow", "diffusion", "tokens")]
     assert len(set(kinds)) == 4
+
+
+def test_the_study_of_precision_differs_in_the_sampler_alone_and_has_two_null_controls() -> None:
+    found = Study.from_config(resolve_defaults(compose(["study=precision"], primary="compare"), primary="compare"))
+    one = Study.from_config({"study": {**vars(found), "seeds": [1]}})
+    starts, runs = make_jobs(one, lambda words: resolve_defaults(compose(words)))
+    cells = {job.labels["correction"]: job.cfg for job in runs}
+    assert len(starts) == 1 and starts[0].cfg["policy"]["engine_dtype"] is None  # one policy for all to begin with
+    full = cells["full"]
+    assert cells["same"]["policy"] == {**full["policy"], "engine_dtype": "float32"}
+    assert cells["frozen"]["agent"]["lr"] == 0 and cells["frozen"]["policy"] == full["policy"]
+    for dtype in ("bfloat16", "int8", "float8", "int4"):
+        weighed, plain = cells[dtype], cells[f"{dtype}_unweighed"]
+        assert weighed["policy"] == plain["policy"] == {**full["policy"], "engine_dtype": dtype}
+        assert weighed["correction"] == full["correction"] and weighed["correction"]["mismatch"]
+        assert plain["correction"] == {**full["correction"], "mismatch": []}
+    assert len(cells) == 11 and all(cfg["steps"] == full["steps"] for cfg in cells.values())

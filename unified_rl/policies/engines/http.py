@@ -58,9 +58,11 @@ class Server:
         return self._ask("GET", path, None)
 
     def post(self, path: str, body: Any = None) -> dict[str, Any]:
-        """The object that the server answers with.
+        """The object that the server answers with; of a question that is asked again, one answer is used.
 
-        A question that is asked again is the same one, and one answer of it is used.
+        Args:
+            path: of the endpoint.
+            body: what is sent as JSON, or a function that makes it for each try.
 
         Raises:
             MissingError: the server does not know the address.
@@ -116,7 +118,7 @@ class Server:
         connection = self._connect(self._host, self._port, timeout=min(CONNECTS, self.timeout))
         self._open.add(connection)
         try:
-            sent = None if body is None else json.dumps(body)
+            sent = None if body is None else json.dumps(body() if callable(body) else body)
             connection.connect()
             connection.sock.settimeout(self.timeout)
             deadline = time.monotonic() + self.timeout

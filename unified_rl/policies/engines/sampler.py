@@ -199,5 +199,5 @@ def digest_of(policy: Any) -> str:
     whole = hashlib.blake2b(digest_size=8)
     for name, weight in policy.model.state_dict().items():
         whole.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        whole.update(memoryview(weight.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B"))
+        whole.update(weight.cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
     return whole.hexdigest()

@@ -53,7 +53,6 @@ class Vllm(Remote):
         """As of :class:`~.remote.Remote`."""
         sampling = call.sampling
         body = {
-            "request_id": uuid.UUID(int=seed).hex,
             "token_ids": list(prompt),
             "sampling_params": {
                 "max_tokens": call.max_new_tokens,
@@ -69,7 +68,8 @@ class Vllm(Remote):
                 "ignore_eos": True,  # an end of the model's own that is no stop id of this run
             },
         }
-        choices = listed(self.server.post(GENERATE, body), "choices", self.who)
+        told = self.server.post(GENERATE, lambda: {**body, "request_id": uuid.uuid4().hex})  # an id is taken for good
+        choices = listed(told, "choices", self.who)
         if len(choices) != 1 or not isinstance(choices[0], dict):
             raise RolloutError(f"{self.who} gives {len(choices)} answers to a prompt, and one was asked for")
         return self._answer(choices[0])
