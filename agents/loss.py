@@ -9,10 +9,12 @@ from typing import Any
 from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.divergence import DivergenceTerm
+from unified_rl.objectives.entropy import SelectiveEntropyTerm
 from unified_rl.objectives.moving import Moving
 from unified_rl.objectives.objective import Parts, Term
 from unified_rl.objectives.preference import KtoTerm, PreferenceTerm, SetPreferenceTerm
 from unified_rl.objectives.sampled import SampledDivergenceTerm
+from unified_rl.objectives.supervised import SelectiveNllTerm, SoftQTerm
 from unified_rl.objectives.terms import EntropyTerm, NllTerm, PolicyGradientTerm, ValueTerm
 from unified_rl.policies.sampling import HasSampling
 from unified_rl.protocols import Trainable
@@ -28,6 +30,9 @@ TERMS: dict[str, type[Term]] = {
     "preference": PreferenceTerm,
     "set_preference": SetPreferenceTerm,
     "kto": KtoTerm,
+    "selective_nll": SelectiveNllTerm,
+    "soft_q": SoftQTerm,
+    "selective_entropy": SelectiveEntropyTerm,
 }
 """Terms by name; a subclass of :class:`~unified_rl.objectives.objective.Term` may also be named by its dotted path."""
 

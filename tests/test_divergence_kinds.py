@@ -15,6 +15,7 @@ from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.correction.generators import GENERATORS
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.kinds import KINDS, parts, reverse_kl, reverse_kl_detached, veto
+from unified_rl.rollout.sources import Demonstrations
 
 S, T = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.1, 0.6, 0.3]]).log()
 GENERATED = sorted({*KINDS} & {*GENERATORS})
@@ -216,6 +217,19 @@ def test_actions_are_compared_by_their_densities() -> None:
     assert agent.shuffle_steps
     found = gradients(agent, filled(rows, LANES))
     assert max(float(g.abs().max()) for g in found.values()) > 1e-4
+
+
+def test_rows_that_cannot_be_weighed_or_compared_are_refused_before_the_first_step() -> None:
+    policy, rows = joined(shown=Demonstrations(rows=2))
+    agent = agent_of(policy, rows, "reinforce", objectives={"policy": None, "d": {"name": "sampled_divergence"}})
+    with pytest.raises(ConfigError, match=r"nobody knows that of demonstrations: set .*\.d\.rows=offline or own"):
+        agent.update(filled(rows, 1))
+    node = {"name": "sampled_divergence", "anchor": "reference", "drawn": "policy", "tilt": 1.0}
+    rows["group"] = torch.arange(len(rows))
+    agent = agent_of(policy, rows, "reinforce", objectives={"policy": None, "d": node})
+    with pytest.raises(ConfigError, match=r"d\.tilt weighs a row beside the others.*d\.tilt=null"):
+        agent.update(filled(rows, 1))
+    assert agent.optimizer.steps == 0
 
 
 @pytest.mark.parametrize(

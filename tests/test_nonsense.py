@@ -32,6 +32,7 @@ COMPLETED = {
     ("policy", "causal_lm_path"): ["policy.path=x"],
     ("warm_start", "from_run"): ["warm_start.run=x"],
     ("rollout", "stored"): ["rollout.data=x"],
+    ("recipe", "pear"): ["rollout.sources.recorded.data=x"],
     ("recipe", "hypo"): ["rollout.sources.recorded.data=x"],
     ("recipe", "dph_rl"): ["rollout.sources.rehearsed.data=x"],
 }
@@ -49,7 +50,10 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.actor.improve.coefficient agent.objectives.distill.coefficient agent.objectives.entropy.coefficient "
      "agent.objectives.near.coefficient.high "
      "agent.objectives.near.coefficient.middle agent.entropy_coef agent.objectives.imitate.coefficient.peak "
-     "agent.objectives.cover.coefficient agent.objectives.rehearse.coefficient "
+     "agent.objectives.cover.coefficient agent.objectives.hold.coefficient agent.objectives.imitate.coefficient "
+     "agent.objectives.imitate.coefficient.end agent.objectives.imitate.coefficient.start "
+     "agent.objectives.refine.coefficient.end agent.objectives.refine.coefficient.start "
+     "agent.objectives.rehearse.coefficient "
      "agent.objectives.imitate.coefficient.valley agent.objectives.policy.coefficient.peak "
      "agent.objectives.policy.coefficient.valley agent.objectives.prefer.anchor.old "
      "agent.objectives.prefer.anchor.reference agent.objectives.prefer.pairs.deviations "
@@ -57,7 +61,9 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.wrapper.p_end correction.wrapper.p_start env.left_bonus env.threshold "
      "env.truncated_reward"),
     ("0", "0 turns it off, is the first seed, or is one end of the range",
-     "correction.kernel.share rollout.sources.rehearsed.per_group rollout.sources.rehearsed.rows "
+     "agent.objectives.hold.peaks agent.objectives.imitate.gamma agent.objectives.imitate.portion "
+     "agent.objectives.imitate.weight.gamma correction.kernel.share "
+     "rollout.sources.rehearsed.per_group rollout.sources.rehearsed.rows "
      "rollout.sources.recorded.per_group rollout.sources.recorded.rows "
      "env.workers agent.gamma agent.lam agent.learning_starts agent.objectives.distill.kind.beta "
      "agent.objectives.imitate.coefficient.warmup agent.objectives.policy.coefficient.warmup "
@@ -78,6 +84,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.budget correction.kernel.low"),
     ("0 1e30 2**63", "a factor: 0 turns it off, and a large one is finite (what becomes infinite ends the run)",
      "agent.actor.policy.beta agent.adam_eps agent.alpha agent.critic_lr agent.kl agent.lr agent.value_coef "
+     "agent.objectives.imitate.entropy_coef agent.objectives.imitate.kl_coef agent.objectives.imitate.td_coef "
      "agent.objectives.distill.target.beta agent.objectives.early.pass_rate.alpha "
      "agent.objectives.early.pass_rate.beta agent.objectives.late.pass_rate.alpha "
      "agent.objectives.late.pass_rate.beta "
@@ -91,6 +98,7 @@ MEANT: list[tuple[str, str, str]] = [
      "replay.sampler.eps replay.sampler.quotas.demonstration replay.sampler.quotas.online "
      "rollout.curriculum.tracker.lr warm_start.lr"),
     ("1e30 inf 2**63", "a bound that is so large is none; 0 would leave nothing and is refused",
+     "agent.objectives.imitate.weight.cap "
      "agent.objectives.cover.tilt agent.objectives.distill.importance_cap correction.kernel.soft "
      "agent.max_grad_norm agent.target_kl agent.value_clip correction.kernel.cap correction.kernel.clip "
      "correction.kernel.clip_high correction.kernel.clip_low correction.kernel.cov_high correction.kernel.dual "
@@ -119,7 +127,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),
     ("[] {}", "every row", "agent.objectives.distill.rows agent.objectives.policy.rows agent.objectives.prefer.rows "
-     "agent.objectives.rehearse.rows "
+     "agent.objectives.imitate.rows agent.objectives.refine.rows agent.objectives.rehearse.rows "
      "correction.advantage.rows"),
     ("{}", "a mapping may be empty",
      "agent.actor agent.anchors agent.critic agent.gates agent.lr_schedule agent.objectives agent.objectives.policy "

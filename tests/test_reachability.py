@@ -408,12 +408,14 @@ def term_cases() -> Iterator[Case]:
 
     yield from of_table(
         "term", TERMS, STALE, term,
-        extra={"nll": [SHOWN], "value": ["agent.advantage=critic"]},
+        extra={**dict.fromkeys(("nll", "selective_nll", "soft_q"), (SHOWN,)), "value": ["agent.advantage=critic"]},
         along={"divergence": TAUGHT},
         first={
             "entropy": {"coefficient": 1.0},
             "divergence": {"anchor": "teacher", "top_k": 3},
             "sampled_divergence": {"coefficient": 10.0},
+            "selective_nll": {"portion": 0.4},
+            "selective_entropy": {"coefficient": 10.0},
         },
         samples={
             "policy_gradient.rows": "demonstration",
@@ -422,6 +424,15 @@ def term_cases() -> Iterator[Case]:
             "entropy.rows": "demonstration",
             "nll.rows": "own",
             "nll.weight": "probability",
+            "selective_nll.portion": 0.5,
+            "selective_nll.by": "intersection",
+            "selective_nll.anchor": "nowhere",
+            "selective_nll.reduce": "token-sum",
+            "selective_nll.rows": "own",
+            "soft_q.reduce": "token-sum",
+            "soft_q.rows": "own",
+            "selective_entropy.rows": "demonstration",
+            "selective_entropy.peaks": 0.9,
             "nll.reduce": "token-sum",
             "divergence.rows": "demonstration",
             "divergence.kind": "forward_kl",
@@ -465,8 +476,9 @@ def term_cases() -> Iterator[Case]:
         },
     )  # fmt: skip
     yield from of_table(
-        "nll.weight", {name: lambda: None for name in NLL_WEIGHTS}, (*STALE, SHOWN),
-        lambda node: term({"name": "nll", "weight": node["name"]}), default="none",
+        "nll.weight", NLL_WEIGHTS, STALE,
+        lambda node: term({"name": "nll", "weight": node, "rows": "own"}), default="none",
+        samples={"suffix_ratio.cap": 0.9},
     )  # fmt: skip
     yield from of_table(
         "divergence.kind", KINDS, STALE, lambda node: term({"name": "divergence", "kind": node}),

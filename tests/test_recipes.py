@@ -23,7 +23,8 @@ NEEDED = {
     "luffy", "chord", "hpt", "gkd", "opsd", "dpo", "ghpo", "gdpo", "kdrl", "exopd", "nsr", "psr", "w_reinforce",
     "vla_opd", "iql", "td3_bc", "rlpd", "ipo", "f_dpo", "kto", "rpo_regularised", "humanline_dpo", "humanline_kto",
     "sweet_spot", "inpo", "mpo", "ampo", "trajectory_dpo", "opd", "opd_topk", "opcd", "sdft", "veto_kd", "offline_kd",
-    "paced", "rlad", "karl", "f_dpg", "kl_rl", "rapo", "dph_rl", "tr_dpo", "hypo",
+    "paced", "rlad", "karl", "f_dpg", "kl_rl", "rapo", "dph_rl", "tr_dpo", "hypo", "pear", "eksft",
+    "otr", "iql_lm", "ps_kd", "siren",
 }  # fmt: skip
 OFFLINE = ("iql", "td3_bc", "rlpd")
 """Value-based recipes, which have a test file of their own."""
@@ -35,6 +36,8 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
     "chord": ["rollout.sources.demonstrations.rows=8"],
     "gkd": ["rollout.sources.demonstrations.rows=4"],
     "offline_kd": ["rollout.sources.demonstrations.rows=8"],
+    **{name: ["rollout.sources.demonstrations.rows=8"] for name in ("eksft", "otr", "iql_lm", "ps_kd")},
+    "pear": ["rollout.sources.recorded.rows=8"],
     "hypo": ["rollout.sources.recorded.rows=8"],
     "tr_dpo": ["agent.anchors.reference.every=1"],
     "dph_rl": ["rollout.sources.rehearsed.rows=8"],
@@ -52,7 +55,11 @@ NARROW = ["agent.objectives.prefer.low=-1.0e-4", "agent.objectives.prefer.high=1
 APART = {"safe": ["agent.anchors.reference.folder=RUN"], "tr_dpo": ["agent.anchors.reference.ema=0.5"],
          "humanline_dpo": NARROW, "humanline_kto": NARROW}  # fmt: skip
 """Recipes that do nothing until the policy has left its reference, which two updates hardly do."""
-RECORDED = {"dph_rl": "rollout.sources.rehearsed.data=FOLDER", "hypo": "rollout.sources.recorded.data=FOLDER"}
+RECORDED = {
+    "dph_rl": "rollout.sources.rehearsed.data=FOLDER",
+    "hypo": "rollout.sources.recorded.data=FOLDER",
+    "pear": "rollout.sources.recorded.data=FOLDER",
+}
 """What names the recorded rows of recipes that learn from such rows."""
 GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_size"))
 ELSEWHERE = [(name, d) for name in NAMES for d in recipes.recipe(name).domains[1:]]

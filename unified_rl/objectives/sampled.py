@@ -72,11 +72,16 @@ class SampledDivergenceTerm(Term):
         self.reports = frozenset({f"loss/{name}"})
 
     def check(self, record: TensorDictBase) -> None:
-        """Looks for rows whose sampler nobody knows.
+        """Looks for rows whose sampler nobody knows, and for groups where rows are weighed within these.
 
         Raises:
-            ConfigError: demonstrations are compared with their sampler.
+            ConfigError: demonstrations are compared with their sampler, or every row is alone in its group.
         """
+        if self.tilt is not None and len(record["group"].unique()) == len(record):
+            raise ConfigError(
+                f"{self.where}.tilt weighs a row beside the others of its group, and every row is alone in its own: "
+                f"sample several rows a prompt (rollout.group_size), or set {self.where}.tilt=null"
+            )
         shown = EXPERT_ROWS.of_record(record) & self.rows.of_record(record)
         if self.anchor == "behavior" and bool(shown.any()):
             raise ConfigError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from unified_rl.correction import Correction
 from unified_rl.correction.diagnostics import DIAGNOSTICS
 from unified_rl.correction.internal.surrogate import KnownGradient
+from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.correction.reduction import REDUCTIONS
 from unified_rl.correction.view import share
 from unified_rl.errors import ConfigError
@@ -24,7 +25,9 @@ from unified_rl.objectives.settings import one_of
 from unified_rl.objectives.value import value_loss
 from unified_rl.policies.sampling import entropy_of
 from unified_rl.protocols import HasEntropy, ShowsLogits, is_discrete
-from unified_rl.ranges import NonNegative, UpperBound
+from unified_rl.ranges import NonNegative, UnitInterval, UpperBound
+from unified_rl.returns.scan import backward_scan, shifted
+from unified_rl.units import Source
 
 OWN_ROWS = Rows("own")
 EXPERT_ROWS = Rows(["demonstration", "expert"])
@@ -236,12 +239,35 @@ class EntropyTerm(_Averaged):
         return entropy, {"policy/entropy": entropy.detach()}
 
 
-NLL_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": torch.ones_like,
-    "probability": torch.Tensor.exp,
-    "uncertain": lambda log_prob: log_prob.exp() * (1 - log_prob.exp()),
-}
-"""Detached weights of a token's negative log-likelihood by its log-prob: 1, p (DFT), p(1-p) (CHORD)."""
+def none(log_prob: Tensor, rows: TensorDictBase) -> Tensor:
+    """1."""
+    return torch.ones_like(log_prob)
+
+
+def probability(log_prob: Tensor, rows: TensorDictBase) -> Tensor:
+    """``p`` (DFT)."""
+    return log_prob.exp()
+
+
+def uncertain(log_prob: Tensor, rows: TensorDictBase) -> Tensor:
+    """``p (1 - p)`` (CHORD)."""
+    return log_prob.exp() * (1 - log_prob.exp())
+
+
+def suffix_ratio(
+    log_prob: Tensor, rows: TensorDictBase, *, gamma: UnitInterval = 0.99, cap: UpperBound = 5.0
+) -> Tensor:
+    """The discounted ratio of what follows to whoever wrote it: ``min(exp(sum_{u>t} gamma^(u-t) d_u), cap)``. PEAR.
+
+    ``d`` is the log-ratio of the policy to the rows' behavior policy.
+    """
+    d = torch.where(rows["mask"], log_prob - rows["behavior_log_prob"], 0.0).clamp(-20.0, 20.0)
+    after = gamma * shifted(backward_scan(d, torch.full_like(d, gamma)))
+    return after.clamp(-20.0, 20.0).exp().clamp(max=cap)
+
+
+NLL_WEIGHTS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (none, probability, uncertain, suffix_ratio)}
+"""Detached weights ``[B, N]`` of units' negative log-likelihoods by their log-probs and the rows."""
 
 
 class NllTerm(Term):
@@ -251,7 +277,7 @@ class NllTerm(Term):
 
     Args:
         name, rows, coefficient: see :class:`Term`.
-        weight: a name of :data:`NLL_WEIGHTS`.
+        weight: a name of :data:`NLL_WEIGHTS`, or a mapping with its settings.
         reduce: as a correction's, over units (or steps).
     """
 
@@ -259,14 +285,15 @@ class NllTerm(Term):
         self,
         name: str,
         *,
-        weight: str = "none",
+        weight: str | Mapping[str, Any] = "none",
         reduce: str = "token-mean",
         rows: Any = "demonstration",
         coefficient: float | Mapping[str, Any] = 1.0,
     ) -> None:
         super().__init__(name, rows, coefficient)
-        self.weight_name = one_of(weight, NLL_WEIGHTS, f"{self.where}.weight")
-        self.weight, self.reduce = NLL_WEIGHTS[weight], reduction(reduce, self.where)
+        self.weight_name = as_rule(weight, f"{self.where}.weight")["name"]
+        self.weight, _ = bind(weight, NLL_WEIGHTS, f"{self.where}.weight")
+        self.reduce = reduction(reduce, self.where)
         self.reports = frozenset({f"loss/{name}"})
 
     def attach(self, parts: Parts) -> None:
@@ -280,6 +307,23 @@ class NllTerm(Term):
             raise ConfigError(
                 f"{self.where}.weight={self.weight_name} is a function of probabilities, and the log-probs of "
                 f"{type(policy).__name__} are densities: set {self.where}.weight=none"
+            )
+
+    def check(self, record: TensorDictBase) -> None:
+        """Looks for rows whose writer's probabilities nobody knows.
+
+        Raises:
+            ConfigError: the weight divides by these.
+        """
+        rows = self.rows.chosen(record)
+        shown = rows["source"] > int(Source.OFFLINE) if "source" in rows.keys() else None
+        if self.weight_name != "suffix_ratio" or shown is None:
+            return
+        if bool((shown & (torch.where(rows["mask"], rows["behavior_log_prob"], 0.0) == 0).all(-1)).any()):
+            raise ConfigError(
+                f"{self.where}.weight=suffix_ratio divides by the probabilities that rows had for who wrote them, and "
+                f"nobody knows those of demonstrations: set {self.where}.rows=offline and join recorded rows "
+                f"(recipe=pear), give log_probs in an expert's file, or use {self.where}.weight=none"
             )
 
     def prepare(self, batch: TensorDict, scored: Scored) -> TensorDictBase:
@@ -298,7 +342,7 @@ class NllTerm(Term):
             mask, coefficient = self._steps(chosen), stats["step_coefficient"]
             nll = nll.unflatten(1, (mask.shape[1], -1)).mean(-1)
         scale = share(mask, nll.dtype) * coefficient.unsqueeze(-1)
-        value = (nll * self.weight(-nll.detach()) * scale).sum()
+        value = (nll * self.weight(-nll.detach(), rows) * scale).sum()
         return value, {f"loss/{self.name}": (nll.detach() * scale).sum()}
 
     def _steps(self, chosen: TensorDictBase) -> Tensor:
