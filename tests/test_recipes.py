@@ -33,6 +33,9 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
     "ghpo": ["rollout.group_size=2"],
 }
 TASKS = {"vla_opd": ("env=two_route", *BINS)}
+FEW = tuple(merged(LANGUAGE, ["env.modulus=2", "env.terms=2", "env.held_out=0.0"]))
+"""Eight prompts, so that they come again in the second update."""
+TASKS |= dict.fromkeys(["prefix_rl", "soup", "spec_rl"], FEW)
 TEACHERS = {"gkd", "kdrl", "exopd", "vla_opd"}
 GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_size"))
 ELSEWHERE = [(name, d) for name in NAMES for d in recipes.recipe(name).domains[1:]]
@@ -49,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], str]
 def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -> list[str]:
     """Overrides of a run in the small setting of a recipe; a group size that a recipe has of its own is kept."""
     task = TASKS.get(name, LANGUAGE)
-    words = [word.replace("=RUN", f"={runs[task]}") for part in overrides for word in part]
+    words = [word.replace("=RUN", f"={runs.get(task, '')}") for part in overrides for word in part]
     words = [word.replace("rows: 64", "rows: 6") for word in merged(task, words)]
     chosen = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "none")
     content = yaml.safe_load((config_root() / "recipe" / f"{chosen}.yaml").read_text()) or {}
