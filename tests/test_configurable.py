@@ -49,6 +49,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "rollout": lambda part: hasattr(part, "collect"),
     "source of rows": lambda part: hasattr(part, "rows") and hasattr(part, "check"),
     "context of prompts": lambda part: hasattr(part, "check") and "__call__" in vars(part),
+    "beginning of answers": lambda part: hasattr(part, "begin") and hasattr(part, "check"),
     "curriculum of prompts": lambda part: hasattr(part, "choose") and hasattr(part, "told"),
     "reward functions": lambda part: part is Rewards,
     "learner": lambda part: part is DataParallel,

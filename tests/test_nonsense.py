@@ -74,12 +74,15 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.wrapper.p_min correction.wrapper.steps env.data_seed env.direct_share "
      "env.gamma env.held_out env.partial_credit env.seed env.spare_turns env.turn_cost policy.logit_chunk policy.seed "
      "policy.top_k replay.discount replay.sampler.beta replay.sampler.beta_draws replay.sampler.max_lag replay.seed "
-     "replay.share rollout.curriculum.score.target rollout.curriculum.tracker.fresh rollout.curriculum.tracker.rest "
+     "replay.share rollout.beginning.of rollout.beginning.share rollout.curriculum.score.target "
+     "rollout.curriculum.tracker.fresh rollout.curriculum.tracker.rest "
      "rollout.random_steps rollout.sources.demonstrations.per_group "
      "rollout.sources.demonstrations.rows rollout.sources.experience.share rollout.sources.experience.start "
      "rollout.staleness warm_start.smoothing engine.num_cpus engine.num_gpus "
      "engine.restarts"),
-    ("-1 0 1e30 2**63", "a return above which an answer is right", "rollout.sources.experience.threshold"),
+    ("-1 0 1e30 2**63", "a return above which an answer is right",
+     "rollout.beginning.threshold rollout.sources.experience.threshold"),
+    ("-1 0 1e30 inf -inf 2**63", "all or nothing of an answer may be kept", "rollout.beginning.lenience"),
     ("0 1e30 inf 2**63", "a bound of a ratio or of a mean square; large is none",
      "correction.kernel.budget correction.kernel.low"),
     ("0 1e30 2**63", "a factor: 0 turns it off, and a large one is finite (what becomes infinite ends the run)",
@@ -120,8 +123,8 @@ MEANT: list[tuple[str, str, str]] = [
     ("abc long", "a file, a name or a style: looked up when the run is built, before its first step",
      "env.answer_key env.question_key env.stop env.system_prompt env.template "
      "agent.credit agent.teacher env.eval_path env.prompt_key env.solution_key env.tokenizer policy.adapter "
-     "policy.path replay.path replay.trim_key rollout.context.style rollout.data rollout.privileged "
-     "rollout.sources.demonstrations.style rollout.style warm_start.run"),
+     "policy.path replay.path replay.trim_key rollout.beginning.style rollout.context.style rollout.data "
+     "rollout.privileged rollout.sources.demonstrations.style rollout.style warm_start.run"),
     ("[]", "a list may be empty",
      "agent.filters agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "

@@ -866,6 +866,7 @@ VALUES_OF: dict[str, Any] = {
     "language.guide": {"_target_": "unified_rl.rollout.sources.Hints"},
     "language.context": {"_target_": "unified_rl.rollout.context.Hints"},
     "language.curriculum": {"_target_": "unified_rl.rollout.curriculum.Curriculum"},
+    "language.beginning": {"_target_": "unified_rl.rollout.beginnings.Guided"},
     "language.staleness": 0,
     "language.generation_batch": 4,
     "language.columns": {"scores": ["correct"]},
@@ -1160,6 +1161,25 @@ def context_cases() -> Iterator[Case]:
             yield Case(f"context.{name}.{key}", used, (f"rollout.{place}={text({**node, key: value})}",))
 
 
+def beginning_cases() -> Iterator[Case]:
+    """What answers begin with, on few prompts that come again."""
+    base = (*LANGUAGE, "env.modulus=2", "env.terms=2", "env.held_out=0.0", "correction=reinforce")
+    parts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "Guided": ({}, {"share": 0.9, "of": 1.0, "style": "direct"}),
+        "Drafts": ({}, {"of": 0.5, "style": "direct"}),
+        "Forced": ({"token": "'>'"}, {"token": "'1'", "share": 0.25}),
+        "OwnSuccess": ({"of": 1.0}, {"share": 0.9, "of": 0.25, "prompts": 1, "threshold": 1.0}),
+        "Continued": ({}, {"share": 0.9, "of": 0.25, "prompts": 1}),
+        "Verified": ({}, {"lenience": -3.0, "prompts": 1}),
+    }
+    for name, (given, changes) in parts.items():
+        node = {"_target_": f"unified_rl.rollout.beginnings.{name}", **given}
+        yield Case(f"beginning.{name}", base, (f"rollout.beginning={text(node)}",))
+        for key, value in changes.items():
+            used = (*base, f"rollout.beginning={text(node)}")
+            yield Case(f"beginning.{name}.{key}", used, (f"rollout.beginning={text({**node, key: value})}",))
+
+
 def curriculum_cases() -> Iterator[Case]:
     """Trackers and what their estimates are worth, on few prompts that come again."""
     target = "unified_rl.rollout.curriculum.Curriculum"
@@ -1261,6 +1281,7 @@ CASES = [
     *sampler_cases(),
     *context_cases(),
     *curriculum_cases(),
+    *beginning_cases(),
     *further_cases(),
 ]
 

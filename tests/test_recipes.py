@@ -61,6 +61,9 @@ RECORDED = {
     "pear": "rollout.sources.recorded.data=FOLDER",
 }
 """What names the recorded rows of recipes that learn from such rows."""
+FEW = tuple(merged(LANGUAGE, ["env.modulus=2", "env.terms=2", "env.held_out=0.0"]))
+"""Eight prompts, so that they come again in the second update."""
+TASKS |= dict.fromkeys(["prefix_rl", "soup", "spec_rl"], FEW)
 GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_size"))
 ELSEWHERE = [(name, d) for name in NAMES for d in recipes.recipe(name).domains[1:]]
 """Recipes and the domains that they claim beside the one that the other tests run them in."""
@@ -78,7 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], str]
 def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -> list[str]:
     """Overrides of a run in the small setting of a recipe; a group size that a recipe has of its own is kept."""
     task = TASKS.get(name, LANGUAGE)
-    words = [word.replace("=RUN", f"={runs[task]}") for part in overrides for word in part]
+    words = [word.replace("=RUN", f"={runs.get(task, '')}") for part in overrides for word in part]
     words = [word.replace("=FOLDER", f"={runs[ROWS]}").replace(" FOLDER", f" {runs[ROWS]}") for word in words]
     words = [word.replace("rows: 64", "rows: 8").replace("rows=64", "rows=8") for word in merged(task, words)]
     chosen = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "none")

@@ -38,6 +38,7 @@ class Conversations:
         self.terminated = torch.zeros(rows, turns, dtype=torch.bool)
         self.truncated = torch.zeros(rows, turns, dtype=torch.bool)
         self.length = torch.tensor([len(p["prompt"]) for p in problems])
+        self.begun = torch.zeros(rows)
         self.said: list[list[list[int]]] = [[] for _ in problems]
         for row, problem in enumerate(problems):
             self.tokens[row, : len(problem["prompt"])] = torch.tensor(problem["prompt"])
@@ -69,14 +70,24 @@ class Conversations:
         """Puts what each first answer begins with behind its prompt, masked out."""
         for row, ids in enumerate(prefixes):
             self.add_reply(row, ids)
+            self.begun[row] = len(ids)
             if ids:
                 self.step_index[row] = 0
+
+    def claim(self, row: int, log_probs: Sequence[float]) -> slice:
+        """Makes what a first answer begins with part of what was said, with these log-probs; returns its columns."""
+        start = len(self.problems[row]["prompt"])
+        columns = slice(start, start + len(log_probs))
+        self.begun[row] = len(log_probs)
+        self.mask[row, columns] = True
+        self.log_prob[row, columns] = torch.tensor(log_probs)
+        return columns
 
     def replace(self, rows: Tensor, others: Conversations) -> None:
         """Puts other conversations in the place of ``rows``."""
         for name in COLUMNS:
             getattr(self, name)[rows] = getattr(others, name)
-        self.length[rows] = others.length
+        self.length[rows], self.begun[rows] = others.length, others.begun
         for row, said in zip(rows.tolist(), others.said, strict=True):
             self.said[row] = said
 
@@ -108,6 +119,17 @@ def put(told: Told, rows: Tensor, others: Told) -> None:
     told[0].replace(rows, others[0])
     for key, value in others[1].items():
         told[1][key][rows] = value
+
+
+def ordered(told: Told, order: Tensor) -> Told:
+    """Conversations in another order, ``[B]``; their problems stay with them."""
+    talk, info = told
+    out = copy(talk)
+    for name in (*COLUMNS, "length", "begun"):
+        setattr(out, name, getattr(talk, name)[order])
+    out.problems = [talk.problems[row] for row in order.tolist()]
+    out.said = [talk.said[row] for row in order.tolist()]
+    return out, {key: value[order] for key, value in info.items()}
 
 
 def converse(
@@ -158,7 +180,7 @@ def joined(told: Sequence[Told]) -> Told:
     """Conversations of several calls as one."""
     talks = [talk for talk, _ in told]
     out = copy(talks[0])
-    for name in (*COLUMNS, "length"):
+    for name in (*COLUMNS, "length", "begun"):
         setattr(out, name, torch.cat([getattr(talk, name) for talk in talks]))
     out.problems = [problem for talk in talks for problem in talk.problems]
     out.said = [said for talk in talks for said in talk.said]

@@ -15,11 +15,12 @@ from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.protocols import CountsEpochs, EngineSampler, Generates, HasSampler, LanguageEnv, LanguagePolicy
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
+from unified_rl.rollout.beginnings import Asked, Beginning, Start
 from unified_rl.rollout.context import Context
-from unified_rl.rollout.conversation import Problems, Told, converse, summary
+from unified_rl.rollout.conversation import Problems, Told, converse, joined, ordered, summary
 from unified_rl.rollout.curriculum import EXPECTED, Curriculum
 from unified_rl.rollout.rows import REWARDS, RowBuilder
-from unified_rl.rollout.sources.base import ChecksGroup, ChoosesPrompts, Request, RowSource, check_rows
+from unified_rl.rollout.sources.base import ChecksGroup, ChoosesPrompts, Recited, Request, RowSource, check_rows
 from unified_rl.units import COUNTED, Source
 
 
@@ -51,6 +52,7 @@ class LanguageRollout:
         staleness: as in :class:`~unified_rl.rollout.control.ControlRollout`.
         sources: rows of others by name, see :mod:`unified_rl.rollout.sources`; budgets do not count them, and null
             takes one of a recipe's out.
+        beginning: what answers begin with, see :mod:`unified_rl.rollout.beginnings`.
         context: what is sampled again, and after which tokens, see :mod:`unified_rl.rollout.context`; budgets do not
             count what it samples.
         curriculum: which prompts are drawn, see :mod:`unified_rl.rollout.curriculum`.
@@ -61,8 +63,8 @@ class LanguageRollout:
             key-value cache, in evaluation too. Null samples all of a collection at once; a run chooses fewer where
             their cache would take more than a quarter of the memory, or 8 GB.
         device: where the policy samples.
-        streams: ``name -> stream``, one for each source (``sources/NAME``), one for the context and one for the
-            curriculum.
+        streams: ``name -> stream``, one for each source (``sources/NAME``), one for the context, one for
+            the curriculum and one for the beginnings.
 
     Attributes:
         rows: rows of one collection at most.
@@ -92,6 +94,7 @@ class LanguageRollout:
         sources: dict[str, RowSource | None] | None = None,
         context: Context | None = None,
         curriculum: Curriculum | None = None,
+        beginning: Beginning | None = None,
         columns: dict[str, str | list[str]] | None = None,
         privileged: str | None = None,
         generation_batch: Count | None = None,
@@ -103,11 +106,19 @@ class LanguageRollout:
         self.prompts, self.group_size, self.staleness = prompts, group_size, staleness
         self.device = torch.device(device)
         self.generation_batch = generation_batch
-        self.builder = RowBuilder(env, gamma, columns, privileged)
+        self.builder = RowBuilder(env, gamma, columns, privileged, beginning is not None)
         self.context = context
         if self.context is not None:
             _require_part(self.context, "rollout.context", "unified_rl.rollout.context.Hints")
             self.context.check(env, "rollout.context")
+        self.beginning = beginning
+        if beginning is not None:
+            _require_part(beginning, "rollout.beginning", "unified_rl.rollout.beginnings.Guided")
+            beginning.check(env, policy, "rollout.beginning")
+            if context is not None:
+                raise ConfigError(
+                    "rollout.beginning and rollout.context both decide what answers begin with; set one of them to null"
+                )
         self.curriculum = curriculum
         if curriculum is not None:
             _require_part(curriculum, "rollout.curriculum", "unified_rl.rollout.curriculum.Curriculum", "choose")
@@ -120,7 +131,7 @@ class LanguageRollout:
             if isinstance(source, ChecksGroup):
                 source.check_group(group_size, f"rollout.sources.{name}")
             self._refuse_one_reward(source, f"rollout.sources.{name}")
-        own = ("context", *(f"sources/{name}" for name in self.sources), "curriculum")
+        own = ("context", *(f"sources/{name}" for name in self.sources), "curriculum", "beginning")
         self._streams = {name: streams(name) for name in own}
         self.shows: Callable[[Told, int], list[list[Any]]] | None = None
         self.share: tuple[int, int] = (0, 1)
@@ -179,7 +190,7 @@ class LanguageRollout:
         speaker: Generates = self.policy if sampler is None else sampler.at(version)
         problems = self._problems()
         repeated = [problem for problem in problems for _ in range(self.group_size)]
-        told = self._converse(speaker, repeated, self.generator, group_size=self.group_size)
+        told, starts = self._first(speaker, repeated)
         metrics = summary(*told) | epoch_of(self.env, self.problem_generator)
         if "train" in getattr(self.env, "unjudged", {}):  # reward functions judge: nobody knows what is correct
             metrics.pop("rollout/correct", None)
@@ -192,15 +203,18 @@ class LanguageRollout:
         self._check_finite("the environment's reward", talk.reward, repeated)
         groups = self.builder.groups(len(problems))
         rows = self.builder.rows(told, version, groups.repeat_interleave(self.group_size), Source.ONLINE)
+        metrics |= self._begun(starts, rows, repeated)
         self.steps += len(repeated)
         if self.curriculum is not None:
             self.curriculum.expect(rows)
         if self.shows is not None:
             metrics["samples"] = self.shows(told, int(rows["episode"][0, 0]))  # type: ignore[assignment]
-        joined = self._joined(rows, problems, groups, version, metrics)
+        if self.beginning is not None:
+            self.beginning.observe(rows, problems)
+        out = self._joined(rows, problems, groups, version, metrics)
         if self.curriculum is not None and unaided is not None:
             metrics |= self.curriculum.told(*unaided, self._scored)
-        return joined, metrics
+        return out, metrics
 
     def _problems(self) -> Problems:
         """Fresh ones, and behind them those that sources bring."""
@@ -231,6 +245,45 @@ class LanguageRollout:
         """This rollout's part of them."""
         part, parts = self.share
         return problems[len(problems) * part // parts : len(problems) * (part + 1) // parts]
+
+    def _first(self, speaker: Generates, repeated: Problems) -> tuple[Told, list[Start]]:
+        """The conversations, and what each began with."""
+        starts: list[Start] = []
+        if self.beginning is not None:
+            asked = Asked(self.env, repeated, self.group_size, self._streams["beginning"], self._scored)
+            starts = self.beginning.begin(asked)
+        if not any(start.tokens for start in starts):
+            return self._converse(speaker, repeated, self.generator, group_size=self.group_size), starts
+        whole = [row for row, start in enumerate(starts) if start.over]
+        rest = [row for row, start in enumerate(starts) if not start.over]
+        parts = []
+        if rest:
+            prefixes = [starts[row].tokens for row in rest]
+            parts.append(self._converse(speaker, [repeated[r] for r in rest], self.generator, prefixes=prefixes))
+        if whole:
+            said = Recited([starts[row].tokens for row in whole], self.env.tokenizer.pad_token_id)
+            parts.append(self._converse(said, [repeated[row] for row in whole], None))
+        told = ordered(joined(parts), torch.tensor([*rest, *whole]).argsort())
+        told[0].problems = repeated
+        for row, start in enumerate(starts):
+            if start.log_probs:
+                told[0].claim(row, start.log_probs)
+        return told, starts
+
+    def _begun(self, starts: list[Start], rows: TensorDict, problems: Problems) -> dict[str, float]:
+        """Writes who said what rows begin with; returns metrics."""
+        if self.beginning is None:
+            return {}
+        for row, start in enumerate(starts):
+            if start.versions:
+                first = len(problems[row]["prompt"])
+                rows["policy_version"][row, first : first + len(start.versions)] = torch.tensor(start.versions)
+        lengths = torch.tensor([len(start.tokens) for start in starts], dtype=torch.float32)
+        answers = rows["mask"].sum(-1).clamp(min=1)
+        return {
+            "rollout/begun": float((lengths > 0).float().mean()),
+            "rollout/begun_tokens": float(lengths.sum() / torch.maximum(answers, lengths).sum()),
+        }
 
     def _again(self, context: Context, repeated: Problems, told: Told, speaker: Generates) -> dict[str, float]:
         """Lets the context replace conversations; counts what it samples."""
@@ -293,6 +346,7 @@ class LanguageRollout:
             "problem_generator": self.problem_generator.get_state(),
             "streams": {name: stream.get_state() for name, stream in self._streams.items()},
             "sources": {name: source.state_dict() for name, source in self.sources.items()},
+            "beginning": None if self.beginning is None else self.beginning.state_dict(),
             "curriculum": None if self.curriculum is None else self.curriculum.state_dict(),
             "steps": self.steps,
             "generation_batch": self.generation_batch,
@@ -323,7 +377,9 @@ class LanguageRollout:
         self.builder.load_state_dict(state)
 
     def _load_learnt(self, state: dict[str, Any]) -> None:
-        """What sources and curriculum keep."""
+        """What sources, beginning and curriculum keep."""
+        if self.beginning is not None:
+            self.beginning.load_state_dict(state["beginning"])
         for name, source in self.sources.items():
             source.load_state_dict(state["sources"][name])
         if self.curriculum is not None:

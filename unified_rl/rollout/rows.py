@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,12 +12,19 @@ from torch import Tensor
 
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
-from unified_rl.protocols import LanguageEnv, ReportsColumns, Rewarded, Solves, require_solutions
+from unified_rl.protocols import LanguageEnv, ReportsColumns, Rewarded, Solves, Votes, require_solutions
 from unified_rl.rollout.conversation import UNKNOWN, Conversations, Told
 from unified_rl.units import COUNTED, Source
 
 REWARDS = "rewards"
 """Entry ``[B, K]`` float32 of the record: what each reward function of the run gave, NaN where one gave nothing."""
+
+
+OWN = ("turns", "length", "answer")
+"""Numbers of a conversation that every task has: its turns, its sampled tokens, and what it answered (equal numbers for
+equal answers, of a task that says what an answer is)."""
+BEGUN = "begun"
+"""Number of a conversation, with ``rollout.beginning``: how many tokens it began with."""
 
 
 class RowBuilder:
@@ -25,17 +33,23 @@ class RowBuilder:
     Args:
         env: the task.
         gamma: discount of a turn.
-        columns: further entries of the record, made of the environment's own numbers: a name gives ``[B]`` int64, a
-            list of names ``[B, K]`` float32. Reward functions of the run add :data:`REWARDS`, and a task that leaves
-            conversations out of updates adds ``counted``.
+        columns: further entries of the record, made of the environment's own numbers and of :data:`OWN`: a name gives
+            ``[B]`` int64, a list of names ``[B, K]`` float32. Reward functions of the run add :data:`REWARDS`, and a
+            task that leaves conversations out of updates adds ``counted``.
         privileged: style of the solution in ``privileged_tokens`` and ``privileged_mask``; None leaves them out.
+        begins: whether conversations begin with given tokens, so that :data:`BEGUN` is known.
 
     Raises:
         ConfigError: a number that the environment does not report, or a task without solutions.
     """
 
     def __init__(
-        self, env: LanguageEnv, gamma: float, columns: Mapping[str, str | list[str]] | None, privileged: str | None
+        self,
+        env: LanguageEnv,
+        gamma: float,
+        columns: Mapping[str, str | list[str]] | None,
+        privileged: str | None,
+        begins: bool = False,
     ) -> None:
         self.env, self.gamma = env, gamma
         self.columns, self.privileged = dict(columns or {}), privileged
@@ -43,6 +57,13 @@ class RowBuilder:
             self.columns = {REWARDS: list(env.reward_names), **self.columns}
         self._next_group = self._next_episode = 0
         self.counts = False
+        self.known = (*OWN, BEGUN) if begins else OWN
+        self.wanted = {n for want in self.columns.values() for n in ([want] if isinstance(want, str) else want)}
+        if "answer" in self.wanted and not isinstance(env, Votes):
+            raise ConfigError(
+                f"rollout.columns names 'answer', and {type(env).__name__} does not say what an answer is: it needs a "
+                "method vote(), as env=chain_mod has"
+            )
         if isinstance(env, ReportsColumns):
             self._check(env.columns)
             self.counts = COUNTED in env.columns
@@ -51,10 +72,10 @@ class RowBuilder:
     def _check(self, known: Iterable[str]) -> None:
         for name, wanted in self.columns.items():
             for one in [wanted] if isinstance(wanted, str) else wanted:
-                if one not in known:
+                if one not in (all_known := (*known, *self.known)):
                     raise ConfigError(
                         f"rollout.columns.{name} names {one!r}, and {type(self.env).__name__} reports "
-                        f"{', '.join(known) or 'nothing'}; {nearest(one, known)}"
+                        f"{', '.join(known) or 'nothing'} (every task has {', '.join(OWN)}); {nearest(one, all_known)}"
                     )
 
     def groups(self, count: int) -> Tensor:
@@ -100,10 +121,23 @@ class RowBuilder:
 
     def _extra(self, talk: Conversations, info: dict[str, Tensor]) -> dict[str, Tensor]:
         self._check(info)
-        extra = {name: _column(info, wanted) for name, wanted in self.columns.items()}
+        given = {**info, **self._own(talk)}
+        extra = {name: _column(given, wanted) for name, wanted in self.columns.items()}
         if self.counts:
             extra[COUNTED] = info[COUNTED] > 0
         return extra if self.solver is None else extra | self._privileged(talk, self.solver)
+
+    def _own(self, talk: Conversations) -> dict[str, Tensor]:
+        """What is wanted of :data:`OWN`, ``[B]``; also 0 for :data:`BEGUN`, which rows of others lack."""
+        found = {
+            "turns": talk.step_mask.sum(-1).float(),
+            "length": talk.mask.sum(-1).float(),
+            BEGUN: talk.begun,
+        }
+        if "answer" in self.wanted and isinstance(self.env, Votes):
+            votes = [self.env.vote(p, said) for p, said in zip(talk.problems, talk.said, strict=True)]
+            found["answer"] = torch.tensor([-1 if vote is None else numbered(vote) for vote in votes])
+        return found
 
     def _privileged(self, talk: Conversations, solver: Solves) -> dict[str, Tensor]:
         """Every row again with a solution between prompt and answer; as many tokens masked in, in the same order."""
@@ -133,6 +167,11 @@ class RowBuilder:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self._next_group, self._next_episode = state["next_group"], state["next_episode"]
+
+
+def numbered(text: str) -> int:
+    """A number for a text, the same everywhere; from 0."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") >> 1
 
 
 def _column(info: dict[str, Tensor], wanted: str | list[str]) -> Tensor:

@@ -117,4 +117,5 @@ def _collected(env: Any, own: set[str], rollout: Any) -> set[str]:
     joined = {f"joined/{name}" for name in rollout.sources}
     context = set() if rollout.context is None else {"resampled", *getattr(rollout.context, "metrics", ())}
     context |= set() if rollout.curriculum is None else {*rollout.curriculum.metrics}
+    context |= set() if rollout.beginning is None else {"begun", "begun_tokens"}
     return {*ROLLOUT_LANGUAGE, *own, *epochs, *joined, *context, *({"counted"} & {*getattr(env, "columns", ())})}
