@@ -18,6 +18,7 @@ from unified_rl.correction.view import ANCHORS
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.instantiate import check_type, nearest
 from unified_rl.interventions import Wrapper
+from unified_rl.objectives.terms import EXPERT_ROWS
 from unified_rl.policies.normalizer import MOMENTS
 from unified_rl.protocols import RestsAdapters, Scores, ShowsLogits, ShowsNormals, Trainable, UnitStates, standardises
 from unified_rl.ranges import Count, Name, Positive, Share, shown
@@ -361,10 +362,11 @@ class Anchors(Mapping[str, Provider]):
         return self.shard.divided(record, lambda rows: torch.cat([score(part) for part in self._parts(rows)]))
 
     def _proximal(self, record: TensorDict, version: int, scored: Tensor | None) -> Tensor:
-        """Log-probs at the start of the update; those of fresh rows are the behavior's, without a forward pass."""
+        """Log-probs at the start of the update; those of fresh own rows are the behavior's, without a forward pass."""
         if self.average is not None:
             return self.chunked(self.average.module, record)
-        if self.placeholder or not bool((record["policy_version"] != version).any()):
+        known = "source" not in record.keys() or not bool(EXPERT_ROWS.of_record(record).any())
+        if self.placeholder or (known and not bool((record["policy_version"] != version).any())):
             out: Tensor = record["behavior_log_prob"].clone()
             return out
         return self.chunked(self.policy, record) if scored is None else scored

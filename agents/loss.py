@@ -9,6 +9,7 @@ from typing import Any
 from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.divergence import DivergenceTerm
+from unified_rl.objectives.margin import MarginTerm
 from unified_rl.objectives.moving import Moving
 from unified_rl.objectives.objective import Parts, Term
 from unified_rl.objectives.preference import PreferenceTerm
@@ -24,6 +25,7 @@ TERMS: dict[str, type[Term]] = {
     "nll": NllTerm,
     "divergence": DivergenceTerm,
     "preference": PreferenceTerm,
+    "margin": MarginTerm,
 }
 """Terms by name; a subclass of :class:`~unified_rl.objectives.objective.Term` may also be named by its dotted path."""
 

@@ -30,6 +30,7 @@ BINS = ("policy=autoregressive", "policy.bins=5", "policy.hidden=[8]", "rollout.
 SMALL = {  # what makes the run of a recipe small, or lets two updates tell something
     "chord": ["rollout.sources.demonstrations.rows=6"],
     "gkd": ["rollout.sources.demonstrations.rows=4"],
+    "ink_grpo": ["rollout.sources.demonstrations.rows=4"],
     "ghpo": ["rollout.group_size=2"],
     "adora": ["agent.maps.0.threshold=2.0"],  # answers of eight tokens are hardly ever longer than others
     "safe": ["agent.objectives.near.coefficient.base=0.0", "agent.objectives.near.coefficient.low=0.0",
