@@ -18,6 +18,7 @@ from unified_rl.correction.view import ANCHORS
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.instantiate import check_type, nearest
 from unified_rl.interventions import Wrapper
+from unified_rl.objectives.terms import EXPERT_ROWS
 from unified_rl.policies.normalizer import MOMENTS
 from unified_rl.protocols import (
     RestsAdapters,
@@ -399,8 +400,9 @@ class Anchors(Mapping[str, Provider]):
             return self._by_version(self.versions, record, version)
         if self.average is not None:
             return self.chunked(self.average.module, record)
-        itself = not (isinstance(self.policy, SampledApart) and self.policy.sampled_apart)
-        if self.placeholder or (itself and not bool((record["policy_version"] != version).any())):
+        known = "source" not in record.keys() or not bool(EXPERT_ROWS.of_record(record).any())
+        known = known and not (isinstance(self.policy, SampledApart) and self.policy.sampled_apart)
+        if self.placeholder or (known and not bool((record["policy_version"] != version).any())):
             out: Tensor = record["behavior_log_prob"].clone()
             return out
         return self.chunked(self.policy, record) if scored is None else scored

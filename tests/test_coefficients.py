@@ -37,6 +37,17 @@ def test_a_schedule_has_its_written_out_value(node: Any, at: tuple[float, int], 
     assert coefficient(node)(*at) == pytest.approx(value)
 
 
+def test_what_counts_sometimes_does_so_in_a_share_of_the_updates_whenever_they_are_asked() -> None:
+    one = coefficient({"name": "sometimes", "value": 0.1, "probability": 0.6})
+    found = [one(0.0, update) for update in range(1000)]
+    assert set(found) == {0.0, 0.1} and found.count(0.1) == pytest.approx(600, abs=50)
+    assert [one(0.9, update) for update in reversed(range(1000))] == found[::-1]
+    assert [coefficient({"name": "sometimes", "value": 0.1, "probability": p})(0.0, 7) for p in (0.0, 1.0)] == [
+        0.0,
+        0.1,
+    ]
+
+
 def test_a_dual_multiplier_doubles_above_its_limit_and_halves_below() -> None:
     one = coefficient({"name": "dual", "metric": "update/kl", "limit": 0.1, "start": 1.0})
     values = []

@@ -23,7 +23,7 @@ LEVEL_NODES: list[Any] = [
 KERNELS_OF_ONE: list[Any] = [
     "constant", "ratio", "ppo", "clipped", "band", "ring", "sign_clamp", "tapered", "soft_gate", "gamma_density",
     "tv_mask", "kl_mask", "log_clip", "centered_ppo", "ess_cap", "ess_cap_mixed", "m2_mask", "searched_ppo",
-    "spared_ppo", "demonstration_shape", "replay_shape", "teacher_ratio",
+    "spared_ppo", "demonstration_shape", "demonstration_mixture", "replay_shape", "teacher_ratio",
     {"name": "band", "weighted": False},
 ]  # fmt: skip
 

@@ -47,6 +47,7 @@ MEANT: list[tuple[str, str, str]] = [
     ("-1 0", "a bound of a log-ratio that lies below the other", "agent.objectives.prefer.low"),
     ("-1 0 1e30 2**63", "a bound of a log-ratio that lies above the other", "agent.objectives.prefer.high"),
     ("-1 0 1e30 2**63", "a number that may have either sign: a coefficient, a reward, an exponent, an entropy in nats",
+     "agent.objectives.calibrate.coefficient agent.objectives.inject.coefficient.value "
      "agent.actor.improve.coefficient agent.objectives.distill.coefficient agent.objectives.entropy.coefficient "
      "agent.objectives.near.coefficient.high "
      "agent.objectives.near.coefficient.middle agent.entropy_coef agent.objectives.imitate.coefficient.peak "
@@ -70,7 +71,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.prefer.negatives agent.seed "
      "correction.kernel.fraction correction.kernel.low_negative correction.kernel.low_positive "
      "correction.kernel.normalize correction.kernel.outer_low correction.proximal.decay correction.thin.least "
-     "correction.wrapper.alpha correction.wrapper.decay "
+     "correction.wrapper.alpha correction.wrapper.decay agent.objectives.inject.coefficient.probability "
      "correction.wrapper.p_min correction.wrapper.steps env.data_seed env.direct_share "
      "env.gamma env.held_out env.partial_credit env.seed env.spare_turns env.turn_cost policy.logit_chunk policy.seed "
      "policy.top_k replay.discount replay.sampler.beta replay.sampler.beta_draws replay.sampler.max_lag replay.seed "

@@ -221,7 +221,12 @@ def correction_cases() -> Iterator[Case]:
         STALE,
         lambda node: f"correction.kernel={text(node)}",
         default=PLAIN_KERNEL,
-        extra={"demonstration_shape": [SHOWN], "spared_ppo": [PROXY], "replay_shape": REPLAYED},
+        extra={
+            "demonstration_shape": [SHOWN],
+            "demonstration_mixture": [SHOWN],
+            "spared_ppo": [PROXY],
+            "replay_shape": REPLAYED,
+        },
         along={"teacher_ppo": TAUGHT, "teacher_ratio": TAUGHT},
         first={
             "clip_cov": {"fraction": 0.5, "cov_low": -10.0, "cov_high": 10.0},
@@ -408,7 +413,8 @@ def term_cases() -> Iterator[Case]:
 
     yield from of_table(
         "term", TERMS, STALE, term,
-        extra={**dict.fromkeys(("nll", "selective_nll", "soft_q"), (SHOWN,)), "value": ["agent.advantage=critic"]},
+        extra={**dict.fromkeys(("nll", "margin", "selective_nll", "soft_q"), (SHOWN,)),
+               "value": ["agent.advantage=critic"]},
         along={"divergence": TAUGHT},
         first={
             "entropy": {"coefficient": 1.0},
@@ -422,6 +428,9 @@ def term_cases() -> Iterator[Case]:
             "value.rows": "demonstration",
             "value.clip": 0.01,
             "entropy.rows": "demonstration",
+            "margin.rows": "own",
+            "margin.threshold": 2.0,
+            "margin.reduce": "token-sum",
             "nll.rows": "own",
             "nll.weight": "probability",
             "selective_nll.portion": 0.5,
@@ -538,6 +547,7 @@ def term_cases() -> Iterator[Case]:
             "cosine": {"start": 0.5, "end": 0.1},
             "exponential": {"start": 0.5, "decay": 0.5},
             "steps": {"at": [1], "values": [0.5, 0.1]},
+            "sometimes": {"value": 0.5, "probability": 0.9},
             "dual": {"metric": "loss/more", "limit": 1.0},
             "warmup_cosine": {"peak": 0.5, "valley": 0.1, "warmup": 0, "decay": 2},
             "proportional_integral": {"metric": "loss/more", "target": 3.0, "base": 0.3, "gain": 0.1, "integral": 0.05},
@@ -547,6 +557,7 @@ def term_cases() -> Iterator[Case]:
         },
         samples={
             "exponential.floor": 0.4,
+            "sometimes.probability": 0.0,
             "steps.at": [2],
             "steps.values": [0.5, 0.2],
             "dual.metric": "train/reward",

@@ -41,6 +41,7 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
     "hypo": ["rollout.sources.recorded.rows=8"],
     "tr_dpo": ["agent.anchors.reference.every=1"],
     "dph_rl": ["rollout.sources.rehearsed.rows=8"],
+    "ink_grpo": ["rollout.sources.demonstrations.rows=4"],
     "ghpo": ["rollout.group_size=2"],
     "adora": ["agent.maps.0.threshold=2.0"],  # answers of eight tokens are hardly ever longer than others
     "safe": ["agent.objectives.near.coefficient.base=0.0", "agent.objectives.near.coefficient.low=0.0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -10,7 +11,18 @@ from typing import Any, Protocol, runtime_checkable
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
-from unified_rl.ranges import AtLeastOne, Count, Fraction, NonNegative, Positive, Share, Whole, ranged
+from unified_rl.ranges import (
+    AtLeastOne,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Seed,
+    Share,
+    UnitInterval,
+    Whole,
+    ranged,
+)
 
 Coefficient = Callable[[float, int], float]
 """``(progress in [0, 1], update number) -> value``."""
@@ -130,6 +142,21 @@ class Steps:
     def __call__(self, progress: float, update: int) -> float:
         """The value at this update."""
         return self.values[sum(update >= boundary for boundary in self.at)]
+
+
+@ranged()
+@dataclass(frozen=True, kw_only=True)
+class Sometimes:
+    """``value`` in a share of the updates, drawn by their number, and 0 in the others. InK-GRPO, 2601.18129."""
+
+    value: float
+    probability: UnitInterval = 0.5
+    seed: Seed = 0
+
+    def __call__(self, progress: float, update: int) -> float:
+        """The value at this update."""
+        drawn = random.Random(f"{self.seed}/{update}").random()  # a stream of its own, the same after a resume
+        return self.value if drawn < self.probability else 0.0
 
 
 @ranged()
@@ -457,6 +484,7 @@ COEFFICIENTS: dict[str, Callable[..., Any]] = {
     "exponential": Exponential,
     "warmup_cosine": WarmupCosine,
     "steps": Steps,
+    "sometimes": Sometimes,
     "proportional_integral": ProportionalIntegral,
     "dual": Dual,
     "logistic": Logistic,

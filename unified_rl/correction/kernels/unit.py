@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unified_rl.correction.kernels.kernel import Kernel, Traits, by_name, clipped_formula, number
-from unified_rl.correction.view import View, narrow, only, share
+from unified_rl.correction.view import View, anchor_log_prob, masked, narrow, only, share
 from unified_rl.ranges import Bound, NonNegative, Positive, Radius, UpperBound
 from unified_rl.units import Source
 
@@ -382,6 +382,38 @@ class DemonstrationShape(Kernel):
         return torch.where(shown.unsqueeze(-1), self.gamma * p / (p + self.gamma).square(), on_policy)
 
 
+class DemonstrationMixture(Kernel):
+    """``2 p / (1.5 q + 0.5) (1 - p)^power`` on demonstration and expert rows, PPO on all others. RL-PLUS, 2508.00222.
+
+    ``q`` is the probability at the start of the update: whoever wrote the row is taken for the mean of the policy then
+    and of one that gives every unit an even chance of being certain, so the ratio is bounded by ``4 p``.
+    """
+
+    name = "demonstration_mixture"
+    traits = Traits(probabilities="ppo", demonstrations="dapo", scores_experts=True, anchors=("proximal",))
+    power: NonNegative = 0.5
+    clip_low: Radius = 0.2
+    clip_high: Radius = 0.2
+
+    def formula(self) -> str:
+        """Both rules."""
+        return (
+            f"2 p / (1.5 q + 0.5) (1 - p)^{number(self.power)}, p = pi, q = proximal, on demonstrations; elsewhere "
+            + clipped_formula(1 - self.clip_low, 1 + self.clip_high, None)
+        )
+
+    def weight(self, view: View) -> Tensor:
+        """The one or the other, by the row's source."""
+        source = view.batch.get("source", None)
+        on_policy = ppo(view, self.clip_low, self.clip_high)
+        if source is None:
+            return on_policy
+        shown = (source == Source.DEMONSTRATION) | (source == Source.EXPERT)
+        p, q = view.log_prob.exp(), masked(view.mask, anchor_log_prob(view.batch, "proximal")).exp()
+        mixture = 2 * p / (1.5 * q + 0.5) * (1 - p).clamp(min=0.0).pow(self.power)
+        return torch.where(shown.unsqueeze(-1), mixture, on_policy)
+
+
 class ReplayShape(Kernel):
     """``shaped`` of the ratio to their own sampler on rows of replay, PPO on all others. ExGRPO, 2510.02245."""
 
@@ -446,6 +478,7 @@ KERNELS = by_name(
     ExpAdvantage,
     Shaped,
     DemonstrationShape,
+    DemonstrationMixture,
     ReplayShape,
     CenteredPPO,
 )
