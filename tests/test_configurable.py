@@ -32,7 +32,7 @@ from unified_rl.returns.maps import MAPS
 from unified_rl.study.grid import Study
 from unified_rl.study.recipes import Recipe
 from unified_rl.training.engine import RayEngine
-from unified_rl.training.learner import DataParallel
+from unified_rl.training.learner import DataParallel, FullyShard
 from unified_rl.training.warm_start import WarmStart
 
 FACTORIES = {"make_mjcf", "make_mujoco"}
@@ -48,7 +48,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "source of rows": lambda part: hasattr(part, "rows") and hasattr(part, "check"),
     "context of prompts": lambda part: hasattr(part, "check") and "__call__" in vars(part),
     "reward functions": lambda part: part is Rewards,
-    "learner": lambda part: part is DataParallel,
+    "learner": lambda part: part in (DataParallel, FullyShard),
     "plain settings": lambda part: part in (Correction, Study, Recipe, WarmStart, RayEngine),
 }
 """What a part may be. A class of none of these kinds has no place in a file; a loader or a verb least of all."""
