@@ -379,17 +379,21 @@ class Anchors(Mapping[str, Provider]):
             extra[f"{name}_log_prob"] = self._scored(record, self.providers[name].log_prob)
         record.update(extra)
 
-    def _parts(self, record: TensorDict) -> Sequence[TensorDict]:
-        out: Sequence[TensorDict] = record.split(self.micro_batch or len(record))
-        return out
+    def _each(self, record: TensorDict, look: Callable[[TensorDict], Any]) -> list[Any]:
+        """What ``look`` finds in this process's rows, a micro-batch at a time."""
+        parts = self.shard.parts(self.shard.own(record), len(record), self.micro_batch)
+        for _ in range(self.shard.passes(len(record), self.micro_batch) - len(parts) if self.shard.in_step else 0):
+            look(parts[0])  # others have more
+        return [look(part) for part in parts]
 
     def _wrapper_keys(self, record: TensorDict) -> dict[str, Tensor]:
-        parts = [self.wrapper.annotate(part) for part in self._parts(self.shard.own(record))]
+        parts = self._each(record, self.wrapper.annotate)
         whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         return {key: self.shard.gather(found, len(record)) for key, found in whole.items()}
 
     def _scored(self, record: TensorDict, score: Callable[[TensorDict], Tensor]) -> Tensor:
-        return self.shard.divided(record, lambda rows: torch.cat([score(part) for part in self._parts(rows)]))
+        found = torch.cat(self._each(record, score))
+        return self.shard.gather(found, len(record))
 
     def _proximal(self, record: TensorDict, version: int, scored: Tensor | None) -> Tensor:
         """Log-probs at the start of the update; of fresh rows of its own the behavior's, without a forward pass.
@@ -450,6 +454,12 @@ class Anchors(Mapping[str, Provider]):
             batch["proximal_log_prob"] = interpolated(
                 log_prob, batch["behavior_log_prob"], batch["policy_version"], version
             )
+
+    def models(self) -> list[Any]:
+        """The other policies, each once."""
+        average = [] if self.average is None else [self.average.module]
+        found = {id(x): x for x in (*(p.policy for p in self.providers.values()), *average) if x is not self.policy}
+        return list(found.values())
 
     def update(self, version: int) -> None:
         """After an update, whose number is ``version``: every policy follows where it should."""

@@ -113,6 +113,10 @@ class BehaviorCloning:
         """The weights that are trained, and the policy's buffers, which are the same in every process."""
         return [*self.optimizer.parameters, *self.policy.buffers()]
 
+    def models(self) -> list[Any]:
+        """The policy, and the weights that are trained where these are not its own."""
+        return [self.policy] if self.live is self.policy else [self.policy, self.live]
+
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
         """Refuses an optimiser or a schedule that cannot be made, when a run is composed.
@@ -176,16 +180,19 @@ class BehaviorCloning:
         """
         total: Any = 0
         loss = torch.zeros((), device=self.device)
-        own = batch[self.shard.mine(len(batch))]
-        for rows in own.split(self.micro_batch or len(own)) if len(own) else ():
+        shard, own = self.shard, batch[self.shard.mine(len(batch))]
+        parts = shard.parts(own, len(batch), self.micro_batch) if len(own) else []
+        for rows in parts:
             part, count = self._loss(rows)
             part.backward()
             loss, total = loss + part.detach(), total + count
+        for _ in range(shard.passes(len(batch), self.micro_batch) - len(parts) if shard.in_step else 0):
+            (0.0 * self._loss(shard.own(batch)[:1])[0]).backward()  # others have more
         if self.shard.world > 1:
             self.shard.sum_gradients(self.optimizer.parameters)
             found = self.shard.sums({"loss": loss, "count": total}, self.device)
-            loss, total = found["loss"].to(loss.dtype), found["count"]
-        total = max(total, 1) if isinstance(total, int) else total.clamp(min=1)
+            loss, total = found["loss"].to(loss.dtype), float(found["count"])
+        total = total.clamp(min=1) if isinstance(total, Tensor) else max(total, 1)
         gradients = [p.grad for p in self.optimizer.parameters if p.grad is not None]
         torch._foreach_div_(gradients, total)
         mean: Tensor = loss / total

@@ -226,6 +226,7 @@ class PolicyGradient:
         )
         parts = Parts(policy, correction, self.wrapper, self.anchors, self.baseline)
         attach(terms, parts, compiled=compile or cuda_graph, target_kl=target_kl)
+        self.compiled = compile or cuda_graph
         plain = scoring(policy, compile, cuda_graph, self.device)
         self.objective = Objective(policy, terms, lambda rows: self.wrapper.score(rows, plain), generator)
         source = make_advantage(correction, self.baseline, self.credit, lam, off_policy_targets, normalize_advantage)
@@ -412,6 +413,11 @@ class PolicyGradient:
     def weights(self) -> list[Tensor]:
         """The weights that are trained, and the policy's buffers, which are the same in every process."""
         return [*self.optimizer.parameters, *self.policy.buffers()]
+
+    def models(self) -> list[Any]:
+        """The policy, its critic, and the other policies that rows are compared with."""
+        critic = [] if self.baseline is None else [self.baseline.module]
+        return [self.policy, *critic, *self.anchors.models()]
 
     def _draw(self, replay: Replay) -> TensorDict:
         return self.draw(replay, self.version)

@@ -24,11 +24,9 @@ def scoring(
     """
     if cuda_graph and device.type != "cuda":
         raise ConfigError("agent.cuda_graph needs device=cuda")
-    score = policy.log_prob
-    if cuda_graph:
-        score = torch.compile(score, mode="reduce-overhead")
-    elif compiled:
-        score = torch.compile(score)
+    if not (compiled or cuda_graph):
+        return lambda rows: policy.log_prob(rows).log_prob  # looked up at each pass: see learner=fsdp
+    score = torch.compile(policy.log_prob, mode="reduce-overhead" if cuda_graph else None)
     return lambda rows: score(rows).log_prob
 
 

@@ -1,5 +1,7 @@
 """One process against several: ``python benchmarks/learner.py [--processes 2 4] [--rounds 5] [--csv FILE]``.
 
+``--learner fsdp`` measures models in pieces, of the language runs alone.
+
 Whole runs of either, in turn, each a command of its own. An update is timed in process 0 from the moment when its rows
 are collected to the end of its last optimiser step, so sending the rows is part of it and collecting them is not; the
 first updates are left out. A ratio is the median over the rounds. Run it where as many cores are idle as processes are
@@ -48,6 +50,7 @@ def model(width: int, layers: int) -> list[str]:
 
 
 LANGUAGE = ["env=chain_mod", "policy=causal_lm_tiny", "agent=policy_gradient", "rollout.group_size=8"]
+SAC = ["agent=sac", "rollout.random_steps=0"]
 CASES: dict[str, list[str]] = {
     "GRPO, tiny language model, 128 rows": [*LANGUAGE, "correction=grpo", "rollout.prompts=16"],
     "GRPO, 6 layers of 256, 128 rows": [*LANGUAGE, "correction=grpo", "rollout.prompts=16", *model(256, 6)],
@@ -55,10 +58,13 @@ CASES: dict[str, list[str]] = {
                                        "agent.epochs=2", "agent.minibatch=64"],
     "PPO, half_cheetah, 16 x 128, 4 epochs": ["env=half_cheetah", "agent=ppo", "rollout.num_envs=16",
                                               "rollout.horizon=128", "agent.epochs=4"],
+    "SAC, half_cheetah, ten critics of 512": [*SAC, "env=half_cheetah", "rollout.num_envs=16", "agent.critics=10",
+                                              "agent.critic_hidden=[512,512]", "agent.learning_starts=16"],
 }  # fmt: skip
 SMALL: dict[str, list[str]] = {
     "GRPO, tiny language model, 16 rows": [*LANGUAGE, "correction=grpo", "rollout.prompts=2", *model(32, 1)],
     "PPO, two_route, 4 x 16": ["env=two_route", "agent=ppo", "rollout.num_envs=4", "rollout.horizon=16"],
+    "SAC, two_route": [*SAC, "env=two_route", "rollout.num_envs=4", "agent.learning_starts=4", "agent.batch_size=32"],
 }
 
 
@@ -106,10 +112,10 @@ class Clock:
         self.shard.sent = []
 
 
-def run(words: list[str], processes: int, updates: int, folder: Path, pretended: int = 1) -> float:
+def run(words: list[str], processes: int, updates: int, folder: Path, learner: str, pretended: int = 1) -> float:
     """Median seconds of an update of one run."""
     given = [*words, *QUIET, f"updates={updates}", f"run_dir={folder}", "callbacks=learner:Clock", "--allow", "learner"]
-    start = ["launch", "--processes", str(processes), "train", "learner=data_parallel"] if processes > 1 else ["train"]
+    start = ["launch", "--processes", str(processes), "train", f"learner={learner}"] if processes > 1 else ["train"]
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PRETENDED": str(pretended)}
     subprocess.run(
         [sys.executable, "-m", "unified_rl.cli", *start, *given], check=True, env=environ, stdout=subprocess.DEVNULL
@@ -150,9 +156,14 @@ def messages(file: Path, processes: int) -> float:
     return float(done.stdout.split()[-1])
 
 
-def compared(case: str, words: list[str], counts: Sequence[int], rounds: int, updates: int) -> Iterator[dict[str, Any]]:
-    """One process and several in turn, beginning with another one in every round, and what the formula needs."""
-    sides = [1, *counts, *(-count for count in counts)]
+def compared(
+    case: str, words: list[str], counts: Sequence[int], rounds: int, updates: int, learner: str
+) -> Iterator[dict[str, Any]]:
+    """One process and several in turn, beginning with another one in every round, and what the formula needs.
+
+    The formula is of ``data_parallel``: of models in pieces it has nothing.
+    """
+    sides = [1, *counts, *(-count for count in counts if learner == "data_parallel")]
     """Of processes; below 0 of those of which one is pretended."""
     found: dict[int, list[float]] = {side: [] for side in sides}
     sent: dict[int, list[float]] = {count: [] for count in counts}
@@ -161,24 +172,27 @@ def compared(case: str, words: list[str], counts: Sequence[int], rounds: int, up
             at = number % len(sides)
             for side in sides[at:] + sides[:at]:
                 folder = Path(made) / f"{number}-{side}"
-                found[side].append(run(words, max(side, 1), updates, folder, pretended=max(-side, 1)))
+                found[side].append(run(words, max(side, 1), updates, folder, learner, pretended=max(-side, 1)))
                 if side < 0:
                     sent[-side].append(messages(folder / "sent.json", -side))
     ms = {side: 1e3 * statistics.median(seconds) for side, seconds in found.items()}
     for count in counts:
         ratio = statistics.median(one / several for one, several in zip(found[1], found[count], strict=True))
-        share, message = ms[-count], 1e3 * statistics.median(sent[count])
-        formula = max(1.0, count / (os.cpu_count() or 1)) * share + message
-        yield {
-            "case": case, "processes": count, "ms_one": round(ms[1], 2), "ms_several": round(ms[count], 2),
-            "times_as_fast": round(ratio, 3), "ms_share": round(share, 2), "ms_messages": round(message, 2),
-            "ms_formula": round(formula, 2), "rounds": rounds, "updates": updates,
+        line = {
+            "case": case, "learner": learner, "processes": count, "ms_one": round(ms[1], 2),
+            "ms_several": round(ms[count], 2), "times_as_fast": round(ratio, 3),
         }  # fmt: skip
+        if sent[count]:
+            share, message = ms[-count], 1e3 * statistics.median(sent[count])
+            formula = max(1.0, count / (os.cpu_count() or 1)) * share + message
+            line |= {"ms_share": round(share, 2), "ms_messages": round(message, 2), "ms_formula": round(formula, 2)}
+        yield {**line, "rounds": rounds, "updates": updates}
 
 
 def main() -> None:
     """Prints how many times as fast an update is."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--learner", choices=("data_parallel", "fsdp"), default="data_parallel")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=12, help="of a run")
@@ -191,10 +205,13 @@ def main() -> None:
         return
     table = []
     for case, words in (SMALL if args.small else CASES).items():
-        for line in compared(case, words, args.processes, args.rounds, args.updates):
+        if args.learner == "fsdp" and "policy=causal_lm_tiny" not in words:
+            continue  # of language models
+        for line in compared(case, words, args.processes, args.rounds, args.updates, args.learner):
             table.append(line)
             told = f"{line['times_as_fast']:.2f} times as fast in {line['processes']} processes"
-            spent = f"{line['ms_one']} ms and {line['ms_several']} ms an update, by the formula {line['ms_formula']} ms"
+            spent = f"{line['ms_one']} ms and {line['ms_several']} ms an update"
+            spent += f", by the formula {line['ms_formula']} ms" if "ms_formula" in line else ""
             print(f"{case}: {told} ({spent})", flush=True)
     if args.csv:
         with args.csv.open("w", newline="") as file:

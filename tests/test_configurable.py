@@ -34,7 +34,7 @@ from unified_rl.returns.trackers import TRACKERS
 from unified_rl.study.grid import Study
 from unified_rl.study.recipes import Recipe
 from unified_rl.training.engine import RayEngine
-from unified_rl.training.learner import DataParallel
+from unified_rl.training.learner import DataParallel, FullyShard
 from unified_rl.training.warm_start import WarmStart
 
 FACTORIES = {"make_mjcf", "make_mujoco"}
@@ -52,7 +52,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "beginning of answers": lambda part: hasattr(part, "begin") and hasattr(part, "check"),
     "curriculum of prompts": lambda part: hasattr(part, "choose") and hasattr(part, "told"),
     "reward functions": lambda part: part is Rewards,
-    "learner": lambda part: part is DataParallel,
+    "learner": lambda part: part in (DataParallel, FullyShard),
     "plain settings": lambda part: part in (Correction, Study, Recipe, WarmStart, RayEngine),
 }
 """What a part may be. A class of none of these kinds has no place in a file; a loader or a verb least of all."""

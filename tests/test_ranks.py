@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import LANGUAGE, remembered
+from run_cases import LANGUAGE, recorded, remembered
 
 from unified_rl import cli, launching
 from unified_rl.agents.policy_gradient import PolicyGradient
@@ -323,6 +323,41 @@ def test_agents_that_cannot_divide_their_passes_are_refused_by_name(tmp_path: Pa
     words = ["train", "env=two_route", "agent=sb3_sac", "steps=64", "learner=data_parallel", f"run_dir={run}"]
     assert together(words, tmp_path / "told", world=1) == [2]
     assert "agent=sb3_sac is none of them: set learner=single" in said(tmp_path / "told") and not run.exists()
+
+
+def test_a_port_that_is_taken_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for key, value in given.items():
+            monkeypatch.setenv(key, value)
+        run = tmp_path / "run"
+        assert cli.main(["train", *CONTROL, "learner=data_parallel", f"run_dir={run}"]) == 2
+    text = capsys.readouterr().err
+    assert f"port {port} of this machine is in use" in text and "set MASTER_PORT" in text
+    assert text.count("\n") == 1 and not run.exists()
+
+
+def _stands_elsewhere(rank: int) -> None:
+    if rank == 1:
+        os.chdir("/")
+
+
+def test_a_process_that_does_not_see_the_data_ends_all_with_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A relative path leads one of them nowhere, as a disk that another machine lacks would."""
+    monkeypatch.chdir(tmp_path)
+    recorded(tmp_path / "rows", [*CONTROL[:3], "agent=ppo", "rollout.num_envs=4", "rollout.horizon=8"])
+    words = ["train", "env=two_route", "recipe=iql", "rollout.data=rows", "rollout.rows=32", *QUIET, "updates=2",
+             "policy.hidden=[8]", "agent.critic_hidden=[8]", "learner=data_parallel", "run_dir=run"]  # fmt: skip
+    codes = together(words, tmp_path / "told", _stands_elsewhere)
+    assert codes[0] == 2 and codes[1] != 0
+    lines = (tmp_path / "told" / "err0").read_text().splitlines()
+    assert len(lines) == 1 and "process 1 of this run failed" in lines[0] and "rows" in lines[0]
+    assert "under one path on every machine" in lines[0]
 
 
 def test_an_assembled_run_is_of_one_process() -> None:

@@ -705,7 +705,8 @@ def option_cases() -> Iterator[Case]:
         base = CONTROL if name == "demonstrations" else LANGUAGE
         if name != "none":
             yield Case(f"warm_start={name}", base, (f"warm_start={name}", *warm[name]))
-    yield Case("learner=data_parallel", CONTROL, ("learner=data_parallel",))  # one process, which it is refused for
+    for name in ("data_parallel", "fsdp"):
+        yield Case(f"learner={name}", CONTROL, (f"learner={name}",))  # one process, which it is refused for
 
 
 SUPERVISED = ("env=two_route", "agent=behavior_cloning", "rollout.rows=8")
@@ -731,7 +732,7 @@ ROLLOUTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 COVERED = {
     "recipe": "test_recipes.py trains each",
     "study": "of compare, not of a run",
-    "learner": "test_ranks.py trains in several processes",
+    "learner": "test_ranks.py and test_fsdp.py train in several processes",
     "engine": "who collects is of no effect by design: test_tickets.py, test_ray.py",
 }
 """Groups that are walked elsewhere."""

@@ -262,18 +262,18 @@ def _resumed(overrides: Sequence[str]) -> tuple[str, int | None, dict[str, Any]]
     values = dict(pairs)
     if len(values) < len(pairs):
         raise ConfigError("a key is given twice; give it once")
-    other = sorted(set(values) - {"resume", "steps", "epochs", "updates", "resume_env"})
+    other = sorted(set(values) - {"resume", "steps", "epochs", "updates", "resume_env", "learner"})
     if other:
         raise ConfigError(
-            f"resume=RUN takes resume_env, epochs or updates, and no other key but steps; remove {', '.join(other)}"
+            "resume=RUN takes resume_env, learner, epochs or updates, and no other key but steps; remove "
+            f"{', '.join(other)}"
         )
     if not values["resume"]:
         raise ConfigError("resume= needs a run folder, for example resume=runs/NAME")
     counts: dict[str, Any] = {name: _count(name, values[name]) for name in ("steps", "updates") if name in values}
     if "epochs" in values:
         counts["epochs"] = _positive("epochs", values["epochs"])
-    if "resume_env" in values:
-        counts["resume_env"] = values["resume_env"]
+    counts |= {name: values[name] for name in ("resume_env", "learner") if name in values}
     return values["resume"], counts.pop("steps", None), counts
 
 

@@ -16,6 +16,7 @@ from unified_rl.flat_weights import FlatWeights
 from unified_rl.instantiate import allowed, locate, nearest
 from unified_rl.protocols import HasWeights
 from unified_rl.ranges import shown
+from unified_rl.shard import in_pieces, local
 
 NAMES = ("AdamW", "Adam", "NAdam", "RAdam", "Adamax", "Adafactor", "Adagrad", "Adadelta", "RMSprop", "SGD")
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {name.lower(): getattr(torch.optim, name) for name in NAMES}
@@ -129,6 +130,7 @@ class Optimizer:
     Attributes:
         adam: the optimiser of torch, whichever it is. From the first step on its groups may hold a module's weights
             joined into one (:class:`~unified_rl.flat_weights.FlatWeights`); :meth:`state_dict` has each by itself.
+        clip: bounds the norm of the gradient, and says what it was.
         after_clip: called between the bound on the gradient's norm and the step, with the factor that it applied.
 
     Raises:
@@ -170,10 +172,13 @@ class Optimizer:
             self.adam.add_param_group({"params": group, "lr": own_lr, "weight_decay": 0.0, "fixed_lr": True})
         self._refuse_half()
         self.after_clip: Callable[[float], None] | None = None
+        self.clip: Callable[[Sequence[Tensor], float], Tensor] = nn.utils.clip_grad_norm_
         self.steps = 0
         self._flat: FlatWeights | None = None
         self._parted: FlatWeights | None = None
         self._joins = True
+        self._pieces: dict[nn.Parameter, Any] = {}
+        """The rows that this process holds, and the weights that they are of."""
 
     def _groups(self, weight_decay: float, rates: Mapping[str, float]) -> Any:
         """The weights, in groups by their learning rate, and with and without decay where there is any."""
@@ -218,12 +223,15 @@ class Optimizer:
         """
         bound = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
         flat = self._joined()
-        norm = nn.utils.clip_grad_norm_(self.parameters, bound) if flat is None else flat.clip(bound)
+        norm = self.clip(self.parameters, bound) if flat is None else flat.clip(bound)
         if not math.isfinite(float(loss.detach() + norm)):
             self._refuse(loss)
         if self.after_clip is not None:
             self.after_clip(min(1.0, bound / (float(norm) + 1e-6)))
-        (self.adam if flat is None else flat).step()
+        if flat is None:
+            self._step()
+        else:
+            flat.step()
         self.steps += 1
         return norm
 
@@ -245,6 +253,37 @@ class Optimizer:
         if self._flat is not None:
             self._flat.part()
             self._parted, self._flat = self._flat, None
+
+    def exchange(self, found: Mapping[int, Any], place: Callable[[Tensor, Any], Any]) -> None:
+        """Moves this process's pieces in place of whole weights, before the first step.
+
+        Args:
+            found: by ``id`` of the weight that is replaced, the ``DTensor`` in its place.
+            place: ``(rows, weight)`` makes one of a moment's rows, cut as a weight is.
+        """
+        self.named = [(name, found.get(id(weight), weight)) for name, weight in self.named]
+        self.parameters = [found.get(id(weight), weight) for weight in self.parameters]
+        for group in self.adam.param_groups:
+            for number, weight in enumerate(group["params"]):
+                if id(weight) in found:
+                    own = nn.Parameter(found[id(weight)].detach().to_local())
+                    self._pieces[own] = found[id(weight)]
+                    group["params"][number] = own
+        self._place, self._joins = place, False
+
+    @property
+    def placed(self) -> list[Any]:
+        """Its weights in the order of :meth:`state_dict`."""
+        return [self._pieces.get(w, w) for group in self.adam.param_groups for w in group["params"]]
+
+    def _step(self) -> None:
+        """A step of the optimiser of torch, on this process's rows where weights are in pieces."""
+        for own, weight in self._pieces.items():
+            own.data = weight.detach().to_local()
+            own.grad = None if weight.grad is None else weight.grad.to_local()
+        self.adam.step()
+        for own in self._pieces:
+            own.grad = None
 
     @property
     def rate(self) -> float:
@@ -299,12 +338,27 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """Moments and step counts, by parameter position."""
         self._part()
-        return {"adam": self.adam.state_dict(), "steps": self.steps}
+        found = self.adam.state_dict()
+        if self._pieces:
+            found["state"] = {
+                number: {
+                    key: self._place(x, weight) if isinstance(x, Tensor) and x.ndim and in_pieces(weight) else x
+                    for key, x in found["state"][number].items()
+                }
+                for number, weight in enumerate(self.placed)
+                if number in found["state"]
+            }
+        return {"adam": found, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self._part()
-        self.adam.load_state_dict(state["adam"])
+        found = dict(state["adam"])
+        if self._pieces:
+            found["state"] = {
+                number: {key: local(x) for key, x in held.items()} for number, held in found["state"].items()
+            }
+        self.adam.load_state_dict(found)
         self.steps = state["steps"]
 
     def _refuse(self, loss: Tensor) -> None:

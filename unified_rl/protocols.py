@@ -789,6 +789,17 @@ class SharesPasses(Protocol):
 
 
 @runtime_checkable
+class HoldsModels(SharesPasses, Protocol):
+    """An agent that tells every model that its passes go through."""
+
+    optimizer: Any
+
+    def models(self) -> list[Any]:
+        """The policy, then critics and other policies, each once."""
+        ...
+
+
+@runtime_checkable
 class PlansUpdates(Protocol):
     """An agent whose learning rate follows the length of the run."""
 

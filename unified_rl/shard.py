@@ -33,6 +33,8 @@ class Shard:
 
     def __init__(self, rank: int = 0, world: int = 1) -> None:
         self.rank, self.world = rank, world
+        self.in_step = False
+        """Whether every pass over a model is a message too, so that all processes must make equally many."""
         self.names: list[str] = []
         """Of the sums that any process has had so far, the same everywhere."""
         self._held: dict[int, list[int]] = {}
@@ -62,6 +64,31 @@ class Shard:
         """Which of so many rows this process passes: :meth:`mine`, or the first where that is empty."""
         mine = self.mine(rows)
         return mine if mine.stop > mine.start else slice(0, 1)
+
+    def passes(self, rows: int, size: int | None) -> int:
+        """Over how many micro-batches of at most ``size`` rows this process's share of a batch is passed.
+
+        Args:
+            rows: of the batch.
+            size: None takes all at once.
+        """
+        shares = [end - begin for begin, end in pairwise(self.bounds(rows))]
+        largest = max(shares) if self.in_step else shares[self.rank]
+        return -(-largest // size) if size else min(largest, 1)
+
+    def parts(self, own: RowsT, rows: int, size: int | None) -> list[RowsT]:
+        """This process's rows in micro-batches; in step with the others, as many as they have where its rows allow it.
+
+        Args:
+            own: :meth:`own` of a batch, or its :meth:`mine` rows.
+            rows: of the batch.
+            size: as of :meth:`passes`.
+        """
+        count = min(self.passes(rows, size), len(own))
+        if self.in_step and count > 1:
+            at = [len(own) * k // count for k in range(count + 1)]
+            return [own[begin:end] for begin, end in pairwise(at)]
+        return list(own.split(size or max(1, len(own))))
 
     def own(self, rows: RowsT) -> RowsT:
         """This process's rows; the first row where it has none, so that it makes the same passes."""
@@ -176,6 +203,16 @@ class Shard:
         """
         mixed = (generator.initial_seed() + 1_000_003 * (update + 1) + 7_919 * (self.rank + 1)) % 2**63
         return torch.Generator(generator.device).manual_seed(mixed)
+
+
+def in_pieces(x: Any) -> bool:
+    """Whether a tensor is one process's piece of a larger one, a ``DTensor`` (whose module takes seconds to import)."""
+    return hasattr(x, "to_local")
+
+
+def local(x: Any) -> Any:
+    """What this process holds of a tensor: all of it, or its piece."""
+    return x.to_local() if in_pieces(x) else x
 
 
 ALONE = Shard()

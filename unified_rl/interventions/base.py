@@ -53,10 +53,12 @@ class Wrapper:
             rows alone, all other hooks the whole batch.
         shares: a class of the user's own says so where it is right then: what it sums up in ``score`` and ``watch`` it
             adds up over ``shard``.
+        reads_weights: it looks at whole weights or their gradients, which are in pieces under ``learner=fsdp``.
     """
 
     shard: Shard = ALONE
     shares = False
+    reads_weights = False
 
     whole_rows = False
     rescores = False

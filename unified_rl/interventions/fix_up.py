@@ -43,6 +43,7 @@ class FixUp(Wrapper):
 
     reports = ("loss/wrapper", "wrapper/beta", "wrapper/fix_up_steps", "wrapper/pulled_back", "wrapper/kl_max")
     rescores = True
+    reads_weights = True
 
     def __init__(
         self,

@@ -219,6 +219,7 @@ class ClipBiasScale(Wrapper):
     """
 
     reports = ("wrapper/gradient_scale",)
+    reads_weights = True
 
     def __init__(self, policy: Trainable, correction: Correction, *, decay: Share = 0.99) -> None:
         super().__init__(policy, correction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -297,7 +297,7 @@ class Objective:
             whole = self._micro_batch(forward, batch, stats, sums)
             return torch.as_tensor(whole, device=batch["mask"].device), sums.values()
         total = torch.zeros((), device=batch["mask"].device)
-        stats = self.prepare(batch, Scored(lambda: self._scored(batch, size), free=False))
+        stats = self.prepare(batch, Scored(lambda: self._scored(batch.split(size)), free=False))
         split = {name: None if s is None else s.split(size) for name, s in stats.items()}
         for index, rows in enumerate(batch.split(size)):
             here = {name: None if s is None else s[index] for name, s in split.items()}
@@ -308,21 +308,26 @@ class Objective:
         """As :meth:`backward`: terms prepare on the whole batch everywhere, and each process passes its own rows."""
         shard, device, sums = self.shard, batch["mask"].device, Sums()
         mine, own = shard.mine(len(batch)), shard.own(batch)
-        rows = mine.stop - mine.start
-        size = min(micro_batch or len(own), len(own))
-        once = self._forward(own) if rows and size == len(own) else None
+        rows, passes = mine.stop - mine.start, shard.passes(len(batch), micro_batch)
+        once = self._forward(own) if (rows or shard.in_step) and passes == 1 else None
 
         def score() -> Tensor:
-            found = self._scored(own, size) if once is None else once.log_prob.detach()
+            parts = shard.parts(own, len(batch), micro_batch)
+            found = self._scored(parts, passes) if once is None else once.log_prob.detach()
             return shard.gather(found, len(batch))
 
         stats = self.prepare(batch, Scored(score, free=False))
-        parts = batch[mine].split(size) if rows else ()  # only now: terms may have written into the batch
-        split = {name: None if s is None else s[mine].split(size) for name, s in stats.items()} if rows else {}
+        cut: Callable[[Any], Any] = lambda x: shard.parts(x[mine], len(batch), micro_batch)  # noqa: E731
+        parts = cut(batch) if rows else []  # only now: terms may have written into the batch
+        split = {name: None if s is None or not rows else cut(s) for name, s in stats.items()}
         total = torch.zeros((), device=device)
         for index, part in enumerate(parts):
             here = {name: None if s is None else s[index] for name, s in split.items()}
             total = total + self._micro_batch(once or self._forward(part), part, here, sums)
+        for _ in range(passes - len(parts) if shard.in_step else 0):
+            here = {name: None if s is None else shard.own(s)[:1] for name, s in stats.items()}
+            others = shard.own(batch)[:1]
+            self._micro_batch(once or self._forward(others), others, here, Sums(), counts=False)
         sums.add({"loss/total": total})
         sums.over(shard, device)
         found = sums.values()
@@ -337,10 +342,16 @@ class Objective:
         return Forward(self.policy, rows, self.score, self.readers, self.generator, self.sampling)
 
     @torch.no_grad()
-    def _scored(self, batch: TensorDict, size: int) -> Tensor:
-        return torch.cat([self.score(rows)[0] for rows in batch.split(size)])
+    def _scored(self, parts: Sequence[TensorDict], passes: int = 0) -> Tensor:
+        """Log-probs of the rows of all parts; a process that has fewer than it makes passes repeats the first."""
+        for _ in range(passes - len(parts) if self.shard.in_step else 0):
+            self.score(parts[0])
+        return torch.cat([self.score(rows)[0] for rows in parts])
 
-    def _micro_batch(self, forward: Forward, rows: TensorDict, stats: dict[str, Any], sums: Sums) -> Tensor | float:
+    def _micro_batch(
+        self, forward: Forward, rows: TensorDict, stats: dict[str, Any], sums: Sums, counts: bool = True
+    ) -> Tensor | float:
+        """Accumulates the gradient; rows that do not count are another's, and passed to keep step with it."""
         loss: Any = None
         for name, term in self.active.items():
             value, found = term.loss(forward, rows, stats[name])
@@ -351,7 +362,7 @@ class Objective:
             loss = value if loss is None else loss + value
         if loss is None:
             return 0.0
-        loss.backward()
+        (loss if counts else 0.0 * loss).backward()
         out: Tensor | float = loss.detach()
         return out
 

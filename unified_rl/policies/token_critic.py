@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ class TokenCritic(TensorDictModuleBase):
             model = trunk.model
         self._trunk: tuple[Any, ...] = () if trunk is None else (model,)  # a shared trunk's weights stay the policy's
         self.model = model if trunk is None else None
+        self.states: Callable[[Tensor], Tensor] | None = None
+        """Gives the last hidden states ``[B, N, d]`` of a shared trunk whose weights are in pieces."""
         width = model.config.get_text_config(decoder=True).hidden_size
         self.head = nn.Linear(width, 1, device=model.device)
         nn.init.zeros_(self.head.weight)  # values start at 0, whatever the trunk
@@ -78,7 +81,10 @@ class TokenCritic(TensorDictModuleBase):
         tokens, real = batch["tokens"], batch["token_mask"]
         used = max(2, int(real.sum(-1).max()))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detach):
-            hidden = trunk_states(self.model if self.model is not None else self._trunk[0], tokens[:, : used - 1])
+            if self.states is not None:
+                hidden = self.states(tokens[:, : used - 1])
+            else:
+                hidden = trunk_states(self.model if self.model is not None else self._trunk[0], tokens[:, : used - 1])
         value = self.head(hidden.float()).squeeze(-1)
         value = nn.functional.pad(value, (1, tokens.shape[1] - used))
         return torch.where(real, value, torch.zeros_like(value))

@@ -393,8 +393,9 @@ class Job:
             if isinstance(self.policy, CausalLM):
                 check_sampling(self.policy.engine, self.engine, None)
             return self._trainer(folder, self.collecting_agent(), None, None, display)
-        rollout, agent, replay = self._collecting(self.policy)
+        rollout, agent, replay = self._collecting(self.ranks.trained(self.policy))
         self._waiting = None
+        self.ranks.place(agent, self.policy)
         return self._trainer(folder, agent, self._feed(rollout), replay, display)
 
     def _feed(self, rollout: Any) -> LocalFeed | TicketFeed:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -20,6 +20,7 @@ from unified_rl.files import MANIFEST, Manifest, flush
 from unified_rl.protocols import Store
 from unified_rl.stopping import say
 from unified_rl.training.state import load_state, save_state
+from unified_rl.training.stored import FOLDER as PIECES
 from unified_rl.untrusted import refuse_links
 
 FORMAT = 3
@@ -45,7 +46,12 @@ def checkpoint_name(step: int) -> str:
 
 
 def write_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], replay: Store | None = None, keep: int = 2
+    folder: Path,
+    step: int,
+    state: dict[str, Any],
+    replay: Store | None = None,
+    keep: int = 2,
+    pieces: Callable[[Path, dict[str, Any]], None] = lambda aside, state: None,
 ) -> Path:
     """Writes one checkpoint atomically and drops the oldest beyond ``keep``.
 
@@ -57,6 +63,7 @@ def write_checkpoint(
         state: nested tensors and plain values.
         replay: stored beside the state.
         keep: how many checkpoints stay.
+        pieces: writes the pieces of the state's tensors that this and other processes hold into the folder.
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are intact.
@@ -65,7 +72,7 @@ def write_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tidy(folder)
-        _write_aside(aside, {"format": FORMAT, **state}, replay)
+        _write_aside(aside, {"format": FORMAT, **state}, replay, pieces)
         _put(aside, target)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -108,8 +115,11 @@ def adopt(path: Path, folder: Path) -> Path:
     return target
 
 
-def _write_aside(aside: Path, state: dict[str, Any], replay: Store | None) -> None:
+def _write_aside(
+    aside: Path, state: dict[str, Any], replay: Store | None, pieces: Callable[[Path, dict[str, Any]], None]
+) -> None:
     aside.mkdir()
+    pieces(aside, state)
     save_state(aside, state)
     if replay is not None:
         replay.dumps(aside / "replay")
@@ -160,12 +170,13 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
-def read_checkpoint(path: Path, replay: bool = True) -> dict[str, Any]:
+def read_checkpoint(path: Path, replay: bool = True, whole: bool = True) -> dict[str, Any]:
     """The state of one checkpoint, checked against its manifest.
 
     Args:
         path: its folder.
         replay: also check the files of its replay.
+        whole: see :func:`~unified_rl.training.state.load_state`.
 
     Raises:
         CheckpointError: missing, or of another format.
@@ -178,8 +189,13 @@ def read_checkpoint(path: Path, replay: bool = True) -> dict[str, Any]:
     for name in STATE_FILES:
         if not (path / name).is_file():
             raise DamageError(f"{path} holds no {name}: it is not a complete checkpoint")
-    Manifest.read(path).check(None if replay else STATE_FILES)
-    state = load_state(path)
+    manifest = Manifest.read(path)
+    pieces = [name for name in manifest.files if name.startswith(f"{PIECES}/")]
+    for file in sorted((path / PIECES).glob("*")):
+        if f"{PIECES}/{file.name}" not in pieces:
+            raise DamageError(f"{file} is not in the checkpoint's {MANIFEST}: it is none of its files")
+    manifest.check(None if replay else (*STATE_FILES, *pieces))
+    state = load_state(path, whole)
     _refuse_other_format(path, state.get("format"))
     return state
 
@@ -234,13 +250,16 @@ def chosen_checkpoint(run: Path, choice: str | int) -> Path:
     raise CheckpointError(f"{run} has no checkpoint {choice}; it holds {held}")
 
 
-def intact_checkpoint(run: Path, choice: str | int | None = None, replay: bool = True) -> tuple[Path, dict[str, Any]]:
+def intact_checkpoint(
+    run: Path, choice: str | int | None = None, replay: bool = True, whole: bool = True
+) -> tuple[Path, dict[str, Any]]:
     """The checkpoint of choice, or the newest one that is intact; says which ones were passed over.
 
     Args:
         run: the run folder.
         choice: the number of updates behind it, its name, its path or ``best``; damage is then an error.
         replay: also check the files of its replay.
+        whole: see :func:`~unified_rl.training.state.load_state`.
 
     Returns:
         Its folder and its state.
@@ -251,12 +270,12 @@ def intact_checkpoint(run: Path, choice: str | int | None = None, replay: bool =
     """
     if choice is not None:
         path = chosen_checkpoint(run, choice)
-        return path, read_checkpoint(path, replay)
+        return path, read_checkpoint(path, replay, whole)
     latest_checkpoint(run)
     damage = _lost(run)
     for path in reversed(checkpoints(run / FOLDER)):
         try:
-            state = read_checkpoint(path, replay)
+            state = read_checkpoint(path, replay, whole)
         except DamageError as error:
             damage.append(str(error))
             continue

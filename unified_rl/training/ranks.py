@@ -14,8 +14,8 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from unified_rl.rollout.control import STEPS
 from unified_rl.rollout.feed import Batch, pack_rows, unpack_rows
 from unified_rl.shard import ALONE, Shard
 from unified_rl.stopping import Interrupted, StopSignal
-from unified_rl.training.learner import check_learner, own_device
+from unified_rl.training.learner import FullyShard, check_learner, own_device
 from unified_rl.training.wire import decode, encode
 
 if TYPE_CHECKING:
@@ -59,10 +59,11 @@ class Ranks:
         parallel: whether it was launched to train with others.
         shard: of the processes that divide the passes.
         command: what a run is gone on with.
+        reads_pieces: every process reads what it holds of a checkpoint by itself.
     """
 
     leads = True
-    parallel = False
+    parallel = reads_pieces = False
     command = "unified-rl train"
     shard: Shard = ALONE
 
@@ -76,6 +77,30 @@ class Ranks:
     def part_of(self, plan: MemoryPlan) -> MemoryPlan:
         """A plan of memory with what is free for this process."""
         return plan
+
+    def trained(self, policy: Any) -> Any:
+        """The policy that an agent gets, for the one that samples."""
+        return policy
+
+    def place(self, agent: Any, policy: Any) -> None:
+        """Puts an agent's weights where they belong; ``policy`` samples."""
+
+    def updating(self) -> AbstractContextManager[None]:
+        """Around an agent's update."""
+        return nullcontext()
+
+    def updated(self, agent: Any) -> None:
+        """Gives the policy that samples the newest weights."""
+
+    def write(self, aside: Path, state: dict[str, Any]) -> None:
+        """Writes into the folder of a checkpoint what processes hold in pieces."""
+
+    def load(self, agent: Any, state: Any, folder: Path) -> None:
+        """Puts an agent where a checkpoint is."""
+        agent.load_state_dict(state)
+
+    def serve(self, error: BaseException | None = None) -> None:
+        """Others than process 0, behind the last update or an error: helps it to save."""
 
     def tell(self, cfg: Mapping[str, Any]) -> None:
         """Gives the others the run's configuration."""
@@ -109,7 +134,8 @@ class ProcessShard(Shard):
         self._lost = lost
 
     @contextmanager
-    def _sending(self) -> Iterator[None]:
+    def sending(self) -> Iterator[None]:
+        """Around a message: where it fails, the error says who is gone."""
         try:
             yield
         except RuntimeError as error:
@@ -119,18 +145,18 @@ class ProcessShard(Shard):
         """As of :class:`Shard`."""
         x = x.contiguous()
         found = [torch.empty_like(x) for _ in range(self.world)]
-        with self._sending():
+        with self.sending():
             dist.all_gather(found, x)
         return found
 
     def all_reduce(self, x: Tensor) -> None:
         """As of :class:`Shard`."""
-        with self._sending():
+        with self.sending():
             dist.all_reduce(x)
 
     def broadcast(self, x: Tensor) -> None:
         """Replaces ``x`` by that of process 0."""
-        with self._sending():
+        with self.sending():
             dist.broadcast(x, 0)
 
 
@@ -146,6 +172,7 @@ class Launched(Ranks):
     """
 
     parallel = True
+    shard_class: type[ProcessShard] = ProcessShard
 
     def __init__(self, timeout: float, device: str) -> None:
         found = launched()
@@ -162,8 +189,14 @@ class Launched(Ranks):
             dist.init_process_group(backend, store=dist.PrefixStore("group", self.store), **given)
         except (RuntimeError, ValueError) as error:
             told = " ".join(str(error).split())[:200]
+            if "EADDRINUSE" in told or "already in use" in told:
+                port = os.environ.get("MASTER_PORT", "")
+                raise PeerError(
+                    f"port {port} of this machine is in use, and process 0 of this run needs it for the others to find "
+                    "it: set MASTER_PORT (torchrun --master-port) to a free one; unified-rl launch looks for one itself"
+                ) from error
             raise PeerError(f"the {world} processes of this run could not find one another: {told}") from error
-        self.shard: ProcessShard = ProcessShard(rank, world, self._reason)
+        self.shard: ProcessShard = self.shard_class(rank, world, self.lost)
         self._turn = 0
         if not self.leads:
             warnings.simplefilter("ignore")  # process 0 shows the same ones
@@ -224,7 +257,7 @@ class Launched(Ranks):
             time.sleep(pause)
             pause = min(1.2 * pause, 0.02)
 
-    def _reason(self, error: Exception) -> BaseException:
+    def lost(self, error: Exception) -> BaseException:
         """Why a message failed."""
         until = time.monotonic() + REASON
         while time.monotonic() < until:
@@ -250,22 +283,45 @@ class Launched(Ranks):
             error.add_note(str(told["traceback"]))
         return error
 
-    def _announced(self) -> bool:
-        """Process 0 says that it is about to send, and the others wait for that; False where the run is over."""
+    def announced(self) -> bool:
+        """Process 0 says that it is about to send, and the others wait for that; False where the run is over.
+
+        Until then they do what it asks for.
+        """
+        if self.leads:
+            self._say("")
+            return True
+        while True:
+            self._turn += 1
+            key = f"turn/{self._turn}"
+            if not self._wait(key):
+                return False
+            told = self.store.get(key).decode()
+            if not told:
+                return True
+            if not self.heard(told):
+                return True
+
+    def ask(self, job: Mapping[str, Any]) -> None:
+        """Process 0 lets the others do something in place of the message that it would send next."""
+        self._say(json.dumps(job))
+
+    def heard(self, told: str) -> bool:
+        """Does what :meth:`ask` says, and ends in a message, so that all have heard; False where nothing follows."""
+        raise PeerError(f"process 0 of this run asks for what learner=data_parallel does not do: {told[:80]}")
+
+    def _say(self, what: str) -> None:
         self._turn += 1
         key = f"turn/{self._turn}"
-        if not self.leads:
-            return self._wait(key)
         told = self._over()
         if told is not None:
             raise self._ended(told)
         try:
-            self.store.set(key, "")
+            self.store.set(key, what)
             if self._turn > 2:
                 self.store.delete_key(f"turn/{self._turn - 2}")
         except RuntimeError as error:
-            raise self._reason(error) from error
-        return True
+            raise self.lost(error) from error
 
     def _sent(self, value: Any) -> Any:
         """What process 0 sends, everywhere; others give None."""
@@ -309,12 +365,12 @@ class Launched(Ranks):
 
     def tell(self, cfg: Mapping[str, Any]) -> None:
         """Gives the others the run's configuration."""
-        self._announced()
+        self.announced()
         self._sent(dict(cfg))
 
     def told(self) -> dict[str, Any] | None:
         """The run's configuration; None where process 0 has nothing to do."""
-        return dict(self._sent(None)) if self._announced() else None
+        return dict(self._sent(None)) if self.announced() else None
 
     def start(self, trainer: Trainer, checkpoint: Path | None) -> None:
         """Gives the others the agent's state and the counters; rows they read from the checkpoint themselves."""
@@ -323,25 +379,39 @@ class Launched(Ranks):
             rows = str(checkpoint / "replay")
         keys = ("updates", "_steps", "planned", "stopped")
         state: dict[str, Any] = {key: getattr(trainer, key) for key in keys} if self.leads else {}
-        if not self._announced():
+        if not self.announced():
             raise PeerError("process 0 of this run ended before it began")
-        found = self._sent({"agent": trainer.agent.state_dict(), "rows": rows, **state} if self.leads else None)
+        found = self._sent({"agent": self.state_for(trainer.agent), "rows": rows, **state} if self.leads else None)
         if self.leads:
             for rank in range(1, self.shard.world):
                 self._wait(f"{READY}/{rank}")
+            self.updated(trainer.agent)
             return
-        trainer.agent.load_state_dict(found["agent"])
+        self.take_over(trainer.agent, found["agent"])
         if found["rows"] is not None:
             assert trainer.replay is not None
             trainer.replay.loads(Path(found["rows"]))
         for key in keys:
             setattr(trainer, key, found[key])
         self.store.set(f"{READY}/{self.shard.rank}", "")
+        self.updated(trainer.agent)
+
+    def state_for(self, agent: Any) -> Any:
+        """The agent's state as the others take it over."""
+        return agent.state_dict()
+
+    def take_over(self, agent: Any, state: Any) -> None:
+        """Takes over process 0's state."""
+        agent.load_state_dict(state)
+
+    def digest(self, agent: Any) -> int:
+        """Of what all processes hold alike at the end of an update."""
+        return digest(agent.weights())
 
     def taken(self, take: Callable[[], Batch]) -> Batch:
         """The batch that process 0 takes, everywhere; metrics of the collection are its own."""
         batch = take() if self.leads else None
-        self._announced()
+        self.announced()
         if batch is None:
             found = self._sent(None)
             return unpack_rows(found["rows"]), found["metrics"]
@@ -357,9 +427,14 @@ class Launched(Ranks):
             Interrupted: a signal came, to whichever process.
             PeerError: another process ended.
         """
-        if not self._announced():
+        if not self.announced():
             raise PeerError("process 0 of this run ended before the others")
-        mine = [stop.number if stop.requested else 0, bool(trainer.stopped), trainer.updates, digest(trainer.agent)]
+        mine = [
+            stop.number if stop.requested else 0,
+            bool(trainer.stopped),
+            trainer.updates,
+            self.digest(trainer.agent),
+        ]
         found = torch.stack(self.shard.all_gather(torch.tensor(mine, dtype=torch.int64)))
         if int(found[:, 0].amax()):
             raise Interrupted(int(found[:, 0].amax()))
@@ -369,15 +444,15 @@ class Launched(Ranks):
             trainer.stop("process 0 ends the run")
         if bool((found[:, 3] != found[0, 3]).any()):
             # rounding differs with how memory is aligned, and a callback may have changed weights: process 0's stand
-            state = self._sent(trainer.agent.state_dict() if self.leads else None)
+            state = self._sent(self.state_for(trainer.agent) if self.leads else None)
             if not self.leads:
-                trainer.agent.load_state_dict(state)
+                self.take_over(trainer.agent, state)
 
 
-def digest(agent: Any) -> int:
-    """The sum of the bits of an agent's weights and buffers, as whole numbers; equal ones have the same."""
+def digest(tensors: Iterable[Tensor]) -> int:
+    """The sum of the bits of tensors, as whole numbers; equal ones have the same."""
     total = torch.zeros((), dtype=torch.int64)
-    for x in agent.weights():
+    for x in tensors:
         flat = x.detach().contiguous().reshape(-1)
         bits = {4: torch.int32, 8: torch.int64, 2: torch.int16}.get(flat.element_size(), torch.uint8)
         total = total + flat.view(bits).sum(dtype=torch.int64).cpu()
@@ -401,7 +476,12 @@ def ranks_of(cfg: Mapping[str, Any], allow: Sequence[str] = ()) -> Iterator[Rank
         yield Ranks()
         return
     learner = build(cfg["learner"], allow=allow, setting="learner")
-    found = Launched(learner.timeout, str(cfg.get("device", "cpu")))
+    kind: type[Launched] = Launched
+    if isinstance(learner, FullyShard):
+        from unified_rl.training.fully_sharded import FullySharded  # what it builds on takes seconds to import
+
+        kind = FullySharded
+    found = kind(learner.timeout, str(cfg.get("device", "cpu")))
     try:
         yield found
     except BaseException as error:

@@ -18,6 +18,7 @@ from unified_rl.protocols import Agent, Collects, Rollout, ShowsRows, Store, Tel
 from unified_rl.rollout.control import STEPS
 from unified_rl.rollout.conversation import Told
 from unified_rl.rollout.feed import Feed, LocalFeed
+from unified_rl.shard import local
 from unified_rl.spaces import Space
 from unified_rl.stopping import Interrupted, StopSignal, say, stopping
 from unified_rl.training.best import BEST, Watch, drop_best, has_best
@@ -174,6 +175,7 @@ class Trainer:
             self._tell_inexact()
         if self.watch.best is not None and self.watch.best.value is None:
             say(f"keep_best={self.watch.best.metric} was in no logged row: there is no best checkpoint")
+        self.ranks.serve()
         self.callbacks("on_run_end", self)
 
     def stop(self, reason: str = "a stop was asked for") -> None:
@@ -196,8 +198,9 @@ class Trainer:
         # counted before it runs: rows that met a NaN are spent, and a resumed run goes on behind them
         self.updates += 1
         due = self.samples is not None and self._crossed(self.settings.samples_every)
-        with self._watching(due) as trained:
+        with self._watching(due) as trained, self.ranks.updating():
             metrics = self.agent.update(self.replay, (self.updates - 1) / self.planned)
+        self.ranks.updated(self.agent)
         self.means.add(metrics)
         self._clean = True
         if due:
@@ -350,8 +353,14 @@ class Trainer:
 
     # ------------------------------------------------------------------ how it ends
 
+    def save_if_new(self) -> None:
+        """Writes a checkpoint where none is of the last update."""
+        if self._saved != self.updates:
+            self.save()
+
     def _rescue(self, error: BaseException) -> None:
         """Saves the last whole update, and lets the error say which checkpoint there is."""
+        self.ranks.serve(error)
         if isinstance(error, NonFiniteError):
             # the update is spent; weights that are lost are kept only where there is nothing else to look at
             self._clean = self._saved < 0 or _finite(self.agent)
@@ -451,7 +460,9 @@ class Trainer:
         if self._clock is not None:
             self.elapsed = time.monotonic() - self._clock
         with self.present.writes():
-            return write_checkpoint(self.folder / place, self.updates, self.state_dict(), replay, keep)
+            return write_checkpoint(
+                self.folder / place, self.updates, self.state_dict(), replay, keep, pieces=self.ranks.write
+            )
 
     def _keep_for_extension(self) -> None:
         """Keeps the last state that a longer run passes through too.
@@ -510,7 +521,7 @@ class Trainer:
                 policy_state(state, folder)
             if self.feed is not None:
                 self.feed.load_state_dict(state["feed"], restart)
-            self.agent.load_state_dict(state["agent"])
+            self.ranks.load(self.agent, state["agent"], folder)
             if self.replay is not None and state["has_replay"]:
                 self.replay.loads(folder / "replay")
             self.updates, self.elapsed = int(state["updates"]), float(state["elapsed"])
@@ -545,7 +556,7 @@ def _finite(agent: Agent) -> bool:
     """Whether the policy's weights are worth keeping."""
     state = agent.state_dict()
     weights = [w for part in ("policy", "critic") for w in (state.get(part) or {}).values() if isinstance(w, Tensor)]
-    return all(bool(w.isfinite().all()) for w in weights if w.is_floating_point())
+    return all(bool(local(w).isfinite().all()) for w in weights if w.is_floating_point())
 
 
 def _per_update(agent: Agent, feed: Feed | None) -> int:

@@ -101,15 +101,30 @@ def _follow(ranks: Launched, allow: Sequence[str]) -> Path:
     with raising():
         cfg = ranks.told()
         if cfg is not None:
-            job = Job(ranks.own(cfg), allow)
-            job.ranks = ranks
-            trainer = job.make_trainer(None)
+            job, trainer = _built_alike(cfg, ranks, allow)
             ranks.start(trainer, None)
             try:
                 trainer.run()
             finally:
                 job.close()
     return Path(os.devnull)
+
+
+def _built_alike(cfg: dict[str, Any], ranks: Launched, allow: Sequence[str]) -> tuple[Job, Trainer]:
+    """The parts of a run that process 0 has built already.
+
+    Raises:
+        PeerError: this process cannot build them; says why that may be.
+    """
+    try:
+        job = Job(ranks.own(cfg), allow)
+        job.ranks = ranks
+        return job, job.make_trainer(None)
+    except (CheckpointError, ConfigError, DataError) as error:
+        raise type(error)(
+            f"{error}. Process 0 builds the same run without this error: every process reads models and data itself, "
+            "so they must lie under one path on every machine, best on a disk that all share"
+        ) from error
 
 
 def _train_new(
@@ -131,7 +146,7 @@ def _train_new(
             return folder
         else:
             check_run(folder)
-        found = _start(folder)
+        found = _start(folder, whole=not ranks.reads_pieces)
         options: dict[str, Any] = {"fresh": not begun, "callbacks": callbacks, "warmed": warmed}
         _train_in(folder, cfg, allow, progress, stop, found, ranks=ranks, **options)
     return folder
@@ -179,6 +194,7 @@ def resume(
     progress: bool | None = None,
     resume_env: str | None = None,
     callbacks: Sequence[Any] = (),
+    learner: str | None = None,
 ) -> Path:
     """Continues a run from its newest intact checkpoint, or from the chosen one, to another budget if given.
 
@@ -195,6 +211,7 @@ def resume(
         resume_env: ``exact`` puts the environment back to where it was, or refuses; ``restart`` begins new episodes;
             by default the first where it is possible, else the second, and says so.
         callbacks: objects, as when the run began: they are no part of its configuration.
+        learner: of several processes, ``data_parallel`` or ``fsdp``; by default the run's own.
 
     Raises:
         RestoreError: the environment cannot be put back, and ``resume_env`` is ``exact``.
@@ -205,13 +222,13 @@ def resume(
         raise ConfigError(f"resume_env={resume_env} must be one of {', '.join(RESUME_ENV)}")
     folder = Path(run)
     cfg = _with_budget(read_config(folder), {"steps": steps, "epochs": epochs, "updates": updates})
-    cfg = as_launched(cfg)  # a run goes on in as many processes as there are
+    cfg = as_launched(cfg, learner)  # a run goes on in as many processes as there are
     with ranks_of(cfg, allow) as ranks:
         if isinstance(ranks, Launched) and not ranks.leads:
             return _follow(ranks, allow)
         with raising() as stop, lock_run(folder):
             check_run(folder)
-            found = _start(folder, checkpoint)
+            found = _start(folder, checkpoint, whole=not ranks.reads_pieces)
             _train_in(folder, cfg, allow, progress, stop, found, resume_env, callbacks=callbacks, ranks=ranks)
     return folder
 
@@ -246,11 +263,11 @@ def has_begun(folder: Path) -> bool:
     return any(row.get("update", 0) > 0 for row in read_metrics(folder / RECORD))
 
 
-def _start(folder: Path, choice: str | int | None = None) -> Found | None:
+def _start(folder: Path, choice: str | int | None = None, whole: bool = True) -> Found | None:
     """The checkpoint that a run goes on from, or None where it has not written any."""
     if choice is None and not checkpoints(folder / FOLDER) and not wrote_checkpoint(folder):
         return None
-    path, state = intact_checkpoint(folder, choice)
+    path, state = intact_checkpoint(folder, choice, whole=whole)
     if path.parent.resolve() == (folder / BEST).resolve():
         path = adopt(path, folder / FOLDER)
     if path.resolve() not in [own.resolve() for own in checkpoints(folder / FOLDER)]:
