@@ -25,7 +25,9 @@ NEEDED = {
 }  # fmt: skip
 OFFLINE = ("iql", "td3_bc", "rlpd")
 """Value-based recipes, which have a test file of their own."""
-NAMES = [name for name in recipes.recipe_names() if name not in OFFLINE]
+ASYNCHRONOUS = ("areal", "echo_pull", "echo_push", "llama_rl", "periodic_asynchrony", "pipeline_rl")
+"""Recipes whose workers are Ray's, likewise."""
+NAMES = [name for name in recipes.recipe_names() if name not in (*OFFLINE, *ASYNCHRONOUS)]
 BINS = ("policy=autoregressive", "policy.bins=5", "policy.hidden=[8]", "rollout.num_envs=4", "rollout.horizon=8")
 SMALL = {  # what makes the run of a recipe small, or lets two updates tell something
     "chord": ["rollout.sources.demonstrations.rows=6"],

@@ -176,7 +176,8 @@ _HEAD = [
 _LIMITS = [
     "## Where each is another method",
     "",
-    "Each pair of lines is trained by `tests/test_recipes.py`: after two updates both have the same weights.",
+    "Each pair of lines is trained by `tests/test_recipes.py`, with workers by `tests/test_recipes_asynchronous.py`:",
+    "after two updates, or three, both have the same weights.",
 ]
 
 
