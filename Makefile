@@ -46,7 +46,7 @@ robotics:
 scale:
 	$(PYTHON) -m venv --clear $(SCALE_VENV)
 	$(SCALE_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray]' pytest hypothesis
-	UNIFIED_RL_SCALE=1 $(SCALE_VENV)/bin/python -m pytest -rA -p no:cacheprovider tests/test_ray.py
+	UNIFIED_RL_SCALE=1 $(SCALE_VENV)/bin/python -m pytest -rA -p no:cacheprovider tests/test_ray.py tests/test_ray_nodes.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no virtual environment: on Debian, apt-get install python3-venv"; exit 1; }
