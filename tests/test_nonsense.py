@@ -75,7 +75,8 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.wrapper.p_min correction.wrapper.steps env.data_seed env.direct_share "
      "env.gamma env.held_out env.partial_credit env.seed env.spare_turns env.turn_cost policy.logit_chunk policy.seed "
      "policy.top_k replay.discount replay.sampler.beta replay.sampler.beta_draws replay.sampler.max_lag replay.seed "
-     "replay.share rollout.beginning.of rollout.beginning.share rollout.curriculum.score.target "
+     "replay.share correction.advantage.blend correction.advantage.ddof "
+     "rollout.beginning.of rollout.beginning.share rollout.curriculum.score.target "
      "rollout.curriculum.tracker.fresh rollout.curriculum.tracker.rest "
      "rollout.random_steps rollout.sources.demonstrations.per_group "
      "rollout.sources.demonstrations.rows rollout.sources.experience.share rollout.sources.experience.start "
@@ -127,7 +128,8 @@ MEANT: list[tuple[str, str, str]] = [
      "policy.path replay.path replay.trim_key rollout.beginning.style rollout.context.style rollout.data "
      "rollout.privileged rollout.sources.demonstrations.style rollout.style warm_start.run"),
     ("[]", "a list may be empty",
-     "agent.filters agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
+     "agent.filters rollout.columns.stratum "
+     "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),
     ("[] {}", "every row", "agent.objectives.distill.rows agent.objectives.policy.rows agent.objectives.prefer.rows "

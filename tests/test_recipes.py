@@ -160,6 +160,15 @@ def test_hints_are_given_to_the_prompts_that_nobody_solves_alone(runs: dict[tupl
     assert cached(*of("ghpo", runs, ["recipe=ghpo"], limit.when)).metrics["rollout/hinted"] == 0.0
 
 
+def test_strata_of_another_number_change_the_update(runs: dict[tuple[str, ...], str]) -> None:
+    """Every answer of the small task has one turn; how long it is tells them apart."""
+    stratified, whole = (
+        cached(*of("x", runs, ["recipe=stratified_grpo", "rollout.columns.stratum=length", *more]))
+        for more in ([], ["correction.advantage.blend=0.0"])
+    )
+    assert moved(stratified, whole) > 1e-5
+
+
 def test_the_advantages_of_negative_reinforcement_are_those_of_the_paper() -> None:
     from tensordict import TensorDict
 
