@@ -32,7 +32,7 @@ NOT_RUN = {
     r"^lab": "two minutes and more (test_lab_run runs parts of it)",
     r"^train --config-dir mine --allow hallway": "its environment is a name for one of the reader's own",
     r"^train --config-dir my_configs --allow mine env=\.\.\.": "its dots stand for the reader's own choice",
-    r"engine=ray": "needs Ray, which takes seconds to start (test_ray runs small ones)",
+    r"engine=ray|recipe=pipeline_rl": "needs Ray, which takes seconds to start (test_ray runs small ones)",
     r"agent=sb3_sac": "Stable-Baselines3's first hundred steps take seconds (test_sb3 runs small ones)",
 }
 """Commands that no test runs as they stand, and why; they are parsed, and composed where they hold no placeholder."""
