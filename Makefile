@@ -1,9 +1,11 @@
-# make install | quickstart | test | lint | bench | robotics | scale | clean
+# make install | quickstart | test | thorough | lint | bench | robotics | scale | clean
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 TESTS ?= tests
+# Of all tests, without those that take minutes; of files that are named, every one.
+SHORT := $(if $(filter tests,$(TESTS)),-m "not thorough")
 INPUTS := pyproject.toml setup.py constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 BENCHMARKS := $(filter-out gpu table scale learner endurance memory_plan prompt_files study_many bf16,$(basename $(notdir $(wildcard benchmarks/[a-z]*.py))))
@@ -16,7 +18,7 @@ SCALE_VENV ?= build/scale
 export OMP_WAIT_POLICY ?= PASSIVE
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install quickstart test lint bench robotics scale clean
+.PHONY: install quickstart test thorough lint bench robotics scale clean
 
 install: $(VENV)/.installed-dev
 
@@ -24,7 +26,10 @@ quickstart: $(VENV)/.installed
 	$(BIN)/unified-rl compare study=quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(SHORT) $(TESTS)
+
+thorough: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal -m thorough $(TESTS)
 
 lint: $(VENV)/.installed-dev build/typed
 	$(BIN)/ruff check .

@@ -404,12 +404,15 @@ class Anchors(Mapping[str, Provider]):
             return self._by_version(self.versions, record, version)
         if self.average is not None:
             return self.chunked(self.average.module, record)
-        known = "source" not in record.keys() or not bool(EXPERT_ROWS.of_record(record).any())
-        known = known and not (isinstance(self.policy, SampledApart) and self.policy.sampled_apart)
-        if self.placeholder or (known and not bool((record["policy_version"] != version).any())):
-            out: Tensor = record["behavior_log_prob"].clone()
-            return out
-        return self.chunked(self.policy, record) if scored is None else scored
+        itself = not (isinstance(self.policy, SampledApart) and self.policy.sampled_apart)
+        if not (self.placeholder or (itself and not bool((record["policy_version"] != version).any()))):
+            return self.chunked(self.policy, record) if scored is None else scored
+        out: Tensor = record["behavior_log_prob"].clone()
+        if not self.placeholder and "source" in record.keys():  # what experts wrote has no log-prob of theirs
+            rows = EXPERT_ROWS.numbers(record)
+            if len(rows):
+                out[rows] = self.chunked(self.policy, record[rows]) if scored is None else scored[rows]
+        return out
 
     def _by_version(self, versions: Versions[Trainable], record: TensorDict, version: int) -> Tensor:
         """Each unit's log-prob under the weights that sampled it; of units that no version sampled, the present."""

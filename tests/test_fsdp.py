@@ -48,7 +48,7 @@ from unified_rl.training.run import Job
 from unified_rl.training.state import load_state, save_state
 
 LAYERS = [word.replace("num_hidden_layers=1", "num_hidden_layers=2") for word in DOMAINS["language"]]
-REFUSED = ("fixpo", "s_ppo", "st_ppo")
+REFUSED = ("fixpo", "s_ppo", "st_ppo", "decoupled_snapshot")
 
 
 @pytest.fixture(scope="module")
@@ -336,6 +336,7 @@ def test_a_signal_for_one_process_ends_all_behind_one_checkpoint_in_pieces(tmp_p
 
 REFUSALS = {
     "correction fixpo reads whole weights .* set learner=data_parallel": ["correction=fixpo"],
+    "correction decoupled_snapshot keeps whole weights .* set learner=data_parallel": ["correction=decoupled_snapshot"],
     "correction s_ppo reads whole weights .* set learner=data_parallel": ["correction=s_ppo"],
     "agent.optimizer=adafactor looks at whole matrices.* use adamw": ["agent.optimizer=adafactor"],
     "agent.compile .* learner=data_parallel": ["agent.compile=true"],

@@ -16,6 +16,8 @@ from faults.kill import Plan, Reference, Trial, trial, undisturbed, write
 from faults.points import Points, failing
 from faults.scenarios import Scenario, differences
 
+pytestmark = pytest.mark.thorough
+
 SHORT = ("language_stale3", "gymnasium_sac", "replay")
 
 

@@ -11,6 +11,8 @@ import pytest
 from unified_rl.config import compose
 from unified_rl.training.run import train
 
+pytestmark = pytest.mark.thorough
+
 COMMON = ["progress=false", "checkpoint_every=0", "eval_every=0"]
 REASONER = [
     "env=chain_mod",

@@ -18,6 +18,8 @@ from unified_rl.training.run import Job
 from unified_rl.training.trainer import Trainer
 from unified_rl.units import record_from_steps
 
+pytestmark = pytest.mark.thorough
+
 SMALL = ["progress=false", "agent.lr=0.0", "rollout.num_envs=4", "rollout.horizon=16", "agent.epochs=2"]
 IMITATED = ["warm_start=demonstrations", "warm_start.stages=[{updates: 20, lr: 3.0e-3}]", "warm_start.dataset=512"]
 CLASSES = ("gaussian", "tanh_gaussian", "flow", "diffusion", "autoregressive")

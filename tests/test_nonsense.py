@@ -17,6 +17,8 @@ from unified_rl.config import _check_config, compose, group_options, resolve_def
 from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.training.run import Job
 
+pytestmark = pytest.mark.thorough
+
 LONG = "x" * 5000
 VALUES: dict[str, Any] = {
     "-1": -1, "0": 0, "1e30": 1e30, "nan": math.nan, "inf": math.inf, "-inf": -math.inf, "true": True, "abc": "abc",

@@ -13,6 +13,8 @@ from run_cases import remembered
 
 from unified_rl.config import group_options
 
+pytestmark = pytest.mark.thorough
+
 CHUNKS = 8
 
 

@@ -15,7 +15,7 @@ from unified_rl.config import compose
 from unified_rl.envs.language import ChainMod
 from unified_rl.errors import ConfigError, DataError
 from unified_rl.objectives.coefficients import coefficient
-from unified_rl.objectives.divergence import jsd
+from unified_rl.objectives.kinds import jsd
 from unified_rl.objectives.rows import Rows
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.rollout import LanguageRollout

@@ -51,6 +51,8 @@ from unified_rl.returns.record import NAMED, PLAIN
 from unified_rl.returns.trackers import TRACKERS
 from unified_rl.training.settings import TrainSettings
 
+pytestmark = pytest.mark.thorough
+
 try:
     from unified_rl.correction.kernels import KERNELS  # type: ignore[attr-defined]
 except ImportError:

@@ -54,6 +54,8 @@ TEACHERS = {"gkd", "kdrl", "exopd", "vla_opd", "dgrpo", "vold_text", "opd", "opd
             "offline_kd", "paced", "rlad"}  # fmt: skip
 NARROW = ["agent.objectives.prefer.low=-1.0e-4", "agent.objectives.prefer.high=1.0e-4"]
 APART = {"safe": ["agent.anchors.reference.folder=RUN"], "tr_dpo": ["agent.anchors.reference.ema=0.5"],
+         "otr": ["agent.objectives.imitate.coefficient=1.0e-5"],  # Adam's steps hardly see a factor near 1
+         "stratified_grpo": ["rollout.columns.stratum=length"],  # answers of one turn are one stratum
          "humanline_dpo": NARROW, "humanline_kto": NARROW}  # fmt: skip
 """Recipes that do nothing until the policy has left its reference, which two updates hardly do."""
 RECORDED = {
@@ -83,7 +85,9 @@ def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -
     """Overrides of a run in the small setting of a recipe; a group size that a recipe has of its own is kept."""
     task = TASKS.get(name, LANGUAGE)
     words = [word.replace("=RUN", f"={runs.get(task, '')}") for part in overrides for word in part]
-    words = [word.replace("=FOLDER", f"={runs[ROWS]}").replace(" FOLDER", f" {runs[ROWS]}") for word in words]
+    words = [
+        word.replace("=FOLDER", f"={runs.get(ROWS, '')}").replace(" FOLDER", f" {runs.get(ROWS, '')}") for word in words
+    ]
     words = [word.replace("rows: 64", "rows: 8").replace("rows=64", "rows=8") for word in merged(task, words)]
     chosen = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "none")
     content = yaml.safe_load((config_root() / "recipe" / f"{chosen}.yaml").read_text()) or {}

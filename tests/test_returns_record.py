@@ -124,6 +124,7 @@ def test_every_setting_that_the_page_shows_works(source: Path) -> None:
     assert len(lines) > 8
     extra = {
         "greedy_reward": torch.ones(6),
+        "expected": torch.full((6,), 0.25),
         "scores": torch.rand(6, 2, generator=torch.Generator().manual_seed(0)),
         "tool_calls": torch.tensor([0, 0, 1, 1, 1, 1]),
     }

@@ -107,6 +107,8 @@ def agent_of(policy: Any, rows: TensorDict, preset: str, **options: Any) -> Poli
         **options,
     }  # Adam divides small gradients by themselves, rounding and all
     agent = PolicyGradient(copy.deepcopy(policy), made, torch.Generator().manual_seed(0), count, length, **options)
+    agent.keep_versions(1)
+    agent.anchors.begin(0)  # the weights of the rows' version, for the preset that keeps them
     agent.version = 1
     return agent
 

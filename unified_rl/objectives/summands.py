@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
-from unified_rl.objectives.coefficients import Controller, coefficient
+from unified_rl.objectives.coefficients import Observed, coefficient
 from unified_rl.objectives.transitions import Transitions
 from unified_rl.protocols import Stateful
 
@@ -65,7 +65,7 @@ class Summands:
     def observe(self, metrics: Mapping[str, Any]) -> None:
         """Tells controllers what an update measured."""
         for schedule in self.schedules.values():
-            if isinstance(schedule, Controller):
+            if isinstance(schedule, Observed):
                 schedule.observe(metrics)
 
     def state_dict(self) -> dict[str, Any]:

@@ -78,6 +78,11 @@ class FullySharded(Launched):
                 f"correction {wrapper.correction.name} reads whole weights or their gradients, and learner=fsdp holds "
                 "pieces of them: set learner=data_parallel, or another correction"
             )
+        if getattr(getattr(agent, "anchors", None), "versions", None) is not None:
+            raise ConfigError(
+                f"correction {agent.correction.name} keeps whole weights of several versions, and learner=fsdp holds "
+                "pieces of them: set learner=data_parallel, or correction=decoupled_ppo, which keeps none"
+            )
         if getattr(agent, "compiled", False):
             raise ConfigError(
                 "agent.compile and agent.cuda_graph take a pass as one piece, and learner=fsdp gathers weights inside "
