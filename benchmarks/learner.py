@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=12, help="of a run")
+    parser.add_argument("--cases", nargs="+", default=[""], help="beginnings of the names of those to run")
     parser.add_argument("--small", action="store_true", help="sizes of seconds, to try the benchmark itself")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)
@@ -205,6 +206,8 @@ def main() -> None:
         return
     table = []
     for case, words in (SMALL if args.small else CASES).items():
+        if not case.startswith(tuple(args.cases)):
+            continue
         if args.learner == "fsdp" and "policy=causal_lm_tiny" not in words:
             continue  # of language models
         for line in compared(case, words, args.processes, args.rounds, args.updates, args.learner):

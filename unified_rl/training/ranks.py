@@ -45,6 +45,8 @@ READY, BYE = "ready", "bye"
 """Begin the words of a process that stands where process 0 is, and of one that ends."""
 JOINING = 600.0
 """Seconds in which all processes must have begun: imports on a busy machine take their time."""
+GLANCE = 0.2
+"""Seconds between two looks whether the run is over, of a process that waits for another's word."""
 REASON = 3.0
 """Seconds that a process which lost another looks for the reason."""
 ORPHANED = (1.0, 30.0, 120.0)
@@ -242,11 +244,12 @@ class Launched(Ranks):
 
     def _wait(self, key: str) -> bool:
         """Waits until a key is there; False where the run is over instead, and nothing was wrong."""
-        pause = 0.0005
         while True:
             try:
-                if self.store.check([key]):
-                    return True
+                self.store.wait([key], timedelta(seconds=GLANCE))
+                return True
+            except dist.DistStoreError:  # not there yet
+                pass
             except RuntimeError as error:
                 raise PeerError("process 0 of this run is gone") from error
             told = self._over()
@@ -254,8 +257,6 @@ class Launched(Ranks):
                 if told["error"] is None:
                     return False
                 raise self._ended(told)
-            time.sleep(pause)
-            pause = min(1.2 * pause, 0.02)
 
     def lost(self, error: Exception) -> BaseException:
         """Why a message failed."""
