@@ -43,4 +43,7 @@ def test_seconds_of_learners_and_their_formula(source: Path) -> None:
     for row in rows_of(source / "docs/results/benchmarks/learner.csv"):
         told = cells(page, f"{row['case']} | {row['processes']} ")
         assert told[1:] == [row["ms_one"], row["ms_several"], row["ms_formula"], f"{float(row['times_as_fast']):.2f}"]
+        if row["processes"] == "2":  # as many as there were cores
+            off = float(row["ms_several"]) / float(row["ms_formula"]) - 1
+            assert abs(off) < 1 / 12, "the page says how well the formula holds"
     assert re.search(r"benchmarks/learner\.py --rounds \d+ --updates \d+", page)
