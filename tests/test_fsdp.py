@@ -336,7 +336,9 @@ def test_a_signal_for_one_process_ends_all_behind_one_checkpoint_in_pieces(tmp_p
 
 REFUSALS = {
     "correction fixpo reads whole weights .* set learner=data_parallel": ["correction=fixpo"],
-    "correction decoupled_snapshot keeps whole weights .* set learner=data_parallel": ["correction=decoupled_snapshot"],
+    "correction.proximal.provider=versions keeps whole weights .* set learner=data_parallel": [
+        "correction=decoupled_snapshot"
+    ],
     "correction s_ppo reads whole weights .* set learner=data_parallel": ["correction=s_ppo"],
     "agent.optimizer=adafactor looks at whole matrices.* use adamw": ["agent.optimizer=adafactor"],
     "agent.compile .* learner=data_parallel": ["agent.compile=true"],

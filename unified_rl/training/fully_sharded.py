@@ -80,7 +80,7 @@ class FullySharded(Launched):
             )
         if getattr(getattr(agent, "anchors", None), "versions", None) is not None:
             raise ConfigError(
-                f"correction {agent.correction.name} keeps whole weights of several versions, and learner=fsdp holds "
+                "correction.proximal.provider=versions keeps whole weights of several versions, and learner=fsdp holds "
                 "pieces of them: set learner=data_parallel, or correction=decoupled_ppo, which keeps none"
             )
         if getattr(agent, "compiled", False):
