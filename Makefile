@@ -50,7 +50,7 @@ robotics:
 
 scale:
 	$(PYTHON) -m venv --clear $(SCALE_VENV)
-	$(SCALE_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray]' pytest hypothesis
+	$(SCALE_VENV)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[ray,lora]' pytest hypothesis
 	UNIFIED_RL_SCALE=1 $(SCALE_VENV)/bin/python -m pytest -rA -p no:cacheprovider tests/test_ray.py tests/test_ray_launch.py tests/test_ray_nodes.py tests/test_fsdp.py
 
 $(BIN)/python:

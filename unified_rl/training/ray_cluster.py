@@ -118,8 +118,12 @@ class RayCluster:
         options = {"num_cpus": engine.num_cpus, "num_gpus": engine.num_gpus, "max_restarts": 0, "max_task_retries": 0}
         if not engine.in_flight:
             return self._ray.remote(**options, runtime_env=environment)(Collector).remote()
+
         # beside a collection, in a thread of its own; without, everything is done in the actor's main thread
-        aside = self._ray.method(concurrency_group="weights")(Collector.swap)
+        def swap(self: Collector, version: int, flat: Flat) -> None:  # Ray marks the function itself
+            Collector.swap(self, version, flat)
+
+        aside = self._ray.method(concurrency_group="weights")(swap)
         kind = type("SwappingCollector", (Collector,), {"swap": aside, "__module__": Collector.__module__})
         groups = {"weights": 1}
         return self._ray.remote(**options, runtime_env=environment, concurrency_groups=groups)(kind).remote()
