@@ -67,6 +67,11 @@ def test_prompts_leave_in_the_order_they_came_and_when_they_are_dropped() -> Non
     pool.put(8, {}, 1, answers(8))
     pool.put(9, {}, 1, answers(9))
     assert set(pool.place) == {4, 5, 6, 8, 9}
+    pool.put(10, {}, 1, answers(10))
+    assert set(pool.place) == {5, 6, 8, 9, 10}  # 8 stands where 3 stood, and came later than 4
+    pool.put(11, {}, 1, answers(11))
+    pool.put(12, {}, 1, answers(12))
+    assert set(pool.place) == {8, 9, 10, 11, 12}
     listed = [place for x, n in zip(pool.lists, pool.counts, strict=True) for place in x[:n].tolist()]
     assert sorted(listed) == sorted(pool.place.values())
 
@@ -92,6 +97,14 @@ def test_what_a_level_cannot_give_falls_to_the_others() -> None:
     assert len(pool.draw(5, [0.0, 1e9, 1.0, 0.0], rng)) == 5
     assert sorted(pool.numbers[pool.draw(9, [0.0, 1.0, 1.0, 1.0], rng)].tolist()) == list(range(6))
     assert sorted(pool.numbers[pool.draw(9, [0.0, 1.0, 0.0, 0.0], rng)].tolist()) == [0, 1]
+
+
+def test_without_distinct_every_answer_has_the_slot_of_its_number_and_equal_ones_stay() -> None:
+    pool = AnswerPool(prompts=2, answers=3, levels=1, distinct=False)
+    pool.put(7, {}, 0, answers(1, 1, 2))
+    assert marks(pool, 7) == [1, 1, 2]
+    pool.put(7, {}, 0, answers(2, 1, 1, 3, 1, 3))
+    assert marks(pool, 7) == [3, 1, 3]
 
 
 def test_a_pool_goes_on_where_it_was() -> None:

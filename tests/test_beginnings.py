@@ -179,6 +179,21 @@ def test_the_same_policy_keeps_its_answers_whole_and_minus_infinity_keeps_none()
     torch.testing.assert_close(again * rows["mask"], rows["behavior_log_prob"], atol=1e-4, rtol=0.0)
 
 
+def test_answers_are_kept_under_their_numbers_with_what_was_said_last() -> None:
+    made = few(Verified(lenience=1e-3))
+    rows, _ = made.collect(0)
+    for key in Verified.KEPT:
+        rows[key][1::4] = rows[key][::4]  # two of a group say the same, and say it again later
+    for change in (0.0, -1.0):
+        rows["behavior_log_prob"] += change * rows["mask"]
+        made.beginning.observe(rows, [{}] * 6)  # type: ignore[union-attr]
+    pool = made.beginning.pool  # type: ignore[union-attr]
+    for number in rows["prompt_id"].unique().tolist():
+        first, own_rows = pool.place[number] * 4, rows[rows["prompt_id"] == number][-4:]
+        for key in Verified.KEPT:
+            assert torch.equal(pool.rows[key][first : first + 4], own_rows[key]), key
+
+
 def test_a_token_stays_with_the_ratio_of_the_two_policies() -> None:
     """Every token's stored probability is four times the present one, so a quarter of the first tokens stay."""
     made = few(Verified(lenience=0.0), prompts=8, group_size=64)

@@ -24,10 +24,12 @@ class AnswerPool:
         prompts: kept at most; the one that came first leaves first.
         answers: kept of each at most; the newest.
         levels: of prompts, from 0.
+        distinct: answers that a prompt has already are passed over; without, answer ``n`` of so many as are kept has
+            slot ``n``.
     """
 
-    def __init__(self, prompts: int, answers: int, levels: int) -> None:
-        self.prompts, self.answers, self.levels = prompts, answers, levels
+    def __init__(self, prompts: int, answers: int, levels: int, distinct: bool = True) -> None:
+        self.prompts, self.answers, self.levels, self.distinct = prompts, answers, levels, distinct
         self.place: dict[int, int] = {}
         self.problems: list[Any] = []
         self.numbers = np.zeros(0, dtype=np.int64)
@@ -39,7 +41,6 @@ class AnswerPool:
         self.counts = np.zeros(levels, dtype=np.int64)
         self.rows: TensorDict | None = None
         self.free: list[int] = []
-        self.next = 0
 
     def __len__(self) -> int:
         """Prompts that are there."""
@@ -52,7 +53,7 @@ class AnswerPool:
             number: of the prompt.
             problem: kept beside it, plain data.
             level: where it stands from now on.
-            rows: ``[n]`` of the record, in time order; answers that it has already are passed over.
+            rows: ``[n]`` of the record, in time order.
         """
         place = self.place.get(number)
         if place is None:
@@ -61,7 +62,7 @@ class AnswerPool:
         assert self.rows is not None
         first, written = place * self.answers, int(self.written[place])
         held = self.rows["tokens"][first : first + min(written, self.answers)]
-        new = rows[_unlike(rows["tokens"], held)]
+        new = rows[_unlike(rows["tokens"], held)] if self.distinct else rows
         slots = first + (written + torch.arange(len(new)))[-self.answers :] % self.answers
         for key, column in self.rows.items():
             column[slots] = new[key][-self.answers :]
@@ -122,10 +123,7 @@ class AnswerPool:
 
     def _new_place(self, number: int, problem: Any, like: TensorDict) -> int:
         if len(self.place) >= self.prompts:
-            while int(self.level[self.next]) < 0:
-                self.next = (self.next + 1) % self.prompts
-            self.drop(int(self.numbers[self.next]))
-            self.next = (self.next + 1) % self.prompts
+            self.drop(next(iter(self.place)))
         place = self.free.pop() if self.free else len(self.problems)
         if place == len(self.problems):
             self.problems.append(None)
@@ -175,14 +173,14 @@ class AnswerPool:
         arrays = {name: torch.from_numpy(getattr(self, name)[:size].copy()) for name in _BY_PLACE}
         lists = [torch.from_numpy(x[:n].copy()) for x, n in zip(self.lists, self.counts.tolist(), strict=True)]
         uses = torch.from_numpy(self.uses[: size * self.answers].copy())
-        plain = {"problems": list(self.problems), "free": list(self.free), "next": self.next, "known": list(self.place)}
+        plain = {"problems": list(self.problems), "free": list(self.free), "known": list(self.place)}
         return {**plain, **arrays, "lists": lists, "uses": uses, "rows": kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         for name in _BY_PLACE:
             setattr(self, name, state[name].numpy().copy())
-        self.problems, self.free, self.next = list(state["problems"]), list(state["free"]), state["next"]
+        self.problems, self.free = list(state["problems"]), list(state["free"])
         place_of: dict[int, int] = {
             int(n): at for at, (n, level) in enumerate(zip(self.numbers, self.level, strict=True)) if level >= 0
         }

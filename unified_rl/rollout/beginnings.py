@@ -243,8 +243,12 @@ class _Remembering:
         """Answers kept of each prompt."""
         return 1
 
+    def made(self, answers: int) -> AnswerPool:
+        """An empty pool of so many answers to each prompt; of equal ones the last counts, as of others."""
+        return AnswerPool(self.prompts, answers, 1, distinct=False)
+
     def stored(self, asked: Asked) -> list[TensorDict | None]:
-        """The kept answers to each group's prompt, oldest first; None where there are none."""
+        """The kept answers to each group's prompt, in the order of their slots; None where there are none."""
         if self.pool is None:
             return [None] * len(asked.prompts)
         places = [self.pool.place.get(problem["prompt_id"], -1) for problem in asked.prompts]
@@ -259,7 +263,7 @@ class _Remembering:
         """Keeps the newest of the wanted answers."""
         own = rows[self.wanted(rows) & (rows["source"] == int(Source.ONLINE))]
         if self.pool is None and len(own):
-            self.pool = AnswerPool(self.prompts, self.size(len(rows) // len(prompts)), 1)
+            self.pool = self.made(self.size(len(rows) // len(prompts)))
         for number in own["prompt_id"].unique().tolist():
             assert self.pool is not None
             self.pool.put(number, None, 0, own.select(*self.KEPT)[own["prompt_id"] == number])
@@ -272,7 +276,7 @@ class _Remembering:
         """Restores :meth:`state_dict`."""
         self.pool = None
         if state["pool"] is not None:
-            self.pool = AnswerPool(self.prompts, state["pool"]["answers"], 1)
+            self.pool = self.made(state["pool"]["answers"])
             self.pool.load_state_dict(state["pool"])
 
 
@@ -375,24 +379,25 @@ class Verified(_Remembering):
     def begin(self, asked: Asked) -> list[Start]:
         """What stays of the stored answer with the number of each answer in its group."""
         found = self.stored(asked)
-        known = [rows[: asked.group_size] for rows in found if rows is not None]
-        if not known:
+        there = [rows[: asked.group_size] for rows in found if rows is not None]
+        if not there:
             return [NOTHING] * len(asked.problems)
-        stored: TensorDict = torch.cat(known)  # type: ignore[assignment]
+        stored: TensorDict = torch.cat(there)  # type: ignore[assignment]
         now, mask = asked.score(stored), stored["mask"]
         dice = torch.rand(mask.shape, generator=asked.generator, dtype=torch.float64).log()
         refused = (dice > (now - stored["behavior_log_prob"]).double() + self.lenience) & mask
-        first = torch.where(refused.any(-1), refused.int().argmax(-1), mask.shape[1])
+        first = torch.where(refused.any(-1), refused.int().argmax(-1), mask.shape[1]).tolist()
+        stops, said, known = (x.tolist() for x in (stored["token_mask"].sum(-1), stored["tokens"], now))
         starts = [NOTHING] * len(asked.problems)
         rows = iter(range(len(stored)))
         ends = set(asked.env.stop_ids)
         for at, own in enumerate(found):
+            begin = len(asked.prompts[at]["prompt"])
             for number in range(0 if own is None else min(len(own), asked.group_size)):
                 row = next(rows)
-                ids, columns = answer_in(stored[row], asked.prompts[at]["prompt"])
-                kept = ids[: max(0, int(first[row]) - columns.start)]
-                over = len(kept) == len(ids) and ids[-1] in ends
+                kept = said[row][begin : min(first[row], stops[row])]
+                over = bool(kept) and begin + len(kept) == stops[row] and kept[-1] in ends
                 kept = kept if over else kept[: asked.env.max_turn_tokens - 1]
-                log_probs = now[row, columns][: len(kept)].tolist()
+                log_probs = known[row][begin : begin + len(kept)]
                 starts[at * asked.group_size + number] = Start(kept, log_probs, over=over)
         return starts
