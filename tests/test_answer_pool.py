@@ -159,6 +159,20 @@ def test_partly_solved_prompts_come_again_with_a_right_answer_of_before() -> Non
     assert len(again) == 3
 
 
+def test_two_pools_bring_prompts_and_answers_of_their_own() -> None:
+    sources = {"one": Experience(share=0.34, start=0.0), "two": Experience(share=0.5, start=0.0, pick="newest")}
+    made = rollout(EasyChain(**EASY), prompts=6, sources=sources)
+    for version in range(4):
+        full = all(source.pool is not None and len(source.pool) > 2 for source in sources.values())
+        rows, metrics = made.collect(version)
+        if full:
+            assert [metrics[f"rollout/joined/{name}"] for name in sources] == [2.0, 2.0]
+        for row in others(rows):
+            fresh = own(rows)[own(rows)["group"] == row["group"]]
+            assert bool((fresh["prompt_id"] == row["prompt_id"]).all())
+    assert full
+
+
 def test_the_surest_answer_under_the_present_policy_is_picked() -> None:
     source = Experience(share=0.5, start=0.0)
     made = rollout(EasyChain(**EASY), prompts=6, group_size=12, sources={"experience": source})
@@ -173,6 +187,24 @@ def test_the_surest_answer_under_the_present_policy_is_picked() -> None:
         assert torch.equal(stored["tokens"][mean.argmin()], row["tokens"])
         several += len(stored) > 1
     assert several > 1
+
+
+def test_answers_that_do_not_count_are_neither_kept_nor_levels() -> None:
+    source = Experience()
+    rows, _ = rollout(EasyChain(**EASY), prompts=1, sources={"experience": source}).collect(0)
+    number = int(rows["prompt_id"][0])
+    source.pool = None
+    rows["tokens"][:, -1] = torch.arange(4)  # four texts
+    rows["reward"], rows["counted"] = (
+        torch.tensor([[1.0], [1.0], [0.0], [0.0]]),
+        torch.tensor([True, False, True, False]),
+    )
+    source.observe(rows)
+    assert source.pool is not None and source.pool.levels == 4 and source.pool.level_of(number) == 1
+    assert source.pool.rows is not None and source.pool.rows["tokens"][: source.pool.answers, -1].sum() == 0
+    rows["reward"] = torch.tensor([[1.0], [0.0], [1.0], [0.0]])
+    source.observe(rows)
+    assert source.pool.level_of(number) is None  # all that count are right
 
 
 def test_the_pool_waits_for_a_share_of_right_answers() -> None:

@@ -77,7 +77,7 @@ class Experience:
             )
 
     def check_group(self, group_size: int, setting: str) -> None:
-        """Refuses groups of one, of which none is right in part.
+        """Refuses groups of one, of which none is right in part; notes the size, of which the pool's levels are.
 
         Raises:
             ConfigError: names the source that works.
@@ -87,6 +87,7 @@ class Experience:
                 f"{setting} keeps prompts that some answers solve and others do not, and rollout.group_size=1 has "
                 "none: sample several, or use unified_rl.rollout.sources.Pool"
             )
+        self.group_size = group_size
 
     def most(self, prompts: int) -> int:
         """One a prompt that comes again."""
@@ -105,17 +106,16 @@ class Experience:
     def rows(self, request: Request) -> TensorDict | None:
         """A stored answer to each prompt that came from the pool, with its group of now."""
         self._problems = {problem["prompt_id"]: problem for problem in request.problems}
-        pool, drawn = self.pool, self._drawn
-        at = range(len(request.problems) - len(drawn), len(request.problems))
-        kept = [  # a context may have taken a prompt away
-            (place, int(request.groups[row]))
-            for place, row in zip(drawn.tolist(), at, strict=True)
-            if pool is not None and pool.numbers[place] == request.problems[row]["prompt_id"]
-        ]
-        if pool is None or not kept:
+        pool = self.pool
+        if pool is None or not len(self._drawn):
             return None
-        rows = pool.read(self._picked(pool, np.array([place for place, _ in kept]), request.generator))
-        rows["group"] = torch.tensor([group for _, group in kept])
+        numbers = [problem["prompt_id"] for problem in request.problems]
+        group_of = dict(zip(numbers, request.groups.tolist(), strict=True))  # of the last: other sources bring some too
+        drawn = self._drawn[[number in group_of for number in pool.numbers[self._drawn].tolist()]]
+        if not len(drawn):  # a context may have taken prompts away
+            return None
+        rows = pool.read(self._picked(pool, drawn, request.generator))
+        rows["group"] = torch.tensor([group_of[number] for number in pool.numbers[drawn].tolist()])
         rows["source"] = torch.full_like(rows["source"], int(Source.OFFLINE))
         return rows
 
@@ -161,7 +161,7 @@ class Experience:
         """One group."""
         number, count = int(rows["prompt_id"][0]), int(right.sum())
         if self.pool is None:
-            self.pool = AnswerPool(self.prompts, self.answers, len(rows))
+            self.pool = AnswerPool(self.prompts, self.answers, self.group_size)
         level = min(count, self.pool.levels - 1)
         if count == len(rows):
             self.pool.drop(number)
