@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from test_sources import Bare, own, rollout
 
 from unified_rl.envs.language import ChainMod, GuessNumber
 from unified_rl.errors import ConfigError
+from unified_rl.returns.trackers import Prompts
 from unified_rl.rollout import LanguageRollout
 from unified_rl.rollout.beginnings import Continued, Drafts, Forced, Guided, OwnSuccess, Verified
 from unified_rl.rollout.context import Refill
+from unified_rl.rollout.curriculum import Curriculum
 
 SMALL: dict[str, Any] = {"modulus": 2, "terms": 2, "max_turn_tokens": 6, "held_out": 0.0}
 
@@ -192,6 +195,25 @@ def test_answers_are_kept_under_their_numbers_with_what_was_said_last() -> None:
         first, own_rows = pool.place[number] * 4, rows[rows["prompt_id"] == number][-4:]
         for key in Verified.KEPT:
             assert torch.equal(pool.rows[key][first : first + 4], own_rows[key]), key
+
+
+@pytest.mark.parametrize(("beginning", "counts"), [(Guided(of=1.0), 0), (Guided(of=0.5), 12), (Forced(">"), 24)])
+def test_a_curriculum_counts_what_is_said_without_the_begin_of_others(beginning: Any, counts: int) -> None:
+    tracker = {"name": "decayed", "fresh": 1.0, "rest": 1.0}
+    made = few(beginning, curriculum=Curriculum(tracker, candidates=1))
+    made.collect(0)
+    assert float(made.curriculum.tracker.table.sum()) == counts  # type: ignore[union-attr]
+
+
+def test_what_is_expected_is_of_the_prompt_whatever_it_begins_with() -> None:
+    made = few(Guided(of=0.5), prompts=8, curriculum=Curriculum({"name": "neighbours", "width": 0.3}, candidates=1))
+    made.collect(0)
+    tracker = deepcopy(made.curriculum.tracker)  # type: ignore[union-attr]
+    rows, metrics = made.collect(1)
+    width = width_of(made)
+    want = tracker.value(Prompts(rows["prompt_id"], [row["tokens"][:width].tolist() for row in rows]))
+    torch.testing.assert_close(rows["expected"], want.float())
+    assert metrics["rollout/begun"] == 0.5 and len(want.unique()) > 1
 
 
 def test_a_token_stays_with_the_ratio_of_the_two_policies() -> None:

@@ -212,6 +212,18 @@ def test_what_a_context_changes_is_not_counted() -> None:
         assert torch.equal(value, refilled.curriculum.state_dict()[key])  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("tracker", ["drift", COUNTS])
+def test_a_prompt_that_is_drawn_twice_is_counted_twice_and_what_does_not_count_is_not(tracker: Any) -> None:
+    curriculum, started = Curriculum(tracker), {"drift": 0.5}.get(str(tracker), 1.0)
+    problems = [{"prompt_id": n, "prompt": [n, 7]} for n in (4, 9, 4)]
+    reward = torch.tensor([[1.0, 0.0], [1.0, 5.0], [1.0, 1.0]])
+    counted = torch.tensor([[True, True], [True, False], [False, True]])
+    told = outcomes([0.0] * 3, [0.0] * 3)
+    curriculum.told(problems, reward, counted, told.rows, told.score)
+    want = [[started + 2, started + 1], [started + 1, started]]
+    assert curriculum.tracker.counts(prompts(4, 9)).tolist() == want  # type: ignore[attr-defined]
+
+
 def test_hard_and_easy_prompts_make_room_for_half_solved_ones() -> None:
     class Known(Repeating):
         """The first prompt is never solved, the second always, the others every second time."""

@@ -36,6 +36,11 @@ class Start(NamedTuple):
     versions: list[int] | None = None
     over: bool = False
 
+    @property
+    def helps(self) -> bool:
+        """Whether the answer behind it is not what the policy says by itself."""
+        return bool(self.tokens) and self.log_probs is None
+
 
 NOTHING = Start([])
 NOBODY = -1

@@ -38,8 +38,8 @@ class Curriculum:
     """Draws more prompts than are needed, and keeps those that are worth most. SPO, VADE, PCL, V_0, FG-ExPO.
 
     Rows hold what was expected of their prompt as :data:`EXPECTED`, for ``correction.advantage={baseline: given, given:
-    expected}``. Only what the policy says by itself is counted, before a context changes it. With workers each has a
-    tracker of its own, of the prompts that it drew.
+    expected}``. Only what the policy says by itself is counted: not behind a beginning that others gave, and before a
+    context changes it. With workers each has a tracker of its own, of the prompts that it drew.
 
     Args:
         tracker: how often a prompt is solved, a name of :data:`~unified_rl.returns.trackers.TRACKERS` or a mapping
@@ -92,9 +92,18 @@ class Curriculum:
         chosen = draw_top(worth, count) if self.pick == "top" else draw_weighted(worth, count, stream)
         return [problems[at] for at in chosen.tolist()]
 
-    def expect(self, rows: TensorDict) -> TensorDict:
-        """Writes :data:`EXPECTED` into rows ``[B]``, in place."""
-        return rows.set(EXPECTED, self.tracker.value(prompts_in(rows)).float())
+    def expect(self, rows: TensorDict, problems: Problems | None = None) -> TensorDict:
+        """Writes :data:`EXPECTED` into rows ``[B]``, in place.
+
+        Args:
+            rows: of the record.
+            problems: ``P``, where rows answer these, ``B / P`` consecutive ones each, whatever they begin with. None
+                reads the prompts from the rows.
+        """
+        if problems is None:
+            return rows.set(EXPECTED, self.tracker.value(prompts_in(rows)).float())
+        value = self.tracker.value(prompts_of(problems)).float()
+        return rows.set(EXPECTED, value.repeat_interleave(len(rows) // len(problems)))
 
     def told(
         self, problems: Problems, reward: Tensor, counted: Tensor, rows: TensorDict, score: Callable[..., Tensor]

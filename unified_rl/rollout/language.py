@@ -194,7 +194,7 @@ class LanguageRollout:
         metrics = summary(*told) | epoch_of(self.env, self.problem_generator)
         if "train" in getattr(self.env, "unjudged", {}):  # reward functions judge: nobody knows what is correct
             metrics.pop("rollout/correct", None)
-        unaided = None if self.curriculum is None else self._outcomes(problems, told)
+        unaided = None if self.curriculum is None else self._outcomes(problems, told, starts)
         if self.context is not None:
             metrics |= self._again(self.context, repeated, told, speaker)
             problems = repeated[:: self.group_size]
@@ -206,7 +206,7 @@ class LanguageRollout:
         metrics |= self._begun(starts, rows, repeated)
         self.steps += len(repeated)
         if self.curriculum is not None:
-            self.curriculum.expect(rows)
+            self.curriculum.expect(rows, problems)
         if self.shows is not None:
             metrics["samples"] = self.shows(told, int(rows["episode"][0, 0]))  # type: ignore[assignment]
         if self.beginning is not None:
@@ -228,11 +228,15 @@ class LanguageRollout:
         draw = partial(self.env.problems, generator=self.problem_generator)
         return [*self.curriculum.choose(draw, fresh, self._streams["curriculum"]), *again]
 
-    def _outcomes(self, problems: Problems, told: Told) -> tuple[Problems, Tensor, Tensor, TensorDict]:
+    def _outcomes(
+        self, problems: Problems, told: Told, starts: list[Start]
+    ) -> tuple[Problems, Tensor, Tensor, TensorDict]:
         """What came of the prompts before a context changes it, as :meth:`Curriculum.told` takes it."""
         talk, info = told
         reward = talk.reward.sum(-1)
         counted = info[COUNTED] > 0 if COUNTED in info else torch.ones_like(reward, dtype=torch.bool)
+        if starts:
+            counted = counted & torch.tensor([not start.helps for start in starts])
         grouped = (self.prompts, self.group_size)
         return problems, reward.reshape(grouped), counted.reshape(grouped), talk.scored_again(self.group_size)
 
