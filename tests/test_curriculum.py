@@ -252,6 +252,10 @@ def test_hard_and_easy_prompts_make_room_for_half_solved_ones() -> None:
         ("{_target_: unified_rl.rollout.curriculum.Curriculum, tracker: drifts}", "did you mean 'drift'"),
         ("{_target_: unified_rl.rollout.curriculum.Curriculum, score: {name: gaussian, sgima: 1.0}}", "'sigma'"),
         ("{_target_: unified_rl.rollout.curriculum.Curriculum, candidates: 0}", r"rollout\.curriculum\.candidates"),
+        (
+            "{_target_: unified_rl.rollout.curriculum.Curriculum, tracker: network, thompson: true}",
+            r"thompson=true .* Network has an estimate alone.*drift or decayed",
+        ),
     ],
 )
 def test_a_misspelt_curriculum_is_refused(node: str, words: str) -> None:

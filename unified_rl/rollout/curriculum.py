@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.correction.lookup import bind
+from unified_rl.errors import ConfigError
 from unified_rl.ranges import Count, ranged
 from unified_rl.returns.difficulty import DIFFICULTIES, draw_top, draw_weighted
 from unified_rl.returns.trackers import TRACKERS, Outcomes, Prompts, Tracker, check_rewards
@@ -62,20 +63,30 @@ class Curriculum:
         pick: Literal["sample", "top"] = "sample",
         thompson: bool = False,
     ) -> None:
+        self.check_settings({"tracker": tracker, "thompson": thompson})
         self.tracker: Tracker = bind(tracker, TRACKERS, "rollout.curriculum.tracker")[0]()
         self.score = bind(score, DIFFICULTIES, "rollout.curriculum.score")[0]
         self.candidates, self.pick, self.thompson = candidates, pick, thompson
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
-        """Refuses trackers and scores that do not exist, when a run is composed.
+        """Refuses trackers and scores that do not exist, and rates drawn of none, when a run is composed.
 
         Raises:
-            ConfigError: an unknown name or a wrong setting, by its full name.
+            ConfigError: an unknown name or a wrong setting, by its full name; ``thompson`` with a tracker that has an
+                estimate and no distribution.
         """
-        for name, table in (("tracker", TRACKERS), ("score", DIFFICULTIES)):
-            if name in settings:
-                bind(settings[name], table, f"rollout.curriculum.{name}")
+        if "score" in settings:
+            bind(settings["score"], DIFFICULTIES, "rollout.curriculum.score")
+        if "tracker" in settings:
+            tracker = bind(settings["tracker"], TRACKERS, "rollout.curriculum.tracker")[0].func
+            if settings.get("thompson") and tracker.drawn is Tracker.drawn:  # type: ignore[attr-defined]
+                able = [name for name, kind in TRACKERS.items() if kind.drawn is not Tracker.drawn]
+                raise ConfigError(
+                    f"rollout.curriculum.thompson=true draws from what a tracker believes, and {tracker.__name__} has "
+                    f"an estimate alone, so it would be of no effect: leave it out, or use rollout.curriculum.tracker="
+                    f"{' or '.join(able)}"
+                )
 
     def choose(self, draw: Callable[[int], Problems], count: int, stream: torch.Generator) -> Problems:
         """``count`` of ``candidates * count`` problems that ``draw`` gives, in the order in which they came.
