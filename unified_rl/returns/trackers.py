@@ -343,14 +343,14 @@ class Network(Tracker):
         self.optimizer = torch.optim.Adam(self.weights, lr=lr)
         self.numbers: set[int] = set()
 
-    def _read(self, prompts: Prompts) -> Tensor:
+    def _read(self, features: Tensor) -> Tensor:
         first, bias, last, offset = self.weights
-        return ((prompt_features(prompts.tokens, self.features) @ first + bias).tanh() @ last + offset).sigmoid()
+        return ((features @ first + bias).tanh() @ last + offset).sigmoid()
 
     @torch.no_grad()
     def value(self, prompts: Prompts) -> Tensor:
         """What the network says."""
-        return self._read(prompts).double()
+        return self._read(prompt_features(prompts.tokens, self.features)).double()
 
     def known(self, prompts: Prompts) -> float:
         """The share that it was trained on."""
@@ -361,8 +361,9 @@ class Network(Tracker):
         """A few steps towards the mean rewards; prompts without any that counts are left out."""
         counted = ~outcomes.rate.isnan()
         if bool(counted.any()):
+            features, rate = prompt_features(prompts.tokens, self.features), outcomes.rate[counted]
             for _ in range(self.steps):
-                error = (self._read(prompts).double() - outcomes.rate)[counted]
+                error = self._read(features).double()[counted] - rate
                 self.optimizer.zero_grad()
                 error.square().mean().backward()
                 self.optimizer.step()
