@@ -125,6 +125,14 @@ def test_the_rows_of_largest_advantage_are_kept() -> None:
     assert int(filters.largest_advantage(rows, advantage, keep=0.1).sum()) == 2  # one of each group at least
 
 
+@pytest.mark.parametrize("choose", [filters.largest_advantage, filters.widest_spread])
+def test_what_stands_behind_the_end_of_a_row_chooses_no_row(choose: Any) -> None:
+    rows, _ = rows_of([0.0] * 4, [0] * 4)
+    rows["mask"][:2, 1] = False
+    units = torch.tensor([[0.1, 9.0], [0.2, -9.0], [3.0, 3.0], [-2.0, -2.0]])
+    assert choose(rows, units, keep=0.5).tolist() == [False, False, True, True]
+
+
 @pytest.mark.parametrize("keep", [0.25, 0.4, 0.6, 0.8, 1.0])
 def test_the_rows_of_widest_spread_are_those_that_trying_all_subsets_finds(keep: float) -> None:
     torch.manual_seed(0)

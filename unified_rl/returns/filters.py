@@ -32,7 +32,7 @@ def largest_advantage(
         keep: one minus the pruning rate; at least one row is kept of each.
         over: of every group, or of the whole update.
     """
-    size = advantage.abs().amax(-1)
+    size = (advantage.abs() * _real(record, advantage)).amax(-1)
     group, count = _parts(record, over)
     rank = _ranks(-size, group)
     return rank < _quota(count, keep)
@@ -47,7 +47,8 @@ def widest_spread(record: TensorDictBase, advantage: Tensor, *, keep: Fraction =
         keep: at least one row is kept of each.
         over: of every group, or of the whole update.
     """
-    value = advantage.mean(-1).double()
+    real = _real(record, advantage)
+    value = (advantage * real).sum(-1).double() / real.sum(-1).clamp(min=1)
     group, count = _parts(record, over)
     rank, quota = _ranks(value, group), _quota(count, keep)
     width, number = int(count.max()), int(group.max()) + 1
@@ -79,6 +80,12 @@ def uncertain_units(record: TensorDictBase, advantage: Tensor, *, keep: Fraction
 
 
 uncertain_units.reads = lambda **settings: {"entropy": readings.entropy}  # type: ignore[attr-defined]
+
+
+def _real(record: TensorDictBase, advantage: Tensor) -> Tensor:
+    """Which entries of advantages are a row's own, in their shape: what a map writes behind its end is nobody's."""
+    mask: Tensor = record["mask"]
+    return mask if advantage.shape == mask.shape else torch.ones_like(advantage, dtype=torch.bool)
 
 
 def _parts(record: TensorDictBase, over: str) -> tuple[Tensor, Tensor]:

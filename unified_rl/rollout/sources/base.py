@@ -134,7 +134,7 @@ class ChoosesPrompts(Protocol):
     """A source that brings prompts of its own, which take the last places of a collection."""
 
     def problems(self, count: int, generator: torch.Generator) -> Problems:
-        """Fewer than ``count`` problems, for a collection of so many."""
+        """At most ``count`` problems, for a collection of so many."""
         ...
 
 
