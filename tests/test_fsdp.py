@@ -340,6 +340,11 @@ REFUSALS = {
         "correction=decoupled_snapshot"
     ],
     "correction s_ppo reads whole weights .* set learner=data_parallel": ["correction=s_ppo"],
+    "correction reinforce reads whole weights .* set learner=data_parallel": [
+        "correction=reinforce",
+        "correction.advantage={baseline: weighted}",
+        "correction.wrapper={name: snr_learning_rate}",
+    ],
     "agent.optimizer=adafactor looks at whole matrices.* use adamw": ["agent.optimizer=adafactor"],
     "agent.compile .* learner=data_parallel": ["agent.compile=true"],
     "agent=ppo trains a GaussianPolicy: set learner=data_parallel": ["env=two_route", "agent=ppo", "policy=gaussian"],

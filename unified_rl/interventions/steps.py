@@ -158,6 +158,7 @@ class SnrLearningRate(ScoreNormBaseline):
     """
 
     reports = ("wrapper/lr_scale",)
+    reads_weights = True
 
     def __init__(
         self,
