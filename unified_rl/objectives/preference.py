@@ -109,9 +109,10 @@ class SetPreferenceTerm(GroupScoreTerm):
         reward = row_return(rows)
         groups = Groups(self.groups(rows))
         better = reward > groups.mean(reward)
-        differ = groups.extreme(reward, "amax") > groups.extreme(reward, "amin")
+        best = groups.extreme(reward, "amax")
+        differ = best > groups.extreme(reward, "amin")
         if self.chosen == "best":
-            better = torch.zeros_like(better).index_fill(0, first_row(groups, reward == _best(groups, reward)), True)
+            better = torch.zeros_like(better).index_fill(0, first_row(groups, reward == best), True)
         logit = self.beta * score + self.deviation * (reward - groups.mean(reward)).abs()
         part = differ & (better | _lowest(groups, reward.masked_fill(better, torch.inf), self.negatives))
         at, good = part.nonzero().squeeze(-1), (part & better).nonzero().squeeze(-1)
@@ -121,10 +122,6 @@ class SetPreferenceTerm(GroupScoreTerm):
         first = [first_row(g, torch.ones_like(g.index, dtype=torch.bool)) for g in (every, some)]
         log_share = some.logsumexp(logit[good])[first[1]] - every.logsumexp(logit[at])[first[0]]
         return Compared(-log_share.mean(), every.number, log_share.exp().sum())
-
-
-def _best(groups: Groups, reward: Tensor) -> Tensor:
-    return groups.extreme(reward, "amax")
 
 
 def _lowest(groups: Groups, reward: Tensor, count: int) -> Tensor:
