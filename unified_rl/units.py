@@ -63,6 +63,10 @@ class Source(IntEnum):
     INTERVENTION = 4
 
 
+EXPERTS = (Source.DEMONSTRATION, Source.EXPERT)
+"""Rows that somebody else wrote, of whose probability nobody knows."""
+
+
 @dataclass(frozen=True)
 class UnitLogProb:
     """Log-probabilities of the units of a batch.

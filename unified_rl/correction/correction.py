@@ -43,7 +43,7 @@ from unified_rl.correction.weights.thinning import THINS
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.instantiate import check_type, is_node, nearest, parameters
 from unified_rl.ranges import Positive, ranged, shown
-from unified_rl.units import Source
+from unified_rl.units import EXPERTS
 
 Node = str | Mapping[str, Any]
 
@@ -306,7 +306,7 @@ class Correction:
             ConfigError: says what works.
         """
         without = self._kernel.traits.demonstrations
-        if without is not None and not {int(Source.DEMONSTRATION), int(Source.EXPERT)} & set(sources):
+        if without is not None and set(EXPERTS).isdisjoint(sources):
             raise ConfigError(
                 f"correction {self.name or self.kernel_name} learns from demonstrations, and the first update holds "
                 "none, so nothing of the method would be left: add rows of rollout.sources (recipe=luffy does; answers "

@@ -14,21 +14,18 @@ from unified_rl.optimizer import Optimizer
 from unified_rl.protocols import Trainable, domain_of
 from unified_rl.ranges import enforce
 from unified_rl.shard import ALONE, Shard
-from unified_rl.units import Source
+from unified_rl.units import EXPERTS
 
 Metrics = dict[str, Any]
 Plain = Callable[[TensorDictBase], Tensor]
 """The policy's own scoring: a batch to log-probs ``[B, N]``."""
 
 
-UNKNOWN = [int(Source.DEMONSTRATION), int(Source.EXPERT)]
-
-
 def sampled(batch: TensorDictBase) -> Tensor:
     """Rows ``[B]`` that hold units and whose behavior probability is known: those that no demonstrator wrote."""
     own = batch["mask"].any(-1)
     out: Tensor = (
-        own & ~torch.isin(batch["source"], batch["source"].new_tensor(UNKNOWN)) if "source" in batch.keys() else own
+        own & ~torch.isin(batch["source"], batch["source"].new_tensor(EXPERTS)) if "source" in batch.keys() else own
     )
     return out
 

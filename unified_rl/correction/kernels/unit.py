@@ -7,6 +7,7 @@ A surrogate ``f(ratio) * A`` has the gradient ``g(ratio) * A * grad log pi`` wit
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from unified_rl.correction.kernels.kernel import Kernel, Traits, by_name, clipped_formula, number
 from unified_rl.correction.view import View, anchor_log_prob, masked, narrow, only, share
 from unified_rl.ranges import Bound, NonNegative, Positive, Radius, UpperBound
-from unified_rl.units import Source
+from unified_rl.units import EXPERTS, Source
 
 
 class Constant(Kernel):
@@ -353,21 +354,38 @@ class Shaped(Kernel):
 
     def weight(self, view: View) -> Tensor:
         """The slope of ``r / (r + gamma)``, times the ratio."""
-        return self.gamma * view.ratio / (view.ratio + self.gamma).square()
+        return lifted(view.ratio, self.gamma)
 
 
-class DemonstrationShape(Kernel):
-    """``shaped`` of the bare probability on demonstration and expert rows, PPO on all others. LUFFY, 2504.14945."""
+def lifted(x: Tensor, gamma: float) -> Tensor:
+    """``gamma x / (x + gamma)^2``, elementwise: the slope of ``x / (x + gamma)`` by ``log x``."""
+    return gamma * x / (x + gamma).square()
 
-    name = "demonstration_shape"
-    traits = Traits(probabilities="ppo", demonstrations="dapo", scores_experts=True)
-    gamma: Positive = 0.1
+
+class BySource(Kernel):
+    """PPO, but a weight of its own on the rows of some sources; derive from it to say which rows, and what weight.
+
+    Attributes:
+        sources: whose rows have it; a record that names no source has none.
+        of_rows: these rows, in the formula.
+    """
+
+    sources: ClassVar[tuple[Source, ...]] = EXPERTS
+    of_rows: ClassVar[str] = "on demonstrations"
     clip_low: Radius = 0.2
     clip_high: Radius = 0.2
 
+    def own(self) -> str:
+        """The formula of :meth:`shaped`."""
+        raise NotImplementedError
+
+    def shaped(self, view: View) -> Tensor:
+        """The weight on the rows of these sources, ``[B, N]``."""
+        raise NotImplementedError
+
     def formula(self) -> str:
         """Both rules."""
-        return f"c p / (p + c)^2, c = {number(self.gamma)}, p = pi, on demonstrations; elsewhere " + clipped_formula(
+        return f"{self.own()}, {self.of_rows}; elsewhere " + clipped_formula(
             1 - self.clip_low, 1 + self.clip_high, None
         )
 
@@ -377,12 +395,27 @@ class DemonstrationShape(Kernel):
         on_policy = ppo(view, self.clip_low, self.clip_high)
         if source is None:
             return on_policy
-        shown = (source == Source.DEMONSTRATION) | (source == Source.EXPERT)
-        p = view.log_prob.exp()
-        return torch.where(shown.unsqueeze(-1), self.gamma * p / (p + self.gamma).square(), on_policy)
+        theirs = torch.stack([source == own for own in self.sources]).any(0)
+        return torch.where(theirs.unsqueeze(-1), self.shaped(view), on_policy)
 
 
-class DemonstrationMixture(Kernel):
+class DemonstrationShape(BySource):
+    """``shaped`` of the bare probability on demonstration and expert rows, PPO on all others. LUFFY, 2504.14945."""
+
+    name = "demonstration_shape"
+    traits = Traits(probabilities="ppo", demonstrations="dapo", scores_experts=True)
+    gamma: Positive = 0.1
+
+    def own(self) -> str:
+        """The shaping."""
+        return f"c p / (p + c)^2, c = {number(self.gamma)}, p = pi"
+
+    def shaped(self, view: View) -> Tensor:
+        """The slope of ``p / (p + gamma)``, times the probability."""
+        return lifted(view.log_prob.exp(), self.gamma)
+
+
+class DemonstrationMixture(BySource):
     """``2 p / (1.5 q + 0.5) (1 - p)^power`` on demonstration and expert rows, PPO on all others. RL-PLUS, 2508.00222.
 
     ``q`` is the probability at the start of the update: whoever wrote the row is taken for the mean of the policy then
@@ -392,51 +425,33 @@ class DemonstrationMixture(Kernel):
     name = "demonstration_mixture"
     traits = Traits(probabilities="ppo", demonstrations="dapo", scores_experts=True, anchors=("proximal",))
     power: NonNegative = 0.5
-    clip_low: Radius = 0.2
-    clip_high: Radius = 0.2
 
-    def formula(self) -> str:
-        """Both rules."""
-        return (
-            f"2 p / (1.5 q + 0.5) (1 - p)^{number(self.power)}, p = pi, q = proximal, on demonstrations; elsewhere "
-            + clipped_formula(1 - self.clip_low, 1 + self.clip_high, None)
-        )
+    def own(self) -> str:
+        """The mixture's ratio."""
+        return f"2 p / (1.5 q + 0.5) (1 - p)^{number(self.power)}, p = pi, q = proximal"
 
-    def weight(self, view: View) -> Tensor:
-        """The one or the other, by the row's source."""
-        source = view.batch.get("source", None)
-        on_policy = ppo(view, self.clip_low, self.clip_high)
-        if source is None:
-            return on_policy
-        shown = (source == Source.DEMONSTRATION) | (source == Source.EXPERT)
+    def shaped(self, view: View) -> Tensor:
+        """The ratio to the mixture, less on what is certain."""
         p, q = view.log_prob.exp(), masked(view.mask, anchor_log_prob(view.batch, "proximal")).exp()
-        mixture = 2 * p / (1.5 * q + 0.5) * (1 - p).clamp(min=0.0).pow(self.power)
-        return torch.where(shown.unsqueeze(-1), mixture, on_policy)
+        return 2 * p / (1.5 * q + 0.5) * (1 - p).clamp(min=0.0).pow(self.power)
 
 
-class ReplayShape(Kernel):
+class ReplayShape(BySource):
     """``shaped`` of the ratio to their own sampler on rows of replay, PPO on all others. ExGRPO, 2510.02245."""
 
     name = "replay_shape"
     traits = Traits(probabilities="ppo")
+    sources = (Source.OFFLINE,)
+    of_rows = "on rows of replay"
     gamma: Positive = 0.1
-    clip_low: Radius = 0.2
-    clip_high: Radius = 0.2
 
-    def formula(self) -> str:
-        """Both rules."""
-        return f"c r / (r + c)^2, c = {number(self.gamma)}, on rows of replay; elsewhere " + clipped_formula(
-            1 - self.clip_low, 1 + self.clip_high, None
-        )
+    def own(self) -> str:
+        """The shaping."""
+        return f"c r / (r + c)^2, c = {number(self.gamma)}"
 
-    def weight(self, view: View) -> Tensor:
-        """The one or the other, by the row's source."""
-        source = view.batch.get("source", None)
-        on_policy = ppo(view, self.clip_low, self.clip_high)
-        if source is None:
-            return on_policy
-        shaped = self.gamma * view.ratio / (view.ratio + self.gamma).square()
-        return torch.where((source == Source.OFFLINE).unsqueeze(-1), shaped, on_policy)
+    def shaped(self, view: View) -> Tensor:
+        """As of :class:`Shaped`."""
+        return lifted(view.ratio, self.gamma)
 
 
 class CenteredPPO(Kernel):
