@@ -44,7 +44,7 @@ from unified_rl.ranges import Count, NonNegative, Seed, UnitInterval, UpperBound
 from unified_rl.replay import Fresh, Replay, StalenessBounded
 from unified_rl.replay.fit import check_replay
 from unified_rl.shard import ALONE, Shard
-from unified_rl.units import split_steps
+from unified_rl.units import Source, split_steps
 
 
 @configurable
@@ -383,6 +383,12 @@ class PolicyGradient:
         Raises:
             ConfigError: names the setting and what works.
         """
+        if self.anchors.versions is not None and int(Source.OFFLINE) in sources:
+            raise ConfigError(
+                f"correction {self.correction.name} scores rows by the weights that sampled them, and those of stored "
+                "rows (source offline) are not kept: take out their source, or use correction=decoupled_ppo, which "
+                "needs none"
+            )
         terms = self.objective.terms
         check_columns(terms, self.estimate.gates, self.correction, columns)
         check_gates(self.estimate.gates, terms, self.correction)

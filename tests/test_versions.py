@@ -137,6 +137,10 @@ def test_weights_that_are_not_kept_are_refused_by_the_version_and_with_what_work
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (
+            ["rollout.sources={experience: {_target_: unified_rl.rollout.sources.Experience, share: 0.5}}"],
+            "stored rows .* are not kept: take out their source, or use correction=decoupled_ppo",
+        ),
         (["replay=uniform"], "rows of any age.*replay=fresh or replay=staleness"),
         (["engine=ray", "engine.order=completion", "rollout.staleness=1"], "order=completion.*order=ticket"),
         (["agent.advantage=critic", "agent.off_policy_targets=true"], "off_policy_targets=true.*leave one of them out"),
