@@ -179,10 +179,10 @@ def test_a_metric_that_an_update_without_rows_lacks_is_waited_for() -> None:
         ({"name": "exponential", "start": 1.0, "decay": 1.5}, r"c.decay=1.5 must lie in \(0, 1\]"),
         ({"name": "steps", "at": [3], "values": [1.0]}, "c.values must hold one more entry than at"),
         ({"name": "steps", "at": [5, 3], "values": [1.0, 2.0, 3.0]}, "c.at must increase"),
-        ({**PI, "low": 2.0, "high": 1.0}, "c.low=2.0 must not lie above high=1.0"),
+        ({**PI, "low": 2.0, "high": 1.0}, "c.low=2.0 must not lie above c.high=1.0"),
         ({"name": "dual", "metric": "m", "limit": 0.0}, "c.limit=0.0 must be above 0"),
         ({"name": "logistic", "metric": "m", "high": 1.0, "width": 0.0}, "c.width=0.0 must be above 0"),
-        ({"name": "kl_threshold", "metric": "m", "low": 0.7}, "c.low=0.7 must not lie above high=0.6"),
+        ({"name": "kl_threshold", "metric": "m", "low": 0.7}, "c.low=0.7 must not lie above c.high=0.6"),
         (None, "c is None; it must be a finite number"),
         (True, "c is True; it must be a finite number"),
         (float("inf"), "c is inf; it must be a finite number"),
@@ -192,6 +192,12 @@ def test_a_metric_that_an_update_without_rows_lacks_is_waited_for() -> None:
 def test_a_bad_coefficient_is_refused_by_its_full_name(node: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=f"^{words}"):
         coefficient(node, "c")
+
+
+def test_a_metric_that_nobody_reports_is_named_by_the_setting_that_asks_for_it() -> None:
+    made = coefficient({"name": "kl_threshold", "metric": "kl", "entropy": "policy/entropi"}, "c")
+    with pytest.raises(ConfigError, match=r"^c\.entropy 'policy/entropi' is reported by no part"):
+        made.observe({"kl": 0.1, "policy/entropy": 1.0, "train/reward": 0.0, "loss/policy": 0.0})
 
 
 def test_two_terms_with_one_node_do_not_share_a_state() -> None:

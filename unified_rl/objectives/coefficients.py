@@ -21,6 +21,7 @@ from unified_rl.ranges import (
     Share,
     UnitInterval,
     Whole,
+    ordered,
     ranged,
 )
 
@@ -159,6 +160,7 @@ class Sometimes:
         return self.value if drawn < self.probability else 0.0
 
 
+@ordered("low", "high")
 @ranged()
 class ProportionalIntegral:
     """Moves a coefficient so that a metric comes to a target: ``base + gain e + integral sum(e)``. EntroPIC.
@@ -175,7 +177,7 @@ class ProportionalIntegral:
         windup: bound of the sum's size, so that a bound of the value that was long held is left at once; None is none.
 
     Raises:
-        ConfigError: ``low`` above ``high``, or a setting out of its range.
+        ConfigError: a setting out of its range; :func:`coefficient` also refuses ``low`` above ``high``.
     """
 
     def __init__(
@@ -190,8 +192,6 @@ class ProportionalIntegral:
         high: float = 1.0,
         windup: Positive | None = None,
     ) -> None:
-        if low > high:
-            raise ConfigError(f"low={low} must not lie above high={high}")
         self.metric, self.target, self.base, self.gain, self.integral = metric, target, base, gain, integral
         self.low, self.high, self.windup = low, high, math.inf if windup is None else windup
         self.error = self.sum = 0.0
@@ -312,6 +312,7 @@ class Logistic:
         self.seen = state["seen_metric"]
 
 
+@ordered("low", "high")
 @ranged()
 class KlThreshold:
     """Coefficient of a KL divergence that is punished by its square above a threshold. SAFE.
@@ -336,7 +337,7 @@ class KlThreshold:
         decay, reward_decay: of the moving averages of the KL, which starts at 0, and of the reward.
 
     Raises:
-        ConfigError: ``low`` above ``high``, or a setting out of its range.
+        ConfigError: a setting out of its range; :func:`coefficient` also refuses ``low`` above ``high``.
     """
 
     def __init__(
@@ -362,8 +363,6 @@ class KlThreshold:
         decay: Share = 0.9,
         reward_decay: Share = 0.95,
     ) -> None:
-        if low > high:
-            raise ConfigError(f"low={low} must not lie above high={high}")
         self.metric, self.entropy, self.reward = metric, entropy, reward
         self.base, self.low, self.high = base, low, high
         self.gains, self.wanted_rise, self.windup = (proportional, integral, derivative), wanted_rise, windup
@@ -466,7 +465,8 @@ class Observed:
             self.controller.observe(metrics)
         elif not self.seen and missing[0] not in reported and any(name.startswith("loss/") for name in metrics):
             near = nearest(missing[0], [*metrics, *reported])
-            raise ConfigError(f"{self.where}.metric {missing[0]!r} is reported by no part of this run; {near}")
+            setting = next((key for key, value in vars(self.controller).items() if value == missing[0]), "metric")
+            raise ConfigError(f"{self.where}.{setting} {missing[0]!r} is reported by no part of this run; {near}")
 
     def state_dict(self) -> dict[str, Any]:
         """Of the controller."""
