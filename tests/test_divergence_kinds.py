@@ -224,6 +224,9 @@ def test_rows_that_cannot_be_weighed_or_compared_are_refused_before_the_first_st
     agent = agent_of(policy, rows, "reinforce", objectives={"policy": None, "d": {"name": "sampled_divergence"}})
     with pytest.raises(ConfigError, match=r"nobody knows that of demonstrations: set .*\.d\.rows=offline or own"):
         agent.update(filled(rows, 1))
+    agent = agent_of(policy, rows, "reinforce", objectives={"policy": None, "d": {**DISTILL, "importance_cap": 2.0}})
+    with pytest.raises(ConfigError, match=r"d\.importance_cap bounds the ratio .* set agent\.objectives\.d\.rows=own"):
+        agent.update(filled(rows, 1))
     node = {"name": "sampled_divergence", "anchor": "reference", "drawn": "policy", "tilt": 1.0}
     rows["group"] = torch.arange(len(rows))
     agent = agent_of(policy, rows, "reinforce", objectives={"policy": None, "d": node})

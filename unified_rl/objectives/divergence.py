@@ -21,7 +21,7 @@ from unified_rl.objectives.forward import Forward, Reader
 from unified_rl.objectives.kinds import KINDS, NORMAL_KINDS, TARGETS, Rest, Support, parts
 from unified_rl.objectives.metrics import Metrics
 from unified_rl.objectives.objective import Parts, Scored, Term
-from unified_rl.objectives.terms import reduction
+from unified_rl.objectives.terms import reduction, unknown_writers
 from unified_rl.protocols import ShowsLogits, ShowsNormals, averages_dims
 from unified_rl.ranges import NonNegative, UpperBound, Whole
 from unified_rl.returns.groups import Groups
@@ -117,12 +117,17 @@ class DivergenceTerm(Term):
         self.normal, self.averaged = parts.policy, averages_dims(parts.policy)
 
     def check(self, record: TensorDictBase) -> None:
-        """Refuses rows that lack what the other policy is to see.
+        """Refuses rows that lack what the other policy is to see, or what weighs them.
 
         Raises:
-            ConfigError: names the view's setting, and what works.
+            ConfigError: names the setting, and what works.
         """
         self.check_columns(list(map(str, record.keys())))
+        if self.importance_cap is not None and unknown_writers(self.rows.chosen(record)):
+            raise ConfigError(
+                f"{self.where}.importance_cap bounds the ratio to whoever wrote a row, and nobody knows the "
+                f"probabilities of demonstrations: set {self.where}.rows=own, or importance_cap to null"
+            )
         if self.difficulty is not None and len(record["group"].unique()) == len(record):
             raise ConfigError(
                 f"{self.where}.pass_rate is a share of a group's rows, and every row is alone in its own: sample "

@@ -315,11 +315,7 @@ class NllTerm(Term):
         Raises:
             ConfigError: the weight divides by these.
         """
-        rows = self.rows.chosen(record)
-        shown = rows["source"] > int(Source.OFFLINE) if "source" in rows.keys() else None
-        if self.weight_name != "suffix_ratio" or shown is None:
-            return
-        if bool((shown & (torch.where(rows["mask"], rows["behavior_log_prob"], 0.0) == 0).all(-1)).any()):
+        if self.weight_name == "suffix_ratio" and unknown_writers(self.rows.chosen(record)):
             raise ConfigError(
                 f"{self.where}.weight=suffix_ratio divides by the probabilities that rows had for who wrote them, and "
                 f"nobody knows those of demonstrations: set {self.where}.rows=offline and join recorded rows "
@@ -359,6 +355,14 @@ def reduction(name: str, where: str) -> Callable[[Tensor], Tensor]:
     names = [key for key in REDUCTIONS if key != "sequence-mean-token-sum-norm"]  # it is divided by a constant
     reduce = REDUCTIONS[one_of(name, names, f"{where}.reduce")]
     return lambda mask: reduce(mask.float().sum(-1), None, lambda x: x)
+
+
+def unknown_writers(rows: TensorDictBase) -> bool:
+    """Whether somebody else wrote one of the rows, and nobody knows how probable its units were to them."""
+    if "source" not in rows.keys():
+        return False
+    shown = rows["source"] > int(Source.OFFLINE)
+    return bool((shown & (torch.where(rows["mask"], rows["behavior_log_prob"], 0.0) == 0).all(-1)).any())
 
 
 def scattered(stats: TensorDictBase, at: Tensor, rows: int) -> TensorDictBase:
