@@ -158,11 +158,11 @@ class Estimate:
         score = partial(self.anchors.chunked, self.policy, record)
         weight = self.wrapper.row_weight(record) if isinstance(self.groups, GroupBaseline) else None
         record["advantage"] = self.groups(record, score, weight)
-        columns = {name: read for rule in self._rules for name, read in rule.reads.items()}
+        columns = {f"{rule.where}.{name}": read for rule in self._rules for name, read in rule.reads.items()}
         if columns:
             record.update(self.anchors.read(record, columns))
         for reshape in self.maps:
-            record["advantage"] = _fitting(reshape(record, record["advantage"]), record, reshape.where)
+            record["advantage"] = _fitting(_applied(reshape, record), record, reshape.where)
         metrics["train/zero_advantage"] = (record["advantage"] == 0).float().mean()
         return self._filtered(record, metrics) if self.filters else record
 
@@ -170,7 +170,7 @@ class Estimate:
         """The rows and the units that every filter in turn keeps."""
         units = record["mask"].sum()
         for keeps in self.filters:
-            kept = keeps(record, record["advantage"])
+            kept = _applied(keeps, record)
             if kept.dtype != torch.bool or kept.shape not in (record.batch_size, record["mask"].shape):
                 shape = f"{kept.dtype} {tuple(kept.shape)}"
                 raise ConfigError(f"{keeps.where} must give one bool a row or a unit; it gave {shape}")
@@ -256,6 +256,14 @@ def make_filters(nodes: Sequence[Any] | None) -> list[Moving]:
         ConfigError: an unknown filter or setting, under its full name.
     """
     return [Moving(node, FILTERS, f"agent.filters[{number}]") for number, node in enumerate(nodes or ())]
+
+
+def _applied(rule: Moving, record: TensorDict) -> Tensor:
+    """What a rule makes of the advantages, with the columns in place that were read under its own settings."""
+    for name in rule.reads:
+        record[name] = record.pop(f"{rule.where}.{name}")
+    out: Tensor = rule(record, record["advantage"])
+    return out
 
 
 def _fitting(mapped: Tensor, record: TensorDict, where: str) -> Tensor:

@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from term_cases import agent_of, dense, joined
 
 from unified_rl.errors import ConfigError
+from unified_rl.objectives.moving import Moving
 from unified_rl.returns import filters, maps
 
 
@@ -202,6 +203,23 @@ def test_a_number_of_a_rule_may_follow_a_schedule_and_a_controller_that_resumes(
         one.update(filled(rows, 1), progress=1.0)
     for a, b in zip(agent.policy.parameters(), again.policy.parameters(), strict=True):
         assert a.equal(b)
+
+
+def test_two_rules_of_one_kind_each_see_the_columns_of_their_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, rows = joined()
+    agent = agent_of(copy.deepcopy(policy), rows, maps=[{"name": "retempered", "hot": hot} for hot in (1.2, 3.0)])
+    seen: list[torch.Tensor] = []
+    call = Moving.__call__
+
+    def watched(rule: Moving, *given: Any) -> Any:
+        seen.append(given[0]["hot_log_prob"].clone())
+        return call(rule, *given)
+
+    monkeypatch.setattr(Moving, "__call__", watched)
+    agent.update(filled(rows, 1))
+    alone = agent_of(policy, rows, maps=[{"name": "retempered", "hot": 1.2}])
+    alone.update(filled(rows, 1))
+    assert len(seen) == 3 and torch.equal(seen[0], seen[2]) and not torch.allclose(seen[0], seen[1])
 
 
 def test_a_term_is_watched_where_only_a_map_follows_it() -> None:
