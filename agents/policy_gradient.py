@@ -225,8 +225,8 @@ class PolicyGradient:
             policy, correction, self.wrapper, anchors, teacher, micro_batch, *needs, off_policy_targets
         )
         parts = Parts(policy, correction, self.wrapper, self.anchors, self.baseline)
-        attach(terms, parts, compiled=compile or cuda_graph, target_kl=target_kl)
         self.compiled = compile or cuda_graph
+        attach(terms, parts, compiled=self.compiled, target_kl=target_kl)
         plain = scoring(policy, compile, cuda_graph, self.device)
         self.objective = Objective(policy, terms, lambda rows: self.wrapper.score(rows, plain), generator)
         source = make_advantage(correction, self.baseline, self.credit, lam, off_policy_targets, normalize_advantage)
