@@ -206,6 +206,13 @@ def test_diagnostics_by_hand() -> None:
         assert float(report[name]) == pytest.approx(value), name
 
 
+def test_a_unit_that_no_policy_said_has_no_age() -> None:
+    current, batch = record(ratios(1.0, 2.0, 4.0), torch.tensor([1.0], dtype=torch.float64))
+    batch["policy_version"] = torch.tensor([[-1, 4, 5]])
+    report = load_correction("ppo").diagnostics(current, batch, version=7)
+    assert float(report["staleness/mean"]) == 2.5 and float(report["staleness/max"]) == 3.0
+
+
 def test_equal_lengths_make_the_two_means_one() -> None:
     current, batch = drifted()
     one = Correction(kernel="ratio", reduce="token-mean")(current, batch).weight

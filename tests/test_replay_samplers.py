@@ -206,6 +206,13 @@ def test_staleness_bound_equals_a_scan_over_all_rows_under_overwriting(lanes: in
             assert fits(batch["x"][:, 0], dict.fromkeys(allowed, 1.0))
 
 
+def test_units_that_no_policy_said_do_not_make_a_row_old() -> None:
+    replay = Replay(16, sampler=StalenessBounded(max_lag=0), cut=False)
+    said = torch.tensor([[-1, 3, 3], [-1, 2, 3], [-1, -1, -1]])
+    replay.extend(TensorDict({"x": torch.arange(3), "policy_version": said, "mask": torch.ones(3, 3).bool()}, [3]))
+    assert set(replay.sample(64, version=3)["x"].tolist()) == {0}
+
+
 def test_staleness_bound_refuses_what_it_cannot_know() -> None:
     replay = Replay(8, sampler=StalenessBounded(1))
     replay.extend(numbers(0, 4, policy_version=[3, 3, 4, 4]))

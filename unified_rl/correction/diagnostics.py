@@ -91,7 +91,8 @@ def diagnose(
     if outer is not None:
         out["weight/max"] = largest(outer.expand_as(mask)[valid], total)
     if "staleness/mean" in out:
-        out["staleness/max"] = largest((version - batch["policy_version"])[mask].float(), total)
+        sampled = batch["policy_version"]
+        out["staleness/max"] = largest((version - sampled)[mask & (sampled >= 0)].float(), total)
     out.update(_quantiles(values, total))
     out["ratio/tail_index"] = tail_index(values, total=total)
     return out
@@ -162,9 +163,9 @@ def _shares(view: View, ok: Tensor, kernel: Tensor, truncating: bool) -> dict[st
 
 
 def _staleness(view: View, version: int | None) -> dict[str, tuple[Tensor, Tensor]]:
-    """Summed age in learner updates, over masked-in units."""
+    """Summed age in learner updates, over masked-in units that some policy sampled (of a version from 0 on)."""
     age = view.batch.get("policy_version", None)
     if version is None or age is None:
         return {}
-    mask = view.batch["mask"]
+    mask = view.batch["mask"] & (age >= 0)
     return {"staleness/mean": ((version - age).masked_fill(~mask, 0).sum(), mask.sum())}

@@ -143,14 +143,17 @@ def row_versions(version: NDArray[Any], mask: NDArray[Any] | None) -> tuple[IntA
 
     Args:
         version: ``[n]`` or ``[n, N]`` int64.
-        mask: ``[n, N]`` bool, the units that count; a row without any counts them all.
+        mask: ``[n, N]`` bool, the units that count; a row without any counts them all. Units of a version below 0,
+            which no policy said, count nowhere but in a row that has no others.
     """
     if version.ndim == 1:
         return version, version
     if mask is None or mask.shape != version.shape:
         flat = version.reshape(len(version), -1)
         return flat.min(1), flat.max(1)
-    counted = mask | ~mask.any(1, keepdims=True)
+    counted = mask & (version >= 0)
+    counted |= ~counted.any(1, keepdims=True) & mask
+    counted |= ~counted.any(1, keepdims=True)
     info = np.iinfo(np.int64)
     return np.where(counted, version, info.max).min(1), np.where(counted, version, info.min).max(1)
 
