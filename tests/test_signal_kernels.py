@@ -41,6 +41,11 @@ def signal(**settings: Any) -> torch.Tensor:
     return weight[:, 0] * 4  # rows of the batch
 
 
+def test_a_soft_value_takes_the_place_of_the_mean_and_not_both_are_set() -> None:
+    with pytest.raises(ConfigError, match=r"correction.kernel.centered=false .* correction.kernel.soft"):
+        signal(kernel={"name": "residual", "soft": 1.0, "centered": False})
+
+
 def test_the_soft_value_goes_from_the_best_to_the_mean() -> None:
     groups = Groups(torch.tensor([0, 0, 1, 1]))
     one = math.log((math.exp(2.0) + 1) / 2) / 2  # rewards 1 and 0 at temperature 0.5
@@ -51,7 +56,7 @@ def test_the_soft_value_goes_from_the_best_to_the_mean() -> None:
 
 
 def test_a_soft_value_stands_for_the_mean_of_the_residual() -> None:
-    got = signal(kernel={"name": "residual", "beta": 0.2, "soft": 0.5, "centered": False})
+    got = signal(kernel={"name": "residual", "beta": 0.2, "soft": 0.5})
     value = soft_value(REWARD, Groups(torch.tensor([0, 0, 1, 1])), 0.5)
     wanted = REWARD - 0.2 * DRIFT.sum(-1) - value
     torch.testing.assert_close(got / got[0], wanted / wanted[0])

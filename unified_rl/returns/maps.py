@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.errors import RecordError
-from unified_rl.ranges import NonNegative, Positive, UnitInterval
+from unified_rl.ranges import AtLeastOne, NonNegative, Positive, UnitInterval
 from unified_rl.returns import readings
 from unified_rl.returns.groups import Groups
 from unified_rl.units import Steps, row_return
@@ -59,7 +59,7 @@ def long_success(
 
 
 def overlong_failure(
-    record: TensorDictBase, advantage: Tensor, *, base: Positive = 1.00001, threshold: float = 0.5
+    record: TensorDictBase, advantage: Tensor, *, base: AtLeastOne = 1.00001, threshold: float = 0.5
 ) -> Tensor:
     """Wrong answers longer by D than their group's right ones on average: times ``2 - base^-D``. View-R1's STCR.
 

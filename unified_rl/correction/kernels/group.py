@@ -16,7 +16,7 @@ from unified_rl.correction.kernels.kernel import Kernel, Traits, by_name, clippe
 from unified_rl.correction.kernels.unit import ppo
 from unified_rl.correction.lookup import bind
 from unified_rl.correction.view import View, anchor_log_prob, masked
-from unified_rl.errors import RecordError
+from unified_rl.errors import ConfigError, RecordError
 from unified_rl.ranges import NonNegative, Positive, Radius, UnitInterval, UpperBound
 from unified_rl.returns.groups import Groups
 from unified_rl.units import row_return
@@ -42,6 +42,18 @@ class Residual(Kernel):
     importance_cap: UpperBound | None = None
     soft: UpperBound | None = None
 
+    def __post_init__(self) -> None:
+        """Refuses two centers.
+
+        Raises:
+            ConfigError: not centered, and measured from the group's soft value.
+        """
+        if self.soft is not None and not self.centered:
+            raise ConfigError(
+                "correction.kernel.centered=false would be of no effect with correction.kernel.soft, which takes the "
+                "group's soft value off in place of its mean: leave one of them out"
+            )
+
     @property
     def anchors(self) -> tuple[str, ...]:
         """The behavior policy's where the residual is weighted by its ratio."""
@@ -49,7 +61,7 @@ class Residual(Kernel):
 
     @property
     def without_groups(self) -> str | None:
-        """A residual that is not centered needs no group."""
+        """A residual that is not centered needs no group, unless it is measured from the group's soft value."""
         return self.traits.groups if self.centered or self.soft is not None else None
 
     def formula(self) -> str:
