@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unified_rl.objectives.forward import Forward
 from unified_rl.objectives.objective import Scored
-from unified_rl.shard import Shard
+from unified_rl.shard import Shard, in_pieces
 
 for kind, name in ((Scored, "log_prob"), (Forward, "_found"), (Forward, "nll")):
     vars(kind)[name].lock = nullcontext()  # Python 3.11 computes one such property at a time, and ranks wait in it
@@ -49,6 +49,30 @@ class ThreadShard(Shard):
 
     def all_reduce(self, x: Tensor) -> None:
         x.copy_(torch.stack(self.all_gather(x)).sum(0))
+
+
+def full(x: Tensor) -> Tensor:
+    """A tensor whole, where processes hold pieces of it; all must ask."""
+    found: Tensor = x.full_tensor() if in_pieces(x) else x  # type: ignore[operator]
+    return found.detach().clone()
+
+
+class Told:
+    """What an update of an agent leaves behind: every step's gradients, the weights and the metrics, whole."""
+
+    def __init__(self, agent: Any, replay: Any) -> None:
+        self.gradients: list[Tensor] = []
+        step = agent.optimizer.step
+
+        def spy(loss: Tensor) -> Tensor:
+            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in agent.optimizer.parameters]
+            self.gradients.append(torch.cat([full(x).flatten() for x in found]))
+            return step(loss)
+
+        agent.optimizer.step = spy
+        self.metrics = {key: float(value) for key, value in agent.update(replay, 0.25).items()}
+        self.weights = torch.cat([full(p).flatten() for p in agent.optimizer.parameters])
+        self.order = agent.generator.get_state()
 
 
 def on_ranks(world: int, work: Callable[[Shard], Any]) -> list[Any]:

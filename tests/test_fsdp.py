@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fsdp_cases import Told, full, in_processes
+from fsdp_cases import in_processes
 from run_cases import ALLOW, LANGUAGE, composed, remembered
 from safetensors.torch import load_file, save_file
+from shard_cases import Told, full
 from test_presets_train import WRAPPED, teacher_run, with_demonstrations
 from test_ranks import (
     WORDS,
@@ -33,7 +34,7 @@ from test_ranks import (
     together,
     wait_for_rows,
 )
-from test_shard import DOMAINS, NOISY, TERMS, agent_of, agree, replay_of
+from test_shard import DOMAINS, NOISY, SHOWN, TERMS, agent_of, agree, replay_of
 from torch.distributed.checkpoint import load as load_checkpoint
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -100,9 +101,10 @@ def test_every_preset_and_term_has_the_gradient_of_one_process(stale: tuple[Any,
         )
     for name, (domain, given) in TERMS.items():
         if domain == "language":
+            own = with_demonstrations(rows) if name in SHOWN else rows
             for size in (None, 1, 2) if WHOLE else (2,):
-                case = lambda g=given, s=size: agent_of(policy, rows, "grpo", micro_batch=s, **g)  # noqa: E731
-                cases[f"{name} {size}"] = (case, rows, 1e-6)
+                case = lambda g=given, s=size, r=own: agent_of(policy, r, "grpo", micro_batch=s, **g)  # noqa: E731
+                cases[f"{name} {size}"] = (case, own, 1e-6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         seen = {name: Told(make(), replay_of(own, True)) for name, (make, own, _) in cases.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from rank_cases import forked
 from run_cases import LANGUAGE, recorded, remembered
 
 from unified_rl import cli, launching
@@ -47,35 +47,16 @@ WAIT = 60.0
 def processes(world: int, words: Sequence[str], folder: Path, before: Callable[[int], None] = int) -> Iterator[Any]:
     """Forked processes, as ``unified-rl launch`` would start them, that run a command; they are waited for."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    shared |= {"GLOO_SOCKET_IFNAME": "lo", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
-    def one(rank: int) -> None:
-        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+    def one(rank: int) -> int:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), number)
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         before(rank)
-        code = cli.main(list(words))
-        sys.stdout.flush()
-        os._exit(code)
+        return cli.main(list(words))
 
-    context = multiprocessing.get_context("fork")
-    children = [context.Process(target=one, args=(rank,)) for rank in range(world)]
-    for child in children:
-        child.start()
-    try:
+    with forked(world, one, WAIT) as children:
         yield children
-        for child in children:
-            child.join(WAIT)
-        assert not any(child.is_alive() for child in children), "a process hangs"
-    finally:
-        for child in children:
-            child.kill()
-            child.join()
 
 
 def together(words: Sequence[str], folder: Path, before: Callable[[int], None] = int, world: int = 2) -> list[int]:

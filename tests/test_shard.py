@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from shard_cases import on_ranks
+from shard_cases import Told, on_ranks
 from tensordict import TensorDict
 from test_presets_train import REFUSED, WRAPPED, teacher_run, with_demonstrations
-from torch import Tensor
 
 from unified_rl.agents.behavior_cloning import BehaviorCloning
 from unified_rl.agents.policy_gradient import PolicyGradient
@@ -21,6 +20,7 @@ from unified_rl.config import compose
 from unified_rl.correction import correction_names, load_correction
 from unified_rl.errors import ConfigError
 from unified_rl.interventions import Wrapper
+from unified_rl.objectives.entropy import SelectiveEntropyTerm
 from unified_rl.replay import Fresh, Replay
 from unified_rl.shard import Shard
 from unified_rl.training.run import Job
@@ -53,24 +53,6 @@ def stale() -> dict[str, tuple[Any, TensorDict]]:
                 p += 0.02 * torch.randn(p.shape, generator=generator)
         found[domain] = (trainer.agent.policy, rows)
     return found
-
-
-class Told:
-    """What an update of an agent leaves behind: every step's gradients, the weights and the metrics."""
-
-    def __init__(self, agent: Any, replay: Replay) -> None:
-        self.gradients: list[Tensor] = []
-        step = agent.optimizer.step
-
-        def spy(loss: Tensor) -> Tensor:
-            found = [torch.zeros_like(p) if p.grad is None else p.grad for p in agent.optimizer.parameters]
-            self.gradients.append(torch.cat([x.detach().flatten().clone() for x in found]))
-            return step(loss)
-
-        agent.optimizer.step = spy
-        self.metrics = {key: float(value) for key, value in agent.update(replay, 0.25).items()}
-        self.weights = torch.cat([p.detach().flatten() for p in agent.optimizer.parameters])
-        self.order = agent.generator.get_state()
 
 
 NOISY = {"alp": 5e-6}
@@ -110,7 +92,20 @@ def agent_of(policy: Any, rows: TensorDict, preset: str, **options: Any) -> Poli
     agent.keep_versions(1)
     agent.anchors.begin(0)  # the weights of the rows' version, for the preset that keeps them
     agent.version = 1
+    elsewhere(agent)
     return agent
+
+
+def elsewhere(agent: PolicyGradient) -> None:
+    """As updates later: another reference than the policy, and an entropy that was seen at first."""
+    if agent.anchors.reference is not None:
+        generator, shared = torch.Generator().manual_seed(4), {id(p) for p in agent.policy.parameters()}
+        with torch.no_grad():
+            for p in (p for p in agent.anchors.reference.parameters() if id(p) not in shared):
+                p += 0.05 * torch.randn(p.shape, generator=generator)
+    for term in agent.objective.terms.values():
+        if isinstance(term, SelectiveEntropyTerm):
+            term.level = 1.0
 
 
 def compared(make: Callable[[], Any], rows: TensorDict, language: bool, world: int) -> tuple[Told, list[Told]]:
@@ -151,7 +146,21 @@ TERMS: dict[str, tuple[str, dict[str, Any]]] = {
     "likelihood": ("language", {"objectives": {"imitate": {"name": "nll", "coefficient": 0.3, "rows": None}}}),
     "entropy": ("language", {"entropy_coef": 0.1, "minibatch": 5, "epochs": 2}),
     "divergence": ("language", {"objectives": {"distill": {"name": "divergence", "anchor": "reference"}}}),
-    "preference": ("language", {"objectives": {"prefer": {"name": "preference"}}}),
+    "preference": ("language", {"objectives": {"prefer": {"name": "preference", "nll": 0.2, "pairs": "best_deviant"}}}),
+    "sets": ("language", {"objectives": {"prefer": {"name": "set_preference", "negatives": 1}}}),
+    "good and bad rows": ("language", {"objectives": {"prefer": {"name": "kto"}}}),
+    "sampled divergence": ("language", {"objectives": {
+        "near": {"name": "sampled_divergence", "anchor": "reference", "drawn": "policy", "tilt": 0.5}}}),
+    "selected likelihood": ("language", {"objectives": {
+        "policy": {"rows": "own"}, "imitate": {"name": "selective_nll", "portion": 0.4}}}),
+    "soft Q": ("language", {"objectives": {"policy": {"rows": "own"}, "imitate": {"name": "soft_q"}}}),
+    "selected entropy": ("language", {"objectives": {"spread": {"name": "selective_entropy", "coefficient": 1.0}},
+                                      "minibatch": 4, "epochs": 2}),
+    "margin": ("language", {"objectives": {"policy": {"rows": "own"}, "calibrate": {"name": "margin"}}}),
+    "maps that read": ("language", {"maps": [{"name": "retempered"}, "overconfident"]}),
+    "filtered rows": ("language", {"filters": ["largest_advantage"]}),
+    "filtered over the batch": ("language", {"filters": [{"name": "widest_spread", "over": "batch"}]}),
+    "filtered units": ("language", {"filters": ["uncertain_units"]}),
     "reference KL in the reward": ("language", {"kl": 0.1, "kl_in": "reward"}),
     "equal groups dropped": ("language", {"drop_equal_groups": True}),
     "a critic of tokens": ("language", CRITIC),
@@ -163,6 +172,8 @@ TERMS: dict[str, tuple[str, dict[str, Any]]] = {
     "scaled returns": ("normal", {"epochs": 2, "normalize_return": True, "normalize_reward": True}),
     "a bound of the KL": ("normal", {"epochs": 8, "target_kl": 1e-4, "lr": 0.1}),
 }  # fmt: skip
+SHOWN = ("selected likelihood", "soft Q", "margin")
+"""Of demonstrations too."""
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
@@ -172,9 +183,11 @@ def test_every_term_has_the_gradient_of_one_process(
 ) -> None:
     domain, options = TERMS[name]
     policy, rows = stale[domain]
+    rows = with_demonstrations(rows) if name in SHOWN else rows
     preset = "grpo" if domain == "language" else "ppo"
     make = lambda: agent_of(policy, rows, preset, micro_batch=micro_batch, **options)  # noqa: E731
     one, found = compared(make, rows, domain == "language", 2)
+    assert all(abs(one.metrics[f"loss/{term}"]) > 1e-3 for term in options.get("objectives", {})), one.metrics
     if name == "a bound of the KL":
         assert len(one.gradients) < 8, "the bound was never met"
     for told in found:
