@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
-
-from annotated_types import Interval
+from typing import Any
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
 from unified_rl.launching import launched, local
-from unified_rl.ranges import ranged
+from unified_rl.ranges import Seconds, ranged
 
-Seconds = Annotated[float, Interval(gt=0, le=86_400)]
 LAUNCH = "unified-rl launch --processes N train"
 
 
