@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from unified_rl.errors import RolloutError
 from unified_rl.policies.generation import Generation
@@ -133,7 +132,7 @@ def joined(answers: Sequence[Answer], call: Call, who: str) -> Generation:
     if call.stop_strings is not None:
         cut = call.stop_strings.find(tokens)
         earlier = cut <= length
-        length, finished = torch.where(earlier, cut, length), finished & ~earlier | earlier
+        length, finished = torch.where(earlier, cut, length), finished | earlier
         over = torch.arange(call.max_new_tokens) >= length[:, None]
         tokens, log_prob = tokens.masked_fill(over, call.pad_id), log_prob.masked_fill(over, 0.0)
     return Generation(tokens, log_prob, length, finished, version)
@@ -165,8 +164,3 @@ def _check(answer: Answer, call: Call, who: str) -> None:
             f"{who} ended with the id {answer.tokens[-1]}, which is no stop id of this run: a generation configuration "
             "of the model's folder is in force (vLLM: --generation-config vllm), or the server has another tokenizer"
         )
-
-
-def rows_of(out: Generation) -> Tensor:
-    """Which entries ``[B, M]`` bool are sampled tokens."""
-    return torch.arange(out.tokens.shape[1], device=out.length.device) < out.length[:, None]

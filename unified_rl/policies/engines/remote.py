@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -11,8 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unified_rl.errors import CheckpointError, ConfigError, RolloutError
-from unified_rl.policies.engines.http import Server, listed
+from unified_rl.policies.engines.http import Server
 from unified_rl.policies.engines.protocol import Answer, Call, joined
 from unified_rl.policies.engines.settings import COMMANDS, EngineSettings
 from unified_rl.policies.generation import Generation
@@ -22,7 +25,7 @@ from unified_rl.policies.model_folder import save_model
 class Remote(ABC):
     """A server that samples.
 
-    Weights are told apart by their content: the server calls them by :func:`~.sampler.digest_of`, so one that serves
+    Weights are told apart by their content: the server calls them by :func:`digest_of`, so one that serves
     them already is not sent them again, and one that somebody else sent weights to is found out.
 
     Args:
@@ -39,9 +42,8 @@ class Remote(ABC):
         self.settings = settings
         url = settings.servers[worker]
         self.server = Server(url, settings.server_timeout, settings.server_retries, settings.server_requests)
-        place = re.sub(r"[^\w.]+", "-", url.partition("://")[2]).strip(
-            "-"
-        )  # a server has one run, and a folder of its own
+        # a server has one run, and a folder of its own
+        place = re.sub(r"[^\w.]+", "-", url.partition("://")[2]).strip("-")
         self.folder = Path(str(settings.server_folder)) / place
         self.label = ""
         self.pushes = 0
@@ -87,8 +89,6 @@ class Remote(ABC):
 
     def push(self, policy: Any, version: int) -> None:
         """Writes the weights as safetensors and lets the server load them, unless it serves them already."""
-        from unified_rl.policies.engines.sampler import digest_of
-
         label = f"unified-rl-{digest_of(policy)}"
         self._versions[label] = version
         if label == self.label:
@@ -158,7 +158,7 @@ class Remote(ABC):
             for span in spans:
                 if int(span["start"]) != len(found) or int(span["end"]) > count:
                     break
-                found += [self.version_of(str(span["version"]))] * (int(span["end"]) - int(span["start"]))
+                found += [self._version_of(str(span["version"]))] * (int(span["end"]) - int(span["start"]))
         except (TypeError, KeyError, ValueError) as error:
             raise RolloutError(f"{self.who} answers with spans of weights that cannot be read: {spans}") from error
         if len(found) != count:
@@ -170,7 +170,7 @@ class Remote(ABC):
             )
         return tuple(found)
 
-    def version_of(self, label: str) -> int:
+    def _version_of(self, label: str) -> int:
         """The run's number of weights that the server names.
 
         Raises:
@@ -184,12 +184,23 @@ class Remote(ABC):
         return self._versions[label]
 
 
-def texts_only(choice: Mapping[str, Any], key: str, who: str) -> Sequence[Any]:
+def token_ids(choice: Mapping[str, Any], key: str, who: str) -> Sequence[Any]:
     """The token ids of an answer.
 
     Raises:
         RolloutError: there are none.
     """
-    if not isinstance(choice.get(key), list):
+    found = choice.get(key)
+    if not isinstance(found, list):
         raise RolloutError(f"{who} answers without token ids ({key!r} is missing), so nothing can be trained on it")
-    return listed(choice, key, who)
+    return found
+
+
+@torch.no_grad()
+def digest_of(policy: Any) -> str:
+    """Sixteen letters that two policies have in common where every weight of theirs is the same, bit for bit."""
+    whole = hashlib.blake2b(digest_size=8)
+    for name, weight in policy.model.state_dict().items():
+        whole.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        whole.update(weight.cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return whole.hexdigest()

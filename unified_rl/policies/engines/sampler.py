@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +10,9 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.errors import ConfigError
-from unified_rl.policies.engines.protocol import Call, Engine, rows_of
+from unified_rl.policies.engines.protocol import Call, Engine
 from unified_rl.policies.engines.settings import SERVERS, EngineSettings
-from unified_rl.policies.generation import Generation
+from unified_rl.policies.generation import Generation, pad_prompts
 from unified_rl.policies.stop_strings import StopStrings
 
 LOOKED_AT = 4
@@ -109,7 +108,7 @@ class Sampler:
         if greedy or generator is None:
             raise ConfigError("an engine samples, from a generator; ask the policy itself for the most likely answer")
         call = Call(
-            [[int(token) for token in prompt] for prompt in prompts],
+            [prompt.tolist() if isinstance(prompt, Tensor) else list(prompt) for prompt in prompts],
             max_new_tokens,
             tuple(stop_ids),
             self.policy.pad_id,
@@ -172,32 +171,17 @@ class Sampler:
     @torch.no_grad()
     def _gaps(self, prompts: list[list[int]], out: Generation) -> Tensor:
         """Absolute differences ``[n]`` of the sampled tokens' log-probs."""
-        policy = self.policy
+        policy, width = self.policy, out.tokens.shape[1]
+        sampled = torch.arange(width, device=out.length.device) < out.length[:, None]
+        texts = [[*prompt, *said] for prompt, said in zip(prompts, out.rows(), strict=False)]
         found = []
-        for start in range(0, len(prompts), AT_ONCE):
-            some = prompts[start : start + AT_ONCE]
-            part = slice(start, start + len(some))
-            said = rows_of(out)[part]
-            width = max(map(len, some)) + out.tokens.shape[1]
-            tokens = torch.full((len(some), width), policy.pad_id, dtype=torch.int64)
-            mask = torch.zeros(len(some), width, dtype=torch.bool)
-            for row, prompt in enumerate(some):
-                count = int(out.length[part][row])
-                end = len(prompt) + count
-                tokens[row, : len(prompt)] = torch.tensor(prompt)
-                tokens[row, len(prompt) : end] = out.tokens[part][row, :count]
-                mask[row, len(prompt) : end] = True
-            batch = TensorDict({"tokens": tokens, "mask": mask}, batch_size=[len(some)]).to(policy.device)
-            scored = policy.log_prob(batch).log_prob[batch["mask"]]
-            found.append((scored - out.log_prob[part][said].to(scored.device)).abs())
+        for start in range(0, len(texts), AT_ONCE):
+            part = slice(start, min(start + AT_ONCE, len(texts)))
+            tokens, length = pad_prompts(texts[part], policy.pad_id, policy.device)
+            begin = torch.tensor([len(prompt) for prompt in prompts[part]], device=policy.device)
+            column = torch.arange(tokens.shape[1], device=policy.device)
+            mask = (column >= begin[:, None]) & (column < length[:, None])
+            batch = TensorDict({"tokens": tokens, "mask": mask}, batch_size=[len(tokens)])
+            said = out.log_prob[part][sampled[part]].to(policy.device)
+            found.append((policy.log_prob(batch).log_prob[mask] - said).abs())
         return torch.cat(found)
-
-
-@torch.no_grad()
-def digest_of(policy: Any) -> str:
-    """Sixteen letters that two policies have in common where every weight of theirs is the same, bit for bit."""
-    whole = hashlib.blake2b(digest_size=8)
-    for name, weight in policy.model.state_dict().items():
-        whole.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        whole.update(weight.cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
-    return whole.hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 from unified_rl.errors import RolloutError
 from unified_rl.policies.engines.http import MissingError, listed, numbers
 from unified_rl.policies.engines.protocol import Answer, Call
-from unified_rl.policies.engines.remote import Remote, texts_only
+from unified_rl.policies.engines.remote import Remote, token_ids
 
 
 class Sglang(Remote):
@@ -63,7 +63,7 @@ class Sglang(Remote):
         meta = told.get("meta_info")
         if not isinstance(meta, dict):
             raise RolloutError(f"{self.who} answers without meta_info")
-        tokens = numbers(texts_only(told, "output_ids", self.who), int, f"{self.who}: token")
+        tokens = numbers(token_ids(told, "output_ids", self.who), int, f"{self.who}: token")
         if not isinstance(meta.get("output_token_logprobs"), list):
             raise RolloutError(f"{self.who} answers without log-probs (output_token_logprobs)")
         pairs = listed(meta, "output_token_logprobs", self.who)

@@ -10,7 +10,7 @@ from typing import Any
 from unified_rl.errors import RolloutError
 from unified_rl.policies.engines.http import MissingError, listed, numbers
 from unified_rl.policies.engines.protocol import Answer, Call
-from unified_rl.policies.engines.remote import Remote, texts_only
+from unified_rl.policies.engines.remote import Remote, token_ids
 
 GENERATE = "/inference/v1/generate"
 FLAG = "start vLLM with --logprobs-mode processed_logprobs"
@@ -75,7 +75,7 @@ class Vllm(Remote):
         return self._answer(choices[0])
 
     def _answer(self, choice: Mapping[str, Any]) -> Answer:
-        tokens = numbers(texts_only(choice, "token_ids", self.who), int, f"{self.who}: token")
+        tokens = numbers(token_ids(choice, "token_ids", self.who), int, f"{self.who}: token")
         told = choice.get("logprobs")
         if not isinstance(told, dict):
             raise RolloutError(f"{self.who} answers without log-probs: {FLAG}")
