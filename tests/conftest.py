@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,3 +49,28 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder that a server of answers begins with: not the weights of the policy that asks it."""
+    from engine_cases import TINY
+    from test_generation import letter_tokenizer
+
+    from unified_rl.policies.causal_lm import CausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    CausalLM(letter_tokenizer(), 64, config=TINY, seed=5).save(str(folder))
+    return folder
+
+
+@pytest.fixture
+def server(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A server that samples (:class:`engine_server.EngineServer`), asked again without a pause."""
+    from engine_server import EngineServer
+
+    from unified_rl.policies.engines import http
+
+    monkeypatch.setattr(http, "PAUSE", 0.01)
+    with EngineServer(base) as found:
+        yield found

@@ -33,7 +33,7 @@ NOT_RUN = {
     r"^train --config-dir mine --allow hallway": "its environment is a name for one of the reader's own",
     r"^train --config-dir my_configs --allow mine env=\.\.\.": "its dots stand for the reader's own choice",
     r"engine=ray|recipe=pipeline_rl": "needs Ray, which takes seconds to start (test_ray runs small ones)",
-    r"policy\.engine=(vllm|sglang)": "needs a server (test_engines runs small ones)",
+    r"policy\.engine=(vllm|sglang)": "needs a server (test_engines_runs has small ones)",
     r"agent=sb3_sac": "Stable-Baselines3's first hundred steps take seconds (test_sb3 runs small ones)",
 }
 """Commands that no test runs as they stand, and why; they are parsed, and composed where they hold no placeholder."""
