@@ -23,6 +23,7 @@ from unified_rl import cli, launching
 from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.errors import ConfigError, PeerError
 from unified_rl.objectives.objective import Objective
+from unified_rl.rollout import LanguageRollout
 from unified_rl.training.checkpoint import FOLDER, checkpoints
 from unified_rl.training.metrics import read_metrics
 from unified_rl.training.state import load_state
@@ -93,10 +94,21 @@ def same(one: Path, other: Path) -> None:
             assert found[key] == pytest.approx(row[key], rel=1e-5, abs=1e-6), (row["update"], key)
 
 
+def _collects_slowly(rank: int) -> None:
+    collect = LanguageRollout.collect
+
+    def slow(self: LanguageRollout, *given: Any) -> Any:
+        time.sleep(0.3)
+        return collect(self, *given)
+
+    LanguageRollout.collect = slow  # type: ignore[method-assign]
+
+
 def test_a_run_of_two_processes_is_that_of_one_and_goes_on_in_either_number(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     alone(["train", *WORDS, "updates=4", f"run_dir={one}"])
-    assert together(["train", *WORDS, "updates=4", "learner=data_parallel", f"run_dir={two}"], tmp_path / "a") == [0, 0]
+    words = ["train", *WORDS, "updates=4", "learner=data_parallel", f"run_dir={two}"]
+    assert together(words, tmp_path / "a", _collects_slowly) == [0, 0]  # and nobody who waits complains
     assert said(tmp_path / "a") == "" and (tmp_path / "a" / "out1").read_text() == ""
     same(one, two)
     assert (two / "samples.jsonl").is_file() and json.loads((two / "meta.json").read_text())["status"] == "finished"

@@ -47,6 +47,8 @@ JOINING = 600.0
 """Seconds in which all processes must have begun: imports on a busy machine take their time."""
 GLANCE = 0.2
 """Seconds between two looks whether the run is over, of a process that waits for another's word."""
+LATE, PAUSES = 0.02, (0.0005, 0.02)
+"""It asks again after this part of the time that it has waited; least and most seconds of that."""
 REASON = 3.0
 """Seconds that a process which lost another looks for the reason."""
 ORPHANED = (1.0, 30.0, 120.0)
@@ -243,20 +245,25 @@ class Launched(Ranks):
             raise PeerError("process 0 of this run is gone") from error
 
     def _wait(self, key: str) -> bool:
-        """Waits until a key is there; False where the run is over instead, and nothing was wrong."""
+        """Waits until a key is there; False where the run is over instead, and nothing was wrong.
+
+        It asks, rather than letting the store wait: that writes two lines to standard error whenever its time is up.
+        """
+        began = looked = time.monotonic()
         while True:
             try:
-                self.store.wait([key], timedelta(seconds=GLANCE))
-                return True
-            except dist.DistStoreError:  # not there yet
-                pass
+                if self.store.check([key]):
+                    return True
             except RuntimeError as error:
                 raise PeerError("process 0 of this run is gone") from error
-            told = self._over()
-            if told is not None:
-                if told["error"] is None:
-                    return False
-                raise self._ended(told)
+            now = time.monotonic()
+            if now - looked >= GLANCE:
+                looked, told = now, self._over()
+                if told is not None:
+                    if told["error"] is None:
+                        return False
+                    raise self._ended(told)
+            time.sleep(min(max(LATE * (now - began), PAUSES[0]), PAUSES[1]))
 
     def lost(self, error: Exception) -> BaseException:
         """Why a message failed."""
