@@ -155,7 +155,13 @@ def test_kinds_of_models_have_the_gradient_of_one_process(stale: tuple[Any, Any]
         assert told == []
 
 
-RUNS = ("dapo", "vespo", "m2po", "bapo", "p3o", "normalized_tis")
+RUNS = {
+    **{preset: [f"correction={preset}"] for preset in ("dapo", "vespo", "m2po", "bapo", "p3o", "normalized_tis")},
+    "a coarse sampler": ["correction=tis", "policy.engine_dtype=int8"],
+    "filters": ["correction=grpo", "agent.filters=[largest_advantage,uncertain_units]"],
+    "maps and terms": ["correction=grpo", "agent.maps=[retempered]",
+                       "agent.objectives={spread: {name: selective_entropy}, prefer: {name: kto}}"],
+}  # fmt: skip
 
 
 def made(words: list[str], ranks: Any = None) -> Any:
@@ -179,12 +185,12 @@ def test_runs_are_those_of_one_process(tmp_path: Path) -> None:
     words = [*LANGUAGE, "logger=[]", "eval_every=0", "log_every=1", "agent=policy_gradient", "agent.epochs=2",
              "agent.minibatch=6", "agent.micro_batch=4", "rollout.staleness=1", "eval_episodes=0",
              "updates=3"]  # fmt: skip
-    runs = RUNS if WHOLE else RUNS[:1]
-    one = {preset: made([*words, f"correction={preset}"])[0] for preset in runs}
+    runs = RUNS if WHOLE else {"dapo": RUNS["dapo"]}
+    one = {name: made([*words, *own])[0] for name, own in runs.items()}
 
     def work(ranks: Any) -> list[list[float]]:
-        found = {preset: made([*words, f"correction={preset}"], ranks) for preset in runs}
-        gaps = [float((found[preset][0] - one[preset]).abs().max()) for preset in runs]
+        found = {name: made([*words, *own], ranks) for name, own in runs.items()}
+        gaps = [float((found[name][0] - one[name]).abs().max()) for name in runs]
         return [gaps, [float((a - b).abs().max()) for a, b in found.values()] if ranks.leads else []]
 
     (gaps, sampled), (others, _) = in_processes(2, tmp_path / "told", work)

@@ -188,6 +188,7 @@ def test_every_term_has_the_gradient_of_one_process(
     make = lambda: agent_of(policy, rows, preset, micro_batch=micro_batch, **options)  # noqa: E731
     one, found = compared(make, rows, domain == "language", 2)
     assert all(abs(one.metrics[f"loss/{term}"]) > 1e-3 for term in options.get("objectives", {})), one.metrics
+    assert one.metrics["train/kept"] < 1.0 if "filters" in options else "train/kept" not in one.metrics
     if name == "a bound of the KL":
         assert len(one.gradients) < 8, "the bound was never met"
     for told in found:
