@@ -42,3 +42,21 @@ def test_a_run_without_the_metric_and_a_folder_that_is_no_run_are_named(tmp_path
     with pytest.raises(ConfigError, match="a1 logged no eval/return"):
         summarize([run(tmp_path / "a1", "sac", [1.0])], "agent", "eval/return")
     assert main([str(tmp_path)]) == 2
+
+
+def test_curves_are_read_over_the_budget_that_all_have_and_over_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    lines = ["domain,correction,staleness,seed,update,steps,score,rollout/length"]
+    for label, steps, length in (("short", 10, 2.0), ("long", 20, 4.0)):
+        lines += [f"d,{label},0,1,{k},{k * steps},{0.5 * k},{length}" for k in range(3)]
+    path.write_text("\n".join(lines))
+    one = {row["correction"]: row for row in summarize([path], "correction", at="mean")}
+    assert one["short"]["mean of steps"] == "0.5" and one["long"]["mean of steps"] == "0.25"  # both up to 20 answers
+    spent = {row["correction"]: row for row in summarize([path], "correction", at="reach=0.75", over="tokens")}
+    assert spent["short"]["each seed"] == "30" and spent["long"]["each seed"] == "120"
+    never = {row["correction"]: row for row in summarize([path], "correction", at="reach=2")}
+    assert never["long"]["each seed"] == "never" and never["long"]["IQM"] == ""
+    with pytest.raises(ConfigError, match="known: end, mean, reach=VALUE"):
+        summarize([path], "correction", at="half")
+    with pytest.raises(ConfigError, match="known: steps, tokens"):
+        summarize([path], "correction", over="seconds")

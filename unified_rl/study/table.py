@@ -1,9 +1,15 @@
-"""A table of finished runs: ``python -m unified_rl.study.table RUN... --by agent --out FOLDER``."""
+"""A table of finished runs: ``python -m unified_rl.study.table RUN... --by agent --out FOLDER``.
+
+In place of run folders it takes the ``results.csv`` of a study (``--by correction``), and in place of last values
+(``--at end``) means over the run (``mean``) or what it took to get to a score (``reach=0.9``), over answers or steps
+(``--over steps``) or over generated tokens (``tokens``), up to the budget that all the runs have.
+"""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,44 +19,102 @@ import numpy as np
 from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.files import check_listed, replacing
 from unified_rl.study.plot import load_run
-from unified_rl.study.results import SCORE, RunData, group_runs
-from unified_rl.study.statistics import stratified_bootstrap
+from unified_rl.study.results import SCORE, RunData, group_runs, read_results
+from unified_rl.study.statistics import Array, Interval, stratified_bootstrap
 
 COLUMNS = ("update", "steps", "wall_seconds")
 
 
-def summarize(folders: Sequence[str | Path], group_by: str, metric: str = SCORE) -> list[dict[str, str]]:
-    """First and last value of a metric for each value of a configuration key.
+def summarize(
+    folders: Sequence[str | Path], group_by: str, metric: str = SCORE, at: str = "end", over: str = "steps"
+) -> list[dict[str, str]]:
+    """First and last value of a metric for each value of a configuration key, or another reading of its curve.
 
     Args:
-        folders: run folders.
-        group_by: a dotted key of the configuration, or a group.
+        folders: run folders, or files ``results.csv`` of studies.
+        group_by: a dotted key of the configuration, or a group; of a study's file one of its first columns.
         metric: the metric.
+        at: ``end``; ``mean``, the mean over the curve up to the budget of the run that has least; or ``reach=VALUE``,
+            what was spent when the curve first is as high, straight lines between evaluations.
+        over: what the curve is drawn over, ``steps`` or generated ``tokens`` (of answers: their mean lengths times
+            their number).
 
     Returns:
-        One row a value: seeds, mean at the start, and mean, interquartile mean and its 95 % bootstrap interval at the
-        end (no interval with one seed), and each seed's last value.
+        One row a value: seeds, mean at the start, then mean, interquartile mean and its 95 % bootstrap interval of the
+        reading (no interval with one seed), and each seed's. A seed that never reaches a value is counted, and is
+        in no mean.
 
     Raises:
-        ConfigError: a folder without a run, or a run without the metric.
+        ConfigError: a folder without a run, a run without the metric, or an unknown ``at`` or ``over``.
     """
+    runs = [run for f in folders for run in _load(Path(f), group_by)]
+    curves = {id(run): _curve(run, metric, over) for run in runs}
+    budget = min(x[-1] for x, _ in curves.values())
     rows = []
-    for (value,), members in group_runs([load_run(Path(f), group_by) for f in folders], (group_by,)).items():
-        first, last = (np.array([_end(run, metric, index) for run in members]) for index in (0, -1))
-        interval = stratified_bootstrap([last])
-        bounds = f"[{interval.low:.4g}, {interval.high:.4g}]" if interval.known else "one seed: none"
+    for (value,), members in group_runs(runs, (group_by,)).items():
+        first = np.array([curves[id(run)][1][0] for run in members])
+        read = np.array([_read(*curves[id(run)], at, budget) for run in members])
+        known = read[np.isfinite(read)]
+        interval = stratified_bootstrap([known]) if known.size else None
+        name = "the end" if at == "end" else at
         rows.append(
             {
                 group_by: str(value),
                 "seeds": str(len(members)),
                 "mean at the start": f"{first.mean():.4g}",
-                "mean at the end": f"{last.mean():.4g}",
-                "IQM": f"{interval.estimate:.4g}",
-                "95 % interval": bounds,
-                "each seed": " ".join(f"{x:.4g}" for x in last),
+                f"mean at {name}" if at == "end" else f"{name} of {over}": f"{known.mean():.4g}" if known.size else "",
+                "IQM": f"{interval.estimate:.4g}" if interval else "",
+                "95 % interval": _bounds(interval) if known.size == read.size else f"{known.size} of {read.size} seeds",
+                "each seed": " ".join(f"{x:.4g}" if np.isfinite(x) else "never" for x in read),
             }
         )
     return rows
+
+
+def _load(path: Path, group_by: str) -> list[RunData]:
+    return read_results(path) if path.suffix == ".csv" else [load_run(path, group_by)]
+
+
+def _bounds(interval: Interval | None) -> str:
+    known = interval is not None and interval.known
+    return f"[{interval.low:.4g}, {interval.high:.4g}]" if interval is not None and known else "one seed: none"
+
+
+def _curve(run: RunData, metric: str, over: str) -> tuple[Array, Array]:
+    """The metric's values, and what had been spent on each."""
+    x, y = run.series(metric)
+    if not y.size:
+        raise ConfigError(f"{run.folder or run.labels} logged no {metric}")
+    if over == "steps":
+        return x, y
+    if over != "tokens":
+        raise ConfigError(f"over={over!r} is unknown; known: steps, tokens")
+    at, length = run.series("rollout/length")
+    if not at.size:
+        raise ConfigError(f"{run.folder or run.labels} logged no rollout/length, which tokens are counted by")
+    spent = np.concatenate([[0.0], np.cumsum(length * np.diff(at, prepend=0.0))])
+    return np.interp(x, np.concatenate([[0.0], at]), spent), y
+
+
+def _read(x: Array, y: Array, at: str, budget: float) -> float:
+    """One number of a curve; infinity where it never gets to the value asked for."""
+    if at == "end":
+        return float(y[-1])
+    if at == "mean":
+        grid = np.linspace(x[0], budget, 257)
+        return float(np.interp(grid, x, y).mean())
+    word, _, text = at.partition("=")
+    try:
+        wanted = float(text)
+    except ValueError:
+        wanted = math.nan
+    if word != "reach" or not math.isfinite(wanted):
+        raise ConfigError(f"at={at!r} is unknown; known: end, mean, reach=VALUE")
+    above = np.flatnonzero(y >= wanted)
+    if not above.size:
+        return math.inf
+    k = int(above[0])
+    return float(x[0] if k == 0 else np.interp(wanted, y[k - 1 : k + 1], x[k - 1 : k + 1]))
 
 
 def export(folders: Sequence[str | Path], out: Path) -> None:
@@ -74,23 +138,18 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
 
 
-def _end(run: RunData, metric: str, index: int) -> float:
-    _, y = run.series(metric, "steps")
-    if not y.size:
-        raise ConfigError(f"{run.folder} logged no {metric}")
-    return float(y[index])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m unified_rl.study.table", description=__doc__)
-    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("runs", nargs="+", help="run folders, or results.csv of studies")
     parser.add_argument("--by", default="agent", help="configuration key that names the rows")
     parser.add_argument("--metric", default=SCORE)
+    parser.add_argument("--at", default="end", help="end, mean, or reach=VALUE")
+    parser.add_argument("--over", default="steps", help="steps, or tokens")
     parser.add_argument("--out", type=Path, help="folder for each run's evaluations as CSV")
     options = parser.parse_args(arguments)
     try:
-        print(markdown(summarize(options.runs, options.by, options.metric)))
+        print(markdown(summarize(options.runs, options.by, options.metric, options.at, options.over)))
         if options.out is not None:
             export(options.runs, options.out)
     except UnifiedRLError as error:
