@@ -46,7 +46,7 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
     "adora": ["agent.maps.0.threshold=2.0"],  # answers of eight tokens are hardly ever longer than others
     "safe": ["agent.objectives.near.coefficient.base=0.0", "agent.objectives.near.coefficient.low=0.0",
              "agent.objectives.near.coefficient.scale=1.0e+6"],
-    "fg_expo_kl": ["agent.objectives.near.coefficient.high=1.0e+3"],
+    "fg_expo": ["agent.objectives.near.coefficient.high=1.0e+3"],
 }  # fmt: skip
 TASKS = {"vla_opd": ("env=two_route", *BINS), "trajectory_dpo": CONTROL}
 FEW_DEMONSTRATIONS = ["warm_start.stages=[{updates: 2, lr: 3.0e-3}]", "warm_start.dataset=32"]
