@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -12,6 +12,7 @@ from unified_rl.correction import Correction
 from unified_rl.correction.requirements import advantage_needs_group, without_groups
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
+from unified_rl.objectives.moving import Moving
 from unified_rl.objectives.objective import Term
 from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.terms import OWN_ROWS
@@ -145,9 +146,13 @@ def check_gates(gates: Mapping[str, Any] | None, terms: Mapping[str, Term], corr
 
 
 def check_columns(
-    terms: Mapping[str, Term], gates: Collection[str], correction: Correction, columns: Collection[str]
+    terms: Mapping[str, Term],
+    gates: Collection[str],
+    correction: Correction,
+    columns: Collection[str],
+    rules: Iterable[Moving] = (),
 ) -> None:
-    """Refuses a choice of rows by a column that is no gate and that no row will have.
+    """Refuses a choice of rows by a column that is no gate and that no row will have, and rules that need another.
 
     Raises:
         ConfigError: names the setting and the nearest column.
@@ -161,6 +166,13 @@ def check_columns(
             )
     for term in terms.values():
         term.check_columns(columns)
+    for rule in rules:
+        for name in rule.columns:
+            if name not in columns:
+                raise ConfigError(
+                    f"{rule.where} needs {name!r}, which is no column of the rows; {nearest(name, columns)}: define "
+                    f"rollout.columns.{name}"
+                )
     for key in ("reward", "group", "given", "stratum", "weight"):
         named = correction.advantage.get(key)
         if named is not None and named not in (*columns, "units"):

@@ -97,7 +97,7 @@ class Estimate:
         self.drop_equal_groups = drop_equal_groups
         self.gates, self.maps, self.filters = dict(gates or {}), maps, filters
         self.reference_kl = reference_kl or ReferenceKl(0.0)
-        for rule in self._rules:
+        for rule in self.rules:
             if rule.reads and not isinstance(self.policy, ShowsLogits):
                 raise ConfigError(
                     f"{rule.where} reads the distribution of every unit, and {type(self.policy).__name__} shows none: "
@@ -105,22 +105,23 @@ class Estimate:
                 )
 
     @property
-    def _rules(self) -> list[Moving]:
+    def rules(self) -> list[Moving]:
+        """The maps and the filters, in their order."""
         return [*self.maps, *self.filters]
 
     @property
     def followed(self) -> set[str]:
         """Names of the metrics that controllers of maps and filters follow."""
-        return set().union(*(rule.metrics for rule in self._rules))
+        return set().union(*(rule.metrics for rule in self.rules))
 
     def start(self, progress: float, update: int) -> None:
         """At the start of an update: sets the numbers of maps and filters that move."""
-        for rule in self._rules:
+        for rule in self.rules:
             rule.start(progress, update)
 
     def finish(self, metrics: Mapping[str, Any], reported: Collection[str]) -> None:
         """At the end of an update: controllers see its metrics."""
-        for rule in self._rules:
+        for rule in self.rules:
             rule.finish(metrics, reported)
 
     @property
@@ -158,7 +159,7 @@ class Estimate:
         score = partial(self.anchors.chunked, self.policy, record)
         weight = self.wrapper.row_weight(record) if isinstance(self.groups, GroupBaseline) else None
         record["advantage"] = self.groups(record, score, weight)
-        columns = {f"{rule.where}.{name}": read for rule in self._rules for name, read in rule.reads.items()}
+        columns = {f"{rule.where}.{name}": read for rule in self.rules for name, read in rule.reads.items()}
         if columns:
             record.update(self.anchors.read(record, columns))
         for reshape in self.maps:
@@ -220,13 +221,13 @@ class Estimate:
 
     def state_dict(self) -> dict[str, Any]:
         """Of the advantage, and of the controllers of maps and filters."""
-        rules = {rule.where: state for rule in self._rules if (state := rule.state_dict())}
+        rules = {rule.where: state for rule in self.rules if (state := rule.state_dict())}
         return {**self.groups.state_dict(), **({"rules": rules} if rules else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.groups.load_state_dict(state)
-        for rule in self._rules:
+        for rule in self.rules:
             if rule.where in state.get("rules", {}):
                 rule.load_state_dict(state["rules"][rule.where])
 

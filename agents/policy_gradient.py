@@ -390,7 +390,7 @@ class PolicyGradient:
                 "needs none"
             )
         terms = self.objective.terms
-        check_columns(terms, self.estimate.gates, self.correction, columns)
+        check_columns(terms, self.estimate.gates, self.correction, columns, self.estimate.rules)
         check_gates(self.estimate.gates, terms, self.correction)
         if "policy" not in terms:
             return

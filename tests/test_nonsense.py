@@ -119,6 +119,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.gamma correction.kernel.scale correction.kernel.step correction.kernel.temperature "
      "correction.wrapper.bound correction.wrapper.target env.score_seconds env.tool_seconds policy.std_max "
      "policy.repetition_penalty rollout.sources.experience.deviation "
+     "rollout.curriculum.score.sigma "
      "policy.std_min policy.temperature"),
     ("0", "none",
      "agent.anchors.reference.ema agent.ema agent.warmup_ratio agent.warmup_steps policy.min_p "
@@ -131,6 +132,7 @@ MEANT: list[tuple[str, str, str]] = [
      "rollout.privileged rollout.sources.demonstrations.style rollout.style warm_start.run"),
     ("[]", "a list may be empty",
      "agent.filters rollout.columns.stratum "
+     "rollout.columns.answer rollout.columns.label "
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),

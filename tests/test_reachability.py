@@ -529,7 +529,9 @@ def term_cases() -> Iterator[Case]:
             "overlong_failure": {"base": 2.0},
             "retempered": {"target": 3.0},
             "tilted": {"share": 0.5},
+            "by_difficulty": {"label": 2.0},
         },
+        extra=dict.fromkeys(["by_difficulty", "consistent"], ("rollout.columns={answer: answer, label: label}",)),
         samples={
             "long_success.threshold": 0.5,
             "overlong_failure.threshold": 2.0,
@@ -537,6 +539,11 @@ def term_cases() -> Iterator[Case]:
             "retempered.hot": 3.0,
             "retempered.threshold": 2.0,
             "tilted.probability": 0.06,
+            "forgiven_failure.threshold": 2.0,
+            "by_difficulty.threshold": -1.0,
+            "by_difficulty.label_column": "answer",
+            "consistent.threshold": -1.0,
+            "consistent.answer_column": "label",
         },
     )  # fmt: skip
     yield from of_table("filter", FILTERS, STALE, lambda node: f"agent.filters=[{text(node)}]",

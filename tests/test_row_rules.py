@@ -84,6 +84,47 @@ def test_a_mixture_with_the_tempered_policy_has_its_written_out_value() -> None:
     torch.testing.assert_close(nobody, A.expand(4, 6))  # no right answer: nothing is divided by 0
 
 
+def test_a_failure_counts_less_where_hardly_anybody_succeeds() -> None:
+    rows = record(reward=torch.tensor([[1.0], [0.0], [0.0], [0.0]]))  # half of the one group, none of the other
+    got = maps.forgiven_failure(rows, A, base=0.4, slope=0.8)
+    assert got.flatten().tolist() == pytest.approx([1.0, -0.8, 0.5, -0.2])  # 0.4 + 0.8 / 2, and 0.4
+    everybody = record(reward=torch.ones(4, 1))
+    assert maps.forgiven_failure(everybody, A, base=0.5, slope=0.5).equal(A)
+    assert maps.forgiven_failure(rows, A, base=0.9, slope=9.0)[1] == -1.0  # at most 1
+
+
+def test_what_is_missed_more_often_counts_more_and_the_size_of_an_update_stays() -> None:
+    rows = record(reward=torch.tensor([[1.0], [0.0], [0.0], [0.0]]), label=torch.tensor([7, 7, 7, 8]))
+    by_group = maps.by_difficulty(rows, torch.ones(4, 1), group=1.0)  # 1.5 and 2 over their mean 1.75
+    assert by_group.flatten().tolist() == pytest.approx([6 / 7, 6 / 7, 8 / 7, 8 / 7])
+    by_label = maps.by_difficulty(rows, torch.ones(4, 1), group=0.0, label=3.0)  # two of three, and the one: 3, 3, 3, 4
+    assert by_label.flatten().tolist() == pytest.approx([12 / 13] * 3 + [16 / 13])
+    assert maps.by_difficulty(rows, A, group=0.0).equal(A)
+
+
+def test_a_group_that_agrees_is_compared_with_other_prompts() -> None:
+    rows = record(reward=torch.tensor([[1.0], [0.0], [1.0], [1.0]]), answer=torch.tensor([5, 6, 5, 5]))
+    got = maps.consistent(rows, A, sharpness=1e4, middle=0.5)  # entropies 1 and 0: all of the one, none of the other
+    third = 0.25 / math.sqrt(0.125)  # shares 1/2 and 1: the second is 1/4 above the mean, of spread sqrt(1/8)
+    assert got.flatten().tolist() == pytest.approx([1.0, -1.0, third, third], rel=1e-5)
+    half = maps.consistent(rows, A, sharpness=0.0)  # w = 1/2 whatever the entropy
+    assert half.flatten().tolist() == pytest.approx(
+        [0.5 - third / 2, -0.5 - third / 2, 0.25 + third / 2, -0.25 + third / 2], rel=1e-4
+    )
+    alone = rows.clone()
+    alone["group"] = torch.zeros(4, dtype=torch.int64)
+    assert torch.isfinite(maps.consistent(alone, A)).all()  # one prompt has no other
+
+
+def test_a_map_without_its_column_is_refused_by_name() -> None:
+    from run_cases import LANGUAGE, merged
+    from test_nonsense import stage
+
+    grpo = tuple(merged(LANGUAGE, ["correction=grpo"]))
+    found = stage(grpo, "agent.maps=[consistent]", None)  # type: ignore[arg-type]
+    assert "agent.maps[0]" in found and "rollout.columns.answer" in found
+
+
 def test_columns_that_a_map_reads_are_of_the_present_distribution() -> None:
     """And the weight of DCPO has mean 1 under it."""
     policy, rows = joined()

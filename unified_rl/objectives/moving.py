@@ -15,7 +15,8 @@ class Moving:
     """A rule of a table with its settings, of which numbers may be given as a schedule or a controller.
 
     A rule may declare what it reads beside the record, as attributes of its function: ``anchors``, names of policies
-    whose log-probs it wants, and ``reads``, ``(**settings) -> {column: (logits [n, V], token [n]) -> [n]}``.
+    whose log-probs it wants, ``reads``, ``(**settings) -> {column: (logits [n, V], token [n]) -> [n]}``, and
+    ``columns``, ``(**settings) -> [name]``, further entries of the record that it needs.
 
     Args:
         node: a name, or a mapping with ``name`` and settings; a mapping in place of a number is a coefficient, see
@@ -49,6 +50,12 @@ class Moving:
         """Columns ``[B, N]`` that it wants of every unit's distribution under the present weights."""
         declared = getattr(self.rule.func, "reads", None)
         return {} if declared is None else declared(**self.settings)
+
+    @property
+    def columns(self) -> list[str]:
+        """Entries of the record that it needs beside those that every record has."""
+        declared = getattr(self.rule.func, "columns", None)
+        return [] if declared is None else declared(**self.settings)
 
     @property
     def metrics(self) -> set[str]:

@@ -50,6 +50,12 @@ class Groups:
         total = self.sum(weight)
         return self.sum(weight * x) / torch.where(total == 0, 1.0, total)
 
+    def first(self) -> Tensor:
+        """Number of the first row of each group, ``[number]`` int64."""
+        rows = torch.arange(len(self.index), device=self.index.device)
+        start = rows.new_full((self.number,), len(rows))
+        return start.scatter_reduce(0, self.index, rows, "amin")
+
     def extreme(self, x: Tensor, how: str) -> Tensor:
         """Each row's group ``amax`` or ``amin`` of ``x [B]``."""
         return x.new_zeros(self.number).scatter_reduce(0, self.index, x, how, include_self=False)[self.index]

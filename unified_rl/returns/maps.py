@@ -2,7 +2,7 @@
 
 ``(record, advantage [B, T]) -> [B, T]``, or ``[B, N]`` where units of a step are told apart from here on. A map says by
 attributes what it wants beside the record: ``anchors`` (log-probs of other policies) and ``reads`` (columns from every
-unit's distribution, see :mod:`~unified_rl.returns.readings`).
+unit's distribution, see :mod:`~unified_rl.returns.readings`), and ``columns``, which of the record's own it needs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.errors import RecordError
-from unified_rl.ranges import AtLeastOne, NonNegative, Positive, UnitInterval
+from unified_rl.ranges import AtLeastOne, Name, NonNegative, Positive, UnitInterval
 from unified_rl.returns import readings
 from unified_rl.returns.groups import Groups
 from unified_rl.units import Steps, row_return
@@ -129,6 +129,100 @@ def tilted(record: TensorDictBase, advantage: Tensor, *, share: float = 0.0, pro
     return advantage + share * advantage.abs() * likely
 
 
+def forgiven_failure(
+    record: TensorDictBase,
+    advantage: Tensor,
+    *,
+    base: UnitInterval = 0.5,
+    slope: NonNegative = 0.5,
+    threshold: float = 0.5,
+) -> Tensor:
+    """Negative advantages times ``min(1, base + slope p)``, with the share ``p`` of right answers of their group.
+
+    Where hardly anybody succeeds, a failure may be an answer that the verifier does not know. GUI-Libra, 2602.22190
+    (the straight line is assumed).
+
+    Args:
+        base: factor where nobody succeeds.
+        slope: of the factor.
+        threshold: of the return, above which an answer is right.
+    """
+    won = (row_return(record) > threshold).to(advantage.dtype)
+    factor = (base + slope * Groups.of(record).mean(won)).clamp(max=1.0).unsqueeze(-1)
+    return advantage * torch.where(advantage < 0, factor, 1.0)
+
+
+def by_difficulty(
+    record: TensorDictBase,
+    advantage: Tensor,
+    *,
+    group: NonNegative = 0.5,
+    label: NonNegative = 0.0,
+    label_column: Name = "label",
+    threshold: float = 0.5,
+) -> Tensor:
+    """Advantages times ``(1 + group d_g) (1 + label d_l) / mean``: more where answers are wrong more often.
+
+    ``d_g`` is the share of wrong answers of a row's group, ``d_l`` that of all rows with the same right answer; the
+    mean of the factor over rows is divided out, so that the size of an update stays. VULPO, 2511.11896 (factors
+    assumed).
+
+    Args:
+        group: weight of the difficulty of a prompt.
+        label: weight of the difficulty of a right answer; 0 needs no column.
+        label_column: entry ``[B]`` int64 of the record, equal for equal right answers (``rollout.columns``).
+        threshold: of the return, above which an answer is right.
+    """
+    wrong = (row_return(record) <= threshold).to(advantage.dtype)
+    factor = 1 + group * Groups.of(record).mean(wrong)
+    if label:
+        factor = factor * (1 + label * Groups(record[label_column]).mean(wrong))
+    return advantage * (factor / factor.mean()).unsqueeze(-1)
+
+
+by_difficulty.columns = lambda *, label, label_column, **others: [label_column] if label else []  # type: ignore[attr-defined]
+
+
+def consistent(
+    record: TensorDictBase,
+    advantage: Tensor,
+    *,
+    sharpness: float = 5.0,
+    middle: float = 0.5,
+    answer_column: Name = "answer",
+    threshold: float = 0.5,
+) -> Tensor:
+    """``w A + (1 - w) A_global``: where a group agrees, its prompt is compared with the others of the update. COPO.
+
+    ``w = sigmoid(sharpness (H - middle))`` of the entropy ``H`` of the group's answers in nats over the logarithm of
+    its size, so that 1 is no two alike. ``A_global`` is the share of right answers of the prompt, less the mean over
+    prompts, over their standard deviation: the same for all rows of a group. 2508.04138 (both forms assumed).
+
+    Args:
+        sharpness, middle: of the logistic curve.
+        answer_column: entry ``[B]`` int64 of the record, equal for equal answers (``rollout.columns``).
+        threshold: of the return, above which an answer is right.
+    """
+    groups = Groups.of(record)
+    won = (row_return(record) > threshold).to(advantage.dtype)
+    agreed = Groups(_pairs(groups.index, record[answer_column])).count / groups.count  # share of a row's own answer
+    entropy = groups.mean(-agreed.log()) / groups.count.clamp(min=2).log()
+    rate, first = groups.mean(won), groups.first()
+    whole = rate[first]
+    spread = whole.std() if len(whole) > 1 else whole.new_ones(())
+    overall = (rate - whole.mean()) / (spread + 1e-6)
+    local = torch.sigmoid(sharpness * (entropy - middle)).unsqueeze(-1)
+    return local * advantage + (1 - local) * overall.unsqueeze(-1)
+
+
+consistent.columns = lambda *, answer_column, **others: [answer_column]  # type: ignore[attr-defined]
+
+
+def _pairs(one: Tensor, other: Tensor) -> Tensor:
+    """A number ``[B]`` for every pair of two numbers."""
+    return torch.unique(torch.stack([one, other], -1), dim=0, return_inverse=True)[1]
+
+
 def of_units(record: TensorDictBase, advantage: Tensor) -> Tensor:
     """Advantages of units ``[B, N]``, from those of steps or of units."""
     return advantage if advantage.shape == record["mask"].shape else Steps.of(record).broadcast(advantage)
@@ -147,4 +241,7 @@ MAPS: dict[str, Callable[..., Tensor]] = {
     "overlong_failure": overlong_failure,
     "retempered": retempered,
     "tilted": tilted,
+    "forgiven_failure": forgiven_failure,
+    "by_difficulty": by_difficulty,
+    "consistent": consistent,
 }

@@ -20,9 +20,9 @@ REWARDS = "rewards"
 """Entry ``[B, K]`` float32 of the record: what each reward function of the run gave, NaN where one gave nothing."""
 
 
-OWN = ("turns", "length", "answer")
-"""Numbers of a conversation that every task has: its turns, its sampled tokens, and what it answered (equal numbers for
-equal answers, of a task that says what an answer is)."""
+OWN = ("turns", "length", "answer", "label")
+"""Numbers of a conversation that every task has: its turns, its sampled tokens, what it answered (equal numbers for
+equal answers, of a task that says what an answer is) and the reference that this is compared with (likewise)."""
 BEGUN = "begun"
 """Number of a conversation, with ``rollout.beginning``: how many tokens it began with."""
 
@@ -137,7 +137,17 @@ class RowBuilder:
         if "answer" in self.wanted and isinstance(self.env, Votes):
             votes = [self.env.vote(p, said) for p, said in zip(talk.problems, talk.said, strict=True)]
             found["answer"] = torch.tensor([-1 if vote is None else numbered(vote) for vote in votes])
+        if "label" in self.wanted:
+            found["label"] = torch.tensor([self._label(problem) for problem in talk.problems])
         return found
+
+    def _label(self, problem: Mapping[str, Any]) -> int:
+        if problem.get("reference") is None:
+            raise ConfigError(
+                f"rollout.columns names 'label', the number of a problem's reference, and the problem "
+                f"{problem.get('text', '')!r:.60} of {type(self.env).__name__} has none"
+            )
+        return numbered(str(problem["reference"]))
 
     def _privileged(self, talk: Conversations, solver: Solves) -> dict[str, Tensor]:
         """Every row again with a solution between prompt and answer; as many tokens masked in, in the same order."""
