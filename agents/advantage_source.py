@@ -21,6 +21,10 @@ CREDIT_OF = {"step_advantage": "step", "cut_bootstrap": "cut"}
 """The credit that a preset asks for by the name of its ``wrapper``."""
 
 
+NAMES_COLUMN = ("reward", "group", "given", "stratum", "weight")
+"""Settings of ``correction.advantage`` that name an entry of the record."""
+
+
 def choose_credit(correction: Correction, advantage: str, credit: str | None, *, language: bool) -> tuple[bool, str]:
     """Whether a critic is used, and what its advantages are given to.
 
@@ -173,10 +177,35 @@ def check_columns(
                     f"{rule.where} needs {name!r}, which is no column of the rows; {nearest(name, columns)}: define "
                     f"rollout.columns.{name}"
                 )
-    for key in ("reward", "group", "given", "stratum", "weight"):
+    for number, penalty in enumerate(correction.penalties):
+        if penalty.weight is not None and penalty.weight not in columns:
+            raise ConfigError(
+                f"correction.penalty.{number}.weight names {penalty.weight!r}, which is no column of the rows; "
+                f"{nearest(penalty.weight, columns)}: define agent.columns.{penalty.weight}"
+            )
+    for key in NAMES_COLUMN:
         named = correction.advantage.get(key)
         if named is not None and named not in (*columns, "units"):
             raise ConfigError(
                 f"correction.advantage.{key} names {named!r}, which is no column of the rows; "
-                f"{nearest(named, columns)}: define rollout.columns.{named}"
+                f"{nearest(named, columns)}: define rollout.columns.{named} or agent.columns.{named}"
+            )
+
+
+def check_written_columns(
+    written: Collection[str], rules: Iterable[Moving], terms: Mapping[str, Term], correction: Correction
+) -> None:
+    """Refuses a column of the agent's that nothing reads.
+
+    Raises:
+        ConfigError: names it, and what reads columns.
+    """
+    read = {correction.advantage.get(key) for key in NAMES_COLUMN}
+    read |= {penalty.weight for penalty in correction.penalties}
+    read = read.union(*(rule.columns for rule in rules), *(term.columns for term in terms.values()))
+    for name in written:
+        if name not in read:
+            raise ConfigError(
+                f"agent.columns.{name} is set, but nothing reads it: take it out, or name it in "
+                f"correction.advantage.reward, in a penalty's weight, or in what else reads columns"
             )

@@ -21,6 +21,7 @@ from unified_rl.objectives.objective import Objective, Parts
 from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.terms import OWN_ROWS
 from unified_rl.protocols import ShowsLogits
+from unified_rl.returns.columns import COLUMNS
 from unified_rl.returns.filters import FILTERS
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.groups import Groups
@@ -70,13 +71,16 @@ class CriticAdvantage:
 
 
 class Estimate:
-    """Drops, gates, anchors, advantages, maps, filters: in this order, on the joined rows of one update.
+    """Drops, columns, gates, anchors, advantages, maps, filters: in this order, on the joined rows of one update.
+
+    Columns that other policies' log-probs are read for come behind the anchors, and are of the rows that are left.
 
     Args:
         parts, objective: of the agent.
         advantage: ``(record, log_prob, weight) -> [B, T] or [B, N]``.
         drop_equal_groups: leave out rows of groups whose rewards are all equal.
         gates: bool columns by name, see :func:`make_gates`.
+        columns: numbers of rows by name, see :func:`make_columns`.
         maps, filters: of the advantages, and by them, in order, see :func:`make_maps` and :func:`make_filters`.
         reference_kl: reported, and taken from the rewards where it stands there.
     """
@@ -91,11 +95,14 @@ class Estimate:
         maps: Sequence[Moving] = (),
         reference_kl: ReferenceKl | None = None,
         filters: Sequence[Moving] = (),
+        columns: Mapping[str, Moving] | None = None,
     ) -> None:
         self.policy, self.anchors, self.wrapper, self.objective = parts.policy, parts.anchors, parts.wrapper, objective
         self.groups = advantage
         self.drop_equal_groups = drop_equal_groups
         self.gates, self.maps, self.filters = dict(gates or {}), maps, filters
+        self.columns = dict(columns or {})
+        self.late = _late(self.columns)
         self.reference_kl = reference_kl or ReferenceKl(0.0)
         for rule in self.rules:
             if rule.reads and not isinstance(self.policy, ShowsLogits):
@@ -106,16 +113,16 @@ class Estimate:
 
     @property
     def rules(self) -> list[Moving]:
-        """The maps and the filters, in their order."""
-        return [*self.maps, *self.filters]
+        """The columns, the maps and the filters, in their order."""
+        return [*self.columns.values(), *self.maps, *self.filters]
 
     @property
     def followed(self) -> set[str]:
-        """Names of the metrics that controllers of maps and filters follow."""
+        """Names of the metrics that controllers of columns, maps and filters follow."""
         return set().union(*(rule.metrics for rule in self.rules))
 
     def start(self, progress: float, update: int) -> None:
-        """At the start of an update: sets the numbers of maps and filters that move."""
+        """At the start of an update: sets the numbers of columns, maps and filters that move."""
         for rule in self.rules:
             rule.start(progress, update)
 
@@ -130,7 +137,8 @@ class Estimate:
         kl = {"kl/reference"} if self.reference_kl.coefficient else set()
         kept = {"train/groups_kept"} if self.drop_equal_groups else set()
         kept |= {"train/kept"} if self.filters else set()
-        return {"train/reward", "train/zero_advantage", "train/counted", *kl, *kept}
+        own = {f"train/column/{name}" for name in self.columns}
+        return {"train/reward", "train/zero_advantage", "train/counted", *kl, *kept, *own}
 
     @torch.no_grad()
     def __call__(self, record: TensorDict, version: int, metrics: dict[str, Any]) -> TensorDict:
@@ -141,6 +149,7 @@ class Estimate:
             record = record if bool(counted.all()) else record[counted]
             if not len(record):
                 return record
+        self._write_columns(record, metrics, late=False)
         total = row_return(record)
         metrics["train/reward"] = self._own(record, total).mean()
         if self.drop_equal_groups:
@@ -156,22 +165,42 @@ class Estimate:
         self.objective.check(record)
         self.anchors.annotate(record, version)
         self.reference_kl(record, metrics, getattr(self.groups, "by_token", False))
+        self._write_columns(record, metrics, late=True)
         score = partial(self.anchors.chunked, self.policy, record)
         weight = self.wrapper.row_weight(record) if isinstance(self.groups, GroupBaseline) else None
         record["advantage"] = self.groups(record, score, weight)
-        columns = {f"{rule.where}.{name}": read for rule in self.rules for name, read in rule.reads.items()}
-        if columns:
-            record.update(self.anchors.read(record, columns))
+        self._read(record, [*self.maps, *self.filters])
         for reshape in self.maps:
-            record["advantage"] = _fitting(_applied(reshape, record), record, reshape.where)
+            record["advantage"] = _fitting(_applied(reshape, record, record["advantage"]), record, reshape.where)
         metrics["train/zero_advantage"] = (record["advantage"] == 0).float().mean()
         return self._filtered(record, metrics) if self.filters else record
+
+    def _read(self, record: TensorDict, rules: Sequence[Moving]) -> None:
+        """Writes what rules read from every unit's distribution, under names of their own."""
+        columns = {f"{rule.where}.{name}": read for rule in rules for name, read in rule.reads.items()}
+        if columns:
+            record.update(self.anchors.read(record, columns))
+
+    def _write_columns(self, record: TensorDict, metrics: dict[str, Any], *, late: bool) -> None:
+        """Writes the columns that need other policies, or those that do not."""
+        for name, rule in self.columns.items():
+            if (name in self.late) is not late:
+                continue
+            if name in record.keys():
+                raise ConfigError(f"{rule.where} would overwrite the record's own column; choose another name")
+            self._read(record, [rule])
+            found = _applied(rule, record)
+            if not found.dtype.is_floating_point or found.shape != record.batch_size:
+                shape = f"{found.dtype} {tuple(found.shape)}"
+                raise ConfigError(f"{rule.where} must give one float a row, [{len(record)}]; it gave {shape}")
+            record[name] = found
+            metrics[f"train/column/{name}"] = self._own(record, found).mean()
 
     def _filtered(self, record: TensorDict, metrics: dict[str, Any]) -> TensorDict:
         """The rows and the units that every filter in turn keeps."""
         units = record["mask"].sum()
         for keeps in self.filters:
-            kept = _applied(keeps, record)
+            kept = _applied(keeps, record, record["advantage"])
             if kept.dtype != torch.bool or kept.shape not in (record.batch_size, record["mask"].shape):
                 shape = f"{kept.dtype} {tuple(kept.shape)}"
                 raise ConfigError(f"{keeps.where} must give one bool a row or a unit; it gave {shape}")
@@ -220,7 +249,7 @@ class Estimate:
         return record[torch.stack([rows.of_record(record) for rows in chosen]).any(0)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the advantage, and of the controllers of maps and filters."""
+        """Of the advantage, and of the controllers of columns, maps and filters."""
         rules = {rule.where: state for rule in self.rules if (state := rule.state_dict())}
         return {**self.groups.state_dict(), **({"rules": rules} if rules else {})}
 
@@ -241,6 +270,15 @@ def make_gates(nodes: Mapping[str, Any] | None) -> dict[str, Callable[[TensorDic
     return {name: bind(node, GATES, f"agent.gates.{name}")[0] for name, node in (nodes or {}).items()}
 
 
+def make_columns(nodes: Mapping[str, Any] | None) -> dict[str, Moving]:
+    """The columns that ``agent.columns`` describes, by name.
+
+    Raises:
+        ConfigError: an unknown column or setting, under its full name.
+    """
+    return {name: Moving(node, COLUMNS, f"agent.columns.{name}") for name, node in (nodes or {}).items()}
+
+
 def make_maps(nodes: Sequence[Any] | None) -> list[Moving]:
     """The maps that ``agent.maps`` describes.
 
@@ -259,11 +297,20 @@ def make_filters(nodes: Sequence[Any] | None) -> list[Moving]:
     return [Moving(node, FILTERS, f"agent.filters[{number}]") for number, node in enumerate(nodes or ())]
 
 
-def _applied(rule: Moving, record: TensorDict) -> Tensor:
-    """What a rule makes of the advantages, with the columns in place that were read under its own settings."""
+def _late(columns: Mapping[str, Moving]) -> set[str]:
+    """Names of the columns that other policies' log-probs, or distributions, are read for; of their readers too."""
+    late: set[str] = set()
+    for name, rule in columns.items():
+        if rule.anchors or rule.reads or late.intersection(rule.columns):
+            late.add(name)
+    return late
+
+
+def _applied(rule: Moving, record: TensorDict, *advantage: Tensor) -> Tensor:
+    """What a rule makes of the record, with the columns in place that were read under its own settings."""
     for name in rule.reads:
         record[name] = record.pop(f"{rule.where}.{name}")
-    out: Tensor = rule(record, record["advantage"])
+    out: Tensor = rule(record, *advantage)
     return out
 
 

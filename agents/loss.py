@@ -9,7 +9,7 @@ from typing import Any
 from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.divergence import DivergenceTerm
-from unified_rl.objectives.entropy import SelectiveEntropyTerm
+from unified_rl.objectives.entropy import SelectiveEntropyTerm, WeighedEntropyTerm
 from unified_rl.objectives.margin import MarginTerm
 from unified_rl.objectives.moving import Moving
 from unified_rl.objectives.objective import Parts, Term
@@ -34,6 +34,7 @@ TERMS: dict[str, type[Term]] = {
     "selective_nll": SelectiveNllTerm,
     "soft_q": SoftQTerm,
     "selective_entropy": SelectiveEntropyTerm,
+    "weighed_entropy": WeighedEntropyTerm,
     "margin": MarginTerm,
 }
 """Terms by name; a subclass of :class:`~unified_rl.objectives.objective.Term` may also be named by its dotted path."""

@@ -19,6 +19,7 @@ from unified_rl.agents.advantage_source import (
     check_gates,
     check_rows,
     check_unread,
+    check_written_columns,
     choose_credit,
     refuse_lone,
     wants_critic,
@@ -26,7 +27,7 @@ from unified_rl.agents.advantage_source import (
 from unified_rl.agents.anchors import PROVIDERS, Anchors, check_anchors
 from unified_rl.agents.baselines import Baseline, StateBaseline, keep_seen, make_baseline, update_moments
 from unified_rl.agents.batches import Batches, Draw, choose_steps
-from unified_rl.agents.estimate import Estimate, make_advantage, make_filters, make_gates, make_maps
+from unified_rl.agents.estimate import Estimate, make_advantage, make_columns, make_filters, make_gates, make_maps
 from unified_rl.agents.loss import anchors_of, attach, make_terms, refuse_memory
 from unified_rl.agents.reference_kl import ReferenceKl, check_kl
 from unified_rl.agents.return_scale import check_order, check_scales
@@ -120,6 +121,8 @@ class PolicyGradient:
         filters: which rows and units are learnt from, by their advantages, in order, see
             :data:`unified_rl.returns.filters.FILTERS`; their numbers may move too.
         gates: bool columns by name, see :data:`unified_rl.returns.gates.GATES`, for the ``rows`` of terms.
+        columns: numbers of rows by name, see :data:`unified_rl.returns.columns.COLUMNS`: rewards for
+            ``correction.advantage.reward``, weights for ``correction.penalty``; their settings may move too.
 
     Raises:
         ConfigError: settings that do not fit the policy.
@@ -181,6 +184,7 @@ class PolicyGradient:
         gates: dict[str, Any] | None = None,
         maps: list[str | dict[str, Any]] | None = None,
         filters: list[str | dict[str, Any]] | None = None,
+        columns: dict[str, str | dict[str, Any]] | None = None,
         seed: Seed = 0,
     ) -> None:
         self.language, discrete = domain_of(policy) == "language", is_discrete(policy)
@@ -217,8 +221,8 @@ class PolicyGradient:
         rates = None if critic_lr is None else {"critic": critic_lr}
         self.optimizer = Optimizer(modules, lr, weight_decay, rates=rates, **options)
         self.wrapper.attach(self.optimizer)
-        reshaped, kept = make_maps(maps), make_filters(filters)
-        needs = anchors_of(terms.values(), [*reshaped, *kept])
+        reshaped, kept, written = make_maps(maps), make_filters(filters), make_columns(columns)
+        needs = anchors_of(terms.values(), [*written.values(), *reshaped, *kept])
         needs[0].update(reference_kl.anchors)
         refuse_memory(policy, needs[1])
         self.anchors = Anchors(
@@ -231,7 +235,7 @@ class PolicyGradient:
         self.objective = Objective(policy, terms, lambda rows: self.wrapper.score(rows, plain), generator)
         source = make_advantage(correction, self.baseline, self.credit, lam, off_policy_targets, normalize_advantage)
         self.estimate = Estimate(
-            parts, self.objective, source, drop_equal_groups, make_gates(gates), reshaped, reference_kl, kept
+            parts, self.objective, source, drop_equal_groups, make_gates(gates), reshaped, reference_kl, kept, written
         )
         self.objective.follow(self.estimate.followed)
         self.draw = Draw(rows, length, self.language, discrete, not self.shuffle_steps, self.device)
@@ -268,7 +272,8 @@ class PolicyGradient:
 
             check_model_config(settings["critic_config"], "agent.critic_config")
         make_gates(settings.get("gates"))
-        needs = anchors_of(terms.values(), [*make_maps(settings.get("maps")), *make_filters(settings.get("filters"))])
+        rules = [*make_columns(settings.get("columns")).values(), *make_maps(settings.get("maps"))]
+        needs = anchors_of(terms.values(), [*rules, *make_filters(settings.get("filters"))])
         check_anchors(settings.get("anchors") or {}, {**needs[0], **needs[1]})
 
     @property
@@ -390,7 +395,10 @@ class PolicyGradient:
                 "needs none"
             )
         terms = self.objective.terms
-        check_columns(terms, self.estimate.gates, self.correction, columns, self.estimate.rules)
+        check_columns(
+            terms, self.estimate.gates, self.correction, [*columns, *self.estimate.columns], self.estimate.rules
+        )
+        check_written_columns(self.estimate.columns, self.estimate.rules, terms, self.correction)
         check_gates(self.estimate.gates, terms, self.correction)
         if "policy" not in terms:
             return

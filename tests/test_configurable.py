@@ -27,6 +27,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.instantiate import locate, parameters
 from unified_rl.objectives.coefficients import COEFFICIENTS
 from unified_rl.replay import Replay, Sampler
+from unified_rl.returns.columns import COLUMNS
 from unified_rl.returns.difficulty import DIFFICULTIES
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.maps import MAPS
@@ -178,7 +179,7 @@ def test_a_mark_is_the_objects_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "table", [KERNELS, LEVELS, PENALTIES, COEFFICIENTS, TERMS, GATES, MAPS, TRACKERS, DIFFICULTIES]
+    "table", [KERNELS, LEVELS, PENALTIES, COEFFICIENTS, TERMS, GATES, COLUMNS, MAPS, TRACKERS, DIFFICULTIES]
 )
 def test_a_rule_of_this_package_is_one_of_its_table(table: dict[str, Any]) -> None:
     for path in ("unified_rl.training.run.resume", "unified_rl.replay.Replay", "unified_rl.train"):

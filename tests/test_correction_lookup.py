@@ -35,6 +35,7 @@ from unified_rl.objectives.divergence import KINDS
 from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, TARGETS, VALUES
 from unified_rl.objectives.preference import LINKS, PAIRS
 from unified_rl.ranges import bare
+from unified_rl.returns.columns import COLUMNS
 from unified_rl.returns.filters import FILTERS
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.maps import MAPS
@@ -55,6 +56,7 @@ TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "agent.objectives.mine.pairs": PAIRS,
     "agent.objectives.mine.kind": KINDS,
     "agent.gates.mine": GATES,
+    "agent.columns.mine": COLUMNS,
     "agent.maps.0": MAPS,
     "agent.filters.0": FILTERS,
     "agent.aggregate": AGGREGATES,

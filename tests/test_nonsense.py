@@ -37,6 +37,7 @@ COMPLETED = {
     ("recipe", "pear"): ["rollout.sources.recorded.data=x"],
     ("recipe", "hypo"): ["rollout.sources.recorded.data=x"],
     ("recipe", "dph_rl"): ["rollout.sources.rehearsed.data=x"],
+    ("recipe", "infalign"): ["rollout.sources.reference.folder=x"],
 }
 MEANT: list[tuple[str, str, str]] = [
     # values, why they are meant, and the settings (those that YAML leaves at null stand for what sets them)
@@ -47,11 +48,14 @@ MEANT: list[tuple[str, str, str]] = [
     ("-1 0 1e30 inf 2**63", "a bound of a log-ratio may be off, and lies above the other", "correction.pre.high"),
     ("-1 0 -inf", "a bound of a covariance may be off", "correction.kernel.cov_low"),
     ("-1 0", "a bound of a log-ratio that lies below the other", "agent.objectives.prefer.low"),
+    ("-1 0", "an exponent of either sign", "agent.columns.rank.tilt"),
     ("-1 0 1e30 2**63", "a bound of a log-ratio that lies above the other", "agent.objectives.prefer.high"),
     ("-1 0 1e30 2**63", "a number that may have either sign: a coefficient, a reward, an exponent, an entropy in nats",
      "agent.objectives.calibrate.coefficient agent.objectives.inject.coefficient.value "
      "agent.actor.improve.coefficient agent.objectives.distill.coefficient agent.objectives.entropy.coefficient "
      "agent.objectives.near.coefficient.high "
+     "agent.columns.cost.false_alarm agent.columns.cost.hit agent.columns.cost.miss agent.columns.soft.turn "
+     "agent.objectives.spread.coefficient "
      "agent.objectives.near.coefficient.middle agent.entropy_coef agent.objectives.imitate.coefficient.peak "
      "agent.objectives.cover.coefficient agent.objectives.hold.coefficient agent.objectives.imitate.coefficient "
      "agent.objectives.imitate.coefficient.end agent.objectives.imitate.coefficient.start "
@@ -65,6 +69,9 @@ MEANT: list[tuple[str, str, str]] = [
      "env.truncated_reward"),
     ("0", "0 turns it off, is the first seed, or is one end of the range",
      "agent.objectives.hold.peaks agent.objectives.imitate.gamma agent.objectives.imitate.portion "
+     "agent.columns.brief.at agent.columns.solved.at "
+     "rollout.sources.reference.min_p rollout.sources.reference.top_k "
+     "rollout.sources.reference.per_group rollout.sources.reference.rows "
      "agent.objectives.imitate.weight.gamma correction.kernel.share "
      "rollout.sources.rehearsed.per_group rollout.sources.rehearsed.rows "
      "rollout.sources.recorded.per_group rollout.sources.recorded.rows "
@@ -91,6 +98,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.budget correction.kernel.low"),
     ("0 1e30 2**63", "a factor: 0 turns it off, and a large one is finite (what becomes infinite ends the run)",
      "agent.actor.policy.beta agent.adam_eps agent.alpha agent.critic_lr agent.kl agent.lr agent.value_coef "
+     "agent.columns.reward_distinct.bonus agent.columns.soft.rise "
      "agent.objectives.imitate.entropy_coef agent.objectives.imitate.kl_coef agent.objectives.imitate.td_coef "
      "agent.objectives.distill.target.beta agent.objectives.early.pass_rate.alpha "
      "agent.objectives.early.pass_rate.beta agent.objectives.late.pass_rate.alpha "
@@ -114,6 +122,8 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.outer_high policy.clip_prediction"),
     ("1e30 2**63", "a positive number of any size",
      "agent.objectives.near.coefficient.width agent.objectives.prefer.beta "
+     "agent.columns.mark.worst agent.columns.share.temperature "
+     "rollout.sources.reference.repetition_penalty rollout.sources.reference.temperature "
      "agent.objectives.prefer.link.beta agent.updates_per_step correction.horizon correction.kernel.floor "
      "env.batch_seconds env.step_seconds "
      "correction.kernel.gamma correction.kernel.scale correction.kernel.step correction.kernel.temperature "
@@ -129,9 +139,11 @@ MEANT: list[tuple[str, str, str]] = [
      "env.answer_key env.question_key env.stop env.system_prompt env.template "
      "agent.credit agent.teacher env.eval_path env.prompt_key env.solution_key env.tokenizer policy.adapter "
      "policy.path replay.path replay.trim_key rollout.beginning.style rollout.context.style rollout.data "
+     "rollout.sources.reference.adapter "
      "rollout.privileged rollout.sources.demonstrations.style rollout.style warm_start.run"),
     ("[]", "a list may be empty",
      "agent.filters rollout.columns.stratum "
+     "agent.columns.rubric.of "
      "rollout.columns.answer rollout.columns.label "
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
@@ -141,6 +153,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.advantage.rows"),
     ("{}", "a mapping may be empty",
      "agent.actor agent.anchors agent.critic agent.gates agent.lr_schedule agent.objectives agent.objectives.policy "
+     "agent.columns "
      "agent.optimizer agent.options env.chat_template_kwargs "
      "correction.advantage correction.proximal correction.wrapper env.make_kwargs env.options policy.lora "
      "engine.env_vars replay.sampler.samplers "

@@ -43,6 +43,7 @@ from unified_rl.objectives.kinds import TARGETS as BETWEEN
 from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, TARGETS, VALUES
 from unified_rl.objectives.preference import LINKS, PAIRS
 from unified_rl.objectives.terms import NLL_WEIGHTS
+from unified_rl.returns.columns import COLUMNS as WRITTEN
 from unified_rl.returns.difficulty import DIFFICULTIES
 from unified_rl.returns.filters import FILTERS
 from unified_rl.returns.gates import GATES
@@ -342,7 +343,8 @@ def correction_cases() -> Iterator[Case]:
         wanted = "behavior" if anchor != "behavior" else "proximal"
         base = (*STALE, "correction=importance_sampling", f"correction.anchor={wanted}")
         yield Case(f"anchor.{anchor}", base, (f"correction.anchor={anchor}",))
-    for key, value in {"anchor": "behavior", "coefficient": 2.0, "statistic": "original", "importance": True}.items():
+    for key, value in {"anchor": "behavior", "coefficient": 2.0, "statistic": "original", "importance": True,
+                       "weight": "group"}.items():  # fmt: skip
         base = (*STALE, "correction.penalty=[{name: k2}]")
         yield Case(f"penalty.k2.{key}", base, (f"correction.penalty=[{text({'name': 'k2', key: value})}]",))
     for key, value in {"level": "sequence", "normalize": True, "numerator": "current"}.items():
@@ -409,6 +411,10 @@ TURNS = (*(word for word in LANGUAGE if not word.startswith("env")), "env=calcul
 REFERENCE = "{name: divergence, anchor: reference}"
 
 
+NUMBERS = "rollout.columns={scores: [correct, truncated], answer: answer, label: label, length: length}"
+REFERENCES = "rollout.sources={other: {_target_: unified_rl.rollout.sources.Model, folder: MODEL, per_group: 2}}"
+
+
 def term_cases() -> Iterator[Case]:
     def term(node: Mapping[str, Any]) -> str:
         return f"agent.objectives.more={text(node)}"
@@ -416,9 +422,10 @@ def term_cases() -> Iterator[Case]:
     yield from of_table(
         "term", TERMS, STALE, term,
         extra={**dict.fromkeys(("nll", "margin", "selective_nll", "soft_q"), (SHOWN,)),
-               "value": ["agent.advantage=critic"]},
+               "value": ["agent.advantage=critic"], "weighed_entropy": (NUMBERS,)},
         along={"divergence": TAUGHT},
         first={
+            "weighed_entropy": {"weight": "length", "coefficient": 0.1},
             "entropy": {"coefficient": 1.0},
             "divergence": {"anchor": "teacher", "top_k": 3},
             "sampled_divergence": {"coefficient": 10.0},
@@ -442,6 +449,8 @@ def term_cases() -> Iterator[Case]:
             "selective_nll.rows": "own",
             "soft_q.reduce": "token-sum",
             "soft_q.rows": "own",
+            "weighed_entropy.rows": "demonstration",
+            "weighed_entropy.weight": "answer",
             "selective_entropy.rows": "demonstration",
             "selective_entropy.peaks": 0.9,
             "nll.reduce": "token-sum",
@@ -546,6 +555,28 @@ def term_cases() -> Iterator[Case]:
             "consistent.answer_column": "label",
         },
     )  # fmt: skip
+    earned = "correction.advantage={baseline: mean, reward: made}"
+    yield from of_table(
+        "column", WRITTEN, (*STALE, NUMBERS), lambda node: f"agent.columns={{made: {text(node)}}}",
+        extra={"calibrated": (REFERENCES,)},
+        along={**dict.fromkeys(WRITTEN, (earned,)), "spoken": (earned, *TAUGHT)},
+        first={"rubric": {"weights": [1.0, -0.5]}, "class_costs": {"alarm": ["3"]}, "criterion": {"at": 0}},
+        samples={
+            "rubric.of": "nowhere",
+            "rubric.weights": [1.0, -0.1],
+            "criterion.of": "nowhere",
+            "bent.turn": 0.5,
+            "spoken.levels": 100,
+            "spoken.worst": 3.0,
+            "loosened.threshold": -1.0,
+            "class_costs.alarm": ["0", "1"],
+            "class_costs.label_column": "answer",
+            "class_costs.answer_column": "nowhere",
+            "class_costs.threshold": 2.0,
+            "distinct.threshold": -1.0,
+            "distinct_share.threshold": -1.0,
+        },
+    )  # fmt: skip
     yield from of_table("filter", FILTERS, STALE, lambda node: f"agent.filters=[{text(node)}]",
                         samples={"largest_advantage.over": "batch", "widest_spread.over": "batch"})  # fmt: skip
     yield from of_table(
@@ -561,6 +592,7 @@ def term_cases() -> Iterator[Case]:
             "warmup_cosine": {"peak": 0.5, "valley": 0.1, "warmup": 0, "decay": 2},
             "proportional_integral": {"metric": "loss/more", "target": 3.0, "base": 0.3, "gain": 0.1, "integral": 0.05},
             "logistic": {"metric": "loss/more", "high": 0.5, "middle": 2.0, "width": 1.0},
+            "unsettled": {"metric": "loss/more", "window": 2, "temperature": 4.0},
             "kl_threshold": {"metric": "loss/more", "entropy": "loss/more", "base": 0.2, "low": 0.01, "scale": 1.0,
                              "wanted_rise": 0.5, "warmup": 2, "floor": 0.1, "entropy_scale": 1.0},
         },
@@ -581,6 +613,7 @@ def term_cases() -> Iterator[Case]:
             "proportional_integral.base": 0.4,
             "proportional_integral.windup": 0.1,
             "logistic.metric": "grad/norm",
+            "unsettled.metric": "grad/norm",
             "kl_threshold.metric": "grad/norm",
             "kl_threshold.entropy": "grad/norm",
             "kl_threshold.reward": "nowhere",
@@ -856,6 +889,7 @@ VALUES_OF: dict[str, Any] = {
     "policy_gradient.device": "nowhere",
     "policy_gradient.objectives": {"value": None},
     "policy_gradient.gates": {"failed": "success_at_most"},
+    "policy_gradient.columns": {"made": "bent"},
     "policy_gradient.maps": [{"name": "sign", "negative": 0.1}],
     "policy_gradient.filters": ["uncertain_units"],
     "policy_gradient.drop_equal_groups": True,
@@ -1232,7 +1266,10 @@ ASIDE: dict[str, str] = {
         f"coefficient.kl_threshold.{name}": "of a reward that moves, in the third update; test_coefficients.py"
         for name in ("derivative", "reward_decay")
     },
+    "column.class_costs.false_alarm": "of answers that random policies do not give; test_row_columns.py",
+    "coefficient.unsettled.window": "of the updates before the last two; test_row_columns.py",
     "select.top_covariance.seed": "decides between equal covariances only",
+    "policy_gradient(columns)": "a column that nothing reads; the column cases read one",
     "policy_gradient(gates)": "a column that nothing reads; the gate cases read one",
     "language(columns)": "columns that nothing reads; the advantage cases read them",
     "language(privileged)": "a column that nothing reads; recipe=opsd reads it",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from run_cases import CONTROL, cached, merged, recorded, teacher
+from run_cases import CONTROL, cached, merged, model, recorded, teacher
 from run_cases import LANGUAGE as SHORT
 
 from unified_rl import cli
@@ -43,6 +43,7 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
     "dph_rl": ["rollout.sources.rehearsed.rows=8"],
     "ink_grpo": ["rollout.sources.demonstrations.rows=4"],
     "ghpo": ["rollout.group_size=2"],
+    "view_apo": ["agent.maps.0.base=2.0"],  # lengths of eight tokens hardly differ
     "adora": ["agent.maps.0.threshold=2.0"],  # answers of eight tokens are hardly ever longer than others
     "safe": ["agent.objectives.near.coefficient.base=0.0", "agent.objectives.near.coefficient.low=0.0",
              "agent.objectives.near.coefficient.scale=1.0e+6"],
@@ -50,7 +51,8 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
 }  # fmt: skip
 TASKS = {"vla_opd": ("env=two_route", *BINS), "trajectory_dpo": CONTROL}
 FEW_DEMONSTRATIONS = ["warm_start.stages=[{updates: 2, lr: 3.0e-3}]", "warm_start.dataset=32"]
-TEACHERS = {"gkd", "kdrl", "exopd", "vla_opd", "dgrpo", "vold_text", "opd", "opd_topk", "veto_kd",
+TEACHERS = {"verbal_distillation",
+            "gkd", "kdrl", "exopd", "vla_opd", "dgrpo", "vold_text", "opd", "opd_topk", "veto_kd",
             "offline_kd", "paced", "rlad"}  # fmt: skip
 NARROW = ["agent.objectives.prefer.low=-1.0e-4", "agent.objectives.prefer.high=1.0e-4"]
 APART = {"safe": ["agent.anchors.reference.folder=RUN"], "tr_dpo": ["agent.anchors.reference.ema=0.5"],
@@ -62,23 +64,25 @@ RECORDED = {
     "dph_rl": "rollout.sources.rehearsed.data=FOLDER",
     "hypo": "rollout.sources.recorded.data=FOLDER",
     "pear": "rollout.sources.recorded.data=FOLDER",
+    "infalign": "rollout.sources.reference.folder=MODEL",
 }
-"""What names the recorded rows of recipes that learn from such rows."""
+"""What names the recorded rows, or the other model, of recipes that learn from such."""
 FEW = tuple(merged(LANGUAGE, ["env.modulus=2", "env.terms=2", "env.held_out=0.0"]))
 """Eight prompts, so that they come again in the second update."""
 TASKS |= dict.fromkeys(["prefix_rl", "soup", "spec_rl"], FEW)
 GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_size"))
 ELSEWHERE = [(name, d) for name in NAMES for d in recipes.recipe(name).domains[1:]]
 """Recipes and the domains that they claim beside the one that the other tests run them in."""
-ROWS = ("rows",)
+ROWS, OTHER = ("rows",), ("model",)
 LIMITS = [(name, number) for name in NAMES for number in range(len(recipes.recipe(name).limits))]
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], str]:
-    """Runs that can teach, by task, and recorded rows."""
+    """Runs that can teach, by task, recorded rows, and a language model."""
     found = {task: teacher(tmp_path_factory.mktemp("teacher"), task) for task in (LANGUAGE, TASKS["vla_opd"], CONTROL)}
-    return {**found, ROWS: recorded(tmp_path_factory.mktemp("rows"), LANGUAGE)}
+    other = model(tmp_path_factory.mktemp("model"), LANGUAGE)
+    return {**found, ROWS: recorded(tmp_path_factory.mktemp("rows"), LANGUAGE), OTHER: other}
 
 
 def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -> list[str]:
@@ -88,6 +92,7 @@ def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -
     words = [
         word.replace("=FOLDER", f"={runs.get(ROWS, '')}").replace(" FOLDER", f" {runs.get(ROWS, '')}") for word in words
     ]
+    words = [word.replace("=MODEL", f"={runs.get(OTHER, '')}") for word in words]
     words = [word.replace("rows: 64", "rows: 8").replace("rows=64", "rows=8") for word in merged(task, words)]
     chosen = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "none")
     content = yaml.safe_load((config_root() / "recipe" / f"{chosen}.yaml").read_text()) or {}

@@ -156,6 +156,8 @@ TERMS: dict[str, tuple[str, dict[str, Any]]] = {
     "soft Q": ("language", {"objectives": {"policy": {"rows": "own"}, "imitate": {"name": "soft_q"}}}),
     "selected entropy": ("language", {"objectives": {"spread": {"name": "selective_entropy", "coefficient": 1.0}},
                                       "minibatch": 4, "epochs": 2}),
+    "weighed entropy": ("language", {"columns": {"share": "distinct_share"}, "objectives": {
+        "spread": {"name": "weighed_entropy", "weight": "share", "coefficient": 1.0}}}),
     "margin": ("language", {"objectives": {"policy": {"rows": "own"}, "calibrate": {"name": "margin"}}}),
     "maps that read": ("language", {"maps": [{"name": "retempered"}, "overconfident"]}),
     "filtered rows": ("language", {"filters": ["largest_advantage"]}),

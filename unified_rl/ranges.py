@@ -54,6 +54,9 @@ AtLeastOne = Annotated[float, Ge(1)]
 TwoOrMore = Annotated[int, Ge(2)]
 LogScale = Annotated[float, Interval(ge=-20, le=20)]
 """The logarithm of a scale that float32 holds, with its square."""
+Exponent = Annotated[float, Interval(ge=-80, le=80)]
+"""Of e, whose power float32 holds."""
+PositiveExponent = Annotated[float, Interval(gt=0, le=80)]
 HeldOut = Annotated[float, Interval(ge=0, le=0.99)]
 """A share of prompts kept for evaluation: training ones are found by drawing, so some must be left."""
 Seconds = Annotated[float, Interval(gt=0, le=86_400)]

@@ -10,6 +10,7 @@ are flat, log-probs are float32, masks are bool, indices are int64 (see :data:`U
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -140,6 +141,11 @@ class Steps:
         if self.units_per_step is not None:
             return y.repeat_interleave(self.units_per_step, -1) if self.units_per_step > 1 else y
         return y.gather(-1, self.step_index)
+
+
+def numbered(text: str) -> int:
+    """A number for a text, the same everywhere, for columns of a record; from 0."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") >> 1
 
 
 def record_from_steps(segment: TensorDictBase) -> TensorDict:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
+from unified_rl.objectives.unsettled import Unsettled
 from unified_rl.ranges import (
     AtLeastOne,
     Count,
@@ -489,6 +490,7 @@ COEFFICIENTS: dict[str, Callable[..., Any]] = {
     "dual": Dual,
     "logistic": Logistic,
     "kl_threshold": KlThreshold,
+    "unsettled": Unsettled,
 }
 """Schedules and controllers by name; their settings are keyword arguments."""
 

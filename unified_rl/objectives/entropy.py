@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from unified_rl.correction.view import share
+from unified_rl.errors import ConfigError
+from unified_rl.instantiate import nearest
 from unified_rl.objectives.forward import Forward, Reader
 from unified_rl.objectives.metrics import Metrics
+from unified_rl.objectives.objective import Scored
 from unified_rl.objectives.supervised import DistributionTerm, highest
+from unified_rl.objectives.terms import EntropyTerm
 from unified_rl.policies.sampling import entropy_of, keep_top_p
-from unified_rl.ranges import Fraction, UnitInterval
+from unified_rl.ranges import Fraction, Name, UnitInterval
 
 
 class SelectiveEntropyTerm(DistributionTerm):
@@ -71,3 +76,51 @@ class SelectiveEntropyTerm(DistributionTerm):
         """Restores :meth:`state_dict`."""
         self.level = state["level"]
         super().load_state_dict({key: value for key, value in state.items() if key != "level"})
+
+
+class WeighedEntropyTerm(EntropyTerm):
+    """The entropy of rows by a weight of each, as a bonus: ``sum_i w_i mean_t H_it`` over the number of rows. DSDR.
+
+    Length says nothing: every row's entropy is a mean over its units. 2602.19895.
+
+    Args:
+        name, rows, coefficient: see :class:`~unified_rl.objectives.objective.Term`; the coefficient counts negatively.
+        weight: entry ``[B]`` of the record.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        weight: Name,
+        rows: Any = None,
+        coefficient: float | Mapping[str, Any] = 0.001,
+    ) -> None:
+        super().__init__(name, rows=rows, coefficient=coefficient)
+        self.weight, self.columns = weight, frozenset({weight})
+        self.reports = frozenset({f"loss/{name}"})
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Looks for the weight.
+
+        Raises:
+            ConfigError: nothing writes it.
+        """
+        if self.weight not in columns:
+            raise ConfigError(
+                f"{self.where}.weight names {self.weight!r}, which is no column of the rows; "
+                f"{nearest(self.weight, columns)}: define agent.columns.{self.weight}"
+            )
+
+    def prepare(self, batch: TensorDict, scored: Scored) -> TensorDictBase:
+        """``coefficient [B]`` of every unit of a row."""
+        mask = self._counted(batch)
+        rows = mask.any(-1).sum().clamp(min=1)
+        coefficient = batch[self.weight].float() / mask.sum(-1).clamp(min=1) / rows
+        return TensorDict({"coefficient": coefficient}, batch_size=[len(batch)])
+
+    def loss(self, forward: Forward, rows: TensorDict, stats: TensorDictBase) -> tuple[Tensor, Metrics]:
+        """The micro-batch's share."""
+        scale = share(self._counted(rows), torch.float32) * stats["coefficient"].unsqueeze(-1)
+        value = (self.entropy(forward, rows) * scale).sum()
+        return value, {f"loss/{self.name}": value.detach()}

@@ -19,8 +19,8 @@ class Moving:
     ``columns``, ``(**settings) -> [name]``, further entries of the record that it needs.
 
     Args:
-        node: a name, or a mapping with ``name`` and settings; a mapping in place of a number is a coefficient, see
-            :func:`~unified_rl.objectives.coefficients.coefficient`.
+        node: a name, or a mapping with ``name`` and settings; a mapping in place of a number, in a list too, is a
+            coefficient, see :func:`~unified_rl.objectives.coefficients.coefficient`.
         table: the known rules.
         where: the full name of the setting.
 
@@ -31,12 +31,11 @@ class Moving:
     def __init__(self, node: str | Mapping[str, Any], table: Table, where: str) -> None:
         rule = as_rule(node, where)
         self.where = where
-        moving = {key: value for key, value in rule.items() if isinstance(value, Mapping)}
-        self.schedules = {key: coefficient(value, f"{where}.{key}") for key, value in moving.items()}
-        first = {key: schedule(0.0, 0) for key, schedule in self.schedules.items()}
-        self.rule, _ = bind({**rule, **first} if moving else node, table, where)
+        self.schedules = {key: coefficient(value, f"{where}.{key}") for key, value in _moving(rule).items()}
+        self.given = {key: rule[key] for key in dict.fromkeys(key.partition(".")[0] for key in self.schedules)}
+        self.rule, _ = bind({**rule, **self._present(0.0, 0)} if self.schedules else node, table, where)
         known = settings_of(self.rule.func)
-        self.hints = {key: known[key].hint for key in moving}
+        self.hints = {key: known[key].hint for key in self.given}
         self.defaults = {key: parameter.default for key, parameter in known.items()}
         self.anchors: tuple[str, ...] = getattr(self.rule.func, "anchors", ())
 
@@ -68,8 +67,16 @@ class Moving:
         Raises:
             ConfigError: a value outside the setting's range.
         """
-        for key, schedule in self.schedules.items():
-            self.rule.keywords[key] = check_type(schedule(progress, update), self.hints[key], f"{self.where}.{key}")
+        for key, value in self._present(progress, update).items():
+            self.rule.keywords[key] = check_type(value, self.hints[key], f"{self.where}.{key}")
+
+    def _present(self, progress: float, update: int) -> dict[str, Any]:
+        """The settings that move, as they are now."""
+        now = {key: schedule(progress, update) for key, schedule in self.schedules.items()}
+        return {
+            key: [now.get(f"{key}.{at}", one) for at, one in enumerate(value)] if isinstance(value, list) else now[key]
+            for key, value in self.given.items()
+        }
 
     def __call__(self, *arguments: Any) -> Any:
         """The rule under the present settings."""
@@ -92,3 +99,11 @@ class Moving:
     @property
     def _observed(self) -> dict[str, Observed]:
         return {key: schedule for key, schedule in self.schedules.items() if isinstance(schedule, Observed)}
+
+
+def _moving(rule: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The settings that are given as a coefficient, by name; those in a list as ``name.place``."""
+    found = {key: value for key, value in rule.items() if isinstance(value, Mapping)}
+    lists = {key: value for key, value in rule.items() if isinstance(value, list)}
+    inside = {f"{k}.{at}": one for k, v in lists.items() for at, one in enumerate(v) if isinstance(one, Mapping)}
+    return {**found, **inside}

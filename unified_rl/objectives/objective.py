@@ -122,6 +122,7 @@ class Term:
         whole_rows: they must hold whole rows, not single steps.
         reports: names of metrics of :meth:`loss` that others may rely on.
         followed: names of metrics that controllers elsewhere in the run follow.
+        columns: names of further entries ``[B]`` that rows must hold.
     """
 
     readers: tuple[Reader, ...] = ()
@@ -131,6 +132,7 @@ class Term:
     whole_rows = False
     reports: frozenset[str] = frozenset()
     followed: frozenset[str] = frozenset()
+    columns: frozenset[str] = frozenset()
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)

@@ -82,6 +82,13 @@ def uncertain_units(record: TensorDictBase, advantage: Tensor, *, keep: Fraction
 uncertain_units.reads = lambda **settings: {"entropy": readings.entropy}  # type: ignore[attr-defined]
 
 
+def first_units(record: TensorDictBase, advantage: Tensor, *, share: Fraction = 0.5) -> Tensor:
+    """The first ``share`` of every row's units, rounded up: a horizon that a schedule moves further out."""
+    mask: Tensor = record["mask"]
+    place, count = mask.cumsum(-1), mask.sum(-1, keepdim=True)
+    return mask & (place <= (count * share - 1e-6).ceil())
+
+
 def _real(record: TensorDictBase, advantage: Tensor) -> Tensor:
     """Which entries of advantages are a row's own, in their shape: what a map writes behind its end is nobody's."""
     mask: Tensor = record["mask"]
@@ -117,4 +124,5 @@ FILTERS: dict[str, Callable[..., Tensor]] = {
     "largest_advantage": largest_advantage,
     "widest_spread": widest_spread,
     "uncertain_units": uncertain_units,
+    "first_units": first_units,
 }

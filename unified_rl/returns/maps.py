@@ -212,7 +212,8 @@ def consistent(
     spread = whole.std() if len(whole) > 1 else whole.new_ones(())
     overall = (rate - whole.mean()) / (spread + 1e-6)
     local = torch.sigmoid(sharpness * (entropy - middle)).unsqueeze(-1)
-    return local * advantage + (1 - local) * overall.unsqueeze(-1)
+    out: Tensor = local * advantage + (1 - local) * overall.unsqueeze(-1)
+    return out
 
 
 consistent.columns = lambda *, answer_column, **others: [answer_column]  # type: ignore[attr-defined]
@@ -220,7 +221,8 @@ consistent.columns = lambda *, answer_column, **others: [answer_column]  # type:
 
 def _pairs(one: Tensor, other: Tensor) -> Tensor:
     """A number ``[B]`` for every pair of two numbers."""
-    return torch.unique(torch.stack([one, other], -1), dim=0, return_inverse=True)[1]
+    out: Tensor = torch.unique(torch.stack([one, other], -1), dim=0, return_inverse=True)[1]
+    return out
 
 
 def of_units(record: TensorDictBase, advantage: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
 from unified_rl.protocols import LanguageEnv, ReportsColumns, Rewarded, Solves, Votes, require_solutions
 from unified_rl.rollout.conversation import UNKNOWN, Conversations, Told
-from unified_rl.units import COUNTED, Source
+from unified_rl.units import COUNTED, Source, numbered
 
 REWARDS = "rewards"
 """Entry ``[B, K]`` float32 of the record: what each reward function of the run gave, NaN where one gave nothing."""
@@ -177,11 +176,6 @@ class RowBuilder:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self._next_group, self._next_episode = state["next_group"], state["next_episode"]
-
-
-def numbered(text: str) -> int:
-    """A number for a text, the same everywhere; from 0."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") >> 1
 
 
 def _column(info: dict[str, Tensor], wanted: str | list[str]) -> Tensor:

@@ -44,7 +44,8 @@ class Limit:
     """A case in which two configurations train to the same weights.
 
     Attributes:
-        when: overrides beside ``recipe=NAME``; ``RUN`` stands for the folder of a run, ``FOLDER`` for recorded rows.
+        when: overrides beside ``recipe=NAME``; ``RUN`` stands for the folder of a run, ``FOLDER`` for recorded rows,
+            ``MODEL`` for the folder of a language model.
         equals: overrides of the other configuration.
         because: in words.
     """

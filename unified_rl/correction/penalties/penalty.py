@@ -15,8 +15,9 @@ from torch import Tensor
 from unified_rl.correction.lookup import bind
 from unified_rl.correction.penalties.selection import SELECTIONS
 from unified_rl.correction.view import ANCHORS, View, difference, passing, safe, share
-from unified_rl.errors import ConfigError
+from unified_rl.errors import ConfigError, RecordError
 from unified_rl.instantiate import nearest
+from unified_rl.ranges import Name
 
 
 def k1(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +60,7 @@ DEFAULTS: dict[str, Any] = {
     "statistic": None,
     "select": None,
     "importance": False,
+    "weight": None,
 }
 """Settings of every penalty beside those of its function."""
 
@@ -68,8 +70,21 @@ TYPES: dict[str, Any] = {
     "statistic": str | None,
     "select": str | Mapping[str, Any] | None,
     "importance": bool,
+    "weight": Name | None,
 }
 """Their types."""
+
+
+def _entry(view: View, name: str) -> Tensor:
+    """An entry ``[B]`` of the record as ``[B, 1]``.
+
+    Raises:
+        RecordError: there is none.
+    """
+    found: Tensor | None = view.batch.get(name, None)
+    if found is None:
+        raise RecordError(f"a penalty is weighed by {name!r}, which the record lacks; define agent.columns.{name}")
+    return found.unsqueeze(-1)
 
 
 class Penalty:
@@ -77,7 +92,8 @@ class Penalty:
 
     Settings: ``anchor`` (reference by default; ``none`` for the log-prob itself; ``mixture`` for what the kernel's
     companion found), ``coefficient``, ``statistic`` (a name in the statistics, multiplied on), ``select`` (a rule of
-    :data:`SELECTIONS`), ``importance`` (multiply by the differentiable ratio to the behavior policy).
+    :data:`SELECTIONS`), ``importance`` (multiply by the differentiable ratio to the behavior policy), ``weight`` (an
+    entry ``[B]`` of the record, which multiplies a row's).
     """
 
     def __init__(
@@ -92,6 +108,7 @@ class Penalty:
         self.coefficient: float = given["coefficient"]
         self.statistic: str | None = given["statistic"]
         self.importance: bool = given["importance"]
+        self.weight: str | None = given["weight"]
         select = given["select"]
         self.select = None if select is None else bind(select, SELECTIONS, f"{where}.select")[0]
 
@@ -121,6 +138,8 @@ class Penalty:
         scale = view.row("coefficient") * self.coefficient
         if self.statistic is not None:
             scale = scale * view.row(self.statistic)
+        if self.weight is not None:
+            scale = scale * _entry(view, self.weight)
         scale = share(mask, x.dtype) * scale
         return (value * scale).sum(), slope * scale
 
