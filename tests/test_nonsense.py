@@ -144,7 +144,7 @@ MEANT: list[tuple[str, str, str]] = [
     ("[]", "a list may be empty",
      "agent.filters rollout.columns.stratum "
      "agent.columns.rubric.of "
-     "rollout.columns.answer rollout.columns.label "
+     "rollout.columns.answer rollout.columns.label rollout.columns.greedy "
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from agent_cases import close, filled, gradients, nudge
+from agent_cases import TINY, close, filled, gradients, nudge, stream
 from run_cases import LANGUAGE, merged
-from term_cases import agent_of, both_splits, dense, joined, want
+from term_cases import Easy, agent_of, both_splits, dense, joined, want
 from test_nonsense import stage
 from test_row_rules import record
 
@@ -18,8 +18,11 @@ from unified_rl.correction import load_correction
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.objectives.coefficients import coefficient
 from unified_rl.objectives.moving import Moving
+from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.returns import columns, filters
 from unified_rl.returns.columns import COLUMNS
+from unified_rl.rollout import LanguageRollout
+from unified_rl.rollout.conversation import converse
 from unified_rl.units import Source, numbered
 
 SCORES = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.0, 0.0]])
@@ -210,6 +213,37 @@ def test_the_entropy_of_rows_is_weighed_by_a_column() -> None:
     mask = rows["mask"]
     entropy = -(full.exp() * full).sum(-1) * mask
     close(got, want(agent, -0.7 * (rows["share"] * entropy.sum(-1) / mask.sum(-1)).mean()))
+
+
+def test_rows_know_what_the_most_likely_answer_earns_and_nothing_else_is_drawn_differently() -> None:
+    env = Easy(modulus=5, terms=3)
+    policy = CausalLM(**env.policy_inputs(), config=TINY, seed=1)
+
+    def collected(**options: Any) -> Any:
+        rollout = LanguageRollout(env, policy, 1.0, stream(0), stream(1), prompts=6, group_size=2, **options)
+        return rollout.collect(0)
+
+    plain, _ = collected()
+    rows, metrics = collected(columns={"best": "greedy", "exact": ["greedy"]})
+    assert torch.equal(plain["tokens"], rows["tokens"])
+    problems = env.problems(6, stream(1), "train")
+    told, _ = converse(env, policy, problems, None, greedy=True)
+    earned = told.reward.sum(-1)
+    assert 0 < float(earned.mean()) < 1 and metrics["rollout/greedy"] == float(earned.mean())
+    assert torch.equal(rows["best"], earned.long().repeat_interleave(2))
+    assert torch.equal(rows["exact"][:, 0], earned.repeat_interleave(2))
+
+
+def test_where_every_most_likely_answer_is_right_nothing_is_learnt() -> None:
+    policy, rows = joined()
+    objectives = {"policy": {"rows": {"source": "own", "unless": "greedy"}}}
+    rows["greedy"] = torch.ones(12, dtype=torch.int64)
+    agent = agent_of(policy, rows, objectives=objectives)
+    agent.update(filled(rows, 1))
+    assert agent.optimizer.steps == 0
+    rows["greedy"][:4] = 0
+    agent.update(filled(rows, 1))
+    assert agent.optimizer.steps == 1
 
 
 GRPO = tuple(merged(LANGUAGE, ["correction=grpo"]))

@@ -19,7 +19,7 @@ from unified_rl.rollout.beginnings import Asked, Beginning, Start
 from unified_rl.rollout.context import Context
 from unified_rl.rollout.conversation import Problems, Told, converse, joined, ordered, summary
 from unified_rl.rollout.curriculum import EXPECTED, Curriculum
-from unified_rl.rollout.rows import REWARDS, RowBuilder
+from unified_rl.rollout.rows import GREEDY, MOST_LIKELY, REWARDS, RowBuilder
 from unified_rl.rollout.sources.base import ChecksGroup, ChoosesPrompts, Recited, Request, RowSource, check_rows
 from unified_rl.units import COUNTED, Source
 
@@ -179,7 +179,8 @@ class LanguageRollout:
             Rows of batch size ``[prompts * group_size]``, behind them those of the sources, and means such as
             ``rollout/reward``, ``rollout/length``, ``rollout/truncated`` and the environment's own
             (``rollout/correct``); of a finite set of problems ``rollout/epoch`` (visits of each); with a context
-            ``rollout/resampled`` (conversations), with sources ``rollout/joined/NAME`` (rows).
+            ``rollout/resampled`` (conversations), with sources ``rollout/joined/NAME`` (rows), with a column ``greedy``
+            ``rollout/greedy``, the mean return of the most likely answers.
 
         Raises:
             NonFiniteError: a log-prob or reward that is not finite; names the prompt and the conversation.
@@ -198,6 +199,8 @@ class LanguageRollout:
         if self.context is not None:
             metrics |= self._again(self.context, repeated, told, speaker)
             problems = repeated[:: self.group_size]
+        if GREEDY in self.builder.wanted:
+            metrics |= self._most_likely(problems)
         talk = told[0]
         self._check_finite("the policy's log-prob of a sampled token", talk.log_prob, repeated)
         self._check_finite("the environment's reward", talk.reward, repeated)
@@ -288,6 +291,14 @@ class LanguageRollout:
             "rollout/begun": float((lengths > 0).float().mean()),
             "rollout/begun_tokens": float(lengths.sum() / torch.maximum(answers, lengths).sum()),
         }
+
+    def _most_likely(self, problems: Problems) -> dict[str, float]:
+        """Notes in every problem what the policy's most likely answer earns; returns their mean."""
+        told, _ = converse(self.env, self.policy, problems, None, greedy=True, at_once=self.generation_batch)
+        reward = told.reward.sum(-1)
+        for problem, earned in zip(problems, reward.tolist(), strict=True):
+            problem[MOST_LIKELY] = earned
+        return {"rollout/greedy": float(reward.mean())}
 
     def _again(self, context: Context, repeated: Problems, told: Told, speaker: Generates) -> dict[str, float]:
         """Lets the context replace conversations; counts what it samples."""

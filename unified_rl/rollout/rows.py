@@ -19,9 +19,14 @@ REWARDS = "rewards"
 """Entry ``[B, K]`` float32 of the record: what each reward function of the run gave, NaN where one gave nothing."""
 
 
-OWN = ("turns", "length", "answer", "label")
+GREEDY = "greedy"
+"""The return of the policy's most likely answer to a conversation's prompt; 0 for prompts that others brought."""
+MOST_LIKELY = "most likely answer earns"
+"""Where a problem holds it."""
+OWN = ("turns", "length", "answer", "label", GREEDY)
 """Numbers of a conversation that every task has: its turns, its sampled tokens, what it answered (equal numbers for
-equal answers, of a task that says what an answer is) and the reference that this is compared with (likewise)."""
+equal answers, of a task that says what an answer is), the reference that this is compared with (likewise), and
+:data:`GREEDY`."""
 BEGUN = "begun"
 """Number of a conversation, with ``rollout.beginning``: how many tokens it began with."""
 
@@ -132,6 +137,7 @@ class RowBuilder:
             "turns": talk.step_mask.sum(-1).float(),
             "length": talk.mask.sum(-1).float(),
             BEGUN: talk.begun,
+            GREEDY: torch.tensor([float(problem.get(MOST_LIKELY, 0.0)) for problem in talk.problems]),
         }
         if "answer" in self.wanted and isinstance(self.env, Votes):
             votes = [self.env.vote(p, said) for p, said in zip(talk.problems, talk.said, strict=True)]

@@ -118,4 +118,5 @@ def _collected(env: Any, own: set[str], rollout: Any) -> set[str]:
     context = set() if rollout.context is None else {"resampled", *getattr(rollout.context, "metrics", ())}
     context |= set() if rollout.curriculum is None else {*rollout.curriculum.metrics}
     context |= set() if rollout.beginning is None else {"begun", "begun_tokens"}
+    context |= {"greedy"} & rollout.builder.wanted
     return {*ROLLOUT_LANGUAGE, *own, *epochs, *joined, *context, *({"counted"} & {*getattr(env, "columns", ())})}
