@@ -10,12 +10,13 @@ from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.divergence import DivergenceTerm
 from unified_rl.objectives.entropy import SelectiveEntropyTerm, WeighedEntropyTerm
+from unified_rl.objectives.equivalence import EquivalenceTerm
 from unified_rl.objectives.margin import MarginTerm
 from unified_rl.objectives.moving import Moving
 from unified_rl.objectives.objective import Parts, Term
 from unified_rl.objectives.preference import KtoTerm, PreferenceTerm, SetPreferenceTerm
 from unified_rl.objectives.sampled import SampledDivergenceTerm
-from unified_rl.objectives.supervised import SelectiveNllTerm, SoftQTerm
+from unified_rl.objectives.supervised import RankAwareTerm, SelectiveNllTerm, SoftQTerm
 from unified_rl.objectives.terms import EntropyTerm, NllTerm, PolicyGradientTerm, ValueTerm
 from unified_rl.policies.sampling import HasSampling
 from unified_rl.protocols import Trainable
@@ -30,8 +31,10 @@ TERMS: dict[str, type[Term]] = {
     "sampled_divergence": SampledDivergenceTerm,
     "preference": PreferenceTerm,
     "set_preference": SetPreferenceTerm,
+    "equivalence": EquivalenceTerm,
     "kto": KtoTerm,
     "selective_nll": SelectiveNllTerm,
+    "rank_aware": RankAwareTerm,
     "soft_q": SoftQTerm,
     "selective_entropy": SelectiveEntropyTerm,
     "weighed_entropy": WeighedEntropyTerm,

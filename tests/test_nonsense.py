@@ -35,6 +35,7 @@ COMPLETED = {
     ("warm_start", "from_run"): ["warm_start.run=x"],
     ("rollout", "stored"): ["rollout.data=x"],
     ("recipe", "pear"): ["rollout.sources.recorded.data=x"],
+    ("recipe", "reason_maxxer"): ["rollout.sources.recorded.data=x"],
     ("recipe", "hypo"): ["rollout.sources.recorded.data=x"],
     ("recipe", "dph_rl"): ["rollout.sources.rehearsed.data=x"],
     ("recipe", "infalign"): ["rollout.sources.reference.folder=x"],
@@ -53,6 +54,8 @@ MEANT: list[tuple[str, str, str]] = [
     ("-1 0 1e30 2**63", "a number that may have either sign: a coefficient, a reward, an exponent, an entropy in nats",
      "agent.objectives.calibrate.coefficient agent.objectives.inject.coefficient.value "
      "agent.actor.improve.coefficient agent.objectives.distill.coefficient agent.objectives.entropy.coefficient "
+     "agent.objectives.align.coefficient agent.objectives.policy.coefficient correction.kernel.moment "
+     "agent.objectives.imitate.beta agent.objectives.imitate.far agent.objectives.imitate.near "
      "agent.objectives.near.coefficient.high "
      "agent.columns.cost.false_alarm agent.columns.cost.hit agent.columns.cost.miss agent.columns.soft.turn "
      "agent.objectives.spread.coefficient "
@@ -121,6 +124,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.high_positive correction.kernel.importance_cap correction.kernel.low_max "
      "correction.kernel.outer_high policy.clip_prediction"),
     ("1e30 2**63", "a positive number of any size",
+     "agent.objectives.align.link.beta agent.objectives.contrast.link.beta agent.objectives.equal.beta "
      "agent.objectives.near.coefficient.width agent.objectives.prefer.beta "
      "agent.columns.mark.worst agent.columns.share.temperature "
      "rollout.sources.reference.repetition_penalty rollout.sources.reference.temperature "
@@ -142,13 +146,15 @@ MEANT: list[tuple[str, str, str]] = [
      "rollout.sources.reference.adapter "
      "rollout.privileged rollout.sources.demonstrations.style rollout.style warm_start.run"),
     ("[]", "a list may be empty",
+     "agent.objectives.align.rows.source agent.objectives.align.rows.unless "
      "agent.filters rollout.columns.stratum "
      "agent.columns.rubric.of "
      "rollout.columns.answer rollout.columns.label rollout.columns.greedy "
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),
-    ("[] {}", "every row", "agent.objectives.distill.rows agent.objectives.policy.rows agent.objectives.prefer.rows "
+    ("[] {}", "every row", "agent.objectives.contrast.rows "
+     "agent.objectives.distill.rows agent.objectives.policy.rows agent.objectives.prefer.rows "
      "agent.objectives.imitate.rows agent.objectives.refine.rows agent.objectives.rehearse.rows "
      "correction.advantage.rows"),
     ("{}", "a mapping may be empty",

@@ -70,6 +70,10 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] = {
         {"name": "kto", "beta": 0.7, "threshold": 0.4, "desirable": 1.5, "undesirable": 0.5},
         lambda h, s: kto(h),
     ),
+    "equivalence": (
+        {"name": "equivalence", "beta": 0.7, "threshold": 0.2, "coefficient": 0.1},
+        lambda h, s: 0.1 * mean([(0.7 * (h[a] - h[b])).square() for a, b in [(0, 2), (0, 3), (2, 3), (4, 5)]]),
+    ),
     "mpo": (
         {"name": "set_preference", "beta": 0.7, "deviation": 0.6},
         lambda h, s: sets(h, [[0, 2], [4, 5]], [[0, 1, 2, 3], [4, 5, 6, 7]], 0.7, 0.6),

@@ -37,7 +37,9 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
     "gkd": ["rollout.sources.demonstrations.rows=4"],
     "offline_kd": ["rollout.sources.demonstrations.rows=8"],
     **{name: ["rollout.sources.demonstrations.rows=8"] for name in ("eksft", "otr", "iql_lm", "ps_kd")},
+    "rank_aware_sft": ["rollout.sources.demonstrations.rows=8"],
     "pear": ["rollout.sources.recorded.rows=8"],
+    "reason_maxxer": ["rollout.sources.recorded.rows=8"],
     "hypo": ["rollout.sources.recorded.rows=8"],
     "tr_dpo": ["agent.anchors.reference.every=1"],
     "dph_rl": ["rollout.sources.rehearsed.rows=8"],
@@ -57,12 +59,14 @@ TEACHERS = {"verbal_distillation",
 NARROW = ["agent.objectives.prefer.low=-1.0e-4", "agent.objectives.prefer.high=1.0e-4"]
 APART = {"safe": ["agent.anchors.reference.folder=RUN"], "tr_dpo": ["agent.anchors.reference.ema=0.5"],
          "otr": ["agent.objectives.imitate.coefficient=1.0e-5"],  # Adam's steps hardly see a factor near 1
+         "reason_maxxer": ["agent.filters.0.above=2.55"],  # an untrained policy is uncertain everywhere
          "stratified_grpo": ["rollout.columns.stratum=length"],  # answers of one turn are one stratum
          "humanline_dpo": NARROW, "humanline_kto": NARROW}  # fmt: skip
 """Recipes that do nothing until the policy has left its reference, which two updates hardly do."""
 RECORDED = {
     "dph_rl": "rollout.sources.rehearsed.data=FOLDER",
     "hypo": "rollout.sources.recorded.data=FOLDER",
+    "reason_maxxer": "rollout.sources.recorded.data=FOLDER",
     "pear": "rollout.sources.recorded.data=FOLDER",
     "infalign": "rollout.sources.reference.folder=MODEL",
 }

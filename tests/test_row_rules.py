@@ -56,6 +56,14 @@ def test_a_wrong_answer_counts_more_by_how_much_longer_it_is_than_right_ones() -
     assert float(far[1]) == pytest.approx(-2.0)
 
 
+def test_units_of_little_entropy_are_left_out() -> None:
+    nats = torch.tensor([0.5, 1.0, 1.5, 0.9, 2.0, 0.0]).expand(4, 6)
+    kept = filters.entropy_above(record(entropy=nats), A, above=1.0)
+    assert kept.tolist()[0] == [False, True, True, False, True, False]
+    assert kept.tolist()[1] == [False, True, False, False, False, False]  # two units long
+    assert filters.entropy_above(record(entropy=nats), A, above=0.0).equal(record()["mask"])
+
+
 def test_a_tilt_strengthens_one_sign_and_weakens_the_other() -> None:
     assert maps.tilted(record(), A, share=0.25).flatten().tolist() == [1.25, -0.75, 0.625, -0.375]
     assert maps.tilted(record(), A, share=-1.0).flatten().tolist() == [0.0, -2.0, 0.0, -1.0]

@@ -148,11 +148,14 @@ TERMS: dict[str, tuple[str, dict[str, Any]]] = {
     "divergence": ("language", {"objectives": {"distill": {"name": "divergence", "anchor": "reference"}}}),
     "preference": ("language", {"objectives": {"prefer": {"name": "preference", "nll": 0.2, "pairs": "best_deviant"}}}),
     "sets": ("language", {"objectives": {"prefer": {"name": "set_preference", "negatives": 1}}}),
+    "equal scores": ("language", {"objectives": {"equal": {"name": "equivalence"}}}),
     "good and bad rows": ("language", {"objectives": {"prefer": {"name": "kto"}}}),
     "sampled divergence": ("language", {"objectives": {
         "near": {"name": "sampled_divergence", "anchor": "reference", "drawn": "policy", "tilt": 0.5}}}),
     "selected likelihood": ("language", {"objectives": {
         "policy": {"rows": "own"}, "imitate": {"name": "selective_nll", "portion": 0.4}}}),
+    "rewards of rivals": ("language", {"objectives": {
+        "policy": {"rows": "own"}, "imitate": {"name": "rank_aware", "near": 0.2}}}),
     "soft Q": ("language", {"objectives": {"policy": {"rows": "own"}, "imitate": {"name": "soft_q"}}}),
     "selected entropy": ("language", {"objectives": {"spread": {"name": "selective_entropy", "coefficient": 1.0}},
                                       "minibatch": 4, "epochs": 2}),
@@ -174,7 +177,7 @@ TERMS: dict[str, tuple[str, dict[str, Any]]] = {
     "scaled returns": ("normal", {"epochs": 2, "normalize_return": True, "normalize_reward": True}),
     "a bound of the KL": ("normal", {"epochs": 8, "target_kl": 1e-4, "lr": 0.1}),
 }  # fmt: skip
-SHOWN = ("selected likelihood", "soft Q", "margin")
+SHOWN = ("selected likelihood", "rewards of rivals", "soft Q", "margin")
 """Of demonstrations too."""
 
 

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 
 from unified_rl.correction import Correction
 from unified_rl.correction.generators import GENERATORS
-from unified_rl.correction.kernels.group import soft_value
+from unified_rl.correction.kernels.group import soft_value, tilt_to
 from unified_rl.errors import ConfigError
 from unified_rl.returns.groups import Groups
 
@@ -78,6 +78,23 @@ def test_the_forward_kl_weighs_rows_by_target_over_policy() -> None:
     raw = (REWARD / 0.5 - DRIFT.sum(-1)).exp()
     share = raw / raw.view(2, 2).sum(-1).repeat_interleave(2)
     assert float(got[0] / got[2]) == pytest.approx(float((share[0] - 0.5) / (share[2] - 0.5)))
+
+
+def test_a_tilt_has_the_moment_that_is_asked_for() -> None:
+    reward, weight = torch.tensor([0.0, 1.0, 1.0, 0.0]), torch.tensor([0.3, -0.2, 0.1, 0.0])
+    tilt = tilt_to(0.9, reward, weight, lambda x: x)
+    mass = (weight + tilt * reward).exp()
+    assert float((mass * reward).sum() / mass.sum()) == pytest.approx(0.9, abs=1e-6)
+    odds = (math.exp(-0.2) + math.exp(0.1)) / (math.exp(0.3) + 1.0)
+    assert float(tilt) == pytest.approx(math.log(9.0 / odds), abs=1e-5)
+    assert float(tilt_to(2.0, reward, weight, lambda x: x)) == pytest.approx(100.0)  # beyond what rows reach
+    assert float(tilt_to(-1.0, reward, weight, lambda x: x)) == pytest.approx(-100.0)
+    tilt = float(tilt_to(1.3, REWARD, -DRIFT.sum(-1), lambda x: x))
+    given, fitted = (
+        signal(kernel={"name": "f_divergence", "generator": "forward_kl", **one})
+        for one in ({"beta": 1 / tilt}, {"moment": 1.3})
+    )
+    torch.testing.assert_close(fitted, given, atol=1e-5, rtol=1e-5)
 
 
 def test_a_generator_that_does_not_exist_is_refused_when_the_kernel_is_made() -> None:

@@ -180,6 +180,18 @@ def test_the_first_update_sets_the_level_and_a_continuation_keeps_it() -> None:
     assert gradients(agent, filled(rows, 1)).keys() == gradients(again, filled(rows, 1)).keys()
 
 
+@pytest.mark.parametrize("near", [0.2, -0.3])
+def test_rewards_of_labels_rivals_and_others_are_a_policy_gradient_of_one_step(near: float) -> None:
+    policy, reference, rows, s, _, _, mask = setting()
+    found = got(policy, reference, rows, {"name": "rank_aware", "beta": -0.5, "top_k": 3, "near": near, "far": -0.3})
+    p, label = s.detach().exp(), torch.nn.functional.one_hot(rows["tokens"], s.shape[-1]).bool()
+    rivals = p.masked_fill(label, -1.0).topk(3, -1).indices
+    reward = torch.full_like(p, -0.3).scatter(-1, rivals, near)
+    reward = torch.where(label, p.sqrt() / p, reward)  # p^-beta / p
+    loss = -(p * reward * s).sum(-1)
+    close(found, want(agent_of(policy, rows), (loss * mask).sum() / mask.sum()))
+
+
 def test_what_a_supervised_loss_cannot_have_is_refused_by_name() -> None:
     policy, _, rows, *_ = setting()
     shown = {"policy": None, "imitate": {"name": "nll", "weight": "suffix_ratio"}}
@@ -187,11 +199,12 @@ def test_what_a_supervised_loss_cannot_have_is_refused_by_name() -> None:
     agent.checked = True
     with pytest.raises(ConfigError, match=r"imitate\.weight=suffix_ratio divides by .*imitate\.rows=offline"):
         agent.update(filled(rows, 1))
-    for name in ("soft_q", "selective_entropy", "selective_nll"):
+    for name in ("soft_q", "rank_aware", "selective_entropy", "selective_nll"):
         with pytest.raises(ConfigError, match=r"objectives\.d reads the logits of every unit, and GaussianPolicy has"):
             control_agent(gaussian(), objectives={"d": {"name": name}})
     for node, words in (
         ({"name": "selective_nll", "by": "both"}, r"d\.by"),
+        ({"name": "rank_aware", "top_k": 0}, r"top_k=0"),
         ({"name": "selective_nll", "portion": 1.5}, r"portion=1\.5"),
         ({"name": "nll", "weight": {"name": "suffix_ratio", "gama": 1.0}}, "has no field 'gama'"),
         ({"name": "nll", "weight": "suffix"}, r"d\.weight 'suffix' is unknown"),

@@ -10,15 +10,16 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from unified_rl.correction.levels import CLAMP
 from unified_rl.errors import ConfigError
 from unified_rl.interventions.distribution import FLOOR, categorical_kl
 from unified_rl.objectives.forward import Forward, Reader
 from unified_rl.objectives.metrics import Metrics
 from unified_rl.objectives.objective import Parts, Scored, Term
 from unified_rl.objectives.terms import reduction
-from unified_rl.policies.sampling import entropy_of
+from unified_rl.policies.sampling import entropy_of, token_log_prob
 from unified_rl.protocols import ShowsLogits
-from unified_rl.ranges import NonNegative, UnitInterval
+from unified_rl.ranges import Count, NonNegative, UnitInterval
 from unified_rl.returns.scan import shifted
 
 
@@ -161,6 +162,55 @@ class SoftQTerm(DistributionTerm):
         q, v = (forward.read(f"{self.name}/{key}") for key in ("q", "v"))
         following = shifted(torch.where(mask, v, 0.0))
         return (q - self.gamma * following).square() * self.td_coef - forward.log_prob
+
+
+class RankAwareTerm(DistributionTerm):
+    """A policy gradient of one step whose rewards are of the label, of its likeliest rivals and of all other tokens.
+
+    ``-sum_a sg[p_a r_a] log p_a`` over the whole vocabulary, with ``p^-beta / p`` for the label, ``near`` for the
+    ``top_k`` most probable other tokens and ``far`` for the rest; 0 in all three is the likelihood. As ``sum_a p_a grad
+    log p_a = 0``, only the label and the rivals are looked at. 2512.22955 (from its abstract; the scaling is ours).
+
+    Args:
+        name, rows, coefficient, reduce: see :class:`DistributionTerm`.
+        beta: below 0 labels count more the more probable they are (precision), above 0 the less (diversity).
+        top_k: rivals.
+        near, far: rewards of rivals, and of all others.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        beta: float = 0.0,
+        top_k: Count = 16,
+        near: float = 0.0,
+        far: float = 0.0,
+        reduce: str = "token-mean",
+        rows: Any = "demonstration",
+        coefficient: float | Mapping[str, Any] = 1.0,
+    ) -> None:
+        super().__init__(name, rows, coefficient, reduce)
+        self.beta, self.top_k, self.near, self.far = beta, top_k, near, far
+        self.readers = (Reader(name, self._read),)
+
+    def _read(self, logits: Tensor, token: Tensor) -> Tensor:
+        label = token_log_prob(logits, token)
+        fixed = label.detach()
+        weight = (-self.beta * fixed).clamp(-CLAMP, CLAMP).exp() - self.far * fixed.exp()
+        loss = -weight * label
+        if self.near == self.far:
+            return loss
+        top, index = logits.topk(min(self.top_k + 1, logits.shape[-1]), -1)
+        rival = index != token.unsqueeze(-1)
+        rival &= rival.cumsum(-1) <= self.top_k
+        found = torch.where(rival, top - logits.logsumexp(-1, keepdim=True), 0.0)
+        mass = torch.where(rival, found.detach().exp(), 0.0)
+        return loss - (self.near - self.far) * (mass * found).sum(-1)
+
+    def units(self, forward: Forward, mask: Tensor) -> Tensor:
+        """As the pass read it."""
+        return forward.read(self.name)
 
 
 def highest(x: Tensor, mask: Tensor, portion: float, least: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from unified_rl.ranges import Fraction
+from unified_rl.ranges import Fraction, NonNegative
 from unified_rl.returns import readings
 from unified_rl.returns.groups import Groups
 from unified_rl.returns.maps import of_units
@@ -89,6 +89,15 @@ def first_units(record: TensorDictBase, advantage: Tensor, *, share: Fraction = 
     return mask & (place <= (count * share - 1e-6).ceil())
 
 
+def entropy_above(record: TensorDictBase, advantage: Tensor, *, above: NonNegative = 1.0) -> Tensor:
+    """The units whose distribution has at least so much entropy, in nats. ReasonMaxxer, 2605.06241."""
+    out: Tensor = record["mask"] & (record["entropy"] >= above)
+    return out
+
+
+entropy_above.reads = lambda **settings: {"entropy": readings.entropy}  # type: ignore[attr-defined]
+
+
 def _real(record: TensorDictBase, advantage: Tensor) -> Tensor:
     """Which entries of advantages are a row's own, in their shape: what a map writes behind its end is nobody's."""
     mask: Tensor = record["mask"]
@@ -121,6 +130,7 @@ def _ranks(value: Tensor, group: Tensor) -> Tensor:
 
 
 FILTERS: dict[str, Callable[..., Tensor]] = {
+    "entropy_above": entropy_above,
     "largest_advantage": largest_advantage,
     "widest_spread": widest_spread,
     "uncertain_units": uncertain_units,

@@ -14,6 +14,7 @@ from unified_rl.correction.generators import GENERATORS, Generator
 from unified_rl.correction.internal.distributed import Total
 from unified_rl.correction.kernels.kernel import Kernel, Traits, by_name, clipped_formula, number
 from unified_rl.correction.kernels.unit import ppo
+from unified_rl.correction.levels import CLAMP
 from unified_rl.correction.lookup import bind
 from unified_rl.correction.view import View, anchor_log_prob, masked
 from unified_rl.errors import ConfigError, RecordError
@@ -220,13 +221,15 @@ class FDivergence(Kernel):
     Both are of whole rows, and the target's normaliser is the mean of ``target / pi`` over a prompt's rows.
     ``generator`` is a name of :data:`~unified_rl.correction.generators.GENERATORS` or a mapping: the reverse KL is
     reinforcement learning with a KL penalty, the forward KL distributional policy gradients (DPG). A weight is at most
-    ``exp(20)``.
+    ``exp(20)``. With ``moment`` the target is the tilt ``anchor exp(lambda R)`` whose mean return is this number, as
+    far as rows reach it (:func:`tilt_to`), whatever ``beta`` is. GDC, 2012.11635.
     """
 
     name = "f_divergence"
     traits = Traits(holds_ratio=False, own_advantage=True, groups="dro", purpose="other objective")
     generator: str | Mapping[str, Any] = "reverse_kl"
     beta: Positive = 0.1
+    moment: float | None = None
 
     def __post_init__(self) -> None:
         """Checks the generator."""
@@ -239,22 +242,52 @@ class FDivergence(Kernel):
     def formula(self) -> str:
         """The pseudo-reward."""
         name = self.generator if isinstance(self.generator, str) else self.generator["name"]
+        power = f"R / {number(self.beta)}" if self.moment is None else "lambda R"
         return (
-            f"1, with A = -f'(pi / target) - its group mean, target = anchor * exp(R / {number(self.beta)}) / Z, "
+            f"1, with A = -f'(pi / target) - its group mean, target = anchor * exp({power}) / Z, "
             f"f of {str(name).replace('_', ' ')}"
         )
 
     def prepare(self, view: View, total: Total) -> dict[str, Tensor]:
         """The pseudo-reward of each row, as the advantage of its units."""
         groups, drift = Groups.of(view.batch), view.unit_log_ratio.sum(-1)
-        target = row_return(view.batch).to(drift.dtype) / self.beta - drift
+        reward = row_return(view.batch).to(drift.dtype)
+        tilted = reward / self.beta if self.moment is None else tilt_to(self.moment, reward, -drift, total) * reward
+        target = tilted - drift
         normaliser = groups.logsumexp(target) - groups.count.to(drift.dtype).log()
-        reward = -self._generator().slope(normaliser - target)
-        return {"advantage": (reward - groups.mean(reward)).unsqueeze(-1).expand_as(view.log_ratio)}
+        pseudo = -self._generator().slope(normaliser - target)
+        return {"advantage": (pseudo - groups.mean(pseudo)).unsqueeze(-1).expand_as(view.log_ratio)}
 
     def weight(self, view: View) -> Tensor:
         """Ones."""
         return torch.ones_like(view.log_ratio)
+
+
+GRID, ROUNDS = 32, 6
+"""Places that are looked at together, and how often: the number is known to 200 / 32^6."""
+
+
+def tilt_to(moment: float, reward: Tensor, log_weight: Tensor, total: Total) -> Tensor:
+    """What rewards are multiplied by so that ``exp(log_weight + number * reward)`` gives them this mean.
+
+    The mean rises with the number, which is searched between -100 and 100: a moment that no row reaches ends there.
+
+    Args:
+        moment: wanted mean.
+        reward: of the rows, ``[B]``.
+        log_weight: their log-weights without a tilt, ``[B]``, clamped at +-20.
+        total: sums over the processes that share the batch.
+    """
+    low = reward.new_full((), -100.0, dtype=torch.float64)
+    step, r, base = -2 * low / GRID, reward.double(), log_weight.double().clamp(-CLAMP, CLAMP)
+    at = torch.arange(1, GRID, device=reward.device)
+    for _ in range(ROUNDS):
+        tilt = low + step * at
+        x = (base + tilt.unsqueeze(-1) * (r - moment)).clamp(max=600.0).exp()
+        above = total((x * (r - moment)).sum(-1)) > 0
+        low = low + step * (GRID - 1 - above.sum())
+        step = step / GRID
+    return (low + step * GRID / 2).to(reward.dtype)
 
 
 KERNELS = by_name(Residual, LikelihoodPair, TeacherPPO, TeacherRatio, FDivergence)
