@@ -1,231 +1,43 @@
-"""The other policies that a batch is compared with: who they are, how they follow, what they say of the rows."""
+"""The other policies of an agent by name, and what is computed from them before the first optimiser step."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, cast
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from unified_rl.agents.teacher import load_teacher
+from unified_rl.agents.providers import (
+    BUILT_IN,
+    RECORDED,
+    Copied,
+    Provider,
+    make_provider,
+    provider_settings,
+    same_inputs,
+)
 from unified_rl.correction import Correction
-from unified_rl.correction.lookup import check_keys
 from unified_rl.correction.proximal import MovingAverage, Versions, interpolated
 from unified_rl.correction.view import ANCHORS
-from unified_rl.errors import ConfigError, RecordError
-from unified_rl.instantiate import check_type, nearest
+from unified_rl.errors import ConfigError
+from unified_rl.instantiate import nearest
 from unified_rl.interventions import Wrapper
 from unified_rl.objectives.terms import EXPERT_ROWS
-from unified_rl.policies.normalizer import MOMENTS
 from unified_rl.protocols import (
     RestsAdapters,
     SampledApart,
     Scores,
     ShowsLogits,
-    ShowsNormals,
     Trainable,
-    UnitStates,
-    standardises,
 )
-from unified_rl.ranges import Count, Name, Positive, Share, shown
+from unified_rl.ranges import shown
 from unified_rl.returns.readings import Read
 from unified_rl.shard import ALONE, Shard
 
 PROVIDERS = ("snapshot", "average", "interpolated", "versions")
 """Where the proximal policy of a decoupled correction comes from."""
-RECORDED = ("behavior", "proximal", "proxy")
-"""Anchors that no entry of ``agent.anchors`` makes: the sampler, the start of the update, a wrapper."""
-BUILT_IN = ("reference", "self", "old")
-"""Anchors that are made where something asks for them; every other one must be given."""
-OF_FOLDER: dict[str, Any] = {
-    "temperature": Positive,
-    "dtype": Literal["float32", "bfloat16", "float16"],
-    "autocast": bool,
-    "adapter": Name,
-}
-"""Settings of a language model that is read from a folder, named as the policy's own."""
-SETTINGS: dict[str, Any] = {
-    "folder": Name, "sync_every": Count, "ema": Share, "every": Count, "view": Name, **OF_FOLDER
-}  # fmt: skip
-
-
-class Provider:
-    """Another policy, as it is; here the one that is trained, under its present weights.
-
-    Args:
-        policy: the policy.
-        view: of the rows, as it sees them: ``privileged`` reads ``privileged_tokens`` and ``privileged_mask``.
-        foreign: it standardises observations by moments of its own.
-    """
-
-    def __init__(self, policy: Trainable, view: str | None = None, foreign: bool = False) -> None:
-        self.policy, self.view, self.foreign = policy, view, foreign
-        self._hidden = policy if isinstance(policy, UnitStates) else None
-        self._shown = policy if isinstance(policy, ShowsLogits) else None
-        self._normal = policy if isinstance(policy, ShowsNormals) else None
-
-    def log_prob(self, rows: TensorDictBase) -> Tensor:
-        """Log-probs ``[B, N]`` of the rows' units, without gradient."""
-        seen = self._seen(rows, self.view)
-        found = self.policy.log_prob(seen).log_prob.detach()
-        return found if self.view is None else _in_place(found, seen, rows)
-
-    def states(self, rows: TensorDictBase, view: str | None = None) -> Tensor:
-        """From which :meth:`logits` makes each unit's distribution, ``[B, N, d]``.
-
-        Last hidden states where the policy gives them, else its logits themselves (of small action spaces).
-        """
-        view = view or self.view
-        seen = self._seen(rows, view)
-        if self._hidden is not None:
-            found = self._hidden.unit_states(seen)
-        else:
-            assert self._shown is not None  # the term that asks has seen to it
-            (found,) = self._shown.read_logits(seen, lambda logits, token: (logits,))
-        return found if view is None else _in_place(found, seen, rows)
-
-    def logits(self, states: Tensor) -> Tensor:
-        """Transformed logits ``[n, V]`` of states ``[n, d]``."""
-        return states if self._hidden is None else self._hidden.logits_of(states)
-
-    def normals(self, rows: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation of each unit's Normal, ``[B, N, D]``."""
-        assert self._normal is not None  # likewise
-        return self._normal.normals(self._seen(rows, None))
-
-    def _seen(self, rows: TensorDictBase, view: str | None) -> TensorDictBase:
-        if view is None:
-            return rows.exclude(MOMENTS) if self.foreign and MOMENTS in rows.keys() else rows
-        if f"{view}_tokens" not in rows.keys():
-            raise RecordError(
-                f"an anchor looks at the rows with view={view}, and they hold no {view}_tokens: set rollout.{view} to "
-                "the style of demonstrations that goes into its prompt, or view=null"
-            )
-        return TensorDict({"tokens": rows[f"{view}_tokens"], "mask": rows[f"{view}_mask"]}, rows.batch_size)
-
-    def update(self, policy: Trainable, version: int) -> None:
-        """After an update, whose number is ``version``."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a bit-exact continuation needs beside the configuration."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
-
-
-class Copied(Provider):
-    """The policy as it was at the start of the run, or after every ``every`` updates; 1 is the start of the update.
-
-    Under adapters the copy has adapters of its own, and shares the weights that are not trained. Fresh adapters are
-    switched off in it: it is then the base model.
-    """
-
-    def __init__(self, policy: Trainable, view: str | None = None, every: int | None = None) -> None:
-        older = copy.deepcopy(policy)
-        older.requires_grad_(False)
-        _same_inputs(older, policy)
-        super().__init__(older, view)
-        self.every = every
-        self._rest()
-
-    def _rest(self) -> None:
-        if isinstance(self.policy, RestsAdapters):
-            self.policy.rest_adapters()
-
-    def update(self, policy: Trainable, version: int) -> None:
-        """Takes over the policy's weights where it is time to."""
-        if self.every is not None and version % self.every == 0:
-            self.policy.load_state_dict(policy.state_dict())
-            self._rest()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The weights."""
-        return {"policy": dict(self.policy.state_dict())}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores them."""
-        self.policy.load_state_dict(state["policy"])
-        self._rest()
-
-
-class Averaged(Copied):
-    """A moving average of the policy's weights, moved after every ``each`` updates; buffers are copied."""
-
-    def __init__(self, policy: Trainable, view: str | None, decay: float, each: int = 1) -> None:
-        super().__init__(policy, view)
-        self.decay, self.each = decay, each
-
-    @torch.no_grad()
-    def update(self, policy: Trainable, version: int) -> None:
-        """Takes in the newest weights where it is time to."""
-        if version % self.each:
-            return
-        for mine, newest in zip(self.policy.parameters(), policy.parameters(), strict=True):
-            if mine is not newest:  # a weight that nobody trains is shared
-                mine.lerp_(newest, 1.0 - self.decay)
-        self._rest()
-        for kept, other in zip(self.policy.buffers(), policy.buffers(), strict=True):
-            kept.copy_(other)
-
-
-def provider_settings(name: str, node: Any) -> dict[str, Any]:
-    """What ``agent.anchors.NAME`` says, checked without a policy.
-
-    Raises:
-        ConfigError: a name that is made elsewhere, an unknown or a wrong setting, or two that exclude each other.
-    """
-    where = f"agent.anchors.{name}"
-    if name in (*RECORDED, "none", "mixture"):
-        instead = "correction.proximal" if name == "proximal" else f"agent.anchors.{BUILT_IN[0]}"
-        raise ConfigError(f"{where}: the record holds this anchor already; set {instead}, or choose another name")
-    if not isinstance(node, Mapping):
-        raise ConfigError(f"{where} is {node!r}; it must be a mapping, such as {{folder: RUN}} or {{ema: 0.999}}")
-    check_keys(node, SETTINGS, where)
-    given = {
-        key: check_type(value, SETTINGS[key], f"{where}.{key}") for key, value in node.items() if value is not None
-    }
-    makers = [key for key in given if key in ("folder", "sync_every", "ema")]
-    if len(makers) > 1:
-        raise ConfigError(f"{where} is made by one of folder, sync_every and ema, got {', '.join(makers)}")
-    if "every" in given and "ema" not in given:
-        raise ConfigError(
-            f"{where}.every says how often a moving average moves: set {where}.ema too, or {where}.sync_every alone"
-        )
-    idle = next((key for key in given if key in OF_FOLDER), None)
-    if idle is not None and "folder" not in given:
-        raise ConfigError(f"{where}.{idle} would be of no effect: it is of a model that is read from {where}.folder")
-    return given
-
-
-def make_provider(name: str, node: Any, policy: Any) -> Provider:
-    """The provider that ``agent.anchors.NAME`` describes.
-
-    Args:
-        name: of the anchor; ``self`` is by default the policy as it is, ``old`` as it was at the start of the update.
-        node: ``{folder: RUN}``, ``{sync_every: N}``, ``{ema: DECAY}`` (``every: N`` moves it after every N updates) or
-            ``{}`` (as at the start of the run), each with an optional ``view``; a language model's folder also with
-            ``temperature``, ``dtype``, ``autocast`` and ``adapter``.
-        policy: the policy that is trained.
-
-    Raises:
-        ConfigError: see :func:`provider_settings`.
-        CheckpointError: the folder holds no policy.
-    """
-    given = provider_settings(name, node)
-    view = given.pop("view", None)
-    if "folder" in given:
-        options = {key: value for key, value in given.items() if key in OF_FOLDER}
-        made = load_teacher(given["folder"], policy, f"agent.anchors.{name}.folder", options)
-        return Provider(made, view, foreign=True)
-    if "ema" in given:
-        return Averaged(policy, view, given["ema"], given.get("every", 1))
-    if name == "self" and not given:
-        return Provider(policy, view)
-    return Copied(policy, view, given.get("sync_every", 1 if name == "old" else None))
 
 
 def check_anchors(nodes: Mapping[str, Any], wanted: Mapping[str, str]) -> None:
@@ -261,7 +73,8 @@ class Anchors(Mapping[str, Provider]):
         policy: the policy that is trained.
         correction: says which anchors it needs and how the proximal policy is made.
         wrapper: adds its own keys in the same pass.
-        given: providers by name, ``agent.anchors``; see :func:`make_provider`.
+        given: providers by name, ``agent.anchors``; see
+            :func:`~unified_rl.agents.providers.make_provider`.
         teacher: folder of the teacher, a shorthand for ``given``.
         micro_batch: rows of one forward pass; None takes all.
         log_probs: names whose log-probs are needed beside the correction's, and the setting that needs each.
@@ -309,7 +122,7 @@ class Anchors(Mapping[str, Provider]):
         self.average: MovingAverage[Trainable] | None = None
         if self.provider == "average":
             self.average = MovingAverage(policy, float(correction.proximal.get("decay", 0.9)))
-            _same_inputs(self.average.module, policy)
+            same_inputs(self.average.module, policy)
         self.versions: Versions[Trainable] | None = None
         if self.provider == "versions":
             if proximal:
@@ -357,6 +170,28 @@ class Anchors(Mapping[str, Provider]):
     def __len__(self) -> int:
         """How many there are."""
         return len(self.providers)
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Looks at the names of what rows will hold, before any are collected.
+
+        Raises:
+            ConfigError: one that says whose teacher a row has is missing.
+        """
+        for name, provider in self.providers.items():
+            provider.check_columns(columns, f"agent.anchors.{name}")
+
+    def check_shard(self, shard: Shard) -> None:
+        """Refuses what processes that pass every policy in step cannot ask.
+
+        Raises:
+            ConfigError: several teachers, of which each is asked of some rows alone.
+        """
+        routed = [name for name, provider in self.providers.items() if len(provider.policies) > 1]
+        if shard.in_step and routed:
+            raise ConfigError(
+                f"agent.anchors.{routed[0]}.by asks each teacher of its own rows alone, and learner=fsdp passes every "
+                "policy in step: use learner=data_parallel or single, or merge the teachers (leave by out)"
+            )
 
     @property
     def reference(self) -> Trainable | None:
@@ -461,7 +296,8 @@ class Anchors(Mapping[str, Provider]):
     def models(self) -> list[Any]:
         """The other policies, each once."""
         average = [] if self.average is None else [self.average.module]
-        found = {id(x): x for x in (*(p.policy for p in self.providers.values()), *average) if x is not self.policy}
+        others = (policy for provider in self.providers.values() for policy in provider.policies)
+        found = {id(x): x for x in (*others, *average) if x is not self.policy}
         return list(found.values())
 
     def update(self, version: int) -> None:
@@ -491,16 +327,3 @@ class Anchors(Mapping[str, Provider]):
             self.average.weight = state["average"]["weight"]
         if self.versions is not None:
             self.versions.load_state_dict(state["versions"])
-
-
-def _in_place(found: Tensor, seen: TensorDictBase, rows: TensorDictBase) -> Tensor:
-    """``found [B, N', ...]`` of the units of ``seen`` at the columns that the same units have in the rows."""
-    mask, rest = rows["mask"], found.shape[2:]
-    wide = mask.reshape(*mask.shape, *(1 for _ in rest))
-    return found.new_zeros(*mask.shape, *rest).masked_scatter(wide, found[seen["mask"]])
-
-
-def _same_inputs(older: Any, policy: Any) -> None:
-    """Makes an older version of a policy standardise observations as the policy does: only its weights are older."""
-    if standardises(policy):
-        older.normalizer = policy.normalizer

@@ -79,7 +79,7 @@ class PolicyGradient:
         teacher: folder of the policy to learn from (a run of this library, or a language model), for what uses one;
             short for ``anchors={"teacher": {"folder": ...}}``.
         anchors: other policies by name, for what compares with them, see
-            :func:`~unified_rl.agents.anchors.make_provider`.
+            :func:`~unified_rl.agents.providers.make_provider`.
         gamma: discount of a step; None is 0.99 for control and 1 for language.
         lam: trace parameter of GAE and V-trace.
         off_policy_targets: value targets and advantages by V-trace from the current policy's ratios.
@@ -395,6 +395,7 @@ class PolicyGradient:
                 "needs none"
             )
         terms = self.objective.terms
+        self.anchors.check_columns({*columns, *self.estimate.gates, *self.estimate.columns})
         check_columns(
             terms, self.estimate.gates, self.correction, [*columns, *self.estimate.columns], self.estimate.rules
         )
@@ -412,13 +413,15 @@ class PolicyGradient:
         """Divides the passes over policy, critic and anchors among processes that are given the same rows.
 
         Raises:
-            ConfigError: an intervention of the user's own that does not say it is right then.
+            ConfigError: an intervention of the user's own that does not say it is right then, or processes that pass
+                every policy in step and teachers of which each is asked of some rows alone.
         """
         if not (is_ours(self.wrapper) or self.wrapper.shares):
             raise ConfigError(
                 f"correction.wrapper is {type(self.wrapper).__name__}, which does not say that it may see a share of "
                 "the rows: set its attribute shares=True where it may, or learner=single"
             )
+        self.anchors.check_shard(shard)
         self.shard = self.anchors.shard = self.wrapper.shard = shard
         self.objective.share(shard)
         if self.baseline is not None:

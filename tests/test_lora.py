@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import unified_rl as ur
-from unified_rl.agents.anchors import make_provider
+from unified_rl.agents.providers import make_provider
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import ChainMod
 from unified_rl.errors import CheckpointError, ConfigError

@@ -35,6 +35,7 @@ COMPLETED = {
     ("warm_start", "from_run"): ["warm_start.run=x"],
     ("rollout", "stored"): ["rollout.data=x"],
     ("recipe", "pear"): ["rollout.sources.recorded.data=x"],
+    ("recipe", "mopd"): ["agent.anchors.teacher.folders=[x]", "rollout.columns.domain=truncated"],
     ("recipe", "reason_maxxer"): ["rollout.sources.recorded.data=x"],
     ("recipe", "hypo"): ["rollout.sources.recorded.data=x"],
     ("recipe", "dph_rl"): ["rollout.sources.rehearsed.data=x"],
@@ -150,6 +151,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.filters rollout.columns.stratum "
      "agent.columns.rubric.of "
      "rollout.columns.answer rollout.columns.label rollout.columns.greedy "
+     "agent.filters rollout.columns.domain rollout.columns.stratum "
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),

@@ -545,12 +545,13 @@ def term_cases() -> Iterator[Case]:
         first={"success_at_most": {"count": 2}},
     )  # fmt: skip
     yield from of_table(
-        "map", MAPS, STALE, lambda node: f"agent.maps=[{text(node)}]",
+        "map", MAPS, STALE, lambda node: f"agent.maps=[{text(node)}]", along={"taught": TAUGHT},
         first={
             "sign": {"positive": 0.3, "negative": 0.2},
             "long_success": {"threshold": 2.0},
             "overlong_failure": {"base": 2.0},
             "retempered": {"target": 3.0},
+            "taught": {"outcome": 0.5},
             "tilted": {"share": 0.5},
             "by_difficulty": {"label": 2.0},
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ RECORDED = {
     "infalign": "rollout.sources.reference.folder=MODEL",
 }
 """What names the recorded rows, or the other model, of recipes that learn from such."""
+"""What names the recorded rows of recipes that learn from such rows."""
+TOLD = {"mopd": ["agent.anchors.teacher.folders=[RUN, RUN]", "rollout.columns.domain=truncated"]}
+"""What users must give to other recipes."""
 FEW = tuple(merged(LANGUAGE, ["env.modulus=2", "env.terms=2", "env.held_out=0.0"]))
 """Eight prompts, so that they come again in the second update."""
 TASKS |= dict.fromkeys(["prefix_rl", "soup", "spec_rl"], FEW)
@@ -92,7 +96,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], str]
 def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -> list[str]:
     """Overrides of a run in the small setting of a recipe; a group size that a recipe has of its own is kept."""
     task = TASKS.get(name, LANGUAGE)
-    words = [word.replace("=RUN", f"={runs.get(task, '')}") for part in overrides for word in part]
+    words = [re.sub(r"(?<=[=\[ ])RUN\b", runs.get(task, ""), word) for part in overrides for word in part]
     words = [
         word.replace("=FOLDER", f"={runs.get(ROWS, '')}").replace(" FOLDER", f" {runs.get(ROWS, '')}") for word in words
     ]
@@ -107,7 +111,7 @@ def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -
 
 
 def with_recipe(name: str, runs: dict[tuple[str, ...], str]) -> list[str]:
-    taught = ["agent.teacher=RUN"] if name in TEACHERS else [RECORDED[name]] if name in RECORDED else []
+    taught = ["agent.teacher=RUN"] if name in TEACHERS else [RECORDED[name]] if name in RECORDED else TOLD.get(name, [])
     return of(name, runs, [f"recipe={name}", *SMALL.get(name, []), *APART.get(name, []), *taught])
 
 

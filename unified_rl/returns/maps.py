@@ -42,6 +42,28 @@ def overconfident(record: TensorDictBase, advantage: Tensor, *, alpha: float = 1
 overconfident.anchors = ("reference", "proximal")  # type: ignore[attr-defined]  # an agent scores them beforehand
 
 
+def taught(record: TensorDictBase, advantage: Tensor, *, outcome: float = 0.0, scale: float = 1.0) -> Tensor:
+    """``outcome A + scale (log teacher - log old)`` of every unit, ``[B, N]``. MOPD, 2601.02780.
+
+    On rows of the present policy the second part is minus the reverse KL's derivative, estimated at the sampled unit.
+
+    Args:
+        outcome: factor of the advantage that rewards earned.
+        scale: factor of the teacher's signal.
+
+    Raises:
+        RecordError: the rows were not scored by the teacher, and by the policy at the start of the update.
+    """
+    for name in taught.anchors:  # type: ignore[attr-defined]
+        if f"{name}_log_prob" not in record.keys():
+            raise RecordError(f"the map taught needs {name}_log_prob of the {name} policy")
+    signal = (record["teacher_log_prob"] - record["proximal_log_prob"]).clamp(-20.0, 20.0)
+    return outcome * of_units(record, advantage) + scale * torch.where(record["mask"], signal, 0.0)
+
+
+taught.anchors = ("teacher", "proximal")  # type: ignore[attr-defined]
+
+
 def long_success(
     record: TensorDictBase, advantage: Tensor, *, otherwise: NonNegative = 0.1, threshold: float = 0.5
 ) -> Tensor:
@@ -239,6 +261,7 @@ def _length(record: TensorDictBase, like: Tensor) -> Tensor:
 MAPS: dict[str, Callable[..., Tensor]] = {
     "sign": sign,
     "overconfident": overconfident,
+    "taught": taught,
     "long_success": long_success,
     "overlong_failure": overlong_failure,
     "retempered": retempered,

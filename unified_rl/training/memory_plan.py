@@ -217,7 +217,7 @@ def _held(policy: CausalLM, agent: Any) -> list[Part]:
     estimates = int(moments * trained)
     baseline, anchors = getattr(agent, "baseline", None), getattr(agent, "anchors", None)
     critic: list[nn.Module] = [] if baseline is None else [baseline.module]
-    others: list[Any] = [] if anchors is None else [provider.policy for provider in anchors.values()]
+    others: list[Any] = [] if anchors is None else [policy for one in anchors.values() for policy in one.policies]
     average = None if anchors is None else anchors.average
     others += [] if average is None else [average.module]
     versions = None if anchors is None else anchors.versions
