@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unified_rl.agents.baselines import CREDITS, Baseline, GroupBaseline, TokenBaseline
 from unified_rl.agents.reference_kl import ReferenceKl
+from unified_rl.agents.reward_model import ModelledReward
 from unified_rl.correction import Correction
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
@@ -83,6 +84,7 @@ class Estimate:
         columns: numbers of rows by name, see :func:`make_columns`.
         maps, filters: of the advantages, and by them, in order, see :func:`make_maps` and :func:`make_filters`.
         reference_kl: reported, and taken from the rewards where it stands there.
+        reward_model: gives the rewards in place of the environment.
     """
 
     def __init__(
@@ -96,7 +98,9 @@ class Estimate:
         reference_kl: ReferenceKl | None = None,
         filters: Sequence[Moving] = (),
         columns: Mapping[str, Moving] | None = None,
+        reward_model: ModelledReward | None = None,
     ) -> None:
+        self.reward_model = reward_model
         self.policy, self.anchors, self.wrapper, self.objective = parts.policy, parts.anchors, parts.wrapper, objective
         self.groups = advantage
         self.drop_equal_groups = drop_equal_groups
@@ -138,6 +142,7 @@ class Estimate:
         kept = {"train/groups_kept"} if self.drop_equal_groups else set()
         kept |= {"train/kept"} if self.filters else set()
         own = {f"train/column/{name}" for name in self.columns}
+        kept |= set() if self.reward_model is None else self.reward_model.reports
         return {"train/reward", "train/zero_advantage", "train/counted", *kl, *kept, *own}
 
     @torch.no_grad()
@@ -152,6 +157,9 @@ class Estimate:
         self._write_columns(record, metrics, late=False)
         total = row_return(record)
         metrics["train/reward"] = self._own(record, total).mean()
+        if self.reward_model is not None:
+            self.reward_model(record, version, metrics)
+            total = row_return(record)
         if self.drop_equal_groups:
             groups = Groups.of(record)
             kept = groups.extreme(total, "amax") > groups.extreme(total, "amin")

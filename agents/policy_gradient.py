@@ -31,6 +31,7 @@ from unified_rl.agents.estimate import Estimate, make_advantage, make_columns, m
 from unified_rl.agents.loss import anchors_of, attach, make_terms, refuse_memory
 from unified_rl.agents.reference_kl import ReferenceKl, check_kl
 from unified_rl.agents.return_scale import check_order, check_scales
+from unified_rl.agents.reward_model import check_reward_model, make_reward_model
 from unified_rl.agents.scoring import identity_check, scoring
 from unified_rl.configurable import configurable
 from unified_rl.correction import Correction
@@ -123,6 +124,8 @@ class PolicyGradient:
         gates: bool columns by name, see :data:`unified_rl.returns.gates.GATES`, for the ``rows`` of terms.
         columns: numbers of rows by name, see :data:`unified_rl.returns.columns.COLUMNS`: rewards for
             ``correction.advantage.reward``, weights for ``correction.penalty``; their settings may move too.
+        reward_model: gives the rewards in place of the environment: ``learnt`` (from comparisons of the rows, along
+            with the policy) or another name of :data:`unified_rl.agents.reward_model.REWARD_MODELS`, or a mapping.
 
     Raises:
         ConfigError: settings that do not fit the policy.
@@ -185,6 +188,7 @@ class PolicyGradient:
         maps: list[str | dict[str, Any]] | None = None,
         filters: list[str | dict[str, Any]] | None = None,
         columns: dict[str, str | dict[str, Any]] | None = None,
+        reward_model: str | dict[str, Any] | None = None,
         seed: Seed = 0,
     ) -> None:
         self.language, discrete = domain_of(policy) == "language", is_discrete(policy)
@@ -233,10 +237,16 @@ class PolicyGradient:
         attach(terms, parts, compiled=self.compiled, target_kl=target_kl)
         plain = scoring(policy, compile, cuda_graph, self.device)
         self.objective = Objective(policy, terms, lambda rows: self.wrapper.score(rows, plain), generator)
+        self.reward_model = None if reward_model is None else make_reward_model(reward_model)
+        if self.reward_model is not None:
+            check_reward_model(correction, normalize_reward)
+            self.reward_model.attach(policy, seed)
+            self.reward_model.micro_batch = micro_batch
         source = make_advantage(correction, self.baseline, self.credit, lam, off_policy_targets, normalize_advantage)
         self.estimate = Estimate(
-            parts, self.objective, source, drop_equal_groups, make_gates(gates), reshaped, reference_kl, kept, written
-        )
+            parts, self.objective, source, drop_equal_groups, make_gates(gates), reshaped, reference_kl, kept, written,
+            self.reward_model,
+        )  # fmt: skip
         self.objective.follow(self.estimate.followed)
         self.draw = Draw(rows, length, self.language, discrete, not self.shuffle_steps, self.device)
         self.batches = Batches(generator, epochs, minibatch, target_kl)
@@ -272,6 +282,8 @@ class PolicyGradient:
 
             check_model_config(settings["critic_config"], "agent.critic_config")
         make_gates(settings.get("gates"))
+        if settings.get("reward_model") is not None:
+            make_reward_model(settings["reward_model"])
         rules = [*make_columns(settings.get("columns")).values(), *make_maps(settings.get("maps"))]
         needs = anchors_of(terms.values(), [*rules, *make_filters(settings.get("filters"))])
         check_anchors(settings.get("anchors") or {}, {**needs[0], **needs[1]})
@@ -429,7 +441,8 @@ class PolicyGradient:
 
     def weights(self) -> list[Tensor]:
         """The weights that are trained, and the policy's buffers, which are the same in every process."""
-        return [*self.optimizer.parameters, *self.policy.buffers()]
+        rewarding = [] if self.reward_model is None else self.reward_model.parameters()
+        return [*self.optimizer.parameters, *self.policy.buffers(), *rewarding]
 
     def models(self) -> list[Any]:
         """The policy, its critic, and the other policies that rows are compared with."""
@@ -484,6 +497,7 @@ class PolicyGradient:
             **self.anchors.state_dict(),
             "wrapper": self.wrapper.state_dict(),
             "groups": self.estimate.state_dict(),
+            **({} if self.reward_model is None else {"reward_model": self.reward_model.state_dict()}),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "micro_batch": self.micro_batch,
@@ -502,6 +516,9 @@ class PolicyGradient:
         self.anchors.load_state_dict(state)
         for part, key in ((self.wrapper, "wrapper"), (self.estimate, "groups"), (self.objective, "objective")):
             part.load_state_dict(state[key])
+        if self.reward_model is not None:
+            self.reward_model.load_state_dict(state["reward_model"])
+            self.reward_model.micro_batch = state.get("micro_batch", self.micro_batch)
         self.optimizer.load_state_dict(state["optimizer"])
         # a run that chose its micro-batches by this machine's memory keeps them on another one
         self.micro_batch = self.anchors.micro_batch = state.get("micro_batch", self.micro_batch)

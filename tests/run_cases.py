@@ -163,6 +163,16 @@ def teacher(folder: Path, overrides: Sequence[str]) -> str:
     return str(folder)
 
 
+def rewarder(folder: Path, overrides: Sequence[str]) -> str:
+    """The folder of a run with a reward model, after one update of it."""
+    cfg = compose([*overrides, "agent.reward_model={name: learnt, lr: 0.1}"], allow=ALLOW)
+    (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
+    trainer = Job(resolve_defaults(cfg, allow=ALLOW), ALLOW).make_trainer(folder)
+    trainer.update()
+    write_checkpoint(folder / "checkpoints", 0, {"agent": trainer.agent.state_dict()})
+    return str(folder)
+
+
 def model(folder: Path, overrides: Sequence[str]) -> str:
     """A folder with a language model of the runs of this file, as its own library writes it."""
     Job(composed(overrides), ALLOW).policy.model.save_pretrained(folder)

@@ -16,6 +16,7 @@ from correction_cases import drifted, weights
 
 from unified_rl import cli
 from unified_rl.agents.loss import TERMS
+from unified_rl.agents.reward_model import REWARD_MODELS
 from unified_rl.config import compose
 from unified_rl.correction import Correction, Kernel, Traits, correction_names, load_correction
 from unified_rl.correction.kernels import KERNELS
@@ -34,6 +35,7 @@ from unified_rl.objectives.coefficients import COEFFICIENTS
 from unified_rl.objectives.divergence import KINDS
 from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, TARGETS, VALUES
 from unified_rl.objectives.preference import LINKS, PAIRS
+from unified_rl.objectives.reward_losses import REWARD_LOSSES
 from unified_rl.ranges import bare
 from unified_rl.returns.columns import COLUMNS
 from unified_rl.returns.filters import FILTERS
@@ -59,6 +61,8 @@ TABLES: dict[str, Mapping[str, Callable[..., Any]]] = {
     "agent.columns.mine": COLUMNS,
     "agent.maps.0": MAPS,
     "agent.filters.0": FILTERS,
+    "agent.reward_model": REWARD_MODELS,
+    "agent.reward_model.loss": REWARD_LOSSES,
     "agent.aggregate": AGGREGATES,
     "agent.target": TARGETS,
     "agent.value": VALUES,

@@ -354,6 +354,7 @@ REFUSALS = {
         "correction.wrapper={name: snr_learning_rate}",
     ],
     "agent.optimizer=adafactor looks at whole matrices.* use adamw": ["agent.optimizer=adafactor"],
+    "agent.reward_model is a whole model .* set learner=data_parallel": ["agent.reward_model=learnt"],
     "agent.compile .* learner=data_parallel": ["agent.compile=true"],
     "agent=ppo trains a GaussianPolicy: set learner=data_parallel": ["env=two_route", "agent=ppo", "policy=gaussian"],
 }

@@ -79,6 +79,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.imitate.weight.gamma correction.kernel.share "
      "rollout.sources.rehearsed.per_group rollout.sources.rehearsed.rows "
      "rollout.sources.recorded.per_group rollout.sources.recorded.rows "
+     "agent.reward_model.loss.labelled rollout.sources.wanted.per_group rollout.sources.wanted.rows "
      "env.workers agent.gamma agent.lam agent.learning_starts agent.objectives.distill.kind.beta "
      "agent.objectives.imitate.coefficient.warmup agent.objectives.policy.coefficient.warmup "
      "agent.objectives.prefer.negatives agent.seed "
@@ -108,6 +109,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.early.pass_rate.beta agent.objectives.late.pass_rate.alpha "
      "agent.objectives.late.pass_rate.beta "
      "agent.objectives.prefer.deviation agent.objectives.prefer.nll "
+     "agent.reward_model.dependence agent.reward_model.pessimism "
      "agent.weight_decay env.reset_noise_scale "
      "correction.advantage.eps correction.kernel.beta correction.kernel.k_negative correction.kernel.k_positive "
      "correction.kernel.lam_negative correction.kernel.lam_positive correction.kernel.power correction.kernel.target "
@@ -146,6 +148,8 @@ MEANT: list[tuple[str, str, str]] = [
      "policy.path replay.path replay.trim_key rollout.beginning.style rollout.context.style rollout.data "
      "rollout.sources.reference.adapter "
      "rollout.privileged rollout.sources.demonstrations.style rollout.style warm_start.run"),
+     "rollout.privileged rollout.sources.demonstrations.style rollout.style warm_start.run "
+     "rollout.sources.wanted.style"),
     ("[]", "a list may be empty",
      "agent.objectives.align.rows.source agent.objectives.align.rows.unless "
      "agent.filters rollout.columns.stratum "

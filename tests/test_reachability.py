@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 from mjcf_cases import CART
-from run_cases import CONTROL, LANGUAGE, cached, merged, model, recorded, teacher
+from run_cases import CONTROL, LANGUAGE, cached, merged, model, recorded, rewarder, teacher
 
 from unified_rl import returns
 from unified_rl.agents.baselines import CREDITS
 from unified_rl.agents.loss import TERMS
+from unified_rl.agents.reward_model import REWARD_MODELS
 from unified_rl.config import group_options, preset
 from unified_rl.correction import lookup
 from unified_rl.correction.generators import GENERATORS
@@ -42,6 +43,7 @@ from unified_rl.objectives.kinds import KINDS
 from unified_rl.objectives.kinds import TARGETS as BETWEEN
 from unified_rl.objectives.offline_value import ACTORS, AGGREGATES, TARGETS, VALUES
 from unified_rl.objectives.preference import LINKS, PAIRS
+from unified_rl.objectives.reward_losses import REWARD_LOSSES
 from unified_rl.objectives.terms import NLL_WEIGHTS
 from unified_rl.returns.columns import COLUMNS as WRITTEN
 from unified_rl.returns.difficulty import DIFFICULTIES
@@ -596,6 +598,38 @@ def term_cases() -> Iterator[Case]:
                         first={"entropy_above": {"above": 2.55}},
                         samples={"largest_advantage.over": "batch", "widest_spread.over": "batch"})  # fmt: skip
     yield from of_table(
+        "reward_model", REWARD_MODELS, STALE, lambda node: f"agent.reward_model={text(node)}",
+        first={"stored": {"folder": "REWARDER"}},
+        samples={
+            "learnt.loss": "plackett_luce",
+            "learnt.order": "nowhere",
+            "learnt.hidden": [4],
+            "learnt.pessimism": 1.0,
+            "learnt.dependence": 100.0,
+            "learnt.ridge": 1.0e-3,
+            "learnt.form": "pairwise",
+            "learnt.within": "batch",
+            "learnt.rows": "demonstration",
+            "reversed.form": "pairwise",
+            "reversed.within": "batch",
+            "reversed.rows": "demonstration",
+            "stored.folder": "TEACHER",
+            "stored.form": "pairwise",
+            "stored.within": "batch",
+        },
+    )  # fmt: skip
+    learnt = "agent.reward_model={name: learnt, frozen: true, pessimism: 1.0}"
+    yield Case("reward_model.ridge of pessimism", (*STALE, learnt), (learnt.replace("1.0}", "1.0, ridge: 0.001}"),))
+    yield Case("reward_model.within of pairs", (*STALE, learnt.replace("1.0}", "1.0, form: pairwise}")),
+               (learnt.replace("1.0}", "1.0, form: pairwise, within: batch}"),))  # fmt: skip
+    yield Case("reward_model.hidden of steps", (*STALE_CONTROL, "agent.reward_model={name: learnt, within: batch}"),
+               ("agent.reward_model={name: learnt, within: batch, hidden: [4]}",))  # fmt: skip
+    yield from of_table(
+        "reward_loss", REWARD_LOSSES, STALE, lambda node: f"agent.reward_model={{name: learnt, loss: {text(node)}}}",
+        default="bradley_terry", samples={"bradley_terry.pairs": "every_pair", "west_of_n.labelled": 1.0},
+        first={"west_of_n": {"labelled": 0.5, "confidence": 0.5}},
+    )  # fmt: skip
+    yield from of_table(
         "coefficient", COEFFICIENTS, (*STALE, SHOWN),
         lambda node: term({"name": "nll", "coefficient": node}),
         first={
@@ -908,6 +942,7 @@ VALUES_OF: dict[str, Any] = {
     "policy_gradient.columns": {"made": "bent"},
     "policy_gradient.maps": [{"name": "sign", "negative": 0.1}],
     "policy_gradient.filters": ["uncertain_units"],
+    "policy_gradient.reward_model": "learnt",
     "policy_gradient.drop_equal_groups": True,
     "actor_critic.critic": {"extra": "nowhere"},
     "actor_critic.updates_per_step": 1.0,
@@ -1377,6 +1412,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         "TEACHER": teacher(tmp_path_factory.mktemp("teacher"), LANGUAGE),
+        "REWARDER": rewarder(tmp_path_factory.mktemp("rewarder"), LANGUAGE),
         "MODEL": model(tmp_path_factory.mktemp("model"), LANGUAGE),
         "ROWS": recorded(tmp_path_factory.mktemp("rows"), VALUED),
         "FILE": str(file),

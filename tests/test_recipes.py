@@ -52,7 +52,11 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
              "agent.objectives.near.coefficient.scale=1.0e+6"],
     "fg_expo": ["agent.objectives.near.coefficient.high=1.0e+3"],
 }  # fmt: skip
-TASKS = {"vla_opd": ("env=two_route", *BINS), "trajectory_dpo": CONTROL}
+TASKS = {
+    "vla_opd": ("env=two_route", *BINS),
+    "a_parl": CONTROL,
+    "trajectory_dpo": CONTROL,
+}
 FEW_DEMONSTRATIONS = ["warm_start.stages=[{updates: 2, lr: 3.0e-3}]", "warm_start.dataset=32"]
 TEACHERS = {"verbal_distillation",
             "gkd", "kdrl", "exopd", "vla_opd", "dgrpo", "vold_text", "opd", "opd_topk", "veto_kd",

@@ -167,6 +167,7 @@ TERMS: dict[str, tuple[str, dict[str, Any]]] = {
     "filtered over the batch": ("language", {"filters": [{"name": "widest_spread", "over": "batch"}]}),
     "filtered units": ("language", {"filters": ["uncertain_units"]}),
     "reference KL in the reward": ("language", {"kl": 0.1, "kl_in": "reward"}),
+    "a learnt reward": ("language", {"reward_model": {"name": "learnt", "lr": 0.1}}),
     "equal groups dropped": ("language", {"drop_equal_groups": True}),
     "a critic of tokens": ("language", CRITIC),
     "its own transformer": ("language", {**CRITIC, "critic_config": {"model_type": "llama", **{

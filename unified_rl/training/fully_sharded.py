@@ -83,6 +83,11 @@ class FullySharded(Launched):
                 "correction.proximal.provider=versions keeps whole weights of several versions, and learner=fsdp holds "
                 "pieces of them: set learner=data_parallel, or correction=decoupled_ppo, which keeps none"
             )
+        if getattr(agent, "reward_model", None) is not None:
+            raise ConfigError(
+                "agent.reward_model is a whole model in every process, and learner=fsdp holds pieces: "
+                "set learner=data_parallel, or agent.reward_model=null"
+            )
         if getattr(agent, "compiled", False):
             raise ConfigError(
                 "agent.compile and agent.cuda_graph take a pass as one piece, and learner=fsdp gathers weights inside "

@@ -222,11 +222,16 @@ def _held(policy: CausalLM, agent: Any) -> list[Part]:
     others += [] if average is None else [average.module]
     versions = None if anchors is None else anchors.versions
     others += [] if versions is None else [versions.module]
+    rewarding = getattr(agent, "reward_model", None)
+    judge: list[nn.Module] = [] if rewarding is None else [rewarding.module]
+    learns = sum(p.numel() * p.element_size() for module in judge for p in module.parameters() if p.requires_grad)
     kept = 0 if versions is None or policy.device.type != "cpu" else (versions.keep + 1) * trained
     parts = [
         Part("weights", module_bytes([policy]), "of the policy", there=True),
         Part("critic", module_bytes(critic, [policy]), "its weights", there=True),
         Part("other policies", module_bytes(others, [policy]), "reference, teachers, averages", there=True),
+        Part("reward model", module_bytes(judge, [policy]), "its weights", there=True),
+        Part("its training", 3.0 * learns, "gradients and moments of the reward model"),
         Part("earlier weights", kept, "of versions that rows may be of"),
         Part("gradients", trained, f"{trained // 4:,} weights that are trained"),
         Part("optimiser", estimates, f"{type(optimizer.adam).__name__}, {moments} numbers a weight"),
