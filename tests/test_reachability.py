@@ -597,6 +597,8 @@ def term_cases() -> Iterator[Case]:
     yield from of_table("filter", FILTERS, STALE, lambda node: f"agent.filters=[{text(node)}]",
                         first={"entropy_above": {"above": 2.55}},
                         samples={"largest_advantage.over": "batch", "widest_spread.over": "batch"})  # fmt: skip
+                        samples={"largest_advantage.over": "batch", "widest_spread.over": "batch",
+                                 "seamless.least": 0.9})  # fmt: skip
     yield from of_table(
         "reward_model", REWARD_MODELS, STALE, lambda node: f"agent.reward_model={text(node)}",
         first={"stored": {"folder": "REWARDER"}},

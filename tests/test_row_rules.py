@@ -202,6 +202,18 @@ def test_the_rows_of_widest_spread_are_those_that_trying_all_subsets_finds(keep:
     assert int(whole.sum()) == int(keep * 15 + 1e-6)
 
 
+def test_groups_whose_rewards_are_what_the_policy_finds_likely_are_kept() -> None:
+    rows, advantage = rows_of([0.0] * 9, [4, 4, 4, 1, 1, 1, 2, 2, 2])
+    rows["reward"] = torch.tensor([1.0, 2, 3, 0, 1, 0, 1, 1, 1])[:, None]
+    rows["behavior_log_prob"] = torch.tensor([-3.0, -2, -1, -1, -2, -2, -9, -8, -7])[:, None].expand(9, 2).clone()
+    rows["behavior_log_prob"][0, 1], rows["mask"][0, 1] = 7.0, False  # the mean is of the row's own units
+    # correlations 1, -1/2 (gaps (-1/3, 2/3, -1/3) and (2/3, -1/3, -1/3)), and none of equal rewards: 0
+    for least, kept in {0.0: [4, 1, 2], 0.25: [4, 1, 2], 0.3: [4, 2], 0.5: [4, 2], 0.6: [4], 1.0: [4]}.items():
+        found = filters.seamless(rows, advantage, least=least)
+        assert [g for g in (4, 1, 2) if bool(found[rows["group"] == g].all())] == kept
+        assert int(found.sum()) == 3 * len(kept)
+
+
 def test_the_units_of_largest_advantage_times_entropy_are_kept() -> None:
     rows, advantage = rows_of([1.0, -2.0, 0.0], [0, 0, 0])
     rows["entropy"] = torch.tensor([[1.0, 3.0], [1.0, 0.2], [9.0, 9.0]])  # scores 1, 3, 2, 0.4, 0, 0

@@ -15,10 +15,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from unified_rl.ranges import Fraction, NonNegative
+from unified_rl.ranges import Fraction, NonNegative, UnitInterval
 from unified_rl.returns import readings
 from unified_rl.returns.groups import Groups
 from unified_rl.returns.maps import of_units
+from unified_rl.units import row_return
 
 Over = Literal["group", "batch"]
 
@@ -66,6 +67,23 @@ def widest_spread(record: TensorDictBase, advantage: Tensor, *, keep: Fraction =
     spread = torch.where(low <= wanted, spread, -math.inf)
     best = spread.argmax(-1)[group]
     return (rank < best) | (rank >= count - quota + best)
+
+
+def seamless(record: TensorDictBase, advantage: Tensor, *, least: UnitInterval = 0.5) -> Tensor:
+    """Rows of groups in which the rewarded answers are those that the policy finds likely. After SEAM, 2406.07971.
+
+    A group's score is ``(1 + c) / 2``, with ``c`` the correlation of its returns with its rows' mean log-prob a unit
+    when they were sampled, 0 where either is the same in all rows.
+
+    Args:
+        least: score of a group that is kept; 0 keeps all.
+    """
+    groups, mask = Groups.of(record), record["mask"]
+    likely = torch.where(mask, record["behavior_log_prob"], 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+    gap = [x - groups.mean(x) for x in (row_return(record), likely)]
+    norm = (groups.sum(gap[0].square()) * groups.sum(gap[1].square())).sqrt()
+    together = torch.where(norm > 0, groups.sum(gap[0] * gap[1]) / norm.clamp(min=1e-30), 0.0)
+    return 0.5 + 0.5 * together >= least - 1e-6
 
 
 def uncertain_units(record: TensorDictBase, advantage: Tensor, *, keep: Fraction = 0.5) -> Tensor:
@@ -133,6 +151,7 @@ FILTERS: dict[str, Callable[..., Tensor]] = {
     "entropy_above": entropy_above,
     "largest_advantage": largest_advantage,
     "widest_spread": widest_spread,
+    "seamless": seamless,
     "uncertain_units": uncertain_units,
     "first_units": first_units,
 }
