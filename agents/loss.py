@@ -18,6 +18,7 @@ from unified_rl.objectives.preference import KtoTerm, PreferenceTerm, SetPrefere
 from unified_rl.objectives.sampled import SampledDivergenceTerm
 from unified_rl.objectives.supervised import RankAwareTerm, SelectiveNllTerm, SoftQTerm
 from unified_rl.objectives.terms import EntropyTerm, NllTerm, PolicyGradientTerm, ValueTerm
+from unified_rl.objectives.triage import TriageTerm
 from unified_rl.policies.sampling import HasSampling
 from unified_rl.protocols import Trainable
 
@@ -33,6 +34,7 @@ TERMS: dict[str, type[Term]] = {
     "set_preference": SetPreferenceTerm,
     "equivalence": EquivalenceTerm,
     "kto": KtoTerm,
+    "triage": TriageTerm,
     "selective_nll": SelectiveNllTerm,
     "rank_aware": RankAwareTerm,
     "soft_q": SoftQTerm,

@@ -150,6 +150,8 @@ TERMS: dict[str, tuple[str, dict[str, Any]]] = {
     "sets": ("language", {"objectives": {"prefer": {"name": "set_preference", "negatives": 1}}}),
     "equal scores": ("language", {"objectives": {"equal": {"name": "equivalence"}}}),
     "good and bad rows": ("language", {"objectives": {"prefer": {"name": "kto"}}}),
+    "an older judgement": ("language", {"objectives": {"prefer": {
+        "name": "triage", "old": "prompt_id", "pairs": "every_pair", "within": "batch"}}}),
     "sampled divergence": ("language", {"objectives": {
         "near": {"name": "sampled_divergence", "anchor": "reference", "drawn": "policy", "tilt": 0.5}}}),
     "selected likelihood": ("language", {"objectives": {
