@@ -131,6 +131,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.near.coefficient.width agent.objectives.prefer.beta "
      "agent.columns.mark.worst agent.columns.share.temperature "
      "rollout.sources.reference.repetition_penalty rollout.sources.reference.temperature "
+     "agent.objectives.prefer.error_rate "
      "agent.objectives.prefer.link.beta agent.updates_per_step correction.horizon correction.kernel.floor "
      "env.batch_seconds env.step_seconds "
      "correction.kernel.gamma correction.kernel.scale correction.kernel.step correction.kernel.temperature "
@@ -156,6 +157,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.columns.rubric.of "
      "rollout.columns.answer rollout.columns.label rollout.columns.greedy "
      "agent.filters rollout.columns.domain rollout.columns.stratum "
+     "agent.filters rollout.columns.stratum rollout.columns.old "
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),

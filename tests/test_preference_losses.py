@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from agent_cases import LANES, close, control_agent, filled, gaussian, gradients, nudge, transitions
+from agent_cases import HORIZON, LANES, close, control_agent, filled, gaussian, gradients, nudge, transitions
+from tensordict import TensorDict
 from term_cases import agent_of, both_splits, dense, joined, want
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from unified_rl.agents.loss import make_terms
 from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.pairs import best_deviant
+from unified_rl.objectives.preference import KtoTerm, action_errors, error_shares
+from unified_rl.units import Source, record_from_steps
 
 REWARD = torch.tensor([1.0, 0, 0.5, 0.25, 1, 2, 0, 0, 0, 0, 0, 0])
 """Of three groups of four; the last has nothing to compare."""
@@ -153,6 +157,43 @@ def test_rows_at_the_mean_return_are_neither_good_nor_bad() -> None:
     rows["reward"] = torch.full_like(rows["reward"], 0.1)
     agent = agent_of(policy, rows, "reinforce", objectives={"policy": None, "p": {"name": "kto"}})
     assert float(agent.update(filled(rows, 1))["loss/total"]) == 0.0
+
+
+def test_rows_of_interventions_are_good_whatever_they_return() -> None:
+    policies, rows, h, _, _ = setting()
+    rows["source"][8] = int(Source.INTERVENTION)
+    z0, good = h.mean().detach().clamp(min=0), (REWARD > 0.4).index_fill(0, torch.tensor([8]), True)
+    loss = torch.sigmoid(torch.where(good, -0.7 * (h - z0), 0.7 * (h - z0))).mean()
+    close(got(policies, rows, {"name": "kto", "beta": 0.7, "threshold": 0.4}), want(agent_of(policies[0], rows), loss))
+
+
+def test_actions_that_the_policy_is_far_from_count_more_where_they_are_good() -> None:
+    policy, rows = gaussian(), record_from_steps(transitions(gaussian()).transpose(0, 1).contiguous())
+    rows["step_mask"][0, 2:], rows["mask"][0, 2:] = False, False
+    rows["reward"] = torch.tensor([2.0, 0.0, 1.0, 0.0])[:, None].expand(-1, HORIZON).clone()
+    best = policy.sample(rows["observation"], deterministic=True)["action"]
+    rows["action"] = best + torch.tensor([1.0, 2.0, 0.0, 5.0])[:, None, None]  # errors of the rows
+    torch.testing.assert_close(action_errors(policy, rows), torch.tensor([1.0, 2.0, 0.0, 5.0]))
+    share = (torch.tensor([1.0, 2.0, 0.0, 5.0]) + 1e-4) / 8.0001
+    torch.testing.assert_close(error_shares(torch.tensor([1.0, 2.0, 0.0, 5.0])), share)
+    kept = torch.exp(-3.0 * share)
+    weight = torch.tensor([1 - kept[0], kept[1], 1 - kept[2], kept[3]])
+    term = KtoTerm("p", threshold=0.5, error_rate=3.0)
+    term.attach(SimpleNamespace(policy=policy))  # type: ignore[arg-type]
+    h = torch.tensor([0.3, -0.2, 0.1, 0.4])
+    gap = 0.1 * (h - 0.15)
+    half = torch.sigmoid(torch.where(torch.tensor([True, False, True, False]), -gap, gap))
+    torch.testing.assert_close(term.compare(h, h, rows).value, (weight * half).mean())
+    choices = TensorDict({**rows, "action": torch.zeros(4, HORIZON, 2, dtype=torch.int64)}, batch_size=[4])
+    fixed = SimpleNamespace(sample=lambda o, deterministic: {"action": torch.tensor([0, 1]).expand(4, HORIZON, 2)})
+    assert action_errors(fixed, choices).tolist() == [0.5] * 4  # type: ignore[arg-type]
+
+
+def test_answers_have_no_distance() -> None:
+    policy, rows = joined()
+    objectives = {"policy": None, "p": {"name": "kto", "error_rate": 1.0}}
+    with pytest.raises(ConfigError, match=r"p\.error_rate .*this policy says answers: set it to null"):
+        agent_of(policy, rows, "reinforce", objectives=objectives)
 
 
 def test_groups_without_a_difference_are_no_sets() -> None:

@@ -519,6 +519,7 @@ def term_cases() -> Iterator[Case]:
             "triage.threshold": 2.0,
             "kto.rows": "demonstration",
             "kto.threshold": -1.0,
+            "kto.error_rate": 1.0,
             "kto.anchor": "nowhere",
             "kto.low": -0.01,
             "kto.high": 0.01,
@@ -1255,6 +1256,9 @@ def further_cases() -> Iterator[Case]:
     yield Case("gsde_learn_features of gsde", held, ("policy.gsde_learn_features=true",))
     yield Case("gsde of a squashed policy", (*CONTROL, "policy=tanh_gaussian", "policy.state_dependent_std=false"),
                ("policy.gsde=true",))  # fmt: skip
+    judged = "agent.objectives={policy: null, prefer: {name: kto}}"
+    yield Case("error_rate of actions", (*BINS, "correction=reinforce", "agent.advantage=group", judged),
+               (judged.replace("kto}", "kto, error_rate: 1.0}"),))  # fmt: skip
     yield Case("critic_config for language", (*LM, "agent.advantage=critic"), (f"agent.critic_config={text(TINY)}",))
 
 

@@ -55,6 +55,7 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
 TASKS = {
     "vla_opd": ("env=two_route", *BINS),
     "a_parl": CONTROL,
+    "action_kto": ("env=two_route", *BINS),
     "trajectory_dpo": CONTROL,
 }
 FEW_DEMONSTRATIONS = ["warm_start.stages=[{updates: 2, lr: 3.0e-3}]", "warm_start.dataset=32"]

@@ -6,16 +6,19 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from unified_rl.correction.generators import GENERATORS
 from unified_rl.correction.lookup import bind
+from unified_rl.errors import ConfigError
+from unified_rl.objectives.objective import Parts
 from unified_rl.objectives.pairs import LINKS, PAIRS, first_row
 from unified_rl.objectives.scores import Compared, GroupScoreTerm, Measure, ScoreTerm, Within
+from unified_rl.protocols import Samples
 from unified_rl.ranges import NonNegative, Positive, Whole
 from unified_rl.returns.groups import Groups
-from unified_rl.units import row_return
+from unified_rl.units import Source, row_return
 
 __all__ = ["LINKS", "PAIRS", "KtoTerm", "PreferenceTerm", "SetPreferenceTerm"]
 
@@ -152,6 +155,11 @@ class KtoTerm(ScoreTerm):
         threshold: a row is good whose return lies above it, else bad; None is the mean return of the optimiser batch,
             and rows at the mean are then neither.
         desirable, undesirable: weights of good and of bad rows.
+        error_rate: further weights by how far the policy's best guesses lie from a row's actions: ``1 - exp(-k e)`` of
+            good rows, which it does not yet follow, and ``exp(-k e)`` of bad ones, which it still does, with ``e`` a
+            row's part of the batch's error; None is none. Control. Action Preference Optimization, 2506.07127.
+
+    Rows of interventions are good whatever their return.
     """
 
     def __init__(
@@ -162,6 +170,7 @@ class KtoTerm(ScoreTerm):
         threshold: float | None = None,
         desirable: NonNegative = 1.0,
         undesirable: NonNegative = 1.0,
+        error_rate: Positive | None = None,
         anchor: str | Mapping[str, Any] = "reference",
         low: float | None = None,
         high: float | None = None,
@@ -172,15 +181,53 @@ class KtoTerm(ScoreTerm):
         super().__init__(name, rows, coefficient, anchor, low, high, score)
         self.beta, self.threshold = beta, threshold
         self.desirable, self.undesirable = desirable, undesirable
+        self.error_rate = error_rate
+
+    def attach(self, parts: Parts) -> None:
+        """Takes the policy, whose actions are compared.
+
+        Raises:
+            ConfigError: it says answers, of which there is no nearest.
+        """
+        if self.error_rate is not None and not isinstance(parts.policy, Samples):
+            raise ConfigError(
+                f"{self.where}.error_rate weighs rows by the distance of actions, and this policy says answers: set it "
+                "to null"
+            )
+        self.policy = parts.policy
 
     def compare(self, score: Tensor, likelihood: Tensor, rows: TensorDict) -> Compared:
         """The weighted mean over rows."""
         reward = row_return(rows)
         threshold = reward.mean() if self.threshold is None else torch.full_like(reward[0], self.threshold)
-        good = reward > threshold
+        source = rows.get("source", None)
+        helped = torch.zeros_like(reward, dtype=torch.bool) if source is None else source == int(Source.INTERVENTION)
+        good = (reward > threshold) | helped
         gap = self.beta * (score - score.detach().mean().clamp(min=0.0))
         weight = torch.where(good, self.desirable, self.undesirable)
         if self.threshold is None:
-            weight = torch.where(torch.isclose(reward, threshold), 0.0, weight)
+            weight = torch.where(torch.isclose(reward, threshold) & ~helped, 0.0, weight)
+        if self.error_rate is not None:
+            assert isinstance(self.policy, Samples)  # see attach
+            kept = torch.exp(-self.error_rate * error_shares(action_errors(self.policy, rows)))
+            weight = weight * torch.where(good, 1.0 - kept, kept)
         value = (weight * torch.sigmoid(torch.where(good, -gap, gap))).mean()
         return Compared(value, len(score), score.sum())
+
+
+@torch.no_grad()
+def action_errors(policy: Samples, rows: TensorDictBase) -> Tensor:
+    """The mean distance of the actions of control rows from the policy's best guesses, ``[B]``.
+
+    Choices are 0 or 1 apart.
+    """
+    action, valid = rows["action"], rows["step_mask"]
+    best = policy.sample(rows["observation"], deterministic=True)["action"]
+    apart = (action - best).abs() if action.is_floating_point() else (action != best).float()
+    error: Tensor = torch.where(valid, apart.mean(-1), 0.0).sum(-1) / valid.sum(-1).clamp(min=1)
+    return error
+
+
+def error_shares(error: Tensor, least: float = 1e-4) -> Tensor:
+    """Each row's part of the batch's error, ``[B]``; errors are ``least`` larger than they are."""
+    return (error + least) / (error.sum() + least)
