@@ -62,6 +62,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.spread.coefficient "
      "agent.objectives.near.coefficient.middle agent.entropy_coef agent.objectives.imitate.coefficient.peak "
      "agent.objectives.cover.coefficient agent.objectives.hold.coefficient agent.objectives.imitate.coefficient "
+     "agent.objectives.policy.coefficient "
      "agent.objectives.imitate.coefficient.end agent.objectives.imitate.coefficient.start "
      "agent.objectives.refine.coefficient.end agent.objectives.refine.coefficient.start "
      "agent.objectives.rehearse.coefficient "
@@ -91,12 +92,14 @@ MEANT: list[tuple[str, str, str]] = [
      "policy.top_k replay.discount replay.sampler.beta replay.sampler.beta_draws replay.sampler.max_lag replay.seed "
      "replay.share correction.advantage.blend correction.advantage.ddof "
      "rollout.beginning.of rollout.beginning.share rollout.curriculum.score.target "
+     "rollout.context.below rollout.context.share "
      "rollout.curriculum.tracker.fresh rollout.curriculum.tracker.rest "
      "rollout.random_steps rollout.sources.demonstrations.per_group "
      "rollout.sources.demonstrations.rows rollout.sources.experience.share rollout.sources.experience.start "
      "rollout.staleness warm_start.smoothing engine.num_cpus engine.num_gpus "
      "engine.restarts"),
     ("-1 0 1e30 2**63", "a return above which an answer is right",
+     "rollout.context.threshold "
      "rollout.beginning.threshold rollout.sources.experience.threshold"),
     ("-1 0 1e30 inf -inf 2**63", "all or nothing of an answer may be kept", "rollout.beginning.lenience"),
     ("0 1e30 inf 2**63", "a bound of a ratio or of a mean square; large is none",
@@ -146,6 +149,7 @@ MEANT: list[tuple[str, str, str]] = [
     ("abc long", "a file, a name or a style: looked up when the run is built, before its first step",
      "env.answer_key env.question_key env.stop env.system_prompt env.template "
      "agent.credit agent.teacher env.eval_path env.prompt_key env.solution_key env.tokenizer policy.adapter "
+     "rollout.beginning.text "
      "policy.path replay.path replay.trim_key rollout.beginning.style rollout.context.style rollout.data "
      "rollout.sources.reference.adapter "
      "rollout.privileged rollout.sources.demonstrations.style rollout.style warm_start.run"),
@@ -158,6 +162,7 @@ MEANT: list[tuple[str, str, str]] = [
      "rollout.columns.answer rollout.columns.label rollout.columns.greedy "
      "agent.filters rollout.columns.domain rollout.columns.stratum "
      "agent.filters rollout.columns.stratum rollout.columns.old "
+     "agent.objectives.distill.rows.source agent.objectives.distill.rows.when rollout.columns.solved "
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),

@@ -1279,11 +1279,21 @@ def context_cases() -> Iterator[Case]:
     known = parameters(locate("unified_rl.rollout.LanguageRollout"))[0]
     place, room = ("context", "rollout.context") if "context" in known else ("guide", "rollout.sources")
     base = (*LANGUAGE, "rollout.group_size=1", "rollout.prompts=8", "correction=reinforce", ALONE_ROWS)
-    for name, changes in {"Hints": {"shares": [0.9], "style": "direct"}, "Refill": {"tries": 1}}.items():
-        node = {"_target_": f"unified_rl.{room}.{name}"}
-        yield Case(f"context.{name}", base, (f"rollout.{place}={text(node)}",))
+    again = "unified_rl.rollout.retries"
+    pairs = (*LANGUAGE, "rollout.group_size=2", "rollout.prompts=8", "env.max_turn_tokens=8")
+    kinds: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+        "Hints": (f"unified_rl.{room}", {}, {"shares": [0.9], "style": "direct", "keep": "solved"}),
+        "Refill": (f"unified_rl.{room}", {}, {"tries": 1}),
+        "SelfHints": (again, {}, {"shares": [0.9], "style": "direct", "ask": "'1'"}),
+        "Rephrased": (again, {"below": 1.0}, {"rows": 3, "below": 0.0, "share": 0.5, "style": "direct"}),
+        "Retried": (again, {}, {"share": 0.9, "ask": "'1'", "threshold": 1.0}),
+    }  # fmt: skip
+    for name, (folder, given, changes) in kinds.items():
+        own = base if name == "Refill" else (*pairs, "correction=reinforce")
+        node = {"_target_": f"{folder}.{name}", **given}
+        yield Case(f"context.{name}", own, (f"rollout.{place}={text(node)}",))
         for key, value in changes.items():
-            used = (*base, f"rollout.{place}={text(node)}")
+            used = (*own, f"rollout.{place}={text(node)}")
             yield Case(f"context.{name}.{key}", used, (f"rollout.{place}={text({**node, key: value})}",))
 
 
@@ -1293,6 +1303,8 @@ def beginning_cases() -> Iterator[Case]:
     parts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "Guided": ({}, {"share": 0.9, "of": 1.0, "style": "direct"}),
         "Drafts": ({}, {"of": 0.5, "style": "direct"}),
+        "Knowledge": ({}, {"of": 0.5, "column": "nowhere"}),
+        "Advised": ({}, {"of": 0.25, "text": "'1+'", "share": 1.0, "style": "direct"}),
         "Forced": ({"token": "'>'"}, {"token": "'1'", "share": 0.25}),
         "OwnSuccess": ({"of": 1.0}, {"share": 0.9, "of": 0.25, "prompts": 1, "threshold": 1.0}),
         "Continued": ({}, {"share": 0.9, "of": 0.25, "prompts": 1}),
@@ -1300,9 +1312,10 @@ def beginning_cases() -> Iterator[Case]:
     }
     for name, (given, changes) in parts.items():
         node = {"_target_": f"unified_rl.rollout.beginnings.{name}", **given}
-        yield Case(f"beginning.{name}", base, (f"rollout.beginning={text(node)}",))
+        own = (*base, "env.terms=3") if name == "Knowledge" else base  # one of two numbers is no step by itself
+        yield Case(f"beginning.{name}", own, (f"rollout.beginning={text(node)}",))
         for key, value in changes.items():
-            used = (*base, f"rollout.beginning={text(node)}")
+            used = (*own, f"rollout.beginning={text(node)}")
             yield Case(f"beginning.{name}.{key}", used, (f"rollout.beginning={text({**node, key: value})}",))
 
 

@@ -47,6 +47,9 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
     "ink_grpo": ["rollout.sources.demonstrations.rows=4"],
     "ghpo": ["rollout.group_size=2"],
     "view_apo": ["agent.maps.0.base=2.0"],  # lengths of eight tokens hardly differ
+    "kepo": ["rollout.group_size=2"],
+    "rephrasing_po": ["rollout.context.below=1.0", "rollout.context.rows=2"],
+    "sage": ["rollout.group_size=2"],
     "adora": ["agent.maps.0.threshold=2.0"],  # answers of eight tokens are hardly ever longer than others
     "safe": ["agent.objectives.near.coefficient.base=0.0", "agent.objectives.near.coefficient.low=0.0",
              "agent.objectives.near.coefficient.scale=1.0e+6"],
@@ -61,6 +64,7 @@ TASKS = {
 FEW_DEMONSTRATIONS = ["warm_start.stages=[{updates: 2, lr: 3.0e-3}]", "warm_start.dataset=32"]
 TEACHERS = {"verbal_distillation",
             "gkd", "kdrl", "exopd", "vla_opd", "dgrpo", "vold_text", "opd", "opd_topk", "veto_kd",
+TEACHERS = {"kepo", "gkd", "kdrl", "exopd", "vla_opd", "dgrpo", "vold_text", "opd", "opd_topk", "veto_kd",
             "offline_kd", "paced", "rlad"}  # fmt: skip
 NARROW = ["agent.objectives.prefer.low=-1.0e-4", "agent.objectives.prefer.high=1.0e-4"]
 APART = {"safe": ["agent.anchors.reference.folder=RUN"], "tr_dpo": ["agent.anchors.reference.ema=0.5"],

@@ -237,6 +237,19 @@ class Solves(Protocol):
 
 
 @runtime_checkable
+class Hints(Protocol):
+    """A token task whose problems come with hints."""
+
+    def hints(self, problems: Sequence[dict[str, Any]], column: str) -> list[list[int]]:
+        """Token ids of each problem's hint; empty where a record has an empty one.
+
+        Raises:
+            ConfigError: records have no such column.
+        """
+        ...
+
+
+@runtime_checkable
 class MatchesPrompts(Protocol):
     """A token task that finds its problems by the text of their prompts, so that answers can come from elsewhere."""
 
@@ -904,6 +917,21 @@ class NumbersRows(Protocol):
     def number_from(self, first: int) -> None:
         """Numbers episodes and groups from ``first`` on; called before the first collection."""
         ...
+
+
+def require_hints(env: object, setting: str, column: str) -> Hints:
+    """The task, whose problems come with hints.
+
+    Raises:
+        ConfigError: they do not, or not in this column.
+    """
+    if not isinstance(env, Hints):
+        raise ConfigError(f"{setting} needs hints, and {type(env).__name__} has no hints(); use env=jsonl or chain_mod")
+    try:
+        env.hints(env.problems(1, torch.Generator().manual_seed(0), "train"), column)  # type: ignore[attr-defined]
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}") from error
+    return env
 
 
 def require_solutions(env: object, setting: str, style: str | None = None) -> Solves:

@@ -300,6 +300,14 @@ class LanguageTask:
         ids = self.codec.encode([segment.text for segment in said])
         return [[*own, self.codec.end_id] if s.end else own for own, s in zip(ids, said, strict=True)]
 
+    def hints(self, problems: Sequence[dict[str, Any]], column: str) -> list[list[int]]:
+        """Token ids of each problem's hint, the text (or the lines) that its record holds as ``column``.
+
+        Raises:
+            ConfigError: a record has no such column, or something else than texts in it.
+        """
+        return self.codec.encode([self._hint(problem, column) for problem in problems])
+
     def turn_texts(self, turns: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
         """The texts of turns as everything that judges or counts reads them: each ends before what ended it.
 
@@ -363,6 +371,18 @@ class LanguageTask:
     def _demonstrate(self, problem: dict[str, Any], style: str | None) -> list[Segment]:
         """What follows the prompt in a correct conversation."""
         raise ConfigError(f"{type(self).__name__} has no demonstrations; set warm_start=none")
+
+    def _hint(self, problem: dict[str, Any], column: str) -> str:
+        """The hint of a problem."""
+        found = problem.get("columns", {}).get(column)
+        lines = [found] if isinstance(found, str) else found
+        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+            held = "no column" if found is None else "no text in column"
+            raise ConfigError(
+                f"a problem of {type(self).__name__} has {held} {column!r}, where its hint is looked for; name the "
+                "column that holds a text or a list of texts"
+            )
+        return "\n".join(lines)
 
     def _imitated(self, problem: dict[str, Any], style: str | None) -> list[Segment]:
         """A whole supervised conversation, the prompt first."""

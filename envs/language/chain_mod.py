@@ -107,6 +107,12 @@ class ChainMod(LanguageTask):
         direct = torch.rand(count, generator=generator) < self.direct_share
         return ["direct" if one else "chain" for one in direct.tolist()]
 
+    def _hint(self, problem: dict[str, Any], column: str) -> str:
+        """The running total before the last step, all that this step needs; nothing where there is one step."""
+        if column != "hint":
+            return super()._hint(problem, column)
+        return "".join(f"{self._spelled[total]}," for total in problem["totals"][-2:-1])
+
     def _demonstrate(self, problem: dict[str, Any], style: str | None) -> list[Segment]:
         totals = [self._spelled[total] for total in problem["totals"]]
         reasoning = ",".join(totals) if style == "chain" else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
-from unified_rl.protocols import LanguageEnv, LanguagePolicy, require_solutions
+from unified_rl.protocols import LanguageEnv, LanguagePolicy, require_hints, require_solutions
 from unified_rl.ranges import Count, Extended, OpenUnit, UnitInterval, ranged
 from unified_rl.replay.pool import AnswerPool
 from unified_rl.rollout.conversation import Problems
 from unified_rl.rollout.sources.base import require_one_turn
+from unified_rl.rollout.whispered import Advice, part_of
 from unified_rl.units import Source, row_return
 
 
@@ -29,17 +30,19 @@ class Start(NamedTuple):
         log_probs: of the tokens under who said them; the loss is over them then. None: they are context, masked out.
         versions: of the policies that said them, :data:`NOBODY` where none did; None is the present one.
         over: nothing is left to say.
+        shown: ids that the policy sees behind the prompt and the row does not hold.
     """
 
     tokens: list[int]
     log_probs: list[float] | None = None
     versions: list[int] | None = None
     over: bool = False
+    shown: Sequence[int] = ()
 
     @property
     def helps(self) -> bool:
         """Whether the answer behind it is not what the policy says by itself."""
-        return bool(self.tokens) and self.log_probs is None
+        return bool(self.shown) or (bool(self.tokens) and self.log_probs is None)
 
 
 NOTHING = Start([])
@@ -120,11 +123,6 @@ def some(count: int, share: float, generator: torch.Generator) -> list[bool]:
     return found
 
 
-def part_of(ids: list[int], share: float, env: LanguageEnv) -> list[int]:
-    """The first ``share`` of an answer, its end never among it, so that something is left to say."""
-    return ids[: max(0, min(int(share * (len(ids) - 1)), env.max_turn_tokens - 1))]
-
-
 def each(starts: list[Start], group_size: int) -> list[Start]:
     """The start of every group, for all of its conversations."""
     return [start for start in starts for _ in range(group_size)]
@@ -159,6 +157,70 @@ class Guided(_Stateless):
             for ids, seen in zip(solutions, shown, strict=True)
         ]
         return each(starts, asked.group_size)
+
+
+@configurable
+@ranged()
+class Knowledge(_Stateless):
+    """Some groups begin with what their problem's record holds as its hint, chosen beforehand. KnowRL, 2604.12627.
+
+    It is context: the loss is over what the policy said after it.
+
+    Args:
+        column: of the record that holds the hint, a text or a list of texts; a task of this package may have its own.
+        of: share of the groups that see it.
+    """
+
+    def __init__(self, column: str = "hint", of: UnitInterval = 1.0) -> None:
+        self.column, self.of = column, of
+
+    def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
+        """Refuses a task without hints."""
+        require_hints(env, setting, self.column)
+
+    def begin(self, asked: Asked) -> list[Start]:
+        """The hint, or nothing, for whole groups."""
+        hints = require_hints(asked.env, "rollout.beginning", self.column).hints(asked.prompts, self.column)
+        shown = some(len(hints), self.of, asked.generator)
+        longest = asked.env.max_turn_tokens - 1
+        return each(
+            [Start(ids[:longest] if seen else []) for ids, seen in zip(hints, shown, strict=True)], asked.group_size
+        )
+
+
+@configurable
+@ranged()
+class Advised(_Stateless):
+    """A part of every group is said with something in view that its rows do not hold. PolicyRollout, 2510.09474.
+
+    So what only the shown text taught becomes what the bare prompt asks for. Log-probs are those of the policy that saw
+    nothing: ratio 1, as where a trainer scores its rows again.
+
+    Args:
+        of: share of the answers of a group.
+        text: what is shown, such as the written policy of an assistant; None shows a part of the solution.
+        share: of the solution.
+        style: of the solution.
+    """
+
+    def __init__(
+        self, of: UnitInterval = 0.5, text: str | None = None, share: UnitInterval = 0.5, style: str | None = None
+    ) -> None:
+        self.of, self.advice = of, Advice(share, style, text)
+
+    def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
+        """Refuses a task of several turns, one without solutions, and a text that fills the budget."""
+        require_one_turn(env, setting)
+        self.advice.check(env, setting)
+
+    def begin(self, asked: Asked) -> list[Start]:
+        """What the first answers of each group see."""
+        first = round(self.of * asked.group_size)
+        advice = self.advice.of(asked.env, asked.prompts)
+        return [
+            Start([], shown=advice[row // asked.group_size]) if row % asked.group_size < first else NOTHING
+            for row in range(len(asked.problems))
+        ]
 
 
 @configurable

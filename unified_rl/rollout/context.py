@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -11,10 +11,26 @@ from torch import Tensor
 from unified_rl.configurable import configurable
 from unified_rl.protocols import LanguageEnv, require_solutions
 from unified_rl.ranges import Count, OpenUnit, ranged
-from unified_rl.rollout.conversation import Conversations, Problems, Told, put
+from unified_rl.rollout.conversation import Conversations, Problems, Told, ordered, put
 
-Generate = Callable[[Problems, list[list[int]]], Told]
-"""``(problems, prefixes) -> told``: the policy, told what each answer begins with."""
+
+class Generate(Protocol):
+    """The policy, told what each answer begins with."""
+
+    def __call__(
+        self, problems: Problems, prefixes: list[list[int]], shown: Sequence[Sequence[int]] | None = None
+    ) -> Told:
+        """Conversations.
+
+        Args:
+            problems: ``B``.
+            prefixes: what each answer begins with, masked out.
+            shown: what the policy sees behind each prompt and rows do not hold, whose log-probs are then those of the
+                policy that saw nothing; None shows nothing.
+        """
+        ...
+
+
 Draw = Callable[[int], Problems]
 """``count -> problems``: other training problems."""
 
@@ -64,13 +80,20 @@ class Hints:
     Args:
         shares: of the solution, tried in this order until an answer succeeds.
         style: of the solution.
+        keep: ``all`` of what is sampled takes the place of the group, or the ``solved`` answers alone that of as many
+            failed ones.
     """
 
     metrics = ("hinted", "unsolved")
     """Names of what a call returns, behind ``rollout/``."""
 
-    def __init__(self, shares: tuple[OpenUnit, ...] = (0.25, 0.5, 0.75), style: str | None = None) -> None:
-        self.shares, self.style = shares, style
+    def __init__(
+        self,
+        shares: tuple[OpenUnit, ...] = (0.25, 0.5, 0.75),
+        style: str | None = None,
+        keep: Literal["all", "solved"] = "all",
+    ) -> None:
+        self.shares, self.style, self.keep = shares, style, keep
 
     def check(self, env: LanguageEnv, setting: str) -> None:
         """Refuses a task without solutions."""
@@ -90,15 +113,34 @@ class Hints:
             solutions = solver.solve(chosen, self.style)
             longest = env.max_turn_tokens - 1  # something is left to say
             prefixes = [ids[: max(0, min(int(share * (len(ids) - 1)), longest))] for ids in solutions]
-            put(told, failed, generate(chosen, prefixes))
+            found = generate(chosen, prefixes)
+            put_some(told, failed, found, solved(found) if self.keep == "solved" else None)
             failed = self._failed(talk, group_size)
         rows = len(problems)
         return {"rollout/hinted": len(first) / rows, "rollout/unsolved": len(failed) / rows}
 
     @staticmethod
     def _failed(talk: Conversations, group_size: int) -> Tensor:
-        won = (talk.reward.sum(-1).reshape(-1, group_size) > 0).any(-1)
-        return (~won).repeat_interleave(group_size).nonzero().squeeze(-1)
+        return failed_groups(talk, group_size)
+
+
+def failed_groups(talk: Conversations, group_size: int) -> Tensor:
+    """Conversations ``[n]`` int64 of groups of which none has a positive return."""
+    won = (talk.reward.sum(-1).reshape(-1, group_size) > 0).any(-1)
+    return (~won).repeat_interleave(group_size).nonzero().squeeze(-1)
+
+
+def solved(told: Told) -> Tensor:
+    """Conversations ``[B]`` bool with a positive return."""
+    return told[0].reward.sum(-1) > 0
+
+
+def put_some(told: Told, rows: Tensor, others: Told, chosen: Tensor | None = None) -> None:
+    """Puts those of other conversations that ``chosen [n]`` names, or all, in the place of theirs of ``rows [n]``."""
+    if chosen is None or bool(chosen.all()):
+        put(told, rows, others)
+    elif bool(chosen.any()):
+        put(told, rows[chosen], ordered(others, chosen.nonzero().squeeze(-1)))
 
 
 @configurable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from unified_rl.rollout.conversation import Problems, Told, converse, joined, or
 from unified_rl.rollout.curriculum import EXPECTED, Curriculum
 from unified_rl.rollout.rows import GREEDY, MOST_LIKELY, REWARDS, RowBuilder
 from unified_rl.rollout.sources.base import ChecksGroup, ChoosesPrompts, Recited, Request, RowSource, check_rows
+from unified_rl.rollout.whispered import whisper
 from unified_rl.units import COUNTED, Source
 
 
@@ -111,6 +112,8 @@ class LanguageRollout:
         if self.context is not None:
             _require_part(self.context, "rollout.context", "unified_rl.rollout.context.Hints")
             self.context.check(env, "rollout.context")
+            if isinstance(self.context, ChecksGroup):
+                self.context.check_group(group_size, "rollout.context")
         self.beginning = beginning
         if beginning is not None:
             _require_part(beginning, "rollout.beginning", "unified_rl.rollout.beginnings.Guided")
@@ -259,18 +262,22 @@ class LanguageRollout:
         if self.beginning is not None:
             asked = Asked(self.env, repeated, self.group_size, self._streams["beginning"], self._scored)
             starts = self.beginning.begin(asked)
-        if not any(start.tokens for start in starts):
+        if not any(start.tokens or start.shown for start in starts):
             return self._converse(speaker, repeated, self.generator, group_size=self.group_size), starts
         whole = [row for row, start in enumerate(starts) if start.over]
-        rest = [row for row, start in enumerate(starts) if not start.over]
+        rest = [row for row, start in enumerate(starts) if not (start.over or start.shown)]
         parts = []
         if rest:
             prefixes = [starts[row].tokens for row in rest]
             parts.append(self._converse(speaker, [repeated[r] for r in rest], self.generator, prefixes=prefixes))
+        aside = [row for row, start in enumerate(starts) if start.shown]
+        if aside:
+            said, seen = [starts[row].tokens for row in aside], [starts[row].shown for row in aside]
+            parts.append(self._aside(speaker, [repeated[r] for r in aside], said, seen))
         if whole:
-            said = Recited([starts[row].tokens for row in whole], self.env.tokenizer.pad_token_id)
-            parts.append(self._converse(said, [repeated[row] for row in whole], None))
-        told = ordered(joined(parts), torch.tensor([*rest, *whole]).argsort())
+            recited = Recited([starts[row].tokens for row in whole], self.env.tokenizer.pad_token_id)
+            parts.append(self._converse(recited, [repeated[row] for row in whole], None))
+        told = ordered(joined(parts), torch.tensor([*rest, *aside, *whole]).argsort())
         told[0].problems = repeated
         for row, start in enumerate(starts):
             if start.log_probs:
@@ -285,7 +292,7 @@ class LanguageRollout:
             if start.versions:
                 first = len(problems[row]["prompt"])
                 rows["policy_version"][row, first : first + len(start.versions)] = torch.tensor(start.versions)
-        lengths = torch.tensor([len(start.tokens) for start in starts], dtype=torch.float32)
+        lengths = torch.tensor([len(start.tokens) + len(start.shown) for start in starts], dtype=torch.float32)
         answers = rows["mask"].sum(-1).clamp(min=1)
         return {
             "rollout/begun": float((lengths > 0).float().mean()),
@@ -304,9 +311,13 @@ class LanguageRollout:
         """Lets the context replace conversations; counts what it samples."""
         sampled = 0
 
-        def generate(problems: Problems, prefixes: list[list[int]]) -> Told:
+        def generate(
+            problems: Problems, prefixes: list[list[int]], shown: Sequence[Sequence[int]] | None = None
+        ) -> Told:
             nonlocal sampled
             sampled += len(problems)
+            if shown is not None:
+                return self._aside(speaker, problems, prefixes, shown)
             return self._converse(speaker, problems, self.generator, prefixes=prefixes)
 
         draw = partial(self.env.problems, generator=self._streams["context"])
@@ -342,6 +353,13 @@ class LanguageRollout:
         told = self._converse(policy, problems, None)
         groups = self.builder.groups(len(problems)) if groups is None else groups
         return self.builder.rows(told, version, groups, source)
+
+    def _aside(
+        self, speaker: Generates, problems: Problems, prefixes: list[list[int]], shown: Sequence[Sequence[int]]
+    ) -> Told:
+        """Conversations that saw something which their rows do not hold."""
+        converse = partial(self._converse, stream=self.generator)
+        return whisper(converse, self.env, speaker, problems, shown, prefixes, self._scored)
 
     def _converse(self, policy: Generates, problems: Problems, stream: torch.Generator | None, **options: Any) -> Told:
         return converse(self.env, policy, problems, stream, at_once=self.generation_batch, **options)

@@ -140,7 +140,7 @@ class ChoosesPrompts(Protocol):
 
 @runtime_checkable
 class ChecksGroup(Protocol):
-    """A source that is of use with some group sizes alone."""
+    """A source or a context that is of use with some group sizes alone."""
 
     def check_group(self, group_size: int, setting: str) -> None:
         """Raises ConfigError for another."""
