@@ -152,16 +152,13 @@ MEANT: list[tuple[str, str, str]] = [
      "rollout.beginning.text "
      "policy.path replay.path replay.trim_key rollout.beginning.style rollout.context.style rollout.data "
      "rollout.sources.reference.adapter "
-     "rollout.privileged rollout.sources.demonstrations.style rollout.style warm_start.run"),
      "rollout.privileged rollout.sources.demonstrations.style rollout.style warm_start.run "
      "rollout.sources.wanted.style"),
     ("[]", "a list may be empty",
      "agent.objectives.align.rows.source agent.objectives.align.rows.unless "
-     "agent.filters rollout.columns.stratum "
-     "agent.columns.rubric.of "
-     "rollout.columns.answer rollout.columns.label rollout.columns.greedy "
      "agent.filters rollout.columns.domain rollout.columns.stratum "
-     "agent.filters rollout.columns.stratum rollout.columns.old "
+     "agent.columns.rubric.of "
+     "rollout.columns.answer rollout.columns.label rollout.columns.greedy rollout.columns.old "
      "agent.objectives.distill.rows.source agent.objectives.distill.rows.when rollout.columns.solved "
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "

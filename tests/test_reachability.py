@@ -424,11 +424,9 @@ def term_cases() -> Iterator[Case]:
 
     yield from of_table(
         "term", TERMS, STALE, term,
-        extra={**dict.fromkeys(("nll", "margin", "selective_nll", "soft_q"), (SHOWN,)),
-               "value": ["agent.advantage=critic"], "weighed_entropy": (NUMBERS,)},
         extra={**dict.fromkeys(("nll", "margin", "rank_aware", "selective_nll", "soft_q"), (SHOWN,)),
-               "value": ["agent.advantage=critic"]},
                "value": ["agent.advantage=critic"],
+               "weighed_entropy": (NUMBERS,),
                "triage": ["rollout.columns={scores: correct}"]},
         along={"divergence": TAUGHT},
         first={
@@ -611,7 +609,6 @@ def term_cases() -> Iterator[Case]:
     )  # fmt: skip
     yield from of_table("filter", FILTERS, STALE, lambda node: f"agent.filters=[{text(node)}]",
                         first={"entropy_above": {"above": 2.55}},
-                        samples={"largest_advantage.over": "batch", "widest_spread.over": "batch"})  # fmt: skip
                         samples={"largest_advantage.over": "batch", "widest_spread.over": "batch",
                                  "seamless.least": 0.9})  # fmt: skip
     yield from of_table(

@@ -62,10 +62,22 @@ TASKS = {
     "trajectory_dpo": CONTROL,
 }
 FEW_DEMONSTRATIONS = ["warm_start.stages=[{updates: 2, lr: 3.0e-3}]", "warm_start.dataset=32"]
-TEACHERS = {"verbal_distillation",
-            "gkd", "kdrl", "exopd", "vla_opd", "dgrpo", "vold_text", "opd", "opd_topk", "veto_kd",
-TEACHERS = {"kepo", "gkd", "kdrl", "exopd", "vla_opd", "dgrpo", "vold_text", "opd", "opd_topk", "veto_kd",
-            "offline_kd", "paced", "rlad"}  # fmt: skip
+TEACHERS = {
+    "dgrpo",
+    "exopd",
+    "gkd",
+    "kdrl",
+    "kepo",
+    "offline_kd",
+    "opd",
+    "opd_topk",
+    "paced",
+    "rlad",
+    "verbal_distillation",
+    "veto_kd",
+    "vla_opd",
+    "vold_text",
+}
 NARROW = ["agent.objectives.prefer.low=-1.0e-4", "agent.objectives.prefer.high=1.0e-4"]
 APART = {"safe": ["agent.anchors.reference.folder=RUN"], "tr_dpo": ["agent.anchors.reference.ema=0.5"],
          "otr": ["agent.objectives.imitate.coefficient=1.0e-5"],  # Adam's steps hardly see a factor near 1
@@ -81,7 +93,6 @@ RECORDED = {
     "infalign": "rollout.sources.reference.folder=MODEL",
 }
 """What names the recorded rows, or the other model, of recipes that learn from such."""
-"""What names the recorded rows of recipes that learn from such rows."""
 TOLD = {"mopd": ["agent.anchors.teacher.folders=[RUN, RUN]", "rollout.columns.domain=truncated"]}
 """What users must give to other recipes."""
 FEW = tuple(merged(LANGUAGE, ["env.modulus=2", "env.terms=2", "env.held_out=0.0"]))
