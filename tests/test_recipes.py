@@ -17,7 +17,7 @@ from run_cases import LANGUAGE as SHORT
 from unified_rl import cli
 from unified_rl.config import compose, config_root
 from unified_rl.errors import ConfigError
-from unified_rl.study import recipes
+from unified_rl.study import recipe_parts, recipes
 
 LANGUAGE = tuple(merged(SHORT, ["env.max_turn_tokens=8"]))
 NEEDED = {
@@ -249,6 +249,27 @@ def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> Non
     assert cli.main(["recipes", "show", "chord", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["limit"][0]["when"] and told["family"] == "guidance" and told["domains"] == ["language"]
+    assert told["parts"]["rows"] == ["Demonstrations"] and "agent.objectives.policy.rows=own" in told["changes"]
+
+
+def test_a_recipe_tells_what_it_changes_and_draws_its_rows() -> None:
+    found = recipe_parts.changes("luffy")
+    assert found[0] == "correction=luffy" and "rollout.group_size=7" in found
+    assert "correction.advantage.scale=none   [correction=luffy: std]" in found
+    assert recipe_parts.picture("luffy")[0].split("      ")[1].split() == [*"oooooooD"]
+    assert recipe_parts.picture("dpo") == []
+    assert "solution" in recipe_parts.picture("pope")[0]
+    assert recipe_parts.parts("dpo")["terms of the loss"] == ["no policy term", "preference (dpo)"]
+    assert recipe_parts.parts("kdrl")["other policies"] == ["teacher"]
+
+
+@pytest.mark.parametrize("name", recipes.recipe_names())
+def test_every_part_of_a_recipe_has_words_in_pictures(name: str) -> None:
+    rollout = recipe_parts.read(name)[1].get("rollout", {})
+    for key, known in (("beginning", recipe_parts.GIVEN), ("context", recipe_parts.AGAIN)):
+        assert not rollout.get(key) or rollout[key]["_target_"].rpartition(".")[2] in known
+    for node in (rollout.get("sources") or {}).values():
+        assert node["_target_"].rpartition(".")[2] in recipe_parts.LETTERS
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.files import write_atomically
 from unified_rl.instantiate import nearest
+from unified_rl.study.recipe_parts import ROOMS, changes, parts, picture
 
 USAGE = "unified-rl recipes [show NAME]"
 PAGE = "recipes.md"
@@ -66,6 +67,7 @@ class Recipe:
         limit: each a mapping with the fields of :class:`Limit`.
         family: one of :data:`FAMILIES`, under which it is listed.
         domains: some of :data:`DOMAINS`: where it trains; a test runs it in each.
+        trap: what goes wrong with it, or is easily taken for something else.
 
     Raises:
         ConfigError: a limit with an unknown field, an unknown family, no domain or an unknown one.
@@ -76,6 +78,7 @@ class Recipe:
     limit: list[dict[str, Any]] | dict[str, Any] | None = None
     family: str = "other"
     domains: list[str] = field(default_factory=lambda: ["language"])
+    trap: str = ""
 
     def __post_init__(self) -> None:
         """Checks the limits, the family and the domains."""
@@ -146,7 +149,8 @@ def _plain(name: str) -> dict[str, Any]:
     known = recipe(name)
     limits = [asdict(limit) for limit in known.limits]
     values = {"name": name, "summary": summary(name), "source": known.source, "confidence": known.confidence}
-    return {**values, "family": known.family, "domains": known.domains, "limit": limits}
+    told = {"trap": known.trap, "parts": parts(name), "changes": changes(name)}
+    return {**values, "family": known.family, "domains": known.domains, "limit": limits, **told}
 
 
 def listing() -> str:
@@ -161,13 +165,17 @@ def listing() -> str:
 
 
 def shown(name: str) -> str:
-    """A recipe in full: source, confidence, limits, and the file itself."""
+    """A recipe in full: source, confidence, parts, limits, and every key that it sets."""
     known = recipe(name)
     lines = [f"{name}: {summary(name)}", f"source: {known.source}", f"confidence: {known.confidence}"]
     lines += [f"family: {known.family}", f"domains: {', '.join(known.domains)}"]
+    lines += [f"trap: {known.trap}" for _ in ["trap"] if known.trap]
+    lines += [f"{room}: {', '.join(names)}" for room, names in parts(name).items()]
     for limit in known.limits:
         lines += [f"limit: {limit.because}", *(f"    {line}" for line in commands(name, limit))]
-    return "\n".join([*lines, "", _body(name)])
+    drawn = picture(name)
+    lines += ["", *drawn] if drawn else []
+    return "\n".join([*lines, "", "sets, in brackets what the option of its group has:", *changes(name)])
 
 
 def commands(name: str, limit: Limit) -> tuple[str, str]:
@@ -179,30 +187,21 @@ def _quoted(override: str) -> str:
     return f"'{override}'" if any(c in override for c in " {}[]") else override
 
 
-def _body(name: str) -> str:
-    """The file without its header and what it says about itself."""
-    lines = _file(name).read_text(encoding="utf-8").splitlines()[2:]
-    kept, skipping = [], False
-    for line in lines:
-        skipping = line.startswith("recipe:") or (skipping and (line.startswith(" ") or not line))
-        if not skipping:
-            kept.append(line)
-    return "\n".join(kept).strip()
-
-
 def page() -> str:
     """The page ``docs/recipes.md``."""
     tables = [line for family, names in families().items() for line in _table(family, names)]
-    return "\n".join([*_HEAD, *tables, *_LIMITS, *(line for n in recipe_names() for line in _section(n))]) + "\n"
+    told = [line for family, names in families().items() for line in _family(family, names)]
+    return "\n".join([*_HEAD, *tables, *_EACH, *told]) + "\n"
 
 
 def _table(family: str, names: list[str]) -> list[str]:
-    rows = [_row(name, recipe(name)) for name in names]
-    return [f"## {family.capitalize()}: {FAMILIES[family]}", "", *_COLUMNS, *rows, ""]
+    return [f"### {family.capitalize()}: {FAMILIES[family]}", "", *_COLUMNS, *map(_row, names), ""]
 
 
-def _row(name: str, known: Recipe) -> str:
-    return f"| `{name}` | {summary(name)} | {', '.join(known.domains)} | {known.source} | {known.confidence} |"
+def _row(name: str) -> str:
+    found = parts(name)
+    cells = ["<br>".join(found.get(room, [])).replace("|", "\\|") for room in ROOMS]
+    return f"| [`{name}`](#{name}) | {' | '.join(cells)} |"
 
 
 _HEAD = [
@@ -218,22 +217,38 @@ _HEAD = [
     "    unified-rl train env=chain_mod recipe=kdrl agent.teacher=runs/EARLIER correction.penalty.0.coefficient=0.01",
     "    unified-rl recipes show chord",
     "",
-]
-_COLUMNS = ["| recipe | what it is | trains in | source | confidence |", "|---|---|---|---|---|"]
-_LIMITS = [
-    "## Where each is another method",
+    "What some of them are worth, measured: [results/recipes.md](results/recipes.md).",
     "",
-    "Each pair of lines is trained by `tests/test_recipes.py`, with workers by `tests/test_recipes_asynchronous.py`:",
-    "after two updates, or three, both have the same weights.",
+    "## What each is made of",
+    "",
+    "Parts that a recipe does not name are the defaults of [configuration.md](configuration.md).",
+    "",
 ]
+_COLUMNS = [f"| recipe | {' | '.join(ROOMS)} |", "|" + "---|" * (len(ROOMS) + 1)]
+_EACH = [
+    "## Each by itself",
+    "",
+    "Each pair of lines under *limit* is trained by `tests/test_recipes.py`, with workers by",
+    "`tests/test_recipes_asynchronous.py`: after two updates, or three, both have the same weights.",
+    "`unified-rl recipes show NAME` adds every key that a recipe sets.",
+    "",
+]
+
+
+def _family(family: str, names: list[str]) -> list[str]:
+    return [f"### {family.capitalize()}", "", *(line for name in names for line in _section(name))]
 
 
 def _section(name: str) -> list[str]:
-    lines = []
-    for limit in recipe(name).limits:
-        words = f"{limit.because[:1].upper()}{limit.because[1:]}"
-        lines += ["", f"**{name}**. {words}:", "", *(f"    {line}" for line in commands(name, limit))]
-    return lines
+    known = recipe(name)
+    lines = [f"#### {name}", "", f"{summary(name)}. Trains in {' and '.join(known.domains)}.", ""]
+    lines += [f"- source: {known.source}", f"- how sure: {known.confidence}"]
+    lines += [f"- trap: {known.trap}" for _ in ["trap"] if known.trap]
+    drawn = picture(name)
+    lines += ["", *(f"    {line}" for line in drawn)] if drawn else []
+    for limit in known.limits:
+        lines += ["", f"*Limit*: {limit.because}:", "", *(f"    {line}" for line in commands(name, limit))]
+    return [*lines, ""]
 
 
 def run(words: Sequence[str], as_json: bool, write: str | None) -> None:
