@@ -160,6 +160,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.columns.rubric.of "
      "rollout.columns.answer rollout.columns.label rollout.columns.greedy rollout.columns.old "
      "agent.objectives.distill.rows.source agent.objectives.distill.rows.when rollout.columns.solved "
+     "agent.objectives.policy.rows.when correction.advantage.rows.when "
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),

@@ -556,8 +556,8 @@ def term_cases() -> Iterator[Case]:
     yield from of_table(
         "gate", GATES, (*STALE, SHOWN, shown, "agent.gates={failed: {name: success_at_most, count: -1}}"),
         lambda node: f"agent.gates={{failed: {text(node)}}}",
-        samples={"success_at_most.threshold": -1.0},
-        first={"success_at_most": {"count": 2}},
+        samples={"success_at_most.threshold": -1.0, "own_or_unsolved.threshold": -1.0},
+        first={"success_at_most": {"count": 2}, "own_or_unsolved": {"threshold": 2.0}},
     )  # fmt: skip
     yield from of_table(
         "map", MAPS, STALE, lambda node: f"agent.maps=[{text(node)}]", along={"taught": TAUGHT},
@@ -588,7 +588,7 @@ def term_cases() -> Iterator[Case]:
     earned = "correction.advantage={baseline: mean, reward: made}"
     yield from of_table(
         "column", WRITTEN, (*STALE, NUMBERS), lambda node: f"agent.columns={{made: {text(node)}}}",
-        extra={"calibrated": (REFERENCES,)},
+        extra={"calibrated": (REFERENCES,), "likeness": (SHOWN,)},
         along={**dict.fromkeys(WRITTEN, (earned,)), "spoken": (earned, *TAUGHT)},
         first={"rubric": {"weights": [1.0, -0.5]}, "class_costs": {"alarm": ["3"]}, "criterion": {"at": 0}},
         samples={
@@ -607,10 +607,24 @@ def term_cases() -> Iterator[Case]:
             "distinct_share.threshold": -1.0,
         },
     )  # fmt: skip
-    yield from of_table("filter", FILTERS, STALE, lambda node: f"agent.filters=[{text(node)}]",
-                        first={"entropy_above": {"above": 2.55}},
-                        samples={"largest_advantage.over": "batch", "widest_spread.over": "batch",
-                                 "seamless.least": 0.9})  # fmt: skip
+    yield from of_table(
+        "filter",
+        FILTERS,
+        (*STALE, NUMBERS),
+        lambda node: f"agent.filters=[{text(node)}]",
+        first={
+            "distinct_pairs": {"score": "answer", "least": 1.0},
+            "entropy_above": {"above": 2.55},
+        },
+        samples={
+            "largest_advantage.over": "batch",
+            "widest_spread.over": "batch",
+            "seamless.least": 0.9,
+            "distinct_pairs.score": "nowhere",
+            "distinct_pairs.least": 0.0,
+            "distinct_pairs.threshold": 2.0,
+        },
+    )
     yield from of_table(
         "reward_model", REWARD_MODELS, STALE, lambda node: f"agent.reward_model={text(node)}",
         first={"stored": {"folder": "REWARDER"}},

@@ -19,7 +19,7 @@ from unified_rl.errors import ConfigError, RecordError
 from unified_rl.objectives.coefficients import coefficient
 from unified_rl.objectives.moving import Moving
 from unified_rl.policies.causal_lm import CausalLM
-from unified_rl.returns import columns, filters
+from unified_rl.returns import columns, filters, gates
 from unified_rl.returns.columns import COLUMNS
 from unified_rl.rollout import LanguageRollout
 from unified_rl.rollout.conversation import converse
@@ -126,6 +126,31 @@ def test_distinct_right_answers_earn_more_and_wrong_ones_nothing() -> None:
     assert columns.distinct(lone, bonus=0.1).tolist() == [1.0, 0.0, 0.0, 0.0]
     alike = record(**{**given, "tokens": tokens[:1].expand(4, 6)}, reward=torch.ones(4, 1))
     torch.testing.assert_close(columns.distinct_share(alike), torch.ones(4))
+
+
+def test_likeness_is_to_what_somebody_else_answered() -> None:
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12], [1, 2, 3, 4, 5, 6]])
+    source = torch.tensor([Source.ONLINE, Source.DEMONSTRATION, Source.ONLINE, Source.ONLINE], dtype=torch.int64)
+    group = torch.tensor([0, 0, 0, 1])
+    rows = record(tokens=tokens, mask=torch.ones(4, 6, dtype=torch.bool), source=source, group=group)
+    assert columns.likeness(rows).tolist() == pytest.approx([1.0, 1.0, 0.0, 0.0])  # the last has nobody beside it
+
+
+def test_rows_that_no_counterpart_is_told_apart_from_are_left_out() -> None:
+    group = torch.tensor([0, 0, 0, 1])
+    rows = record(
+        reward=torch.tensor([[1.0], [0.0], [0.0], [0.0]]), score=torch.tensor([0.9, 0.85, 0.3, 0.5]), group=group
+    )
+    kept = filters.distinct_pairs(rows, torch.ones(4, 1), least=0.1)
+    assert kept.tolist() == [True, False, True, True]  # 0.05 from the right one; 0.6; no counterpart at all
+    assert filters.distinct_pairs(rows, torch.ones(4, 1), least=0.0).all()
+
+
+def test_rows_of_others_are_read_where_nobody_solved_the_prompt() -> None:
+    source = torch.tensor([Source.ONLINE, Source.DEMONSTRATION, Source.ONLINE, Source.DEMONSTRATION], dtype=torch.int64)
+    rows = record(reward=torch.tensor([[1.0], [1.0], [0.0], [1.0]]), source=source)
+    assert gates.own_or_unsolved(rows).tolist() == [True, False, True, True]
+    assert gates.own_or_unsolved(rows, threshold=-1.0).tolist() == [True, False, True, False]
 
 
 def test_a_horizon_takes_the_first_units_of_every_row() -> None:

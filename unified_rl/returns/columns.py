@@ -212,6 +212,19 @@ def distinct_share(record: TensorDictBase, *, temperature: Positive = 0.2, thres
     return weight / groups.sum(weight).clamp(min=1e-12) * groups.sum(won.float())
 
 
+def likeness(record: TensorDictBase) -> Tensor:
+    """How much a row resembles the answer that somebody else gave to its prompt, from 0 to 1; of several the closest.
+
+    The cosine of :func:`distinct`; 1 for those answers, 0 in groups without one. A fine-grained score that needs no
+    judge, for :func:`~unified_rl.returns.filters.distinct_pairs`.
+    """
+    index, profile = Groups.of(record).index, _profile(record["tokens"], record["mask"])
+    shown = record["source"] > int(Source.OFFLINE)
+    same = (index[:, None] == index[None, :]) & shown[None, :]
+    return torch.where(same, profile @ profile.T, 0.0).amax(-1).clamp(0.0, 1.0)
+
+
+likeness.columns = lambda **settings: ["tokens"]  # type: ignore[attr-defined]
 distinct.columns = distinct_share.columns = lambda **settings: ["tokens"]  # type: ignore[attr-defined]
 PROFILE = 512
 """Width of the hashed counts that two answers are compared by."""
@@ -246,4 +259,5 @@ COLUMNS: dict[str, Callable[..., Tensor]] = {
     "class_costs": class_costs,
     "distinct": distinct,
     "distinct_share": distinct_share,
+    "likeness": likeness,
 }

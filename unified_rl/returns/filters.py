@@ -15,7 +15,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from unified_rl.ranges import Fraction, NonNegative, UnitInterval
+from unified_rl.ranges import Fraction, Name, NonNegative, UnitInterval
 from unified_rl.returns import readings
 from unified_rl.returns.groups import Groups
 from unified_rl.returns.maps import of_units
@@ -116,6 +116,33 @@ def entropy_above(record: TensorDictBase, advantage: Tensor, *, above: NonNegati
 entropy_above.reads = lambda **settings: {"entropy": readings.entropy}  # type: ignore[attr-defined]
 
 
+def distinct_pairs(
+    record: TensorDictBase,
+    advantage: Tensor,
+    *,
+    score: Name = "score",
+    least: NonNegative = 0.1,
+    threshold: float = 0.5,
+) -> Tensor:
+    """Rows without those that no row of the other outcome in their group is told apart from. DaGRPO, 2512.06337.
+
+    A right and a wrong row are told apart where their scores differ by ``least``; a row of which every counterpart is
+    closer would be pushed against its like. Rows without a counterpart stay.
+
+    Args:
+        score: entry ``[B]`` of the record, finer than the reward.
+        least: difference; 0 keeps every row.
+        threshold: of the return, above which an answer is right.
+    """
+    index, won, value = Groups.of(record).index, row_return(record) > threshold, record[score].float()
+    other = (index[:, None] == index[None, :]) & (won[:, None] != won[None, :])
+    apart = other & ((value[:, None] - value[None, :]).abs() >= least)
+    return apart.any(-1) | ~other.any(-1)
+
+
+distinct_pairs.columns = lambda *, score, **others: [score]  # type: ignore[attr-defined]
+
+
 def _real(record: TensorDictBase, advantage: Tensor) -> Tensor:
     """Which entries of advantages are a row's own, in their shape: what a map writes behind its end is nobody's."""
     mask: Tensor = record["mask"]
@@ -154,4 +181,5 @@ FILTERS: dict[str, Callable[..., Tensor]] = {
     "seamless": seamless,
     "uncertain_units": uncertain_units,
     "first_units": first_units,
+    "distinct_pairs": distinct_pairs,
 }
