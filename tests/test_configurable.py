@@ -51,6 +51,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "source of rows": lambda part: hasattr(part, "rows") and hasattr(part, "check"),
     "context of prompts": lambda part: hasattr(part, "check") and "__call__" in vars(part),
     "beginning of answers": lambda part: hasattr(part, "begin") and hasattr(part, "check"),
+    "speaker of rollouts": lambda part: hasattr(part, "speaks") and hasattr(part, "check"),
     "curriculum of prompts": lambda part: hasattr(part, "choose") and hasattr(part, "told"),
     "reward functions": lambda part: part is Rewards,
     "learner": lambda part: part in (DataParallel, FullyShard),

@@ -35,6 +35,8 @@ COMPLETED = {
     ("warm_start", "from_run"): ["warm_start.run=x"],
     ("rollout", "stored"): ["rollout.data=x"],
     ("recipe", "pear"): ["rollout.sources.recorded.data=x"],
+    **{("recipe", name): ["agent.teacher=x"] for name in ("skd", "dagger", "draft_opd")},
+    ("recipe", "mixsd"): ["rollout.speaker.folder=x"],
     ("recipe", "mopd"): ["agent.anchors.teacher.folders=[x]", "rollout.columns.domain=truncated"],
     ("recipe", "reason_maxxer"): ["rollout.sources.recorded.data=x"],
     ("recipe", "hypo"): ["rollout.sources.recorded.data=x"],
@@ -94,6 +96,8 @@ MEANT: list[tuple[str, str, str]] = [
      "rollout.beginning.of rollout.beginning.share rollout.curriculum.score.target "
      "rollout.context.below rollout.context.share "
      "rollout.curriculum.tracker.fresh rollout.curriculum.tracker.rest "
+     "rollout.speaker.decay rollout.speaker.probability rollout.speaker.replay rollout.speaker.share "
+     "rollout.speaker.top_k "
      "rollout.random_steps rollout.sources.demonstrations.per_group "
      "rollout.sources.demonstrations.rows rollout.sources.experience.share rollout.sources.experience.start "
      "rollout.staleness warm_start.smoothing engine.num_cpus engine.num_gpus "

@@ -1001,6 +1001,9 @@ VALUES_OF: dict[str, Any] = {
     "language.context": {"_target_": "unified_rl.rollout.context.Hints"},
     "language.curriculum": {"_target_": "unified_rl.rollout.curriculum.Curriculum"},
     "language.beginning": {"_target_": "unified_rl.rollout.beginnings.Guided"},
+    "language.speaker": {"_target_": "unified_rl.agents.speakers.Interleaved", "folder": "TEACHER", "top_k": 3},
+    "control.speaker": {"_target_": "unified_rl.agents.speakers.Alternating", "folder": "nowhere"},
+    "control.streams": "nowhere",
     "language.staleness": 0,
     "language.generation_batch": 4,
     "language.columns": {"scores": ["correct"]},
@@ -1330,6 +1333,23 @@ def beginning_cases() -> Iterator[Case]:
             yield Case(f"beginning.{name}.{key}", used, (f"rollout.beginning={text({**node, key: value})}",))
 
 
+def speaker_cases() -> Iterator[Case]:
+    """Who speaks beside the policy."""
+    base = (*LANGUAGE, "correction=reinforce")
+    parts: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "Interleaved": ({"top_k": 3}, {"top_k": 1}),
+        "Draft": ({}, {"replay": 1}),
+        "TwoContexts": ({}, {"share": 0.0, "style": "direct"}),
+        "Alternating": ({"probability": 0.5}, {"probability": 0.9, "decay": 0.1}),
+    }
+    for name, (given, changes) in parts.items():
+        node = {"_target_": f"unified_rl.agents.speakers.{name}", "folder": "TEACHER", **given}
+        yield Case(f"speaker.{name}", base, (f"rollout.speaker={text(node)}",))
+        for key, value in {**changes, "folder": "MODEL"}.items():
+            used = (*base, f"rollout.speaker={text(node)}")
+            yield Case(f"speaker.{name}.{key}", used, (f"rollout.speaker={text({**node, key: value})}",))
+
+
 def curriculum_cases() -> Iterator[Case]:
     """Trackers and what their estimates are worth, on few prompts that come again."""
     target = "unified_rl.rollout.curriculum.Curriculum"
@@ -1435,6 +1455,7 @@ CASES = [
     *context_cases(),
     *curriculum_cases(),
     *beginning_cases(),
+    *speaker_cases(),
     *further_cases(),
 ]
 

@@ -35,6 +35,7 @@ NAMES = [name for name in recipes.recipe_names() if name not in (*OFFLINE, *ASYN
 BINS = ("policy=autoregressive", "policy.bins=5", "policy.hidden=[8]", "rollout.num_envs=4", "rollout.horizon=8")
 SMALL = {  # what makes the run of a recipe small, or lets two updates tell something
     "chord": ["rollout.sources.demonstrations.rows=8"],
+    "skd": ["rollout.speaker.top_k=3"],
     "gkd": ["rollout.sources.demonstrations.rows=4"],
     "offline_kd": ["rollout.sources.demonstrations.rows=8"],
     **{name: ["rollout.sources.demonstrations.rows=8"] for name in ("eksft", "otr", "iql_lm", "ps_kd")},
@@ -64,6 +65,8 @@ TASKS = {
 FEW_DEMONSTRATIONS = ["warm_start.stages=[{updates: 2, lr: 3.0e-3}]", "warm_start.dataset=32"]
 TEACHERS = {
     "dgrpo",
+    "dagger",
+    "draft_opd",
     "exopd",
     "gkd",
     "kdrl",
@@ -73,6 +76,7 @@ TEACHERS = {
     "opd_topk",
     "paced",
     "rlad",
+    "skd",
     "verbal_distillation",
     "veto_kd",
     "vla_opd",
@@ -93,7 +97,10 @@ RECORDED = {
     "infalign": "rollout.sources.reference.folder=MODEL",
 }
 """What names the recorded rows, or the other model, of recipes that learn from such."""
-TOLD = {"mopd": ["agent.anchors.teacher.folders=[RUN, RUN]", "rollout.columns.domain=truncated"]}
+TOLD = {
+    "mixsd": ["rollout.speaker.folder=RUN"],
+    "mopd": ["agent.anchors.teacher.folders=[RUN, RUN]", "rollout.columns.domain=truncated"],
+}
 """What users must give to other recipes."""
 FEW = tuple(merged(LANGUAGE, ["env.modulus=2", "env.terms=2", "env.held_out=0.0"]))
 """Eight prompts, so that they come again in the second update."""

@@ -47,6 +47,9 @@ ROW_KEYS: dict[str, torch.dtype] = {"group": torch.int64, "source": torch.int64}
 COUNTED = "counted"
 """Optional key ``[B]`` bool: rows where it is False take part in no update, no group and no denominator."""
 
+NOBODY = -1
+"""The ``policy_version`` of units that no version of the policy sampled by itself."""
+
 REQUIRED_KEYS = ("behavior_log_prob", "mask", "step_index", "reward", "policy_version")
 """What every record holds, whatever the domain."""
 

@@ -22,7 +22,7 @@ from unified_rl.policies.adapters import check_lora, frozen_names, model_and_ada
 from unified_rl.policies.engines import EngineSettings, Sampler, check_engine_settings, make_engine
 from unified_rl.policies.engines.settings import Name, Precision, Sync
 from unified_rl.policies.fused_layers import fused_layers, recomputing
-from unified_rl.policies.generation import Generation, generate, has_plain_cache
+from unified_rl.policies.generation import Beside, Generation, generate, has_plain_cache
 from unified_rl.policies.heads import logit_shape, read_head
 from unified_rl.policies.model_folder import save_model
 from unified_rl.policies.model_sizes import check_model_config
@@ -316,6 +316,7 @@ class CausalLM(TensorDictModuleBase):
         lengths: Tensor | None = None,
         stop_strings: StopStrings | None = None,
         sampling: Sampling | None = None,
+        beside: Beside | None = None,
     ) -> Generation:
         """Samples continuations; see :func:`unified_rl.policies.generation.generate`.
 
@@ -346,6 +347,7 @@ class CausalLM(TensorDictModuleBase):
                 replay=self.cuda_graph,
                 stop_strings=stop_strings,
                 refresh=self.refresh,
+                beside=beside,
             )
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

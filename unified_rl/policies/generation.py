@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from unified_rl.errors import ConfigError
+from unified_rl.policies.choosers import Chooser
 from unified_rl.policies.cuda_graph_step import ReplayedStep
 from unified_rl.policies.group_cache import GroupCache, group_attention
 from unified_rl.policies.heads import read_head
@@ -59,7 +60,8 @@ class Generation:
         length: ``[B]`` int64, sampled tokens of each row.
         finished: ``[B]`` bool, False where the row ran out of its budget without a stop token.
         version: ``[B, max_new_tokens]`` int64, of the weights that sampled each token; -1 where they are those that
-            whoever asked knows of, and None where they are everywhere.
+            whoever asked knows of, below that a mark of :mod:`~unified_rl.policies.choosers`; None where it is -1
+            everywhere.
     """
 
     tokens: Tensor
@@ -71,6 +73,23 @@ class Generation:
     def rows(self) -> list[list[int]]:
         """The sampled ids of each row, without padding."""
         return [row[:n] for row, n in zip(self.tokens.tolist(), self.length.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Another model that reads along, and has a say in every token.
+
+    Attributes:
+        model: any ``AutoModelForCausalLM`` with the same vocabulary, also the one that generates.
+        choose: makes the next token of what both expect, see :mod:`~unified_rl.policies.choosers`.
+        sampling: how its logits become probabilities.
+        prompts: what it sees in the place of each prompt; None is the same.
+    """
+
+    model: PreTrainedModel
+    choose: Chooser
+    sampling: Sampling
+    prompts: Sequence[Tensor | Sequence[int]] | None = None
 
 
 def pad_prompts(
@@ -118,6 +137,7 @@ def generate(
     replay: bool = False,
     stop_strings: StopStrings | None = None,
     refresh: Callable[[], int] | None = None,
+    beside: Beside | None = None,
 ) -> Generation:
     """Samples continuations; row ``i * samples_per_prompt + j`` is sample ``j`` of prompt ``i``.
 
@@ -139,10 +159,11 @@ def generate(
         stop_strings: texts that end a row too; the tokens that made one up are kept as sampled.
         refresh: called before the prompts are read and before every further token; it may write other weights into the
             model, and returns their version. What the cache holds stays as older weights made it.
+        beside: another model that has a say in every token; log-probs are then those of the mixture.
 
     Raises:
-        ConfigError: an empty prompt, no generator, an unknown backend, or ``replay`` or ``refresh`` where the own loop
-            cannot run.
+        ConfigError: an empty prompt, no generator, an unknown backend, or ``replay``, ``refresh`` or ``beside`` where
+            the own loop cannot run.
     """
     if backend not in ("own", "hf"):
         raise ConfigError(f"generation backend '{backend}' is unknown; use 'own' or 'hf'")
@@ -150,7 +171,7 @@ def generate(
         raise ConfigError("generation needs a generator, unless greedy=True")
     tokens, lengths = pad_prompts(prompts, pad_id, model.device, lengths)
     job = _Job(max_new_tokens, tuple(stop_ids), pad_id, sampling or Sampling(), samples_per_prompt, greedy, replay)
-    job = dataclasses.replace(job, stop_strings=stop_strings, refresh=refresh)
+    job = dataclasses.replace(job, stop_strings=stop_strings, refresh=refresh, beside=beside)
     was_training = model.training
     model.eval()  # in training mode gradient checkpointing would switch the cache off
     try:
@@ -165,6 +186,8 @@ def generate(
                 "weights cannot change while this model samples (that takes the own loop over a plain key-value "
                 "cache); set engine.in_flight=false"
             )
+        if beside is not None:
+            _check_beside(job, beside, own)
         if own:
             return _Loop(model, tokens, lengths, job, _on_device(generator, model.device)).run()
         if model.config.model_type in UNMASKED and len(lengths.unique()) > 1:
@@ -172,6 +195,24 @@ def generate(
         return _generate_hf(model, tokens, lengths, job, generator)
     finally:
         model.train(was_training)
+
+
+def _check_beside(job: _Job, beside: Beside, own: bool) -> None:
+    """Refuses two models at once where the loop cannot run both.
+
+    Raises:
+        ConfigError: says which of the two, or which setting, is in the way.
+    """
+    if not own or not has_plain_cache(beside.model):
+        kind = beside.model.config.model_type
+        raise ConfigError(
+            f"two models choose tokens together in the own loop over plain key-value caches alone, which this model or "
+            f"the other ({kind}) does not have; leave rollout.speaker out"
+        )
+    if job.greedy or job.replay or job.sampling.remembers or beside.sampling.remembers:
+        raise ConfigError(
+            "two models choose tokens together by sampling, without policy.cuda_graph and policy.repetition_penalty"
+        )
 
 
 def has_plain_cache(model: PreTrainedModel) -> bool:
@@ -194,6 +235,7 @@ class _Job:
     replay: bool = False
     stop_strings: StopStrings | None = None
     refresh: Callable[[], int] | None = None
+    beside: Beside | None = None
 
     def empty(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Padded tokens and zero log-probs ``[rows, max_new_tokens]``."""
@@ -226,20 +268,28 @@ class _Loop:
     """The own decoding loop. ``row`` maps the rows that are still in the cache to the rows of the result."""
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Tensor, lengths: Tensor, job: _Job, generator: torch.Generator | None
+        self,
+        model: PreTrainedModel,
+        prompts: Tensor,
+        lengths: Tensor,
+        job: _Job,
+        generator: torch.Generator | None,
+        slabs: bool = False,
     ) -> None:
         self.model, self.job, self.generator, self.prompts, self.lengths = model, job, generator, prompts, lengths
         self.device = prompts.device
         rows = len(prompts) * job.repeats
         width = prompts.shape[1]
         self.tokens, self.log_prob = job.empty(rows, self.device)
-        self.version = None if job.refresh is None else torch.zeros_like(self.tokens)
-        self.now = 0
+        marked = job.refresh is not None or job.beside is not None
+        self.version = torch.full_like(self.tokens, -1) if marked else None
+        self.now = -1
         self.stops = torch.tensor(job.stop_ids, dtype=torch.int64, device=self.device)
         self.row: Tensor | None = None  # None: every row, in order
         self.alive = torch.ones(rows, dtype=torch.bool, device=self.device)
         self.position = lengths.repeat_interleave(job.repeats)[:, None]
-        kind = CPU_CACHE if self.device.type == "cpu" else SlabCache
+        slabs = slabs or job.beside is not None  # grouped attention is of one model at a time
+        kind = CPU_CACHE if self.device.type == "cpu" and not slabs else SlabCache
         self.cache: FixedCache | GroupCache | SlabCache = kind(count_layers(model.config), job.repeats)
         self.visible: Tensor | None = None
         self.seen: Tensor | None = None
@@ -256,6 +306,15 @@ class _Loop:
         self.cut = torch.full((rows,), job.max_new_tokens + 1, device=self.device)
         self.watched, self.looked = self.alive, 0  # rows that were alive at the last look for stop texts, and when
         self.check_every = 1 if self.device.type == "cpu" else CHECK_EVERY_ON_DEVICE
+        self.companion = None if job.beside is None else self._beside(job.beside)
+
+    def _beside(self, beside: Beside) -> _Loop:
+        """The loop of the other model, which this one takes along."""
+        prompts, lengths = self.prompts, self.lengths
+        if beside.prompts is not None:
+            prompts, lengths = pad_prompts(beside.prompts, self.job.pad_id, self.device)
+        job = dataclasses.replace(self.job, sampling=beside.sampling, beside=None, refresh=None, replay=False)
+        return _Loop(beside.model, prompts, lengths, job, None, slabs=True)
 
     @torch.no_grad()
     def run(self) -> Generation:
@@ -267,7 +326,7 @@ class _Loop:
                 self.cache = self.cache.slabs()
             self.seen = job.seen_in(self.prompts, self.lengths, logits)
             rows, steps = len(self.tokens), job.max_new_tokens - 1
-            stays = job.refresh is None  # packed copies of weights would not follow
+            stays = job.refresh is None and job.beside is None  # packed copies of weights would not follow
             self.lean = lean_step(self.model, self.cache, rows, steps) if stays else None
             with packed_weights(self.model, rows, steps) if stays and self.lean is None else nullcontext():
                 self._decode(logits)
@@ -285,9 +344,10 @@ class _Loop:
 
     def _decode(self, logits: Tensor) -> None:
         """Samples until every row has ended, from the first ``logits [B, V]`` on."""
-        job, width, step = self.job, self.prompts.shape[1], -1
+        job, width, step, other = self.job, self.prompts.shape[1], -1, self.companion
+        expected = None if other is None else other._prefill()
         for step in range(job.max_new_tokens):
-            token = self._record(step, logits)
+            token = self._record(step, logits, expected)
             if step + 1 == job.max_new_tokens:
                 break
             if (step + 1) % self.check_every == 0:
@@ -299,6 +359,8 @@ class _Loop:
                     token = token[kept]
             self._refresh()
             logits = self._next(token, width + step + 1)
+            if other is not None:
+                expected = other._next(token, other.prompts.shape[1] + step + 1)
         self._cut_at_texts(step)
 
     def _cut_at_texts(self, step: int) -> None:
@@ -341,13 +403,19 @@ class _Loop:
         at = hidden[:, -1] if last is None else hidden[torch.arange(len(tokens), device=self.device), last]
         return read_head(self.model, at)
 
-    def _record(self, step: int, logits: Tensor) -> Tensor:
-        """Draws a token for every row in the cache and writes those of live rows."""
-        token, log_prob = self.job.pick(logits, self.generator, self.seen)
+    def _record(self, step: int, logits: Tensor, expected: Tensor | None = None) -> Tensor:
+        """Draws a token for every row in the cache and writes those of live rows; ``expected`` are another's logits."""
+        version: int | Tensor = self.now
+        if expected is None or self.job.beside is None:
+            token, log_prob = self.job.pick(logits, self.generator, self.seen)
+        else:
+            own, other = self.job.sampling.logits(logits), self.job.beside.sampling.logits(expected)
+            token, log_prob, mark = self.job.beside.choose(own, other, self.generator)
+            version = torch.where(mark < 0, mark, self.now)
         token = torch.where(self.alive, token, self.job.pad_id)
         log_prob = log_prob.masked_fill(~self.alive, 0.0)
         if self.version is not None:
-            self.version[:, step] = self.now
+            self.version[slice(None) if self.row is None else self.row, step] = version  # type: ignore[index]
         if self.row is None:
             self.tokens[:, step], self.log_prob[:, step] = token, log_prob
         else:
@@ -363,15 +431,21 @@ class _Loop:
             return None
         kept = self.alive.nonzero()[:, 0]
         self.row = kept if self.row is None else self.row[kept]
-        self.alive, self.position = self.alive[kept], self.position[kept]
-        self.watched = self.alive
-        if self.visible is not None:
-            self.visible = self.visible[kept]
+        self.alive = self.watched = self.alive[kept]
         if self.seen is not None:
             self.seen = self.seen[kept]
-        if live:
-            self.cache.batch_select_indices(kept)
+        for loop in (self, self.companion):
+            if loop is not None:
+                loop._keep(kept)
         return kept
+
+    def _keep(self, kept: Tensor) -> None:
+        """Drops all other rows from the cache."""
+        self.position = self.position[kept]
+        if self.visible is not None:
+            self.visible = self.visible[kept]
+        if len(kept):
+            self.cache.batch_select_indices(kept)
 
 
 def _on_device(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:

@@ -19,7 +19,7 @@ from unified_rl.replay.pool import AnswerPool
 from unified_rl.rollout.conversation import Problems
 from unified_rl.rollout.sources.base import require_one_turn
 from unified_rl.rollout.whispered import Advice, part_of
-from unified_rl.units import Source, row_return
+from unified_rl.units import NOBODY, Source, row_return
 
 
 class Start(NamedTuple):
@@ -46,8 +46,6 @@ class Start(NamedTuple):
 
 
 NOTHING = Start([])
-NOBODY = -1
-"""The version of what no policy sampled."""
 
 
 class Asked(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from unified_rl.policies.drawing import Draws, draws_of
 from unified_rl.protocols import ControlEnv, Samples, StepResult
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
 from unified_rl.rollout.held_noise import HeldNoise
+from unified_rl.rollout.speakers import FOREIGN, Actor, Acts
 from unified_rl.spaces import Space
-from unified_rl.units import Source
+from unified_rl.units import NOBODY, Source
 
 STEPS = "rollout/steps"
 """Environment steps that a collection made: ``steps_per_collect``, or fewer where episodes' ends cut chunks short."""
@@ -39,6 +40,7 @@ class ControlRollout:
         horizon: steps of one call of :meth:`collect`.
         staleness: how many updates old the policy is that sampled the rows of an update. That many collected batches
             wait in the trainer's feed, so rows carry the version that really acted.
+        speaker: who acts in the policy's place, see :mod:`unified_rl.rollout.speakers`.
         random_steps: environment steps acted uniformly at random at the start (SAC-like agents). Their
             ``behavior_log_prob`` is that of the uniform density over the action box, and re-scoring data are the
             policy's own samples, so only agents that do not re-score may use this.
@@ -64,7 +66,9 @@ class ControlRollout:
         horizon: Count = 64,
         staleness: Whole = 0,
         random_steps: Whole = 0,
+        speaker: Actor | None = None,
         device: str = "cpu",
+        streams: Callable[[str], torch.Generator] | None = None,
     ) -> None:
         self.env, self.policy, self.gamma, self.generator = env, policy, gamma, generator
         self.horizon, self.staleness, self.random_steps = horizon, staleness, random_steps
@@ -87,6 +91,10 @@ class ControlRollout:
         self._untold: list[StepResult] = []
         self._executed: tuple[Tensor | None, int] = (None, 0)
         self.noise = HeldNoise.of(policy, env.num_envs)
+        self.speaker = speaker
+        self._speaker_stream = torch.Generator().manual_seed(0) if streams is None else streams("speaker")
+        if speaker is not None:
+            self._check_speaker(speaker, policy)
         bounds = Space.of(env.policy_inputs()).sizes()
         self._low, self._high = (torch.tensor(bounds[key]) for key in ("action_low", "action_high"))
         if random_steps and not bool(torch.isfinite(self._high - self._low).all()):
@@ -122,6 +130,8 @@ class ControlRollout:
         uniform = self.steps < self.random_steps
         if self.noise is not None:
             draws = Draws(self.noise, self.generator)
+        elif (acts := self._acts(version)) is not None:
+            draws = Draws(acts, self.generator)
         else:
             draws = Draws(self.policy.sample, self.generator) if uniform else draws_of(self.policy, self.generator)
         try:
@@ -142,6 +152,21 @@ class ControlRollout:
         draws.finish(rows)
         batch = TensorDict({key: value.to("cpu") for key, value in rows.items()}, batch_size=rows["reward"].shape)
         return batch, {**_episode_means(ended), STEPS: float(self.steps - before)}
+
+    def _check_speaker(self, speaker: Actor, policy: Samples) -> None:
+        """Raises ConfigError where nobody else can act."""
+        if not isinstance(speaker, Actor):
+            raise ConfigError(
+                f"rollout.speaker is {type(speaker).__name__}, which chooses tokens; in simulations use "
+                "unified_rl.agents.speakers.Alternating"
+            )
+        if self.noise is not None or self.random_steps:
+            name = "policy.gsde" if self.noise is not None else "rollout.random_steps"
+            raise ConfigError(f"rollout.speaker says who acts, and {name} has a say in it too: leave one of them out")
+        speaker.check_control(self.env, policy, "rollout.speaker")
+
+    def _acts(self, version: int) -> Acts | None:
+        return None if self.speaker is None else self.speaker.acts(self.policy, version, self._speaker_stream)
 
     def _act_uniformly(self, sample: dict[str, Tensor]) -> None:
         uniform = torch.rand(sample["action"].shape, generator=self.generator, device=self.device)
@@ -180,6 +205,8 @@ class ControlRollout:
         shape = (self.horizon, self.num_envs)
         rows["group"] = rows["episode"].clone()
         rows["policy_version"] = torch.full(shape, version, dtype=torch.int64)
+        if FOREIGN in rows:
+            rows["policy_version"].masked_fill_(rows.pop(FOREIGN).to("cpu"), NOBODY)
         rows["source"] = torch.full(shape, int(Source.ONLINE), dtype=torch.int64)
         return rows
 
@@ -240,6 +267,7 @@ class ControlRollout:
             "calls": self._calls,
             "generator": self.generator.get_state(),
             **({} if self.noise is None else {"noise": self.noise.state_dict()}),
+            **({} if self.speaker is None else {"speaker": self._speaker_stream.get_state()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -252,6 +280,8 @@ class ControlRollout:
         self.generator.set_state(state["generator"])
         if self.noise is not None and "noise" in state:
             self.noise.load_state_dict(state["noise"])
+        if self.speaker is not None:
+            self._speaker_stream.set_state(state["speaker"])
 
     def restart(self, state: dict[str, Any], seed: int) -> None:
         """Goes on behind :meth:`state_dict` with new episodes in every simulation, and streams from ``seed``."""
@@ -262,6 +292,7 @@ class ControlRollout:
         self._steps.zero_()
         self.steps = state["steps"]
         self.generator.manual_seed(seed)
+        self._speaker_stream.manual_seed(seed + 1)
         self.noise = HeldNoise.of(self.policy, self.num_envs)
 
 

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError, NonFiniteError
+from unified_rl.policies.choosers import CORRECTED, FOREIGN
 from unified_rl.protocols import CountsEpochs, EngineSampler, Generates, HasSampler, LanguageEnv, LanguagePolicy
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
 from unified_rl.rollout.beginnings import Asked, Beginning, Start
 from unified_rl.rollout.context import Context
-from unified_rl.rollout.conversation import Problems, Told, converse, joined, ordered, summary
+from unified_rl.rollout.conversation import Conversations, Problems, Told, converse, joined, ordered, summary
 from unified_rl.rollout.curriculum import EXPECTED, Curriculum
 from unified_rl.rollout.rows import GREEDY, MOST_LIKELY, REWARDS, RowBuilder
 from unified_rl.rollout.sources.base import ChecksGroup, ChoosesPrompts, Recited, Request, RowSource, check_rows
+from unified_rl.rollout.speakers import AddsRows, Speaker, Spoken
 from unified_rl.rollout.whispered import whisper
 from unified_rl.units import COUNTED, Source
 
@@ -56,6 +58,7 @@ class LanguageRollout:
         beginning: what answers begin with, see :mod:`unified_rl.rollout.beginnings`.
         context: what is sampled again, and after which tokens, see :mod:`unified_rl.rollout.context`; budgets do not
             count what it samples.
+        speaker: who speaks in the policy's place, see :mod:`unified_rl.rollout.speakers`.
         curriculum: which prompts are drawn, see :mod:`unified_rl.rollout.curriculum`.
         columns: further entries of the record, made of the environment's own numbers: a name gives ``[B]`` int64, a
             list of names ``[B, K]`` float32 (several rewards, strata).
@@ -96,6 +99,7 @@ class LanguageRollout:
         context: Context | None = None,
         curriculum: Curriculum | None = None,
         beginning: Beginning | None = None,
+        speaker: Speaker | None = None,
         columns: dict[str, str | list[str]] | None = None,
         privileged: str | None = None,
         generation_batch: Count | None = None,
@@ -127,6 +131,10 @@ class LanguageRollout:
             _require_part(curriculum, "rollout.curriculum", "unified_rl.rollout.curriculum.Curriculum", "choose")
             if EXPECTED in self.builder.columns:
                 raise ConfigError(f"rollout.columns.{EXPECTED} is a column of rollout.curriculum; choose another name")
+        self.speaker = speaker
+        if speaker is not None:
+            _require_part(speaker, "rollout.speaker", "unified_rl.agents.speakers.Interleaved", "speaks")
+            speaker.check(env, policy, "rollout.speaker")
         self.sources = {name: source for name, source in (sources or {}).items() if source is not None}
         for name, source in self.sources.items():
             _require_part(source, f"rollout.sources.{name}", "unified_rl.rollout.sources.Demonstrations")
@@ -134,12 +142,13 @@ class LanguageRollout:
             if isinstance(source, ChecksGroup):
                 source.check_group(group_size, f"rollout.sources.{name}")
             self._refuse_one_reward(source, f"rollout.sources.{name}")
-        own = ("context", *(f"sources/{name}" for name in self.sources), "curriculum", "beginning")
+        own = ("context", *(f"sources/{name}" for name in self.sources), "curriculum", "beginning", "speaker")
         self._streams = {name: streams(name) for name in own}
         self.shows: Callable[[Told, int], list[list[Any]]] | None = None
         self.share: tuple[int, int] = (0, 1)
         self.steps_per_collect = prompts * group_size
         self.rows = self.steps_per_collect + sum(source.most(prompts) for source in self.sources.values())
+        self.rows += speaker.most(self.steps_per_collect) if isinstance(speaker, AddsRows) else 0
         self.steps = 0
 
     def _refuse_one_reward(self, source: RowSource, setting: str) -> None:
@@ -191,8 +200,10 @@ class LanguageRollout:
             RolloutError: an engine fails.
         """
         sampler = self._sampler()
-        speaker: Generates = self.policy if sampler is None else sampler.at(version)
+        policy: Generates = self.policy if sampler is None else sampler.at(version)
         problems = self._problems()
+        spoken = Spoken(self.env, problems, version, self._streams["speaker"])
+        speaker = policy if self.speaker is None else self.speaker.speaks(policy, spoken)
         repeated = [problem for problem in problems for _ in range(self.group_size)]
         told, starts = self._first(speaker, repeated)
         metrics = summary(*told) | epoch_of(self.env, self.problem_generator)
@@ -217,7 +228,16 @@ class LanguageRollout:
             metrics["samples"] = self.shows(told, int(rows["episode"][0, 0]))  # type: ignore[assignment]
         if self.beginning is not None:
             self.beginning.observe(rows, problems)
+        if self.speaker is not None:
+            metrics |= _shares(talk)
+        more = None
+        if isinstance(self.speaker, AddsRows):
+            more = self.speaker.more(rows, talk.version == CORRECTED, policy, spoken)
+            metrics["rollout/joined/speaker"] = 0.0 if more is None else float(len(more))
         out = self._joined(rows, problems, groups, version, metrics)
+        if more is not None:
+            more["group"] = self.builder.groups(len(more))
+            out = torch.cat([out, check_rows(more, rows, "rollout.speaker")])
         if self.curriculum is not None and unaided is not None:
             metrics |= self.curriculum.told(*unaided, self._scored)
         return out, metrics
@@ -417,6 +437,15 @@ class LanguageRollout:
             source.load_state_dict(state["sources"][name])
         if self.curriculum is not None:
             self.curriculum.load_state_dict(state["curriculum"])
+
+
+def _shares(talk: Conversations) -> dict[str, float]:
+    """Which part of the tokens the policy did not sample by itself, and which took the place of its proposals."""
+    count = talk.mask.sum().clamp(min=1)
+    return {
+        "rollout/foreign": float((talk.version <= FOREIGN).sum() / count),
+        "rollout/corrected": float((talk.version == CORRECTED).sum() / count),
+    }
 
 
 def _require_part(part: Any, setting: str, example: str, method: str = "check") -> None:

@@ -13,7 +13,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
 from unified_rl.protocols import LanguageEnv, ReportsColumns, Rewarded, Solves, Votes, require_solutions
 from unified_rl.rollout.conversation import UNKNOWN, Conversations, Told
-from unified_rl.units import COUNTED, Source, numbered
+from unified_rl.units import COUNTED, NOBODY, Source, numbered
 
 REWARDS = "rewards"
 """Entry ``[B, K]`` float32 of the record: what each reward function of the run gave, NaN where one gave nothing."""
@@ -109,7 +109,7 @@ class RowBuilder:
                 "mask": talk.mask,
                 "behavior_log_prob": talk.log_prob,
                 "step_index": talk.step_index,
-                "policy_version": torch.where(talk.version == UNKNOWN, version, talk.version),
+                "policy_version": torch.where(talk.version == UNKNOWN, version, talk.version).clamp(min=NOBODY),
                 "reward": talk.reward,
                 "step_mask": talk.step_mask,
                 "terminated": talk.terminated,
