@@ -273,7 +273,8 @@ def test_a_recipe_tells_what_it_changes_and_draws_its_rows() -> None:
 @pytest.mark.parametrize("name", recipes.recipe_names())
 def test_every_part_of_a_recipe_has_words_in_pictures(name: str) -> None:
     rollout = recipe_parts.read(name)[1].get("rollout", {})
-    for key, known in (("beginning", recipe_parts.GIVEN), ("context", recipe_parts.AGAIN)):
+    for key in ("beginning", "context", "speaker"):
+        known = {"beginning": recipe_parts.GIVEN, "context": recipe_parts.AGAIN, "speaker": recipe_parts.SPEAKERS}[key]
         assert not rollout.get(key) or rollout[key]["_target_"].rpartition(".")[2] in known
     for node in (rollout.get("sources") or {}).values():
         assert node["_target_"].rpartition(".")[2] in recipe_parts.LETTERS

@@ -137,7 +137,8 @@ def distinct_pairs(
     index, won, value = Groups.of(record).index, row_return(record) > threshold, record[score].float()
     other = (index[:, None] == index[None, :]) & (won[:, None] != won[None, :])
     apart = other & ((value[:, None] - value[None, :]).abs() >= least)
-    return apart.any(-1) | ~other.any(-1)
+    kept: Tensor = apart.any(-1) | ~other.any(-1)
+    return kept
 
 
 distinct_pairs.columns = lambda *, score, **others: [score]  # type: ignore[attr-defined]

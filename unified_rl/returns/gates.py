@@ -21,7 +21,8 @@ def success_at_most(record: TensorDictBase, *, count: int = 0, threshold: float 
 def own_or_unsolved(record: TensorDictBase, *, threshold: float = 0.5) -> Tensor:
     """Own rows ``[B]``, and those of others where no own row of the group returns more than ``threshold``. DaGRPO."""
     own = record["source"] <= int(Source.OFFLINE)
-    return own | success_at_most(record, count=0, threshold=threshold)
+    out: Tensor = own | success_at_most(record, count=0, threshold=threshold)
+    return out
 
 
 GATES: dict[str, Callable[..., Tensor]] = {"success_at_most": success_at_most, "own_or_unsolved": own_or_unsolved}

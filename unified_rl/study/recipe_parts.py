@@ -36,6 +36,14 @@ AGAIN = {
 }
 """What becomes of groups, by the class of ``rollout.context``."""
 
+SPEAKERS = {
+    "Alternating": "o o o o t t t t      turns, or steps, of the policy (o) and of the teacher (t)",
+    "Draft": "o o o x t            the policy's draft to its first rejected token (x), on from the teacher's (t)",
+    "TwoContexts": "b b s b b s s b      a frozen model's tokens: b without the solution in sight, s with it",
+    "Interleaved": "o o t o o o t o      tokens of the policy (o), the teacher's (t) where those are unlikely to it",
+}
+"""How a picture draws an answer, by the class of ``rollout.speaker``."""
+
 
 def read(name: str) -> tuple[dict[str, str], dict[str, Any]]:
     """The options that a recipe chooses by group, and the keys that it sets itself."""
@@ -61,7 +69,7 @@ def parts(name: str) -> dict[str, list[str]]:
         ],
         "prompts and answers": [
             *(f"score {one}" for one in _names(_node(rollout.get("curriculum")).get("score"))),
-            *(_class(rollout.get(key)) for key in ("curriculum", "beginning", "context")),
+            *(_class(rollout.get(key)) for key in ("curriculum", "beginning", "context", "speaker")),
             *(f"privileged {rollout['privileged']}" for _ in ["privileged"] if rollout.get("privileged")),
         ],
         "advantages": [
@@ -103,6 +111,8 @@ def picture(name: str) -> list[str]:
     if context:
         lines += ["failed groups:  x x x x x x x x", f"                | {AGAIN.get(context, context)}"]
         lines += ["                v", "                o o o o o o o o"]
+    speaker = _class(rollout.get("speaker"))
+    lines += [f"{'an answer:':15} {SPEAKERS.get(speaker, speaker)}"] if speaker else []
     return lines
 
 
