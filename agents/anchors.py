@@ -286,6 +286,11 @@ class Anchors(Mapping[str, Provider]):
         found = self._scored(record, lambda part: shown.read_logits(part, reader)[0].detach())
         return dict(zip(columns, found.unbind(-1), strict=True))
 
+    def states(self, record: TensorDict) -> Tensor:
+        """Last hidden states ``[B, N, h]`` of every unit under the present weights, a micro-batch at a time."""
+        shown = cast(UnitStates, self.policy)  # likewise
+        return self._scored(record, lambda part: shown.unit_states(part).detach())
+
     def interpolate(self, batch: TensorDictBase, log_prob: Tensor, version: int) -> None:
         """Sets the proximal policy between behavior and current by age, where the correction wants that."""
         if self.provider == "interpolated":

@@ -21,12 +21,13 @@ from unified_rl.objectives.moving import Moving
 from unified_rl.objectives.objective import Objective, Parts
 from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.terms import OWN_ROWS
-from unified_rl.protocols import ShowsLogits
+from unified_rl.protocols import ShowsLogits, UnitStates
 from unified_rl.returns.columns import COLUMNS
 from unified_rl.returns.filters import FILTERS
 from unified_rl.returns.gates import GATES
 from unified_rl.returns.groups import Groups
 from unified_rl.returns.maps import MAPS
+from unified_rl.returns.readings import STATES
 from unified_rl.units import COUNTED, row_return
 
 
@@ -114,6 +115,11 @@ class Estimate:
                     f"{rule.where} reads the distribution of every unit, and {type(self.policy).__name__} shows none: "
                     "use a policy of tokens or of action bins (policy=autoregressive)"
                 )
+            if rule.states and not isinstance(self.policy, UnitStates):
+                raise ConfigError(
+                    f"{rule.where} reads the hidden state of every unit, and {type(self.policy).__name__} shows none: "
+                    "use a language model (policy=causal_lm)"
+                )
 
     @property
     def rules(self) -> list[Moving]:
@@ -178,10 +184,13 @@ class Estimate:
         weight = self.wrapper.row_weight(record) if isinstance(self.groups, GroupBaseline) else None
         record["advantage"] = self.groups(record, score, weight)
         self._read(record, [*self.maps, *self.filters])
+        if any(rule.states for rule in self.rules):
+            record[STATES] = self.anchors.states(record)
         for reshape in self.maps:
             record["advantage"] = _fitting(_applied(reshape, record, record["advantage"]), record, reshape.where)
         metrics["train/zero_advantage"] = (record["advantage"] == 0).float().mean()
-        return self._filtered(record, metrics) if self.filters else record
+        kept = self._filtered(record, metrics) if self.filters else record
+        return kept.exclude(STATES) if STATES in kept.keys() else kept
 
     def _read(self, record: TensorDict, rules: Sequence[Moving]) -> None:
         """Writes what rules read from every unit's distribution, under names of their own."""

@@ -569,6 +569,7 @@ def term_cases() -> Iterator[Case]:
             "taught": {"outcome": 0.5},
             "tilted": {"share": 0.5},
             "by_difficulty": {"label": 2.0},
+            "residual": {"rank": 2},
         },
         extra=dict.fromkeys(["by_difficulty", "consistent"], ("rollout.columns={answer: answer, label: label}",)),
         samples={
@@ -580,6 +581,10 @@ def term_cases() -> Iterator[Case]:
             "tilted.probability": 0.06,
             "forgiven_failure.threshold": 2.0,
             "by_difficulty.threshold": -1.0,
+            "residual.low": 0.0,
+            "residual.high": 1.0,
+            "residual.fewest": 1000,
+            "residual.most": 4,
             "by_difficulty.label_column": "answer",
             "consistent.threshold": -1.0,
             "consistent.answer_column": "label",

@@ -124,6 +124,43 @@ def test_a_group_that_agrees_is_compared_with_other_prompts() -> None:
     assert torch.isfinite(maps.consistent(alone, A)).all()  # one prompt has no other
 
 
+def test_negative_tokens_count_by_what_positive_ones_do_not_span() -> None:
+    a, b = torch.tensor([2.0, -2.0, 0.0, 0.0]), torch.tensor([-2.0, 2.0, 0.0, 0.0])
+    c = torch.tensor([0.0, 0.0, 2.0, -2.0])  # across the only direction, a - b, that right answers go
+    states = torch.zeros(4, 6, 4)
+    states[0, :4] = torch.stack([a, b, a, b])
+    states[1, :2] = torch.stack([a, c])
+    states[3] = c
+    rows = record(mask=torch.arange(6) < torch.tensor([[4], [2], [4], [3]]), unit_states=states)
+    got = maps.residual(rows, A, positive=0.5, least=0.2, low=0.0, high=1.0)
+    assert got[0, :4].tolist() == [0.5] * 4
+    assert got[1, :2].tolist() == pytest.approx([-0.2, -1.0])
+    assert got[3, :3].tolist() == pytest.approx([-0.5 * 0.6] * 3)  # all alike: half of the way
+    assert maps.residual(rows, A, positive=0.5, least=0.2, fewest=5)[1, :2].tolist() == [-1.0, -1.0]
+    unmixed = maps.residual(rows, -A.abs(), least=0.2)
+    assert unmixed.equal(-A.abs().expand(4, 6))  # nothing is right, so nothing is shared
+
+
+def test_hidden_states_that_a_map_reads_are_the_policys_and_do_not_stay() -> None:
+    policy, rows = joined()
+    agent = agent_of(policy, rows, maps=[{"name": "residual", "fewest": 2}], micro_batch=5)
+    drawn = agent._draw(filled(rows, 1))
+    with torch.no_grad():
+        want = policy.unit_states(drawn)
+    torch.testing.assert_close(agent.anchors.states(drawn), want, atol=1e-5, rtol=1e-4)
+    kept = agent.estimate(drawn, 0, {})
+    assert "unit_states" not in kept.keys() and kept["advantage"].shape == kept["mask"].shape
+    assert len(kept["advantage"][kept["mask"] & (kept["advantage"] < 0)].unique()) > 8  # each token has its own
+
+
+def test_a_policy_without_hidden_states_is_refused_by_name() -> None:
+    from run_cases import CONTROL, merged
+    from test_nonsense import stage
+
+    found = stage(tuple(merged(CONTROL, ["agent=ppo"])), "agent.maps=[residual]", None)  # type: ignore[arg-type]
+    assert "agent.maps[0]" in found and "policy=causal_lm" in found
+
+
 def test_a_map_without_its_column_is_refused_by_name() -> None:
     from run_cases import LANGUAGE, merged
     from test_nonsense import stage

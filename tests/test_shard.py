@@ -165,6 +165,7 @@ TERMS: dict[str, tuple[str, dict[str, Any]]] = {
         "spread": {"name": "weighed_entropy", "weight": "share", "coefficient": 1.0}}}),
     "margin": ("language", {"objectives": {"policy": {"rows": "own"}, "calibrate": {"name": "margin"}}}),
     "maps that read": ("language", {"maps": [{"name": "retempered"}, "overconfident"]}),
+    "maps of hidden states": ("language", {"maps": [{"name": "residual", "fewest": 2}]}),
     "filtered rows": ("language", {"filters": ["largest_advantage"]}),
     "filtered over the batch": ("language", {"filters": [{"name": "widest_spread", "over": "batch"}]}),
     "filtered units": ("language", {"filters": ["uncertain_units"]}),

@@ -16,7 +16,8 @@ class Moving:
 
     A rule may declare what it reads beside the record, as attributes of its function: ``anchors``, names of policies
     whose log-probs it wants, ``reads``, ``(**settings) -> {column: (logits [n, V], token [n]) -> [n]}``, and
-    ``columns``, ``(**settings) -> [name]``, further entries of the record that it needs.
+    ``columns``, ``(**settings) -> [name]``, further entries of the record that it needs, and ``states``, whether it
+    wants the last hidden state of every unit, :data:`~unified_rl.returns.readings.STATES`.
 
     Args:
         node: a name, or a mapping with ``name`` and settings; a mapping in place of a number, in a list too, is a
@@ -38,6 +39,7 @@ class Moving:
         self.hints = {key: known[key].hint for key in self.given}
         self.defaults = {key: parameter.default for key, parameter in known.items()}
         self.anchors: tuple[str, ...] = getattr(self.rule.func, "anchors", ())
+        self.states: bool = getattr(self.rule.func, "states", False)
 
     @property
     def settings(self) -> dict[str, Any]:

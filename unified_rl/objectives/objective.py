@@ -71,6 +71,10 @@ class Others(Protocol):
         """Columns ``[B, N]`` from every unit's distribution under the present weights, without gradient."""
         ...
 
+    def states(self, record: TensorDict) -> Tensor:
+        """Last hidden states ``[B, N, h]`` of every unit under the present weights, without gradient."""
+        ...
+
     def interpolate(self, batch: TensorDictBase, log_prob: Tensor, version: int) -> None:
         """Sets the proximal policy between behavior and current, where the correction wants that."""
         ...

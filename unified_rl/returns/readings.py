@@ -11,6 +11,9 @@ from unified_rl.policies.sampling import entropy_of, token_log_prob
 Read = Callable[[Tensor, Tensor], Tensor]
 """``(logits [n, V], token [n]) -> [n]``; what it gives is kept as a column ``[B, N]``."""
 
+STATES = "unit_states"
+"""Entry ``[B, N, h]`` of the record, while rules look at it that want the units' last hidden states."""
+
 
 def entropy(logits: Tensor, token: Tensor) -> Tensor:
     """Entropy in nats of the sampling distribution, ``[n]``."""
