@@ -41,6 +41,13 @@ class EasyChain(ChainMod):
         return answer
 
 
+class CommaChain(EasyChain):
+    """A task whose solutions are right and random answers sometimes: there is a comma."""
+
+    def _judge(self, problem: dict[str, Any], text: str, turn: int) -> Verdict:
+        return Verdict(reward=float("," in text), correct="," in text)
+
+
 LANGUAGE = (
     "env=chain_mod",
     "env._target_=run_cases.EasyChain",

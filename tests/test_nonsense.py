@@ -65,6 +65,8 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.near.coefficient.middle agent.entropy_coef agent.objectives.imitate.coefficient.peak "
      "agent.objectives.cover.coefficient agent.objectives.hold.coefficient agent.objectives.imitate.coefficient "
      "agent.objectives.policy.coefficient "
+     "agent.objectives.base.coefficient.end agent.objectives.base.coefficient.start "
+     "agent.objectives.recent.coefficient.end agent.objectives.recent.coefficient.start "
      "agent.objectives.imitate.coefficient.end agent.objectives.imitate.coefficient.start "
      "agent.objectives.refine.coefficient.end agent.objectives.refine.coefficient.start "
      "agent.objectives.rehearse.coefficient "
@@ -95,6 +97,8 @@ MEANT: list[tuple[str, str, str]] = [
      "replay.share correction.advantage.blend correction.advantage.ddof "
      "rollout.beginning.of rollout.beginning.share rollout.curriculum.score.target "
      "rollout.context.below rollout.context.share "
+     "rollout.sources.earlier.share rollout.sources.edited.edits rollout.sources.guided.below "
+     "rollout.sources.recoveries.share "
      "rollout.curriculum.tracker.fresh rollout.curriculum.tracker.rest "
      "rollout.speaker.decay rollout.speaker.probability rollout.speaker.replay rollout.speaker.share "
      "rollout.speaker.top_k "
@@ -103,7 +107,8 @@ MEANT: list[tuple[str, str, str]] = [
      "rollout.staleness warm_start.smoothing engine.num_cpus engine.num_gpus "
      "engine.restarts"),
     ("-1 0 1e30 2**63", "a return above which an answer is right",
-     "rollout.context.threshold "
+     "rollout.context.threshold rollout.sources.assimilated.at_least rollout.sources.kept.at_least "
+     "rollout.sources.recoveries.threshold rollout.sources.revised.gap rollout.sources.short.threshold "
      "rollout.beginning.threshold rollout.sources.experience.threshold"),
     ("-1 0 1e30 inf -inf 2**63", "all or nothing of an answer may be kept", "rollout.beginning.lenience"),
     ("0 1e30 inf 2**63", "a bound of a ratio or of a mean square; large is none",
@@ -133,6 +138,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.dual_clip correction.kernel.high correction.kernel.high_max correction.kernel.high_negative "
      "correction.kernel.high_positive correction.kernel.importance_cap correction.kernel.low_max "
      "correction.kernel.outer_high policy.clip_prediction"),
+    ("1e30 inf 2**63", "a temperature; infinity draws any alike", "rollout.sources.kept.temperature"),
     ("1e30 2**63", "a positive number of any size",
      "agent.objectives.align.link.beta agent.objectives.contrast.link.beta agent.objectives.equal.beta "
      "agent.objectives.near.coefficient.width agent.objectives.prefer.beta "
@@ -153,7 +159,8 @@ MEANT: list[tuple[str, str, str]] = [
     ("abc long", "a file, a name or a style: looked up when the run is built, before its first step",
      "env.answer_key env.question_key env.stop env.system_prompt env.template "
      "agent.credit agent.teacher env.eval_path env.prompt_key env.solution_key env.tokenizer policy.adapter "
-     "rollout.beginning.text "
+     "rollout.beginning.text rollout.sources.assimilated.style rollout.sources.edited.style "
+     "rollout.sources.guided.style rollout.sources.guided.text "
      "policy.path replay.path replay.trim_key rollout.beginning.style rollout.context.style rollout.data "
      "rollout.sources.reference.adapter "
      "rollout.privileged rollout.sources.demonstrations.style rollout.style warm_start.run "

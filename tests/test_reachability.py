@@ -624,6 +624,8 @@ def term_cases() -> Iterator[Case]:
         samples={
             "largest_advantage.over": "batch",
             "widest_spread.over": "batch",
+            "likelihood_band.low": 2.8,
+            "likelihood_band.high": 2.8,
             "seamless.least": 0.9,
             "distinct_pairs.score": "nowhere",
             "distinct_pairs.least": 0.0,
@@ -1355,6 +1357,44 @@ def speaker_cases() -> Iterator[Case]:
             yield Case(f"speaker.{name}.{key}", used, (f"rollout.speaker={text({**node, key: value})}",))
 
 
+def derived_cases() -> Iterator[Case]:
+    """Rows made of own answers, and groups of before, on few prompts that come again."""
+    base = (*LANGUAGE, "env.modulus=2", "env.terms=2", "env.held_out=0.0", "env.max_turn_tokens=8", "correction=tis")
+    chain = (*base, "env._target_=run_cases.CommaChain", "env.terms=3")
+    taught = (
+        *chain,
+        "env.max_turn_tokens=12",
+        "rollout.group_size=16",
+        "agent.objectives={policy: null, imitate: {name: nll, rows: [own, expert]}}",
+    )
+    every = "'0123456789+-=,>'"
+    parts: dict[str, tuple[tuple[str, ...], dict[str, Any], dict[str, Any]]] = {
+        "Coached": (
+            base, {"below": 1.0}, {"per_group": 2, "below": 0.0, "share": 1.0, "style": "direct", "text": "'1+'"},
+        ),
+        "Assimilated": (
+            (*base, "rollout.group_size=2", "rollout.prompts=16"), {},
+            {"tries": 3, "share": 1.0, "style": "direct", "prompts": 1, "at_least": 2.0},
+        ),
+        "Recoveries": (
+            base, {"errors": 2, "recoveries": 2},
+            {"errors": 1, "recoveries": 3, "share": 0.9, "diagnosis": "'-'", "threshold": -1.0},
+        ),
+        "Edited": (chain, {}, {"edits": 0, "separators": every, "style": "direct"}),
+        "Revised": (taught, {"separators": every}, {"thought": "'-'", "gap": 2.0, "separators": "'?'"}),
+        "Shortened": ((*taught, "rollout.group_size=4"), {}, {"shares": [], "threshold": 2.0}),
+        "Replays": ((*base, "rollout.prompts=16"), {"recent": 0.5},
+                    {"recent": 1.0, "temperature": 0.01, "answers": 2, "prompts": 1}),
+        "Windows": (base, {}, {"share": 0.2, "windows": 1, "until": 1}),
+    }  # fmt: skip
+    for name, (run, given, changes) in parts.items():
+        node = {"_target_": f"unified_rl.rollout.sources.{name}", **given}
+        yield Case(f"derived.{name}", run, (f"rollout.sources.x={text(node)}",))
+        for key, value in changes.items():
+            used = (*run, f"rollout.sources.x={text(node)}")
+            yield Case(f"derived.{name}.{key}", used, (f"rollout.sources.x={text({**node, key: value})}",))
+
+
 def curriculum_cases() -> Iterator[Case]:
     """Trackers and what their estimates are worth, on few prompts that come again."""
     target = "unified_rl.rollout.curriculum.Curriculum"
@@ -1423,6 +1463,7 @@ ASIDE: dict[str, str] = {
     "jsonl(shuffle_rewards)": RANDOM,
     "jsonl(verifier)": RANDOM,
     "warm_start(run)": "warm_start=from_run is a case",
+    "derived.Windows.windows": "of a third collection; test_derived_rows.py",
     "policy_gradient(compile)": "how fast; test_compile.py",
     "actor_critic(compile)": "how fast; test_compile.py",
     "causal_lm(allow_hub)": "a permission",
@@ -1461,6 +1502,7 @@ CASES = [
     *curriculum_cases(),
     *beginning_cases(),
     *speaker_cases(),
+    *derived_cases(),
     *further_cases(),
 ]
 

@@ -50,6 +50,12 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
     "view_apo": ["agent.maps.0.base=2.0"],  # lengths of eight tokens hardly differ
     "kepo": ["rollout.group_size=2"],
     "rephrasing_po": ["rollout.context.below=1.0", "rollout.context.rows=2"],
+    "fission_grpo": ["rollout.sources.recoveries.errors=2", "rollout.sources.recoveries.recoveries=4"],
+    "agent_r": ["rollout.sources.revised.separators='0123456789+-=,>'"],
+    "bepa": ["rollout.group_size=2"],
+    "rgr_grpo": ["rollout.sources.guided.below=1.0"],
+    "expert_iteration": ["agent.filters.0.high=2.8"],
+    "tba": ["rollout.sources.kept.recent=0.5"],
     "sage": ["rollout.group_size=2"],
     "adora": ["agent.maps.0.threshold=2.0"],  # answers of eight tokens are hardly ever longer than others
     "safe": ["agent.objectives.near.coefficient.base=0.0", "agent.objectives.near.coefficient.low=0.0",
@@ -104,6 +110,7 @@ TOLD = {
 """What users must give to other recipes."""
 FEW = tuple(merged(LANGUAGE, ["env.modulus=2", "env.terms=2", "env.held_out=0.0"]))
 """Eight prompts, so that they come again in the second update."""
+TASKS["edit_grpo"] = tuple(merged(LANGUAGE, ["env._target_=run_cases.CommaChain"]))
 TASKS |= dict.fromkeys(["prefix_rl", "soup", "spec_rl"], FEW)
 GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_size"))
 ELSEWHERE = [(name, d) for name in NAMES for d in recipes.recipe(name).domains[1:]]

@@ -114,6 +114,24 @@ class AnswerPool:
         """The slot of the latest answer of each place."""
         return places * self.answers + (self.written[places] - 1) % self.answers
 
+    def likely(
+        self, place: int, count: int, score: NDArray[np.float64], temperature: float, rng: np.random.Generator
+    ) -> IntArray:
+        """At most ``count`` different slots of a place, one by one in proportion to ``exp(score / temperature)``.
+
+        Args:
+            place: of the prompt.
+            count: wanted.
+            score: ``[answers]``, of its slots; those of slots that hold nothing are not looked at.
+            temperature: above 0; infinity draws any alike.
+            rng: the stream.
+        """
+        slots, filled = self.slots(np.array([place]))
+        own = slots[0][filled[0]]
+        keys = score[filled[0]] / temperature + rng.gumbel(size=len(own))
+        found: IntArray = own[np.argsort(-keys, kind="stable")[:count]]
+        return found
+
     def read(self, slots: IntArray) -> TensorDict:
         """Copies of the answers in slots ``[n]``; each has been used once more."""
         assert self.rows is not None

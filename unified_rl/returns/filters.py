@@ -15,11 +15,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from unified_rl.ranges import Fraction, Name, NonNegative, UnitInterval
+from unified_rl.ranges import Fraction, Name, NonNegative, UnitInterval, UpperBound
 from unified_rl.returns import readings
 from unified_rl.returns.groups import Groups
 from unified_rl.returns.maps import of_units
-from unified_rl.units import row_return
+from unified_rl.units import Steps, row_return
 
 Over = Literal["group", "batch"]
 
@@ -144,6 +144,19 @@ def distinct_pairs(
 distinct_pairs.columns = lambda *, score, **others: [score]  # type: ignore[attr-defined]
 
 
+def likelihood_band(
+    record: TensorDictBase, advantage: Tensor, *, low: NonNegative = 0.0, high: UpperBound = math.inf
+) -> Tensor:
+    """Units of steps whose mean negative log-prob, as sampled, is from ``low`` to ``high`` nats. After BFS-Prover-V2.
+
+    What its sampler found trivial is left out, and what it hardly ever says.
+    """
+    steps = Steps.of(record)
+    nats = -steps.mean(record["behavior_log_prob"])
+    kept: Tensor = record["mask"] & steps.broadcast((nats >= low) & (nats <= high))
+    return kept
+
+
 def _real(record: TensorDictBase, advantage: Tensor) -> Tensor:
     """Which entries of advantages are a row's own, in their shape: what a map writes behind its end is nobody's."""
     mask: Tensor = record["mask"]
@@ -180,6 +193,7 @@ FILTERS: dict[str, Callable[..., Tensor]] = {
     "largest_advantage": largest_advantage,
     "widest_spread": widest_spread,
     "seamless": seamless,
+    "likelihood_band": likelihood_band,
     "uncertain_units": uncertain_units,
     "first_units": first_units,
     "distinct_pairs": distinct_pairs,

@@ -16,7 +16,7 @@ from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.policies.choosers import CORRECTED, FOREIGN
 from unified_rl.protocols import CountsEpochs, EngineSampler, Generates, HasSampler, LanguageEnv, LanguagePolicy
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
-from unified_rl.rollout.beginnings import Asked, Beginning, Start
+from unified_rl.rollout.beginnings import NOBODY, Asked, Beginning, Start
 from unified_rl.rollout.context import Context
 from unified_rl.rollout.conversation import Conversations, Problems, Told, converse, joined, ordered, summary
 from unified_rl.rollout.curriculum import EXPECTED, Curriculum
@@ -234,7 +234,7 @@ class LanguageRollout:
         if isinstance(self.speaker, AddsRows):
             more = self.speaker.more(rows, talk.version == CORRECTED, policy, spoken)
             metrics["rollout/joined/speaker"] = 0.0 if more is None else float(len(more))
-        out = self._joined(rows, problems, groups, version, metrics)
+        out = self._joined(rows, problems, groups, version, policy, metrics)
         if more is not None:
             more["group"] = self.builder.groups(len(more))
             out = torch.cat([out, check_rows(more, rows, "rollout.speaker")])
@@ -345,7 +345,13 @@ class LanguageRollout:
         return {**metrics, "rollout/resampled": float(sampled)}
 
     def _joined(
-        self, rows: TensorDict, problems: Problems, groups: Tensor, version: int, metrics: dict[str, float]
+        self,
+        rows: TensorDict,
+        problems: Problems,
+        groups: Tensor,
+        version: int,
+        speaker: Generates,
+        metrics: dict[str, float],
     ) -> TensorDict:
         """The rows, and behind them those of every source."""
         reward = rows["reward"].sum(-1).reshape(len(problems), self.group_size)
@@ -353,9 +359,9 @@ class LanguageRollout:
         for name, source in self.sources.items():
             stream = self._streams[f"sources/{name}"]
             judge = partial(self._judged, version=version)
-            found = source.rows(
-                Request(self.env, problems, groups, reward, version, stream, judge, self.builder.groups)
-            )
+            say = partial(self._said, speaker, stream, version)
+            known = (self.env, problems, groups, reward, version, stream, judge, self.builder.groups)
+            found = source.rows(Request(*known, rows, say, self._scored))
             metrics[f"rollout/joined/{name}"] = 0.0 if found is None else float(len(found))
             if found is not None:
                 if self.curriculum is not None:
@@ -367,12 +373,44 @@ class LanguageRollout:
         return out
 
     def _judged(
-        self, policy: Generates, problems: Problems, groups: Tensor | None, source: Source, version: int
+        self,
+        policy: Generates,
+        problems: Problems,
+        groups: Tensor | None,
+        source: Source,
+        version: int,
+        prefixes: Sequence[list[int]] | None = None,
     ) -> TensorDict:
         """What another policy says, judged by the environment."""
-        told = self._converse(policy, problems, None)
-        groups = self.builder.groups(len(problems)) if groups is None else groups
-        return self.builder.rows(told, version, groups, source)
+        told = self._converse(policy, problems, None, prefixes=None if prefixes is None else list(prefixes))
+        return self._rows(told, groups, source, version)
+
+    def _said(
+        self,
+        speaker: Generates,
+        stream: torch.Generator,
+        version: int,
+        problems: Problems,
+        groups: Tensor | None,
+        source: Source,
+        prefixes: Sequence[list[int]] | None = None,
+        shown: Sequence[Sequence[int]] | None = None,
+    ) -> TensorDict:
+        """What the policy says to a source, see :class:`~unified_rl.rollout.sources.base.Say`."""
+        seed = int(torch.randint(2**62, (), generator=stream))
+        own = torch.Generator(device=self.generator.device).manual_seed(seed)
+        begun = [[] for _ in problems] if prefixes is None else list(prefixes)
+        converse = partial(self._converse, stream=own)
+        if shown is None:
+            return self._rows(converse(speaker, problems, prefixes=begun), groups, source, version)
+        told = whisper(converse, self.env, speaker, problems, shown, begun, None)
+        rows = self._rows(told, groups, source, version)
+        return rows.set("policy_version", torch.where(rows["mask"], NOBODY, rows["policy_version"]))
+
+    def _rows(self, told: Told, groups: Tensor | None, source: Source, version: int) -> TensorDict:
+        groups = self.builder.groups(len(told[0].problems)) if groups is None else groups
+        rows = self.builder.rows(told, version, groups, source)
+        return rows if self.curriculum is None else self.curriculum.expect(rows)
 
     def _aside(
         self, speaker: Generates, problems: Problems, prefixes: list[list[int]], shown: Sequence[Sequence[int]]

@@ -56,7 +56,7 @@ def whisper(
     problems: Problems,
     shown: Sequence[Sequence[int]],
     prefixes: Sequence[list[int]],
-    score: Callable[[TensorDict], Tensor],
+    score: Callable[[TensorDict], Tensor] | None,
 ) -> Told:
     """Conversations of one turn that saw something which their rows do not hold.
 
@@ -68,13 +68,14 @@ def whisper(
         shown: to each.
         prefixes: what each answer begins with.
         score: log-probs ``[n, N]`` of rows under the policy that saw nothing, which stand in the place of those that
-            were sampled with.
+            were sampled with; None keeps the latter.
     """
     left = [env.max_turn_tokens - len(s) - len(b) for s, b in zip(shown, prefixes, strict=True)]
     seen = Whispered(policy, shown, [len(problem["prompt"]) for problem in problems], left)
     told = converse(seen, problems, prefixes=list(prefixes))
     talk = told[0]
-    talk.log_prob = torch.where(talk.mask, score(talk.scored_again()).to(talk.log_prob.dtype), 0.0)
+    if score is not None:
+        talk.log_prob = torch.where(talk.mask, score(talk.scored_again()).to(talk.log_prob.dtype), 0.0)
     return told
 
 

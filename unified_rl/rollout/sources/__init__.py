@@ -1,8 +1,29 @@
 """Rows that others made, joined with a language rollout's own: in its prompts' groups, or as a batch of their own."""
 
 from unified_rl.rollout.sources.base import Recited, Request, RowSource
+from unified_rl.rollout.sources.coached import Assimilated, Coached
 from unified_rl.rollout.sources.experience import Experience
 from unified_rl.rollout.sources.experts import Demonstrations, ExpertFile, Model
+from unified_rl.rollout.sources.mended import Edited, Recoveries, Revised, Shortened
+from unified_rl.rollout.sources.replays import Replays, Windows
 from unified_rl.rollout.sources.stored import Pool, Recorded
 
-__all__ = ["Demonstrations", "Experience", "ExpertFile", "Model", "Pool", "Recited", "Recorded", "Request", "RowSource"]
+__all__ = [
+    "Assimilated",
+    "Coached",
+    "Demonstrations",
+    "Edited",
+    "Experience",
+    "ExpertFile",
+    "Model",
+    "Pool",
+    "Recited",
+    "Recorded",
+    "Recoveries",
+    "Replays",
+    "Request",
+    "Revised",
+    "RowSource",
+    "Shortened",
+    "Windows",
+]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unified_rl.errors import ConfigError
 from unified_rl.policies.generation import Generation
-from unified_rl.protocols import Generates, LanguageEnv, LanguagePolicy
+from unified_rl.protocols import LanguageEnv, LanguagePolicy
 from unified_rl.rollout.conversation import Problems
 from unified_rl.units import COUNTED, Source
 
@@ -46,6 +46,30 @@ class Recited:
         return Generation(tokens, log_prob, length, torch.ones(len(length), dtype=torch.bool))
 
 
+class Say(Protocol):
+    """The policy that collects, with a stream of the source's own."""
+
+    def __call__(
+        self,
+        problems: Problems,
+        groups: Tensor | None,
+        source: Source,
+        prefixes: Sequence[list[int]] | None = None,
+        shown: Sequence[Sequence[int]] | None = None,
+    ) -> TensorDict:
+        """Its answers as rows ``[B]``, judged by the environment.
+
+        Args:
+            problems: ``B``.
+            groups: as of ``judge``.
+            source: of the rows.
+            prefixes: what answers begin with, masked out.
+            shown: what it sees behind each prompt and rows do not hold; log-probs stay those that answers were sampled
+                with, and the units' version is -1: the policy that sees the bare prompt did not sample them.
+        """
+        ...
+
+
 class Request(NamedTuple):
     """What a source is told of a collection of ``P`` prompts and ``G`` answers each.
 
@@ -56,9 +80,13 @@ class Request(NamedTuple):
         reward: ``[P, G]`` float32, the return of each own answer.
         version: of the policy.
         generator: the source's own stream, so that a source never changes which prompts are drawn.
-        judge: ``(policy, problems, groups, source) -> rows``: lets a policy answer, and the environment judge it.
-            ``groups`` is ``[B]`` int64, or None for a new group each.
+        judge: ``(policy, problems, groups, source, prefixes=None) -> rows``: lets a policy answer, and the environment
+            judge it. ``groups`` is ``[B]`` int64, or None for a new group each; ``prefixes`` are what answers begin
+            with, masked out.
         new_groups: ``count -> [count]`` int64.
+        own: the rows of the policy's own answers, ``[P * G]``, those of a prompt consecutive.
+        say: the policy itself, see :class:`Say`.
+        score: ``rows -> [n, N]``: log-probs of rows under the present policy.
     """
 
     env: LanguageEnv
@@ -67,8 +95,11 @@ class Request(NamedTuple):
     reward: Tensor
     version: int
     generator: torch.Generator
-    judge: Callable[[Generates, Problems, Tensor | None, Source], TensorDict]
+    judge: Callable[..., TensorDict]
     new_groups: Callable[[int], Tensor]
+    own: TensorDict
+    say: Say
+    score: Callable[[TensorDict], Tensor]
 
     def recite(
         self,
@@ -77,18 +108,28 @@ class Request(NamedTuple):
         groups: Tensor | None,
         source: Source,
         log_probs: Sequence[Sequence[float]] | None = None,
+        prefixes: Sequence[list[int]] | None = None,
     ) -> TensorDict | None:
         """Rows ``[B]`` of given answers (token ids), as the environment judges them; those that fit its budget.
 
-        Answers that are empty or longer than a turn are left out; None where none is left. Log-probs that are not
-        given are written as 0.
+        Answers that are empty, or with what they begin with longer than a turn, are left out; None where none is left.
+        Log-probs that are not given are written as 0.
         """
-        kept = [row for row, answer in enumerate(answers) if 0 < len(answer) <= self.env.max_turn_tokens]
+        begun = prefixes or [[] for _ in answers]
+        most = self.env.max_turn_tokens
+        kept = [row for row, answer in enumerate(answers) if 0 < len(answer) <= most - len(begun[row])]
         if not kept:
             return None
         known = None if log_probs is None else [log_probs[row] for row in kept]
         said = Recited([answers[row] for row in kept], self.env.tokenizer.pad_token_id, known)
-        return self.judge(said, [problems[row] for row in kept], None if groups is None else groups[kept], source)
+        after = None if prefixes is None else [prefixes[row] for row in kept]
+        own = None if groups is None else groups[kept]
+        return self.judge(said, [problems[row] for row in kept], own, source, prefixes=after)
+
+    def present(self, rows: TensorDict) -> TensorDict:
+        """Rows with the log-probs of the present policy, as if it had said them: their ratio begins at 1."""
+        known = self.score(rows).to(torch.float32)
+        return rows.set("behavior_log_prob", torch.where(rows["mask"], known, 0.0))
 
 
 @runtime_checkable
