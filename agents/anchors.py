@@ -31,6 +31,7 @@ from unified_rl.protocols import (
     Scores,
     ShowsLogits,
     Trainable,
+    UnitStates,
 )
 from unified_rl.ranges import shown
 from unified_rl.returns.readings import Read

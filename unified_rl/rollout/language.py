@@ -16,7 +16,7 @@ from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.policies.choosers import CORRECTED, FOREIGN
 from unified_rl.protocols import CountsEpochs, EngineSampler, Generates, HasSampler, LanguageEnv, LanguagePolicy
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
-from unified_rl.rollout.beginnings import NOBODY, Asked, Beginning, Start
+from unified_rl.rollout.beginnings import Asked, Beginning, Start
 from unified_rl.rollout.context import Context
 from unified_rl.rollout.conversation import Conversations, Problems, Told, converse, joined, ordered, summary
 from unified_rl.rollout.curriculum import EXPECTED, Curriculum
@@ -24,7 +24,7 @@ from unified_rl.rollout.rows import GREEDY, MOST_LIKELY, REWARDS, RowBuilder
 from unified_rl.rollout.sources.base import ChecksGroup, ChoosesPrompts, Recited, Request, RowSource, check_rows
 from unified_rl.rollout.speakers import AddsRows, Speaker, Spoken
 from unified_rl.rollout.whispered import whisper
-from unified_rl.units import COUNTED, Source
+from unified_rl.units import COUNTED, NOBODY, Source
 
 
 def fixed_stream(name: str) -> torch.Generator:

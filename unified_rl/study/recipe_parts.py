@@ -14,8 +14,19 @@ LETTERS = {
     "Experience": ("E", "a stored right answer"),
     "Recorded": ("R", "a recorded answer"),
     "Model": ("M", "another model's answer"),
+    "Pool": ("P", "a right answer of the run so far"),
+    "Coached": ("C", "an own answer with a part of the solution in view"),
+    "Assimilated": ("A", "an own right answer of before, where all fail"),
+    "Recoveries": ("R", "how a failed answer, and a word of what was wrong, goes on"),
+    "Edited": ("E", "the worst answer with sentences of the solution"),
+    "Revised": ("R", "the worst answer up to its error, then a better one"),
+    "Shortened": ("S", "the shortest right answer, cut where the policy needs no more"),
+    "Replays": ("K", "a kept answer to one prompt, good ones first"),
+    "Windows": ("W", "a row of a group of the last collections"),
 }
 """How a picture draws rows of a source; others take their initial."""
+JOINING = {"Experience", "Assimilated", "Coached", "Edited"}
+"""Sources whose rows are of a group of fresh answers, whatever their settings."""
 GIVEN = {
     "Guided": "a part of the solution",
     "Knowledge": "what is known of the problem",
@@ -120,13 +131,13 @@ def _beside(rollout: Mapping[str, Any]) -> Iterator[str]:
     size, sources = int(rollout.get("group_size") or 8), _node(rollout.get("sources"))
     for node in sources.values():
         letter, words = LETTERS.get(_class(node), (_class(node)[:1], _class(node)))
-        count = node.get("per_group") or (1 if "share" in node else 0)
+        count = node.get("per_group") or (1 if _class(node) in JOINING else 0)
         if count:
             drawn = " ".join(["o"] * size + [letter] * int(count))
-            some = " in some groups" if node.get("share", 1.0) != 1.0 else ""
-            yield f"{'a group:':15} {drawn}      o the policy's own answer, {letter} {words}{some}"
+            yield f"{'a group:':15} {drawn}      o the policy's own answer, {letter} {words}"
         else:
-            yield f"{'beside groups:':15} {' '.join([letter] * 4)} ...      {node.get('rows')} rows, each {words}"
+            many = f"{node['rows']} rows, " if "rows" in node else ""
+            yield f"{'beside groups:':15} {' '.join([letter] * 4)} ...      {many}each {words}"
 
 
 def _node(value: Any) -> dict[str, Any]:
