@@ -14,7 +14,7 @@ LETTERS = {
     "Experience": ("E", "a stored right answer"),
     "Recorded": ("R", "a recorded answer"),
     "Model": ("M", "another model's answer"),
-    "Pool": ("P", "a right answer of the run so far"),
+    "Pool": ("P", "an own earlier answer"),
     "Coached": ("C", "an own answer with a part of the solution in view"),
     "Assimilated": ("A", "an own right answer of before, where all fail"),
     "Recoveries": ("R", "how a failed answer, and a word of what was wrong, goes on"),
