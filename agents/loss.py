@@ -14,6 +14,7 @@ from unified_rl.objectives.equivalence import EquivalenceTerm
 from unified_rl.objectives.margin import MarginTerm
 from unified_rl.objectives.moving import Moving
 from unified_rl.objectives.objective import Parts, Term
+from unified_rl.objectives.other_views import OtherViewsTerm
 from unified_rl.objectives.preference import KtoTerm, PreferenceTerm, SetPreferenceTerm
 from unified_rl.objectives.sampled import SampledDivergenceTerm
 from unified_rl.objectives.supervised import RankAwareTerm, SelectiveNllTerm, SoftQTerm
@@ -41,6 +42,7 @@ TERMS: dict[str, type[Term]] = {
     "selective_entropy": SelectiveEntropyTerm,
     "weighed_entropy": WeighedEntropyTerm,
     "margin": MarginTerm,
+    "other_views": OtherViewsTerm,
 }
 """Terms by name; a subclass of :class:`~unified_rl.objectives.objective.Term` may also be named by its dotted path."""
 

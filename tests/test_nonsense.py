@@ -61,7 +61,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.imitate.beta agent.objectives.imitate.far agent.objectives.imitate.near "
      "agent.objectives.near.coefficient.high "
      "agent.columns.cost.false_alarm agent.columns.cost.hit agent.columns.cost.miss agent.columns.soft.turn "
-     "agent.objectives.spread.coefficient "
+     "agent.objectives.spread.coefficient agent.objectives.views.coefficient "
      "agent.objectives.near.coefficient.middle agent.entropy_coef agent.objectives.imitate.coefficient.peak "
      "agent.objectives.cover.coefficient agent.objectives.hold.coefficient agent.objectives.imitate.coefficient "
      "agent.objectives.policy.coefficient "
@@ -78,7 +78,7 @@ MEANT: list[tuple[str, str, str]] = [
      "env.truncated_reward"),
     ("0", "0 turns it off, is the first seed, or is one end of the range",
      "agent.objectives.hold.peaks agent.objectives.imitate.gamma agent.objectives.imitate.portion "
-     "agent.columns.brief.at agent.columns.solved.at "
+     "agent.columns.brief.at agent.columns.solved.at agent.objectives.views.strength "
      "rollout.sources.reference.min_p rollout.sources.reference.top_k "
      "rollout.sources.reference.per_group rollout.sources.reference.rows "
      "agent.objectives.imitate.weight.gamma correction.kernel.share "
@@ -115,7 +115,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.budget correction.kernel.low"),
     ("0 1e30 2**63", "a factor: 0 turns it off, and a large one is finite (what becomes infinite ends the run)",
      "agent.actor.policy.beta agent.adam_eps agent.alpha agent.critic_lr agent.kl agent.lr agent.value_coef "
-     "agent.columns.reward_distinct.bonus agent.columns.soft.rise "
+     "agent.columns.reward_distinct.bonus agent.columns.soft.rise agent.objectives.views.gradient "
      "agent.objectives.imitate.entropy_coef agent.objectives.imitate.kl_coef agent.objectives.imitate.td_coef "
      "agent.objectives.distill.target.beta agent.objectives.early.pass_rate.alpha "
      "agent.objectives.early.pass_rate.beta agent.objectives.late.pass_rate.alpha "

@@ -163,6 +163,8 @@ TERMS: dict[str, tuple[str, dict[str, Any]]] = {
                                       "minibatch": 4, "epochs": 2}),
     "weighed entropy": ("language", {"columns": {"share": "distinct_share"}, "objectives": {
         "spread": {"name": "weighed_entropy", "weight": "share", "coefficient": 1.0}}}),
+    "disturbed views": ("language", {"objectives": {"views": {"name": "other_views", "coefficient": 1.0}}}),
+    "noisy views": ("normal", {"objectives": {"views": {"name": "other_views", "coefficient": 1.0}}}),
     "margin": ("language", {"objectives": {"policy": {"rows": "own"}, "calibrate": {"name": "margin"}}}),
     "maps that read": ("language", {"maps": [{"name": "retempered"}, "overconfident"]}),
     "maps of hidden states": ("language", {"maps": [{"name": "residual", "fewest": 2}]}),

@@ -26,6 +26,11 @@ def unit_noise(batch: TensorDictBase, layout: Layout, seed: int, at: tuple[Tenso
     return _mixed(row + position if at is None else row.squeeze(-1)[at[0]] + position[at])
 
 
+def place_noise(batch: TensorDictBase, layout: Layout, seed: int, places: int) -> Tensor:
+    """A number in [0, 1) for each of so many places of every row, ``[B, places]`` float32, whatever stands there."""
+    return _mixed(_row_key(batch, layout, seed) + torch.arange(1, places + 1, device=layout.mask.device))
+
+
 def _row_key(batch: TensorDictBase, layout: Layout, seed: int) -> Tensor:
     row: Tensor | None = batch.get("row_id", None)
     if row is None:  # the log-probs' own bits tell rows apart, wherever they stand in the batch
