@@ -16,12 +16,13 @@ from unified_rl.objectives.moving import Moving
 from unified_rl.objectives.objective import Parts, Term
 from unified_rl.objectives.other_views import OtherViewsTerm
 from unified_rl.objectives.preference import KtoTerm, PreferenceTerm, SetPreferenceTerm
+from unified_rl.objectives.records import RecordGradients
 from unified_rl.objectives.sampled import SampledDivergenceTerm
 from unified_rl.objectives.supervised import RankAwareTerm, SelectiveNllTerm, SoftQTerm
 from unified_rl.objectives.terms import EntropyTerm, NllTerm, PolicyGradientTerm, ValueTerm
 from unified_rl.objectives.triage import TriageTerm
 from unified_rl.policies.sampling import HasSampling
-from unified_rl.protocols import Trainable
+from unified_rl.protocols import Trainable, standardises
 
 Node = Mapping[str, Any]
 TERMS: dict[str, type[Term]] = {
@@ -95,6 +96,44 @@ def make_terms(
             raise ConfigError(f"agent.objectives.{name}: {type(term).__name__} is no subclass of Term")
         terms[name] = term
     return terms
+
+
+def make_records(node: Node | None) -> RecordGradients | None:
+    """What ``agent.per_record`` describes.
+
+    Raises:
+        ConfigError: an unknown or a wrong setting, under its full name.
+    """
+    if node is None:
+        return None
+    made: RecordGradients = bind({"name": "each", **node}, {"each": RecordGradients}, "agent.per_record")[0]()
+    return made
+
+
+def check_records(
+    records: RecordGradients, policy: Trainable, terms: Mapping[str, Term], rules: Mapping[str, Any], dropped: bool
+) -> None:
+    """Refuses what would let one record move the gradients of others.
+
+    Args:
+        records: joins their gradients.
+        policy: that is trained.
+        terms: of the loss.
+        rules: settings that look at several rows, by name.
+        dropped: rows are left out by their groups.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    records.check(terms.values())
+    given = [name for name, value in {**rules, "drop_equal_groups": dropped}.items() if value]
+    if given:
+        raise ConfigError(f"agent.per_record bounds the gradient of each record, and agent.{given[0]} compares records")
+    if standardises(policy):
+        raise ConfigError(
+            "agent.per_record bounds the gradient of each record, and policy.normalize_observation learns from all of "
+            "them without a bound: set it to false"
+        )
 
 
 def anchors_of(terms: Iterable[Term], rules: Iterable[Moving]) -> tuple[dict[str, str], dict[str, str]]:

@@ -28,7 +28,7 @@ from unified_rl.agents.anchors import PROVIDERS, Anchors, check_anchors
 from unified_rl.agents.baselines import Baseline, StateBaseline, keep_seen, make_baseline, update_moments
 from unified_rl.agents.batches import Batches, Draw, choose_steps
 from unified_rl.agents.estimate import Estimate, make_advantage, make_columns, make_filters, make_gates, make_maps
-from unified_rl.agents.loss import anchors_of, attach, make_terms, refuse_memory
+from unified_rl.agents.loss import anchors_of, attach, check_records, make_records, make_terms, refuse_memory
 from unified_rl.agents.reference_kl import ReferenceKl, check_kl
 from unified_rl.agents.return_scale import check_order, check_scales
 from unified_rl.agents.reward_model import check_reward_model, make_reward_model
@@ -40,12 +40,14 @@ from unified_rl.instantiate import is_ours
 from unified_rl.interventions import WRAPPERS, make_wrapper
 from unified_rl.learning_rate import LearningRate, check_learning
 from unified_rl.objectives.objective import Objective, Parts
+from unified_rl.objectives.records import REPORTS
 from unified_rl.optimizer import Optimizer
 from unified_rl.protocols import EndsPretraining, HasWeights, Trainable, domain_of, is_discrete
 from unified_rl.ranges import Count, NonNegative, Seed, UnitInterval, UpperBound, Whole, ranged
 from unified_rl.replay import Fresh, Replay, StalenessBounded
 from unified_rl.replay.fit import check_replay
 from unified_rl.shard import ALONE, Shard
+from unified_rl.training.seeding import generator as generator_of
 from unified_rl.units import Source, split_steps
 
 
@@ -121,6 +123,8 @@ class PolicyGradient:
             controllers.
         filters: which rows and units are learnt from, by their advantages, in order, see
             :data:`unified_rl.returns.filters.FILTERS`; their numbers may move too.
+        per_record: ``{clip: C, noise: S}`` bounds the gradient norm of each row's loss and blurs their sum, see
+            :class:`~unified_rl.objectives.records.RecordGradients`; for terms that look at single rows alone.
         gates: bool columns by name, see :data:`unified_rl.returns.gates.GATES`, for the ``rows`` of terms.
         columns: numbers of rows by name, see :data:`unified_rl.returns.columns.COLUMNS`: rewards for
             ``correction.advantage.reward``, weights for ``correction.penalty``; their settings may move too.
@@ -184,6 +188,7 @@ class PolicyGradient:
         compile: bool = False,
         cuda_graph: bool = False,
         objectives: dict[str, Any] | None = None,
+        per_record: dict[str, Any] | None = None,
         gates: dict[str, Any] | None = None,
         maps: list[str | dict[str, Any]] | None = None,
         filters: list[str | dict[str, Any]] | None = None,
@@ -242,6 +247,11 @@ class PolicyGradient:
             check_reward_model(correction, normalize_reward)
             self.reward_model.attach(policy, seed)
             self.reward_model.micro_batch = micro_batch
+        self.records = make_records(per_record)
+        if self.records is not None:
+            check_records(self.records, policy, terms, {"filters": filters, "gates": gates}, drop_equal_groups)
+            self.records.attach(self.optimizer.parameters, generator_of(seed, "records"))
+            self.objective.records = self.records
         source = make_advantage(correction, self.baseline, self.credit, lam, off_policy_targets, normalize_advantage)
         self.estimate = Estimate(
             parts, self.objective, source, drop_equal_groups, make_gates(gates), reshaped, reference_kl, kept, written,
@@ -275,6 +285,7 @@ class PolicyGradient:
         """
         check_learning(settings)
         check_kl(settings)
+        make_records(settings.get("per_record"))
         taken = {key: settings[key] for key in ("value_clip", "entropy_coef") if key in settings}
         terms = make_terms(settings.get("objectives"), 1.0, **{"value_clip": None, "entropy_coef": 0.0, **taken})
         if settings.get("critic_config") is not None:
@@ -296,6 +307,7 @@ class PolicyGradient:
             return None
         critic = set() if self.critic_rate is None else {"agent/critic_lr"}
         critic |= {f"train/{name}_std" for name in self._scales}
+        critic |= set() if self.records is None else {*REPORTS}
         own = {*critic, "agent/lr", "loss/total", "grad/norm", "identity/max_log_ratio", *self.estimate.reports}
         return frozenset(own.union(self.wrapper.reports, *(term.metric_names for term in terms)))
 
@@ -433,6 +445,8 @@ class PolicyGradient:
                 f"correction.wrapper is {type(self.wrapper).__name__}, which does not say that it may see a share of "
                 "the rows: set its attribute shares=True where it may, or learner=single"
             )
+        if self.records is not None and shard.world > 1:
+            raise ConfigError("agent.per_record takes rows one by one in one process: set learner=single")
         self.anchors.check_shard(shard)
         self.shard = self.anchors.shard = self.wrapper.shard = shard
         self.objective.share(shard)
@@ -502,6 +516,7 @@ class PolicyGradient:
             "optimizer": self.optimizer.state_dict(),
             "micro_batch": self.micro_batch,
             "generator": self.generator.get_state(),
+            **({} if self.records is None else {"records": self.records.state_dict()}),
             "version": self.version,
             "checked": self.checked,
         }
@@ -523,4 +538,6 @@ class PolicyGradient:
         # a run that chose its micro-batches by this machine's memory keeps them on another one
         self.micro_batch = self.anchors.micro_batch = state.get("micro_batch", self.micro_batch)
         self.generator.set_state(state["generator"])
+        if self.records is not None:
+            self.records.load_state_dict(state["records"])
         self.version, self.checked = state["version"], state["checked"]

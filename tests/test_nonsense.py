@@ -122,6 +122,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.late.pass_rate.beta "
      "agent.objectives.prefer.deviation agent.objectives.prefer.nll "
      "agent.reward_model.dependence agent.reward_model.pessimism "
+     "agent.per_record.noise "
      "agent.weight_decay env.reset_noise_scale "
      "correction.advantage.eps correction.kernel.beta correction.kernel.k_negative correction.kernel.k_positive "
      "correction.kernel.lam_negative correction.kernel.lam_positive correction.kernel.power correction.kernel.target "
@@ -140,6 +141,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.kernel.outer_high policy.clip_prediction"),
     ("1e30 inf 2**63", "a temperature; infinity draws any alike", "rollout.sources.kept.temperature"),
     ("1e30 2**63", "a positive number of any size",
+     "agent.per_record.clip "
      "agent.objectives.align.link.beta agent.objectives.contrast.link.beta agent.objectives.equal.beta "
      "agent.objectives.near.coefficient.width agent.objectives.prefer.beta "
      "agent.columns.mark.worst agent.columns.share.temperature "
@@ -180,7 +182,8 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.imitate.rows agent.objectives.refine.rows agent.objectives.rehearse.rows "
      "correction.advantage.rows"),
     ("{}", "a mapping may be empty",
-     "agent.actor agent.anchors agent.critic agent.gates agent.lr_schedule agent.objectives agent.objectives.policy "
+     "agent.actor agent.anchors agent.critic agent.gates agent.lr_schedule agent.per_record "
+     "agent.objectives agent.objectives.policy "
      "agent.columns "
      "agent.optimizer agent.options env.chat_template_kwargs "
      "correction.advantage correction.proximal correction.wrapper env.make_kwargs env.options policy.lora "

@@ -976,6 +976,7 @@ VALUES_OF: dict[str, Any] = {
     "policy_gradient.shuffle_steps": False,
     "policy_gradient.device": "nowhere",
     "policy_gradient.objectives": {"value": None},
+    "policy_gradient.per_record": {"clip": 1.0},
     "policy_gradient.gates": {"failed": "success_at_most"},
     "policy_gradient.columns": {"made": "bent"},
     "policy_gradient.maps": [{"name": "sign", "negative": 0.1}],

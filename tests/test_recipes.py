@@ -36,6 +36,7 @@ BINS = ("policy=autoregressive", "policy.bins=5", "policy.hidden=[8]", "rollout.
 SMALL = {  # what makes the run of a recipe small, or lets two updates tell something
     "chord": ["rollout.sources.demonstrations.rows=8"],
     "skd": ["rollout.speaker.top_k=3"],
+    "dp_opd": ["rollout.sources.demonstrations.rows=4"],
     "gkd": ["rollout.sources.demonstrations.rows=4"],
     "offline_kd": ["rollout.sources.demonstrations.rows=8"],
     **{name: ["rollout.sources.demonstrations.rows=8"] for name in ("eksft", "otr", "iql_lm", "ps_kd")},
@@ -72,6 +73,7 @@ FEW_DEMONSTRATIONS = ["warm_start.stages=[{updates: 2, lr: 3.0e-3}]", "warm_star
 TEACHERS = {
     "dgrpo",
     "dagger",
+    "dp_opd",
     "draft_opd",
     "exopd",
     "gkd",

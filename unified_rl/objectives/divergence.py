@@ -58,6 +58,8 @@ class DivergenceTerm(Term):
         reduce: as a correction's.
     """
 
+    couples_rows = False
+
     def __init__(
         self,
         name: str,

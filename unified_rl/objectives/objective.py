@@ -14,7 +14,7 @@ from unified_rl.correction import Correction
 from unified_rl.interventions.base import Wrapper
 from unified_rl.objectives.coefficients import Observed, coefficient
 from unified_rl.objectives.forward import Forward, Reader, Score
-from unified_rl.objectives.metrics import Metrics, Sums
+from unified_rl.objectives.metrics import Mean, Metrics, Sums
 from unified_rl.objectives.rows import Rows
 from unified_rl.policies.sampling import HasSampling
 from unified_rl.protocols import Scores, Trainable
@@ -124,6 +124,7 @@ class Term:
         distributions: names of the policies whose whole distributions it compares with.
         whole_groups: optimiser batches must hold whole groups.
         whole_rows: they must hold whole rows, not single steps.
+        couples_rows: what it makes of a row may depend on other rows, beside its denominator.
         reports: names of metrics of :meth:`loss` that others may rely on.
         followed: names of metrics that controllers elsewhere in the run follow.
         columns: names of further entries ``[B]`` that rows must hold.
@@ -134,6 +135,7 @@ class Term:
     distributions: frozenset[str] = frozenset()
     whole_groups = False
     whole_rows = False
+    couples_rows = True
     reports: frozenset[str] = frozenset()
     followed: frozenset[str] = frozenset()
     columns: frozenset[str] = frozenset()
@@ -227,6 +229,22 @@ class Scored:
         return self._score()
 
 
+class Records(Protocol):
+    """Joins the gradients of single rows."""
+
+    def start(self) -> None:
+        """Before the first row of a batch."""
+        ...
+
+    def take(self) -> None:
+        """Takes in the gradients of one row, and drops them from the weights."""
+        ...
+
+    def finish(self) -> Metrics:
+        """Writes the joined gradients; returns metrics."""
+        ...
+
+
 class Objective:
     """The terms of one loss.
 
@@ -238,9 +256,11 @@ class Objective:
 
     Attributes:
         shard: of the processes that divide the passes among them; see :meth:`share`.
+        records: takes the gradient of each row by itself; None takes that of the batch.
     """
 
     shard: Shard = ALONE
+    records: Records | None = None
 
     def __init__(
         self, policy: Trainable, terms: Mapping[str, Term], score: Score, generator: torch.Generator | None = None
@@ -294,6 +314,8 @@ class Objective:
         Returns:
             The loss, detached, and one scalar a metric; neither depends on ``micro_batch`` or on the processes.
         """
+        if self.records is not None:
+            return self._each(batch, self.records)
         if self.shard.world > 1:
             return self._divided(batch, micro_batch)
         size, sums = min(micro_batch or len(batch), len(batch)), Sums()
@@ -309,6 +331,19 @@ class Objective:
             here = {name: None if s is None else s[index] for name, s in split.items()}
             total = total + self._micro_batch(self._forward(rows), rows, here, sums)
         return total, sums.values()
+
+    def _each(self, batch: TensorDict, records: Records) -> tuple[Tensor, Metrics]:
+        """As :meth:`backward`, where every row is a batch of its own; losses and metrics are means over rows."""
+        total, sums = torch.zeros((), device=batch["mask"].device), Sums()
+        records.start()
+        for row in batch.split(1):
+            own = Sums()
+            forward = self._forward(row)
+            stats = self.prepare(row, Scored(lambda forward=forward: forward.log_prob.detach(), free=True))  # type: ignore[misc]
+            total = total + self._micro_batch(forward, row, stats, own)
+            records.take()
+            sums.add({key: Mean(value, 1) for key, value in own.values().items()})
+        return total / len(batch), {**sums.values(), **records.finish()}
 
     def _divided(self, batch: TensorDict, micro_batch: int | None) -> tuple[Tensor, Metrics]:
         """As :meth:`backward`: terms prepare on the whole batch everywhere, and each process passes its own rows."""

@@ -46,6 +46,8 @@ class SampledDivergenceTerm(Term):
         ConfigError: rows of the policy's own against whoever sampled them.
     """
 
+    couples_rows = False
+
     def __init__(
         self,
         name: str,

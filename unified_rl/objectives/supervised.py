@@ -31,6 +31,8 @@ class DistributionTerm(Term):
         reduce: as a correction's.
     """
 
+    couples_rows = False
+
     def __init__(self, name: str, rows: Any, coefficient: float | Mapping[str, Any], reduce: str) -> None:
         super().__init__(name, rows, coefficient)
         self.reduce = reduction(reduce, self.where)

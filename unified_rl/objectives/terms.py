@@ -203,6 +203,7 @@ class EntropyTerm(_Averaged):
     """
 
     reports = frozenset({"policy/entropy"})
+    couples_rows = False
 
     def __init__(self, name: str, *, rows: Any = None, coefficient: float | Mapping[str, Any] = 0.0) -> None:
         super().__init__(name, rows, coefficient)
@@ -280,6 +281,8 @@ class NllTerm(Term):
         weight: a name of :data:`NLL_WEIGHTS`, or a mapping with its settings.
         reduce: as a correction's, over units (or steps).
     """
+
+    couples_rows = False
 
     def __init__(
         self,
