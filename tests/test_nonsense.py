@@ -96,7 +96,8 @@ MEANT: list[tuple[str, str, str]] = [
      "policy.top_k replay.discount replay.sampler.beta replay.sampler.beta_draws replay.sampler.max_lag replay.seed "
      "replay.share correction.advantage.blend correction.advantage.ddof "
      "rollout.beginning.of rollout.beginning.share rollout.curriculum.score.target "
-     "rollout.context.below rollout.context.share "
+     "rollout.context.below rollout.context.share rollout.context.of "
+     "rollout.sources.pairs.answers rollout.sources.points.answers "
      "rollout.sources.earlier.share rollout.sources.edited.edits rollout.sources.guided.below "
      "rollout.sources.recoveries.share "
      "rollout.curriculum.tracker.fresh rollout.curriculum.tracker.rest "
@@ -107,6 +108,7 @@ MEANT: list[tuple[str, str, str]] = [
      "rollout.staleness warm_start.smoothing engine.num_cpus engine.num_gpus "
      "engine.restarts"),
     ("-1 0 1e30 2**63", "a return above which an answer is right",
+     "rollout.sources.pairs.threshold rollout.sources.points.threshold "
      "rollout.context.threshold rollout.sources.assimilated.at_least rollout.sources.kept.at_least "
      "rollout.sources.recoveries.threshold rollout.sources.revised.gap rollout.sources.short.threshold "
      "rollout.beginning.threshold rollout.sources.experience.threshold"),

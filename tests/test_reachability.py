@@ -1311,6 +1311,10 @@ def context_cases() -> Iterator[Case]:
         "Refill": (f"unified_rl.{room}", {}, {"tries": 1}),
         "SelfHints": (again, {}, {"shares": [0.9], "style": "direct", "ask": "'1'"}),
         "Rephrased": (again, {"below": 1.0}, {"rows": 3, "below": 0.0, "share": 0.5, "style": "direct"}),
+        "SelfJudged": (
+            "unified_rl.rollout.verdicts", {"ask": "'='", "yes": "'+'", "no": "'-'"},
+            {"of": 1.0, "verdicts": 3, "ask": "'=='", "yes": "'1'", "no": "'yes'"},
+        ),
         "Retried": (again, {}, {"share": 0.9, "ask": "'1'", "threshold": 1.0}),
     }  # fmt: skip
     for name, (folder, given, changes) in kinds.items():
@@ -1387,6 +1391,10 @@ def derived_cases() -> Iterator[Case]:
         "Edited": (chain, {}, {"edits": 0, "separators": every, "style": "direct"}),
         "Revised": (taught, {"separators": every}, {"thought": "'-'", "gap": 2.0, "separators": "'?'"}),
         "Shortened": ((*taught, "rollout.group_size=4"), {}, {"shares": [], "threshold": 2.0}),
+        "Judgements": (
+            base, {"ask": "'='", "yes": "'+'", "no": "'-'"},
+            {"answers": 2, "verdicts": 2, "kind": "pair", "ask": "'=='", "yes": "'1'", "no": "'2'", "threshold": 2.0},
+        ),
         "Replays": ((*base, "rollout.prompts=16"), {"recent": 0.5},
                     {"recent": 1.0, "temperature": 0.01, "answers": 2, "prompts": 1}),
         "Windows": (base, {}, {"share": 0.2, "windows": 1, "until": 1}),

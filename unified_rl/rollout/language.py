@@ -157,6 +157,11 @@ class LanguageRollout:
         apart = [
             (n, w) for n, w in self.builder.columns.items() if isinstance(w, list) and (n != REWARDS or len(w) > 1)
         ]
+        if getattr(source, "judges_itself", False) and apart:
+            raise ConfigError(
+                f"{setting} rewards its rows itself, by one number, which cannot stand for what rows hold as "
+                f"{apart[0][0]} ({', '.join(apart[0][1])}): leave one of them out"
+            )
         if key is not None and apart:
             name, several = apart[0]
             raise ConfigError(

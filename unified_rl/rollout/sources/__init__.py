@@ -4,6 +4,7 @@ from unified_rl.rollout.sources.base import Recited, Request, RowSource
 from unified_rl.rollout.sources.coached import Assimilated, Coached
 from unified_rl.rollout.sources.experience import Experience
 from unified_rl.rollout.sources.experts import Demonstrations, ExpertFile, Model
+from unified_rl.rollout.sources.judged import Judgements
 from unified_rl.rollout.sources.mended import Edited, Recoveries, Revised, Shortened
 from unified_rl.rollout.sources.replays import Replays, Windows
 from unified_rl.rollout.sources.stored import Pool, Recorded
@@ -15,6 +16,7 @@ __all__ = [
     "Edited",
     "Experience",
     "ExpertFile",
+    "Judgements",
     "Model",
     "Pool",
     "Recited",

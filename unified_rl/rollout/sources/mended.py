@@ -46,7 +46,7 @@ class Answers:
         return ids[:-1] if ids and ids[-1] in self.ends else ids
 
 
-class _FromOwn(Joining):
+class FromOwn(Joining):
     """What these sources share: one answer a turn, and nothing kept."""
 
     def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
@@ -80,7 +80,7 @@ class Sentences:
 
 @configurable
 @ranged()
-class Recoveries(_FromOwn):
+class Recoveries(FromOwn):
     """Failed answers become prompts: behind a part of one and a diagnosis the policy goes on several times.
 
     The recoveries from one error are a group of their own; what they begin with is masked out. Source OFFLINE, so that
@@ -125,7 +125,7 @@ class Recoveries(_FromOwn):
 
 @configurable
 @ranged()
-class Edited(_FromOwn):
+class Edited(FromOwn):
     """A group's worst answer with some sentences replaced by the solution's, where that earns more. EditGRPO.
 
     2509.22812. Rows have the log-probs of the present policy, as if it had said them, and source OFFLINE.
@@ -176,7 +176,7 @@ class Edited(_FromOwn):
 
 @configurable
 @ranged()
-class Revised(_FromOwn):
+class Revised(FromOwn):
     """From a group's worst answer up to where it leaves its best (and shortest) one, through a thought, on to that.
 
     What was wrong is masked out; the thought and what follows are to be learnt. Source EXPERT: the log-probs are
@@ -221,7 +221,7 @@ class Revised(_FromOwn):
 
 @configurable
 @ranged()
-class Shortened(_FromOwn):
+class Shortened(FromOwn):
     """Each group's shortest right answer, shorter still where the policy gets on without its end. After 2505.18440.
 
     An answer is cut, and what the policy says behind the cut counts where it is right and the whole is shorter. Source

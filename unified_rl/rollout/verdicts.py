@@ -1,0 +1,112 @@
+"""The policy as a judge: what it is asked about answers, and rewards that are its own verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from unified_rl.configurable import configurable
+from unified_rl.errors import ConfigError
+from unified_rl.protocols import LanguageEnv
+from unified_rl.ranges import Count, UnitInterval, ranged
+from unified_rl.rollout.context import Draw, Generate
+from unified_rl.rollout.conversation import Problems, Told
+from unified_rl.rollout.sources.base import require_one_turn
+
+ASK = "\nIs this answer right? Say yes or no: "
+YES, NO = "yes", "no"
+SELF_JUDGED = "self_judged"
+"""Entry of problems whose answers nobody but the policy judged in this collection."""
+
+
+class Question:
+    """What is asked behind an answer, and how a verdict is read.
+
+    Args:
+        ask: text behind the answer.
+        yes, no: what a verdict begins with.
+    """
+
+    def __init__(self, ask: str, yes: str, no: str) -> None:
+        self.ask, self.yes, self.no = ask, yes, no
+
+    def check(self, env: LanguageEnv, setting: str) -> None:
+        """Refuses several turns, verdicts that the tokenizer cannot say or tell apart, and questions without room.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        require_one_turn(env, setting)
+        for name, text in (("yes", self.yes), ("no", self.no)):
+            if not text.strip() or env.tokenizer.decode(self._ids(env, text)).strip() != text.strip():
+                raise ConfigError(
+                    f"{setting}.{name}={text!r} is no text that the task's tokenizer can say; choose another"
+                )
+        if self.yes.startswith(self.no) or self.no.startswith(self.yes):
+            raise ConfigError(f"{setting}.yes={self.yes!r} and no={self.no!r} begin alike; choose others")
+        asked = len(self._ids(env, self.ask))
+        if asked + 2 > env.max_turn_tokens:
+            raise ConfigError(
+                f"{setting}.ask is {asked} tokens, which leave no room for an answer and a verdict in "
+                f"env.max_turn_tokens={env.max_turn_tokens}: raise it"
+            )
+
+    def about(self, env: LanguageEnv, answers: Sequence[Sequence[int]]) -> list[int]:
+        """The end of each answer, as much as there is room for, and the question: what a verdict begins with."""
+        asked = self._ids(env, self.ask)
+        room = max(1, (env.max_turn_tokens - 1 - len(asked)) // len(answers))
+        return [token for ids in answers for token in ids[-room:]] + asked
+
+    def verdict(self, env: LanguageEnv, said: Sequence[int]) -> bool | None:
+        """Yes, no, or None of neither."""
+        text = env.tokenizer.decode(list(said)).strip()
+        return True if text.startswith(self.yes) else False if text.startswith(self.no) else None
+
+    @staticmethod
+    def _ids(env: LanguageEnv, text: str) -> list[int]:
+        ids: list[int] = env.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+
+@configurable
+@ranged()
+class SelfJudged:
+    """Answers to some prompts earn what the policy itself says of them, as if nobody else knew. URPO, 2507.17515.
+
+    Args:
+        of: share of the groups, whose answers the task's own verifier does not reward.
+        verdicts: on each answer; it earns the share of them that is a yes.
+        ask, yes, no: see :class:`Question`.
+    """
+
+    metrics = ("self_judged", "self_reward")
+    """As of :class:`~unified_rl.rollout.context.Hints`."""
+
+    def __init__(
+        self, of: UnitInterval = 0.5, verdicts: Count = 1, ask: str = ASK, yes: str = YES, no: str = NO
+    ) -> None:
+        self.of, self.verdicts, self.question = of, verdicts, Question(ask, yes, no)
+
+    def check(self, env: LanguageEnv, setting: str) -> None:
+        """As of :meth:`Question.check`."""
+        self.question.check(env, setting)
+
+    def __call__(
+        self, env: LanguageEnv, problems: Problems, group_size: int, told: Told, generate: Generate, draw: Draw
+    ) -> dict[str, float]:
+        """As of :class:`~unified_rl.rollout.context.Context`; problems are drawn, so the first groups are any."""
+        rows = round(self.of * len(problems) / group_size) * group_size
+        if not rows:
+            return {"rollout/self_judged": 0.0, "rollout/self_reward": 0.0}
+        talk = told[0]
+        ends = set(env.stop_ids)
+        bare = [ids[:-1] if ids and ids[-1] in ends else ids for ids in (said[0] for said in talk.said[:rows])]
+        asked = [self.question.about(env, [ids]) for ids in bare for _ in range(self.verdicts)]
+        said = generate([problem for problem in problems[:rows] for _ in range(self.verdicts)], asked)[0].said
+        yes = [self.question.verdict(env, one[0][len(begin) :]) is True for one, begin in zip(said, asked, strict=True)]
+        problems[:] = [{**problem, SELF_JUDGED: row < rows} for row, problem in enumerate(problems)]
+        talk.reward[:rows] = 0.0
+        talk.reward[:rows, 0] = talk.reward.new_tensor(yes).reshape(rows, self.verdicts).mean(-1)
+        return {
+            "rollout/self_judged": rows / len(problems),
+            "rollout/self_reward": float(talk.reward[:rows, 0].mean()),
+        }
