@@ -32,7 +32,7 @@ def test_a_verdict_is_what_an_answer_begins_with() -> None:
     room = EasyChain(max_turn_tokens=8)
     ids = room.tokenizer.encode("123456789", add_special_tokens=False)
     assert room.tokenizer.decode(question.about(room, [ids])) == "456789="
-    assert room.tokenizer.decode(question.about(room, [ids, ids[:2]])) == "78912="
+    assert room.tokenizer.decode(question.about(room, [ids, ids[:2]])) == "89=12="
 
 
 @pytest.mark.parametrize("kind", ["point", "pair"])
@@ -48,18 +48,18 @@ def verdicts_of(made: LanguageRollout, kind: str) -> list[bool]:
     mine, found, width, decode = own(rows), others(rows), width_of(made), made.env.tokenizer.decode
     right = {int(g): mine["reward"].sum(-1)[mine["group"] == g] > 0.5 for g in mine["group"].unique()}
     bare = [unended(made, answer(row, width)) for row in mine]
-    room = 8 if kind == "point" else 4
+    room = 8 if kind == "point" else 3
     ends = {tuple(ids[-room:]): bool(r) for ids, r in zip(bare, mine["reward"].sum(-1) > 0.5, strict=True)}
     assert 32 <= len(found) <= 4 * 32 and bool((found["reward"].sum(-1) > 0).any())
-    labels = []
+    labels, asked_with = [], made.env.tokenizer.encode("=", add_special_tokens=False)
     for row in found:
         count = int((row["token_mask"] & ~row["mask"]).sum()) - width
-        asked, said = answer(row, width)[: count - 1], decode(answer(row, width)[count:])
+        asked, said = answer(row, width)[: count - (kind == "point")], decode(answer(row, width)[count:])
         if kind == "point":
             label = ends[tuple(asked)]
         else:
             prompt = mine["prompt_id"] == row["prompt_id"]
-            halves = [ids[-4:] for ids, one in zip(bare, prompt.tolist(), strict=True) if one]
+            halves = [ids[-3:] + asked_with for ids, one in zip(bare, prompt.tolist(), strict=True) if one]
             of_prompt = right[int(mine["group"][prompt][0])].int()
             good, bad = halves[int(of_prompt.argmax())], halves[int(of_prompt.argmin())]
             assert asked in (good + bad, bad + good)

@@ -22,15 +22,20 @@ class Question:
     """What is asked behind an answer, and how a verdict is read.
 
     Args:
-        ask: text behind the answer.
+        ask: text behind the answer; of several answers, behind each.
         yes, no: what a verdict begins with.
     """
 
     def __init__(self, ask: str, yes: str, no: str) -> None:
         self.ask, self.yes, self.no = ask, yes, no
 
-    def check(self, env: LanguageEnv, setting: str) -> None:
+    def check(self, env: LanguageEnv, setting: str, answers: int = 1) -> None:
         """Refuses several turns, verdicts that the tokenizer cannot say or tell apart, and questions without room.
+
+        Args:
+            env: the task.
+            setting: whose question it is.
+            answers: that are asked about together.
 
         Raises:
             ConfigError: names the setting.
@@ -44,17 +49,17 @@ class Question:
         if self.yes.startswith(self.no) or self.no.startswith(self.yes):
             raise ConfigError(f"{setting}.yes={self.yes!r} and no={self.no!r} begin alike; choose others")
         asked = len(self._ids(env, self.ask))
-        if asked + 2 > env.max_turn_tokens:
+        if answers * (asked + 1) + 1 > env.max_turn_tokens:
             raise ConfigError(
-                f"{setting}.ask is {asked} tokens, which leave no room for an answer and a verdict in "
+                f"{setting}.ask is {asked} tokens, which leave no room for {answers} answer(s) and a verdict in "
                 f"env.max_turn_tokens={env.max_turn_tokens}: raise it"
             )
 
     def about(self, env: LanguageEnv, answers: Sequence[Sequence[int]]) -> list[int]:
         """The end of each answer, as much as there is room for, and the question: what a verdict begins with."""
         asked = self._ids(env, self.ask)
-        room = max(1, (env.max_turn_tokens - 1 - len(asked)) // len(answers))
-        return [token for ids in answers for token in ids[-room:]] + asked
+        room = (env.max_turn_tokens - 1) // len(answers) - len(asked)
+        return [token for ids in answers for token in (*ids[-room:], *asked)]
 
     def verdict(self, env: LanguageEnv, said: Sequence[int]) -> bool | None:
         """Yes, no, or None of neither."""

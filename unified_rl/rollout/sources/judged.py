@@ -54,7 +54,7 @@ class Judgements(FromOwn):
 
     def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
         """As of :meth:`~unified_rl.rollout.verdicts.Question.check`."""
-        self.question.check(env, setting)
+        self.question.check(env, setting, 1 if self.kind == "point" else 2)
 
     def most(self, prompts: int) -> int:
         """Rows of a collection at most."""
