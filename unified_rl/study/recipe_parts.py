@@ -15,6 +15,7 @@ LETTERS = {
     "Recorded": ("R", "a recorded answer"),
     "Model": ("M", "another model's answer"),
     "Pool": ("P", "an own earlier answer"),
+    "Judgements": ("J", "the policy's judgement of answers, whose truth is known"),
     "Coached": ("C", "an own answer with a part of the solution in view"),
     "Assimilated": ("A", "an own right answer of before, where all fail"),
     "Recoveries": ("R", "how a failed answer, and a word of what was wrong, goes on"),
@@ -44,6 +45,7 @@ AGAIN = {
     "SelfHints": "sampled again behind the policy's own hints",
     "Rephrased": "replaced by the policy's own words for the solution",
     "Retried": "sampled again behind the failed try",
+    "SelfJudged": "rewarded by the policy's own yes or no",
 }
 """What becomes of groups, by the class of ``rollout.context``."""
 
@@ -120,7 +122,8 @@ def picture(name: str) -> list[str]:
         of = "some answers" if share != 1.0 else "answers"
         lines.append(f"{of + ':':15}> > > > o o o o o o      > {GIVEN.get(beginning, beginning)}, o sampled behind it")
     if context:
-        lines += ["failed groups:  x x x x x x x x", f"                | {AGAIN.get(context, context)}"]
+        which = "groups:" if context == "SelfJudged" else "failed groups:"
+        lines += [f"{which:15} x x x x x x x x", f"                | {AGAIN.get(context, context)}"]
         lines += ["                v", "                o o o o o o o o"]
     speaker = _class(rollout.get("speaker"))
     lines += [f"{'an answer:':15} {SPEAKERS.get(speaker, speaker)}"] if speaker else []
