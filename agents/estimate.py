@@ -183,6 +183,8 @@ class Estimate:
         score = partial(self.anchors.chunked, self.policy, record)
         weight = self.wrapper.row_weight(record) if isinstance(self.groups, GroupBaseline) else None
         record["advantage"] = self.groups(record, score, weight)
+        for rule in [*self.maps, *self.filters]:
+            rule.check_groups(record)
         self._read(record, [*self.maps, *self.filters])
         if any(rule.states for rule in self.rules):
             record[STATES] = self.anchors.states(record)

@@ -289,6 +289,41 @@ def test_every_part_of_a_recipe_has_words_in_pictures(name: str) -> None:
         assert node["_target_"].rpartition(".")[2] in recipe_parts.LETTERS
 
 
+PLAIN = ["env=jsonl", "env.path=FILE", *(word for word in LANGUAGE if not word.startswith("env")), "eval_episodes=0"]
+REFUSED = {
+    "no teacher": (LANGUAGE, ["recipe=gkd"], "set agent.teacher to the folder of a run"),
+    "no teacher to speak": (LANGUAGE, ["recipe=skd"], "set it: agent.teacher="),
+    "no recorded rows": (LANGUAGE, ["recipe=dph_rl"], "set it: rollout.sources.rehearsed.data="),
+    "no model": (LANGUAGE, ["recipe=infalign"], "set rollout.sources.reference.folder="),
+    "no groups": (LANGUAGE, ["recipe=dpo", "rollout.group_size=1"], "set agent.objectives.prefer.within=batch"),
+    "no groups to measure by": (LANGUAGE, ["recipe=hpt", "rollout.group_size=1"], "several rows a prompt"),
+    "no partly solved groups": (LANGUAGE, ["recipe=exgrpo", "rollout.group_size=1"], "rollout.sources.Pool"),
+    "no groups to filter": (CONTROL, ["recipe=cppo"], "agent.filters.0. compares rows of one group.*over=batch"),
+    "no groups to map": (CONTROL, ["recipe=adora"], "agent.maps.0. compares rows of one group"),
+    "no hints": (PLAIN, ["recipe=know_rl"], "name the column that holds"),
+    "no logits": (CONTROL, ["recipe=d3s"], "use a policy of tokens or of action bins"),
+    "no prompts": (CONTROL, ["recipe=pcl"], "trains in language, and this run in control, where these do: .*entropic"),
+    "no conversations": (CONTROL, ["recipe=luffy"], "trains in language, and this run in control"),
+    "no actions": (LANGUAGE, ["recipe=action_kto"], "set it to null"),
+}
+"""What recipes cannot do without, by what is missing: the task, what is asked for, and what the refusal names."""
+
+
+@pytest.mark.parametrize("missing", REFUSED)
+def test_what_a_recipe_lacks_is_refused_with_what_works(missing: str, tmp_path: Path) -> None:
+    task, words, hint = REFUSED[missing]
+    rows = [{"question": f"{k}+1=", "answer": str(k + 1)} for k in range(20)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [word.replace("FILE", str(tmp_path / "p.jsonl")) for word in merged(task, words)]
+    with pytest.raises(ConfigError, match=hint):
+        cached(*words)
+
+
+def test_groups_without_comparisons_teach_a_reward_model_nothing() -> None:
+    hopeless = merged(LANGUAGE, ["env._target_=unified_rl.envs.language.ChainMod", "recipe=pessimistic_rm"])
+    assert cached(*hopeless).metrics["reward_model/reward"] <= 0.0  # what is left is the width of ignorance
+
+
 @pytest.mark.parametrize(
     ("words", "hint"),
     [

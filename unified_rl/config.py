@@ -337,7 +337,25 @@ def compose(
     keep_one_budget(config, given)
     config = resolved(config)
     suggest_rates(config, given, shipped_choices(config), allow)
-    return _check_config(config, groups, primary, allow)
+    try:
+        return _check_config(config, groups, primary, allow)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_elsewhere(config, allow)}") from error
+
+
+def _elsewhere(config: Mapping[str, Any], allow: Sequence[str]) -> str:
+    """A word on a recipe that is not made for the domain of the run, whose settings may be unknown there."""
+    name, rollout = (config.get(CHOICES) or {}).get("recipe"), config.get("rollout") or {}
+    domains = (config.get("recipe") or {}).get("domains", ["language"])
+    if name not in preset_names("recipe") or "_target_" not in rollout:
+        return ""
+    domain = getattr(locate(rollout["_target_"], allow, "rollout"), "domain", None)
+    if domain is None or domain in domains:
+        return ""
+    from unified_rl.study.recipes import recipe, recipe_names  # it reads this module
+
+    others = ", ".join(one for one in recipe_names() if domain in recipe(one).domains)
+    return f"; recipe={name} trains in {' and '.join(domains)}, and this run in {domain}, where these do: {others}"
 
 
 def shipped_choices(config: Mapping[str, Any]) -> set[str]:

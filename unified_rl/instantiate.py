@@ -319,7 +319,8 @@ def _construct(node: Mapping[str, Any], allow: Sequence[str], given: Mapping[str
         arguments = {k: v for k, v in arguments.items() if k in own or k not in known or v != plain(known[k].default)}
     missing = [n for n, p in known.items() if p.default is REQUIRED and n not in arguments and n not in given]
     if missing:
-        raise ConfigError(f"{_name(target)} needs {', '.join(missing)}: set GROUP.{missing[0]}=... for its group")
+        place = f"set {where}.{missing[0]}=..." if where else f"set GROUP.{missing[0]}=... for its group"
+        raise ConfigError(f"{_name(target)} needs {', '.join(missing)}: {place}")
     unknown = [] if is_open else [name for name in given if name not in known]
     if unknown:
         raise ConfigError(f"{_name(target)} does not take {', '.join(unknown)}, which a run gives it; add a parameter")

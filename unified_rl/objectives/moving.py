@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from tensordict import TensorDictBase
+
 from unified_rl.correction.lookup import Table, as_rule, bind, settings_of
+from unified_rl.errors import ConfigError
 from unified_rl.instantiate import check_type
 from unified_rl.objectives.coefficients import Observed, coefficient
 from unified_rl.returns.readings import Read
@@ -17,7 +20,8 @@ class Moving:
     A rule may declare what it reads beside the record, as attributes of its function: ``anchors``, names of policies
     whose log-probs it wants, ``reads``, ``(**settings) -> {column: (logits [n, V], token [n]) -> [n]}``, and
     ``columns``, ``(**settings) -> [name]``, further entries of the record that it needs, and ``states``, whether it
-    wants the last hidden state of every unit, :data:`~unified_rl.returns.readings.STATES`.
+    wants the last hidden state of every unit, :data:`~unified_rl.returns.readings.STATES`, and ``compares``,
+    ``(**settings) -> bool``, whether it is about rows of one group.
 
     Args:
         node: a name, or a mapping with ``name`` and settings; a mapping in place of a number, in a list too, is a
@@ -57,6 +61,25 @@ class Moving:
         """Entries of the record that it needs beside those that every record has."""
         declared = getattr(self.rule.func, "columns", None)
         return [] if declared is None else declared(**self.settings)
+
+    @property
+    def compares(self) -> bool:
+        """Whether it does nothing where every row is alone in its group."""
+        declared = getattr(self.rule.func, "compares", None)
+        return declared is not None and bool(declared(**self.settings))
+
+    def check_groups(self, record: TensorDictBase) -> None:
+        """Looks for groups, where the rule compares their rows.
+
+        Raises:
+            ConfigError: every row is alone in its group.
+        """
+        if self.compares and len(record) and len(record["group"].unique()) == len(record):
+            other = f", or set {self.where}.over=batch" if "over" in self.settings else ""
+            raise ConfigError(
+                f"{self.where} compares rows of one group, and every row is alone in its own: sample several rows a "
+                f"prompt or reset state (rollout.group_size){other}"
+            )
 
     @property
     def metrics(self) -> set[str]:

@@ -39,6 +39,8 @@ class AnswerFeatures(nn.Module):
     def forward(self, rows: TensorDictBase) -> Tensor:
         """Right-padded ``tokens [B, N]`` to ``[B, d]`` float32."""
         length = rows["token_mask"].sum(-1).clamp(min=1)
+        if not len(length):  # groups whose answers are all alike have nobody to compare
+            return torch.zeros(0, self.width, device=length.device)
         states = trunk_states(self.policy.model, rows["tokens"][:, : int(length.max())])
         return states[torch.arange(len(states), device=states.device), length - 1].float()
 

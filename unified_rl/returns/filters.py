@@ -39,6 +39,9 @@ def largest_advantage(
     return rank < _quota(count, keep)
 
 
+largest_advantage.compares = lambda *, over, **others: over == "group"  # type: ignore[attr-defined]
+
+
 def widest_spread(record: TensorDictBase, advantage: Tensor, *, keep: Fraction = 0.5, over: Over = "group") -> Tensor:
     """The share ``keep`` of the rows, rounded down, whose advantages vary most: some lowest, the rest highest. D3S.
 
@@ -69,6 +72,9 @@ def widest_spread(record: TensorDictBase, advantage: Tensor, *, keep: Fraction =
     return (rank < best) | (rank >= count - quota + best)
 
 
+widest_spread.compares = lambda *, over, **others: over == "group"  # type: ignore[attr-defined]
+
+
 def seamless(record: TensorDictBase, advantage: Tensor, *, least: UnitInterval = 0.5) -> Tensor:
     """Rows of groups in which the rewarded answers are those that the policy finds likely. After SEAM, 2406.07971.
 
@@ -84,6 +90,9 @@ def seamless(record: TensorDictBase, advantage: Tensor, *, least: UnitInterval =
     norm = (groups.sum(gap[0].square()) * groups.sum(gap[1].square())).sqrt()
     together = torch.where(norm > 0, groups.sum(gap[0] * gap[1]) / norm.clamp(min=1e-30), 0.0)
     return 0.5 + 0.5 * together >= least - 1e-6
+
+
+seamless.compares = lambda **settings: True  # type: ignore[attr-defined]
 
 
 def uncertain_units(record: TensorDictBase, advantage: Tensor, *, keep: Fraction = 0.5) -> Tensor:
@@ -141,6 +150,7 @@ def distinct_pairs(
     return kept
 
 
+distinct_pairs.compares = lambda **settings: True  # type: ignore[attr-defined]
 distinct_pairs.columns = lambda *, score, **others: [score]  # type: ignore[attr-defined]
 
 

@@ -81,6 +81,9 @@ def long_success(
     return advantage * torch.where(longest > wrong, 1.0, otherwise).unsqueeze(-1).to(advantage.dtype)
 
 
+long_success.compares = lambda **settings: True  # type: ignore[attr-defined]
+
+
 def overlong_failure(
     record: TensorDictBase, advantage: Tensor, *, base: AtLeastOne = 1.00001, threshold: float = 0.5
 ) -> Tensor:
@@ -96,6 +99,9 @@ def overlong_failure(
     grown = ~won & (groups.sum(right) > 0) & (excess > 0)
     factor = torch.where(grown, 2.0 - base ** (-excess), 1.0)
     return advantage * factor.unsqueeze(-1).to(advantage.dtype)
+
+
+overlong_failure.compares = lambda **settings: True  # type: ignore[attr-defined]
 
 
 def retempered(
@@ -239,6 +245,7 @@ def consistent(
     return out
 
 
+consistent.compares = lambda **settings: True  # type: ignore[attr-defined]
 consistent.columns = lambda *, answer_column, **others: [answer_column]  # type: ignore[attr-defined]
 
 

@@ -62,7 +62,8 @@ class LanguageRollout:
         curriculum: which prompts are drawn, see :mod:`unified_rl.rollout.curriculum`.
         columns: further entries of the record, made of the environment's own numbers: a name gives ``[B]`` int64, a
             list of names ``[B, K]`` float32 (several rewards, strata).
-        privileged: style of the solution that a teacher sees behind the prompt (``privileged_tokens``, ``_mask``).
+        privileged: style of the solution that a teacher sees behind the prompt (``privileged_tokens``, ``_mask``); true
+            is the task's own.
         generation_batch: conversations that are sampled together, in whole groups. It bounds the memory of the
             key-value cache, in evaluation too. Null samples all of a collection at once; a run chooses fewer where
             their cache would take more than a quarter of the memory, or 8 GB.
@@ -101,7 +102,7 @@ class LanguageRollout:
         beginning: Beginning | None = None,
         speaker: Speaker | None = None,
         columns: dict[str, str | list[str]] | None = None,
-        privileged: str | None = None,
+        privileged: bool | str | None = None,
         generation_batch: Count | None = None,
         device: str = "cpu",
         streams: Callable[[str], torch.Generator] = fixed_stream,
@@ -111,7 +112,7 @@ class LanguageRollout:
         self.prompts, self.group_size, self.staleness = prompts, group_size, staleness
         self.device = torch.device(device)
         self.generation_batch = generation_batch
-        self.builder = RowBuilder(env, gamma, columns, privileged, beginning is not None)
+        self.builder = RowBuilder(env, gamma, columns, privileged or None, beginning is not None)
         self.context = context
         if self.context is not None:
             _require_part(self.context, "rollout.context", "unified_rl.rollout.context.Hints")

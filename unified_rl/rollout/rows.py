@@ -40,7 +40,8 @@ class RowBuilder:
         columns: further entries of the record, made of the environment's own numbers and of :data:`OWN`: a name gives
             ``[B]`` int64, a list of names ``[B, K]`` float32. Reward functions of the run add :data:`REWARDS`, and a
             task that leaves conversations out of updates adds ``counted``.
-        privileged: style of the solution in ``privileged_tokens`` and ``privileged_mask``; None leaves them out.
+        privileged: style of the solution in ``privileged_tokens`` and ``privileged_mask``, True for the task's own;
+            None leaves them out.
         begins: whether conversations begin with given tokens, so that :data:`BEGUN` is known.
 
     Raises:
@@ -52,7 +53,7 @@ class RowBuilder:
         env: LanguageEnv,
         gamma: float,
         columns: Mapping[str, str | list[str]] | None,
-        privileged: str | None,
+        privileged: bool | str | None,
         begins: bool = False,
     ) -> None:
         self.env, self.gamma = env, gamma
@@ -71,7 +72,8 @@ class RowBuilder:
         if isinstance(env, ReportsColumns):
             self._check(env.columns)
             self.counts = COUNTED in env.columns
-        self.solver = None if privileged is None else require_solutions(env, "rollout.privileged", privileged)
+        self.style = privileged if isinstance(privileged, str) else None
+        self.solver = None if privileged is None else require_solutions(env, "rollout.privileged", self.style)
 
     def _check(self, known: Iterable[str]) -> None:
         for name, wanted in self.columns.items():
@@ -156,11 +158,11 @@ class RowBuilder:
 
     def _privileged(self, talk: Conversations, solver: Solves) -> dict[str, Tensor]:
         """Every row again with a solution between prompt and answer; as many tokens masked in, in the same order."""
-        solutions = solver.solve(talk.problems, self.privileged)
+        solutions = solver.solve(talk.problems, self.style)
         longest = max(map(len, solutions))
         if longest > self.env.max_turn_tokens:
             raise ConfigError(
-                f"rollout.privileged={self.privileged} shows solutions of up to {longest} tokens, more than fit into "
+                f"rollout.privileged shows solutions of up to {longest} tokens, more than fit into "
                 f"env.max_turn_tokens={self.env.max_turn_tokens}; raise it"
             )
         width = talk.tokens.shape[1] + self.env.max_turn_tokens

@@ -83,7 +83,7 @@ def parts(name: str) -> dict[str, list[str]]:
         "prompts and answers": [
             *(f"score {one}" for one in _names(_node(rollout.get("curriculum")).get("score"))),
             *(_class(rollout.get(key)) for key in ("curriculum", "beginning", "context", "speaker")),
-            *(f"privileged {rollout['privileged']}" for _ in ["privileged"] if rollout.get("privileged")),
+            *("the solution in sight" for _ in ["privileged"] if rollout.get("privileged")),
         ],
         "advantages": [
             *_settings(agent, ("advantage", "credit", "reward_model", "columns", "maps", "filters", "gates")),
