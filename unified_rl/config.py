@@ -352,9 +352,8 @@ def _elsewhere(config: Mapping[str, Any], allow: Sequence[str]) -> str:
     domain = getattr(locate(rollout["_target_"], allow, "rollout"), "domain", None)
     if domain is None or domain in domains:
         return ""
-    from unified_rl.study.recipes import recipe, recipe_names  # it reads this module
-
-    others = ", ".join(one for one in recipe_names() if domain in recipe(one).domains)
+    known = preset_names("recipe")
+    others = ", ".join(one for one in known if domain in preset("recipe", one).get("domains", ["language"]))
     return f"; recipe={name} trains in {' and '.join(domains)}, and this run in {domain}, where these do: {others}"
 
 
