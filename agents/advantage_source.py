@@ -173,9 +173,9 @@ def check_columns(
     for rule in rules:
         for name in rule.columns:
             if name not in columns:
+                fix = "rollout.privileged" if name.startswith("privileged_") else f"rollout.columns.{name}"
                 raise ConfigError(
-                    f"{rule.where} needs {name!r}, which is no column of the rows; {nearest(name, columns)}: define "
-                    f"rollout.columns.{name}"
+                    f"{rule.where} needs {name!r}, which is no column of the rows; {nearest(name, columns)}: set {fix}"
                 )
     for number, penalty in enumerate(correction.penalties):
         if penalty.weight is not None and penalty.weight not in columns:

@@ -574,7 +574,8 @@ def term_cases() -> Iterator[Case]:
             "by_difficulty": {"label": 2.0},
             "residual": {"rank": 2},
         },
-        extra=dict.fromkeys(["by_difficulty", "consistent"], ("rollout.columns={answer: answer, label: label}",)),
+        extra={**dict.fromkeys(["by_difficulty", "consistent"], ("rollout.columns={answer: answer, label: label}",)),
+               "matched": ("rollout.privileged=chain",)},
         samples={
             "long_success.threshold": 0.5,
             "overlong_failure.threshold": 2.0,

@@ -153,6 +153,23 @@ def test_hidden_states_that_a_map_reads_are_the_policys_and_do_not_stay() -> Non
     assert len(kept["advantage"][kept["mask"] & (kept["advantage"] < 0)].unique()) > 8  # each token has its own
 
 
+def test_units_earn_by_what_the_solution_has_around_their_places() -> None:
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[:, 2:6] = True  # two tokens of a prompt, four of an answer
+    solution = torch.tensor([5, 6, 7])
+    tokens = torch.tensor([[1, 2, 5, 6, 9, 9], [1, 2, 5, 9, 9, 9], [1, 2, 9, 9, 9, 9], [1, 2, 9, 9, 9, 9]])
+    shown = torch.cat([tokens[:, :2], solution.expand(4, 3), tokens[:, 2:]], 1)
+    told = torch.arange(9).expand(4, 9) >= 5
+    rows = record(mask=mask, tokens=tokens, privileged_tokens=shown, privileged_mask=told)
+    plain = maps.matched(rows, A, window=1)  # rewards 1 1 0 0 and 1 0 0 0, less their means 1, 1/2, 0, 0
+    assert plain[0].tolist() == [0.0, 0.0, 0.0, 0.5, 0.0, 0.0] and plain[1].tolist() == [0.0, 0.0, 0.0, -0.5, 0.0, 0.0]
+    wide = maps.matched(rows, A, window=3)  # 2/3 2/3 1/3 0 and 1/3 1/3 0 0
+    assert wide[0, 2:].tolist() == pytest.approx([1 / 6, 1 / 6, 1 / 6, 0.0])
+    assert maps.matched(rows, A, share=0.0).equal(A.expand(4, 6))
+    half = maps.matched(rows, A, window=1, share=0.5)
+    assert half[0, 2:].tolist() == [0.5, 0.75, 0.5, 0.5]
+
+
 def test_a_policy_without_hidden_states_is_refused_by_name() -> None:
     from run_cases import CONTROL, merged
     from test_nonsense import stage

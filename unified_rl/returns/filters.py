@@ -113,7 +113,8 @@ def first_units(record: TensorDictBase, advantage: Tensor, *, share: Fraction = 
     """The first ``share`` of every row's units, rounded up: a horizon that a schedule moves further out."""
     mask: Tensor = record["mask"]
     place, count = mask.cumsum(-1), mask.sum(-1, keepdim=True)
-    return mask & (place <= (count * share - 1e-6).ceil())
+    out: Tensor = mask & (place <= (count * share - 1e-6).ceil())
+    return out
 
 
 def entropy_above(record: TensorDictBase, advantage: Tensor, *, above: NonNegative = 1.0) -> Tensor:

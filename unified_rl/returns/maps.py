@@ -18,6 +18,7 @@ from unified_rl.errors import RecordError
 from unified_rl.ranges import AtLeastOne, Name, NonNegative, Positive, UnitInterval
 from unified_rl.returns import readings
 from unified_rl.returns.groups import Groups
+from unified_rl.returns.matching import matched
 from unified_rl.returns.projection import residual
 from unified_rl.units import Steps, row_return
 
@@ -278,4 +279,5 @@ MAPS: dict[str, Callable[..., Tensor]] = {
     "by_difficulty": by_difficulty,
     "consistent": consistent,
     "residual": residual,
+    "matched": matched,
 }
