@@ -59,6 +59,7 @@ class DivergenceTerm(Term):
     """
 
     couples_rows = False
+    scores = False
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ class SelectiveEntropyTerm(DistributionTerm):
         peaks: share of a row's units, those of highest entropy; at least one.
     """
 
+    scores = False
     couples_rows = True  # the first update's mean is held
 
     def __init__(

@@ -41,6 +41,8 @@ class Forward:
         readers: of all terms; with any, one ``policy.read_logits`` serves them and the log-probs.
         generator: for supervised losses that draw noise.
         sampling: how a categorical policy samples; None of others, whose supervised loss is their own.
+        scored: log-probs have a gradient beside readings. Where no term follows it, it must not be recorded: what the
+            logits' recomputation saves for it would stay, chunk by chunk, until the whole backward pass is over.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Forward:
         readers: Sequence[Reader] = (),
         generator: torch.Generator | None = None,
         sampling: Sampling | None = None,
+        scored: bool = True,
     ) -> None:
+        self.scored = scored
         self.policy, self.rows, self.readers, self.generator = policy, rows, readers, generator
         self.sampling = sampling
         self._score, self._grad = score, torch.is_grad_enabled()
@@ -69,7 +73,7 @@ class Forward:
         counts = [len(extra) for extra in extras]
 
         def fused(logits: Tensor, token: Tensor, *flat: Tensor) -> tuple[Tensor, ...]:
-            out, at = [token_log_prob(logits, token)], 0
+            out, at = [token_log_prob(logits if self.scored else logits.detach(), token)], 0
             for reader, count in zip(self.readers, counts, strict=True):
                 out.append(reader.function(logits, token, *flat[at : at + count]))
                 at += count
@@ -81,7 +85,7 @@ class Forward:
 
     @property
     def log_prob(self) -> Tensor:
-        """``[B, N]`` float32, with gradient."""
+        """``[B, N]`` float32, with gradient (see ``scored``)."""
         return self._found[0]
 
     @property

@@ -124,6 +124,7 @@ class Term:
         distributions: names of the policies whose whole distributions it compares with.
         whole_groups: optimiser batches must hold whole groups.
         whole_rows: they must hold whole rows, not single steps.
+        scores: its loss has a gradient through the log-probs of the shared pass, or through its supervised loss.
         couples_rows: what it makes of a row may depend on other rows, beside its denominator.
         reports: names of metrics of :meth:`loss` that others may rely on.
         followed: names of metrics that controllers elsewhere in the run follow.
@@ -136,6 +137,7 @@ class Term:
     whole_groups = False
     whole_rows = False
     couples_rows = True
+    scores = True
     reports: frozenset[str] = frozenset()
     followed: frozenset[str] = frozenset()
     columns: frozenset[str] = frozenset()
@@ -279,6 +281,7 @@ class Objective:
             term.start(progress, update)
         self.active = {name: term for name, term in self.terms.items() if term.active}
         self.readers = [reader for term in self.active.values() for reader in term.readers]
+        self.scored = any(term.scores for term in self.active.values())
 
     def follow(self, metrics: Collection[str]) -> None:
         """Terms that report what controllers follow, their own or others', are watched where they count for nothing."""
@@ -380,7 +383,7 @@ class Objective:
             return {name: term.prepare(batch, scored) for name, term in self.active.items()}
 
     def _forward(self, rows: TensorDict) -> Forward:
-        return Forward(self.policy, rows, self.score, self.readers, self.generator, self.sampling)
+        return Forward(self.policy, rows, self.score, self.readers, self.generator, self.sampling, self.scored)
 
     @torch.no_grad()
     def _scored(self, parts: Sequence[TensorDict], passes: int = 0) -> Tensor:

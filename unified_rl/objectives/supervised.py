@@ -180,6 +180,8 @@ class RankAwareTerm(DistributionTerm):
         near, far: rewards of rivals, and of all others.
     """
 
+    scores = False
+
     def __init__(
         self,
         name: str,

@@ -163,6 +163,7 @@ class ValueTerm(_Averaged):
     """
 
     column = "value_mask"
+    scores = False
     reports = frozenset({"loss/value"})
 
     def __init__(
@@ -204,6 +205,7 @@ class EntropyTerm(_Averaged):
 
     reports = frozenset({"policy/entropy"})
     couples_rows = False
+    scores = False
 
     def __init__(self, name: str, *, rows: Any = None, coefficient: float | Mapping[str, Any] = 0.0) -> None:
         super().__init__(name, rows, coefficient)

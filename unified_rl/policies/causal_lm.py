@@ -42,6 +42,8 @@ from unified_rl.units import UnitLogProb
 
 LOGITS_AT_ONCE = 2**25
 """Logits held at a time where ``logit_chunk`` is 0 (128 MiB in float32)."""
+EXTRAS_HOLD = 4
+"""Readers with extras are shown so many times fewer at once."""
 
 
 @configurable
@@ -436,7 +438,9 @@ class CausalLM(TensorDictModuleBase):
         def score(states: Tensor, *wanted: Tensor) -> tuple[Tensor, ...]:
             return read(read_head(self.model, states), *wanted)
 
-        size = self.logit_chunk or max(1, LOGITS_AT_ONCE // self.model.get_output_embeddings().weight.shape[0])
+        held = len(extras) and EXTRAS_HOLD  # who compares with another distribution holds several more of that size
+        words = self.model.get_output_embeddings().weight.shape[0] * max(1, held)
+        size = self.logit_chunk or max(1, LOGITS_AT_ONCE // words)
         if len(target) <= size:
             return score(hidden, target, *extras)
         recompute = torch.is_grad_enabled()
