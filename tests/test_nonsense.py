@@ -173,7 +173,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.align.rows.source agent.objectives.align.rows.unless "
      "agent.filters rollout.columns.domain rollout.columns.stratum "
      "agent.columns.rubric.of "
-     "rollout.columns.answer rollout.columns.label rollout.columns.greedy rollout.columns.old "
+     "rollout.columns.answer rollout.columns.label rollout.columns.greedy rollout.columns.old rollout.columns.begun "
      "agent.objectives.distill.rows.source agent.objectives.distill.rows.when rollout.columns.solved "
      "agent.objectives.policy.rows.when correction.advantage.rows.when "
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "

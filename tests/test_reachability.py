@@ -563,7 +563,8 @@ def term_cases() -> Iterator[Case]:
         first={"success_at_most": {"count": 2}, "own_or_unsolved": {"threshold": 2.0}},
     )  # fmt: skip
     yield from of_table(
-        "map", MAPS, STALE, lambda node: f"agent.maps=[{text(node)}]", along={"taught": TAUGHT},
+        "map", {n: f for n, f in MAPS.items() if n != "tree"}, STALE, lambda node: f"agent.maps=[{text(node)}]",
+        along={"taught": TAUGHT},
         first={
             "sign": {"positive": 0.3, "negative": 0.2},
             "long_success": {"threshold": 2.0},
@@ -575,7 +576,7 @@ def term_cases() -> Iterator[Case]:
             "residual": {"rank": 2},
         },
         extra={**dict.fromkeys(["by_difficulty", "consistent"], ("rollout.columns={answer: answer, label: label}",)),
-               "matched": ("rollout.privileged=chain",)},
+               "matched": ("rollout.privileged=true",)},
         samples={
             "long_success.threshold": 0.5,
             "overlong_failure.threshold": 2.0,
@@ -594,6 +595,9 @@ def term_cases() -> Iterator[Case]:
             "consistent.answer_column": "label",
         },
     )  # fmt: skip
+    forks = "rollout.context={_target_: unified_rl.rollout.forks.Forks}"
+    forest = (*LANGUAGE, "correction=reinforce", "rollout.columns={begun: begun}", forks)
+    yield from of_table("map", {"tree": MAPS["tree"]}, forest, lambda node: f"agent.maps=[{text(node)}]")
     earned = "correction.advantage={baseline: mean, reward: made}"
     yield from of_table(
         "column", WRITTEN, (*STALE, NUMBERS), lambda node: f"agent.columns={{made: {text(node)}}}",
@@ -1316,6 +1320,7 @@ def context_cases() -> Iterator[Case]:
             "unified_rl.rollout.verdicts", {"ask": "'='", "yes": "'+'", "no": "'-'"},
             {"of": 1.0, "verdicts": 3, "ask": "'=='", "yes": "'1'", "no": "'yes'"},
         ),
+        "Forks": ("unified_rl.rollout.forks", {}, {"chains": 1}),
         "Retried": (again, {}, {"share": 0.9, "ask": "'1'", "threshold": 1.0}),
     }  # fmt: skip
     for name, (folder, given, changes) in kinds.items():

@@ -112,7 +112,7 @@ class LanguageRollout:
         self.prompts, self.group_size, self.staleness = prompts, group_size, staleness
         self.device = torch.device(device)
         self.generation_batch = generation_batch
-        self.builder = RowBuilder(env, gamma, columns, privileged or None, beginning is not None)
+        self.builder = RowBuilder(env, gamma, columns, privileged or None, (beginning or context) is not None)
         self.context = context
         if self.context is not None:
             _require_part(self.context, "rollout.context", "unified_rl.rollout.context.Hints")

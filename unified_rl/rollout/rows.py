@@ -28,7 +28,7 @@ OWN = ("turns", "length", "answer", "label", GREEDY)
 equal answers, of a task that says what an answer is), the reference that this is compared with (likewise), and
 :data:`GREEDY`."""
 BEGUN = "begun"
-"""Number of a conversation, with ``rollout.beginning``: how many tokens it began with."""
+"""Number of a conversation, with ``rollout.beginning`` or ``context``: how many tokens it began with."""
 
 
 class RowBuilder:
