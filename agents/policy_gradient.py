@@ -420,6 +420,8 @@ class PolicyGradient:
             )
         terms = self.objective.terms
         self.anchors.check_columns({*columns, *self.estimate.gates, *self.estimate.columns})
+        if self.reward_model is not None:
+            self.reward_model.check_columns(columns)
         check_columns(
             terms, self.estimate.gates, self.correction, [*columns, *self.estimate.columns], self.estimate.rules
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from unified_rl.agents.teacher import load_teacher
 from unified_rl.correction import Correction
 from unified_rl.correction.lookup import bind
-from unified_rl.errors import ConfigError, RecordError
+from unified_rl.errors import ConfigError
 from unified_rl.files import fitting
+from unified_rl.objectives.pairs import check_order, order_of
 from unified_rl.objectives.reward_losses import REWARD_LOSSES, Fit
 from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.scores import Within
@@ -26,7 +27,6 @@ from unified_rl.returns.groups import Groups
 from unified_rl.training.checkpoint import intact_checkpoint
 from unified_rl.training.provenance import stored_config
 from unified_rl.training.restoring import check_finite
-from unified_rl.units import row_return
 
 PAIRS_AT_ONCE = 256
 """Comparisons whose features are held together."""
@@ -63,6 +63,13 @@ class ModelledReward:
             ConfigError: they do not fit.
         """
         raise NotImplementedError
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Looks at the names of what rows will hold, before any are collected.
+
+        Raises:
+            ConfigError: one that it reads is missing; says what to set.
+        """
 
     def learn(self, record: TensorDict, version: int, metrics: dict[str, Any]) -> None:
         """Looks at the rows of an update before it rewards them."""
@@ -249,6 +256,10 @@ class Learnt(Fitted):
         if self.pessimism:
             self.coverage = Coverage(self.model.width, self.ridge).to(policy.device)
 
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Looks for the column that orders rows."""
+        check_order(self.order, columns, "agent.reward_model.order")
+
     @property
     def model(self) -> RewardModel:
         """The model."""
@@ -260,13 +271,7 @@ class Learnt(Fitted):
 
         Raises:
             ConfigError: every row is alone in its group.
-            RecordError: rows lack the column that orders them.
         """
-        if self.order != "reward" and self.order not in rows.keys():
-            raise RecordError(
-                f"agent.reward_model.order={self.order} is no column of the rows: define rollout.columns.{self.order}, "
-                "or use order=reward"
-            )
         if self.within == "group" and len(rows["group"].unique()) == len(rows):
             raise ConfigError(
                 "agent.reward_model compares rows of one group, and every row is alone in its own: sample several rows "
@@ -284,7 +289,7 @@ class Learnt(Fitted):
             with torch.no_grad():
                 score = torch.cat([self.model.scores(part) for part in parts])
             score.requires_grad_()
-        order = row_return(rows) if self.order == "reward" else rows[self.order].float()
+        order = order_of(rows, self.order)
         self.last = fit = self.loss(score, order, self.groups(rows))
         pairs = torch.tensor(float(len(fit.better)), device=score.device)
         if not len(fit.value):

@@ -90,6 +90,30 @@ def test_half_of_a_group_is_said_with_the_solution_in_view_and_rows_hold_the_bar
     assert bool((rows["mask"][aside].sum(-1) <= LONG["max_turn_tokens"] - 5).all())  # and counts towards the budget
 
 
+def test_a_column_says_who_saw_which_advice() -> None:
+    seen: list[Any] = []
+    made = made_with(beginning=Advised(of=0.25, text="1,1>1", opposite="0"), columns={"told": "advised"})
+    told, against = (made.env.tokenizer.encode(text, add_special_tokens=False) for text in ("1,1>1", "0"))
+    made.policy.generate = _noting(made.policy.generate, seen)  # type: ignore[method-assign]
+    rows, _ = made.collect(0)
+    width, size = width_of(made), made.group_size
+    assert rows["told"].tolist() == ([1] + [-1] * (size - 1)) * 6
+    asked = [tuple(ids) for call in seen for ids in call]
+    for row in rows:
+        prompt = row["tokens"][:width].tolist()
+        assert (*prompt, *(told if int(row["told"]) > 0 else against)) in asked
+    torch.testing.assert_close(present(made, rows), rows["behavior_log_prob"], atol=1e-4, rtol=0.0)
+    plain = made_with(beginning=Advised(of=0.5), columns={"told": "advised"}).collect(0)[0]
+    assert plain["told"].tolist() == ([1] * (size // 2) + [0] * (size // 2)) * 6
+
+
+def test_an_empty_hint_changes_nothing_so_who_is_called_hinted_is_chance() -> None:
+    rows = made_with(beginning=Advised(of=0.5, share=0.0), columns={"told": "advised"}).collect(0)[0]
+    bare = made_with().collect(0)[0]
+    assert torch.equal(rows["tokens"], bare["tokens"]) and torch.equal(rows["reward"], bare["reward"])
+    assert rows["told"].float().mean() == 0.5
+
+
 def test_a_written_policy_is_shown_in_place_of_solutions() -> None:
     seen: list[Any] = []
     made = made_with(beginning=Advised(of=1.0, text="1,1>1"))

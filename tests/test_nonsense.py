@@ -37,6 +37,7 @@ COMPLETED = {
     ("recipe", "pear"): ["rollout.sources.recorded.data=x"],
     **{("recipe", name): ["agent.teacher=x"] for name in ("skd", "dagger", "draft_opd")},
     ("recipe", "mixsd"): ["rollout.speaker.folder=x"],
+    ("recipe", "sso"): ["rollout.beginning.text=x", "rollout.beginning.opposite=x"],
     ("recipe", "mopd"): ["agent.anchors.teacher.folders=[x]", "rollout.columns.domain=truncated"],
     ("recipe", "reason_maxxer"): ["rollout.sources.recorded.data=x"],
     ("recipe", "hypo"): ["rollout.sources.recorded.data=x"],
@@ -165,6 +166,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.credit agent.teacher env.eval_path env.prompt_key env.solution_key env.tokenizer policy.adapter "
      "rollout.beginning.text rollout.sources.assimilated.style rollout.sources.edited.style "
      "rollout.sources.guided.style rollout.sources.guided.text "
+     "rollout.beginning.opposite "
      "policy.path replay.path replay.trim_key rollout.beginning.style rollout.context.style rollout.data "
      "rollout.sources.reference.adapter "
      "rollout.privileged rollout.sources.demonstrations.style rollout.style warm_start.run "
@@ -174,6 +176,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.filters rollout.columns.domain rollout.columns.stratum "
      "agent.columns.rubric.of "
      "rollout.columns.answer rollout.columns.label rollout.columns.greedy rollout.columns.old rollout.columns.begun "
+     "rollout.columns.hinted rollout.columns.principle "
      "agent.objectives.distill.rows.source agent.objectives.distill.rows.when rollout.columns.solved "
      "agent.objectives.policy.rows.when correction.advantage.rows.when "
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "

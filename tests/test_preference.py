@@ -57,6 +57,21 @@ def test_rows_that_a_preference_does_not_read_are_in_no_pair() -> None:
     close(both_splits(policy, rows, "reinforce", objectives=objectives | hold), want)
 
 
+def test_a_column_may_say_which_rows_are_better() -> None:
+    policy, rows = joined()
+    nudge(policy, 0.05)
+    rows["said"] = torch.tensor([0, 1, 0, 0, 5, 0, 0, 2, 3, 3, 3, 3])
+    node = {"name": "preference", "anchor": "none", "link": {"name": "dpo", "beta": 0.7}, "order": "said"}
+    got = both_splits(policy, rows, "reinforce", objectives={"policy": None, "prefer": node})
+    _, lp = dense(policy, rows)
+    h = (lp * rows["mask"]).sum(-1)
+    loss = -torch.stack([F.logsigmoid(0.7 * (h[w] - h[l])) for w, l in [(1, 0), (4, 5)]]).mean()
+    close(got, want(agent_of(policy, rows), loss))
+    agent = agent_of(policy, rows, "reinforce", objectives={"policy": None, "prefer": {**node, "order": "sayed"}})
+    with pytest.raises(ConfigError, match=r"prefer\.order names 'sayed'.*did you mean 'said'.*rollout\.columns\.sayed"):
+        agent.check_written([0], 4, ["said"])
+
+
 def test_scores_without_a_reference_need_no_other_policy() -> None:
     policy, rows = joined()
     agent = agent_of(

@@ -107,6 +107,7 @@ RECORDED = {
 """What names the recorded rows, or the other model, of recipes that learn from such."""
 TOLD = {
     "mixsd": ["rollout.speaker.folder=RUN"],
+    "sso": ["rollout.beginning.text='>,'", "rollout.beginning.opposite='+'"],
     "mopd": ["agent.anchors.teacher.folders=[RUN, RUN]", "rollout.columns.domain=truncated"],
 }
 """What users must give to other recipes."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Interval
+from tensordict import TensorDictBase
 from torch import Tensor
 
+from unified_rl.errors import ConfigError
+from unified_rl.instantiate import nearest
 from unified_rl.ranges import NonNegative, Positive
 from unified_rl.returns.groups import Groups
+from unified_rl.units import row_return
 
 Pairs = tuple[Tensor, Tensor]
 """Indices ``[P]`` of the better and the worse rows."""
@@ -46,6 +50,24 @@ def best_deviant(reward: Tensor, group: Tensor, *, deviations: float = -2.0) -> 
     worse = first_row(groups, distance == groups.extreme(distance, "amin"))
     chosen = reward[better] > reward[worse]
     return better[chosen], worse[chosen]
+
+
+def order_of(rows: TensorDictBase, order: str) -> Tensor:
+    """What says which row is better, ``[B]``: the return for ``reward``, else the column of that name."""
+    return row_return(rows) if order == "reward" else rows[order].double()
+
+
+def check_order(order: str, columns: Collection[str], where: str) -> None:
+    """Refuses an order that no row will hold.
+
+    Raises:
+        ConfigError: names the setting and the nearest column.
+    """
+    if order != "reward" and order not in columns:
+        raise ConfigError(
+            f"{where} names {order!r}, which is no column of the rows; {nearest(order, ['reward', *columns])}: define "
+            f"rollout.columns.{order}"
+        )
 
 
 PAIRS: dict[str, Callable[..., Pairs]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
@@ -13,10 +13,10 @@ from unified_rl.correction.generators import GENERATORS
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.objective import Parts
-from unified_rl.objectives.pairs import LINKS, PAIRS, first_row
+from unified_rl.objectives.pairs import LINKS, PAIRS, check_order, first_row, order_of
 from unified_rl.objectives.scores import Compared, GroupScoreTerm, Measure, ScoreTerm, Within
 from unified_rl.protocols import Samples
-from unified_rl.ranges import NonNegative, Positive, Whole
+from unified_rl.ranges import Name, NonNegative, Positive, Whole
 from unified_rl.returns.groups import Groups
 from unified_rl.units import Source, row_return
 
@@ -31,6 +31,8 @@ class PreferenceTerm(GroupScoreTerm):
         within: see :class:`~unified_rl.objectives.scores.GroupScoreTerm`.
         link: a name of :data:`LINKS`, or a mapping with its settings.
         pairs: a name of :data:`PAIRS`, or a mapping.
+        order: what says which row is better: ``reward``, or a column ``[B]`` of the rows, such as one of
+            ``rollout.columns``, or ``source``.
         generator: scores are ``f'`` of a row's ratio, a name of
             :data:`~unified_rl.correction.generators.GENERATORS` or a mapping: the divergence from the anchor that the
             rewards are traded against. f-DPO, 2309.16240; ``reverse_kl`` is DPO.
@@ -45,6 +47,7 @@ class PreferenceTerm(GroupScoreTerm):
         *,
         link: str | Mapping[str, Any] = "dpo",
         pairs: str | Mapping[str, Any] = "best_worst",
+        order: Name = "reward",
         generator: str | Mapping[str, Any] = "reverse_kl",
         nll: NonNegative = 0.0,
         anchor: str | Mapping[str, Any] = "reference",
@@ -59,11 +62,15 @@ class PreferenceTerm(GroupScoreTerm):
         self.link, _ = bind(link, LINKS, f"{self.where}.link")
         self.pairs, _ = bind(pairs, PAIRS, f"{self.where}.pairs")
         self.generator = bind(generator, GENERATORS, f"{self.where}.generator")[0]()
-        self.nll = nll
+        self.nll, self.order = nll, order
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Looks for the column that orders rows."""
+        check_order(self.order, columns, f"{self.where}.order")
 
     def compare(self, score: Tensor, likelihood: Tensor, rows: TensorDict) -> Compared:
         """The link's mean over pairs."""
-        better, worse = self.pairs(row_return(rows), self.groups(rows))
+        better, worse = self.pairs(order_of(rows, self.order), self.groups(rows))
         slope = self.generator.slope(score)
         margin = slope[better] - slope[worse]
         value = self.link(margin).sum()

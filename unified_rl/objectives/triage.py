@@ -10,9 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.correction.lookup import bind
-from unified_rl.errors import ConfigError
-from unified_rl.instantiate import nearest
-from unified_rl.objectives.pairs import LINKS, PAIRS
+from unified_rl.objectives.pairs import LINKS, PAIRS, check_order, order_of
 from unified_rl.objectives.scores import Compared, GroupScoreTerm, Measure, Within
 from unified_rl.ranges import Name, NonNegative, Positive
 from unified_rl.units import row_return
@@ -73,15 +71,11 @@ class TriageTerm(GroupScoreTerm):
         Raises:
             ConfigError: no row will hold it.
         """
-        if self.old not in columns:
-            raise ConfigError(
-                f"{self.where}.old names {self.old!r}, which is no column of the rows; {nearest(self.old, columns)}: "
-                f"define rollout.columns.{self.old}"
-            )
+        check_order(self.old, columns, f"{self.where}.old")
 
     def compare(self, score: Tensor, likelihood: Tensor, rows: TensorDict) -> Compared:
         """The weighted mean over pairs; ``inverted`` is the share of those that are turned round."""
-        order = rows[self.old].float()
+        order = order_of(rows, self.old)
         better, worse = self.pairs(-order if self.lowest else order, self.groups(rows))
         reward = row_return(rows) - self.threshold
         right = reward > 0

@@ -31,6 +31,7 @@ class Start(NamedTuple):
         versions: of the policies that said them, :data:`NOBODY` where none did; None is the present one.
         over: nothing is left to say.
         shown: ids that the policy sees behind the prompt and the row does not hold.
+        advised: which advice that was, see :data:`~unified_rl.rollout.rows.ADVISED`.
     """
 
     tokens: list[int]
@@ -38,6 +39,7 @@ class Start(NamedTuple):
     versions: list[int] | None = None
     over: bool = False
     shown: Sequence[int] = ()
+    advised: int = 0
 
     @property
     def helps(self) -> bool:
@@ -199,26 +201,36 @@ class Advised(_Stateless):
         text: what is shown, such as the written policy of an assistant; None shows a part of the solution.
         share: of the solution.
         style: of the solution.
+        opposite: a text that the other answers of the group see; None shows them nothing.
     """
 
     def __init__(
-        self, of: UnitInterval = 0.5, text: str | None = None, share: UnitInterval = 0.5, style: str | None = None
+        self,
+        of: UnitInterval = 0.5,
+        text: str | None = None,
+        share: UnitInterval = 0.5,
+        style: str | None = None,
+        opposite: str | None = None,
     ) -> None:
         self.of, self.advice = of, Advice(share, style, text)
+        self.opposite = None if opposite is None else Advice(share, style, opposite)
 
     def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
         """Refuses a task of several turns, one without solutions, and a text that fills the budget."""
         require_one_turn(env, setting)
         self.advice.check(env, setting)
+        if self.opposite is not None:
+            self.opposite.check(env, setting, "opposite")
 
     def begin(self, asked: Asked) -> list[Start]:
-        """What the first answers of each group see."""
+        """What the first answers of each group see, and the others."""
         first = round(self.of * asked.group_size)
-        advice = self.advice.of(asked.env, asked.prompts)
-        return [
-            Start([], shown=advice[row // asked.group_size]) if row % asked.group_size < first else NOTHING
-            for row in range(len(asked.problems))
-        ]
+        starts = []
+        against = None if self.opposite is None else self.opposite.of(asked.env, asked.prompts)
+        for number, shown in enumerate(self.advice.of(asked.env, asked.prompts)):
+            other = NOTHING if against is None else Start([], shown=against[number], advised=-1)
+            starts += [Start([], shown=shown, advised=1)] * first + [other] * (asked.group_size - first)
+        return starts
 
 
 @configurable

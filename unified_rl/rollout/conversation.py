@@ -20,6 +20,7 @@ SCORES = "rewards/"
 UNKNOWN = -1
 """In place of the version of weights that did not change while they sampled."""
 COLUMNS = ("tokens", "mask", "log_prob", "version", "step_index", "reward", "step_mask", "terminated", "truncated")
+NUMBERS = ("length", "begun", "advised")
 
 
 class Conversations:
@@ -39,6 +40,7 @@ class Conversations:
         self.truncated = torch.zeros(rows, turns, dtype=torch.bool)
         self.length = torch.tensor([len(p["prompt"]) for p in problems])
         self.begun = torch.zeros(rows)
+        self.advised = torch.zeros(rows)
         self.said: list[list[list[int]]] = [[] for _ in problems]
         for row, problem in enumerate(problems):
             self.tokens[row, : len(problem["prompt"])] = torch.tensor(problem["prompt"])
@@ -85,9 +87,8 @@ class Conversations:
 
     def replace(self, rows: Tensor, others: Conversations) -> None:
         """Puts other conversations in the place of ``rows``."""
-        for name in COLUMNS:
+        for name in (*COLUMNS, *NUMBERS):
             getattr(self, name)[rows] = getattr(others, name)
-        self.length[rows], self.begun[rows] = others.length, others.begun
         for row, said in zip(rows.tolist(), others.said, strict=True):
             self.said[row] = said
 
@@ -125,7 +126,7 @@ def ordered(told: Told, order: Tensor) -> Told:
     """Conversations in another order, ``[B]``; their problems stay with them."""
     talk, info = told
     out = copy(talk)
-    for name in (*COLUMNS, "length", "begun"):
+    for name in (*COLUMNS, *NUMBERS):
         setattr(out, name, getattr(talk, name)[order])
     out.problems = [talk.problems[row] for row in order.tolist()]
     out.said = [talk.said[row] for row in order.tolist()]
@@ -180,7 +181,7 @@ def joined(told: Sequence[Told]) -> Told:
     """Conversations of several calls as one."""
     talks = [talk for talk, _ in told]
     out = copy(talks[0])
-    for name in (*COLUMNS, "length", "begun"):
+    for name in (*COLUMNS, *NUMBERS):
         setattr(out, name, torch.cat([getattr(talk, name) for talk in talks]))
     out.problems = [problem for talk in talks for problem in talk.problems]
     out.said = [said for talk in talks for said in talk.said]

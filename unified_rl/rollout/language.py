@@ -289,7 +289,8 @@ class LanguageRollout:
             asked = Asked(self.env, repeated, self.group_size, self._streams["beginning"], self._scored)
             starts = self.beginning.begin(asked)
         if not any(start.tokens or start.shown for start in starts):
-            return self._converse(speaker, repeated, self.generator, group_size=self.group_size), starts
+            told = self._converse(speaker, repeated, self.generator, group_size=self.group_size)
+            return _advised(told, starts), starts
         whole = [row for row, start in enumerate(starts) if start.over]
         rest = [row for row, start in enumerate(starts) if not (start.over or start.shown)]
         parts = []
@@ -308,7 +309,7 @@ class LanguageRollout:
         for row, start in enumerate(starts):
             if start.log_probs:
                 told[0].claim(row, start.log_probs)
-        return told, starts
+        return _advised(told, starts), starts
 
     def _begun(self, starts: list[Start], rows: TensorDict, problems: Problems) -> dict[str, float]:
         """Writes who said what rows begin with; returns metrics."""
@@ -490,6 +491,13 @@ def _shares(talk: Conversations) -> dict[str, float]:
         "rollout/foreign": float((talk.version <= FOREIGN).sum() / count),
         "rollout/corrected": float((talk.version == CORRECTED).sum() / count),
     }
+
+
+def _advised(told: Told, starts: list[Start]) -> Told:
+    """Notes which conversations had something in view."""
+    if starts:
+        told[0].advised = torch.tensor([float(start.advised) for start in starts])
+    return told
 
 
 def _require_part(part: Any, setting: str, example: str, method: str = "check") -> None:

@@ -30,6 +30,9 @@ equal answers, of a task that says what an answer is), the reference that this i
 BEGUN = "begun"
 """Number of a conversation, with ``rollout.beginning`` or ``context``: how many tokens it began with."""
 
+ADVISED = "advised"
+"""Likewise: 1 where it had something in view that its row does not hold, -1 where it had the opposite, else 0."""
+
 
 class RowBuilder:
     """Turns conversations into rows of the record, and numbers groups and episodes.
@@ -42,7 +45,8 @@ class RowBuilder:
             task that leaves conversations out of updates adds ``counted``.
         privileged: style of the solution in ``privileged_tokens`` and ``privileged_mask``, True for the task's own;
             None leaves them out.
-        begins: whether conversations begin with given tokens, so that :data:`BEGUN` is known.
+        begins: whether conversations begin with given tokens, so that :data:`BEGUN` and
+            :data:`ADVISED` are known.
 
     Raises:
         ConfigError: a number that the environment does not report, or a task without solutions.
@@ -62,7 +66,7 @@ class RowBuilder:
             self.columns = {REWARDS: list(env.reward_names), **self.columns}
         self._next_group = self._next_episode = 0
         self.counts = False
-        self.known = (*OWN, BEGUN) if begins else OWN
+        self.known = (*OWN, BEGUN, ADVISED) if begins else OWN
         self.wanted = {n for want in self.columns.values() for n in ([want] if isinstance(want, str) else want)}
         if "answer" in self.wanted and not isinstance(env, Votes):
             raise ConfigError(
@@ -134,11 +138,12 @@ class RowBuilder:
         return extra if self.solver is None else extra | self._privileged(talk, self.solver)
 
     def _own(self, talk: Conversations) -> dict[str, Tensor]:
-        """What is wanted of :data:`OWN`, ``[B]``; also 0 for :data:`BEGUN`, which rows of others lack."""
+        """What is wanted of :data:`OWN`, ``[B]``; also :data:`BEGUN` and :data:`ADVISED`, 0 of rows of others."""
         found = {
             "turns": talk.step_mask.sum(-1).float(),
             "length": talk.mask.sum(-1).float(),
             BEGUN: talk.begun,
+            ADVISED: talk.advised,
             GREEDY: torch.tensor([float(problem.get(MOST_LIKELY, 0.0)) for problem in talk.problems]),
         }
         if "answer" in self.wanted and isinstance(self.env, Votes):

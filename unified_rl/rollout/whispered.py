@@ -91,8 +91,8 @@ class Advice:
     def __init__(self, share: float, style: str | None, text: str | None) -> None:
         self.share, self.style, self.text = share, style, text
 
-    def check(self, env: LanguageEnv, setting: str) -> None:
-        """Refuses a task without solutions, and a text that leaves nothing to say.
+    def check(self, env: LanguageEnv, setting: str, key: str = "text") -> None:
+        """Refuses a task without solutions, and a text, the setting ``key``, that leaves nothing to say.
 
         Raises:
             ConfigError: either.
@@ -103,7 +103,7 @@ class Advice:
         ids = _encoded(env, self.text)
         if not 0 < len(ids) < env.max_turn_tokens:
             raise ConfigError(
-                f"{setting}.text is {len(ids)} tokens, which count towards env.max_turn_tokens={env.max_turn_tokens}: "
+                f"{setting}.{key} is {len(ids)} tokens, which count towards env.max_turn_tokens={env.max_turn_tokens}: "
                 "raise it, so that something is left to say, or give a text of some tokens"
             )
 
