@@ -169,8 +169,9 @@ MEANT: list[tuple[str, str, str]] = [
      "rollout.beginning.opposite "
      "policy.path replay.path replay.trim_key rollout.beginning.style rollout.context.style rollout.data "
      "rollout.sources.reference.adapter "
-     "rollout.privileged rollout.sources.demonstrations.style rollout.style warm_start.run "
+     "rollout.sources.demonstrations.style rollout.style warm_start.run rollout.speaker.style "
      "rollout.sources.wanted.style"),
+    ("abc long true", "a style, or the task's own", "rollout.privileged"),
     ("[]", "a list may be empty",
      "agent.objectives.align.rows.source agent.objectives.align.rows.unless "
      "agent.filters rollout.columns.domain rollout.columns.stratum "

@@ -45,6 +45,7 @@ AGAIN = {
     "SelfHints": "sampled again behind the policy's own hints",
     "Rephrased": "replaced by the policy's own words for the solution",
     "Retried": "sampled again behind the failed try",
+    "Forks": "forked at uncertain tokens, and sampled on from there",
     "SelfJudged": "rewarded by the policy's own yes or no",
 }
 """What becomes of groups, by the class of ``rollout.context``."""
@@ -122,7 +123,7 @@ def picture(name: str) -> list[str]:
         of = "some answers" if share != 1.0 else "answers"
         lines.append(f"{of + ':':15}> > > > o o o o o o      > {GIVEN.get(beginning, beginning)}, o sampled behind it")
     if context:
-        which = "groups:" if context == "SelfJudged" else "failed groups:"
+        which = "groups:" if context in ("SelfJudged", "Forks") else "failed groups:"
         lines += [f"{which:15} x x x x x x x x", f"                | {AGAIN.get(context, context)}"]
         lines += ["                v", "                o o o o o o o o"]
     speaker = _class(rollout.get("speaker"))
