@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from unified_rl.errors import ConfigError
+from unified_rl.study.plot import plot_runs
 from unified_rl.study.table import export, main, summarize
 
 
@@ -58,5 +59,11 @@ def test_curves_are_read_over_the_budget_that_all_have_and_over_tokens(tmp_path:
     assert never["long"]["each seed"] == "never" and never["long"]["IQM"] == ""
     with pytest.raises(ConfigError, match="known: end, mean, reach=VALUE"):
         summarize([path], "correction", at="half")
+    with pytest.raises(ConfigError, match="its labels are domain, correction, staleness, seed"):
+        summarize([path], "agent")
+    drawn = plot_runs([path], tmp_path / "curve.png", "eval/score", "correction", only=["long"])
+    assert drawn.is_file()
+    with pytest.raises(ConfigError, match="no run logged"):
+        plot_runs([path], tmp_path / "curve.png", "eval/score", "correction", only=["nobody"])
     with pytest.raises(ConfigError, match="known: steps, tokens"):
         summarize([path], "correction", over="seconds")

@@ -1,4 +1,7 @@
-"""Learning curves of any run folders: ``python -m unified_rl.study.plot RUN... --by agent --out curves.png``."""
+"""Learning curves of any run folders: ``python -m unified_rl.study.plot RUN... --by agent --out curves.png``.
+
+In place of run folders it takes the ``results.csv`` of a study (``--by correction``).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from unified_rl.files import check_listed, replacing
 from unified_rl.study import figures
 from unified_rl.study.curves import join
 from unified_rl.study.report import save_png
-from unified_rl.study.results import SCORE, RunData, group_runs, read_rows
+from unified_rl.study.results import LABELS, SCORE, RunData, group_runs, read_results, read_rows
 from unified_rl.untrusted import read_yaml
 
 
@@ -29,17 +32,19 @@ def plot_runs(
     x: str = "steps",
     title: str | None = None,
     labels: Mapping[str, str] | None = None,
+    only: Sequence[str] | None = None,
 ) -> Path:
     """Draws one curve for each value of a configuration key, with a band over the runs that share it.
 
     Args:
-        folders: run folders (with ``config.yaml`` and ``metrics.jsonl``).
+        folders: run folders (with ``config.yaml`` and ``metrics.jsonl``), or files ``results.csv`` of studies.
         out: a ``.png`` or ``.svg`` file.
         metric: the metric to draw.
         group_by: a dotted key of the configuration, or a group, whose chosen option then names the curve.
         x: ``steps``, ``update`` or ``wall_seconds``.
         title: title of the figure.
         labels: value of the key to its name in the legend.
+        only: the values that are drawn, in this order; None draws all.
 
     Returns:
         ``out``.
@@ -47,7 +52,9 @@ def plot_runs(
     Raises:
         ConfigError: a folder without a run, or no run that logged the metric.
     """
-    runs = [load_run(Path(folder), group_by) for folder in folders]
+    runs = [run for folder in folders for run in load_runs(Path(folder), group_by)]
+    if only is not None:
+        runs = [run for value in only for run in runs if str(run.labels[group_by]) == value]
     if not any(run.series(metric, x)[0].size for run in runs):
         known = sorted({key for run in runs for row in run.rows for key in row})
         raise ConfigError(f"no run logged {metric} against {x}; logged were {', '.join(known) or 'nothing'}")
@@ -67,6 +74,20 @@ def plot_runs(
         _finish(axes[0, 0], metric, x, title)
         figure.legend(lines, names, loc="outside right upper", title=group_by, alignment="left")
     return _save(figure, Path(out))
+
+
+def load_runs(path: Path, group_by: str) -> list[RunData]:
+    """The run of a folder, or those of a study's ``results.csv``, whose labels are its first columns.
+
+    Raises:
+        ConfigError: no run, or no such label.
+    """
+    if path.suffix != ".csv":
+        return [load_run(path, group_by)]
+    runs = read_results(path)
+    if not runs or group_by not in runs[0].labels:
+        raise ConfigError(f"{path} holds no runs by {group_by}; its labels are {', '.join(LABELS)}")
+    return runs
 
 
 def load_run(folder: Path, group_by: str) -> RunData:
@@ -118,15 +139,17 @@ def _save(figure: Any, out: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``python -m unified_rl.study.plot``."""
     parser = argparse.ArgumentParser(prog="python -m unified_rl.study.plot", description=__doc__)
-    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("runs", nargs="+", help="run folders, or results.csv of studies")
     parser.add_argument("--metric", default=SCORE)
     parser.add_argument("--by", default="agent", help="configuration key that names the curves")
     parser.add_argument("--x", default="steps", choices=("steps", "update", "wall_seconds"))
+    parser.add_argument("--only", help="values that are drawn, with commas")
     parser.add_argument("--title")
     parser.add_argument("--out", required=True, help="a .png or .svg file")
     given = parser.parse_args(arguments)
     try:
-        print(plot_runs(given.runs, given.out, given.metric, given.by, x=given.x, title=given.title))
+        only = None if given.only is None else given.only.split(",")
+        print(plot_runs(given.runs, given.out, given.metric, given.by, x=given.x, title=given.title, only=only))
     except UnifiedRLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

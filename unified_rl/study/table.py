@@ -18,8 +18,8 @@ import numpy as np
 
 from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.files import check_listed, replacing
-from unified_rl.study.plot import load_run
-from unified_rl.study.results import SCORE, RunData, group_runs, read_results
+from unified_rl.study.plot import load_runs
+from unified_rl.study.results import SCORE, RunData, group_runs
 from unified_rl.study.statistics import Array, Interval, stratified_bootstrap
 
 COLUMNS = ("update", "steps", "wall_seconds")
@@ -47,7 +47,7 @@ def summarize(
     Raises:
         ConfigError: a folder without a run, a run without the metric, or an unknown ``at`` or ``over``.
     """
-    runs = [run for f in folders for run in _load(Path(f), group_by)]
+    runs = [run for f in folders for run in load_runs(Path(f), group_by)]
     curves = {id(run): _curve(run, metric, over) for run in runs}
     budget = min(x[-1] for x, _ in curves.values())
     rows = []
@@ -69,10 +69,6 @@ def summarize(
             }
         )
     return rows
-
-
-def _load(path: Path, group_by: str) -> list[RunData]:
-    return read_results(path) if path.suffix == ".csv" else [load_run(path, group_by)]
 
 
 def _bounds(interval: Interval | None) -> str:
