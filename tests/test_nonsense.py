@@ -176,7 +176,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.align.rows.source agent.objectives.align.rows.unless "
      "agent.filters rollout.columns.domain rollout.columns.stratum "
      "agent.columns.rubric.of "
-     "rollout.columns.answer rollout.columns.label rollout.columns.greedy rollout.columns.old rollout.columns.begun "
+     "rollout.columns.answer rollout.columns.label rollout.columns.greedy rollout.columns.old rollout.columns.begun rollout.columns.marks "
      "rollout.columns.hinted rollout.columns.principle "
      "agent.objectives.distill.rows.source agent.objectives.distill.rows.when rollout.columns.solved "
      "agent.objectives.policy.rows.when correction.advantage.rows.when "

@@ -577,7 +577,7 @@ def term_cases() -> Iterator[Case]:
             "residual": {"rank": 2},
         },
         extra={**dict.fromkeys(["by_difficulty", "consistent"], ("rollout.columns={answer: answer, label: label}",)),
-               "matched": ("rollout.privileged=true",)},
+               "matched": ("rollout.privileged=true",), "thoughts": ("rollout.columns={marks: marks}",)},
         samples={
             "long_success.threshold": 0.5,
             "overlong_failure.threshold": 2.0,
@@ -587,6 +587,7 @@ def term_cases() -> Iterator[Case]:
             "tilted.probability": 0.06,
             "forgiven_failure.threshold": 2.0,
             "by_difficulty.threshold": -1.0,
+            "thoughts.threshold": -1.0,
             "residual.low": 0.0,
             "residual.high": 1.0,
             "residual.fewest": 1000,

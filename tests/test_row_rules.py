@@ -170,6 +170,29 @@ def test_units_earn_by_what_the_solution_has_around_their_places() -> None:
     assert half[0, 2:].tolist() == [0.5, 0.75, 0.5, 0.5]
 
 
+def test_runs_of_equal_marks_are_thoughts_of_one_reward() -> None:
+    marks = torch.tensor([[1, 1, -1, -1, -1, 0], [-1, -1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0], [-1, -1, -1, 0, 0, 0]])
+    rows = record(marks=marks)
+    got = maps.thoughts(rows, A, share=1.0)  # of the first group 1, -1/2, 0 and -1/2: mean 0, variance 1.5 / 3
+    root = math.sqrt(0.5)
+    assert got[0].tolist() == pytest.approx([1 / root] * 2 + [-0.5 / root] * 3 + [0.0], abs=1e-5)
+    assert got[1, :2].tolist() == pytest.approx([-0.5 / root] * 2, abs=1e-5)
+    z = 0.75 / math.sqrt(2 * 0.75**2)  # of the second 1 and -1/2: the outcome itself, so GRPO
+    assert got[2, :4].tolist() == pytest.approx([z] * 4, abs=1e-5) and float(got[3, 0]) == pytest.approx(-z, abs=1e-5)
+    harsh = maps.thoughts(rows, A, share=1.0, mercy=0.0)
+    assert float(harsh[2, 0]) == pytest.approx(z, abs=1e-5)  # two values stay two values
+    assert maps.thoughts(rows, A, share=0.0).equal(A.expand(4, 6))
+
+
+def test_the_chain_task_marks_totals_and_the_answer() -> None:
+    from unified_rl.envs.language import ChainMod
+
+    env = ChainMod(modulus=10, terms=3)
+    ids = env.codec.encode(["4,6>6", ">6", "4,5>5", "4,6,6>1"])
+    marked = [env.marks({"totals": [4, 6]}, [one])[0] for one in ids]
+    assert marked == [[1, 1, 1, 1, 1], [0, 1], [1, 1, -1, -1, -1], [1, 1, 1, 1, -1, -1, -1]]
+
+
 def test_a_policy_without_hidden_states_is_refused_by_name() -> None:
     from run_cases import CONTROL, merged
     from test_nonsense import stage
@@ -183,6 +206,12 @@ def test_a_map_without_its_column_is_refused_by_name() -> None:
     from test_nonsense import stage
 
     grpo = tuple(merged(LANGUAGE, ["correction=grpo"]))
+    for change in ("rollout.columns={mine: marks}", "rollout.columns={scores: [correct, marks]}"):
+        found = stage(grpo, change, None)  # type: ignore[arg-type]
+        assert "rollout.columns." in found and "set rollout.columns.marks=marks" in found
+    other = ("env=countdown", "policy=causal_lm_tiny", "correction=grpo")
+    found = stage(other, "rollout.columns={marks: marks}", None)  # type: ignore[arg-type]
+    assert "Countdown" in found and "marks()" in found
     found = stage(grpo, "agent.maps=[consistent]", None)  # type: ignore[arg-type]
     assert "agent.maps[0]" in found and "rollout.columns.answer" in found
 

@@ -302,6 +302,15 @@ class HasSplits(Protocol):
 
 
 @runtime_checkable
+class MarksTokens(Protocol):
+    """A task that can tell which parts of an answer are right."""
+
+    def marks(self, problem: dict[str, Any], turns: list[list[int]]) -> list[list[int]]:
+        """1 for every token of a right part, -1 of a wrong one, 0 where there is nothing to judge; turn by turn."""
+        ...
+
+
+@runtime_checkable
 class Votes(Protocol):
     """A token task that knows what an answer says, for majority votes."""
 

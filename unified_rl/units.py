@@ -50,6 +50,9 @@ COUNTED = "counted"
 NOBODY = -1
 """The ``policy_version`` of units that no version of the policy sampled by itself."""
 
+MARKS = "marks"
+"""Optional key ``[B, N]`` int64: 1 on units of a right part of an answer, -1 of a wrong one, 0 elsewhere."""
+
 REQUIRED_KEYS = ("behavior_log_prob", "mask", "step_index", "reward", "policy_version")
 """What every record holds, whatever the domain."""
 
@@ -322,7 +325,7 @@ def split_episodes(segment: TensorDictBase) -> TensorDict:
 def trim_units(record: TensorDictBase, width: int) -> TensorDict:
     """Cuts unit keys and tokens of a language record to ``width`` columns (what follows is padding)."""
     full = record["tokens"].shape[-1]
-    keys = set(UNIT_KEYS) | {"tokens", "token_mask", "advantage", "value", "value_target"}
+    keys = set(UNIT_KEYS) | {MARKS, "tokens", "token_mask", "advantage", "value", "value_target"}
     items = {
         key: value[:, :width] if key in keys and value.ndim > 1 and value.shape[1] == full else value
         for key, value in record.items()

@@ -101,6 +101,23 @@ class ChainMod(LanguageTask):
         _, arrow, answer = self._turn_text(turns[-1]).rpartition(">")
         return str(int(answer)) if arrow and _NUMBER.fullmatch(answer) else None
 
+    def marks(self, problem: dict[str, Any], turns: list[list[int]]) -> list[list[int]]:
+        """A running total, and the number behind the arrow, with what follows it: 1 where it is right, else -1."""
+        return [self._marked(problem["totals"], turn) for turn in turns]
+
+    def _marked(self, totals: Sequence[int], turn: list[int]) -> list[int]:
+        pieces = self.codec.decode_all([[token] for token in turn])
+        text = "".join(pieces)
+        arrow = text.rfind(">")
+        marks, end = [0] * len(text), 0
+        for number, found in enumerate(_NUMBER.finditer(text)):
+            wanted = totals[-1] if 0 <= arrow < found.start() else totals[number] if number < len(totals) else None
+            right = wanted is not None and int(found[0]) == wanted
+            end = min(found.end() + 1, len(text))
+            marks[found.start() : end] = [1 if right else -1] * (end - found.start())
+        at = [sum(map(len, pieces[:place])) for place in range(len(pieces))]
+        return [marks[start] if piece else 0 for start, piece in zip(at, pieces, strict=True)]
+
     def _styles_of(self, count: int, style: str | None, generator: torch.Generator) -> Sequence[str | None]:
         if style != "mixture":
             return super()._styles_of(count, style, generator)

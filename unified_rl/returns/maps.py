@@ -20,6 +20,7 @@ from unified_rl.returns import readings
 from unified_rl.returns.groups import Groups
 from unified_rl.returns.matching import matched
 from unified_rl.returns.projection import residual
+from unified_rl.returns.thoughts import thoughts
 from unified_rl.returns.tree import tree
 from unified_rl.units import Steps, row_return
 
@@ -282,4 +283,5 @@ MAPS: dict[str, Callable[..., Tensor]] = {
     "residual": residual,
     "matched": matched,
     "tree": tree,
+    "thoughts": thoughts,
 }

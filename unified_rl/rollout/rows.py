@@ -11,9 +11,9 @@ from torch import Tensor
 
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
-from unified_rl.protocols import LanguageEnv, ReportsColumns, Rewarded, Solves, Votes, require_solutions
+from unified_rl.protocols import LanguageEnv, MarksTokens, ReportsColumns, Rewarded, Solves, Votes, require_solutions
 from unified_rl.rollout.conversation import UNKNOWN, Conversations, Told
-from unified_rl.units import COUNTED, NOBODY, Source, numbered
+from unified_rl.units import COUNTED, MARKS, NOBODY, Source, numbered
 
 REWARDS = "rewards"
 """Entry ``[B, K]`` float32 of the record: what each reward function of the run gave, NaN where one gave nothing."""
@@ -23,10 +23,10 @@ GREEDY = "greedy"
 """The return of the policy's most likely answer to a conversation's prompt; 0 for prompts that others brought."""
 MOST_LIKELY = "most likely answer earns"
 """Where a problem holds it."""
-OWN = ("turns", "length", "answer", "label", GREEDY)
+OWN = ("turns", "length", "answer", "label", GREEDY, MARKS)
 """Numbers of a conversation that every task has: its turns, its sampled tokens, what it answered (equal numbers for
-equal answers, of a task that says what an answer is), the reference that this is compared with (likewise), and
-:data:`GREEDY`."""
+equal answers, of a task that says what an answer is), the reference that this is compared with (likewise),
+:data:`GREEDY`, and :data:`~unified_rl.units.MARKS` of a task that marks the parts of an answer."""
 BEGUN = "begun"
 """Number of a conversation, with ``rollout.beginning`` or ``context``: how many tokens it began with."""
 
@@ -73,11 +73,30 @@ class RowBuilder:
                 f"rollout.columns names 'answer', and {type(env).__name__} does not say what an answer is: it needs a "
                 "method vote(), as env=chain_mod has"
             )
+        if MARKS in self.wanted:
+            self._check_marks()
         if isinstance(env, ReportsColumns):
             self._check(env.columns)
             self.counts = COUNTED in env.columns
         self.style = privileged if isinstance(privileged, str) else None
         self.solver = None if privileged is None else require_solutions(env, "rollout.privileged", self.style)
+
+    def _check_marks(self) -> None:
+        """Marks are of units, so they have a column of their own.
+
+        Raises:
+            ConfigError: another name, one of several numbers, or a task that marks nothing.
+        """
+        for name, want in self.columns.items():
+            if MARKS in ([want] if isinstance(want, str) else want) and (name, want) != (MARKS, MARKS):
+                raise ConfigError(
+                    f"rollout.columns.{name} names {MARKS!r}, which are of tokens: set rollout.columns.{MARKS}={MARKS}"
+                )
+        if not isinstance(self.env, MarksTokens):
+            raise ConfigError(
+                f"rollout.columns.{MARKS}: {type(self.env).__name__} does not say which parts of an answer are right: "
+                "it needs a method marks(), as env=chain_mod has"
+            )
 
     def _check(self, known: Iterable[str]) -> None:
         for name, wanted in self.columns.items():
@@ -149,6 +168,14 @@ class RowBuilder:
         if "answer" in self.wanted and isinstance(self.env, Votes):
             votes = [self.env.vote(p, said) for p, said in zip(talk.problems, talk.said, strict=True)]
             found["answer"] = torch.tensor([-1 if vote is None else numbered(vote) for vote in votes])
+        if MARKS in self.wanted and isinstance(self.env, MarksTokens):
+            found[MARKS] = torch.zeros(talk.mask.shape)
+            for row, (problem, said) in enumerate(zip(talk.problems, talk.said, strict=True)):
+                told = [mark for turn in self.env.marks(problem, said) for mark in turn]
+                sampled = talk.mask[row]  # what an answer began with was said by others, and comes first
+                count = int(sampled.sum())
+                told = [0] * (count - len(told)) + told[max(0, len(told) - count) :]
+                found[MARKS][row, sampled] = torch.tensor(told, dtype=torch.float32)
         if "label" in self.wanted:
             found["label"] = torch.tensor([self._label(problem) for problem in talk.problems])
         return found
