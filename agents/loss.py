@@ -20,6 +20,7 @@ from unified_rl.objectives.records import RecordGradients
 from unified_rl.objectives.sampled import SampledDivergenceTerm
 from unified_rl.objectives.supervised import RankAwareTerm, SelectiveNllTerm, SoftQTerm
 from unified_rl.objectives.terms import EntropyTerm, NllTerm, PolicyGradientTerm, ValueTerm
+from unified_rl.objectives.transport import TransportTerm
 from unified_rl.objectives.triage import TriageTerm
 from unified_rl.policies.sampling import HasSampling
 from unified_rl.protocols import Trainable, standardises
@@ -39,6 +40,7 @@ TERMS: dict[str, type[Term]] = {
     "triage": TriageTerm,
     "selective_nll": SelectiveNllTerm,
     "rank_aware": RankAwareTerm,
+    "transport": TransportTerm,
     "soft_q": SoftQTerm,
     "selective_entropy": SelectiveEntropyTerm,
     "weighed_entropy": WeighedEntropyTerm,

@@ -58,6 +58,7 @@ MEANT: list[tuple[str, str, str]] = [
     ("-1 0 1e30 2**63", "a number that may have either sign: a coefficient, a reward, an exponent, an entropy in nats",
      "agent.objectives.calibrate.coefficient agent.objectives.inject.coefficient.value "
      "agent.actor.improve.coefficient agent.objectives.distill.coefficient agent.objectives.entropy.coefficient "
+     "agent.objectives.carry.coefficient "
      "agent.objectives.align.coefficient agent.objectives.policy.coefficient correction.kernel.moment "
      "agent.objectives.imitate.beta agent.objectives.imitate.far agent.objectives.imitate.near "
      "agent.objectives.near.coefficient.high "
@@ -183,7 +184,8 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.maps agent.objectives.imitate.rows.source agent.objectives.imitate.rows.when "
      "agent.objectives.policy.rows.source agent.objectives.policy.rows.unless correction.anchors correction.mismatch "
      "correction.penalty correction.reject policy.action_high policy.action_low warm_start.stages"),
-    ("[] {}", "every row", "agent.objectives.contrast.rows "
+    ("[] {}", "every row", "agent.objectives.carry.rows "
+     "agent.objectives.contrast.rows "
      "agent.objectives.distill.rows agent.objectives.policy.rows agent.objectives.prefer.rows "
      "agent.objectives.imitate.rows agent.objectives.refine.rows agent.objectives.rehearse.rows "
      "correction.advantage.rows"),
