@@ -24,6 +24,7 @@ from unified_rl.rollout import LanguageRollout
 from unified_rl.rollout.sources import (
     Assimilated,
     Coached,
+    Described,
     Edited,
     Recoveries,
     Replays,
@@ -292,3 +293,33 @@ def test_a_run_with_answers_of_before_resumes_bit_for_bit(name: str, tmp_path: P
     assert rows_of(tmp_path / "part") == rows_of(whole)
     (joined,) = {key for key in rows_of(whole)[-1] if key.startswith("rollout/joined/")}
     assert any(row[joined] > 0 for row in rows_of(whole)[1:])
+
+
+def test_a_description_earns_the_mean_of_the_chains_behind_it(tmp_path: Path) -> None:
+    from run_cases import LANGUAGE, merged, model
+
+    folder = model(tmp_path, merged(LANGUAGE, ["env.max_turn_tokens=10"]))
+    made = made_with(Described(folder, chains=8, share=0.5))
+    seen: list[Any] = []
+    source, judge = made.sources["x"], made._judged
+    made._judged = lambda *given, **named: seen.append(judge(*given, **named)) or seen[-1]  # type: ignore[method-assign]
+    rows, _ = made.collect(0)
+    mine, found, width = own(rows), others(rows), width_of(made)
+    (chains,) = seen
+    described, right = found[found["source"] == int(Source.OFFLINE)], found[found["source"] == int(Source.EXPERT)]
+    total = chains["reward"].sum(-1)
+    assert len(chains) == 24 * 8 and len(right) == int((total > 0.5).sum()) > 0
+    worth = total.reshape(24, 8).mean(-1)
+    at = 0
+    for row, mean in zip(mine, worth.tolist(), strict=True):
+        half = len(unended(made, answer(row, width))) // 2
+        if not half:
+            continue
+        assert answer(described[at], width) == answer(row, width)[:half] and bool(described["mask"][at, width])
+        assert float(described["reward"][at].sum()) == pytest.approx(mean)
+        at += 1
+    assert (
+        at == len(described) and len(described["group"].unique()) == 6 and 0 < float(worth.max()) > float(worth.min())
+    )
+    torch.testing.assert_close(present(made, described), described["behavior_log_prob"], atol=1e-4, rtol=0.0)
+    assert source.most(6) == 24 * 9

@@ -40,6 +40,7 @@ COMPLETED = {
     ("recipe", "sso"): ["rollout.beginning.text=x", "rollout.beginning.opposite=x"],
     ("recipe", "mopd"): ["agent.anchors.teacher.folders=[x]", "rollout.columns.domain=truncated"],
     ("recipe", "reason_maxxer"): ["rollout.sources.recorded.data=x"],
+    ("recipe", "sophia_text"): ["rollout.sources.described.folder=x"],
     ("recipe", "hypo"): ["rollout.sources.recorded.data=x"],
     ("recipe", "dph_rl"): ["rollout.sources.rehearsed.data=x"],
     ("recipe", "infalign"): ["rollout.sources.reference.folder=x"],
@@ -99,7 +100,7 @@ MEANT: list[tuple[str, str, str]] = [
      "replay.share correction.advantage.blend correction.advantage.ddof "
      "rollout.beginning.of rollout.beginning.share rollout.curriculum.score.target "
      "rollout.context.below rollout.context.share rollout.context.of "
-     "rollout.sources.pairs.answers rollout.sources.points.answers "
+     "rollout.sources.pairs.answers rollout.sources.points.answers rollout.sources.described.share "
      "rollout.sources.earlier.share rollout.sources.edited.edits rollout.sources.guided.below "
      "rollout.sources.recoveries.share "
      "rollout.curriculum.tracker.fresh rollout.curriculum.tracker.rest "
@@ -110,7 +111,7 @@ MEANT: list[tuple[str, str, str]] = [
      "rollout.staleness warm_start.smoothing engine.num_cpus engine.num_gpus "
      "engine.restarts"),
     ("-1 0 1e30 2**63", "a return above which an answer is right",
-     "rollout.sources.pairs.threshold rollout.sources.points.threshold "
+     "rollout.sources.pairs.threshold rollout.sources.points.threshold rollout.sources.described.threshold "
      "rollout.context.threshold rollout.sources.assimilated.at_least rollout.sources.kept.at_least "
      "rollout.sources.recoveries.threshold rollout.sources.revised.gap rollout.sources.short.threshold "
      "rollout.beginning.threshold rollout.sources.experience.threshold"),
@@ -157,6 +158,7 @@ MEANT: list[tuple[str, str, str]] = [
      "correction.wrapper.bound correction.wrapper.target env.score_seconds env.tool_seconds policy.std_max "
      "policy.repetition_penalty rollout.sources.experience.deviation "
      "rollout.curriculum.score.sigma "
+     "rollout.sources.described.temperature "
      "policy.std_min policy.temperature"),
     ("0", "none",
      "agent.anchors.reference.ema agent.ema agent.warmup_ratio agent.warmup_steps policy.min_p "
@@ -177,7 +179,8 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.align.rows.source agent.objectives.align.rows.unless "
      "agent.filters rollout.columns.domain rollout.columns.stratum "
      "agent.columns.rubric.of "
-     "rollout.columns.answer rollout.columns.label rollout.columns.greedy rollout.columns.old rollout.columns.begun rollout.columns.marks "
+     "rollout.columns.answer rollout.columns.label rollout.columns.greedy rollout.columns.old rollout.columns.begun "
+     "rollout.columns.marks "
      "rollout.columns.hinted rollout.columns.principle "
      "agent.objectives.distill.rows.source agent.objectives.distill.rows.when rollout.columns.solved "
      "agent.objectives.policy.rows.when correction.advantage.rows.when "

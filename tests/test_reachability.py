@@ -1403,6 +1403,11 @@ def derived_cases() -> Iterator[Case]:
         "Edited": (chain, {}, {"edits": 0, "separators": every, "style": "direct"}),
         "Revised": (taught, {"separators": every}, {"thought": "'-'", "gap": 2.0, "separators": "'?'"}),
         "Shortened": ((*taught, "rollout.group_size=4"), {}, {"shares": [], "threshold": 2.0}),
+        "Described": (
+            (*base, "env.max_turn_tokens=6", "agent.objectives.policy.rows=own", "correction.advantage.rows=own"),
+            {"folder": "MODEL"},
+            {"chains": 2, "share": 0.2, "temperature": 0.5, "threshold": 2.0},
+        ),
         "Judgements": (
             base, {"ask": "'='", "yes": "'+'", "no": "'-'"},
             {"answers": 2, "verdicts": 2, "kind": "pair", "ask": "'=='", "yes": "'1'", "no": "'2'", "threshold": 2.0},

@@ -105,6 +105,7 @@ RECORDED = {
     "reason_maxxer": "rollout.sources.recorded.data=FOLDER",
     "pear": "rollout.sources.recorded.data=FOLDER",
     "infalign": "rollout.sources.reference.folder=MODEL",
+    "sophia_text": "rollout.sources.described.folder=MODEL",
 }
 """What names the recorded rows, or the other model, of recipes that learn from such."""
 TOLD = {
@@ -139,7 +140,7 @@ def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -
     words = [
         word.replace("=FOLDER", f"={runs.get(ROWS, '')}").replace(" FOLDER", f" {runs.get(ROWS, '')}") for word in words
     ]
-    words = [word.replace("=MODEL", f"={runs.get(OTHER, '')}") for word in words]
+    words = [re.sub(r"(?<=folder[=:])( ?)MODEL", rf"\\g<1>{runs.get(OTHER, '')}", word) for word in words]
     words = [word.replace("rows: 64", "rows: 8").replace("rows=64", "rows=8") for word in merged(task, words)]
     chosen = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "none")
     content = yaml.safe_load((config_root() / "recipe" / f"{chosen}.yaml").read_text()) or {}

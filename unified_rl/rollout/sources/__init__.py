@@ -2,6 +2,7 @@
 
 from unified_rl.rollout.sources.base import Recited, Request, RowSource
 from unified_rl.rollout.sources.coached import Assimilated, Coached
+from unified_rl.rollout.sources.described import Described
 from unified_rl.rollout.sources.experience import Experience
 from unified_rl.rollout.sources.experts import Demonstrations, ExpertFile, Model
 from unified_rl.rollout.sources.judged import Judgements
@@ -13,6 +14,7 @@ __all__ = [
     "Assimilated",
     "Coached",
     "Demonstrations",
+    "Described",
     "Edited",
     "Experience",
     "ExpertFile",

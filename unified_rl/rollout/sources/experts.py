@@ -278,13 +278,13 @@ class Model(Joining):
         """Sampled answers."""
         if self.joins:
             problems, groups = self.repeated(request)
-            rows = request.judge(self._speaker(request), problems, groups, Source.EXPERT)
+            rows = request.judge(self.speaker(request), problems, groups, Source.EXPERT)
         else:
             problems = request.env.problems(self.batch, request.generator, "train")
-            rows = request.judge(self._speaker(request), problems, None, Source.EXPERT)
+            rows = request.judge(self.speaker(request), problems, None, Source.EXPERT)
         return rows.set("behavior_log_prob", torch.zeros_like(rows["behavior_log_prob"]))
 
-    def _speaker(self, request: Request) -> Generates:
+    def speaker(self, request: Request) -> Generates:
         """The model with a stream on its own device, drawn from the source's."""
         seed = int(torch.randint(2**62, (1,), generator=request.generator))
         return _Speaker(self.model, torch.Generator(device=self.model.device).manual_seed(seed))
