@@ -140,7 +140,7 @@ def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -
     words = [
         word.replace("=FOLDER", f"={runs.get(ROWS, '')}").replace(" FOLDER", f" {runs.get(ROWS, '')}") for word in words
     ]
-    words = [re.sub(r"(?<=folder[=:])( ?)MODEL", rf"\\g<1>{runs.get(OTHER, '')}", word) for word in words]
+    words = [re.sub(r"(?<=folder[=:])( ?)MODEL", rf"\g<1>{runs.get(OTHER, '')}", word) for word in words]
     words = [word.replace("rows: 64", "rows: 8").replace("rows=64", "rows=8") for word in merged(task, words)]
     chosen = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "none")
     content = yaml.safe_load((config_root() / "recipe" / f"{chosen}.yaml").read_text()) or {}

@@ -16,6 +16,7 @@ LETTERS = {
     "Model": ("M", "another model's answer"),
     "Pool": ("P", "an own earlier answer"),
     "Judgements": ("J", "the policy's judgement of answers, whose truth is known"),
+    "Described": ("D", "an own beginning that another model goes on from"),
     "Coached": ("C", "an own answer with a part of the solution in view"),
     "Assimilated": ("A", "an own right answer of before, where all fail"),
     "Recoveries": ("R", "how a failed answer, and a word of what was wrong, goes on"),
