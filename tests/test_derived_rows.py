@@ -30,6 +30,7 @@ from unified_rl.rollout.sources import (
     Replays,
     Revised,
     Shortened,
+    Steps,
     Windows,
 )
 from unified_rl.rollout.sources.mended import Sentences
@@ -54,6 +55,51 @@ def present(made: LanguageRollout, rows: TensorDict) -> torch.Tensor:
 
 def unended(made: LanguageRollout, ids: list[int]) -> list[int]:
     return ids[:-1] if ids and ids[-1] in made.env.stop_ids else ids
+
+
+# ----------------------------------------------------------------------------------------- first steps
+
+
+def test_a_step_is_worth_the_mean_of_what_is_said_behind_it() -> None:
+    tried: list[TensorDict] = []
+    source = Steps(branches=3, share=0.5)
+    made = made_with(source)
+    rows_of = source.rows
+
+    def noted(request: Any) -> Any:
+        def say(*given: Any, **options: Any) -> TensorDict:
+            tried.append(request.say(*given, **options))
+            return tried[-1]
+
+        return rows_of(request._replace(say=say))
+
+    source.rows = noted  # type: ignore[method-assign]
+    rows, _ = made.collect(0)
+    whole, steps, width = own(rows), others(rows), width_of(made)
+    assert len(steps) == len(whole) == 24 and bool((steps["source"] == int(Source.OFFLINE)).all())
+    assert steps["group"].tolist() == whole["group"].tolist()
+    (tries,) = tried
+    at = 0
+    for row in range(24):
+        said = int(whole["mask"][row].sum())
+        size = max(1, said // 2)
+        assert int(steps["mask"][row].sum()) == size and int(steps["token_mask"][row].sum()) == width + size
+        assert torch.equal(steps["tokens"][row, : width + size], whole["tokens"][row, : width + size])
+        earned = [float(whole["reward"][row].sum())]
+        for _ in range(2 if size < said else 0):
+            assert tries["tokens"][at, : width + size].tolist() == whole["tokens"][row, : width + size].tolist()
+            assert not bool(tries["mask"][at, : width + size].any())
+            earned.append(float(tries["reward"][at].sum()))
+            at += 1
+        assert float(steps["reward"][row].sum()) == pytest.approx(sum(earned) / len(earned))
+    assert at == len(tries) > 24 and len(set(steps["reward"].flatten().tolist())) > 2
+    torch.testing.assert_close(present(made, steps), steps["behavior_log_prob"], atol=1e-4, rtol=0.0)
+
+
+def test_whole_answers_are_worth_their_outcome() -> None:
+    rows, _ = made_with(Steps(branches=4, share=1.0)).collect(0)
+    for key in ("tokens", "mask", "token_mask", "reward", "behavior_log_prob"):
+        assert torch.equal(others(rows)[key], own(rows)[key]), key
 
 
 # ----------------------------------------------------------------------------------------- with a solution in view

@@ -1412,6 +1412,7 @@ def derived_cases() -> Iterator[Case]:
             base, {"ask": "'='", "yes": "'+'", "no": "'-'"},
             {"answers": 2, "verdicts": 2, "kind": "pair", "ask": "'=='", "yes": "'1'", "no": "'2'", "threshold": 2.0},
         ),
+        "Steps": ((*base, "env.terms=3"), {}, {"branches": 1, "share": 0.9}),
         "Replays": ((*base, "rollout.prompts=16"), {"recent": 0.5},
                     {"recent": 1.0, "temperature": 0.01, "answers": 2, "prompts": 1}),
         "Windows": (base, {}, {"share": 0.2, "windows": 1, "until": 1}),

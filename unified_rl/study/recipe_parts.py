@@ -23,11 +23,12 @@ LETTERS = {
     "Edited": ("E", "the worst answer with sentences of the solution"),
     "Revised": ("R", "the worst answer up to its error, then a better one"),
     "Shortened": ("S", "the shortest right answer, cut where the policy needs no more"),
+    "Steps": ("S", "the first step of an answer, worth the mean of several tries"),
     "Replays": ("K", "a kept answer to one prompt, good ones first"),
     "Windows": ("W", "a row of a group of the last collections"),
 }
 """How a picture draws rows of a source; others take their initial."""
-JOINING = {"Experience", "Assimilated", "Coached", "Edited"}
+JOINING = {"Experience", "Steps", "Assimilated", "Coached", "Edited"}
 """Sources whose rows are of a group of fresh answers, whatever their settings."""
 GIVEN = {
     "Guided": "a part of the solution",

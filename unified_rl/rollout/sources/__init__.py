@@ -1,6 +1,7 @@
 """Rows that others made, joined with a language rollout's own: in its prompts' groups, or as a batch of their own."""
 
 from unified_rl.rollout.sources.base import Recited, Request, RowSource
+from unified_rl.rollout.sources.branches import Steps
 from unified_rl.rollout.sources.coached import Assimilated, Coached
 from unified_rl.rollout.sources.described import Described
 from unified_rl.rollout.sources.experience import Experience
@@ -29,5 +30,6 @@ __all__ = [
     "Revised",
     "RowSource",
     "Shortened",
+    "Steps",
     "Windows",
 ]
