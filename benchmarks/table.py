@@ -124,9 +124,25 @@ def pool(rows: list[Row]) -> Iterator[Line]:
     yield what, "2 ms", float(large["median_ms"]) / 2, "at most", 1.0
 
 
+def divergences(rows: list[Row]) -> Iterator[Line]:
+    """Memory of whole-vocabulary divergences at the largest batch."""
+    large = max(int(row["rows"]) for row in rows)
+    for row in rows:
+        if int(row["rows"]) == large:
+            what = f"memory of {row['loss']}, {int(row['units']):,} units, {int(row['vocabulary']):,} words"
+            yield what, "one [rows, tokens, vocabulary] tensor", float(row["peak_tensors"]), "at most", 2.0
+
+
+def recipes(rows: list[Row]) -> Iterator[Line]:
+    """Time of an update."""
+    for row in rows:
+        what = f"time of an update, recipe={row['recipe']}"
+        yield what, "its forward and backward passes", float(row["ratio"]), "at most", 1.1
+
+
 PARTS = (
     stepping, collection, replay, sac_update, ppo_end_to_end, scans, grpo_step, grpo_step_135m, correction, generation,
-    draw, pool,
+    draw, pool, divergences, recipes,
 )  # fmt: skip
 READERS: dict[str, Callable[[list[Row]], Iterator[Line]]] = {f.__name__: f for f in PARTS}
 

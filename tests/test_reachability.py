@@ -456,6 +456,7 @@ def term_cases() -> Iterator[Case]:
             "selective_nll.anchor": "nowhere",
             "selective_nll.reduce": "token-sum",
             "selective_nll.rows": "own",
+            "transport.block": 2,
             "transport.anchor": "nowhere",
             "transport.reduce": "token-sum",
             "transport.rows": "demonstration",
