@@ -55,6 +55,9 @@ def test_curves_are_read_over_the_budget_that_all_have_and_over_tokens(tmp_path:
     assert one["short"]["mean of steps"] == "0.5" and one["long"]["mean of steps"] == "0.25"  # both up to 20 answers
     spent = {row["correction"]: row for row in summarize([path], "correction", at="reach=0.75", over="tokens")}
     assert spent["short"]["each seed"] == "30" and spent["long"]["each seed"] == "120"
+    assert len(summarize([path], "correction", where={"seed": "1"})) == 2
+    with pytest.raises(ConfigError, match="no run has domain=e"):
+        summarize([path], "correction", where={"domain": "e"})
     never = {row["correction"]: row for row in summarize([path], "correction", at="reach=2")}
     assert never["long"]["each seed"] == "never" and never["long"]["IQM"] == ""
     with pytest.raises(ConfigError, match="known: end, mean, reach=VALUE"):

@@ -11,7 +11,7 @@ import argparse
 import csv
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,12 @@ COLUMNS = ("update", "steps", "wall_seconds")
 
 
 def summarize(
-    folders: Sequence[str | Path], group_by: str, metric: str = SCORE, at: str = "end", over: str = "steps"
+    folders: Sequence[str | Path],
+    group_by: str,
+    metric: str = SCORE,
+    at: str = "end",
+    over: str = "steps",
+    where: Mapping[str, str] | None = None,
 ) -> list[dict[str, str]]:
     """First and last value of a metric for each value of a configuration key, or another reading of its curve.
 
@@ -36,6 +41,7 @@ def summarize(
         metric: the metric.
         at: ``end``; ``mean``, the mean over the curve up to the budget of the run that has least; or ``reach=VALUE``,
             what was spent when the curve first is as high, straight lines between evaluations.
+        where: labels that runs of a study's file must have, such as ``{"domain": "language"}``.
         over: what the curve is drawn over, ``steps`` or generated ``tokens`` (of answers: their mean lengths times
             their number).
 
@@ -45,9 +51,12 @@ def summarize(
         in no mean.
 
     Raises:
-        ConfigError: a folder without a run, a run without the metric, or an unknown ``at`` or ``over``.
+        ConfigError: a folder without a run, a run without the metric, no run left, or an unknown ``at`` or ``over``.
     """
     runs = [run for f in folders for run in load_runs(Path(f), group_by)]
+    runs = [run for run in runs if all(str(run.labels.get(key)) == value for key, value in (where or {}).items())]
+    if not runs:
+        raise ConfigError(f"no run has {', '.join(f'{key}={value}' for key, value in (where or {}).items())}")
     curves = {id(run): _curve(run, metric, over) for run in runs}
     budget = min(x[-1] for x, _ in curves.values())
     rows = []
@@ -56,24 +65,29 @@ def summarize(
         read = np.array([_read(*curves[id(run)], at, budget) for run in members])
         known = read[np.isfinite(read)]
         interval = stratified_bootstrap([known]) if known.size else None
-        name = "the end" if at == "end" else at
+        name = "mean at the end" if at == "end" else f"{at} of {over}"
         rows.append(
             {
                 group_by: str(value),
                 "seeds": str(len(members)),
-                "mean at the start": f"{first.mean():.4g}",
-                f"mean at {name}" if at == "end" else f"{name} of {over}": f"{known.mean():.4g}" if known.size else "",
-                "IQM": f"{interval.estimate:.4g}" if interval else "",
+                "mean at the start": _spelled(first.mean()),
+                name: _spelled(known.mean()) if known.size else "",
+                "IQM": _spelled(interval.estimate) if interval else "",
                 "95 % interval": _bounds(interval) if known.size == read.size else f"{known.size} of {read.size} seeds",
-                "each seed": " ".join(f"{x:.4g}" if np.isfinite(x) else "never" for x in read),
+                "each seed": " ".join(_spelled(x) if np.isfinite(x) else "never" for x in read),
             }
         )
     return rows
 
 
+def _spelled(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
 def _bounds(interval: Interval | None) -> str:
-    known = interval is not None and interval.known
-    return f"[{interval.low:.4g}, {interval.high:.4g}]" if interval is not None and known else "one seed: none"
+    if interval is None or not interval.known:
+        return "one seed: none"
+    return f"[{_spelled(interval.low)}, {_spelled(interval.high)}]"
 
 
 def _curve(run: RunData, metric: str, over: str) -> tuple[Array, Array]:
@@ -142,10 +156,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--metric", default=SCORE)
     parser.add_argument("--at", default="end", help="end, mean, or reach=VALUE")
     parser.add_argument("--over", default="steps", help="steps, or tokens")
+    parser.add_argument("--where", action="append", default=[], metavar="LABEL=VALUE", help="of a study's runs")
     parser.add_argument("--out", type=Path, help="folder for each run's evaluations as CSV")
     options = parser.parse_args(arguments)
+    where = dict(one.partition("=")[::2] for one in options.where)
     try:
-        print(markdown(summarize(options.runs, options.by, options.metric, options.at, options.over)))
+        print(markdown(summarize(options.runs, options.by, options.metric, options.at, options.over, where)))
         if options.out is not None:
             export(options.runs, options.out)
     except UnifiedRLError as error:
