@@ -122,7 +122,11 @@ GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_si
 ELSEWHERE = [(name, d) for name in NAMES for d in recipes.recipe(name).domains[1:]]
 """Recipes and the domains that they claim beside the one that the other tests run them in."""
 ROWS, OTHER = ("rows",), ("model",)
-LIMITS = [(name, number) for name in NAMES for number in range(len(recipes.recipe(name).limits))]
+LIMITS = [
+    pytest.param(name, number, marks=[pytest.mark.thorough] if number else [])
+    for name in NAMES
+    for number in range(len(recipes.recipe(name).limits))
+]
 
 
 @pytest.fixture(scope="session")
