@@ -400,6 +400,18 @@ def test_recorded_rows_join_by_prompt_or_come_in_whole_groups(tmp_path: Path) ->
         rollout(columns={"scores": ["correct"]}, sources={"x": Recorded(data, rows=8)}).collect(0)
 
 
+def test_answers_of_another_model_end_where_its_folder_says(tmp_path: Path) -> None:
+    env = chain()
+    ends = [env.tokenizer.eos_token_id, env.tokenizer.convert_tokens_to_ids(">")]
+    model = CausalLM(**env.policy_inputs(), config=TINY, seed=9).model
+    model.generation_config.eos_token_id = ends
+    model.save_pretrained(tmp_path / "model")
+    rows, _ = rollout(sources={"teacher": Model(str(tmp_path / "model"), per_group=4)}).collect(0)
+    said = others(rows)
+    count = torch.isin(said["tokens"], torch.tensor(ends)) & said["mask"]
+    assert bool((count.sum(-1) <= 1).all()) and bool(count.any())
+
+
 def test_another_language_model_answers_the_same_prompts(tmp_path: Path) -> None:
     env = chain()
     CausalLM(**env.policy_inputs(), config=TINY, seed=9).model.save_pretrained(tmp_path / "model")

@@ -18,6 +18,7 @@ from unified_rl.policies.generation import Generation
 from unified_rl.protocols import (
     EncodesCompletions,
     Generates,
+    KnowsItsEnds,
     LanguageEnv,
     LanguagePolicy,
     MatchesPrompts,
@@ -295,6 +296,7 @@ class _Speaker:
 
     def __init__(self, model: Generates, generator: torch.Generator) -> None:
         self.model, self.generator = model, generator
+        self.end_ids: tuple[int, ...] = model.end_ids if isinstance(model, KnowsItsEnds) else ()
 
     def generate(self, prompts: Any, *, max_new_tokens: int, **options: Any) -> Generation:
         """As of the model."""
