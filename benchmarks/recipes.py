@@ -38,9 +38,9 @@ RECIPES: dict[str, list[str]] = {
     "dpo": [],
     "kdrl": TAUGHT,
     "opd": TAUGHT,
-    "gkd": [*TAUGHT, "rollout.sources.demonstrations.rows=8"],
+    "gkd": [*TAUGHT, "rollout.sources.demonstrations.rows=64"],
     "gepo": [],
-    "sinkd": [*TAUGHT, "rollout.sources.demonstrations.rows=8"],
+    "sinkd": [*TAUGHT, "rollout.sources.demonstrations.rows=64"],
 }
 
 
@@ -55,8 +55,7 @@ class Timed:
         self.rows, _ = self.rollout.collect(0)
         self.agent.version = 1
         self.update()
-        self.seen = self.agent._draw(self._filled())
-        self.agent._annotate(self.seen, {})
+        self.seen = self.agent._annotate(self.agent._draw(self._filled()), {})  # the rows that some term reads
 
     def _filled(self) -> Any:
         self.replay.extend(self.rows)
