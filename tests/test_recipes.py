@@ -25,6 +25,8 @@ NEEDED = {
     "vla_opd", "iql", "td3_bc", "rlpd", "ipo", "f_dpo", "kto", "rpo_regularised", "humanline_dpo", "humanline_kto",
     "sweet_spot", "inpo", "mpo", "ampo", "trajectory_dpo", "opd", "opd_topk", "opcd", "sdft", "veto_kd", "offline_kd",
     "paced", "rlad", "karl", "f_dpg", "kl_rl", "rapo", "dph_rl", "tr_dpo", "hypo", "pear", "eksft",
+    "rank_aware_sft", "dypo", "gepo", "reason_maxxer", "dpg", "mopd", "skd", "mixsd", "dagger", "draft_opd", "dp_opd",
+    "sinkd",
     "otr", "iql_lm", "ps_kd", "siren",
 }  # fmt: skip
 OFFLINE = ("iql", "td3_bc", "rlpd")
