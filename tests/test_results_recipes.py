@@ -1,0 +1,60 @@
+"""The tables of docs/results/recipes.md are what their commands print, and the studies have their controls."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from unified_rl.config import compose, resolve_defaults
+from unified_rl.study.grid import Study
+from unified_rl.study.results import RunData, read_results
+from unified_rl.study.table import main
+
+COMMAND = re.compile(r"^    python -m unified_rl\.study\.table (.+)\n\n((?:\|.*\n)+)", re.MULTILINE)
+STUDIES = ["replay", "guidance", "distillation", "preferences", "divergences"]
+
+
+def runs(source: Path, name: str) -> list[RunData]:
+    return read_results(source / f"docs/results/recipes/{name}/results.csv")
+
+
+def test_every_table_is_what_its_command_prints(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(source)
+    found = COMMAND.findall((source / "docs/results/recipes.md").read_text())
+    assert {name for name in STUDIES if any(f"recipes/{name}/" in command for command, _ in found)} == set(STUDIES)
+    for command, table in found:
+        assert main(shlex.split(command)) == 0
+        assert capsys.readouterr().out == table, command
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_published_runs_are_those_of_the_study(source: Path, name: str) -> None:
+    config = resolve_defaults(compose([f"study=recipes_{name}"], primary="compare"), primary="compare")
+    study = Study.from_config(config)
+    asked = {
+        (domain, one if isinstance(one, str) else next(iter(one)), seed)
+        for domain in study.domains
+        for one in study.choices("corrections", domain)
+        for seed in study.choices("seeds", domain)
+    }
+    labels = [run.labels for run in runs(source, name)]
+    assert {(label["domain"], label["correction"], label["seed"]) for label in labels} == asked
+    assert len({label["seed"] for label in labels}) == 5
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_learning_rate_of_zero_changes_nothing(source: Path, name: str) -> None:
+    still = [run for run in runs(source, name) if run.labels["correction"] == "frozen"]
+    assert still and all(len(set(run.series("eval/accuracy")[1])) == 1 for run in still)
+
+
+@pytest.mark.parametrize("name", ["replay", "preferences"])
+def test_shuffled_rewards_teach_nothing(source: Path, name: str) -> None:
+    shuffled = [run.last("eval/accuracy") for run in runs(source, name) if run.labels["correction"] == "shuffled"]
+    learnt = [run.last("eval/accuracy") for run in runs(source, name) if run.labels["correction"] == "grpo"]
+    assert len(shuffled) == 5 and max(shuffled) < min(learnt) - 0.2
