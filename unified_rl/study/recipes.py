@@ -34,6 +34,7 @@ FAMILIES = {
     "preference": "pairs and sets of answers in order",
     "supervised": "the likelihood of given answers",
     "offline": "recorded transitions",
+    "asynchronous": "rollouts that go on while the run trains",
     "other": "none of these",
 }
 """What a recipe is about: the heading that it is listed under, in this order, and what the heading means."""
