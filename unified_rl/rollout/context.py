@@ -12,6 +12,7 @@ from unified_rl.configurable import configurable
 from unified_rl.protocols import LanguageEnv, require_solutions
 from unified_rl.ranges import Count, OpenUnit, ranged
 from unified_rl.rollout.conversation import Conversations, Problems, Told, ordered, put
+from unified_rl.rollout.whispered import part_of
 
 
 class Generate(Protocol):
@@ -111,8 +112,7 @@ class Hints:
                 break
             chosen = [problems[row] for row in failed.tolist()]
             solutions = solver.solve(chosen, self.style)
-            longest = env.max_turn_tokens - 1  # something is left to say
-            prefixes = [ids[: max(0, min(int(share * (len(ids) - 1)), longest))] for ids in solutions]
+            prefixes = [part_of(ids, share, env) for ids in solutions]
             found = generate(chosen, prefixes)
             put_some(told, failed, found, solved(found) if self.keep == "solved" else None)
             failed = self._failed(talk, group_size)

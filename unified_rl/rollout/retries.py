@@ -9,17 +9,7 @@ from unified_rl.ranges import Count, Fraction, OpenUnit, UnitInterval, ranged
 from unified_rl.rollout.context import Draw, Generate, failed_groups, put_some
 from unified_rl.rollout.conversation import Problems, Told
 from unified_rl.rollout.sources.base import require_one_turn
-from unified_rl.rollout.whispered import Advice, part_of
-
-
-def unended(ids: list[int], env: LanguageEnv) -> list[int]:
-    """An answer without the token that ended it."""
-    return ids[:-1] if ids and ids[-1] in env.stop_ids else ids
-
-
-def followed(ids: list[int], asked: list[int], room: int) -> list[int]:
-    """What is shown and a request behind it, in ``room`` tokens: the former makes room for the latter."""
-    return (ids[: max(0, room - len(asked))] + asked)[:room]
+from unified_rl.rollout.whispered import Advice, followed, part_of, unended
 
 
 @configurable

@@ -121,6 +121,16 @@ def part_of(ids: list[int], share: float, env: LanguageEnv) -> list[int]:
     return ids[: max(0, min(int(share * (len(ids) - 1)), env.max_turn_tokens - 1))]
 
 
+def unended(ids: list[int], env: LanguageEnv) -> list[int]:
+    """An answer without the token that ended it."""
+    return ids[:-1] if ids and ids[-1] in env.stop_ids else ids
+
+
+def followed(ids: list[int], asked: list[int], room: int) -> list[int]:
+    """What is shown and a request behind it, in ``room`` tokens: the former makes room for the latter."""
+    return (ids[: max(0, room - len(asked))] + asked)[:room]
+
+
 def _encoded(env: LanguageEnv, text: str) -> list[int]:
     ids: list[int] = env.tokenizer.encode(text, add_special_tokens=False)
     return ids

@@ -15,6 +15,7 @@ from unified_rl.protocols import LanguageEnv, LanguagePolicy, require_solutions
 from unified_rl.ranges import Count, OpenUnit, UnitInterval, Whole, ranged
 from unified_rl.rollout.conversation import Problems
 from unified_rl.rollout.sources.base import Joining, Request, require_one_turn
+from unified_rl.rollout.whispered import followed, unended
 from unified_rl.units import Source, row_return
 
 SEPARATORS = ".!?;,>\n"
@@ -34,16 +35,15 @@ class Answers:
         self.group_size = request.reward.shape[1]
         self.total = row_return(own)
         self.right = (self.total > threshold).reshape(-1, self.group_size)
-        self.ends = set(request.env.stop_ids)
+        self.env = request.env
         starts = [len(problem["prompt"]) for problem in request.problems]
         stops = own["token_mask"].sum(-1).tolist()
         rows = zip(own["tokens"].tolist(), stops, strict=True)
-        self.whole = [ids[starts[at // self.group_size] : stop] for at, (ids, stop) in enumerate(rows)]
+        self.whole: list[list[int]] = [ids[starts[at // self.group_size] : stop] for at, (ids, stop) in enumerate(rows)]
 
     def bare(self, row: int) -> list[int]:
         """An answer without its end."""
-        ids: list[int] = self.whole[row]
-        return ids[:-1] if ids and ids[-1] in self.ends else ids
+        return unended(self.whole[row], self.env)
 
 
 class FromOwn(Joining):
@@ -114,9 +114,9 @@ class Recoveries(FromOwn):
         if not drawn:
             return None
         told: list[int] = request.env.tokenizer.encode(self.diagnosis, add_special_tokens=False)
-        room = request.env.max_turn_tokens - 1
         begun = [answers.bare(row) for row in drawn]
-        prefixes = [(ids[: min(int(self.share * len(ids)), max(0, room - len(told)))] + told)[:room] for ids in begun]
+        room = request.env.max_turn_tokens - 1
+        prefixes = [followed(ids[: int(self.share * len(ids))], told, room) for ids in begun]
         problems = [request.problems[row // answers.group_size] for row in drawn]
         groups = request.new_groups(len(drawn)).repeat_interleave(self.recoveries)
         each = [(p, b) for p, b in zip(problems, prefixes, strict=True) for _ in range(self.recoveries)]
@@ -259,9 +259,9 @@ class Shortened(FromOwn):
         rows = request.say(problems, request.groups[groups], Source.OFFLINE, prefixes=kept)
         right = (row_return(rows) > self.threshold).tolist()
         left = []
-        for n, group in enumerate(groups):
-            first, stop = len(problems[n]["prompt"]), int(rows["token_mask"][n].sum())
-            ids: list[int] = rows["tokens"][n, first:stop].tolist()
+        known = zip(rows["tokens"].tolist(), rows["token_mask"].sum(-1).tolist(), strict=True)
+        said = [ids[len(problem["prompt"]) : stop] for problem, (ids, stop) in zip(problems, known, strict=True)]
+        for n, (group, ids) in enumerate(zip(groups, said, strict=True)):
             if right[n] and len(ids) < len(found[group]):
                 found[group] = ids
             else:
