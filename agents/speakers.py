@@ -27,9 +27,10 @@ from unified_rl.protocols import (
     require_solutions,
 )
 from unified_rl.ranges import UnitInterval, Whole, ranged
+from unified_rl.rollout.rows import REWARDS
 from unified_rl.rollout.sources.base import require_one_turn
-from unified_rl.rollout.speakers import FOREIGN as ACTED
-from unified_rl.rollout.speakers import Acts, Spoken
+from unified_rl.rollout.speakers import ACTED, Acts, Spoken
+from unified_rl.units import MARKS
 
 
 class _Two:
@@ -283,18 +284,32 @@ def _lists(prompts: Sequence[Tensor]) -> list[list[int]]:
     return [torch.as_tensor(prompt).tolist() for prompt in prompts]
 
 
+def _ended(tokens: Tensor, places: Tensor, said: Tensor, length: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
+    """``tokens [n, N]`` that end with the first ``length [n]`` of ``said [n, m]`` at ``places [n]``, and where."""
+    offset = torch.arange(tokens.shape[1]) - places[:, None]
+    new = (offset >= 0) & (offset < length[:, None])
+    found = torch.where(new, said.gather(1, offset.clamp(0, said.shape[1] - 1)), tokens)
+    return found.masked_fill(offset >= length[:, None], pad_id), new
+
+
 def _drafted(rows: TensorDict, places: Tensor, said: Generation, pad_id: int, version: int) -> TensorDict:
     """Copies of rows that end with what was said at column ``places [n]``, the only units that are masked in."""
     out, width = rows.clone(), rows["tokens"].shape[1]
     columns = torch.arange(width)
     offset = columns - places[:, None]
     length = torch.minimum(said.length.cpu(), width - places)
-    drafted = (offset >= 0) & (offset < length[:, None])
-    at = offset.clamp(0, said.tokens.shape[1] - 1)
-    out["tokens"] = torch.where(drafted, said.tokens.cpu().gather(1, at), rows["tokens"])
-    out["tokens"] = out["tokens"].masked_fill(offset >= length[:, None], pad_id)
+    tokens, log_prob = said.tokens.cpu(), said.log_prob.cpu()
+    out["tokens"], drafted = _ended(rows["tokens"], places, tokens, length, pad_id)
     out["mask"], out["token_mask"] = drafted, columns < (places + length)[:, None]
-    out["behavior_log_prob"] = torch.where(drafted, said.log_prob.cpu().gather(1, at), 0.0)
+    out["behavior_log_prob"] = torch.zeros_like(rows["behavior_log_prob"])
+    out["behavior_log_prob"][drafted] = log_prob[torch.arange(log_prob.shape[1]) < length[:, None]]
+    if "privileged_mask" in rows.keys():  # the same units, behind the solution
+        shift = rows["privileged_mask"].int().argmax(-1) - rows["mask"].int().argmax(-1)
+        seen = _ended(rows["privileged_tokens"], places + shift, tokens, length, pad_id)
+        out["privileged_tokens"], out["privileged_mask"] = seen
+    for key in (REWARDS, MARKS):  # nobody judged a draft
+        if key in rows.keys():
+            out[key] = torch.zeros_like(rows[key])
     out["policy_version"] = torch.where(drafted, version, rows["policy_version"])
     last = rows["step_index"].gather(1, places[:, None])
     out["step_index"] = torch.where(offset >= 0, last, rows["step_index"])

@@ -12,6 +12,7 @@ import torch
 from agent_cases import TINY, filled, nudge, stream
 from run_cases import CONTROL, composed, merged, teacher
 from term_cases import agent_of, dense
+from test_derived_rows import aligned
 
 from unified_rl.agents import speakers
 from unified_rl.envs.language import ChainMod
@@ -20,6 +21,7 @@ from unified_rl.policies import choosers
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.generation import Beside
 from unified_rl.rollout import LanguageRollout
+from unified_rl.rollout.forks import Forks
 from unified_rl.training.run import Job
 
 OWN = torch.tensor([0.5, 0.3, 0.15, 0.05])
@@ -173,6 +175,21 @@ def test_a_drafter_drafts_again_where_it_was_corrected(task: Any, tmp_path: Path
     rows, metrics = made(env, policy, speakers.Draft(str(tmp_path / "same"))).collect(0)
     assert len(rows) == 12 and metrics["rollout/corrected"] == 0.0  # nothing is refused, and nothing added
     assert len(made(env, policy, speakers.Draft(str(tmp_path / "other"), replay=0)).collect(0)[0]) == 12
+
+
+def test_drafts_stand_behind_the_solution_too_and_forks_of_a_teachers_tokens_have_no_version(
+    task: Any, tmp_path: Path
+) -> None:
+    env, policy, other = task
+    other.save(str(tmp_path))
+    columns = {"marks": "marks"}
+    rows, _ = made(env, policy, speakers.Draft(str(tmp_path), 3), privileged="chain", columns=columns).collect(0)
+    aligned(rows)
+    assert len(rows) > 12 and not bool(rows["marks"][12:].any())
+    said = made(env, policy, speakers.Interleaved(str(tmp_path), 2), context=Forks(1), columns={"begun": "begun"})
+    rows, metrics = said.collect(7)
+    assert bool((rows["begun"] > 0).any()) and bool((rows["policy_version"][rows["mask"]] == -1).all())
+    assert metrics["rollout/foreign"] == 1.0
 
 
 def test_in_simulations_each_action_is_of_who_acted(tmp_path: Path) -> None:

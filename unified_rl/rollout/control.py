@@ -17,7 +17,7 @@ from unified_rl.policies.drawing import Draws, draws_of
 from unified_rl.protocols import ControlEnv, Samples, StepResult
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
 from unified_rl.rollout.held_noise import HeldNoise
-from unified_rl.rollout.speakers import FOREIGN, Actor, Acts
+from unified_rl.rollout.speakers import ACTED, Actor, Acts
 from unified_rl.spaces import Space
 from unified_rl.units import NOBODY, Source
 
@@ -205,8 +205,8 @@ class ControlRollout:
         shape = (self.horizon, self.num_envs)
         rows["group"] = rows["episode"].clone()
         rows["policy_version"] = torch.full(shape, version, dtype=torch.int64)
-        if FOREIGN in rows:
-            rows["policy_version"].masked_fill_(rows.pop(FOREIGN).to("cpu"), NOBODY)
+        if ACTED in rows:
+            rows["policy_version"].masked_fill_(rows.pop(ACTED).to("cpu"), NOBODY)
         rows["source"] = torch.full(shape, int(Source.ONLINE), dtype=torch.int64)
         return rows
 

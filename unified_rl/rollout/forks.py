@@ -39,7 +39,7 @@ class Forks:
     ) -> dict[str, float]:
         """As of :class:`~unified_rl.rollout.context.Context`."""
         talk = told[0]
-        at, begins, log_probs = [], [], []
+        at, chains, begins, log_probs = [], [], [], []
         for row in range(len(problems)):
             fork = row % group_size - self.chains
             if fork < 0:
@@ -51,11 +51,13 @@ class Forks:
             if len(places):
                 place = int(places[(fork // self.chains) % len(places)])
                 at.append(row)
+                chains.append(chain)
                 begins.append(said[:place])
                 log_probs.append(known[:place].tolist())
         if at:
             found = generate([problems[row] for row in at], begins)
-            for row, known_then in enumerate(log_probs):
-                found[0].claim(row, known_then)
+            for row, (chain, known_then) in enumerate(zip(chains, log_probs, strict=True)):
+                columns = found[0].claim(row, known_then)
+                found[0].version[row, columns] = talk.version[chain, columns]  # a teacher's tokens stay a teacher's
             put_some(told, torch.tensor(at), found)
         return {"rollout/forked": len(at) / len(problems)}

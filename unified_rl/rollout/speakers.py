@@ -12,11 +12,11 @@ from torch import Tensor
 from unified_rl.protocols import ControlEnv, Generates, LanguageEnv, LanguagePolicy, Samples
 from unified_rl.rollout.conversation import Problems
 
-FOREIGN = "foreign"
+ACTED = "foreign"
 """Entry ``[K]`` bool of a sample: simulations in which somebody else than the policy acted."""
 
 Acts = Callable[[Tensor, torch.Generator], TensorDictBase]
-"""``(observation [K, d], stream of the policy's noise)`` to a sample ``[K]`` with :data:`FOREIGN`."""
+"""``(observation [K, d], stream of the policy's noise)`` to a sample ``[K]`` with :data:`ACTED`."""
 
 
 class Spoken(NamedTuple):
