@@ -21,6 +21,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.replay.pool import AnswerPool
 from unified_rl.returns.filters import likelihood_band
 from unified_rl.rollout import LanguageRollout
+from unified_rl.rollout.beginnings import Guided
 from unified_rl.rollout.sources import (
     Assimilated,
     Coached,
@@ -28,13 +29,14 @@ from unified_rl.rollout.sources import (
     Edited,
     Recoveries,
     Replays,
+    Request,
     Revised,
     Shortened,
     Steps,
     Windows,
 )
 from unified_rl.rollout.sources.mended import Sentences
-from unified_rl.units import Source
+from unified_rl.units import COUNTED, Source
 
 ANY = "0123456789+-=,>"
 
@@ -100,6 +102,36 @@ def test_whole_answers_are_worth_their_outcome() -> None:
     rows, _ = made_with(Steps(branches=4, share=1.0)).collect(0)
     for key in ("tokens", "mask", "token_mask", "reward", "behavior_log_prob"):
         assert torch.equal(others(rows)[key], own(rows)[key]), key
+
+
+def test_steps_are_tried_again_behind_what_their_answers_began_with() -> None:
+    begins: list[list[int]] = []
+    source = Steps(branches=2, share=0.5)
+    made = made_with(source, beginning=Guided(), columns={"begun": "begun"}, privileged="chain")
+    rows_of = source.rows
+
+    def noted(request: Any) -> Any:
+        def say(*given: Any, prefixes: Any, **options: Any) -> TensorDict:
+            begins.extend(prefixes)
+            return request.say(*given, prefixes=prefixes, **options)
+
+        return rows_of(request._replace(say=say))
+
+    source.rows = noted  # type: ignore[method-assign]
+    rows, _ = made.collect(0)
+    whole, steps, width = own(rows), others(rows), width_of(made)
+    length = whole["mask"].sum(-1)
+    again = (length > 1).nonzero().flatten().tolist()
+    wanted = [answer(whole[row], width)[: int(whole["begun"][row]) + int(length[row]) // 2] for row in again]
+    assert begins == wanted and bool((whole["begun"] > 0).any())
+    aligned(steps)
+
+
+def aligned(rows: TensorDict) -> None:
+    """Whoever looks at rows with the solution in view finds the same units, row by row."""
+    seen, mask = rows["privileged_mask"], rows["mask"]
+    assert torch.equal(seen.sum(-1), mask.sum(-1)) and bool(mask.any())
+    assert torch.equal(rows["privileged_tokens"][seen], rows["tokens"][mask])
 
 
 # ----------------------------------------------------------------------------------------- with a solution in view
@@ -275,6 +307,15 @@ def test_whole_groups_of_the_last_collections_are_the_share_of_an_update_until_i
             assert tuple(map(tuple, found["tokens"][found["group"] == group].tolist())) in known
         assert not set(groups.tolist()) & set(mine["group"].tolist())
         before.append(mine)
+
+
+def test_collections_that_count_for_nothing_leave_no_group_to_replay() -> None:
+    source = Windows(share=0.5)
+    source.check_group(4, "rollout.sources.x")
+    rows, _ = few(Windows()).collect(0)
+    source.observe(rows.set(COUNTED, torch.zeros(len(rows), dtype=torch.bool)))
+    told = (None, [{}] * 6, None, None, 1, torch.Generator(), None, None, rows, None, None)
+    assert source.rows(Request(*told)) is None  # type: ignore[arg-type]
 
 
 # ----------------------------------------------------------------------------------------- the band, refusals, runs

@@ -12,8 +12,10 @@ from test_derived_rows import unended
 from test_sources import others, own, rollout
 
 from unified_rl.envs.language import ChainMod, GuessNumber
+from unified_rl.envs.language.rewards import Rewards
 from unified_rl.errors import ConfigError
 from unified_rl.rollout import LanguageRollout
+from unified_rl.rollout.rows import GREEDY
 from unified_rl.rollout.sources import Judgements
 from unified_rl.rollout.verdicts import Question, SelfJudged
 
@@ -94,6 +96,25 @@ def test_answers_to_half_of_the_prompts_earn_the_policys_own_verdicts_and_teach_
     assert set(others(rows)["prompt_id"].tolist()) == set(mine["prompt_id"][24:].tolist()) and len(others(rows)) == 24
 
 
+def content(completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """Any answer is worth 2, which is 1 of the weighted sum."""
+    return [2.0 for _ in completion_ids]
+
+
+def test_a_groups_answers_share_what_is_noted_of_their_problem_and_one_reward_function_gave_the_verdict() -> None:
+    env = EasyChain(modulus=5, terms=3, max_turn_tokens=10)
+    env.reward_with(Rewards([content], weights=[0.5]))
+    judged = SelfJudged(of=0.5, verdicts=4, **WORDS)
+    sources: Any = {"x": Judgements(answers=3, verdicts=2, **WORDS)}
+    made = rollout(env, prompts=6, group_size=4, context=judged, sources=sources, columns={"most": GREEDY})
+    rows, metrics = made.collect(0)
+    mine = own(rows)
+    assert torch.equal(rows["rewards"], 2.0 * rows["reward"]) and bool((mine["reward"][:12] > 0).any())
+    most = mine["most"].reshape(6, 4)
+    assert torch.equal(most, most[:, :1].expand(6, 4)) and bool(most.any())
+    assert metrics["rollout/greedy"] == pytest.approx(float(most.float().mean()))
+
+
 @pytest.mark.parametrize(
     ("env", "options", "words"),
     [
@@ -103,6 +124,11 @@ def test_answers_to_half_of_the_prompts_earn_the_policys_own_verdicts_and_teach_
             None,
             {"sources": {"x": Judgements(ask="=", yes="+", no="+-")}},
             r"rollout\.sources\.x\.yes='\+' and no='\+-'",
+        ),
+        (
+            None,
+            {"context": SelfJudged(**WORDS), "columns": {"scores": ["correct"]}},
+            r"rollout\.context rewards its rows",
         ),
         (ChainMod(max_turn_tokens=3), {"context": SelfJudged(ask="==", yes="+", no="-")}, r"ask is 2 tokens"),
         (

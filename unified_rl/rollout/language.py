@@ -117,6 +117,7 @@ class LanguageRollout:
         if self.context is not None:
             _require_part(self.context, "rollout.context", "unified_rl.rollout.context.Hints")
             self.context.check(env, "rollout.context")
+            self._refuse_one_reward(self.context, "rollout.context")
             if isinstance(self.context, ChecksGroup):
                 self.context.check_group(group_size, "rollout.context")
         self.beginning = beginning
@@ -152,8 +153,8 @@ class LanguageRollout:
         self.rows += speaker.most(self.steps_per_collect) if isinstance(speaker, AddsRows) else 0
         self.steps = 0
 
-    def _refuse_one_reward(self, source: RowSource, setting: str) -> None:
-        """Raises ConfigError where a source brings one reward, and rows hold several numbers of the environment's."""
+    def _refuse_one_reward(self, source: RowSource | Context, setting: str) -> None:
+        """Raises ConfigError where a part brings one reward, and rows hold several numbers of the environment's."""
         key = getattr(source, "reward_key", None)
         apart = [
             (n, w) for n, w in self.builder.columns.items() if isinstance(w, list) and (n != REWARDS or len(w) > 1)

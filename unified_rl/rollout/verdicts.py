@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import LanguageEnv
@@ -11,6 +13,8 @@ from unified_rl.ranges import Count, UnitInterval, ranged
 from unified_rl.rollout.context import Draw, Generate
 from unified_rl.rollout.conversation import Problems, Told
 from unified_rl.rollout.sources.base import require_one_turn
+from unified_rl.rollout.whispered import unended
+from unified_rl.units import COUNTED
 
 ASK = "\nIs this answer right? Say yes or no: "
 YES, NO = "yes", "no"
@@ -83,6 +87,8 @@ class SelfJudged:
         ask, yes, no: see :class:`Question`.
     """
 
+    judges_itself = True
+    """Its rewards are one number, which is not the environment's."""
     metrics = ("self_judged", "self_reward")
     """As of :class:`~unified_rl.rollout.context.Hints`."""
 
@@ -103,15 +109,24 @@ class SelfJudged:
         if not rows:
             return {"rollout/self_judged": 0.0, "rollout/self_reward": 0.0}
         talk = told[0]
-        ends = set(env.stop_ids)
-        bare = [ids[:-1] if ids and ids[-1] in ends else ids for ids in (said[0] for said in talk.said[:rows])]
+        bare = [unended(said[0], env) for said in talk.said[:rows]]
         asked = [self.question.about(env, [ids]) for ids in bare for _ in range(self.verdicts)]
         said = generate([problem for problem in problems[:rows] for _ in range(self.verdicts)], asked)[0].said
         yes = [self.question.verdict(env, one[0][len(begin) :]) is True for one, begin in zip(said, asked, strict=True)]
-        problems[:] = [{**problem, SELF_JUDGED: row < rows} for row, problem in enumerate(problems)]
-        talk.reward[:rows] = 0.0
-        talk.reward[:rows, 0] = talk.reward.new_tensor(yes).reshape(rows, self.verdicts).mean(-1)
-        return {
-            "rollout/self_judged": rows / len(problems),
-            "rollout/self_reward": float(talk.reward[:rows, 0].mean()),
-        }
+        firsts = range(0, len(problems), group_size)
+        known = [{**problems[row], SELF_JUDGED: row < rows} for row in firsts]
+        problems[:] = [problem for problem in known for _ in range(group_size)]  # a group has one problem
+        earned = talk.reward.new_tensor(yes).reshape(rows, self.verdicts).mean(-1)
+        self._earns(env, told, earned)
+        return {"rollout/self_judged": rows / len(problems), "rollout/self_reward": float(earned.mean())}
+
+    @staticmethod
+    def _earns(env: LanguageEnv, told: Told, earned: Tensor) -> None:
+        """Gives the first conversations what they ``earned [n]``, also as the number of the one reward function."""
+        talk, info = told
+        rows = len(earned)
+        talk.reward[:rows] = earned.unsqueeze(-1)  # one turn
+        for name, weight in zip(getattr(env, "reward_names", ()), getattr(env, "reward_weights", (1.0,)), strict=False):
+            info[name][:rows] = earned / (weight or 1.0)
+        if COUNTED in info:
+            info[COUNTED][:rows] = 1.0

@@ -13,6 +13,7 @@ from unified_rl.errors import ConfigError
 from unified_rl.policies.generation import Generation
 from unified_rl.protocols import LanguageEnv, LanguagePolicy
 from unified_rl.rollout.conversation import Problems
+from unified_rl.rollout.rows import REWARDS
 from unified_rl.units import COUNTED, Source
 
 
@@ -186,6 +187,44 @@ class ChecksGroup(Protocol):
     def check_group(self, group_size: int, setting: str) -> None:
         """Raises ConfigError for another."""
         ...
+
+
+def earning(rows: TensorDict, worth: Tensor, env: LanguageEnv) -> TensorDict:
+    """Rows of one turn with returns ``worth [B]`` in place of the environment's.
+
+    They count, and where rows hold what one reward function gave, it gave that; of several the rollout refuses who
+    rewards rows itself.
+    """
+    rows["reward"] = worth.to(rows["reward"].dtype).unsqueeze(-1)
+    if REWARDS in rows.keys():
+        (weight,) = getattr(env, "reward_weights", (1.0,))
+        rows[REWARDS] = rows["reward"] / (weight or 1.0)
+    if COUNTED in rows.keys():
+        rows[COUNTED] = torch.ones(len(rows), dtype=torch.bool)
+    return rows
+
+
+def cut(request: Request, mask: Tensor, worth: Tensor) -> TensorDict:
+    """Copies ``[B]`` of the own answers that end behind their first units, ``mask [B, N]``; source OFFLINE.
+
+    Args:
+        request: what a source is told, of a task of one turn.
+        mask: the units that stay.
+        worth: return of each, ``[B]``; an answer that does not count does not count here either.
+    """
+    own = request.own
+    beyond = (own["mask"] & ~mask).cumsum(-1) > 0
+    rows = earning(own.clone(), worth, request.env)
+    rows["mask"], rows["token_mask"] = mask, own["token_mask"] & ~beyond
+    rows["tokens"] = own["tokens"].masked_fill(beyond, request.env.tokenizer.pad_token_id)
+    rows["behavior_log_prob"] = torch.where(mask, own["behavior_log_prob"], 0.0)
+    rows["source"] = torch.full_like(own["source"], int(Source.OFFLINE))
+    if COUNTED in own.keys():
+        rows[COUNTED] = own[COUNTED]
+    if "privileged_mask" in own.keys():  # the same units, in the same order
+        seen = own["privileged_mask"]
+        rows["privileged_mask"] = seen & (seen.cumsum(-1) <= mask.sum(-1, keepdim=True))
+    return rows
 
 
 class Joining:

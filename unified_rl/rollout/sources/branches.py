@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
 from unified_rl.configurable import configurable
 from unified_rl.protocols import LanguageEnv, LanguagePolicy
 from unified_rl.ranges import Count, Fraction, ranged
-from unified_rl.rollout.sources.base import Joining, Request, require_one_turn
+from unified_rl.rollout.sources.base import Joining, Request, cut, require_one_turn
 from unified_rl.units import Source, row_return
 
 
@@ -24,6 +25,9 @@ class Steps(Joining):
         branches: tries of every step; 1 is the answer alone, whose return is then the step's.
         share: of an answer that is its step, a token at least; a whole answer cannot be tried again.
     """
+
+    judges_itself = True
+    """Its rows have one reward, which is not the environment's."""
 
     def __init__(self, branches: Count = 4, share: Fraction = 0.5) -> None:
         super().__init__(1, 0)
@@ -47,15 +51,16 @@ class Steps(Joining):
         if self.branches > 1 and len(again):
             at = again.repeat_interleave(self.branches - 1)
             problems = [request.problems[row // self.per_group] for row in at.tolist()]
-            begun = [own["tokens"][row][step[row]].tolist() for row in at.tolist()]
-            tried = request.say(problems, own["group"][at], Source.OFFLINE, prefixes=begun)
+            begun = self._begun(request, step)
+            prefixes = [begun[row] for row in at.tolist()]
+            tried = request.say(problems, own["group"][at], Source.OFFLINE, prefixes=prefixes)
             tries = torch.ones_like(value).index_add(0, at, torch.ones(len(at)))
             value = value.index_add(0, at, row_return(tried)) / tries
-        cut = (mask & ~step).cumsum(-1) > 0
-        rows = own.clone()
-        rows["mask"], rows["token_mask"] = step, own["token_mask"] & ~cut
-        rows["tokens"] = own["tokens"].masked_fill(cut, request.env.tokenizer.pad_token_id)
-        rows["behavior_log_prob"] = torch.where(step, own["behavior_log_prob"], 0.0)
-        rows["reward"] = value.unsqueeze(-1).to(own["reward"].dtype)
-        rows["source"] = torch.full_like(own["source"], int(Source.OFFLINE))
-        return rows
+        return cut(request, step, value)
+
+    def _begun(self, request: Request, step: Tensor) -> list[list[int]]:
+        """Each answer up to the end of its step, what it began with included."""
+        starts = [len(problem["prompt"]) for problem in request.problems for _ in range(self.per_group)]
+        stops = (step * torch.arange(1, step.shape[1] + 1)).amax(-1).tolist()
+        known = zip(request.own["tokens"].tolist(), starts, stops, strict=True)
+        return [ids[start:stop] for ids, start, stop in known]

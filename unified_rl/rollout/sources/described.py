@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from unified_rl.configurable import configurable
 from unified_rl.protocols import LanguageEnv, LanguagePolicy
 from unified_rl.ranges import Count, Positive, UnitInterval, ranged
-from unified_rl.rollout.sources.base import Request
+from unified_rl.rollout.sources.base import Request, cut
 from unified_rl.rollout.sources.experts import Model
 from unified_rl.rollout.sources.mended import Answers, FromOwn
 from unified_rl.units import Source, row_return
@@ -31,6 +31,8 @@ class Described(FromOwn):
     """
 
     group_size = 1
+    judges_itself = True
+    """Its descriptions have one reward, which is not the environment's of them."""
 
     def __init__(
         self,
@@ -76,16 +78,9 @@ class Described(FromOwn):
     @staticmethod
     def _described(request: Request, begins: list[list[int]], worth: torch.Tensor, group_size: int) -> TensorDict:
         """The rows of the descriptions that say something."""
-        rows = request.own.clone()
+        mask = request.own["mask"]
         starts = torch.tensor([len(problem["prompt"]) for problem in request.problems]).repeat_interleave(group_size)
         stops = starts + torch.tensor([len(ids) for ids in begins])
-        kept = torch.arange(rows["tokens"].shape[1]) < stops[:, None]
-        for key in ("mask", "token_mask"):
-            rows[key] = rows[key] & kept
-        rows["tokens"] = torch.where(kept, rows["tokens"], request.env.tokenizer.pad_token_id)
-        rows["behavior_log_prob"] = torch.where(rows["mask"], rows["behavior_log_prob"], 0.0)
-        rows["reward"] = torch.zeros_like(rows["reward"])
-        rows["reward"][:, 0] = worth
+        rows = cut(request, mask & (torch.arange(mask.shape[1]) < stops[:, None]), worth)
         rows["group"] = request.new_groups(len(request.problems)).repeat_interleave(group_size)
-        rows["source"] = torch.full_like(rows["source"], int(Source.OFFLINE))
         return rows[rows["mask"].any(-1)]

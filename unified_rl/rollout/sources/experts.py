@@ -28,10 +28,9 @@ from unified_rl.protocols import (
 from unified_rl.ranges import Fraction, Positive, Share, Whole, ranged
 from unified_rl.rollout.conversation import Problems
 from unified_rl.rollout.epochs import Epochs
-from unified_rl.rollout.rows import REWARDS
 from unified_rl.rollout.sources.answers import Answer, Answers
-from unified_rl.rollout.sources.base import Joining, Request, require_one_turn
-from unified_rl.units import COUNTED, Source
+from unified_rl.rollout.sources.base import Joining, Request, earning, require_one_turn
+from unified_rl.units import Source
 
 AT_ONCE = 1024
 """Answers that are matched together while a file is gone through."""
@@ -195,12 +194,7 @@ class ExpertFile(Joining):
         ids, log_probs = [ids for ids, _ in spoken], [log_probs for _, log_probs in spoken]
         rows = request.recite(problems, ids, groups, Source.EXPERT, log_probs)
         if rows is not None and self.reward_key is not None:
-            rows["reward"] = torch.tensor([[answer.reward] for answer in answers], dtype=torch.float32)
-            if REWARDS in rows.keys():  # of one function, see the rollout
-                (weight,) = getattr(request.env, "reward_weights", (1.0,))
-                rows[REWARDS] = rows["reward"] / (weight or 1.0)
-            if COUNTED in rows.keys():
-                rows[COUNTED] = torch.ones(len(rows), dtype=torch.bool)
+            earning(rows, torch.tensor([answer.reward for answer in answers], dtype=torch.float32), request.env)
         return rows
 
     def state_dict(self) -> dict[str, Any]:

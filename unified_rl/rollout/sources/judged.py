@@ -11,8 +11,7 @@ from torch import Tensor
 from unified_rl.configurable import configurable
 from unified_rl.protocols import LanguageEnv, LanguagePolicy
 from unified_rl.ranges import Count, Whole, ranged
-from unified_rl.rollout.rows import REWARDS
-from unified_rl.rollout.sources.base import Request
+from unified_rl.rollout.sources.base import Request, earning
 from unified_rl.rollout.sources.mended import Answers, FromOwn
 from unified_rl.rollout.verdicts import ASK, NO, SELF_JUDGED, YES, Question
 from unified_rl.units import Source
@@ -98,13 +97,7 @@ class Judgements(FromOwn):
 
     def _rewarded(self, request: Request, rows: TensorDict, labels: list[bool]) -> TensorDict:
         """Rows with the reward of their verdicts."""
-        agreed = []
-        for row, label in zip(rows, labels, strict=True):
-            said = row["tokens"][row["mask"]].tolist()
-            agreed.append(self.question.verdict(request.env, said) is label)
-        reward = torch.zeros_like(rows["reward"])
-        reward[:, 0] = torch.tensor(agreed, dtype=reward.dtype)
-        rows["reward"] = reward
-        if REWARDS in rows.keys():
-            rows[REWARDS] = reward[:, :1].expand_as(rows[REWARDS]).contiguous()
-        return rows
+        mask = rows["mask"]
+        said = [ids.tolist() for ids in rows["tokens"][mask].split(mask.sum(-1).tolist())]
+        agreed = [self.question.verdict(request.env, ids) is label for ids, label in zip(said, labels, strict=True)]
+        return earning(rows, torch.tensor(agreed), request.env)

@@ -138,6 +138,8 @@ class Windows(_Groups):
             return None
         kept: TensorDict = torch.cat(self._kept)  # type: ignore[assignment]
         numbers = kept["group"].unique()
+        if not len(numbers):  # no answer of theirs took part
+            return None
         drawn = numbers[torch.randperm(len(numbers), generator=request.generator)[:count]]
         place = (kept["group"][:, None] == drawn).int()
         rows = kept[place.any(-1)].clone()
