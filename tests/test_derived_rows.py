@@ -314,7 +314,7 @@ def test_collections_that_count_for_nothing_leave_no_group_to_replay() -> None:
     source.check_group(4, "rollout.sources.x")
     rows, _ = few(Windows()).collect(0)
     source.observe(rows.set(COUNTED, torch.zeros(len(rows), dtype=torch.bool)))
-    told = (None, [{}] * 6, None, None, 1, torch.Generator(), None, None, rows, None, None)
+    told = (None, [{}] * 6, None, None, 1, torch.Generator(), None, torch.arange, rows, None, None)
     assert source.rows(Request(*told)) is None  # type: ignore[arg-type]
 
 
