@@ -105,23 +105,43 @@ class Hints:
     ) -> dict[str, float]:
         """As of :class:`Context`."""
         solver = require_solutions(env, "rollout.context", self.style)
-        talk = told[0]
-        first = failed = self._failed(talk, group_size)
-        for share in self.shares:
-            if not len(failed):
-                break
-            chosen = [problems[row] for row in failed.tolist()]
-            solutions = solver.solve(chosen, self.style)
-            prefixes = [part_of(ids, share, env) for ids in solutions]
-            found = generate(chosen, prefixes)
-            put_some(told, failed, found, solved(found) if self.keep == "solved" else None)
-            failed = self._failed(talk, group_size)
-        rows = len(problems)
-        return {"rollout/hinted": len(first) / rows, "rollout/unsolved": len(failed) / rows}
 
-    @staticmethod
-    def _failed(talk: Conversations, group_size: int) -> Tensor:
-        return failed_groups(talk, group_size)
+        def again(chosen: Problems, share: float) -> Told:
+            return generate(chosen, [part_of(ids, share, env) for ids in solver.solve(chosen, self.style)])
+
+        return until_solved(self.shares, problems, group_size, told, again, self.keep)
+
+
+def until_solved(
+    shares: Sequence[float],
+    problems: Problems,
+    group_size: int,
+    told: Told,
+    again: Callable[[Problems, float], Told],
+    keep: Literal["all", "solved"] = "all",
+) -> dict[str, float]:
+    """Puts others in the place of the groups that failed, for one share of help after the other.
+
+    Args:
+        shares: tried in this order.
+        problems: of every conversation.
+        group_size: conversations of a group.
+        told: the conversations, which are replaced in place.
+        again: ``(problems of failed groups, share) -> told``.
+        keep: of :class:`Hints`.
+
+    Returns:
+        The metrics of :class:`Hints`: shares of the conversations whose group failed at first, and to the end.
+    """
+    first = failed = failed_groups(told[0], group_size)
+    for share in shares:
+        if not len(failed):
+            break
+        found = again([problems[row] for row in failed.tolist()], share)
+        put_some(told, failed, found, solved(found) if keep == "solved" else None)
+        failed = failed_groups(told[0], group_size)
+    rows = len(problems)
+    return {"rollout/hinted": len(first) / rows, "rollout/unsolved": len(failed) / rows}
 
 
 def failed_groups(talk: Conversations, group_size: int) -> Tensor:

@@ -6,7 +6,7 @@ from unified_rl.configurable import configurable
 from unified_rl.errors import ConfigError
 from unified_rl.protocols import LanguageEnv, require_solutions
 from unified_rl.ranges import Count, Fraction, OpenUnit, UnitInterval, ranged
-from unified_rl.rollout.context import Draw, Generate, failed_groups, put_some
+from unified_rl.rollout.context import Draw, Generate, put_some, until_solved
 from unified_rl.rollout.conversation import Problems, Told
 from unified_rl.rollout.sources.base import require_one_turn
 from unified_rl.rollout.whispered import Advice, followed, part_of, unended
@@ -43,16 +43,12 @@ class SelfHints:
         self, env: LanguageEnv, problems: Problems, group_size: int, told: Told, generate: Generate, draw: Draw
     ) -> dict[str, float]:
         """As of :class:`~unified_rl.rollout.context.Context`."""
-        first = failed = failed_groups(told[0], group_size)
-        for share in self.shares:
-            if not len(failed):
-                break
-            chosen = [problems[row] for row in failed.tolist()]
+
+        def again(chosen: Problems, share: float) -> Told:
             hints = self._hints(env, chosen[::group_size], share, generate)
-            put_some(told, failed, generate(chosen, [hint for hint in hints for _ in range(group_size)]))
-            failed = failed_groups(told[0], group_size)
-        rows = len(problems)
-        return {"rollout/hinted": len(first) / rows, "rollout/unsolved": len(failed) / rows}
+            return generate(chosen, [hint for hint in hints for _ in range(group_size)])
+
+        return until_solved(self.shares, problems, group_size, told, again)
 
     def _hints(self, env: LanguageEnv, problems: Problems, share: float, generate: Generate) -> list[list[int]]:
         """What the policy says of each solution, without its end."""
