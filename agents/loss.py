@@ -113,7 +113,12 @@ def make_records(node: Node | None) -> RecordGradients | None:
 
 
 def check_records(
-    records: RecordGradients, policy: Trainable, terms: Mapping[str, Term], rules: Mapping[str, Any], dropped: bool
+    records: RecordGradients,
+    policy: Trainable,
+    terms: Mapping[str, Term],
+    rules: Mapping[str, Any],
+    dropped: bool,
+    split: bool,
 ) -> None:
     """Refuses what would let one record move the gradients of others.
 
@@ -123,6 +128,7 @@ def check_records(
         terms: of the loss.
         rules: settings that look at several rows, by name.
         dropped: rows are left out by their groups.
+        split: optimiser batches are of single steps.
 
     Raises:
         ConfigError: names the setting.
@@ -131,6 +137,11 @@ def check_records(
     given = [name for name, value in {**rules, "drop_equal_groups": dropped}.items() if value]
     if given:
         raise ConfigError(f"agent.per_record bounds the gradient of each record, and agent.{given[0]} compares records")
+    if split:
+        raise ConfigError(
+            "agent.per_record bounds the gradient of each row, and minibatches are of single steps: set "
+            "agent.shuffle_steps=false"
+        )
     if standardises(policy):
         raise ConfigError(
             "agent.per_record bounds the gradient of each record, and policy.normalize_observation learns from all of "

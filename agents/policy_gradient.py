@@ -249,7 +249,8 @@ class PolicyGradient:
             self.reward_model.micro_batch = micro_batch
         self.records = make_records(per_record)
         if self.records is not None:
-            check_records(self.records, policy, terms, {"filters": filters, "gates": gates}, drop_equal_groups)
+            rules = {"filters": filters, "gates": gates}
+            check_records(self.records, policy, terms, rules, drop_equal_groups, self.shuffle_steps)
             self.records.attach(self.optimizer.parameters, generator_of(seed, "records"))
             self.objective.records = self.records
         source = make_advantage(correction, self.baseline, self.credit, lam, off_policy_targets, normalize_advantage)

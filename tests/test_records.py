@@ -85,6 +85,10 @@ def test_noise_has_the_deviation_of_the_bound_and_goes_on_where_it_stood() -> No
         ),
         ({"filters": ["uncertain_units"]}, r"agent\.filters compares records"),
         ({"drop_equal_groups": True}, r"agent\.drop_equal_groups compares records"),
+        (
+            {"objectives": {"policy": None, "spread": {"name": "weighed_entropy", "weight": "x"}}},
+            r"objectives\.spread compares",
+        ),
         ({"per_record": {"clip": 0.0}}, r"per_record.*clip=0\.0"),
         ({"per_record": {"clp": 1.0}}, "has no field 'clp'; did you mean 'clip'"),
         ({"per_record": {"clip": float("inf"), "noise": 1.0}}, r"per_record\.noise is in proportion to .*finite clip"),
@@ -100,6 +104,8 @@ def test_moments_of_observations_and_several_processes_are_refused_too() -> None
     imitate = {"policy": None, "value": None, "near": {"name": "divergence", "anchor": "reference"}}
     for policy, words in ((gaussian(normalize_observation=True), "normalize_observation"), (gaussian(), "")):
         options: dict[str, Any] = {"objectives": imitate, "per_record": {"clip": 1.0}, "advantage": "group"}
+        with pytest.raises(ConfigError, match=r"agent\.per_record .*set agent\.shuffle_steps=false"):
+            control_agent(policy, "reinforce", **{**options, "advantage": "critic"})
         if words:
             with pytest.raises(ConfigError, match=words):
                 control_agent(policy, "reinforce", **options)

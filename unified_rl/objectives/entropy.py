@@ -91,6 +91,8 @@ class WeighedEntropyTerm(EntropyTerm):
         weight: entry ``[B]`` of the record.
     """
 
+    couples_rows = True  # a weight may be made of other rows
+
     def __init__(
         self,
         name: str,
