@@ -15,6 +15,7 @@ from unified_rl.correction import Correction
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
 from unified_rl.files import fitting
+from unified_rl.instantiate import nearest
 from unified_rl.objectives.pairs import check_order, order_of
 from unified_rl.objectives.reward_losses import REWARD_LOSSES, Fit
 from unified_rl.objectives.rows import Rows
@@ -138,6 +139,19 @@ class Fitted(ModelledReward):
         super().__init__(weight, form, within)
         self.rows, self.steps, self.every, self.lr = Rows.of(rows, "agent.reward_model.rows"), steps, every, lr
 
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Looks for the columns by which it chooses rows.
+
+        Raises:
+            ConfigError: one is missing, or is a gate, which opens when rows have their rewards.
+        """
+        for name in self.rows.gates:
+            if name not in columns:
+                raise ConfigError(
+                    f"agent.reward_model.rows names {name!r}, which is no column of collected rows (gates open after "
+                    f"rewards); {nearest(name, columns)}: define rollout.columns.{name}, or choose by source"
+                )
+
     def train(self, module: nn.Module, policy: Trainable) -> None:
         """Makes the optimiser of a model."""
         self.module = module.to(policy.device)
@@ -257,7 +271,8 @@ class Learnt(Fitted):
             self.coverage = Coverage(self.model.width, self.ridge).to(policy.device)
 
     def check_columns(self, columns: Collection[str]) -> None:
-        """Looks for the column that orders rows."""
+        """Looks for the column that orders rows too."""
+        super().check_columns(columns)
         check_order(self.order, columns, "agent.reward_model.order")
 
     @property
@@ -312,9 +327,10 @@ class Learnt(Fitted):
         row j takes part in, less its mean: a step of policy gradient moves the weights along ``r_i grad S_i``, and the
         score function says what that does to the expected loss.
         """
-        each = fit.value.detach()[fit.at] / len(fit.value)
-        share = torch.zeros(len(rows), device=each.device)
-        share = share.index_add(0, fit.better, each).index_add(0, fit.worse, each)
+        taking = torch.stack([torch.cat([fit.better, fit.worse]), fit.at.repeat(2)])
+        row, at = torch.unique(taking, dim=1)  # a row of a ranking takes part once, whatever it is compared with
+        each = fit.value.detach()[at] / len(fit.value)
+        share = torch.zeros(len(rows), device=each.device).index_add(0, row, each)
 
         def score() -> Tensor:
             out: Tensor = torch.where(rows["mask"], self.policy.log_prob(rows).log_prob, 0.0).sum(-1)

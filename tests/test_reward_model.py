@@ -18,7 +18,7 @@ from term_cases import agent_of, joined
 from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.agents.reward_model import Learnt, inner_products, make_reward_model, preferred
 from unified_rl.errors import ConfigError, UnifiedRLError
-from unified_rl.objectives.reward_losses import BradleyTerry, PlackettLuce, WestOfN
+from unified_rl.objectives.reward_losses import BradleyTerry, Fit, PlackettLuce, WestOfN
 from unified_rl.policies.reward_model import Coverage, ReversedModel, RewardModel, placed, reversed_rows
 from unified_rl.training.checkpoint import intact_checkpoint
 from unified_rl.training.run import Job, train
@@ -126,6 +126,21 @@ def test_what_a_row_does_to_the_next_comparisons_is_a_product_of_gradients() -> 
     along = sum(x * g for x, g in zip(share, each, strict=True))
     torch.testing.assert_close(found, torch.stack([g @ along for g in each]), rtol=1e-5, atol=1e-5)
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+
+
+def test_a_row_of_a_ranking_takes_part_in_its_loss_once() -> None:
+    policy, rows = joined()
+    few = rows[:3]
+    model = make_reward_model({"name": "learnt", "loss": "plackett_luce", "dependence": 1.0})
+    model.attach(policy, 0)
+    assert isinstance(model, Learnt)
+    value = torch.tensor([3.0])  # of one group, in which the first two are better than the last, as three pairs say
+    pairs = Fit(value, torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2]), torch.zeros(3, dtype=torch.int64))
+    assert float(model.lookahead(few, pairs).abs().max()) < 1e-5  # all take part in the same: nothing to prefer
+    some = Fit(value, torch.tensor([0]), torch.tensor([1]), torch.zeros(1, dtype=torch.int64))
+    assert float(model.lookahead(few, some).abs().max()) > 1e-3
+    ranked = Fit(value, torch.tensor([0, 0]), torch.tensor([1, 2]), torch.zeros(2, dtype=torch.int64))
+    assert float(model.lookahead(few, ranked).abs().max()) < 1e-5  # the best row is in two pairs, and one loss
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -330,6 +345,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         ([*LANGUAGE, "agent.reward_model={name: stored}"], "needs folder"),
         ([*LANGUAGE, "agent.reward_model={name: stored, folder: x, lr: 1.0}"], "has no field 'lr'"),
         ([*LANGUAGE, "agent.reward_model={name: learnt, order: lenght}"], "define rollout.columns.lenght"),
+        (
+            [*LANGUAGE, "agent.reward_model={name: learnt, rows: {when: hard}}", "agent.gates={hard: success_at_most}",
+             "agent.objectives={policy: {rows: {when: hard}}}"],
+            "agent.reward_model.rows names 'hard'",
+        ),
         ([*LANGUAGE, "agent.reward_model={name: learnt, ridge: 2.0}"], "set agent.reward_model.pessimism"),
         ([*LANGUAGE, "agent.reward_model={name: learnt, hidden: [4]}"], "head on its own transformer"),
         ([*LANGUAGE, "agent.reward_model={name: reversed, within: batch}"], "set agent.reward_model.form=pairwise"),

@@ -110,7 +110,8 @@ class RewardModel(nn.Module):
         self.frozen = frozen
         if frozen:
             self.body.requires_grad_(False)
-        self.head = nn.Linear(self.width, 1, bias=False)
+        with seeded(seed):
+            self.head = nn.Linear(self.width, 1, bias=False)
         nn.init.zeros_(self.head.weight)  # what all rows share has no say in a comparison
         self.to(policy.device)
 
