@@ -149,6 +149,11 @@ class Steps:
         return y.gather(-1, self.step_index)
 
 
+def of_units(record: TensorDictBase, advantage: Tensor) -> Tensor:
+    """Advantages of units ``[B, N]``, from those of steps ``[B, T]`` or of units."""
+    return advantage if advantage.shape == record["mask"].shape else Steps.of(record).broadcast(advantage)
+
+
 def numbered(text: str) -> int:
     """A number for a text, the same everywhere, for columns of a record; from 0."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") >> 1

@@ -16,8 +16,7 @@ from unified_rl.objectives.objective import Scored, Term
 from unified_rl.objectives.terms import EXPERT_ROWS, OWN_ROWS, reduction
 from unified_rl.ranges import UnitInterval
 from unified_rl.returns.groups import Groups
-from unified_rl.returns.maps import of_units
-from unified_rl.units import row_return
+from unified_rl.units import of_units, row_return
 
 
 class MarginTerm(Term):

@@ -20,8 +20,7 @@ from unified_rl.objectives.objective import Parts, Scored, Term
 from unified_rl.objectives.terms import reduction
 from unified_rl.protocols import domain_of
 from unified_rl.ranges import Count, NonNegative, Seed, UnitInterval
-from unified_rl.returns.maps import of_units
-from unified_rl.units import row_return
+from unified_rl.units import of_units, row_return
 
 
 class OtherViewsTerm(Term):

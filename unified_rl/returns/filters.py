@@ -18,8 +18,7 @@ from torch import Tensor
 from unified_rl.ranges import Fraction, Name, NonNegative, UnitInterval, UpperBound
 from unified_rl.returns import readings
 from unified_rl.returns.groups import Groups
-from unified_rl.returns.maps import of_units
-from unified_rl.units import Steps, row_return
+from unified_rl.units import Steps, of_units, row_return
 
 Over = Literal["group", "batch"]
 

@@ -22,7 +22,7 @@ from unified_rl.returns.matching import matched
 from unified_rl.returns.projection import residual
 from unified_rl.returns.thoughts import thoughts
 from unified_rl.returns.tree import tree
-from unified_rl.units import Steps, row_return
+from unified_rl.units import Steps, of_units, row_return
 
 
 def sign(record: TensorDictBase, advantage: Tensor, *, positive: float = 1.0, negative: float = 1.0) -> Tensor:
@@ -242,7 +242,7 @@ def consistent(
     rate, first = groups.mean(won), groups.first()
     whole = rate[first]
     spread = whole.std() if len(whole) > 1 else whole.new_ones(())
-    overall = (rate - whole.mean()) / (spread + 1e-6)
+    overall = (rate - whole.mean()) / (spread + 1e-6) * (whole.amax() > whole.amin())  # alike: exactly 0
     local = torch.sigmoid(sharpness * (entropy - middle)).unsqueeze(-1)
     out: Tensor = local * advantage + (1 - local) * overall.unsqueeze(-1)
     return out
@@ -256,11 +256,6 @@ def _pairs(one: Tensor, other: Tensor) -> Tensor:
     """A number ``[B]`` for every pair of two numbers."""
     out: Tensor = torch.unique(torch.stack([one, other], -1), dim=0, return_inverse=True)[1]
     return out
-
-
-def of_units(record: TensorDictBase, advantage: Tensor) -> Tensor:
-    """Advantages of units ``[B, N]``, from those of steps or of units."""
-    return advantage if advantage.shape == record["mask"].shape else Steps.of(record).broadcast(advantage)
 
 
 def _length(record: TensorDictBase, like: Tensor) -> Tensor:

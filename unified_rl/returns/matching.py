@@ -9,6 +9,7 @@ from torch.nn.functional import conv1d, pad
 
 from unified_rl.ranges import Count, UnitInterval
 from unified_rl.returns.groups import Groups
+from unified_rl.units import of_units
 
 
 def matched(record: TensorDictBase, advantage: Tensor, *, window: Count = 5, share: UnitInterval = 1.0) -> Tensor:
@@ -23,7 +24,7 @@ def matched(record: TensorDictBase, advantage: Tensor, *, window: Count = 5, sha
         share: of these advantages.
     """
     mask, tokens, shown = record["mask"], record["tokens"], record["privileged_tokens"]
-    out = advantage if advantage.shape == mask.shape else advantage.gather(1, record["step_index"])
+    out = of_units(record, advantage)
     start = mask.to(torch.uint8).argmax(-1, keepdim=True)
     length = record["privileged_mask"].to(torch.uint8).argmax(-1, keepdim=True) - start
     place = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -39,6 +40,7 @@ def matched(record: TensorDictBase, advantage: Tensor, *, window: Count = 5, sha
     return (1 - share) * out + share * torch.where(mask, centred, 0.0)
 
 
+matched.compares = lambda **settings: True  # type: ignore[attr-defined]
 matched.columns = lambda **settings: ["privileged_tokens", "privileged_mask"]  # type: ignore[attr-defined]
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import layer_norm
 from unified_rl.ranges import Count, NonNegative, TwoOrMore, UnitInterval
 from unified_rl.returns.groups import Groups
 from unified_rl.returns.readings import STATES
+from unified_rl.units import of_units
 
 ROUNDS = 4
 """Iterations that turn a random subspace into that of the largest singular values."""
@@ -44,7 +45,7 @@ def residual(
         most: positive tokens that are looked at, the first ones.
     """
     mask, states = record["mask"], record[STATES]
-    out = advantage if advantage.shape == mask.shape else advantage.gather(1, record["step_index"])
+    out = of_units(record, advantage)
     weight = torch.ones_like(out)
     index = Groups.of(record).index
     up, down = mask & (out > 0), mask & (out < 0)
@@ -53,7 +54,7 @@ def residual(
         shared, others = (up & rows).nonzero(as_tuple=True), (down & rows).nonzero(as_tuple=True)
         if len(shared[0]) < fewest or not len(others[0]):
             continue
-        h = _standardised(states[shared][:most])
+        h = _standardised(states[tuple(at[:most] for at in shared)])
         center = h.mean(0)
         distance = _outside(_standardised(states[others]) - center, _span(h - center, rank))
         bounds = torch.quantile(distance, distance.new_tensor([low, high]))

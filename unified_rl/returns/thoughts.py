@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.ranges import NonNegative, UnitInterval
 from unified_rl.returns.groups import Groups
-from unified_rl.units import MARKS, row_return
+from unified_rl.units import MARKS, of_units, row_return
 
 
 def thoughts(
@@ -23,7 +25,7 @@ def thoughts(
 
     A right thought earns 1, a wrong one ``-p^mercy`` with the share ``p`` of right answers of the group (who hardly
     ever succeeds may try), one without a mark 0. ``A_thought`` is that reward less the mean of all thoughts of the
-    group, each once, over their standard deviation. 2507.23317 (the rewards are assumed).
+    group, each once, over their standard deviation; 0 where all are alike. 2507.23317 (the rewards are assumed).
 
     Args:
         share: of the thoughts' advantages.
@@ -31,7 +33,7 @@ def thoughts(
         threshold: of the return, above which an answer is right.
     """
     mask, groups = record["mask"], Groups.of(record)
-    out = advantage if advantage.shape == mask.shape else advantage.gather(1, record["step_index"])
+    out = of_units(record, advantage)
     place = (mask.cumsum(-1) - 1).clamp(min=0)
     marks = torch.where(mask, record[MARKS].to(out.dtype), 0.0)
     packed = torch.zeros_like(out).scatter_add(1, place, marks)
@@ -44,7 +46,10 @@ def thoughts(
     count = groups.sum(once.sum(-1)).unsqueeze(-1)
     mean = groups.sum((once * reward).sum(-1)).unsqueeze(-1) / count.clamp(min=1)
     spread = (groups.sum((once * (reward - mean).square()).sum(-1)).unsqueeze(-1) / (count - 1).clamp(min=1)).sqrt()
-    scored = torch.where(spread > 0, (reward - mean) / (spread + 1e-6), 0.0).gather(1, place)
+    best = groups.extreme(torch.where(begins, reward, -math.inf).amax(-1), "amax")
+    least = groups.extreme(torch.where(begins, reward, math.inf).amin(-1), "amin")
+    differ = (best > least).unsqueeze(-1)  # else exactly 0, not what rounding left of it
+    scored = torch.where(differ, (reward - mean) / (spread + 1e-6), 0.0).gather(1, place)
     return (1 - share) * out + share * torch.where(mask, scored, 0.0)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unified_rl.errors import RecordError
 from unified_rl.returns.groups import Groups
-from unified_rl.units import Steps
+from unified_rl.units import of_units
 
 PRIME = 6364136223846793005
 """An odd multiplier of 64 bits, for numbers of sequences that wrap around."""
@@ -36,7 +36,7 @@ def tree(
             "rollout.context to unified_rl.rollout.forks.Forks"
         )
     mask: Tensor = record["mask"]
-    value = advantage if advantage.shape == mask.shape else Steps.of(record).broadcast(advantage)
+    value = of_units(record, advantage)
     node = _nodes(record)
     real, size = node >= 0, int(node.max()) + 1
     index = node[real]
@@ -52,6 +52,9 @@ def tree(
     if shared:
         out = out / count.clamp(min=1).sqrt()
     return torch.where(real, out, zero)
+
+
+tree.columns = lambda **settings: ["begun"]  # type: ignore[attr-defined]
 
 
 def _nodes(record: TensorDictBase) -> Tensor:
