@@ -154,6 +154,8 @@ class Estimate:
     @torch.no_grad()
     def __call__(self, record: TensorDict, version: int, metrics: dict[str, Any]) -> TensorDict:
         """The rows that count, annotated."""
+        for rule in [*self.maps, *self.filters]:  # of all rows: what is left out may leave one of every group
+            rule.check_groups(record)
         if COUNTED in record.keys():  # first of all: left-out rows are in no group, statistic or denominator
             counted = record[COUNTED]
             metrics["train/counted"] = counted.float().mean()
@@ -183,8 +185,6 @@ class Estimate:
         score = partial(self.anchors.chunked, self.policy, record)
         weight = self.wrapper.row_weight(record) if isinstance(self.groups, GroupBaseline) else None
         record["advantage"] = self.groups(record, score, weight)
-        for rule in [*self.maps, *self.filters]:
-            rule.check_groups(record)
         self._read(record, [*self.maps, *self.filters])
         if any(rule.states for rule in self.rules):
             record[STATES] = self.anchors.states(record)
@@ -293,9 +293,19 @@ def make_columns(nodes: Mapping[str, Any] | None) -> dict[str, Moving]:
     """The columns that ``agent.columns`` describes, by name.
 
     Raises:
-        ConfigError: an unknown column or setting, under its full name.
+        ConfigError: an unknown column or setting, under its full name, or one that reads another before it is written.
     """
-    return {name: Moving(node, COLUMNS, f"agent.columns.{name}") for name, node in (nodes or {}).items()}
+    given = nodes or {}
+    made: dict[str, Moving] = {}
+    for name, node in given.items():
+        made[name] = Moving(node, COLUMNS, f"agent.columns.{name}")
+        early = [other for other in made[name].columns if other in given and (other == name or other not in made)]
+        if early:
+            raise ConfigError(
+                f"agent.columns.{name} reads {early[0]!r}, and columns are written in their order: define "
+                f"agent.columns.{early[0]} before it, under another name than its own"
+            )
+    return made
 
 
 def make_maps(nodes: Sequence[Any] | None) -> list[Moving]:

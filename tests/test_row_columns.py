@@ -280,6 +280,7 @@ GRPO = tuple(merged(LANGUAGE, ["correction=grpo"]))
         ("agent.columns={x: rubrik}", ["agent.columns.x", "did you mean 'rubric'"]),
         ("agent.columns={x: {name: bent, trun: 0.5}}", ["agent.columns.x", "did you mean 'turn'"]),
         ("agent.columns={x: bent}", ["agent.columns.x", "nothing reads it"]),
+        ("agent.columns={x: {name: rubric, of: [y]}, y: bent}", ["agent.columns.x", "agent.columns.y before it"]),
         ("correction.advantage.reward=mixd", ["correction.advantage.reward", "agent.columns.mixd"]),
         ("correction.penalty=[{name: k2, weight: near}]", ["correction.penalty.0.weight", "agent.columns.near"]),
         (
@@ -291,6 +292,13 @@ GRPO = tuple(merged(LANGUAGE, ["correction=grpo"]))
 def test_columns_that_nothing_writes_or_reads_are_refused_by_name(change: str, words: list[str]) -> None:
     found = stage(GRPO, change, None)  # type: ignore[arg-type]
     assert found and all(word in found for word in words), found
+
+
+@pytest.mark.parametrize("term", [{"name": "preference", "order": "x"}, {"name": "triage", "old": "x"}])
+def test_a_column_by_which_a_term_orders_rows_is_read(term: dict[str, Any]) -> None:
+    policy, rows = joined()
+    agent = agent_of(policy, rows, objectives={"prefer": {**term, "anchor": "none"}}, columns={"x": "bent"})
+    agent.check_written([0], 4, list(rows.keys()))
 
 
 def test_a_column_that_the_record_has_is_not_overwritten() -> None:

@@ -122,6 +122,10 @@ def test_a_group_that_agrees_is_compared_with_other_prompts() -> None:
     alone = rows.clone()
     alone["group"] = torch.zeros(4, dtype=torch.int64)
     assert torch.isfinite(maps.consistent(alone, A)).all()  # one prompt has no other
+    thirds = rows[:1].expand(21).clone()  # seven prompts of which a third is right: nothing to tell apart
+    thirds["group"] = torch.arange(7).repeat_interleave(3)
+    thirds["reward"] = torch.tensor([1.0, 0.0, 0.0]).repeat(7).unsqueeze(-1)
+    assert maps.consistent(thirds, torch.zeros(21, 1)).abs().max() == 0.0  # exactly, not what rounding left
 
 
 def test_negative_tokens_count_by_what_positive_ones_do_not_span() -> None:
@@ -182,6 +186,21 @@ def test_runs_of_equal_marks_are_thoughts_of_one_reward() -> None:
     harsh = maps.thoughts(rows, A, share=1.0, mercy=0.0)
     assert float(harsh[2, 0]) == pytest.approx(z, abs=1e-5)  # two values stay two values
     assert maps.thoughts(rows, A, share=0.0).equal(A.expand(4, 6))
+    wrong = {"marks": -torch.ones(4, 6), "group": torch.zeros(4, dtype=torch.int64)}
+    for one in (0.3, 0.7):  # all thoughts alike: exactly 0, not what rounding left of the mean
+        assert maps.thoughts(record(**wrong), A, share=1.0, mercy=one).abs().max() == 0.0
+
+
+def test_rows_that_do_not_count_may_leave_one_of_every_group() -> None:
+    policy, rows = joined()
+    agent = agent_of(policy, rows, "grpo", maps=["long_success"])
+    rows["counted"] = torch.arange(12) % 4 == 0
+    agent.update(filled(rows, 1))
+    agent = agent_of(policy, rows, "grpo", maps=["long_success"])
+    rows["group"] = torch.arange(12)
+    agent.checked = True
+    with pytest.raises(ConfigError, match=r"agent\.maps\[0\] compares rows of one group"):
+        agent.update(filled(rows, 1))
 
 
 def test_the_chain_task_marks_totals_and_the_answer() -> None:

@@ -63,6 +63,7 @@ class PreferenceTerm(GroupScoreTerm):
         self.pairs, _ = bind(pairs, PAIRS, f"{self.where}.pairs")
         self.generator = bind(generator, GENERATORS, f"{self.where}.generator")[0]()
         self.nll, self.order = nll, order
+        self.columns = frozenset({order} - {"reward"})
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Looks for the column that orders rows."""

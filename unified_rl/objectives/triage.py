@@ -64,6 +64,7 @@ class TriageTerm(GroupScoreTerm):
         self.link, _ = bind(link, LINKS, f"{self.where}.link")
         self.old, self.lowest, self.beta, self.threshold = old, lowest, beta, threshold
         self.retain, self.impact = retain, impact
+        self.columns = frozenset({old} - {"reward"})
 
     def check_columns(self, columns: Collection[str]) -> None:
         """Looks for the older judgement.
