@@ -154,8 +154,7 @@ class Estimate:
     @torch.no_grad()
     def __call__(self, record: TensorDict, version: int, metrics: dict[str, Any]) -> TensorDict:
         """The rows that count, annotated."""
-        for rule in [*self.maps, *self.filters]:  # of all rows: what is left out may leave one of every group
-            rule.check_groups(record)
+        self._check_groups(record)  # of all rows: what is left out may leave one of every group
         if COUNTED in record.keys():  # first of all: left-out rows are in no group, statistic or denominator
             counted = record[COUNTED]
             metrics["train/counted"] = counted.float().mean()
@@ -193,6 +192,14 @@ class Estimate:
         metrics["train/zero_advantage"] = (record["advantage"] == 0).float().mean()
         kept = self._filtered(record, metrics) if self.filters else record
         return kept.exclude(STATES) if STATES in kept.keys() else kept
+
+    def _check_groups(self, record: TensorDict) -> None:
+        """What compares rows of a group looks for groups."""
+        self.objective.check_groups(record)
+        if self.reward_model is not None:
+            self.reward_model.check_groups(record)
+        for rule in [*self.maps, *self.filters]:
+            rule.check_groups(record)
 
     def _read(self, record: TensorDict, rules: Sequence[Moving]) -> None:
         """Writes what rules read from every unit's distribution, under names of their own."""

@@ -24,7 +24,7 @@ from unified_rl.optimizer import Optimizer
 from unified_rl.policies.reward_model import Coverage, ReversedModel, RewardModel, placed
 from unified_rl.protocols import Trainable, is_language
 from unified_rl.ranges import Count, Name, NonNegative, Positive, UnitInterval
-from unified_rl.returns.groups import Groups
+from unified_rl.returns.groups import Groups, lone
 from unified_rl.training.checkpoint import intact_checkpoint
 from unified_rl.training.provenance import stored_config
 from unified_rl.training.restoring import check_finite
@@ -70,6 +70,13 @@ class ModelledReward:
 
         Raises:
             ConfigError: one that it reads is missing; says what to set.
+        """
+
+    def check_groups(self, record: TensorDictBase) -> None:
+        """Looks for groups, where it compares their rows, before any row is left out.
+
+        Raises:
+            ConfigError: every row is alone in its group.
         """
 
     def learn(self, record: TensorDict, version: int, metrics: dict[str, Any]) -> None:
@@ -281,17 +288,16 @@ class Learnt(Fitted):
         assert isinstance(self.module, RewardModel)
         return self.module
 
-    def look(self, rows: TensorDict) -> None:
-        """Looks for something to compare, and takes in what observations are like.
-
-        Raises:
-            ConfigError: every row is alone in its group.
-        """
-        if self.within == "group" and len(rows["group"].unique()) == len(rows):
+    def check_groups(self, record: TensorDictBase) -> None:
+        """Looks for something to compare."""
+        if self.within == "group" and lone(record["group"][self.rows.ungated.of_record(record)]):
             raise ConfigError(
                 "agent.reward_model compares rows of one group, and every row is alone in its own: sample several rows "
                 "a prompt or reset state (rollout.group_size), or set agent.reward_model.within=batch"
             )
+
+    def look(self, rows: TensorDict) -> None:
+        """Takes in what observations are like."""
         self.model.observe(rows)
         self.last: Fit | None = None
 

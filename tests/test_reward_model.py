@@ -79,6 +79,8 @@ def test_unjudged_groups_are_labelled_by_the_model_where_it_is_sure() -> None:
     assert [found.better.tolist(), found.worse.tolist()] == [[1, 4], [0, 3]]  # sigmoid(0.7) = 0.67
     unsure = WestOfN(labelled=0.5, confidence=0.7)(SCORE[rows], order, GROUP[rows])
     assert unsure.better.tolist() == [1]
+    one = WestOfN(labelled=0.5)(SCORE[rows] * 0, order, GROUP[rows] * 0)  # of a single group
+    assert len(one.better) == 1
     alone = WestOfN(labelled=0.0, confidence=0.5)(SCORE[rows], order, GROUP[rows])
     assert [alone.better.tolist(), alone.worse.tolist()] == [[0, 4], [2, 3]]
 

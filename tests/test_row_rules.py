@@ -191,16 +191,25 @@ def test_runs_of_equal_marks_are_thoughts_of_one_reward() -> None:
         assert maps.thoughts(record(**wrong), A, share=1.0, mercy=one).abs().max() == 0.0
 
 
-def test_rows_that_do_not_count_may_leave_one_of_every_group() -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"maps": ["long_success"]}, r"agent\.maps\[0\] compares rows of one group"),
+        ({"objectives": {"p": {"name": "preference", "anchor": "none"}}}, r"objectives\.p compares rows of one group"),
+        ({"objectives": {"d": {"name": "divergence", "anchor": "self", "pass_rate": {}}}}, r"d\.pass_rate is a share"),
+        ({"reward_model": "learnt"}, r"agent\.reward_model compares rows of one group"),
+    ],
+)
+def test_rows_that_do_not_count_may_leave_one_of_every_group(options: dict[str, Any], words: str) -> None:
     policy, rows = joined()
-    agent = agent_of(policy, rows, "grpo", maps=["long_success"])
+    agent = agent_of(policy, rows, "grpo", **options)
+    agent.checked = True
+    alone = rows.clone()
+    alone["group"] = torch.arange(12)
+    with pytest.raises(ConfigError, match=words):
+        agent.update(filled(alone, 1))
     rows["counted"] = torch.arange(12) % 4 == 0
     agent.update(filled(rows, 1))
-    agent = agent_of(policy, rows, "grpo", maps=["long_success"])
-    rows["group"] = torch.arange(12)
-    agent.checked = True
-    with pytest.raises(ConfigError, match=r"agent\.maps\[0\] compares rows of one group"):
-        agent.update(filled(rows, 1))
 
 
 def test_the_chain_task_marks_totals_and_the_answer() -> None:

@@ -24,7 +24,7 @@ from unified_rl.objectives.objective import Parts, Scored, Term
 from unified_rl.objectives.terms import reduction, unknown_writers
 from unified_rl.protocols import ShowsLogits, ShowsNormals, averages_dims
 from unified_rl.ranges import NonNegative, UpperBound, Whole
-from unified_rl.returns.groups import Groups
+from unified_rl.returns.groups import Groups, lone
 from unified_rl.units import Source, row_return
 
 
@@ -131,7 +131,14 @@ class DivergenceTerm(Term):
                 f"{self.where}.importance_cap bounds the ratio to whoever wrote a row, and nobody knows the "
                 f"probabilities of demonstrations: set {self.where}.rows=own, or importance_cap to null"
             )
-        if self.difficulty is not None and len(record["group"].unique()) == len(record):
+
+    def check_groups(self, record: TensorDictBase) -> None:
+        """Looks for groups, whose share of right answers weighs rows.
+
+        Raises:
+            ConfigError: every row is alone in its group.
+        """
+        if self.difficulty is not None and lone(record["group"]):
             raise ConfigError(
                 f"{self.where}.pass_rate is a share of a group's rows, and every row is alone in its own: sample "
                 f"several rows a prompt (rollout.group_size), or set {self.where}.pass_rate=null"

@@ -11,6 +11,7 @@ from unified_rl.correction.lookup import Table, as_rule, bind, settings_of
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import check_type
 from unified_rl.objectives.coefficients import Observed, coefficient
+from unified_rl.returns.groups import lone
 from unified_rl.returns.readings import Read
 
 
@@ -74,7 +75,7 @@ class Moving:
         Raises:
             ConfigError: every row is alone in its group.
         """
-        if self.compares and len(record) and len(record["group"].unique()) == len(record):
+        if self.compares and lone(record["group"]):
             other = f", or set {self.where}.over=batch" if "over" in self.settings else ""
             raise ConfigError(
                 f"{self.where} compares rows of one group, and every row is alone in its own: sample several rows a "

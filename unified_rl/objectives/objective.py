@@ -181,8 +181,15 @@ class Term:
             ConfigError: one that it reads is missing; says what to set.
         """
 
+    def check_groups(self, record: TensorDictBase) -> None:
+        """Looks at who shares a group in an update, before any row is left out and before gates open.
+
+        Raises:
+            ConfigError: it compares rows of a group, and every row is alone in its own; says what to set.
+        """
+
     def check(self, record: TensorDictBase) -> None:
-        """Looks at all rows of an update before its first optimiser step.
+        """Looks at the rows of an update that are left, before its first optimiser step.
 
         Raises:
             ConfigError: rows that it cannot learn from; says what to set.
@@ -301,6 +308,11 @@ class Objective:
     def whole_groups(self) -> bool:
         """Whether optimiser batches must hold whole groups in this update."""
         return any(term.whole_groups for term in self.active.values())
+
+    def check_groups(self, record: TensorDictBase) -> None:
+        """Every term that counts looks for groups."""
+        for term in self.active.values():
+            term.check_groups(record)
 
     def check(self, record: TensorDictBase) -> None:
         """Every term that counts looks at the rows of the update."""

@@ -87,7 +87,8 @@ class WestOfN(RewardLoss):
     The latter are kept where the model itself is at least so sure of them. West-of-N, 2401.12086.
 
     Args:
-        labelled: share of the groups, in their order, whose best and worst rows are judged.
+        labelled: share of the groups, in their order, whose best and worst rows are judged; one of them at least,
+            where it is above 0, or else a model whose scores are still 0 would never be sure of any.
         confidence: least probability of a pair, under the present scores, in the other groups.
     """
 
@@ -97,7 +98,7 @@ class WestOfN(RewardLoss):
     def __call__(self, score: Tensor, order: Tensor, group: Tensor) -> Fit:
         """One loss a pair."""
         groups = Groups(group)
-        judged = groups.index < round(self.labelled * groups.number)
+        judged = groups.index < max(bool(self.labelled), round(self.labelled * groups.number))
         gap = math.log(self.confidence / (1.0 - self.confidence))
         parts = []
         for rows, by, least in ((judged, order, 0.0), (~judged, score.detach(), gap)):

@@ -22,6 +22,7 @@ from unified_rl.objectives.forward import Forward
 from unified_rl.objectives.metrics import Mean, Metrics
 from unified_rl.objectives.objective import Scored, Term
 from unified_rl.objectives.terms import nothing, scattered
+from unified_rl.returns.groups import lone
 
 Within = Literal["group", "batch"]
 Measure = Literal["sum", "mean"]
@@ -148,14 +149,13 @@ class GroupScoreTerm(ScoreTerm):
         self.within = within
         self.whole_groups = within == "group"
 
-    def check(self, record: TensorDictBase) -> None:
+    def check_groups(self, record: TensorDictBase) -> None:
         """Looks for groups.
 
         Raises:
             ConfigError: every row is alone in its group, so there is nothing to compare.
         """
-        rows = record if self.rows.every else self.rows.chosen(record)
-        if self.within == "group" and len(rows) and len(rows["group"].unique()) == len(rows):
+        if self.within == "group" and lone(record["group"][self.rows.ungated.of_record(record)]):
             raise ConfigError(
                 f"{self.where} compares rows of one group, and every row is alone in its own: sample several rows a "
                 f"prompt or reset state (rollout.group_size), or set {self.where}.within=batch"

@@ -71,6 +71,11 @@ class Groups:
         return top + self.sum((x - top).exp()).log()
 
 
+def lone(group: Tensor) -> bool:
+    """Whether there are rows, whose ids of groups are ``[B]`` int64, and every one is alone in its group."""
+    return 0 < len(group) == len(group.unique())
+
+
 def _mean(reward: Tensor, groups: Groups) -> Tensor:
     """The group's mean (GRPO)."""
     return groups.mean(reward)
