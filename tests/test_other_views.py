@@ -29,6 +29,12 @@ def test_the_worst_view_holds_right_rows_and_one_view_learns_from_all() -> None:
         differs = view["tokens"] != drawn["tokens"]
         assert bool(differs.any()) and not bool((differs & ~context).any())
     assert not torch.equal(views[0]["tokens"], views[1]["tokens"])
+    agent.objective.start(0.0, 3)  # other views in another update, and these again in this one
+    assert not any(
+        torch.equal(term._disturbed(drawn, drawn, number)["tokens"], views[0]["tokens"]) for number in (0, 1)
+    )
+    agent.objective.start(0.0, 0)
+    assert torch.equal(term._disturbed(drawn, drawn, 1)["tokens"], views[1]["tokens"])
     _, lp = dense(policy, drawn)
     seen = [dense(policy, view)[1] for view in views]
     mask, right = drawn["mask"], (drawn["reward"].sum(-1) > 0.5)[:, None]

@@ -14,10 +14,12 @@ from term_cases import Easy, agent_of, both_splits, dense, joined, want
 from test_nonsense import stage
 from test_row_rules import record
 
+from unified_rl.agents.estimate import Estimate, make_columns
 from unified_rl.correction import load_correction
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.objectives.coefficients import coefficient
 from unified_rl.objectives.moving import Moving
+from unified_rl.objectives.objective import Parts
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.returns import columns, filters, gates
 from unified_rl.returns.columns import COLUMNS
@@ -292,6 +294,14 @@ GRPO = tuple(merged(LANGUAGE, ["correction=grpo"]))
 def test_columns_that_nothing_writes_or_reads_are_refused_by_name(change: str, words: list[str]) -> None:
     found = stage(GRPO, change, None)  # type: ignore[arg-type]
     assert found and all(word in found for word in words), found
+
+
+def test_columns_of_late_columns_are_late() -> None:
+    made = make_columns({"mark": "spoken", "sum": {"name": "rubric", "of": ["mark"]}, "own": "bent"})
+    policy, rows = joined()
+    agent = agent_of(policy, rows)
+    parts = Parts(policy, agent.correction, agent.wrapper, agent.anchors)
+    assert Estimate(parts, agent.objective, agent.estimate.groups, columns=made).late == {"mark", "sum"}
 
 
 @pytest.mark.parametrize("term", [{"name": "preference", "order": "x"}, {"name": "triage", "old": "x"}])

@@ -89,6 +89,8 @@ def test_a_tilt_has_the_moment_that_is_asked_for() -> None:
     assert float(tilt) == pytest.approx(math.log(9.0 / odds), abs=1e-5)
     assert float(tilt_to(2.0, reward, weight, lambda x: x)) == pytest.approx(100.0)  # beyond what rows reach
     assert float(tilt_to(-1.0, reward, weight, lambda x: x)) == pytest.approx(-100.0)
+    elsewhere = tilt_to(0.9, reward, weight, lambda x: torch.full_like(x, -1.0))  # sums of all processes decide
+    assert float(elsewhere) == pytest.approx(100.0)
     tilt = float(tilt_to(1.3, REWARD, -DRIFT.sum(-1), lambda x: x))
     given, fitted = (
         signal(kernel={"name": "f_divergence", "generator": "forward_kl", **one})
