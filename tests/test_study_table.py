@@ -45,6 +45,13 @@ def test_a_run_without_the_metric_and_a_folder_that_is_no_run_are_named(tmp_path
     assert main([str(tmp_path)]) == 2
 
 
+def test_a_study_that_is_not_there_is_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "results.csv"), "--by", "correction"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("table: ") and "results.csv does not exist; 'unified-rl compare" in told
+    assert told.count("\n") == 1
+
+
 def test_curves_are_read_over_the_budget_that_all_have_and_over_tokens(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     lines = ["domain,correction,staleness,seed,update,steps,score,rollout/length"]

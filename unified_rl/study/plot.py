@@ -84,6 +84,8 @@ def load_runs(path: Path, group_by: str) -> list[RunData]:
     """
     if path.suffix != ".csv":
         return [load_run(path, group_by)]
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; 'unified-rl compare study=NAME' writes a results.csv")
     runs = read_results(path)
     if not runs or group_by not in runs[0].labels:
         raise ConfigError(f"{path} holds no runs by {group_by}; its labels are {', '.join(LABELS)}")
