@@ -116,6 +116,13 @@ def test_a_tokenizer_that_is_not_the_models_is_refused_also_at_equal_size(tmp_pa
         CausalLM(begun, 64, path=folder)
 
 
+def test_a_vocabulary_below_the_tokenizers_says_how_to_save_the_model_again(tmp_path: Path) -> None:
+    own = character_tokenizer("".join(map(chr, range(32, 127))))
+    folder = model_folder(tmp_path / "m", own, [own.eos_token_id], vocab_size=len(own) - 1)
+    with pytest.raises(ConfigError, match=rf"model\.resize_token_embeddings\({len(own)}\)"):
+        CausalLM(own, 64, path=folder)
+
+
 def test_a_run_takes_the_tokenizer_of_the_model_folder(tmp_path: Path) -> None:
     tokenizer = train_bpe(["What is 1+1? 2"], 270)
     folder = model_folder(tmp_path / "m", tokenizer, [tokenizer.eos_token_id])

@@ -356,7 +356,11 @@ def _check_shards(folder: Path) -> None:
 def _check_fit(config: PretrainedConfig, tokenizer: Any, max_length: int) -> None:
     text = config.get_text_config(decoder=True)
     if text.vocab_size < len(tokenizer):
-        raise ConfigError(f"the model's vocabulary of {text.vocab_size} is below the tokenizer's {len(tokenizer)}")
+        raise ConfigError(
+            f"the model's vocabulary of {text.vocab_size} is below the tokenizer's {len(tokenizer)} (transformers "
+            f"reads it as {type(tokenizer).__name__}, which may add tokens of its own): save the model again after "
+            f"model.resize_token_embeddings({len(tokenizer)})"
+        )
     longest = getattr(text, "max_position_embeddings", None)
     if longest is not None and longest < max_length:
         raise ConfigError(
