@@ -428,6 +428,9 @@ class PolicyGradient:
         )
         check_written_columns(self.estimate.columns, self.estimate.rules, terms, self.correction)
         check_gates(self.estimate.gates, terms, self.correction)
+        if group_size == 1:
+            for term in self.objective.active.values():
+                term.refuse_lone()
         if "policy" not in terms:
             return
         if group_size == 1:

@@ -176,6 +176,21 @@ def test_a_study_checks_every_variant_before_the_first_run(tmp_path: Path) -> No
         (merged(CONTROL, ["replay=group", "replay.sampler.size=2"]), ["replay.sampler.size", "share no group"]),
         (merged(CONTROL, ["replay=mixture"]), ["'demonstration'", "replay=uniform"]),
         (merged(CONTROL, ["correction=nft"]), ["alone in its own", "rollout.group_size"]),
+        (
+            merged(LANGUAGE, ["recipe=dpo", "rollout.group_size=1"]),
+            ["agent.objectives.prefer compares rows of one group", "rollout.group_size", "within=batch"],
+        ),
+        (
+            merged(
+                LANGUAGE,
+                [
+                    "correction=reinforce",
+                    "rollout.group_size=1",
+                    "agent.objectives={policy: null, near: {name: sampled_divergence, tilt: 1.0}}",
+                ],
+            ),
+            ["agent.objectives.near.tilt weighs a row", "rollout.group_size"],
+        ),
         (merged(LANGUAGE, ["correction=luffy"]), ["learns from demonstrations", "correction=dapo"]),
         (["env=chain_mod", "agent=ppo", "rollout=control"], ["rollout=control", "env=chain_mod", "rollout=language"]),
         (["env=two_route", "agent=sb3_sac", "replay=fresh"], ["replay=fresh", "agent=sb3_sac"]),

@@ -24,7 +24,7 @@ from unified_rl.objectives.objective import Parts, Scored, Term
 from unified_rl.objectives.terms import reduction, unknown_writers
 from unified_rl.protocols import ShowsLogits, ShowsNormals, averages_dims
 from unified_rl.ranges import NonNegative, UpperBound, Whole
-from unified_rl.returns.groups import Groups, lone
+from unified_rl.returns.groups import Groups
 from unified_rl.units import Source, row_return
 
 
@@ -132,13 +132,13 @@ class DivergenceTerm(Term):
                 f"probabilities of demonstrations: set {self.where}.rows=own, or importance_cap to null"
             )
 
-    def check_groups(self, record: TensorDictBase) -> None:
-        """Looks for groups, whose share of right answers weighs rows.
+    def refuse_lone(self) -> None:
+        """Where every row is alone in its group.
 
         Raises:
-            ConfigError: every row is alone in its group.
+            ConfigError: rows are weighed by their group's share of right answers.
         """
-        if self.difficulty is not None and lone(record["group"]):
+        if self.difficulty is not None:
             raise ConfigError(
                 f"{self.where}.pass_rate is a share of a group's rows, and every row is alone in its own: sample "
                 f"several rows a prompt (rollout.group_size), or set {self.where}.pass_rate=null"

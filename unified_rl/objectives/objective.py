@@ -19,6 +19,7 @@ from unified_rl.objectives.rows import Rows
 from unified_rl.policies.sampling import HasSampling
 from unified_rl.protocols import Scores, Trainable
 from unified_rl.ranges import enforce
+from unified_rl.returns.groups import lone
 from unified_rl.returns.readings import Read
 from unified_rl.shard import ALONE, Shard
 
@@ -185,7 +186,16 @@ class Term:
         """Looks at who shares a group in an update, before any row is left out and before gates open.
 
         Raises:
-            ConfigError: it compares rows of a group, and every row is alone in its own; says what to set.
+            ConfigError: as :meth:`refuse_lone`, where every row is alone in its group.
+        """
+        if lone(record["group"]):
+            self.refuse_lone()
+
+    def refuse_lone(self) -> None:
+        """Where every row is, or will be, alone in its group.
+
+        Raises:
+            ConfigError: it compares rows of one group; says what to set.
         """
 
     def check(self, record: TensorDictBase) -> None:

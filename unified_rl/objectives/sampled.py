@@ -19,7 +19,7 @@ from unified_rl.objectives.metrics import Metrics
 from unified_rl.objectives.objective import Scored, Term
 from unified_rl.objectives.terms import EXPERT_ROWS, reduction
 from unified_rl.ranges import UpperBound
-from unified_rl.returns.groups import Groups, lone
+from unified_rl.returns.groups import Groups
 from unified_rl.units import row_return
 
 BOUND = 20.0
@@ -73,13 +73,13 @@ class SampledDivergenceTerm(Term):
         self.reduce = reduction(reduce, self.where)
         self.reports = frozenset({f"loss/{name}"})
 
-    def check_groups(self, record: TensorDictBase) -> None:
-        """Looks for groups, where rows are weighed within these.
+    def refuse_lone(self) -> None:
+        """Where every row is alone in its group.
 
         Raises:
-            ConfigError: every row is alone in its group.
+            ConfigError: rows are weighed within their groups.
         """
-        if self.tilt is not None and lone(record["group"]):
+        if self.tilt is not None:
             raise ConfigError(
                 f"{self.where}.tilt weighs a row beside the others of its group, and every row is alone in its own: "
                 f"sample several rows a prompt (rollout.group_size), or set {self.where}.tilt=null"

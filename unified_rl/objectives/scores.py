@@ -155,7 +155,16 @@ class GroupScoreTerm(ScoreTerm):
         Raises:
             ConfigError: every row is alone in its group, so there is nothing to compare.
         """
-        if self.within == "group" and lone(record["group"][self.rows.ungated.of_record(record)]):
+        if lone(record["group"][self.rows.ungated.of_record(record)]):
+            self.refuse_lone()
+
+    def refuse_lone(self) -> None:
+        """Where every row is alone in its group.
+
+        Raises:
+            ConfigError: they are compared within it.
+        """
+        if self.within == "group":
             raise ConfigError(
                 f"{self.where} compares rows of one group, and every row is alone in its own: sample several rows a "
                 f"prompt or reset state (rollout.group_size), or set {self.where}.within=batch"
