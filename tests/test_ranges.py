@@ -191,6 +191,10 @@ def test_a_study_checks_every_variant_before_the_first_run(tmp_path: Path) -> No
             ),
             ["agent.objectives.near.tilt weighs a row", "rollout.group_size"],
         ),
+        (
+            merged(LANGUAGE, ["recipe=tree_rl", "rollout.context=null", "agent.maps=null"]),
+            ["rollout.columns.begun names 'begun'", "rollout.context", "null takes out all"],
+        ),
         (merged(LANGUAGE, ["correction=luffy"]), ["learns from demonstrations", "correction=dapo"]),
         (["env=chain_mod", "agent=ppo", "rollout=control"], ["rollout=control", "env=chain_mod", "rollout=language"]),
         (["env=two_route", "agent=sb3_sac", "replay=fresh"], ["replay=fresh", "agent=sb3_sac"]),

@@ -102,6 +102,12 @@ class RowBuilder:
         for name, wanted in self.columns.items():
             for one in [wanted] if isinstance(wanted, str) else wanted:
                 if one not in (all_known := (*known, *self.known)):
+                    if one in (BEGUN, ADVISED):
+                        raise ConfigError(
+                            f"rollout.columns.{name} names {one!r}, which is known where answers begin with something: "
+                            f"set rollout.beginning or rollout.context, or take it out of "
+                            "rollout.columns (null takes out all)"
+                        )
                     raise ConfigError(
                         f"rollout.columns.{name} names {one!r}, and {type(self.env).__name__} reports "
                         f"{', '.join(known) or 'nothing'} (every task has {', '.join(OWN)}); {nearest(one, all_known)}"
