@@ -340,7 +340,7 @@ def compose(
     try:
         return _check_config(config, groups, primary, allow)
     except ConfigError as error:
-        raise ConfigError(f"{error}{_elsewhere(config, allow)}") from error
+        raise ConfigError(f"{_elsewhere(config, allow)}{error}") from error
 
 
 def _elsewhere(config: Mapping[str, Any], allow: Sequence[str]) -> str:
@@ -354,7 +354,7 @@ def _elsewhere(config: Mapping[str, Any], allow: Sequence[str]) -> str:
         return ""
     known = preset_names("recipe")
     others = ", ".join(one for one in known if domain in preset("recipe", one).get("domains", ["language"]))
-    return f"; recipe={name} trains in {' and '.join(domains)}, and this run in {domain}, where these do: {others}"
+    return f"recipe={name} trains in {' and '.join(domains)}, and this run in {domain}, where these do: {others}; "
 
 
 def shipped_choices(config: Mapping[str, Any]) -> set[str]:
