@@ -48,6 +48,15 @@ class CommaChain(EasyChain):
         return Verdict(reward=float("," in text), correct="," in text)
 
 
+class SureChain(EasyChain):
+    """A task in whose answers an untrained policy states a confidence now and then: the last digit, in ninths."""
+
+    def restate(self, turn: Sequence[int], confidence: float) -> list[int] | None:
+        digits = self.codec.encode(list("0123456789"))
+        at = next((n for n in range(len(turn) - 1, -1, -1) if [turn[n]] in digits), None)
+        return None if at is None else [*turn[:at], *digits[round(9 * confidence)], *turn[at + 1 :]]
+
+
 LANGUAGE = (
     "env=chain_mod",
     "env._target_=run_cases.EasyChain",

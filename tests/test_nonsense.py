@@ -101,6 +101,7 @@ MEANT: list[tuple[str, str, str]] = [
      "rollout.beginning.of rollout.beginning.share rollout.curriculum.score.target "
      "rollout.context.below rollout.context.share rollout.context.of "
      "rollout.sources.pairs.answers rollout.sources.points.answers rollout.sources.described.share "
+     "rollout.sources.measured.of "
      "rollout.sources.earlier.share rollout.sources.edited.edits rollout.sources.guided.below "
      "rollout.sources.recoveries.share "
      "rollout.curriculum.tracker.fresh rollout.curriculum.tracker.rest "
@@ -113,6 +114,7 @@ MEANT: list[tuple[str, str, str]] = [
     ("-1 0 1e30 2**63", "a return above which an answer is right",
      "rollout.sources.pairs.threshold rollout.sources.points.threshold rollout.sources.described.threshold "
      "rollout.context.threshold rollout.sources.assimilated.at_least rollout.sources.kept.at_least "
+     "rollout.sources.measured.threshold "
      "rollout.sources.recoveries.threshold rollout.sources.revised.gap rollout.sources.short.threshold "
      "rollout.beginning.threshold rollout.sources.experience.threshold"),
     ("-1 0 1e30 inf -inf 2**63", "all or nothing of an answer may be kept", "rollout.beginning.lenience"),

@@ -1403,6 +1403,10 @@ def derived_cases() -> Iterator[Case]:
         ),
         "Edited": (chain, {}, {"edits": 0, "separators": every, "style": "direct"}),
         "Revised": (taught, {"separators": every}, {"thought": "'-'", "gap": 2.0, "separators": "'?'"}),
+        "Calibrated": (
+            (*base, "env._target_=run_cases.SureChain", "env.confidence=true", *taught[-1:]), {},
+            {"of": 0.0, "threshold": 1.0},
+        ),
         "Shortened": ((*taught, "rollout.group_size=4"), {}, {"shares": [], "threshold": 2.0}),
         "Described": (
             (*base, "env.max_turn_tokens=6", "agent.objectives.policy.rows=own", "correction.advantage.rows=own"),

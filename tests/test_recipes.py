@@ -24,7 +24,7 @@ NEEDED = {
     "luffy", "chord", "hpt", "gkd", "opsd", "dpo", "ghpo", "gdpo", "kdrl", "exopd", "nsr", "psr", "w_reinforce",
     "vla_opd", "iql", "td3_bc", "rlpd", "ipo", "f_dpo", "kto", "rpo_regularised", "humanline_dpo", "humanline_kto",
     "sweet_spot", "inpo", "mpo", "ampo", "trajectory_dpo", "opd", "opd_topk", "opcd", "sdft", "veto_kd", "offline_kd",
-    "paced", "rlad", "karl", "f_dpg", "kl_rl", "rapo", "dph_rl", "tr_dpo", "hypo", "pear", "eksft",
+    "ca_opd", "paced", "rlad", "karl", "f_dpg", "kl_rl", "rapo", "dph_rl", "tr_dpo", "hypo", "pear", "eksft",
     "rank_aware_sft", "dypo", "gepo", "reason_maxxer", "dpg", "mopd", "skd", "mixsd", "dagger", "draft_opd", "dp_opd",
     "sinkd",
     "otr", "iql_lm", "ps_kd", "siren",
@@ -119,6 +119,8 @@ TOLD = {
 FEW = tuple(merged(LANGUAGE, ["env.modulus=2", "env.terms=2", "env.held_out=0.0"]))
 """Eight prompts, so that they come again in the second update."""
 TASKS["edit_grpo"] = tuple(merged(LANGUAGE, ["env._target_=run_cases.CommaChain"]))
+SURE = ["env._target_=run_cases.SureChain", "env.confidence=true", "env.max_turn_tokens=12"]
+TASKS["ca_opd"] = tuple(merged(LANGUAGE, SURE))
 TASKS |= dict.fromkeys(["prefix_rl", "soup", "spec_rl"], FEW)
 GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_size"))
 ELSEWHERE = [(name, d) for name in NAMES for d in recipes.recipe(name).domains[1:]]
@@ -307,6 +309,12 @@ REFUSED = {
     "no model": (LANGUAGE, ["recipe=infalign"], "set rollout.sources.reference.folder="),
     "no groups": (LANGUAGE, ["recipe=dpo", "rollout.group_size=1"], "set agent.objectives.prefer.within=batch"),
     "no groups to measure by": (LANGUAGE, ["recipe=hpt", "rollout.group_size=1"], "several rows a prompt"),
+    "no stated confidence": (LANGUAGE, ["recipe=ca_opd"], "set env.confidence=true"),
+    "no groups to be sure by": (
+        LANGUAGE,
+        ["recipe=ca_opd", *SURE, "rollout.group_size=1"],
+        "shows 0 or 1 alone: raise it",
+    ),
     "no partly solved groups": (LANGUAGE, ["recipe=exgrpo", "rollout.group_size=1"], "rollout.sources.Pool"),
     "no groups to filter": (CONTROL, ["recipe=cppo"], "agent.filters.0. compares rows of one group.*over=batch"),
     "no groups to map": (CONTROL, ["recipe=adora"], "agent.maps.0. compares rows of one group"),

@@ -311,6 +311,23 @@ class MarksTokens(Protocol):
 
 
 @runtime_checkable
+class StatesConfidence(Protocol):
+    """A token task whose answers may state how sure they are."""
+
+    states_confidence: bool
+    """Whether they do, in this run."""
+
+    def restate(self, turn: Sequence[int], confidence: float) -> list[int] | None:
+        """A turn with another confidence, as many tokens, the others untouched; None where it states none.
+
+        Args:
+            turn: token ids, with or without what ended it.
+            confidence: in [0, 1].
+        """
+        ...
+
+
+@runtime_checkable
 class Votes(Protocol):
     """A token task that knows what an answer says, for majority votes."""
 

@@ -332,16 +332,13 @@ def scored_rewards(talk: Conversations, info: dict[str, Tensor]) -> Tensor:
 def means(info: dict[str, Tensor]) -> dict[str, Tensor]:
     """The mean of each of the environment's numbers, scalars; of reward functions also the spread (``NAME_std``).
 
-    Those of reward functions are over the conversations that they scored, and left out where there is none.
+    Each is over the conversations of which it is known, and left out where there is none: NaN is what nobody knows.
     """
     out: dict[str, Tensor] = {}
     for key, value in info.items():
-        if not key.startswith(SCORES):
-            out[key] = value.mean()
-            continue
         given = value[~value.isnan()]
-        if len(given):
+        if len(given) or not (len(value) or key.startswith(SCORES)):
             out[key] = given.mean()
-            if not key.endswith("_none"):
+            if key.startswith(SCORES) and not key.endswith("_none"):
                 out[f"{key}_std"] = given.std(correction=0)
     return out

@@ -21,6 +21,7 @@ LETTERS = {
     "Assimilated": ("A", "an own right answer of before, where all fail"),
     "Recoveries": ("R", "how a failed answer, and a word of what was wrong, goes on"),
     "Edited": ("E", "the worst answer with sentences of the solution"),
+    "Calibrated": ("c", "each answer again, as sure as its group is right"),
     "Revised": ("R", "the worst answer up to its error, then a better one"),
     "Shortened": ("S", "the shortest right answer, cut where the policy needs no more"),
     "Steps": ("S", "the first step of an answer, worth the mean of several tries"),
@@ -28,7 +29,7 @@ LETTERS = {
     "Windows": ("W", "a row of a group of the last collections"),
 }
 """How a picture draws rows of a source; others take their initial."""
-JOINING = {"Experience", "Steps", "Assimilated", "Coached", "Edited"}
+JOINING = {"Calibrated", "Experience", "Steps", "Assimilated", "Coached", "Edited"}
 """Sources whose rows are of a group of fresh answers, whatever their settings."""
 GIVEN = {
     "Guided": "a part of the solution",

@@ -2,6 +2,7 @@
 
 from unified_rl.rollout.sources.base import Recited, Request, RowSource
 from unified_rl.rollout.sources.branches import Steps
+from unified_rl.rollout.sources.calibrated import Calibrated
 from unified_rl.rollout.sources.coached import Assimilated, Coached
 from unified_rl.rollout.sources.described import Described
 from unified_rl.rollout.sources.experience import Experience
@@ -13,6 +14,7 @@ from unified_rl.rollout.sources.stored import Pool, Recorded
 
 __all__ = [
     "Assimilated",
+    "Calibrated",
     "Coached",
     "Demonstrations",
     "Described",
