@@ -7,8 +7,9 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from unified_rl.agents.baselines import CREDITS
+from unified_rl.agents.credits import CREDITS
 from unified_rl.correction import Correction
+from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.correction.requirements import advantage_needs_group, without_groups
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
@@ -16,6 +17,7 @@ from unified_rl.objectives.moving import Moving
 from unified_rl.objectives.objective import Term
 from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.terms import OWN_ROWS
+from unified_rl.ranges import shown
 
 CREDIT_OF = {"step_advantage": "step", "cut_bootstrap": "cut"}
 """The credit that a preset asks for by the name of its ``wrapper``."""
@@ -25,24 +27,30 @@ NAMES_COLUMN = ("reward", "group", "given", "stratum", "weight")
 """Settings of ``correction.advantage`` that name an entry of the record."""
 
 
-def choose_credit(correction: Correction, advantage: str, credit: str | None, *, language: bool) -> tuple[bool, str]:
+Credit = str | Mapping[str, Any]
+
+
+def choose_credit(
+    correction: Correction, advantage: str, credit: Credit | None, *, language: bool
+) -> tuple[bool, Credit]:
     """Whether a critic is used, and what its advantages are given to.
 
     Args:
         correction: may want a credit of its own.
         advantage: auto, critic or group.
-        credit: a name of :data:`~unified_rl.agents.baselines.CREDITS`, or None for the correction's.
+        credit: a name of :data:`~unified_rl.agents.credits.CREDITS`, or a mapping with its settings; None for the
+            correction's.
         language: whether the policy is a language model.
 
     Raises:
-        ConfigError: an unknown name, credit without a critic, or cut answers in control.
+        ConfigError: an unknown name or setting, credit without a critic, or one of answers in control.
     """
     if advantage not in ("auto", "critic", "group"):
         raise ConfigError(f"agent.advantage is {advantage!r}; it is one of auto, critic, group")
-    if credit is not None and credit not in CREDITS:
-        raise ConfigError(f"agent.credit is {credit!r}; it is one of {', '.join(CREDITS)}")
+    check_credit(credit)
     name = correction.wrapper.get("name", "")
-    wanted = credit or CREDIT_OF.get(name)
+    chosen = credit or CREDIT_OF.get(name)
+    wanted = None if chosen is None else as_rule(chosen, "agent.credit")["name"]
     critic = wants_critic(advantage, credit, name, language=language)
     if wanted is not None and not critic:
         raise ConfigError(
@@ -54,10 +62,35 @@ def choose_credit(correction: Correction, advantage: str, credit: str | None, *,
             f"correction {correction.name} is about answers that were cut by a token budget, whose successor nobody "
             "knows; control records hold it: use correction=ppo"
         )
-    return critic, wanted or "unit"
+    if wanted == "hierarchical" and not language:
+        raise ConfigError(
+            "agent.credit hierarchical reads the subgoals that an answer sets itself by marker texts, and actions have "
+            "none: use agent.credit=unit"
+        )
+    return critic, wanted or "unit" if chosen is None or len(as_rule(chosen, "agent.credit")) == 1 else chosen
 
 
-def wants_critic(advantage: str, credit: str | None, wrapper: str, *, language: bool) -> bool:
+def check_credit(credit: Credit | None) -> None:
+    """Refuses a credit that is unknown.
+
+    Raises:
+        ConfigError: names what there is, or the wrong setting.
+    """
+    if credit is None:
+        return
+    name = as_rule(credit, "agent.credit")["name"]
+    if name not in CREDITS:
+        where = "agent.credit" if isinstance(credit, str) else "agent.credit.name"
+        raise ConfigError(f"{where} {shown(name)} is unknown; it is one of {', '.join(CREDITS)}")
+    bind(credit, CREDITS, "agent.credit")
+
+
+def heads_of(credit: Credit) -> int:
+    """Values that a critic gives every unit."""
+    return int(getattr(CREDITS[as_rule(credit, "agent.credit")["name"]], "heads", 1))
+
+
+def wants_critic(advantage: str, credit: Credit | None, wrapper: str, *, language: bool) -> bool:
     """Whether advantages come from a critic; ``wrapper`` is the name that the correction's node gives."""
     wanted = credit or CREDIT_OF.get(wrapper)
     return advantage == "critic" or (advantage == "auto" and (not language or wanted is not None))

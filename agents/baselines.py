@@ -87,39 +87,20 @@ class TokenBaseline:
 
     shard: Shard = ALONE
 
-    def __init__(self, policy: LanguagePolicy, config: dict[str, Any] | None, seed: int) -> None:
+    def __init__(self, policy: LanguagePolicy, config: dict[str, Any] | None, seed: int, heads: int = 1) -> None:
         trunk = policy if config is None else None
-        self.module = TokenCritic(policy.tokenizer, policy.max_length, config=config, trunk=trunk, seed=seed)
+        self.module = TokenCritic(
+            policy.tokenizer, policy.max_length, config=config, trunk=trunk, seed=seed, heads=heads
+        )
+        self.tokenizer = policy.tokenizer
 
     def values(self, record: TensorDictBase) -> tuple[Tensor, Tensor]:
-        """``[B, N]`` values, with gradient, and the mask of sampled tokens."""
+        """``[B, N]`` values (``[B, N, H]`` of H heads), with gradient, and the mask of sampled tokens."""
         return self.module.values(record), record["mask"]
 
     def scan_inputs(self, record: TensorDictBase) -> dict[str, Tensor]:
         """Arguments of :func:`~unified_rl.returns.gae` per token, ``[B, N]``; the log-ratio where it is known."""
-        mask, value = record["mask"], self.shard.divided(record, self.module.values)
-        column = torch.arange(mask.shape[1], device=mask.device)
-        last = last_units(record)
-        said = last >= 0
-        place = last.clamp(min=0)
-        zeros = torch.zeros_like(value)
-        reward = zeros.scatter_add(1, place, torch.where(said, record["reward"], 0.0))
-        if "unit_reward" in record.keys():
-            reward = reward + record["unit_reward"]
-        discount = torch.where(said, record["discount"], 1.0)
-        gamma = torch.ones_like(value).scatter_reduce(1, place, discount, "prod")
-        end = (column == last.amax(-1, keepdim=True)) & mask
-        over = (record["terminated"] & said).any(-1, keepdim=True)
-        following = torch.cat([value[:, 1:], value[:, -1:]], 1)
-        inputs = {
-            "reward": reward,
-            "value": value,
-            "next_value": torch.where(end, value, following),
-            "terminated": end & over,
-            "done": end,
-            "gamma": gamma,
-            "mask": mask,
-        }
+        inputs = token_scan(record, self.shard.divided(record, self.module.values))
         if "proximal_log_prob" in record.keys():
             inputs["log_ratio"] = record["proximal_log_prob"] - record["behavior_log_prob"]
         return inputs
@@ -147,10 +128,20 @@ class TokenBaseline:
 Baseline: TypeAlias = StateBaseline | TokenBaseline
 
 
-def make_baseline(policy: Trainable, hidden: tuple[int, ...], config: dict[str, Any] | None, seed: int) -> Baseline:
-    """A baseline for the domain: over tokens with a critic of that ``config``, or over states with these widths."""
+def make_baseline(
+    policy: Trainable, hidden: tuple[int, ...], config: dict[str, Any] | None, seed: int, heads: int = 1
+) -> Baseline:
+    """A baseline for the domain: over tokens with a critic of that ``config``, or over states with these widths.
+
+    Args:
+        policy: of the domain.
+        hidden: widths of a critic of states.
+        config: of the transformer of a critic of tokens; None shares the policy's.
+        seed: of fresh weights.
+        heads: values of every token.
+    """
     if is_language(policy):
-        return TokenBaseline(policy, config, seed)
+        return TokenBaseline(policy, config, seed, heads)
     return StateBaseline(cast(ControlPolicy, policy), hidden, seed)
 
 
@@ -186,6 +177,33 @@ def last_units(record: TensorDictBase) -> Tensor:
     place = torch.where(mask, column, -1)
     empty = torch.full(record["reward"].shape, -1, dtype=torch.int64, device=mask.device)
     return empty.scatter_reduce(1, record["step_index"], place, "amax")
+
+
+def token_scan(record: TensorDictBase, value: Tensor) -> dict[str, Tensor]:
+    """Arguments of :func:`~unified_rl.returns.gae` per token, ``[B, N]``, with these values ``[B, N]``."""
+    mask = record["mask"]
+    column = torch.arange(mask.shape[1], device=mask.device)
+    last = last_units(record)
+    said = last >= 0
+    place = last.clamp(min=0)
+    zeros = torch.zeros_like(value)
+    reward = zeros.scatter_add(1, place, torch.where(said, record["reward"], 0.0))
+    if "unit_reward" in record.keys():
+        reward = reward + record["unit_reward"]
+    discount = torch.where(said, record["discount"], 1.0)
+    gamma = torch.ones_like(value).scatter_reduce(1, place, discount, "prod")
+    end = (column == last.amax(-1, keepdim=True)) & mask
+    over = (record["terminated"] & said).any(-1, keepdim=True)
+    following = torch.cat([value[:, 1:], value[:, -1:]], 1)
+    return {
+        "reward": reward,
+        "value": value,
+        "next_value": torch.where(end, value, following),
+        "terminated": end & over,
+        "done": end,
+        "gamma": gamma,
+        "mask": mask,
+    }
 
 
 def critic_advantage(record: TensorDict, baseline: Baseline, lam: float, off_policy: bool, normalize: bool) -> None:
@@ -227,14 +245,6 @@ def cut_advantage(record: TensorDict, baseline: Baseline, lam: float, off_policy
     critic_advantage(record, baseline, lam, off_policy, normalize)
     finished = (record["terminated"] & (last_units(record) >= 0)).any(-1, keepdim=True)
     record["value_mask"] = record["value_mask"] & finished
-
-
-CREDITS: dict[str, Callable[[TensorDict, Baseline, float, bool, bool], None]] = {
-    "unit": critic_advantage,
-    "step": step_advantage,
-    "cut": cut_advantage,
-}
-"""What a critic's advantage is given to: every unit, a whole step, or every unit with cut answers set apart."""
 
 
 def _scanned(scan: Mapping[str, Any], lam: float, off_policy: bool, normalize: bool) -> tuple[Tensor, Tensor]:

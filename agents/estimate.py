@@ -10,7 +10,9 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.agents.baselines import CREDITS, Baseline, GroupBaseline, TokenBaseline
+from unified_rl.agents.advantage_source import Credit
+from unified_rl.agents.baselines import Baseline, GroupBaseline, TokenBaseline
+from unified_rl.agents.credits import CREDITS, check_hierarchy
 from unified_rl.agents.reference_kl import ReferenceKl
 from unified_rl.agents.reward_model import ModelledReward
 from unified_rl.correction import Correction
@@ -32,19 +34,20 @@ from unified_rl.units import COUNTED, row_return
 
 
 class CriticAdvantage:
-    """Advantages and value targets from a critic; see :data:`~unified_rl.agents.baselines.CREDITS`.
+    """Advantages and value targets from a critic; see :data:`~unified_rl.agents.credits.CREDITS`.
 
     Args:
         baseline: the critic.
-        credit: a name of ``CREDITS``.
+        credit: a name of ``CREDITS``, or a mapping with its settings.
         lam, off_policy, normalize: see there.
         rows: whose advantages are estimated (and standardised together); the critic does not learn from the others.
     """
 
     def __init__(
-        self, baseline: Baseline, credit: str, lam: float, off_policy: bool, normalize: bool, rows: Any = None
+        self, baseline: Baseline, credit: Credit, lam: float, off_policy: bool, normalize: bool, rows: Any = None
     ) -> None:
-        self.baseline, self.credit = baseline, CREDITS[credit]
+        self.baseline, self.credit = baseline, bind(credit, CREDITS, "agent.credit")[0]
+        check_hierarchy(self.credit, baseline, off_policy)
         self.by_token = isinstance(baseline, TokenBaseline) and credit != "step"
         self.settings = (lam, off_policy, normalize)
         self.rows = Rows.of(rows, "correction.advantage.rows")
@@ -360,7 +363,7 @@ def _fitting(mapped: Tensor, record: TensorDict, where: str) -> Tensor:
 def make_advantage(
     correction: Correction,
     baseline: Baseline | None,
-    credit: str,
+    credit: Credit,
     lam: float,
     off_policy: bool,
     normalize: bool | None,

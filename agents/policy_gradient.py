@@ -16,11 +16,13 @@ from torch import Tensor
 from unified_rl.agents.advantage_source import (
     CREDIT_OF,
     check_columns,
+    check_credit,
     check_gates,
     check_rows,
     check_unread,
     check_written_columns,
     choose_credit,
+    heads_of,
     refuse_lone,
     wants_critic,
 )
@@ -78,7 +80,10 @@ class PolicyGradient:
         advantage: ``critic`` (GAE, or V-trace with ``off_policy_targets``), ``group`` (the return against its
             group), or ``auto``: critic for control, group for language unless the correction wants a critic.
         credit: what a critic's advantage is for: ``unit``, ``step`` (one for all tokens of a turn) or ``cut`` (units,
-            the value learnt from finished answers alone); None is what the correction wants, else ``unit``.
+            the value learnt from finished answers alone), or a mapping ``{name: hierarchical, switch: TEXT, keep: TEXT,
+            act: TEXT}`` (subgoals that an answer sets by these markers, see
+            :func:`~unified_rl.agents.credits.hierarchical_advantage`); None is what the correction wants, else
+            ``unit``.
         teacher: folder of the policy to learn from (a run of this library, or a language model), for what uses one;
             short for ``anchors={"teacher": {"folder": ...}}``.
         anchors: other policies by name, for what compares with them, see
@@ -160,7 +165,7 @@ class PolicyGradient:
         minibatch: Count | None = None,
         micro_batch: Count | None = None,
         advantage: Literal["auto", "critic", "group"] = "auto",
-        credit: str | None = None,
+        credit: str | dict[str, Any] | None = None,
         teacher: str | None = None,
         anchors: dict[str, Any] | None = None,
         gamma: UnitInterval | None = None,
@@ -221,7 +226,7 @@ class PolicyGradient:
         self.baseline: Baseline | None = None
         modules: dict[str, HasWeights] = {"policy": policy}
         if self.use_critic:
-            self.baseline = make_baseline(policy, critic_hidden, critic_config, seed)
+            self.baseline = make_baseline(policy, critic_hidden, critic_config, seed, heads_of(self.credit))
             if isinstance(self.baseline, StateBaseline):
                 self.baseline.scale(normalize_reward, normalize_return)
             modules["critic"] = self.baseline.module.to(self.device)
@@ -286,6 +291,7 @@ class PolicyGradient:
         """
         check_learning(settings)
         check_kl(settings)
+        check_credit(settings.get("credit"))
         make_records(settings.get("per_record"))
         taken = {key: settings[key] for key in ("value_clip", "entropy_coef") if key in settings}
         terms = make_terms(settings.get("objectives"), 1.0, **{"value_clip": None, "entropy_coef": 0.0, **taken})

@@ -21,7 +21,7 @@ from mjcf_cases import CART
 from run_cases import CONTROL, LANGUAGE, cached, merged, model, recorded, rewarder, teacher
 
 from unified_rl import returns
-from unified_rl.agents.baselines import CREDITS
+from unified_rl.agents.credits import CREDITS
 from unified_rl.agents.loss import TERMS
 from unified_rl.agents.reward_model import REWARD_MODELS
 from unified_rl.config import group_options, preset
@@ -403,7 +403,14 @@ def advantage_cases() -> Iterator[Case]:
     for credit in CREDITS:
         absence = "unit" if credit != "unit" else "step"
         base = (*STALE, "agent.advantage=critic", f"agent.credit={absence}")
-        yield Case(f"credit.{credit}", base, (f"agent.credit={credit}",))
+        if credit != "hierarchical":
+            yield Case(f"credit.{credit}", base, (f"agent.credit={credit}",))
+    markers = {"name": "hierarchical", "switch": "','", "keep": "'-'", "act": "'>'"}
+    base = (*STALE, "agent.advantage=critic")
+    yield Case("credit.hierarchical", (*base, "agent.credit=step"), (f"agent.credit={text(markers)}",))
+    for key in ("switch", "keep", "act"):
+        changed = {**markers, key: "'+'"}
+        yield Case(f"credit.{key}", (*base, f"agent.credit={text(markers)}"), (f"agent.credit={text(changed)}",))
 
 
 TURNS = (*(word for word in LANGUAGE if not word.startswith("env")), "env=calculator")

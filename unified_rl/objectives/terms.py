@@ -141,21 +141,28 @@ class _Averaged(Term):
         """``count [B]``: entries of the whole batch; None where the batch is not split."""
         if scored.free:
             return None
-        count = self._counted(batch).sum().clamp(min=1)
-        return TensorDict({"count": count.expand(len(batch))}, batch_size=[len(batch)])
+        count = self._total(batch).clamp(min=1)
+        return TensorDict({"count": count.expand(len(batch), *count.shape)}, batch_size=[len(batch)])
 
     def shared(self, mean: Tensor, rows: TensorDict, stats: Any) -> Tensor:
         """A micro-batch's mean times the share of the batch's entries that lie in it."""
-        return mean if stats is None else mean * (self._counted(rows).sum() / stats["count"][0])
+        return mean if stats is None else mean * (self._total(rows) / stats["count"][0])
 
     def _counted(self, rows: TensorDictBase) -> Tensor:
         mask = rows[self.column]
-        out: Tensor = mask if self.rows.every else mask & self.rows.of_record(rows).unsqueeze(-1)
+        if not self.rows.every:
+            mask = mask & self.rows.of_record(rows).view(-1, *[1] * (mask.ndim - 1))
+        out: Tensor = mask
         return out
+
+    def _total(self, rows: TensorDictBase) -> Tensor:
+        """Entries that count, ``[]``; of columns ``[B, N, H]`` for each of the ``H``, ``[H]``."""
+        mask = self._counted(rows)
+        return mask.sum((0, 1)) if mask.ndim == 3 else mask.sum()
 
 
 class ValueTerm(_Averaged):
-    """Regression of a critic on the targets that the advantage estimate wrote.
+    """Regression of a critic on the targets that the advantage estimate wrote; of several heads the sum of theirs.
 
     Args:
         name, rows, coefficient: see :class:`Term`.
@@ -189,10 +196,18 @@ class ValueTerm(_Averaged):
 
     def loss(self, forward: Forward, rows: TensorDict, stats: Any) -> tuple[Tensor, Metrics]:
         """Half the mean squared error."""
-        error = value_loss(
-            self.baseline.values(rows)[0], rows["value_target"], self._counted(rows), rows["value"], self.clip
+        value, target, mask, old = (
+            self.baseline.values(rows)[0],
+            rows["value_target"],
+            self._counted(rows),
+            rows["value"],
         )
-        error = self.shared(error, rows, stats)
+        if value.ndim == 3:  # every head has a mask, and a mean, of its own
+            heads = zip(value.unbind(-1), target.unbind(-1), mask.unbind(-1), old.unbind(-1), strict=True)
+            error = torch.stack([value_loss(v, t, m, o, self.clip) for v, t, m, o in heads])
+        else:
+            error = value_loss(value, target, mask, old, self.clip)
+        error = self.shared(error, rows, stats).sum()
         return error, {"loss/value": error.detach()}
 
 

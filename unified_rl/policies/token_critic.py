@@ -1,4 +1,4 @@
-"""A value for every token: a linear head on a transformer."""
+"""Values for every token: linear heads on a transformer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from unified_rl.protocols import LanguagePolicy
 
 
 class TokenCritic(TensorDictModuleBase):
-    """Values of the states that tokens are sampled in; ``forward`` writes ``value [B, N]``.
+    """Values of the states that tokens are sampled in; ``forward`` writes ``value [B, N]``, of several heads a
+    ``[B, N, heads]``.
 
     Args:
         tokenizer: vocabulary and special tokens.
@@ -29,6 +30,7 @@ class TokenCritic(TensorDictModuleBase):
         allow_hub: as in :class:`~unified_rl.policies.causal_lm.CausalLM`.
         dtype: of the weights of an own transformer.
         seed: of fresh weights.
+        heads: values of every state.
 
     Raises:
         ConfigError: not exactly one of ``path``, ``config`` and ``trunk``; else as ``CausalLM``.
@@ -46,6 +48,7 @@ class TokenCritic(TensorDictModuleBase):
         allow_hub: bool = False,
         dtype: str = "float32",
         seed: int = 0,
+        heads: int = 1,
     ) -> None:
         super().__init__()
         self.in_keys, self.out_keys = ["tokens", "token_mask"], ["value"]
@@ -63,7 +66,7 @@ class TokenCritic(TensorDictModuleBase):
         self.states: Callable[[Tensor], Tensor] | None = None
         """Gives the last hidden states ``[B, N, d]`` of a shared trunk whose weights are in pieces."""
         width = model.config.get_text_config(decoder=True).hidden_size
-        self.head = nn.Linear(width, 1, device=model.device)
+        self.head = nn.Linear(width, heads, device=model.device)
         nn.init.zeros_(self.head.weight)  # values start at 0, whatever the trunk
         nn.init.zeros_(self.head.bias)
 
@@ -73,7 +76,7 @@ class TokenCritic(TensorDictModuleBase):
         return self.head.weight.device
 
     def values(self, batch: TensorDictBase) -> Tensor:
-        """Values ``[B, N]`` float32 of right-padded ``tokens [B, N]``.
+        """Values ``[B, N]`` float32 of right-padded ``tokens [B, N]``; ``[B, N, heads]`` of several heads.
 
         Entry ``n`` is the value of the context ``tokens[:, :n]`` in which token ``n`` is sampled; 0 at ``n = 0`` and
         where ``token_mask`` is False.
@@ -85,10 +88,10 @@ class TokenCritic(TensorDictModuleBase):
                 hidden = self.states(tokens[:, : used - 1])
             else:
                 hidden = trunk_states(self.model if self.model is not None else self._trunk[0], tokens[:, : used - 1])
-        value = self.head(hidden.float()).squeeze(-1)
-        value = nn.functional.pad(value, (1, tokens.shape[1] - used))
-        return torch.where(real, value, torch.zeros_like(value))
+        value = self.head(hidden.float())
+        value = nn.functional.pad(value, (0, 0, 1, tokens.shape[1] - used))
+        return torch.where(real.unsqueeze(-1), value, torch.zeros_like(value)).squeeze(-1)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Writes ``value [B, N]``."""
+        """Writes ``value [B, N]``, or ``[B, N, heads]``."""
         return tensordict.set("value", self.values(tensordict))

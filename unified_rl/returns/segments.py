@@ -105,8 +105,13 @@ class Segments:
     def next_value(self) -> Tensor:
         """Value of the next segment's first unit; that of the true successor where the episode or the row ends."""
         path = Trajectory(self.reward, self.terminated, self.done, 1.0, self.valid)
-        final = path.following == self.valid.shape[1]
-        return torch.where(self.done | final, self.last_next_value, path.ahead(self.value))
+        return torch.where(self.final, self.last_next_value, path.ahead(self.value))
+
+    @property
+    def final(self) -> Tensor:
+        """Segments behind which the episode or the row ends, ``[B, S]`` bool."""
+        path = Trajectory(self.reward, self.terminated, self.done, 1.0, self.valid)
+        return self.done | (path.following == self.valid.shape[1])
 
 
 def segment_gae(
@@ -147,6 +152,7 @@ def hierarchical_gae(
     gamma: float | Tensor = 1.0,
     low_lam: float = 0.95,
     high_lam: float = 0.95,
+    low_next_value: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Two levels of credit: inside a segment (a subgoal) unit by unit, and between segments as a semi-MDP. HiPER's HAE.
 
@@ -155,6 +161,7 @@ def hierarchical_gae(
     Args:
         low_value, high_value: ``[B, N]``; of the high values, those at the segments' first units count.
         next_value: ``[B, N]``, the high value of the true successor; used where an episode or the row ends.
+        low_next_value: ``[B, N]``, the low level's there; None is the high one.
 
     The others are those of :meth:`Segments.of`.
 
@@ -166,6 +173,8 @@ def hierarchical_gae(
     _, last = segment_ends(segment, mask, number)
     inner = torch.cat([low_value[:, 1:], low_value[:, -1:]], 1)
     following = torch.where(last, segments.next_value.gather(1, segment).to(low_value.dtype), inner)
+    if low_next_value is not None:
+        following = torch.where(last & segments.final.gather(1, segment), low_next_value, following)
     low, _ = gae(reward, low_value, following, terminated, done | last, gamma, low_lam, mask)
     return low, high
 
