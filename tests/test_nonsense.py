@@ -168,7 +168,6 @@ MEANT: list[tuple[str, str, str]] = [
     ("true", "null decides by itself", "agent.normalize_advantage agent.shuffle_steps env.chat"),
     ("abc long", "a file, a name or a style: looked up when the run is built, before its first step",
      "env.answer_key env.question_key env.stop env.system_prompt env.template "
-     "agent.credit.switch agent.credit.keep agent.credit.act "
      "agent.teacher env.eval_path env.prompt_key env.solution_key env.tokenizer policy.adapter "
      "rollout.beginning.text rollout.sources.assimilated.style rollout.sources.edited.style "
      "rollout.sources.guided.style rollout.sources.guided.text "
