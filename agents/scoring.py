@@ -10,8 +10,11 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from unified_rl.errors import ConfigError
-from unified_rl.objectives.terms import OWN_ROWS
+from unified_rl.objectives.rows import Rows
 from unified_rl.protocols import HasTolerance, Scores
+
+FRESH_ROWS = Rows.of("online", "rows")
+"""What the policy sampled in this run: rows that were recorded may be of another policy, whatever their version."""
 
 
 def scoring(
@@ -37,14 +40,14 @@ def identity_check(policy: Scores, record: TensorDictBase, version: int, score: 
 
     Args:
         policy: whose samples they are.
-        record: the rows; those of others are not looked at.
+        record: the rows; those of others, and rows that were recorded or replayed, are not looked at.
         version: of the present weights.
         score: the rows' log-probs ``[B, N]``.
 
     Raises:
         ConfigError: they do not; then the policy's ``sample`` and ``log_prob`` disagree.
     """
-    fresh = OWN_ROWS.within(record)["mask"] & (record["policy_version"] == version)
+    fresh = FRESH_ROWS.within(record)["mask"] & (record["policy_version"] == version)
     if not bool(fresh.any()) or version > 0:
         return {}
     with torch.no_grad():

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from run_cases import CONTROL, cached, merged, model, recorded, teacher
+from run_cases import ALLOW, CONTROL, cached, composed, merged, model, recorded, teacher
 from run_cases import LANGUAGE as SHORT
+from test_resume import COMMON, cut_run, equal, rows_of
 
 from unified_rl import cli
 from unified_rl.config import compose, config_root
 from unified_rl.errors import ConfigError
 from unified_rl.study import recipe_parts, recipes
+from unified_rl.training.checkpoint import checkpoints, read_checkpoint
+from unified_rl.training.run import resume, train
 
 LANGUAGE = tuple(merged(SHORT, ["env.max_turn_tokens=8"]))
 NEEDED = {
@@ -183,6 +186,26 @@ def test_a_recipe_trains_and_is_not_its_absence(name: str, runs: dict[tuple[str,
     start = cached(*of(name, runs, ["agent.lr=1e-30", *sizes]))
     for other in (without, start):
         assert moved(with_it, other) > 1e-5
+
+
+def test_recorded_rows_may_be_those_of_another_policy(runs: dict[tuple[str, ...], str]) -> None:
+    found = cached(*merged(with_recipe("pear", runs), ["seed=3"])).metrics  # they were recorded by that of seed 0
+    assert found["rollout/joined/recorded"] > 0
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_resumes_bit_for_bit(name: str, runs: dict[tuple[str, ...], str], tmp_path: Path) -> None:
+    words = merged(with_recipe(name, runs), COMMON[1:], ["updates=3", "checkpoint_every=1"])
+    words += ["eval_episodes=0"] if "env.held_out=0.0" in words else []
+    words = merged(words, [f"run_dir={tmp_path / 'whole'}"])
+    whole = train(composed(words), allow=ALLOW)
+    saves = checkpoints(whole / "checkpoints")
+    assert len(saves) == 3
+    cut_run(whole, tmp_path / "part", saves[0])
+    resume(str(tmp_path / "part"), allow=ALLOW)
+    equal(read_checkpoint(saves[-1]), read_checkpoint(checkpoints(tmp_path / "part" / "checkpoints")[-1]))
+    assert rows_of(tmp_path / "part") == rows_of(whole)
 
 
 @pytest.mark.parametrize(("name", "domain"), ELSEWHERE)
