@@ -129,8 +129,9 @@ GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_si
 ELSEWHERE = [(name, d) for name in NAMES for d in recipes.recipe(name).domains[1:]]
 """Recipes and the domains that they claim beside the one that the other tests run them in."""
 ROWS, OTHER = ("rows",), ("model",)
+EXPERIMENTAL = {name for name in NAMES if recipes.recipe(name).confidence.startswith("experimental")}
 LIMITS = [
-    pytest.param(name, number, marks=[pytest.mark.thorough] if number else [])
+    pytest.param(name, number, marks=[pytest.mark.thorough] if number or name in EXPERIMENTAL else [])
     for name in NAMES
     for number in range(len(recipes.recipe(name).limits))
 ]
