@@ -45,6 +45,8 @@ def test_the_published_runs_are_those_of_the_study(source: Path, name: str) -> N
     labels = [run.labels for run in runs(source, name)]
     assert {(label["domain"], label["correction"], label["seed"]) for label in labels} == asked
     assert len({label["seed"] for label in labels}) == 5
+    page = (source / "docs/results/recipes.md").read_text()
+    assert f"| `unified-rl compare study=recipes_{name}` | {len(labels)} |" in page
 
 
 @pytest.mark.parametrize("name", STUDIES)
