@@ -45,11 +45,6 @@ class _Two:
         beside = self.beside
         if self.shown is not None:
             asked = _lists(prompts)
-            if any(tuple(ids) not in self.shown for ids in asked):
-                raise ConfigError(
-                    "rollout.speaker knows the solutions of whole prompts alone, and answers begin with something: set "
-                    "rollout.beginning and rollout.context to null"
-                )
             beside = replace(beside, prompts=[[*ids, *self.shown[tuple(ids)]] for ids in asked])
         return self.model.generate(prompts, max_new_tokens=max_new_tokens, beside=beside, **options)
 
@@ -153,6 +148,9 @@ class TwoContexts(_Taught):
         share: probability of a token from the bare prompt; 0 always sees the solution.
         style: of the solution.
     """
+
+    whole_prompts = True
+    """It knows the prompts of a collection, and nothing that answers begin with."""
 
     def __init__(self, folder: str, share: UnitInterval = 0.4, style: str | None = None) -> None:
         super().__init__(folder)

@@ -21,6 +21,9 @@ from unified_rl.policies import choosers
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.generation import Beside
 from unified_rl.rollout import LanguageRollout
+from unified_rl.rollout.beginnings import Guided
+from unified_rl.rollout.context import Refill
+from unified_rl.rollout.curriculum import Curriculum
 from unified_rl.rollout.forks import Forks
 from unified_rl.training.run import Job
 
@@ -202,6 +205,8 @@ def test_in_simulations_each_action_is_of_who_acted(tmp_path: Path) -> None:
     again.load_state_dict(copy.deepcopy(rollout.state_dict()))
     one, resumed = rollout.collect(1)[0], again.collect(1)[0]
     assert all(torch.equal(one[key], resumed[key]) for key in one.keys())
+    plain = Job(composed(CONTROL), ("run_cases",)).make_rollout()
+    again.load_state_dict(plain.state_dict())  # a speaker that joins a run later begins its own stream
     foreign = rows["policy_version"] == -1
     assert 0 < int(foreign.sum()) < foreign.numel() and "foreign" not in rows.keys()
     scored = [
@@ -227,6 +232,11 @@ def test_what_no_speaker_can_do_is_refused_by_name(task: Any, tmp_path: Path) ->
         made(env, policy, {"folder": folder})
     with pytest.raises(ConfigError, match="style"):
         made(env, policy, speakers.TwoContexts(folder, style="nowhere"))
+    for name, part in {"beginning": Guided(style="chain"), "context": Refill()}.items():
+        with pytest.raises(ConfigError, match=rf"whole prompts .* set rollout\.{name}=null"):
+            made(env, policy, speakers.TwoContexts(folder, style="chain"), **{name: part})
+    with pytest.raises(ConfigError, match=r"rollout\.curriculum learns .* rollout\.speaker speaks in its place"):
+        made(env, policy, speakers.Alternating(folder), curriculum=Curriculum())
     node = f"{{_target_: unified_rl.agents.speakers.Interleaved, folder: {folder}}}"
     with pytest.raises(ConfigError, match=r"Interleaved, which chooses tokens; in simulations .*Alternating"):
         Job(composed(merged(CONTROL, [f"rollout.speaker={node}"])), ("run_cases",)).make_rollout()

@@ -16,7 +16,7 @@ from unified_rl.envs.language.rewards import Rewards
 from unified_rl.errors import ConfigError
 from unified_rl.rollout import LanguageRollout
 from unified_rl.rollout.rows import GREEDY
-from unified_rl.rollout.sources import Judgements
+from unified_rl.rollout.sources import Demonstrations, Judgements, Pool, Replays, Windows
 from unified_rl.rollout.verdicts import Question, SelfJudged
 
 WORDS = {"ask": "=", "yes": "+", "no": "-"}
@@ -131,6 +131,13 @@ def test_a_groups_answers_share_what_is_noted_of_their_problem_and_one_reward_fu
             r"rollout\.context rewards its rows",
         ),
         (ChainMod(max_turn_tokens=3), {"context": SelfJudged(ask="==", yes="+", no="-")}, r"ask is 2 tokens"),
+        (None, {"context": SelfJudged(**WORDS), "sources": {"x": Pool()}}, r"rollout\.sources\.x puts others"),
+        (None, {"context": SelfJudged(**WORDS), "sources": {"x": Replays()}}, r"rollout\.sources\.x puts others"),
+        (
+            None,
+            {"context": SelfJudged(**WORDS), "sources": {"w": Windows(), "x": Demonstrations(per_group=1)}},
+            r"rollout\.sources\.x puts others",
+        ),
         (
             None,
             {"sources": {"x": Judgements(**WORDS)}, "columns": {"scores": ["correct"]}},  # type: ignore[arg-type]

@@ -280,7 +280,7 @@ class ControlRollout:
         self.generator.set_state(state["generator"])
         if self.noise is not None and "noise" in state:
             self.noise.load_state_dict(state["noise"])
-        if self.speaker is not None:
+        if self.speaker is not None and "speaker" in state:
             self._speaker_stream.set_state(state["speaker"])
 
     def restart(self, state: dict[str, Any], seed: int) -> None:

@@ -12,16 +12,17 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from unified_rl.configurable import configurable
-from unified_rl.errors import ConfigError, NonFiniteError
+from unified_rl.errors import NonFiniteError
 from unified_rl.policies.choosers import CORRECTED, FOREIGN
 from unified_rl.protocols import CountsEpochs, EngineSampler, Generates, HasSampler, LanguageEnv, LanguagePolicy
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
 from unified_rl.rollout.beginnings import Asked, Beginning, Start
 from unified_rl.rollout.context import Context
 from unified_rl.rollout.conversation import Conversations, Problems, Told, converse, joined, ordered, summary
-from unified_rl.rollout.curriculum import EXPECTED, Curriculum
-from unified_rl.rollout.rows import GREEDY, MOST_LIKELY, REWARDS, RowBuilder
-from unified_rl.rollout.sources.base import ChecksGroup, ChoosesPrompts, Recited, Request, RowSource, check_rows
+from unified_rl.rollout.curriculum import Curriculum
+from unified_rl.rollout.parts import Parts
+from unified_rl.rollout.rows import GREEDY, MOST_LIKELY, RowBuilder
+from unified_rl.rollout.sources.base import ChoosesPrompts, Recited, Request, RowSource, check_rows
 from unified_rl.rollout.speakers import AddsRows, Speaker, Spoken
 from unified_rl.rollout.whispered import whisper
 from unified_rl.units import COUNTED, NOBODY, Source
@@ -113,37 +114,10 @@ class LanguageRollout:
         self.device = torch.device(device)
         self.generation_batch = generation_batch
         self.builder = RowBuilder(env, gamma, columns, privileged or None, (beginning or context) is not None)
-        self.context = context
-        if self.context is not None:
-            _require_part(self.context, "rollout.context", "unified_rl.rollout.context.Hints")
-            self.context.check(env, "rollout.context")
-            self._refuse_one_reward(self.context, "rollout.context")
-            if isinstance(self.context, ChecksGroup):
-                self.context.check_group(group_size, "rollout.context")
-        self.beginning = beginning
-        if beginning is not None:
-            _require_part(beginning, "rollout.beginning", "unified_rl.rollout.beginnings.Guided")
-            beginning.check(env, policy, "rollout.beginning")
-            if context is not None:
-                raise ConfigError(
-                    "rollout.beginning and rollout.context both decide what answers begin with; set one of them to null"
-                )
-        self.curriculum = curriculum
-        if curriculum is not None:
-            _require_part(curriculum, "rollout.curriculum", "unified_rl.rollout.curriculum.Curriculum", "choose")
-            if EXPECTED in self.builder.columns:
-                raise ConfigError(f"rollout.columns.{EXPECTED} is a column of rollout.curriculum; choose another name")
-        self.speaker = speaker
-        if speaker is not None:
-            _require_part(speaker, "rollout.speaker", "unified_rl.agents.speakers.Interleaved", "speaks")
-            speaker.check(env, policy, "rollout.speaker")
+        self.context, self.beginning, self.curriculum, self.speaker = context, beginning, curriculum, speaker
         self.sources = {name: source for name, source in (sources or {}).items() if source is not None}
-        for name, source in self.sources.items():
-            _require_part(source, f"rollout.sources.{name}", "unified_rl.rollout.sources.Demonstrations")
-            source.check(env, policy, f"rollout.sources.{name}")
-            if isinstance(source, ChecksGroup):
-                source.check_group(group_size, f"rollout.sources.{name}")
-            self._refuse_one_reward(source, f"rollout.sources.{name}")
+        parts = Parts(context, beginning, curriculum, speaker, self.sources)
+        parts.check(env, policy, group_size, self.builder.columns)
         own = ("context", *(f"sources/{name}" for name in self.sources), "curriculum", "beginning", "speaker")
         self._streams = {name: streams(name) for name in own}
         self.shows: Callable[[Told, int], list[list[Any]]] | None = None
@@ -152,25 +126,6 @@ class LanguageRollout:
         self.rows = self.steps_per_collect + sum(source.most(prompts) for source in self.sources.values())
         self.rows += speaker.most(self.steps_per_collect) if isinstance(speaker, AddsRows) else 0
         self.steps = 0
-
-    def _refuse_one_reward(self, source: RowSource | Context, setting: str) -> None:
-        """Raises ConfigError where a part brings one reward, and rows hold several numbers of the environment's."""
-        key = getattr(source, "reward_key", None)
-        apart = [
-            (n, w) for n, w in self.builder.columns.items() if isinstance(w, list) and (n != REWARDS or len(w) > 1)
-        ]
-        if getattr(source, "judges_itself", False) and apart:
-            raise ConfigError(
-                f"{setting} rewards its rows itself, by one number, which cannot stand for what rows hold as "
-                f"{apart[0][0]} ({', '.join(apart[0][1])}): leave one of them out"
-            )
-        if key is not None and apart:
-            name, several = apart[0]
-            raise ConfigError(
-                f"{setting}.reward_key={key} is one number, which cannot stand for what rows hold as {name} "
-                f"({', '.join(several)}); leave it out, so that the environment judges these rows too, or "
-                + ("name one reward function" if name == REWARDS else f"leave out rollout.columns.{name}")
-            )
 
     def number_from(self, first: int) -> None:
         """Numbers groups and episodes from ``first`` on, before the first: workers of one run have their own."""
@@ -340,12 +295,15 @@ class LanguageRollout:
         sampled = 0
 
         def generate(
-            problems: Problems, prefixes: list[list[int]], shown: Sequence[Sequence[int]] | None = None
+            problems: Problems,
+            prefixes: list[list[int]],
+            shown: Sequence[Sequence[int]] | None = None,
+            scored: bool = True,
         ) -> Told:
             nonlocal sampled
             sampled += len(problems)
             if shown is not None:
-                return self._aside(speaker, problems, prefixes, shown)
+                return self._aside(speaker, problems, prefixes, shown, scored)
             return self._converse(speaker, problems, self.generator, prefixes=prefixes)
 
         draw = partial(self.env.problems, generator=self._streams["context"])
@@ -421,11 +379,16 @@ class LanguageRollout:
         return rows if self.curriculum is None else self.curriculum.expect(rows)
 
     def _aside(
-        self, speaker: Generates, problems: Problems, prefixes: list[list[int]], shown: Sequence[Sequence[int]]
+        self,
+        speaker: Generates,
+        problems: Problems,
+        prefixes: list[list[int]],
+        shown: Sequence[Sequence[int]],
+        scored: bool = True,
     ) -> Told:
         """Conversations that saw something which their rows do not hold."""
         converse = partial(self._converse, stream=self.generator)
-        return whisper(converse, self.env, speaker, problems, shown, prefixes, self._scored)
+        return whisper(converse, self.env, speaker, problems, shown, prefixes, self._scored if scored else None)
 
     def _converse(self, policy: Generates, problems: Problems, stream: torch.Generator | None, **options: Any) -> Told:
         return converse(self.env, policy, problems, stream, at_once=self.generation_batch, **options)
@@ -499,9 +462,3 @@ def _advised(told: Told, starts: list[Start]) -> Told:
     if starts:
         told[0].advised = torch.tensor([float(start.advised) for start in starts])
     return told
-
-
-def _require_part(part: Any, setting: str, example: str, method: str = "check") -> None:
-    """Raises ConfigError for plain settings where an object is wanted."""
-    if not hasattr(part, method):
-        raise ConfigError(f"{setting} is {part!r}; it must be a mapping with _target_, such as {{_target_: {example}}}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from unified_rl.protocols import LanguageEnv
 from unified_rl.ranges import Count, UnitInterval, ranged
 from unified_rl.rollout.context import Draw, Generate
 from unified_rl.rollout.conversation import Problems, Told
-from unified_rl.rollout.sources.base import require_one_turn
+from unified_rl.rollout.sources.base import RowSource, require_one_turn
 from unified_rl.rollout.whispered import unended
 from unified_rl.units import COUNTED
 
@@ -100,6 +100,20 @@ class SelfJudged:
     def check(self, env: LanguageEnv, setting: str) -> None:
         """As of :meth:`Question.check`."""
         self.question.check(env, setting)
+
+    def check_sources(self, sources: Mapping[str, RowSource]) -> None:
+        """Refuses sources whose rows are compared with answers that another judged.
+
+        Raises:
+            ConfigError: names the source, and what works.
+        """
+        for name, source in sources.items():
+            if getattr(source, "joins", True) or getattr(source, "judged_apart", False):
+                raise ConfigError(
+                    f"rollout.context lets the policy judge answers to some prompts, and rollout.sources.{name} puts "
+                    "others, which the task's verifier judged, into one group with such: leave one of them out, or use "
+                    "a source of groups of its own, such as unified_rl.rollout.sources.Judgements or Windows"
+                )
 
     def __call__(
         self, env: LanguageEnv, problems: Problems, group_size: int, told: Told, generate: Generate, draw: Draw

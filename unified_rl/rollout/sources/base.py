@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -135,7 +135,11 @@ class Request(NamedTuple):
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Rows to add to a collection, as many as there are."""
+    """Rows to add to a collection, as many as there are.
+
+    An attribute ``joins = False`` says that all of them are in groups of their own, and none in those of the
+    collection's prompts.
+    """
 
     def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
         """Refuses what it cannot serve, before the first step.
@@ -186,6 +190,15 @@ class ChecksGroup(Protocol):
 
     def check_group(self, group_size: int, setting: str) -> None:
         """Raises ConfigError for another."""
+        ...
+
+
+@runtime_checkable
+class ChecksSources(Protocol):
+    """A context beside which some sources are of no use."""
+
+    def check_sources(self, sources: Mapping[str, RowSource]) -> None:
+        """Raises ConfigError for one of the run's ``sources``, by name."""
         ...
 
 

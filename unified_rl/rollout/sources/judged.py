@@ -48,6 +48,7 @@ class Judgements(FromOwn):
         threshold: float = 0.5,
     ) -> None:
         super().__init__(1, 0)
+        self.joins = False
         self.answers, self.verdicts, self.kind = answers, verdicts, kind
         self.question, self.threshold = Question(ask, yes, no), threshold
 

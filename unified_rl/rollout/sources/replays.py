@@ -22,6 +22,7 @@ class _Groups:
     """What both share: groups that join as many fresh ones, marked OFFLINE, with their log-probs and versions."""
 
     group_size = 1
+    joins = False
 
     def check(self, env: LanguageEnv, policy: LanguagePolicy, setting: str) -> None:
         """Every task has prompts."""
@@ -68,6 +69,9 @@ class Replays(_Groups):
         answers: kept of each prompt, the newest.
         prompts: kept; the one that came first leaves first.
     """
+
+    judged_apart = True
+    """A group holds answers that were judged at several times."""
 
     def __init__(
         self, recent: Fraction = 0.95, temperature: UpperBound = 1.0, answers: Count = 64, prompts: Count = 4096
