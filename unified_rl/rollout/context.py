@@ -13,13 +13,18 @@ from unified_rl.protocols import LanguageEnv, require_solutions
 from unified_rl.ranges import Count, OpenUnit, ranged
 from unified_rl.rollout.conversation import Conversations, Problems, Told, ordered, put
 from unified_rl.rollout.whispered import part_of
+from unified_rl.units import COUNTED
 
 
 class Generate(Protocol):
     """The policy, told what each answer begins with."""
 
     def __call__(
-        self, problems: Problems, prefixes: list[list[int]], shown: Sequence[Sequence[int]] | None = None
+        self,
+        problems: Problems,
+        prefixes: list[list[int]],
+        shown: Sequence[Sequence[int]] | None = None,
+        scored: bool = True,
     ) -> Told:
         """Conversations.
 
@@ -28,6 +33,7 @@ class Generate(Protocol):
             prefixes: what each answer begins with, masked out.
             shown: what the policy sees behind each prompt and rows do not hold, whose log-probs are then those of the
                 policy that saw nothing; None shows nothing.
+            scored: False leaves the log-probs as sampled, of what becomes no row.
         """
         ...
 
@@ -202,7 +208,7 @@ class Refill:
         """Rows of groups with nothing to compare among the conversations that count."""
         talk, info = told
         total = talk.reward.sum(-1)
-        counted = info.get("counted", torch.ones_like(total)) > 0
+        counted = info.get(COUNTED, torch.ones_like(total)) > 0
         most = total.masked_fill(~counted, -torch.inf).reshape(-1, group_size).amax(-1)
         least = total.masked_fill(~counted, torch.inf).reshape(-1, group_size).amin(-1)
         return (most <= least).repeat_interleave(group_size).nonzero().squeeze(-1)

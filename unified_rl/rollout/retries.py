@@ -55,7 +55,7 @@ class SelfHints:
         solutions = require_solutions(env, "rollout.context", self.style).solve(problems, self.style)
         asked = env.tokenizer.encode(self.ask, add_special_tokens=False)
         shown = [followed(part_of(ids, 1.0, env), asked, env.max_turn_tokens - 1) for ids in solutions]
-        talk = generate(problems, [[] for _ in problems], shown)[0]
+        talk = generate(problems, [[] for _ in problems], shown, scored=False)[0]
         bare = [unended(turns[0], env) for turns in talk.said]
         return [ids[: len(part_of(whole, share, env))] for ids, whole in zip(bare, solutions, strict=True)]
 
