@@ -182,11 +182,12 @@ class Routed(Provider):
 
     def logits(self, states: Tensor) -> Tensor:
         """Transformed logits ``[n, V]`` of :meth:`states`."""
-        parts = [(at, number) for number, at in self._routes(states[:, -1].round().long())]
-        if not parts:  # of no unit: as wide as the first teacher's
-            return self.teachers[0].logits(states[:, : self._widths.get(0, states.shape[-1] - 1)])
-        found = [self.teachers[number].logits(states[at, : self._widths[number]]) for at, number in parts]
-        order = torch.cat([at for at, _ in parts]).argsort()
+        if not len(states):  # of no unit: as any teacher that was asked
+            number = next(iter(self._widths))
+            return self.teachers[number].logits(states[:, : self._widths[number]])
+        parts = self._routes(states[:, -1].round().long())
+        found = [self.teachers[number].logits(states[at, : self._widths[number]]) for number, at in parts]
+        order = torch.cat([at for _, at in parts]).argsort()
         return torch.cat(found)[order]
 
     def normals(self, rows: TensorDictBase) -> tuple[Tensor, Tensor]:

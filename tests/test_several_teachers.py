@@ -67,6 +67,16 @@ def test_each_row_is_compared_with_its_own_teacher_whatever_their_sizes(tmp_path
         agent.check_written([0], 4, ["reward", "group"])
 
 
+def test_logits_of_no_unit_are_those_of_a_teacher_that_has_rows() -> None:
+    policy, rows = joined()
+    config = {**TINY, "hidden_size": 2 * TINY["hidden_size"]}
+    wide = CausalLM(policy.tokenizer, policy.max_length, config=config, seed=5)
+    rows["domain"] = torch.ones(len(rows), dtype=torch.int64)
+    teacher = Routed([wide, policy], "domain")
+    states = teacher.states(rows)[0]
+    assert teacher.logits(states[:0]).shape == (0, teacher.logits(states).shape[1])
+
+
 def test_teachers_of_robots_are_routed_too() -> None:
     policies = [gaussian(), gaussian()]
     nudge(policies[1], 0.3)
