@@ -408,18 +408,21 @@ class PolicyGradient:
         if "reward" in self._scales:
             check_order(replay)
 
-    def check_written(self, sources: Collection[int], group_size: int, columns: Collection[str]) -> None:
+    def check_written(
+        self, sources: Collection[int], group_size: int, columns: Collection[str], stored: bool = True
+    ) -> None:
         """Refuses rows from which nothing would be learnt, or that lack a gate, before any are collected.
 
         Args:
             sources: of the rows that will be drawn.
             group_size: the most rows that share a group.
             columns: of the rows, beside the gates.
+            stored: some of source OFFLINE were sampled by weights of before.
 
         Raises:
             ConfigError: names the setting and what works.
         """
-        if self.anchors.versions is not None and int(Source.OFFLINE) in sources:
+        if self.anchors.versions is not None and stored and int(Source.OFFLINE) in sources:
             raise ConfigError(
                 f"correction {self.correction.name} scores rows by the weights that sampled them, and those of stored "
                 "rows (source offline) are not kept: take out their source, or use correction=decoupled_ppo, which "

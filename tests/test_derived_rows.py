@@ -20,13 +20,14 @@ from unified_rl.envs.language import GuessNumber
 from unified_rl.errors import ConfigError
 from unified_rl.replay.pool import AnswerPool
 from unified_rl.returns.filters import likelihood_band
-from unified_rl.rollout import LanguageRollout
+from unified_rl.rollout import LanguageRollout, sources
 from unified_rl.rollout.beginnings import Guided
 from unified_rl.rollout.sources import (
     Assimilated,
     Coached,
     Described,
     Edited,
+    Judgements,
     Recoveries,
     Replays,
     Request,
@@ -36,9 +37,11 @@ from unified_rl.rollout.sources import (
     Windows,
 )
 from unified_rl.rollout.sources.mended import Sentences
+from unified_rl.training.written import WRITES, written
 from unified_rl.units import COUNTED, Source
 
 ANY = "0123456789+-=,>"
+NO_SOURCES = {sources.Recited, sources.Request, sources.RowSource}
 
 
 def made_with(source: Any, env: Any = None, **options: Any) -> LanguageRollout:
@@ -57,6 +60,35 @@ def present(made: LanguageRollout, rows: TensorDict) -> torch.Tensor:
 
 def unended(made: LanguageRollout, ids: list[int]) -> list[int]:
     return ids[:-1] if ids and ids[-1] in made.env.stop_ids else ids
+
+
+# ----------------------------------------------------------------------------------------- known before
+
+
+MADE: dict[str, Any] = {
+    "Assimilated": lambda: Assimilated(tries=2, share=1.0),
+    "Coached": lambda: Coached(per_group=2, below=1.0),
+    "Judgements": lambda: Judgements(answers=4, verdicts=9, ask="=", yes="+", no="-"),
+    "Recoveries": lambda: Recoveries(errors=2, recoveries=7),
+    "Replays": lambda: Replays(recent=0.5),
+    "Shortened": Shortened,
+    "Steps": Steps,
+    "Windows": Windows,
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_a_source_writes_is_known_before_it_is_asked(name: str) -> None:
+    made = few(MADE[name]())
+    known = written(made)
+    assert known is not None and set(WRITES) == {getattr(sources, name) for name in sources.__all__} - NO_SOURCES
+    for version in range(3):
+        rows, _ = made.collect(version)
+        assert set(rows["source"].tolist()) <= known.sources and set(rows.keys()) == set(known.columns)
+        assert int(rows["group"].unique(return_counts=True)[1].max()) <= known.group_size
+        before = (rows["policy_version"] != version) & (rows["policy_version"] >= 0) & rows["mask"]
+        assert not bool(before.any()) or known.stored
+    assert known.stored == (name in ("Assimilated", "Replays", "Windows"))
 
 
 # ----------------------------------------------------------------------------------------- first steps

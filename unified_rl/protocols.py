@@ -800,8 +800,13 @@ class ChecksReplay(Protocol):
 class ChecksWritten(Protocol):
     """An agent that refuses rows from which it would learn nothing, before any are collected."""
 
-    def check_written(self, sources: Collection[int], group_size: int, columns: Collection[str]) -> None:
-        """Raises ConfigError for rows of these sources, of at most so many a group, and of these columns."""
+    def check_written(
+        self, sources: Collection[int], group_size: int, columns: Collection[str], stored: bool = True
+    ) -> None:
+        """Raises ConfigError for rows of these sources, of at most so many a group, and of these columns.
+
+        ``stored`` says whether some of source OFFLINE were sampled by weights of before.
+        """
         ...
 
 

@@ -10,7 +10,26 @@ from unified_rl.replay.fit import check_written
 from unified_rl.rollout import ControlRollout, DemonstrationRollout, LanguageRollout, StoredRollout
 from unified_rl.rollout.curriculum import EXPECTED
 from unified_rl.rollout.demonstrations import KEYS
-from unified_rl.rollout.sources import Demonstrations, Experience, ExpertFile, Model, Pool, Recorded
+from unified_rl.rollout.sources import (
+    Assimilated,
+    Calibrated,
+    Coached,
+    Demonstrations,
+    Described,
+    Edited,
+    Experience,
+    ExpertFile,
+    Judgements,
+    Model,
+    Pool,
+    Recorded,
+    Recoveries,
+    Replays,
+    Revised,
+    Shortened,
+    Steps,
+    Windows,
+)
 from unified_rl.units import COUNTED, Source
 
 SHARED = ("mask", "behavior_log_prob", "step_index", "policy_version", "reward", "step_mask", "terminated", "truncated",
@@ -20,13 +39,13 @@ OF_DOMAIN = {
     "language": ("tokens", "token_mask", "prompt_id"),
     "control": ("observation", "next_observation", "action"),
 }
-WRITES = {
-    Demonstrations: Source.DEMONSTRATION,
-    Experience: Source.OFFLINE,
-    ExpertFile: Source.EXPERT,
-    Model: Source.EXPERT,
-    Pool: Source.OFFLINE,
-    Recorded: Source.OFFLINE,
+STORED = (Assimilated, Experience, Pool, Recorded, Replays, Windows)
+"""Sources of this library whose rows were sampled by weights of before."""
+WRITES: dict[type, tuple[Source, ...]] = {
+    **dict.fromkeys((*STORED, Coached, Edited, Judgements, Recoveries, Steps), (Source.OFFLINE,)),
+    **dict.fromkeys((Calibrated, ExpertFile, Model, Revised, Shortened), (Source.EXPERT,)),
+    Demonstrations: (Source.DEMONSTRATION,),
+    Described: (Source.OFFLINE, Source.EXPERT),
 }
 """What the sources of this library write."""
 
@@ -38,11 +57,13 @@ class Written(NamedTuple):
         sources: who made them.
         group_size: the most that share a group.
         columns: what they hold.
+        stored: some were sampled by weights of before, whatever the staleness.
     """
 
     sources: set[int]
     group_size: int
     columns: tuple[str, ...]
+    stored: bool = False
 
 
 def written(rollout: Any) -> Written | None:
@@ -50,14 +71,16 @@ def written(rollout: Any) -> Written | None:
     if type(rollout) is ControlRollout:
         return Written({int(Source.ONLINE)}, 1, (*SHARED, *OF_DOMAIN["control"]))
     if type(rollout) is LanguageRollout and all(type(source) in WRITES for source in rollout.sources.values()):
-        made = {int(WRITES[type(source)]) for source in rollout.sources.values()}
-        joined = sum(getattr(source, "per_group", 0) for source in rollout.sources.values())
-        alone = [getattr(source, "batch", 0) for source in rollout.sources.values()]
+        sources: list[Any] = list(rollout.sources.values())
+        made = {int(one) for source in sources for one in WRITES[type(source)]}
+        joined = sum(max(1, source.most(1)) for source in sources if getattr(source, "joins", True))
+        alone = [source.most(rollout.prompts) for source in sources if not getattr(source, "joins", True)]
+        stored = any(isinstance(source, STORED) for source in sources)
         shown = ("privileged_tokens", "privileged_mask") if rollout.builder.privileged is not None else ()
         counted = (COUNTED,) if rollout.builder.counts else ()
         expected = (EXPECTED,) if rollout.curriculum is not None else ()
         columns = (*SHARED, *OF_DOMAIN["language"], *rollout.builder.columns, *counted, *shown, *expected)
-        return Written({int(Source.ONLINE), *made}, max(rollout.group_size + joined, *alone, 1), columns)
+        return Written({int(Source.ONLINE), *made}, max(rollout.group_size + joined, *alone, 1), columns, stored)
     if type(rollout) is DemonstrationRollout:
         return Written({int(Source.DEMONSTRATION)}, 1, (*KEYS[rollout.domain], "source"))
     return None
@@ -78,4 +101,5 @@ def check_rollout(agent: Any, rollout: Any, replay: Any) -> None:
     if isinstance(agent, ChecksWritten):
         stored = replay.stored if isinstance(replay, WithDataset) else None
         more = set() if stored is None or "source" not in stored.keys() else set(stored["source"].unique().tolist())
-        agent.check_written(found.sources | more, found.group_size, found.columns)
+        stored_too = found.stored or int(Source.OFFLINE) in more
+        agent.check_written(found.sources | more, found.group_size, found.columns, stored_too)
