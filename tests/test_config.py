@@ -15,6 +15,7 @@ from unified_rl import config as configuration
 from unified_rl import instantiate
 from unified_rl.config import build, compose, group_options, reading_once, resolve_defaults
 from unified_rl.errors import ConfigError
+from unified_rl.interpolation import resolved
 from unified_rl.peer_names import PEER_NAMES
 
 TOYS = '''
@@ -203,7 +204,8 @@ def test_users_folder_may_add_a_group_that_fills_a_known_node(toys: Path, tmp_pa
         (["agent.color=green"], ["agent.color is 'green'", "red"]),
         (["agent.sizes=[1,a]"], ["agent.sizes"]),
         (["agent.pair=[1,2,3]"], ["agent.pair"]),
-        (["agent.extra={a: x}"], ["agent.extra"]),
+        (["agent.extra={a: x}"], ["agent.extra.a is 'x'; it must be a number"]),
+        (["agent.extra={a: 1, b: null}"], ["agent.extra.b is null; it must be a number"]),
         (["agent.brake=3"], ["agent.brake is 3"]),
         (["steps=ten"], ["steps is 'ten'", "a whole number"]),
         (["seed=1", "agent=sac", "seed=2"], ["seed is given twice"]),
@@ -220,7 +222,7 @@ def test_users_folder_may_add_a_group_that_fills_a_known_node(toys: Path, tmp_pa
         (["env@agent=road"], ["not a key"]),
         (["policy=null", "policy.speed=2"], ["policy has no keys here", "policy=..."]),
         (["agent.name.first=x"], ["agent.name"]),
-        (["env=needs"], ["env.name has no default"]),
+        (["env=needs"], ["env.name has no default; set it: env.name=..."]),
         (["agent._partial_=true"], ["'_partial_'"]),
         (["agent._target_=os.system"], ["outside the allowed packages", "--allow os"]),
         (["hydra.run.dir=x"], ["'hydra'"]),
@@ -232,6 +234,13 @@ def test_bad_input_names_the_thing_and_the_fix(toys: Path, overrides: list[str],
     for word in words:
         assert word in message
     assert "\n" not in message
+
+
+def test_a_folder_that_a_recipe_leaves_open_is_asked_for_by_what_it_holds() -> None:
+    held = {"teacher": "the folder of a run", "data": "'unified-rl evaluate RUN --record ROWS' wrote"}
+    for key, words in held.items():
+        with pytest.raises(ConfigError, match=rf"agent\.{key} has no default; set it: agent\.{key}=R.*{words}"):
+            resolved({"agent": {key: "???"}})
 
 
 def test_a_group_file_with_a_misspelt_key_is_refused(toys: Path) -> None:

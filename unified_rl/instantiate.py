@@ -248,9 +248,29 @@ def check_type(value: Any, hint: Any, path: str) -> Any:
     except OutOfRangeError as error:
         raise ConfigError(str(error)) from error
     except TypeError as error:
+        inside = _unfit(value, hint)
+        if inside is not None:
+            check_type(value[inside[0]], inside[1], f"{path}.{inside[0]}")
         plain = value is not None and not isinstance(value, str | list | dict)
         quote = f"; quote it: {path}=\"'{shown(value)}'\"" if hint is str and plain else ""
         raise ConfigError(f"{path} is {shown(value)}; it must be {words(hint)}{quote}") from error
+
+
+def _unfit(value: Any, hint: Any) -> tuple[Any, Any] | None:
+    """The first key of a mapping, which ``hint`` allows, whose value does not fit, and what it should be."""
+    if not isinstance(value, dict) or is_node(value):
+        return None
+    for arm in typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,):
+        kind, args = typing.get_origin(arm), typing.get_args(arm)
+        if isinstance(kind, type) and issubclass(dict, kind) and len(args) == 2:
+            for key, item in value.items():
+                try:
+                    coerce(item, args[1])
+                except OutOfRangeError:
+                    continue
+                except TypeError:
+                    return key, args[1]
+    return None
 
 
 def with_defaults(value: Any, allow: Sequence[str]) -> Any:

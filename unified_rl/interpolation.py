@@ -17,6 +17,13 @@ from unified_rl.untrusted import LARGE, MAX_DEPTH, MAX_VALUES
 
 MISSING = "???"
 """What a file writes where the user has to give a value."""
+WANTED: dict[str | int, str] = {
+    "teacher": "RUN, the folder of a run or of a language model",
+    "folder": "FOLDER, of a language model; a teacher may be the folder of a run too",
+    "folders": "[RUN,RUN], folders of runs or of language models",
+    "data": "ROWS, a folder that 'unified-rl evaluate RUN --record ROWS' wrote",
+}
+"""What to give for such values by the last part of their key, which the files of this library leave open."""
 MAX_CHARACTERS = 1_000_000
 """In all texts that references make."""
 
@@ -68,7 +75,8 @@ class _References:
         if isinstance(value, list | tuple):
             return [self.value((*place, at)) for at in range(len(value))]
         if value == MISSING and isinstance(value, str):
-            raise ConfigError(f"{_text(place)} has no default; set it: {_text(place)}=...")
+            wanted = WANTED.get(place[-1])
+            raise ConfigError(f"{_text(place)} has no default; set it: {_text(place)}={wanted or '...'}")
         if not isinstance(value, bool | int | float | str | None):
             raise ConfigError(
                 f"{_text(place)} is a {type(value).__name__}, which no file can say; quote it if it is a text"

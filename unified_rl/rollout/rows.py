@@ -109,8 +109,8 @@ class RowBuilder:
                             "rollout.columns (null takes out all)"
                         )
                     raise ConfigError(
-                        f"rollout.columns.{name} names {one!r}, and {type(self.env).__name__} reports "
-                        f"{', '.join(known) or 'nothing'} (every task has {', '.join(OWN)}); {nearest(one, all_known)}"
+                        f"rollout.columns.{name} names {one!r}, which neither {type(self.env).__name__} nor every task "
+                        f"reports; {nearest(one, all_known)}"
                     )
 
     def groups(self, count: int) -> Tensor:
