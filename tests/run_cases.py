@@ -20,7 +20,7 @@ from unified_rl import config as configuration
 from unified_rl import instantiate
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import ChainMod
-from unified_rl.envs.language.base import Verdict
+from unified_rl.envs.language.verdict import Verdict
 from unified_rl.training.checkpoint import write_checkpoint
 from unified_rl.training.run import Job, record_dataset
 

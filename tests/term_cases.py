@@ -14,7 +14,7 @@ from torch import Tensor
 from unified_rl.agents.policy_gradient import PolicyGradient
 from unified_rl.correction import load_correction
 from unified_rl.envs.language import ChainMod
-from unified_rl.envs.language.base import Verdict
+from unified_rl.envs.language.verdict import Verdict
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.rollout import LanguageRollout
 

@@ -205,7 +205,7 @@ def test_users_folder_may_add_a_group_that_fills_a_known_node(toys: Path, tmp_pa
         (["agent.sizes=[1,a]"], ["agent.sizes"]),
         (["agent.pair=[1,2,3]"], ["agent.pair"]),
         (["agent.extra={a: x}"], ["agent.extra.a is 'x'; it must be a number"]),
-        (["agent.extra={a: 1, b: null}"], ["agent.extra.b is null; it must be a number"]),
+        (["agent.extra={a: 1, b: null}"], ["agent.extra.b is None; it must be a number"]),
         (["agent.brake=3"], ["agent.brake is 3"]),
         (["steps=ten"], ["steps is 'ten'", "a whole number"]),
         (["seed=1", "agent=sac", "seed=2"], ["seed is given twice"]),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unified_rl.envs.language import ChainMod
-from unified_rl.envs.language.base import Verdict
+from unified_rl.envs.language.verdict import Verdict
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.rollout import LanguageRollout
 from unified_rl.training import evaluation

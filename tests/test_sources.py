@@ -13,8 +13,9 @@ from tensordict import TensorDict
 
 from unified_rl.config import compose, resolve_defaults
 from unified_rl.envs.language import ChainMod, GuessNumber, JsonlProblems
-from unified_rl.envs.language.base import LanguageTask, Verdict
+from unified_rl.envs.language.base import LanguageTask
 from unified_rl.envs.language.rewards import Rewards
+from unified_rl.envs.language.verdict import Verdict
 from unified_rl.errors import ConfigError, DataError
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.generation import Generation

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from unified_rl.lazy import lazy
 
 if TYPE_CHECKING:
-    from unified_rl.envs.language.base import LanguageTask, Verdict
+    from unified_rl.envs.language.base import LanguageTask
     from unified_rl.envs.language.calculator import Calculator
     from unified_rl.envs.language.chain_mod import ChainMod
     from unified_rl.envs.language.codec import Codec, Segment
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         with_padding,
     )
     from unified_rl.envs.language.turn_env import LanguageTurnEnv
+    from unified_rl.envs.language.verdict import Verdict
 
 _PLACES = {
     "Calculator": "calculator",
@@ -35,7 +36,7 @@ _PLACES = {
     "LanguageTurnEnv": "turn_env",
     "ReasoningGym": "gym_tasks",
     "Segment": "codec",
-    "Verdict": "base",
+    "Verdict": "verdict",
     "character_tokenizer": "tokenizer",
     "choose_tokenizer": "tokenizer",
     "load_tokenizer": "tokenizer",

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from unified_rl.configurable import configurable
-from unified_rl.envs.language.base import LanguageTask, Verdict
+from unified_rl.envs.language.base import LanguageTask
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.judging import Truncated
 from unified_rl.envs.language.tokenizer import choose_tokenizer
+from unified_rl.envs.language.verdict import Verdict
 from unified_rl.errors import ConfigError
 from unified_rl.ranges import Count, HeldOut, Seed, Share, Texts, TwoOrMore, Whole, ranged
 

@@ -9,11 +9,11 @@ import re
 from typing import Any
 
 from unified_rl.configurable import configurable
-from unified_rl.envs.language.base import Verdict
 from unified_rl.envs.language.judging import Truncated
 from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.scoring import FAILED, GuardedScorer, Score
 from unified_rl.envs.language.tokenizer import choose_tokenizer
+from unified_rl.envs.language.verdict import Verdict
 from unified_rl.errors import ConfigError
 from unified_rl.ranges import Count, Float32, HeldOut, Positive, Seed, Texts, ranged
 

@@ -9,7 +9,6 @@ from typing import Any, overload
 
 from unified_rl.configurable import configurable
 from unified_rl.envs.language.answers import marked_answer
-from unified_rl.envs.language.base import Verdict
 from unified_rl.envs.language.chat import Chat, check_options, day_of
 from unified_rl.envs.language.codec import Segment
 from unified_rl.envs.language.judging import Truncated
@@ -17,6 +16,7 @@ from unified_rl.envs.language.pool import PooledTask
 from unified_rl.envs.language.tokenizer import load_tokenizer, train_bpe
 from unified_rl.envs.language.tool_formats import FORMS, ToolFormat, form_of, own_form
 from unified_rl.envs.language.tools import Asked, Tools
+from unified_rl.envs.language.verdict import Verdict
 from unified_rl.envs.language.verifiers import (
     MathVerifier,
     Verifier,
