@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -338,11 +338,11 @@ class Learnt(Fitted):
         each = fit.value.detach()[at] / len(fit.value)
         share = torch.zeros(len(rows), device=each.device).index_add(0, row, each)
 
-        def score() -> Tensor:
-            out: Tensor = torch.where(rows["mask"], self.policy.log_prob(rows).log_prob, 0.0).sum(-1)
+        def score(part: TensorDict) -> Tensor:
+            out: Tensor = torch.where(part["mask"], self.policy.log_prob(part).log_prob, 0.0).sum(-1)
             return out
 
-        return inner_products(score, list(self.policy.parameters()), share - share.mean())
+        return inner_products(score, self._parts(rows), list(self.policy.parameters()), share - share.mean())
 
     @torch.no_grad()
     def learnt(self, rows: TensorDict) -> None:
@@ -516,27 +516,37 @@ def preferred(score: Tensor, group: Tensor) -> Tensor:
     return torch.where(others > 0, wins / others.clamp(min=1), 0.5)
 
 
-def inner_products(score: Callable[[], Tensor], weights: list[Tensor], share: Tensor, step: float = 0.01) -> Tensor:
+def inner_products(
+    score: Callable[[TensorDict], Tensor],
+    parts: Sequence[TensorDict],
+    weights: Sequence[Tensor],
+    share: Tensor,
+    step: float = 0.01,
+) -> Tensor:
     """``<grad S_i, g>`` with ``g = sum_j share_j grad S_j`` over the weights, ``[B]``, by a central difference along g.
 
     Args:
-        score: ``S [B]`` under the present weights.
+        score: ``S [b]`` of rows under the present weights.
+        parts: the rows of one pass each, ``B`` together.
         weights: moved along ``g`` and back while it is computed.
         share: ``[B]``.
         step: length of the move.
     """
     trained = [weight for weight in weights if weight.requires_grad]
-    found = torch.autograd.grad(score(), trained, share, allow_unused=True)
-    moved = [(weight, along) for weight, along in zip(trained, found, strict=True) if along is not None]
-    norm = torch.stack([along.norm() for _, along in moved]).norm().clamp(min=1e-12)
+    along: dict[int, Tensor] = {}
+    for part, own in zip(parts, share.split([len(part) for part in parts]), strict=True):
+        for at, slope in enumerate(torch.autograd.grad(score(part), trained, own, allow_unused=True)):
+            if slope is not None:
+                along[at] = along[at] + slope if at in along else slope
+    norm = torch.stack([slope.norm() for slope in along.values()]).norm().clamp(min=1e-12)
     with torch.no_grad():
-        first = [weight.clone() for weight, _ in moved]
+        first = {at: trained[at].clone() for at in along}
         sides = []
         for sign in (1.0, -1.0):
-            for (weight, along), start in zip(moved, first, strict=True):
-                weight.copy_(start + sign * step * along / norm)
-            sides.append(score())
-        for (weight, _), start in zip(moved, first, strict=True):
-            weight.copy_(start)
+            for at, slope in along.items():
+                trained[at].copy_(first[at] + sign * step * slope / norm)
+            sides.append(torch.cat([score(part) for part in parts]))
+        for at, start in first.items():
+            trained[at].copy_(start)
     out: Tensor = (sides[0] - sides[1]) * norm / (2 * step)
     return out

@@ -87,7 +87,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.imitate.weight.gamma correction.kernel.share "
      "rollout.sources.rehearsed.per_group rollout.sources.rehearsed.rows "
      "rollout.sources.recorded.per_group rollout.sources.recorded.rows "
-     "agent.reward_model.loss.labelled rollout.sources.wanted.per_group rollout.sources.wanted.rows "
+     "rollout.sources.wanted.per_group rollout.sources.wanted.rows "
      "env.workers agent.gamma agent.lam agent.learning_starts agent.objectives.distill.kind.beta "
      "agent.objectives.imitate.coefficient.warmup agent.objectives.policy.coefficient.warmup "
      "agent.objectives.prefer.negatives agent.seed "

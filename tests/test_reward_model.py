@@ -81,8 +81,8 @@ def test_unjudged_groups_are_labelled_by_the_model_where_it_is_sure() -> None:
     assert unsure.better.tolist() == [1]
     one = WestOfN(labelled=0.5)(SCORE[rows] * 0, order, GROUP[rows] * 0)  # of a single group
     assert len(one.better) == 1
-    alone = WestOfN(labelled=0.0, confidence=0.5)(SCORE[rows], order, GROUP[rows])
-    assert [alone.better.tolist(), alone.worse.tolist()] == [[0, 4], [2, 3]]
+    least = WestOfN(labelled=0.01, confidence=0.5)(SCORE[rows], order, GROUP[rows])  # one group is judged all the same
+    assert [least.better.tolist(), least.worse.tolist()] == [[1, 4], [0, 3]]
 
 
 def test_two_equal_policies_cost_log_2() -> None:
@@ -118,12 +118,13 @@ def test_what_a_row_does_to_the_next_comparisons_is_a_product_of_gradients() -> 
     weights = list(policy.parameters())
     before = [w.detach().clone() for w in weights]
 
-    def score() -> torch.Tensor:
-        return torch.where(rows["mask"], policy.log_prob(rows).log_prob, 0.0).sum(-1)
+    def score(some: TensorDict) -> torch.Tensor:
+        return torch.where(some["mask"], policy.log_prob(some).log_prob, 0.0).sum(-1)
 
-    found = inner_products(score, weights, share, step=1e-4)
+    found = inner_products(score, [rows], weights, share, step=1e-4)
+    torch.testing.assert_close(inner_products(score, rows.split(3), weights, share, step=1e-4), found)
     each = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(s, weights, retain_graph=True)]) for s in score().unbind()
+        torch.cat([g.flatten() for g in torch.autograd.grad(s, weights, retain_graph=True)]) for s in score(rows).unbind()
     ]
     along = sum(x * g for x, g in zip(share, each, strict=True))
     torch.testing.assert_close(found, torch.stack([g @ along for g in each]), rtol=1e-5, atol=1e-5)
@@ -143,6 +144,19 @@ def test_a_row_of_a_ranking_takes_part_in_its_loss_once() -> None:
     assert float(model.lookahead(few, some).abs().max()) > 1e-3
     ranked = Fit(value, torch.tensor([0, 0]), torch.tensor([1, 2]), torch.zeros(2, dtype=torch.int64))
     assert float(model.lookahead(few, ranked).abs().max()) < 1e-5  # the best row is in two pairs, and one loss
+
+
+def test_looking_ahead_takes_a_micro_batch_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, rows = joined()
+    model = make_reward_model({"name": "learnt", "dependence": 1.0})
+    model.attach(policy, 0)
+    assert isinstance(model, Learnt)
+    pairs = Fit(torch.tensor([3.0, 1.0]), torch.tensor([0, 7]), torch.tensor([1, 9]), torch.arange(2))
+    whole, widths, plain = model.lookahead(rows, pairs), [], policy.log_prob
+    monkeypatch.setattr(policy, "log_prob", lambda part: (widths.append(len(part)), plain(part))[1])
+    model.micro_batch = 5
+    torch.testing.assert_close(model.lookahead(rows, pairs), whole, atol=1e-3, rtol=1e-3)
+    assert widths == [5, 5, 2] * 3 and float(whole.abs().max()) > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -344,6 +358,10 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
         ([*LANGUAGE, "agent.reward_model=lernt"], "agent.reward_model 'lernt' is unknown; did you mean 'learnt'"),
         ([*LANGUAGE, "agent.reward_model={name: learnt, loss: bradley}"], "did you mean 'bradley_terry'"),
         ([*LANGUAGE, "agent.reward_model={name: learnt, pessimism: 1.0}"], "set agent.reward_model.frozen=true"),
+        (
+            [*LANGUAGE, "agent.reward_model={name: learnt, loss: {name: west_of_n, labelled: 0.0}}"],
+            "agent.reward_model.loss.labelled",
+        ),
         ([*LANGUAGE, "agent.reward_model={name: stored}"], "needs folder"),
         ([*LANGUAGE, "agent.reward_model={name: stored, folder: x, lr: 1.0}"], "has no field 'lr'"),
         ([*LANGUAGE, "agent.reward_model={name: learnt, order: lenght}"], "define rollout.columns.lenght"),

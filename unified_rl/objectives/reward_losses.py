@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unified_rl.correction.lookup import bind
 from unified_rl.objectives.pairs import PAIRS, best_worst
-from unified_rl.ranges import NonNegative, UnitInterval
+from unified_rl.ranges import Fraction, NonNegative
 from unified_rl.returns.groups import Groups
 
 Probability = Annotated[float, Interval(ge=0.5, lt=1)]
@@ -87,18 +87,18 @@ class WestOfN(RewardLoss):
     The latter are kept where the model itself is at least so sure of them. West-of-N, 2401.12086.
 
     Args:
-        labelled: share of the groups, in their order, whose best and worst rows are judged; one of them at least,
-            where it is above 0, or else a model whose scores are still 0 would never be sure of any.
+        labelled: share of the groups, in their order, whose best and worst rows are judged; one of them at least, or
+            else a model whose scores are still 0 would never be sure of any.
         confidence: least probability of a pair, under the present scores, in the other groups.
     """
 
-    def __init__(self, *, labelled: UnitInterval = 0.5, confidence: Probability = 0.6) -> None:
+    def __init__(self, *, labelled: Fraction = 0.5, confidence: Probability = 0.6) -> None:
         self.labelled, self.confidence = labelled, confidence
 
     def __call__(self, score: Tensor, order: Tensor, group: Tensor) -> Fit:
         """One loss a pair."""
         groups = Groups(group)
-        judged = groups.index < max(bool(self.labelled), round(self.labelled * groups.number))
+        judged = groups.index < max(1, round(self.labelled * groups.number))
         gap = math.log(self.confidence / (1.0 - self.confidence))
         parts = []
         for rows, by, least in ((judged, order, 0.0), (~judged, score.detach(), gap)):
