@@ -8,12 +8,12 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from unified_rl.agents.credits import CREDITS
+from unified_rl.agents.rules import Rules
 from unified_rl.correction import Correction
 from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.correction.requirements import advantage_needs_group, without_groups
 from unified_rl.errors import ConfigError
 from unified_rl.instantiate import nearest
-from unified_rl.objectives.moving import Moving
 from unified_rl.objectives.objective import Term
 from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.terms import OWN_ROWS
@@ -182,19 +182,28 @@ def check_gates(gates: Mapping[str, Any] | None, terms: Mapping[str, Term], corr
             )
 
 
-def check_columns(
-    terms: Mapping[str, Term],
-    gates: Collection[str],
-    correction: Correction,
-    columns: Collection[str],
-    rules: Iterable[Moving] = (),
-) -> None:
+def check_columns(terms: Mapping[str, Term], rules: Rules, correction: Correction, columns: Collection[str]) -> None:
     """Refuses a choice of rows by a column that is no gate and that no row will have, and rules that need another.
 
+    Args:
+        terms: of the loss.
+        rules: of the rows of an update.
+        correction: may name columns too.
+        columns: that rows are collected with; a mapping says how many numbers a row has in them, 0 where one alone.
+
     Raises:
-        ConfigError: names the setting and the nearest column.
+        ConfigError: names the setting and the nearest column, or a collected column that the update writes itself.
     """
-    known = [*gates, *columns]
+    for name in columns:
+        if name in rules.taken:
+            raise ConfigError(
+                f"rollout.columns.{name}: the update itself writes {name!r} into its rows; choose another name"
+            )
+    widths = {name: width for name, width in columns.items() if width} if isinstance(columns, Mapping) else {}
+    for column in rules.columns.values():
+        column.check_widths(widths)
+    columns = [*columns, *rules.columns]
+    known = [*rules.gates, *columns]
     for gate, where in gates_read(terms, correction).items():
         if gate not in known:
             raise ConfigError(
@@ -203,13 +212,16 @@ def check_columns(
             )
     for term in terms.values():
         term.check_columns(columns)
-    for rule in rules:
+    for rule in rules.moving:
         for name in rule.columns:
-            if name not in columns:
-                fix = "rollout.privileged" if name.startswith("privileged_") else f"rollout.columns.{name}"
-                raise ConfigError(
-                    f"{rule.where} needs {name!r}, which is no column of the rows; {nearest(name, columns)}: set {fix}"
-                )
+            if name in columns:
+                continue
+            if name == "tokens":
+                raise ConfigError(f"{rule.where} compares texts, and the rows of this run hold none: take it out")
+            fix = "rollout.privileged" if name.startswith("privileged_") else f"rollout.columns.{name}"
+            raise ConfigError(
+                f"{rule.where} needs {name!r}, which is no column of the rows; {nearest(name, columns)}: set {fix}"
+            )
     for number, penalty in enumerate(correction.penalties):
         if penalty.weight is not None and penalty.weight not in columns:
             raise ConfigError(
@@ -226,17 +238,23 @@ def check_columns(
 
 
 def check_written_columns(
-    written: Collection[str], rules: Iterable[Moving], terms: Mapping[str, Term], correction: Correction
+    rules: Rules, terms: Mapping[str, Term], correction: Correction, routes: Iterable[str] = ()
 ) -> None:
     """Refuses a column of the agent's that nothing reads.
+
+    Args:
+        rules: of the rows of an update, the columns among them.
+        terms: of the loss.
+        correction: may name columns too.
+        routes: columns by which teachers are chosen.
 
     Raises:
         ConfigError: names it, and what reads columns.
     """
     read = {correction.advantage.get(key) for key in NAMES_COLUMN}
-    read |= {penalty.weight for penalty in correction.penalties}
-    read = read.union(*(rule.columns for rule in rules), *(term.columns for term in terms.values()))
-    for name in written:
+    read |= {penalty.weight for penalty in correction.penalties} | {*gates_read(terms, correction), *routes}
+    read = read.union(*(rule.columns for rule in rules.moving), *(term.columns for term in terms.values()))
+    for name in rules.columns:
         if name not in read:
             raise ConfigError(
                 f"agent.columns.{name} is set, but nothing reads it: take it out, or name it in "

@@ -13,8 +13,9 @@ from torch import Tensor
 from unified_rl.agents.advantage_source import Credit
 from unified_rl.agents.baselines import Baseline, GroupBaseline, TokenBaseline
 from unified_rl.agents.credits import CREDITS, check_hierarchy
+from unified_rl.agents.modelled_reward import ModelledReward
 from unified_rl.agents.reference_kl import ReferenceKl
-from unified_rl.agents.reward_model import ModelledReward
+from unified_rl.agents.rules import Rules, make_rules
 from unified_rl.correction import Correction
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
@@ -24,11 +25,7 @@ from unified_rl.objectives.objective import Objective, Parts
 from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.terms import OWN_ROWS
 from unified_rl.protocols import ShowsLogits, UnitStates
-from unified_rl.returns.columns import COLUMNS
-from unified_rl.returns.filters import FILTERS
-from unified_rl.returns.gates import GATES
 from unified_rl.returns.groups import Groups
-from unified_rl.returns.maps import MAPS
 from unified_rl.returns.readings import STATES
 from unified_rl.units import COUNTED, row_return
 
@@ -76,7 +73,7 @@ class CriticAdvantage:
 
 
 class Estimate:
-    """Drops, columns, gates, anchors, advantages, maps, filters: in this order, on the joined rows of one update.
+    """Rewards of a model, columns, drops, gates, anchors, advantages, maps, filters: on the joined rows of one update.
 
     Columns that other policies' log-probs are read for come behind the anchors, and are of the rows that are left.
 
@@ -84,9 +81,7 @@ class Estimate:
         parts, objective: of the agent.
         advantage: ``(record, log_prob, weight) -> [B, T] or [B, N]``.
         drop_equal_groups: leave out rows of groups whose rewards are all equal.
-        gates: bool columns by name, see :func:`make_gates`.
-        columns: numbers of rows by name, see :func:`make_columns`.
-        maps, filters: of the advantages, and by them, in order, see :func:`make_maps` and :func:`make_filters`.
+        rules: the gates, the columns, the maps and the filters.
         reference_kl: reported, and taken from the rewards where it stands there.
         reward_model: gives the rewards in place of the environment.
     """
@@ -97,22 +92,18 @@ class Estimate:
         objective: Objective,
         advantage: GroupBaseline | CriticAdvantage,
         drop_equal_groups: bool = False,
-        gates: Mapping[str, Callable[[TensorDict], Tensor]] | None = None,
-        maps: Sequence[Moving] = (),
+        rules: Rules | None = None,
         reference_kl: ReferenceKl | None = None,
-        filters: Sequence[Moving] = (),
-        columns: Mapping[str, Moving] | None = None,
         reward_model: ModelledReward | None = None,
     ) -> None:
         self.reward_model = reward_model
         self.policy, self.anchors, self.wrapper, self.objective = parts.policy, parts.anchors, parts.wrapper, objective
         self.groups = advantage
         self.drop_equal_groups = drop_equal_groups
-        self.gates, self.maps, self.filters = dict(gates or {}), maps, filters
-        self.columns = dict(columns or {})
-        self.late = _late(self.columns)
+        self.rules = rules or make_rules({})
+        self.late = self.rules.late
         self.reference_kl = reference_kl or ReferenceKl(0.0)
-        for rule in self.rules:
+        for rule in self.rules.moving:
             if rule.reads and not isinstance(self.policy, ShowsLogits):
                 raise ConfigError(
                     f"{rule.where} reads the distribution of every unit, and {type(self.policy).__name__} shows none: "
@@ -125,23 +116,18 @@ class Estimate:
                 )
 
     @property
-    def rules(self) -> list[Moving]:
-        """The columns, the maps and the filters, in their order."""
-        return [*self.columns.values(), *self.maps, *self.filters]
-
-    @property
     def followed(self) -> set[str]:
         """Names of the metrics that controllers of columns, maps and filters follow."""
-        return set().union(*(rule.metrics for rule in self.rules))
+        return set().union(*(rule.metrics for rule in self.rules.moving))
 
     def start(self, progress: float, update: int) -> None:
         """At the start of an update: sets the numbers of columns, maps and filters that move."""
-        for rule in self.rules:
+        for rule in self.rules.moving:
             rule.start(progress, update)
 
     def finish(self, metrics: Mapping[str, Any], reported: Collection[str]) -> None:
         """At the end of an update: controllers see its metrics."""
-        for rule in self.rules:
+        for rule in self.rules.moving:
             rule.finish(metrics, reported)
 
     @property
@@ -149,8 +135,8 @@ class Estimate:
         """Names of the metrics that it adds."""
         kl = {"kl/reference"} if self.reference_kl.coefficient else set()
         kept = {"train/groups_kept"} if self.drop_equal_groups else set()
-        kept |= {"train/kept"} if self.filters else set()
-        own = {f"train/column/{name}" for name in self.columns}
+        kept |= {"train/kept"} if self.rules.filters else set()
+        own = {f"train/column/{name}" for name in self.rules.columns}
         kept |= set() if self.reward_model is None else self.reward_model.reports
         return {"train/reward", "train/zero_advantage", "train/counted", *kl, *kept, *own}
 
@@ -164,14 +150,12 @@ class Estimate:
             record = record if bool(counted.all()) else record[counted]
             if not len(record):
                 return record
-        self._write_columns(record, metrics, late=False)
-        total = row_return(record)
-        metrics["train/reward"] = self._own(record, total).mean()
+        metrics["train/reward"] = self._own(record, row_return(record)).mean()
         if self.reward_model is not None:
             self.reward_model(record, version, metrics)
-            total = row_return(record)
+        self._write_columns(record, metrics, late=False)
         if self.drop_equal_groups:
-            groups = Groups.of(record)
+            groups, total = Groups.of(record), row_return(record)
             kept = groups.extreme(total, "amax") > groups.extreme(total, "amin")
             metrics["train/groups_kept"] = kept.float().mean()
             record = record[kept]
@@ -187,13 +171,13 @@ class Estimate:
         score = partial(self.anchors.chunked, self.policy, record)
         weight = self.wrapper.row_weight(record) if isinstance(self.groups, GroupBaseline) else None
         record["advantage"] = self.groups(record, score, weight)
-        self._read(record, [*self.maps, *self.filters])
-        if any(rule.states for rule in self.rules):
+        self._read(record, [*self.rules.maps, *self.rules.filters])
+        if any(rule.states for rule in self.rules.moving):
             record[STATES] = self.anchors.states(record)
-        for reshape in self.maps:
+        for reshape in self.rules.maps:
             record["advantage"] = _fitting(_applied(reshape, record, record["advantage"]), record, reshape.where)
         metrics["train/zero_advantage"] = (record["advantage"] == 0).float().mean()
-        kept = self._filtered(record, metrics) if self.filters else record
+        kept = self._filtered(record, metrics) if self.rules.filters else record
         return kept.exclude(STATES) if STATES in kept.keys() else kept
 
     def _check_groups(self, record: TensorDict) -> None:
@@ -201,7 +185,7 @@ class Estimate:
         self.objective.check_groups(record)
         if self.reward_model is not None:
             self.reward_model.check_groups(record)
-        for rule in [*self.maps, *self.filters]:
+        for rule in [*self.rules.maps, *self.rules.filters]:
             rule.check_groups(record)
 
     def _read(self, record: TensorDict, rules: Sequence[Moving]) -> None:
@@ -212,7 +196,7 @@ class Estimate:
 
     def _write_columns(self, record: TensorDict, metrics: dict[str, Any], *, late: bool) -> None:
         """Writes the columns that need other policies, or those that do not."""
-        for name, rule in self.columns.items():
+        for name, rule in self.rules.columns.items():
             if (name in self.late) is not late:
                 continue
             if name in record.keys():
@@ -228,7 +212,7 @@ class Estimate:
     def _filtered(self, record: TensorDict, metrics: dict[str, Any]) -> TensorDict:
         """The rows and the units that every filter in turn keeps."""
         units = record["mask"].sum()
-        for keeps in self.filters:
+        for keeps in self.rules.filters:
             kept = _applied(keeps, record, record["advantage"])
             if kept.dtype != torch.bool or kept.shape not in (record.batch_size, record["mask"].shape):
                 shape = f"{kept.dtype} {tuple(kept.shape)}"
@@ -252,7 +236,7 @@ class Estimate:
 
     def _open_gates(self, record: TensorDict) -> None:
         """Writes the gates' columns, and finds every column by which a term chooses rows."""
-        for name, gate in self.gates.items():
+        for name, gate in self.rules.gates.items():
             if name in record.keys():
                 raise ConfigError(f"agent.gates.{name} would overwrite the record's own column; choose another name")
             found = gate(record)
@@ -263,7 +247,7 @@ class Estimate:
         for term in self.objective.terms.values():
             for name in term.rows.gates:
                 if name not in record.keys():
-                    near = nearest(name, self.gates)
+                    near = nearest(name, self.rules.gates)
                     raise ConfigError(
                         f"{term.where}.rows chooses by {name!r}, which neither agent.gates nor the record has; {near}"
                     )
@@ -279,70 +263,15 @@ class Estimate:
 
     def state_dict(self) -> dict[str, Any]:
         """Of the advantage, and of the controllers of columns, maps and filters."""
-        rules = {rule.where: state for rule in self.rules if (state := rule.state_dict())}
+        rules = {rule.where: state for rule in self.rules.moving if (state := rule.state_dict())}
         return {**self.groups.state_dict(), **({"rules": rules} if rules else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`."""
         self.groups.load_state_dict(state)
-        for rule in self.rules:
+        for rule in self.rules.moving:
             if rule.where in state.get("rules", {}):
                 rule.load_state_dict(state["rules"][rule.where])
-
-
-def make_gates(nodes: Mapping[str, Any] | None) -> dict[str, Callable[[TensorDict], Tensor]]:
-    """The gates that ``agent.gates`` describes, by name.
-
-    Raises:
-        ConfigError: an unknown gate or setting, under its full name.
-    """
-    return {name: bind(node, GATES, f"agent.gates.{name}")[0] for name, node in (nodes or {}).items()}
-
-
-def make_columns(nodes: Mapping[str, Any] | None) -> dict[str, Moving]:
-    """The columns that ``agent.columns`` describes, by name.
-
-    Raises:
-        ConfigError: an unknown column or setting, under its full name, or one that reads another before it is written.
-    """
-    given = nodes or {}
-    made: dict[str, Moving] = {}
-    for name, node in given.items():
-        made[name] = Moving(node, COLUMNS, f"agent.columns.{name}")
-        early = [other for other in made[name].columns if other in given and (other == name or other not in made)]
-        if early:
-            raise ConfigError(
-                f"agent.columns.{name} reads {early[0]!r}, and columns are written in their order: define "
-                f"agent.columns.{early[0]} before it, under another name than its own"
-            )
-    return made
-
-
-def make_maps(nodes: Sequence[Any] | None) -> list[Moving]:
-    """The maps that ``agent.maps`` describes.
-
-    Raises:
-        ConfigError: an unknown map or setting, under its full name.
-    """
-    return [Moving(node, MAPS, f"agent.maps[{number}]") for number, node in enumerate(nodes or ())]
-
-
-def make_filters(nodes: Sequence[Any] | None) -> list[Moving]:
-    """The filters that ``agent.filters`` describes.
-
-    Raises:
-        ConfigError: an unknown filter or setting, under its full name.
-    """
-    return [Moving(node, FILTERS, f"agent.filters[{number}]") for number, node in enumerate(nodes or ())]
-
-
-def _late(columns: Mapping[str, Moving]) -> set[str]:
-    """Names of the columns that other policies' log-probs, or distributions, are read for; of their readers too."""
-    late: set[str] = set()
-    for name, rule in columns.items():
-        if rule.anchors or rule.reads or late.intersection(rule.columns):
-            late.add(name)
-    return late
 
 
 def _applied(rule: Moving, record: TensorDict, *advantage: Tensor) -> Tensor:

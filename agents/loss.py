@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from unified_rl.agents.rules import Rules
 from unified_rl.correction.lookup import as_rule, bind
 from unified_rl.errors import ConfigError
 from unified_rl.objectives.divergence import DivergenceTerm
@@ -13,7 +14,7 @@ from unified_rl.objectives.entropy import SelectiveEntropyTerm, WeighedEntropyTe
 from unified_rl.objectives.equivalence import EquivalenceTerm
 from unified_rl.objectives.margin import MarginTerm
 from unified_rl.objectives.moving import Moving
-from unified_rl.objectives.objective import Parts, Term
+from unified_rl.objectives.objective import Objective, Parts, Term
 from unified_rl.objectives.other_views import OtherViewsTerm
 from unified_rl.objectives.preference import KtoTerm, PreferenceTerm, SetPreferenceTerm
 from unified_rl.objectives.records import RecordGradients
@@ -112,29 +113,28 @@ def make_records(node: Node | None) -> RecordGradients | None:
     return made
 
 
-def check_records(
-    records: RecordGradients,
-    policy: Trainable,
-    terms: Mapping[str, Term],
-    rules: Mapping[str, Any],
-    dropped: bool,
-    split: bool,
-) -> None:
-    """Refuses what would let one record move the gradients of others.
+def attached_records(
+    node: Node | None, policy: Trainable, objective: Objective, rules: Rules, dropped: bool, split: bool
+) -> RecordGradients | None:
+    """What ``agent.per_record`` describes, beside the terms whose gradients it joins; None without it.
 
     Args:
-        records: joins their gradients.
+        node: of the configuration.
         policy: that is trained.
-        terms: of the loss.
-        rules: settings that look at several rows, by name.
+        objective: the terms of the loss.
+        rules: of the rows of an update.
         dropped: rows are left out by their groups.
         split: optimiser batches are of single steps.
 
     Raises:
-        ConfigError: names the setting.
+        ConfigError: a wrong setting, or something that would let one record move the gradients of others.
     """
-    records.check(terms.values())
-    given = [name for name, value in {**rules, "drop_equal_groups": dropped}.items() if value]
+    objective.records = records = make_records(node)
+    if records is None:
+        return None
+    records.check(objective.terms.values())
+    compared = {"filters": rules.filters, "gates": rules.gates, "drop_equal_groups": dropped}
+    given = [name for name, value in compared.items() if value]
     if given:
         raise ConfigError(f"agent.per_record bounds the gradient of each record, and agent.{given[0]} compares records")
     if split:
@@ -147,6 +147,7 @@ def check_records(
             "agent.per_record bounds the gradient of each record, and policy.normalize_observation learns from all of "
             "them without a bound: set it to false"
         )
+    return records
 
 
 def anchors_of(terms: Iterable[Term], rules: Iterable[Moving]) -> tuple[dict[str, str], dict[str, str]]:

@@ -29,11 +29,13 @@ from unified_rl.agents.advantage_source import (
 from unified_rl.agents.anchors import PROVIDERS, Anchors, check_anchors
 from unified_rl.agents.baselines import Baseline, StateBaseline, keep_seen, make_baseline, update_moments
 from unified_rl.agents.batches import Batches, Draw, choose_steps
-from unified_rl.agents.estimate import Estimate, make_advantage, make_columns, make_filters, make_gates, make_maps
-from unified_rl.agents.loss import anchors_of, attach, check_records, make_records, make_terms, refuse_memory
+from unified_rl.agents.estimate import Estimate, make_advantage
+from unified_rl.agents.loss import anchors_of, attach, attached_records, make_records, make_terms, refuse_memory
+from unified_rl.agents.providers import Routed
 from unified_rl.agents.reference_kl import ReferenceKl, check_kl
 from unified_rl.agents.return_scale import check_order, check_scales
-from unified_rl.agents.reward_model import check_reward_model, make_reward_model
+from unified_rl.agents.reward_model import attached_reward_model, make_reward_model
+from unified_rl.agents.rules import make_rules
 from unified_rl.agents.scoring import identity_check, scoring
 from unified_rl.configurable import configurable
 from unified_rl.correction import Correction
@@ -223,8 +225,8 @@ class PolicyGradient:
         terms = make_terms(objectives, value_coef if self.use_critic else None, value_clip, entropy_coef)
         by_step = self.use_critic and not self.language
         self.shuffle_steps = choose_steps(shuffle_steps, by_step, correction, self.wrapper, terms.values())
-        self.baseline: Baseline | None = None
         modules: dict[str, HasWeights] = {"policy": policy}
+        self.baseline: Baseline | None = None
         if self.use_critic:
             self.baseline = make_baseline(policy, critic_hidden, critic_config, seed, heads_of(self.credit))
             if isinstance(self.baseline, StateBaseline):
@@ -235,8 +237,8 @@ class PolicyGradient:
         rates = None if critic_lr is None else {"critic": critic_lr}
         self.optimizer = Optimizer(modules, lr, weight_decay, rates=rates, **options)
         self.wrapper.attach(self.optimizer)
-        reshaped, kept, written = make_maps(maps), make_filters(filters), make_columns(columns)
-        needs = anchors_of(terms.values(), [*written.values(), *reshaped, *kept])
+        rules = make_rules({"gates": gates, "columns": columns, "maps": maps, "filters": filters})
+        needs = anchors_of(terms.values(), rules.moving)
         needs[0].update(reference_kl.anchors)
         refuse_memory(policy, needs[1])
         self.anchors = Anchors(
@@ -247,22 +249,16 @@ class PolicyGradient:
         attach(terms, parts, compiled=self.compiled, target_kl=target_kl)
         plain = scoring(policy, compile, cuda_graph, self.device)
         self.objective = Objective(policy, terms, lambda rows: self.wrapper.score(rows, plain), generator)
-        self.reward_model = None if reward_model is None else make_reward_model(reward_model)
-        if self.reward_model is not None:
-            check_reward_model(correction, normalize_reward)
-            self.reward_model.attach(policy, seed)
-            self.reward_model.micro_batch = micro_batch
-        self.records = make_records(per_record)
+        self.reward_model = attached_reward_model(reward_model, parts, normalize_reward, micro_batch, seed)
+        self.records = attached_records(
+            per_record, policy, self.objective, rules, drop_equal_groups, self.shuffle_steps
+        )
         if self.records is not None:
-            rules = {"filters": filters, "gates": gates}
-            check_records(self.records, policy, terms, rules, drop_equal_groups, self.shuffle_steps)
             self.records.attach(self.optimizer.parameters, generator_of(seed, "records"))
-            self.objective.records = self.records
         source = make_advantage(correction, self.baseline, self.credit, lam, off_policy_targets, normalize_advantage)
         self.estimate = Estimate(
-            parts, self.objective, source, drop_equal_groups, make_gates(gates), reshaped, reference_kl, kept, written,
-            self.reward_model,
-        )  # fmt: skip
+            parts, self.objective, source, drop_equal_groups, rules, reference_kl, self.reward_model
+        )
         self.objective.follow(self.estimate.followed)
         self.draw = Draw(rows, length, self.language, discrete, not self.shuffle_steps, self.device)
         self.batches = Batches(generator, epochs, minibatch, target_kl)
@@ -299,11 +295,9 @@ class PolicyGradient:
             from unified_rl.policies.model_sizes import check_model_config  # transformers is slow to import
 
             check_model_config(settings["critic_config"], "agent.critic_config")
-        make_gates(settings.get("gates"))
         if settings.get("reward_model") is not None:
             make_reward_model(settings["reward_model"])
-        rules = [*make_columns(settings.get("columns")).values(), *make_maps(settings.get("maps"))]
-        needs = anchors_of(terms.values(), [*rules, *make_filters(settings.get("filters"))])
+        needs = anchors_of(terms.values(), make_rules(settings).moving)
         check_anchors(settings.get("anchors") or {}, {**needs[0], **needs[1]})
 
     @property
@@ -416,7 +410,7 @@ class PolicyGradient:
         Args:
             sources: of the rows that will be drawn.
             group_size: the most rows that share a group.
-            columns: of the rows, beside the gates.
+            columns: of the rows, beside the gates, see :func:`~unified_rl.agents.advantage_source.check_columns`.
             stored: some of source OFFLINE were sampled by weights of before.
 
         Raises:
@@ -428,15 +422,14 @@ class PolicyGradient:
                 "rows (source offline) are not kept: take out their source, or use correction=decoupled_ppo, which "
                 "needs none"
             )
-        terms = self.objective.terms
-        self.anchors.check_columns({*columns, *self.estimate.gates, *self.estimate.columns})
+        terms, rules = self.objective.terms, self.estimate.rules
+        self.anchors.check_columns({*columns, *rules.gates, *rules.columns})
         if self.reward_model is not None:
             self.reward_model.check_columns(columns)
-        check_columns(
-            terms, self.estimate.gates, self.correction, [*columns, *self.estimate.columns], self.estimate.rules
-        )
-        check_written_columns(self.estimate.columns, self.estimate.rules, terms, self.correction)
-        check_gates(self.estimate.gates, terms, self.correction)
+        check_columns(terms, rules, self.correction, columns)
+        routes = [provider.by for provider in self.anchors.values() if isinstance(provider, Routed)]
+        check_written_columns(rules, terms, self.correction, routes)
+        check_gates(rules.gates, terms, self.correction)
         if group_size == 1:
             for term in self.objective.active.values():
                 term.refuse_lone()

@@ -15,8 +15,10 @@ from run_cases import ALLOW, CONTROL, LANGUAGE, cached, composed, merged, traine
 from tensordict import TensorDict
 from term_cases import agent_of, joined
 
+from unified_rl.agents.learnt_reward import Learnt, inner_products
+from unified_rl.agents.modelled_reward import preferred
 from unified_rl.agents.policy_gradient import PolicyGradient
-from unified_rl.agents.reward_model import Learnt, inner_products, make_reward_model, preferred
+from unified_rl.agents.reward_model import make_reward_model
 from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.objectives.reward_losses import BradleyTerry, Fit, PlackettLuce, WestOfN
 from unified_rl.policies.reward_model import Coverage, ReversedModel, RewardModel, placed, reversed_rows
@@ -124,7 +126,8 @@ def test_what_a_row_does_to_the_next_comparisons_is_a_product_of_gradients() -> 
     found = inner_products(score, [rows], weights, share, step=1e-4)
     torch.testing.assert_close(inner_products(score, rows.split(3), weights, share, step=1e-4), found)
     each = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(s, weights, retain_graph=True)]) for s in score(rows).unbind()
+        torch.cat([g.flatten() for g in torch.autograd.grad(s, weights, retain_graph=True)])
+        for s in score(rows).unbind()
     ]
     along = sum(x * g for x, g in zip(share, each, strict=True))
     torch.testing.assert_close(found, torch.stack([g @ along for g in each]), rtol=1e-5, atol=1e-5)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from agent_cases import TINY, close, filled, gradients, nudge, stream
-from run_cases import LANGUAGE, merged
+from run_cases import CONTROL, LANGUAGE, merged
 from term_cases import Easy, agent_of, both_splits, dense, joined, want
 from test_nonsense import stage
 from test_row_rules import record
 
-from unified_rl.agents.estimate import Estimate, make_columns
+from unified_rl.agents.estimate import Estimate
+from unified_rl.agents.rules import make_rules
 from unified_rl.correction import load_correction
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.objectives.coefficients import coefficient
@@ -283,6 +284,14 @@ GRPO = tuple(merged(LANGUAGE, ["correction=grpo"]))
         ("agent.columns={x: {name: bent, trun: 0.5}}", ["agent.columns.x", "did you mean 'turn'"]),
         ("agent.columns={x: bent}", ["agent.columns.x", "nothing reads it"]),
         ("agent.columns={x: {name: rubric, of: [y]}, y: bent}", ["agent.columns.x", "agent.columns.y before it"]),
+        ("agent.columns={advantage: bent}", ["agent.columns.advantage", "choose another name"]),
+        ("agent.columns={old_log_prob: bent}", ["agent.columns.old_log_prob", "choose another name"]),
+        ("agent.gates={value: success_at_most}", ["agent.gates.value", "choose another name"]),
+        ("rollout.columns={advantage: correct}", ["rollout.columns.advantage", "choose another name"]),
+        (
+            "agent.columns={x: {name: rubric, of: [group, source], weights: [1.0]}}",
+            ["agent.columns.x has 1 weights for 2 criteria"],
+        ),
         ("correction.advantage.reward=mixd", ["correction.advantage.reward", "agent.columns.mixd"]),
         ("correction.penalty=[{name: k2, weight: near}]", ["correction.penalty.0.weight", "agent.columns.near"]),
         (
@@ -296,12 +305,62 @@ def test_columns_that_nothing_writes_or_reads_are_refused_by_name(change: str, w
     assert found and all(word in found for word in words), found
 
 
+@pytest.mark.parametrize(
+    ("column", "told"),
+    [
+        ({"name": "rubric", "weights": [1.0, 2.0, 3.0]}, "agent.columns.x has 3 weights for 2 criteria"),
+        ({"name": "criterion", "at": 2}, "agent.columns.x has at=2, and scores holds 2 scores a row"),
+        ({"name": "rubric", "weights": [1.0, 2.0]}, ""),
+        ({"name": "criterion", "at": 1}, ""),
+    ],
+)
+def test_a_column_of_other_scores_than_rows_will_have_is_refused_before_any(column: dict[str, Any], told: str) -> None:
+    words = merged(GRPO, ["rollout.columns={scores: [correct, truncated]}", "correction.advantage.reward=x"])
+    node = ", ".join(f"{key}: {value}" for key, value in column.items())
+    assert stage(words, f"agent.columns={{x: {{{node}}}}}", None) == told  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("node", ["likeness", "distinct"])
+def test_control_has_no_texts_to_compare(node: str) -> None:
+    words = merged(CONTROL, ["correction=grpo", "agent.advantage=critic"])
+    found = stage(words, f"agent.columns={{x: {node}}}", None)  # type: ignore[arg-type]
+    assert "agent.columns.x compares texts" in found and "rollout.columns" not in found, found
+
+
+def test_a_name_under_which_a_rule_reads_is_taken_where_it_does() -> None:
+    assert list(make_rules({"columns": {"entropy": "bent"}}).columns) == ["entropy"]
+    with pytest.raises(ConfigError, match=r"agent\.columns\.entropy: the update itself writes 'entropy'"):
+        make_rules({"columns": {"entropy": "bent"}, "filters": ["entropy_above"]})
+    with pytest.raises(ConfigError, match=r"agent\.columns\.x and agent\.gates\.x are one entry"):
+        make_rules({"columns": {"x": "bent"}, "gates": {"x": "success_at_most"}})
+
+
+@pytest.mark.parametrize("rows", [{"when": "x"}, {"unless": "x"}])
+def test_a_column_by_which_rows_are_chosen_is_read(rows: dict[str, Any]) -> None:
+    policy, record = joined()
+    agent = agent_of(policy, record, objectives={"policy": {"rows": rows}}, columns={"x": "bent"})
+    agent.check_written([0], 4, list(record.keys()))
+
+
+def test_columns_see_the_rewards_of_a_model() -> None:
+    policy, rows = joined()
+    agent = agent_of(policy, rows, "reinforce", columns={"x": "bent"}, reward_model="reversed")
+    seen: list[Any] = []
+    agent.watch = seen.append
+    agent.update(filled(rows, 1))
+    assert float(seen[0]["reward"].sum(-1).max()) < 0.0  # log-probs, where the task gives 0 and 1
+    torch.testing.assert_close(seen[0]["x"], columns.bent(seen[0]))
+
+
 def test_columns_of_late_columns_are_late() -> None:
-    made = make_columns({"mark": "spoken", "sum": {"name": "rubric", "of": ["mark"]}, "own": "bent"})
+    nodes = {"mark": "spoken", "sum": {"name": "rubric", "of": ["mark"]}, "own": "bent"}
     policy, rows = joined()
     agent = agent_of(policy, rows)
     parts = Parts(policy, agent.correction, agent.wrapper, agent.anchors)
-    assert Estimate(parts, agent.objective, agent.estimate.groups, columns=made).late == {"mark", "sum"}
+    assert Estimate(parts, agent.objective, agent.estimate.groups, rules=make_rules({"columns": nodes})).late == {
+        "mark",
+        "sum",
+    }
 
 
 @pytest.mark.parametrize("term", [{"name": "preference", "order": "x"}, {"name": "triage", "old": "x"}])

@@ -370,8 +370,10 @@ def test_a_number_of_a_rule_may_follow_a_schedule_and_a_controller_that_resumes(
     again.load_state_dict(copy.deepcopy(agent.state_dict()))
     for one in (agent, again):
         one.estimate.start(1.0, 1)
-        assert one.estimate.maps[0].settings["share"] == pytest.approx(-0.1 * (0.1 - float(found["policy/entropy"])))
-        assert one.estimate.filters[0].settings["keep"] == 1.0
+        assert one.estimate.rules.maps[0].settings["share"] == pytest.approx(
+            -0.1 * (0.1 - float(found["policy/entropy"]))
+        )
+        assert one.estimate.rules.filters[0].settings["keep"] == 1.0
         one.update(filled(rows, 1), progress=1.0)
     for a, b in zip(agent.policy.parameters(), again.policy.parameters(), strict=True):
         assert a.equal(b)

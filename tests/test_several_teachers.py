@@ -65,6 +65,11 @@ def test_each_row_is_compared_with_its_own_teacher_whatever_their_sizes(tmp_path
         ConfigError, match=r"teacher\.by=domain reads the column domain, .* set rollout\.columns\.domain"
     ):
         agent.check_written([0], 4, ["reward", "group"])
+    written = agent_of(
+        policy, rows, maps=[{"name": "taught", "outcome": 0.5}], anchors={"teacher": node},
+        columns={"domain": "bent"},
+    )  # fmt: skip
+    written.check_written([0], 4, ["reward", "group"])  # a column of the agent's is read by its teachers
 
 
 def test_logits_of_no_unit_are_those_of_a_teacher_that_has_rows() -> None:

@@ -22,7 +22,8 @@ class Moving:
     whose log-probs it wants, ``reads``, ``(**settings) -> {column: (logits [n, V], token [n]) -> [n]}``, and
     ``columns``, ``(**settings) -> [name]``, further entries of the record that it needs, and ``states``, whether it
     wants the last hidden state of every unit, :data:`~unified_rl.returns.readings.STATES`, and ``compares``,
-    ``(**settings) -> bool``, whether it is about rows of one group.
+    ``(**settings) -> bool``, whether it is about rows of one group, and ``misfit``, ``(widths, **settings) -> str``,
+    what is wrong with settings beside entries of so many numbers a row, or None.
 
     Args:
         node: a name, or a mapping with ``name`` and settings; a mapping in place of a number, in a list too, is a
@@ -62,6 +63,17 @@ class Moving:
         """Entries of the record that it needs beside those that every record has."""
         declared = getattr(self.rule.func, "columns", None)
         return [] if declared is None else declared(**self.settings)
+
+    def check_widths(self, widths: Mapping[str, int]) -> None:
+        """Looks at how many numbers rows have in entries, as far as that is known before any are collected.
+
+        Raises:
+            ConfigError: a setting does not fit them.
+        """
+        declared = getattr(self.rule.func, "misfit", None)
+        told = None if declared is None else declared(widths, **self.settings)
+        if told is not None:
+            raise ConfigError(f"{self.where} {told}")
 
     @property
     def compares(self) -> bool:

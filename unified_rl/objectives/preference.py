@@ -20,10 +20,54 @@ from unified_rl.ranges import Name, NonNegative, Positive, Whole
 from unified_rl.returns.groups import Groups
 from unified_rl.units import Source, row_return
 
-__all__ = ["LINKS", "PAIRS", "KtoTerm", "PreferenceTerm", "SetPreferenceTerm"]
+__all__ = ["LINKS", "PAIRS", "KtoTerm", "PairTerm", "PreferenceTerm", "SetPreferenceTerm"]
 
 
-class PreferenceTerm(GroupScoreTerm):
+class PairTerm(GroupScoreTerm):
+    """A loss of the margins of pairs of rows, which some order makes.
+
+    Args:
+        name, rows, coefficient, anchor, low, high, score: see :class:`~unified_rl.objectives.scores.ScoreTerm`.
+        within: see :class:`~unified_rl.objectives.scores.GroupScoreTerm`.
+        pairs: a name of :data:`PAIRS`, or a mapping.
+        link: a name of :data:`LINKS`, or a mapping with its settings.
+        order: ``reward``, or a column ``[B]`` of the rows.
+        setting: what the configuration calls ``order``.
+    """
+
+    counts = "pairs"
+
+    def __init__(
+        self,
+        name: str,
+        rows: Any,
+        coefficient: float | Mapping[str, Any],
+        anchor: str | Mapping[str, Any],
+        low: float | None,
+        high: float | None,
+        score: Measure,
+        within: Within,
+        pairs: str | Mapping[str, Any],
+        link: str | Mapping[str, Any],
+        order: str,
+        setting: str,
+    ) -> None:
+        super().__init__(name, rows, coefficient, anchor, low, high, score, within)
+        self.pairs, _ = bind(pairs, PAIRS, f"{self.where}.pairs")
+        self.link, _ = bind(link, LINKS, f"{self.where}.link")
+        self.order, self._setting = order, f"{self.where}.{setting}"
+        self.columns = frozenset({order} - {"reward"})
+
+    def check_columns(self, columns: Collection[str]) -> None:
+        """Looks for the column that orders rows.
+
+        Raises:
+            ConfigError: no row will hold it.
+        """
+        check_order(self.order, columns, self._setting)
+
+
+class PreferenceTerm(PairTerm):
     """A contrastive loss on pairs of rows, a mean over pairs.
 
     Args:
@@ -39,7 +83,7 @@ class PreferenceTerm(GroupScoreTerm):
         nll: weight of the better row's negative log-likelihood, summed over its units. RPO, 2405.16436.
     """
 
-    counts, shows = "pairs", "margin"
+    shows = "margin"
 
     def __init__(
         self,
@@ -58,16 +102,10 @@ class PreferenceTerm(GroupScoreTerm):
         rows: Any = None,
         coefficient: float | Mapping[str, Any] = 1.0,
     ) -> None:
-        super().__init__(name, rows, coefficient, anchor, low, high, score, within)
-        self.link, _ = bind(link, LINKS, f"{self.where}.link")
-        self.pairs, _ = bind(pairs, PAIRS, f"{self.where}.pairs")
+        shared = (rows, coefficient, anchor, low, high, score, within)
+        super().__init__(name, *shared, pairs, link, order, "order")
         self.generator = bind(generator, GENERATORS, f"{self.where}.generator")[0]()
-        self.nll, self.order = nll, order
-        self.columns = frozenset({order} - {"reward"})
-
-    def check_columns(self, columns: Collection[str]) -> None:
-        """Looks for the column that orders rows."""
-        check_order(self.order, columns, f"{self.where}.order")
+        self.nll = nll
 
     def compare(self, score: Tensor, likelihood: Tensor, rows: TensorDict) -> Compared:
         """The link's mean over pairs."""

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import Tensor
 
-from unified_rl.correction.lookup import bind
-from unified_rl.objectives.pairs import LINKS, PAIRS, check_order, order_of
-from unified_rl.objectives.scores import Compared, GroupScoreTerm, Measure, Within
+from unified_rl.objectives.pairs import order_of
+from unified_rl.objectives.preference import PairTerm
+from unified_rl.objectives.scores import Compared, Measure, Within
 from unified_rl.ranges import Name, NonNegative, Positive
 from unified_rl.units import row_return
 
 
-class TriageTerm(GroupScoreTerm):
+class TriageTerm(PairTerm):
     """A loss on pairs that another judgement made, a weighted mean over them.
 
     With ``h`` the scores of a pair, of which an older judgement chose ``w`` over ``l``: where the return says that only
@@ -37,7 +37,7 @@ class TriageTerm(GroupScoreTerm):
         impact: pairs weigh the mean distance of their returns from the threshold to this power, divided by its mean.
     """
 
-    counts, shows = "pairs", "inverted"
+    shows = "inverted"
 
     def __init__(
         self,
@@ -59,24 +59,14 @@ class TriageTerm(GroupScoreTerm):
         rows: Any = None,
         coefficient: float | Mapping[str, Any] = 1.0,
     ) -> None:
-        super().__init__(name, rows, coefficient, anchor, low, high, score, within)
-        self.pairs, _ = bind(pairs, PAIRS, f"{self.where}.pairs")
-        self.link, _ = bind(link, LINKS, f"{self.where}.link")
-        self.old, self.lowest, self.beta, self.threshold = old, lowest, beta, threshold
+        shared = (rows, coefficient, anchor, low, high, score, within)
+        super().__init__(name, *shared, pairs, link, old, "old")
+        self.lowest, self.beta, self.threshold = lowest, beta, threshold
         self.retain, self.impact = retain, impact
-        self.columns = frozenset({old} - {"reward"})
-
-    def check_columns(self, columns: Collection[str]) -> None:
-        """Looks for the older judgement.
-
-        Raises:
-            ConfigError: no row will hold it.
-        """
-        check_order(self.old, columns, f"{self.where}.old")
 
     def compare(self, score: Tensor, likelihood: Tensor, rows: TensorDict) -> Compared:
         """The weighted mean over pairs; ``inverted`` is the share of those that are turned round."""
-        order = order_of(rows, self.old)
+        order = order_of(rows, self.order)
         better, worse = self.pairs(-order if self.lowest else order, self.groups(rows))
         reward = row_return(rows) - self.threshold
         right = reward > 0

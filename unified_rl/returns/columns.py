@@ -2,13 +2,14 @@
 
 ``(record) -> [B]`` float. Rewards made of others (``correction.advantage.reward`` names one), weights of rows
 (``correction.penalty`` and terms do). As maps do, a column says by attributes what it wants beside the record:
-``anchors``, ``reads`` and ``columns``, see :mod:`~unified_rl.returns.maps`.
+``anchors``, ``reads`` and ``columns``, see :mod:`~unified_rl.returns.maps`. Returns are those that advantages are made
+of: of ``agent.reward_model`` where there is one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from tensordict import TensorDictBase
@@ -37,9 +38,10 @@ def rubric(
         ConfigError: another number of weights than of criteria, or none above 0.
     """
     criteria = record[of].float() if isinstance(of, str) else torch.stack([record[name].float() for name in of], -1)
+    told = _rubric_misfit({of: criteria.shape[-1]} if isinstance(of, str) else {}, of=of, weights=weights)
+    if told is not None:
+        raise ConfigError(f"the column rubric {told}")
     given = criteria.new_ones(criteria.shape[-1]) if weights is None else criteria.new_tensor(weights)
-    if given.shape[-1] != criteria.shape[-1]:
-        raise ConfigError(f"the column rubric has {len(given)} weights for {criteria.shape[-1]} criteria")
     best = given.clamp(min=0).sum()
     if not bool(best > 0):
         raise ConfigError("the column rubric needs a weight above 0: without one nothing can be earned")
@@ -47,6 +49,17 @@ def rubric(
     return share.clamp(0.0, 1.0) if clamp else share
 
 
+def _rubric_misfit(
+    widths: Mapping[str, int], *, of: str | list[str], weights: list[float] | None, **others: object
+) -> str | None:
+    """What is wrong with the number of weights; None where nothing is, or the number of criteria is unknown."""
+    number = widths.get(of) if isinstance(of, str) else len(of)
+    if weights is None or number is None or len(weights) == number:
+        return None
+    return f"has {len(weights)} weights for {number} criteria"
+
+
+rubric.misfit = _rubric_misfit  # type: ignore[attr-defined]
 rubric.columns = lambda *, of, **others: [of] if isinstance(of, str) else list(of)  # type: ignore[attr-defined]
 
 
@@ -62,11 +75,19 @@ def criterion(record: TensorDictBase, *, of: Name = "scores", at: Whole = 0, com
         ConfigError: the entry holds fewer.
     """
     scores: Tensor = record[of].float()
-    if scores.ndim != 2 or at >= scores.shape[1]:
-        raise ConfigError(f"the column criterion has at={at}, and {of} is {list(scores.shape[1:])} a row")
+    told = _criterion_misfit({of: scores.shape[1] if scores.ndim == 2 else 0}, of=of, at=at)
+    if told is not None:
+        raise ConfigError(f"the column criterion {told}")
     return 1 - scores[:, at] if complement else scores[:, at]
 
 
+def _criterion_misfit(widths: Mapping[str, int], *, of: str, at: int, **others: object) -> str | None:
+    """What is wrong with ``at``; None where nothing is, or the number of scores is unknown."""
+    number = widths.get(of)
+    return None if number is None or at < number else f"has at={at}, and {of} holds {number} scores a row"
+
+
+criterion.misfit = _criterion_misfit  # type: ignore[attr-defined]
 criterion.columns = lambda *, of, **others: [of]  # type: ignore[attr-defined]
 
 

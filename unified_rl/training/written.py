@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from unified_rl.protocols import ChecksWritten
@@ -56,20 +57,20 @@ class Written(NamedTuple):
     Attributes:
         sources: who made them.
         group_size: the most that share a group.
-        columns: what they hold.
+        columns: what they hold, and how many numbers of a row the configuration joined in it; 0 where none.
         stored: some were sampled by weights of before, whatever the staleness.
     """
 
     sources: set[int]
     group_size: int
-    columns: tuple[str, ...]
+    columns: Mapping[str, int]
     stored: bool = False
 
 
 def written(rollout: Any) -> Written | None:
     """The rows of a rollout of this library; None for one of the user's own, which may write anything."""
     if type(rollout) is ControlRollout:
-        return Written({int(Source.ONLINE)}, 1, (*SHARED, *OF_DOMAIN["control"]))
+        return Written({int(Source.ONLINE)}, 1, dict.fromkeys((*SHARED, *OF_DOMAIN["control"]), 0))
     if type(rollout) is LanguageRollout and all(type(source) in WRITES for source in rollout.sources.values()):
         sources: list[Any] = list(rollout.sources.values())
         made = {int(one) for source in sources for one in WRITES[type(source)]}
@@ -79,10 +80,11 @@ def written(rollout: Any) -> Written | None:
         shown = ("privileged_tokens", "privileged_mask") if rollout.builder.privileged is not None else ()
         counted = (COUNTED,) if rollout.builder.counts else ()
         expected = (EXPECTED,) if rollout.curriculum is not None else ()
-        columns = (*SHARED, *OF_DOMAIN["language"], *rollout.builder.columns, *counted, *shown, *expected)
+        columns = dict.fromkeys((*SHARED, *OF_DOMAIN["language"], *counted, *shown, *expected), 0)
+        columns |= {name: 0 if isinstance(of, str) else len(of) for name, of in rollout.builder.columns.items()}
         return Written({int(Source.ONLINE), *made}, max(rollout.group_size + joined, *alone, 1), columns, stored)
     if type(rollout) is DemonstrationRollout:
-        return Written({int(Source.DEMONSTRATION)}, 1, (*KEYS[rollout.domain], "source"))
+        return Written({int(Source.DEMONSTRATION)}, 1, dict.fromkeys((*KEYS[rollout.domain], "source"), 0))
     return None
 
 
