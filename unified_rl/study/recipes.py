@@ -230,7 +230,8 @@ _EACH = [
     "## Each by itself",
     "",
     "Each pair of lines under *limit* is trained by `tests/test_recipes.py`, with workers by",
-    "`tests/test_recipes_asynchronous.py`: after two updates, or three, both have the same weights.",
+    "`tests/test_recipes_asynchronous.py`, on recorded transitions by `tests/test_value_recipes.py`: after two",
+    "updates, or three, both have the same weights.",
     "`unified-rl recipes show NAME` adds every key that a recipe sets.",
     "",
 ]
