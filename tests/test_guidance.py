@@ -169,9 +169,12 @@ def test_rephrasings_take_the_place_of_the_worst_answers_where_they_earn_more() 
 
 def test_second_tries_go_on_from_the_middle_of_failed_first_ones() -> None:
     plain, _ = made_with().collect(0)
-    made = made_with(context=Retried(share=0.5))
+    made = made_with(context=Retried(share=0.5, ask="-"))
+    seen: list[Any] = []
+    made.policy.generate = _noting(made.policy.generate, seen)  # type: ignore[method-assign]
     rows, metrics = made.collect(0)
     width, ends = width_of(made), set(made.env.stop_ids)
+    (dash,) = made.env.tokenizer.encode("-", add_special_tokens=False)
     retried = 0
     for at in range(24):
         first = at - 2
@@ -182,6 +185,8 @@ def test_second_tries_go_on_from_the_middle_of_failed_first_ones() -> None:
         ids = ids[:-1] if ids[-1] in ends else ids
         kept = min(len(ids) // 2, 9)
         assert answer(rows[at], width)[:kept] == ids[:kept]
+        shown = [*ids[: 8 - kept], dash]  # the failed answer and the question, as far as there is room
+        assert seen[1][retried] == [*plain[first]["tokens"][:width].tolist(), *shown, *ids[:kept]]
         assert not bool(rows["mask"][at, width : width + kept].any()) and bool(rows["mask"][at, width + kept])
         retried += 1
     assert 0 < retried == round(metrics["rollout/retried"] * 24)

@@ -101,6 +101,13 @@ def test_a_row_is_preferred_to_the_others_of_its_group() -> None:
     assert float(three.sum()) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_an_episodes_score_stands_in_equal_parts_at_its_steps_and_an_answers_at_its_last_turn() -> None:
+    rows = TensorDict({"step_mask": torch.tensor([[True, True, False], [True, True, True]])}, batch_size=[2])
+    score = torch.tensor([6.0, 3.0])
+    assert placed(score, rows).tolist() == [[3.0, 3.0, 0.0], [1.0, 1.0, 1.0]]
+    assert placed(score, rows.set("tokens", torch.zeros(2, 5))).tolist() == [[0.0, 6.0, 0.0], [0.0, 0.0, 3.0]]
+
+
 def test_the_radius_of_what_is_known_by_hand() -> None:
     known = Coverage(2, ridge=0.5)
     known.observe(torch.tensor([[2.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]]))

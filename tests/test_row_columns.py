@@ -137,6 +137,16 @@ def test_likeness_is_to_what_somebody_else_answered() -> None:
     group = torch.tensor([0, 0, 0, 1])
     rows = record(tokens=tokens, mask=torch.ones(4, 6, dtype=torch.bool), source=source, group=group)
     assert columns.likeness(rows).tolist() == pytest.approx([1.0, 1.0, 0.0, 0.0])  # the last has nobody beside it
+    rows["source"][2:] = int(Source.OFFLINE)  # an own answer of before is nobody else's
+    assert columns.likeness(rows).tolist() == pytest.approx([1.0, 1.0, 0.0, 0.0])
+
+
+def test_answers_are_alike_by_what_they_sampled_and_in_which_order() -> None:
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [9, 9, 3, 4, 5, 6], [1, 2, 6, 5, 4, 3], [1, 2, 7, 8, 9, 10]])
+    mask = torch.tensor([False, False, True, True, True, True]).expand(4, 6)  # behind a prompt
+    source = torch.tensor([Source.DEMONSTRATION, *[Source.ONLINE] * 3], dtype=torch.int64)
+    rows = record(tokens=tokens, mask=mask, source=source, group=torch.zeros(4, dtype=torch.int64))
+    assert columns.likeness(rows).tolist() == pytest.approx([1.0, 1.0, 4 / 7, 0.0])  # four tokens, not three pairs
 
 
 def test_rows_that_no_counterpart_is_told_apart_from_are_left_out() -> None:

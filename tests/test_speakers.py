@@ -11,6 +11,7 @@ import pytest
 import torch
 from agent_cases import TINY, filled, nudge, stream
 from run_cases import CONTROL, composed, merged, teacher
+from tensordict import TensorDict
 from term_cases import agent_of, dense
 from test_derived_rows import aligned
 
@@ -19,7 +20,7 @@ from unified_rl.envs.language import ChainMod
 from unified_rl.errors import ConfigError
 from unified_rl.policies import choosers
 from unified_rl.policies.causal_lm import CausalLM
-from unified_rl.policies.generation import Beside
+from unified_rl.policies.generation import Beside, Generation
 from unified_rl.rollout import LanguageRollout
 from unified_rl.rollout.beginnings import Guided
 from unified_rl.rollout.context import Refill
@@ -180,6 +181,25 @@ def test_a_drafter_drafts_again_where_it_was_corrected(task: Any, tmp_path: Path
     assert len(made(env, policy, speakers.Draft(str(tmp_path / "other"), replay=0)).collect(0)[0]) == 12
 
 
+def test_a_draft_ends_its_row_in_the_turn_in_which_it_begins() -> None:
+    rows = TensorDict({
+        "tokens": torch.arange(10, 18)[None], "mask": torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0]]).bool(),
+        "step_index": torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]]), "policy_version": torch.full((1, 8), -1),
+        "behavior_log_prob": torch.zeros(1, 8), "reward": torch.ones(1, 3),
+        "step_mask": torch.tensor([[1, 1, 0]]).bool(),
+        "terminated": torch.tensor([[0, 1, 0]]).bool(), "truncated": torch.zeros(1, 3).bool(),
+    }, batch_size=[1])  # fmt: skip
+    log_prob = torch.tensor([[-1.0, -2.0, -3.0, -9.0]])
+    said = Generation(torch.tensor([[1, 2, 3, 9]]), log_prob, torch.tensor([3]), torch.tensor([False]))
+    found = speakers._drafted(rows, torch.tensor([2]), said, 0, 5)
+    assert found["tokens"].tolist() == [[10, 11, 1, 2, 3, 0, 0, 0]]
+    assert found["mask"].tolist() == [[n in (2, 3, 4) for n in range(8)]]
+    assert found["behavior_log_prob"].tolist() == [[0, 0, -1, -2, -3, 0, 0, 0]]
+    assert found["policy_version"].tolist() == [[-1, -1, 5, 5, 5, -1, -1, -1]]
+    assert not bool(found["step_index"].any()) and not bool(found["terminated"].any())
+    assert found["step_mask"].tolist() == found["truncated"].tolist() == [[True, False, False]]
+
+
 def test_drafts_stand_behind_the_solution_too_and_forks_of_a_teachers_tokens_have_no_version(
     task: Any, tmp_path: Path
 ) -> None:
@@ -189,6 +209,11 @@ def test_drafts_stand_behind_the_solution_too_and_forks_of_a_teachers_tokens_hav
     rows, _ = made(env, policy, speakers.Draft(str(tmp_path), 3), privileged="chain", columns=columns).collect(0)
     aligned(rows)
     assert len(rows) > 12 and not bool(rows["marks"][12:].any())
+    begins = [rows[key].int().argmax(-1) for key in ("mask", "privileged_mask")]
+    seen = rows["privileged_tokens"].tolist()
+    for n, (bare, shown) in enumerate(zip(begins[0].tolist(), begins[1].tolist(), strict=True)):
+        whole = [m for m in range(12) if seen[m][:shown] == seen[n][:shown]]  # the same solution and begin
+        assert any(shown - bare == int(begins[1][m] - begins[0][m]) for m in whole)
     said = made(env, policy, speakers.Interleaved(str(tmp_path), 2), context=Forks(1), columns={"begun": "begun"})
     rows, metrics = said.collect(7)
     assert bool((rows["begun"] > 0).any()) and bool((rows["policy_version"][rows["mask"]] == -1).all())

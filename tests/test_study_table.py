@@ -67,6 +67,9 @@ def test_curves_are_read_over_the_budget_that_all_have_and_over_tokens(tmp_path:
         summarize([path], "correction", where={"domain": "e"})
     never = {row["correction"]: row for row in summarize([path], "correction", at="reach=2")}
     assert never["long"]["each seed"] == "never" and never["long"]["IQM"] == ""
+    path.write_text(path.read_text() + "".join(f"\nd,short,0,2,{k},{10 * k},{0.1 * k},2" for k in range(3)))
+    (some,) = summarize([path], "correction", at="reach=0.75", where={"correction": "short"})
+    assert some["each seed"] == "15 never" and some["95 % interval"] == "1 of 2 seeds" and some["IQM"] == "15"
     with pytest.raises(ConfigError, match="known: end, mean, reach=VALUE"):
         summarize([path], "correction", at="half")
     with pytest.raises(ConfigError, match="its labels are domain, correction, staleness, seed"):

@@ -106,6 +106,14 @@ def test_three_levels_by_hand() -> None:
     assert cut["advantage"][0, 6:9].tolist() == pytest.approx(ahead)
 
 
+def test_a_decision_earns_what_comes_up_to_the_next_subgoal_whatever_is_kept_between() -> None:
+    rows = record([6, ACT, 7, KEEP, 7, KEEP, 7, SWITCH, 6])
+    value = torch.full((1, 11, 3), 100.0)  # of what is done for a subgoal: no part of it
+    value[0, 4, 2], value[0, 6, 2], value[0, 8, 1] = 5.0, 6.0, 20.0
+    hierarchical_advantage(rows, Fixed(value), 0.5, False, False, switch=",", keep="-", act=">")
+    assert rows["advantage"][0, [4, 6]].tolist() == pytest.approx([20 - 5, 20 - 6])
+
+
 def test_levels_are_standardised_over_their_own_pieces() -> None:
     rows = record([6, ACT, 7, SWITCH, 6, ACT], [6, ACT, SWITCH, 6, ACT, 7])
     rows["reward"] = torch.tensor([[1.0], [3.0]])

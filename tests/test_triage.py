@@ -52,6 +52,15 @@ def test_pairs_are_turned_pushed_or_held(impact: float) -> None:
     close(got(policies, rows, coefficient=0.1, **node), want(agent_of(policies[0], rows), loss))
 
 
+def test_a_pair_of_which_both_are_right_is_held() -> None:
+    policies, rows, h = setting()
+    rows["reward"][[0, 1]] = 1.0
+    held = 0.25 * (h[[0, 1, 8, 9]].square()).sum()
+    pushed = -0.5 * (F.logsigmoid(-0.3 * h[4]) + F.logsigmoid(-0.3 * h[5]))
+    node = {"link": {"name": "dpo", "beta": 0.7}, "beta": 0.3, "impact": 0.0}
+    close(got(policies, rows, **node), want(agent_of(policies[0], rows), (held + pushed) / 3))
+
+
 def test_a_judgement_may_prefer_low_values() -> None:
     policies, rows, h = setting()
     rows["old"] = -OLD

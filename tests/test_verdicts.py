@@ -96,6 +96,12 @@ def test_answers_to_half_of_the_prompts_earn_the_policys_own_verdicts_and_teach_
     assert set(others(rows)["prompt_id"].tolist()) == set(mine["prompt_id"][24:].tolist()) and len(others(rows)) == 24
 
 
+def test_a_cut_answer_counts_where_the_policy_judged_it() -> None:
+    env = ChainMod(modulus=5, terms=3, truncated="mask", max_turn_tokens=10)
+    rows, _ = rollout(env, prompts=6, group_size=4, context=SelfJudged(of=0.5, **WORDS)).collect(0)
+    assert bool(rows["counted"][:12].all()) and not bool(rows["counted"][12:].all())
+
+
 def content(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     """Any answer is worth 2, which is 1 of the weighted sum."""
     return [2.0 for _ in completion_ids]
