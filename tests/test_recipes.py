@@ -53,7 +53,7 @@ SMALL = {  # what makes the run of a recipe small, or lets two updates tell some
     "tr_dpo": ["agent.anchors.reference.every=1"],
     "dph_rl": ["rollout.sources.rehearsed.rows=8"],
     "ink_grpo": ["rollout.sources.demonstrations.rows=4"],
-    "ghpo": ["rollout.group_size=2"],
+    "ghpo": ["rollout.group_size=3"],
     "view_apo": ["agent.maps.0.base=2.0"],  # lengths of eight tokens hardly differ
     "kepo": ["rollout.group_size=2"],
     "rephrasing_po": ["rollout.context.below=1.0", "rollout.context.rows=2"],
