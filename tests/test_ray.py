@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from run_cases import CONTROL, LANGUAGE, merged
+from test_resume import cut_run
 from ticket_cases import ALLOW, differences, made, read_rows, timeless
 
 from unified_rl.config import compose
@@ -137,6 +138,16 @@ def test_killed_and_slow_actors_and_resuming_change_nothing(ray: Any, domain: st
     assert len(read_checkpoint(cut)["feed"]["waiting"]) == 2
     resume(str(shaken), allow=ALLOW, checkpoint=int(cut.name.split("_")[-1]))
     assert_equal(calm, shaken)
+
+
+@pytest.mark.parametrize("name", ["periodic_asynchrony", "llama_rl"])
+def test_a_recipe_with_workers_resumes_bit_for_bit(ray: Any, name: str, tmp_path: Path) -> None:
+    """Of those with an order: of the rest no two runs are alike, whatever is resumed."""
+    words = [word for word in DOMAINS["language"] if not word.startswith("correction=")]
+    whole = train(compose([*words, f"recipe={name}", f"run_dir={tmp_path / 'whole'}"], allow=ALLOW), ALLOW)
+    cut_run(whole, tmp_path / "part", checkpoints(whole / "checkpoints")[1])
+    resume(str(tmp_path / "part"), allow=ALLOW)
+    assert_equal(whole, tmp_path / "part")
 
 
 def test_an_error_in_an_actor_is_one_line_that_names_worker_and_batch(ray: Any, tmp_path: Path) -> None:

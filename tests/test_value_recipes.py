@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from run_cases import merged
 from tensordict import TensorDict
+from test_resume import COMMON, cut_run, equal, rows_of
 from value_cases import IQL, batch_of, filled, make, squashed, transitions, weights
 
 from unified_rl.agents.actor_critic import ActorCritic
 from unified_rl.config import build, compose, config_root
 from unified_rl.errors import ConfigError
 from unified_rl.replay import Replay, Uniform, WithDataset
-from unified_rl.training.run import Job, evaluate_run, train
+from unified_rl.training.checkpoint import checkpoints, read_checkpoint
+from unified_rl.training.run import Job, evaluate_run, resume, train
 
 TINY = ["env=inverted_pendulum", "policy.hidden=[8]", "agent.critic_hidden=[8]", "seed=1", "eval_episodes=2"]
 
@@ -69,6 +72,19 @@ def test_a_recipe_runs_on_recorded_data(name: str, data: str, tmp_path: Path) ->
     )
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert any(metric in row for row in rows) and "eval/score" in rows[-1]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_a_recipe_resumes_bit_for_bit(name: str, data: str, tmp_path: Path) -> None:
+    overrides = [o.format(data=data) for o in RECIPES[name][0]]
+    words = merged(TINY, COMMON, overrides, ["checkpoint_every=1", f"run_dir={tmp_path / 'whole'}"])
+    whole = train(compose([*words, "updates=12" if name == "rlpd" else "updates=6"]))
+    saves = checkpoints(whole / "checkpoints")
+    cut_run(whole, tmp_path / "part", saves[len(saves) // 2])
+    resume(str(tmp_path / "part"))
+    equal(read_checkpoint(saves[-1]), read_checkpoint(checkpoints(tmp_path / "part" / "checkpoints")[-1]))
+    assert rows_of(tmp_path / "part") == rows_of(whole)
 
 
 @pytest.mark.parametrize("recipe", ["iql", "td3_bc"])
