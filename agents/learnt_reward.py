@@ -15,8 +15,8 @@ from unified_rl.errors import ConfigError
 from unified_rl.objectives.pairs import check_order, order_of
 from unified_rl.objectives.reward_losses import REWARD_LOSSES, Fit
 from unified_rl.objectives.scores import Within
-from unified_rl.policies.reward_model import Coverage, RewardModel, placed
-from unified_rl.protocols import Trainable, is_language
+from unified_rl.policies.reward_model import Coverage, RewardModel, hidden_of, placed
+from unified_rl.protocols import Trainable
 from unified_rl.ranges import Count, Name, NonNegative, Positive, UnitInterval
 from unified_rl.returns.groups import lone
 
@@ -87,13 +87,8 @@ class Learnt(Fitted):
         Raises:
             ConfigError: widths of layers that a language model's has not.
         """
-        if self.hidden is not None and is_language(policy):
-            raise ConfigError(
-                "agent.reward_model.hidden is of layers on observations and actions, and a language model's reward is "
-                "a head on its own transformer: leave it out"
-            )
         self.policy = policy
-        self.train(RewardModel(policy, self.hidden or (64, 64), self.frozen, seed), policy)
+        self.train(RewardModel(policy, hidden_of(policy, self.hidden), self.frozen, seed), policy)
         if self.pessimism:
             self.coverage = Coverage(self.model.width, self.ridge).to(policy.device)
 

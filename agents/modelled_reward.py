@@ -31,7 +31,8 @@ class ModelledReward:
             less a half ("A Unified Pairwise Framework for RLHF", 2504.04950).
         within: whom rows are compared with, those of their group or all of the update.
 
-    A class that compares rows whatever ``form`` says so by ``compares``.
+    A class that compares rows whatever ``form`` says so by ``compares``, and one that takes from the environment's
+    reward instead of giving another by ``penalty``.
 
     Attributes:
         module: with the weights, after :meth:`attach`.
@@ -41,7 +42,7 @@ class ModelledReward:
         ConfigError: rows to compare with, where nothing is compared.
     """
 
-    compares = False
+    compares = penalty = False
 
     module: nn.Module
     micro_batch: int | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unified_rl.agents.learnt_reward import Learnt
 from unified_rl.agents.modelled_reward import Fitted, Form, ModelledReward
+from unified_rl.agents.occupancy import Occupancy
 from unified_rl.agents.teacher import load_teacher
 from unified_rl.correction.lookup import bind
 from unified_rl.errors import ConfigError
@@ -82,6 +83,10 @@ class Stored(ModelledReward):
         if not node:
             raise ConfigError(f"{where}: the run {path} had no reward model; train one with recipe=bt_rm")
         self.inner = make_reward_model(node)
+        if self.inner.penalty:
+            raise ConfigError(
+                f"{where}: the run {path} had a penalty, which is no reward by itself; train one with recipe=bt_rm"
+            )
         self.inner.attach(load_teacher(self.folder, policy, where) if is_language(policy) else policy, seed)
         checkpoint, state = intact_checkpoint(path, replay=False)
         with fitting(f"{where}: the reward model of {path} does not fit here"):
@@ -100,6 +105,7 @@ class Stored(ModelledReward):
 
 REWARD_MODELS: dict[str, Callable[..., ModelledReward]] = {
     "learnt": Learnt,
+    "occupancy": Occupancy,
     "reversed": Reversed,
     "stored": Stored,
 }

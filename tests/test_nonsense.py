@@ -128,7 +128,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.early.pass_rate.beta agent.objectives.late.pass_rate.alpha "
      "agent.objectives.late.pass_rate.beta "
      "agent.objectives.prefer.deviation agent.objectives.prefer.nll "
-     "agent.reward_model.dependence agent.reward_model.pessimism "
+     "agent.reward_model.dependence agent.reward_model.pessimism agent.reward_model.coefficient "
      "agent.per_record.noise "
      "agent.weight_decay env.reset_noise_scale "
      "correction.advantage.eps correction.kernel.beta correction.kernel.k_negative correction.kernel.k_positive "

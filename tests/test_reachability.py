@@ -656,8 +656,13 @@ def term_cases() -> Iterator[Case]:
     )
     yield from of_table(
         "reward_model", REWARD_MODELS, STALE, lambda node: f"agent.reward_model={text(node)}",
-        first={"stored": {"folder": "REWARDER"}},
+        first={"stored": {"folder": "REWARDER"}, "occupancy": {"base": "ANSWERS", "lr": 0.1}},
         samples={
+            "occupancy.base": "nowhere",
+            "occupancy.generator": "reverse_kl",
+            "occupancy.root": True,
+            "occupancy.hidden": [4],
+            "occupancy.rows": "demonstration",
             "learnt.loss": "plackett_luce",
             "learnt.order": "nowhere",
             "learnt.hidden": [4],
@@ -1569,6 +1574,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "REWARDER": rewarder(tmp_path_factory.mktemp("rewarder"), LANGUAGE),
         "MODEL": model(tmp_path_factory.mktemp("model"), LANGUAGE),
         "ROWS": recorded(tmp_path_factory.mktemp("rows"), VALUED),
+        "ANSWERS": recorded(tmp_path_factory.mktemp("answers"), LANGUAGE),
         "FILE": str(file),
         "OTHER_BOT": str(robots[1]),
         "OTHER": str(other),

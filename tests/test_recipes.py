@@ -73,6 +73,7 @@ TASKS = {
     "vla_opd": ("env=two_route", *BINS),
     "a_parl": CONTROL,
     "action_kto": ("env=two_route", *BINS),
+    "occupancy_chi2": CONTROL,
     "trajectory_dpo": CONTROL,
 }
 FEW_DEMONSTRATIONS = ["warm_start.stages=[{updates: 2, lr: 3.0e-3}]", "warm_start.dataset=32"]
@@ -112,6 +113,7 @@ FAR = {
 """What lets a recipe and its limit part within two updates; set in both."""
 RECORDED = {
     "dph_rl": "rollout.sources.rehearsed.data=FOLDER",
+    "occupancy_chi2": "agent.reward_model.base=FOLDER",
     "hypo": "rollout.sources.recorded.data=FOLDER",
     "reason_maxxer": "rollout.sources.recorded.data=FOLDER",
     "pear": "rollout.sources.recorded.data=FOLDER",
@@ -134,7 +136,7 @@ TASKS |= dict.fromkeys(["prefix_rl", "soup", "spec_rl"], FEW)
 GROUP_SIZE = next(word for word in LANGUAGE if word.startswith("rollout.group_size"))
 ELSEWHERE = [(name, d) for name in NAMES for d in recipes.recipe(name).domains[1:]]
 """Recipes and the domains that they claim beside the one that the other tests run them in."""
-ROWS, OTHER = ("rows",), ("model",)
+ROWS, STEPS, OTHER = ("rows",), ("steps",), ("model",)
 EXPERIMENTAL = {name for name in NAMES if recipes.recipe(name).confidence.startswith("experimental")}
 LIMITS = [
     pytest.param(name, number, marks=[pytest.mark.thorough] if number or name in EXPERIMENTAL else [])
@@ -148,16 +150,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], str]
     """Runs that can teach, by task, recorded rows, and a language model."""
     found = {task: teacher(tmp_path_factory.mktemp("teacher"), task) for task in (LANGUAGE, TASKS["vla_opd"], CONTROL)}
     other = model(tmp_path_factory.mktemp("model"), LANGUAGE)
-    return {**found, ROWS: recorded(tmp_path_factory.mktemp("rows"), LANGUAGE), OTHER: other}
+    rows = {key: recorded(tmp_path_factory.mktemp("rows"), task) for key, task in ((ROWS, LANGUAGE), (STEPS, CONTROL))}
+    return {**found, **rows, OTHER: other}
 
 
 def of(name: str, runs: dict[tuple[str, ...], str], *overrides: Sequence[str]) -> list[str]:
     """Overrides of a run in the small setting of a recipe; a group size that a recipe has of its own is kept."""
     task = TASKS.get(name, LANGUAGE)
     words = [re.sub(r"(?<=[=\[ ])RUN\b", runs.get(task, ""), word) for part in overrides for word in part]
-    words = [
-        word.replace("=FOLDER", f"={runs.get(ROWS, '')}").replace(" FOLDER", f" {runs.get(ROWS, '')}") for word in words
-    ]
+    rows = runs.get(STEPS if task is CONTROL else ROWS, "")
+    words = [word.replace("=FOLDER", f"={rows}").replace(" FOLDER", f" {rows}") for word in words]
     words = [re.sub(r"(?<=folder[=:])( ?)MODEL", rf"\g<1>{runs.get(OTHER, '')}", word) for word in words]
     words = [word.replace("rows: 64", "rows: 8").replace("rows=64", "rows=8") for word in merged(task, words)]
     chosen = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "none")
@@ -226,6 +228,8 @@ def test_a_recipe_trains_in_every_domain_that_it_claims(
     task = merged(plain, ["agent.epochs=2"])  # it leaves its start
     few = FEW_DEMONSTRATIONS if name == "demo_regularised" else []
     taught = [f"agent.teacher={runs[plain]}"] if name in TEACHERS else []
+    if name in RECORDED:
+        taught = [RECORDED[name].replace("FOLDER", runs[ROWS if plain is LANGUAGE else STEPS])]
     with_it = cached(*merged(task, [f"recipe={name}", *SMALL.get(name, []), *few, *taught]))
     assert moved(with_it, cached(*merged(task, ["agent.lr=1e-30"]))) > 1e-5
     assert moved(with_it, cached(*task)) > 1e-6

@@ -93,10 +93,16 @@ class RewardModel(nn.Module):
         hidden: widths of the layers (control).
         frozen: only the head learns, on features that stay as they are at the start.
         seed: of fresh weights.
+        bias: the head has one: where rows are not compared with each other, what all share has a say too.
     """
 
     def __init__(
-        self, policy: Trainable, hidden: Sequence[Count] = (64, 64), frozen: bool = False, seed: Seed = 0
+        self,
+        policy: Trainable,
+        hidden: Sequence[Count] = (64, 64),
+        frozen: bool = False,
+        seed: Seed = 0,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.language = is_language(policy)
@@ -111,8 +117,9 @@ class RewardModel(nn.Module):
         if frozen:
             self.body.requires_grad_(False)
         with seeded(seed):
-            self.head = nn.Linear(self.width, 1, bias=False)
-        nn.init.zeros_(self.head.weight)  # what all rows share has no say in a comparison
+            self.head = nn.Linear(self.width, 1, bias=bias)  # what all rows share has no say in a comparison
+        for weight in self.head.parameters():
+            nn.init.zeros_(weight)
         self.to(policy.device)
 
     def features(self, rows: TensorDictBase) -> Tensor:
@@ -139,6 +146,20 @@ class RewardModel(nn.Module):
         """Adds the observations of rows that it will learn from to the moments by which it standardises them."""
         if isinstance(self.body, StepFeatures):
             self.body.update_normalizer(rows["observation"][rows["step_mask"]])
+
+
+def hidden_of(policy: Trainable, hidden: Sequence[Count] | None) -> Sequence[Count]:
+    """Widths of the layers of a model beside ``policy``, 64 and 64 where None are given.
+
+    Raises:
+        ConfigError: some are, beside a language model.
+    """
+    if hidden is not None and is_language(policy):
+        raise ConfigError(
+            "agent.reward_model.hidden is of layers on observations and actions, and a language model's reward is a "
+            "head on its own transformer: leave it out"
+        )
+    return hidden or (64, 64)
 
 
 def placed(score: Tensor, rows: TensorDictBase) -> Tensor:
