@@ -56,13 +56,13 @@ class Occupancy(Fitted):
         *,
         base: Name,
         generator: str | dict[str, Any] = "pearson_chi2",
-        coefficient: NonNegative = 0.05,
+        coefficient: NonNegative = 0.1,
         root: bool = False,
         hidden: tuple[Count, ...] | None = None,
         rows: Any = "own",
-        steps: Count = 4,
+        steps: Count = 40,
         every: Count = 1,
-        lr: NonNegative = 1e-3,
+        lr: NonNegative = 3e-3,
     ) -> None:
         super().__init__(rows=rows, steps=steps, every=every, lr=lr)
         self.base, self.coefficient, self.root, self.hidden = base, coefficient, root, hidden
