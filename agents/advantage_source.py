@@ -97,13 +97,31 @@ def wants_critic(advantage: str, credit: Credit | None, wrapper: str, *, languag
 
 
 def check_unread(
-    use_critic: bool, language: bool, *, critic_config: Mapping[str, Any] | None, drop_equal_groups: bool
+    use_critic: bool,
+    language: bool,
+    *,
+    critic_config: Mapping[str, Any] | None,
+    drop_equal_groups: bool,
+    baseline: str | None = None,
 ) -> None:
-    """Refuses settings of the agent that the chosen advantages would leave unread.
+    """Refuses settings that the chosen advantages would leave unread.
+
+    Args:
+        use_critic: whether advantages come from a critic.
+        language: whether the policy is a language model.
+        critic_config: model of a critic of tokens.
+        drop_equal_groups: whether groups without a gradient are left out.
+        baseline: of ``correction.advantage``.
 
     Raises:
-        ConfigError: a token critic's model without a token critic, or a filter of groups where a critic is used.
+        ConfigError: a token critic's model without a token critic, or a filter of groups or a tracker where a critic is
+            used.
     """
+    if baseline == "tracker" and use_critic:
+        raise ConfigError(
+            "correction.advantage.baseline=tracker compares a row with the success rate of its prompt or start, and "
+            "these advantages come from a critic: set agent.advantage=group"
+        )
     if critic_config is not None and not use_critic:
         raise ConfigError("agent.critic_config is the model of a critic, and there is none: set agent.advantage=critic")
     if critic_config is not None and not language:
@@ -155,8 +173,8 @@ def refuse_lone(correction: Correction, use_critic: bool) -> None:
     instead = f"correction={inside}" if inside else "agent.advantage=critic"
     raise ConfigError(
         f"correction {correction.name} measures a row against the others of its group, and every row is alone in its "
-        f"own, so nothing would be learnt: sample several rows a prompt or reset state (rollout.group_size), or use "
-        f"{instead}"
+        f"own, so nothing would be learnt: sample several rows a prompt (rollout.group_size) or reset state "
+        f"(rollout.starts), or use {instead}"
     )
 
 
@@ -228,6 +246,11 @@ def check_columns(terms: Mapping[str, Term], rules: Rules, correction: Correctio
                 f"correction.penalty.{number}.weight names {penalty.weight!r}, which is no column of the rows; "
                 f"{nearest(penalty.weight, columns)}: define agent.columns.{penalty.weight}"
             )
+    if correction.advantage.get("baseline") == "tracker" and "prompt_id" not in columns:
+        raise ConfigError(
+            "correction.advantage.baseline=tracker follows the success rate of every prompt_id, and rows of this run "
+            "have none: in a simulation tell starts apart, rollout.starts={_target_: unified_rl.rollout.starts.Starts}"
+        )
     for key in NAMES_COLUMN:
         named = correction.advantage.get(key)
         if named is not None and named not in (*columns, "units"):

@@ -22,11 +22,12 @@ from unified_rl.protocols import (
     Normalizes,
     Trainable,
     is_language,
+    layout_of,
     standardises,
 )
-from unified_rl.returns import SuccessTracker, gae, record_advantage, segment_ends, to_segments, vtrace
+from unified_rl.returns import SuccessTracker, compared_reward, gae, record_advantage, segment_ends, to_segments, vtrace
 from unified_rl.shard import ALONE, Shard
-from unified_rl.units import Steps, row_return
+from unified_rl.units import Steps
 
 
 class StateBaseline:
@@ -267,6 +268,12 @@ def standardise(x: Tensor, mask: Tensor) -> Tensor:
     return (x - kept.mean()) / (kept.std() + 1e-8)
 
 
+def _has_end(record: TensorDictBase) -> Tensor:
+    """Rows ``[B]`` in which an episode ends: at a valid step that is terminated or truncated."""
+    ended: Tensor = (record["terminated"] | record["truncated"]) & record["step_mask"]
+    return ended.any(-1)
+
+
 def _episode_ends(record: TensorDictBase) -> Tensor:
     """Steps ``[B, T]`` after which the row goes on with another episode."""
     episode = record["episode"]
@@ -281,7 +288,9 @@ class GroupBaseline:
     Args:
         settings: see :func:`unified_rl.returns.record_advantage`. With ``baseline: tracker`` a
             :class:`~unified_rl.returns.SuccessTracker` takes the place of the group; it forgets by how far a row's
-            policy has drifted from its sampler. ``rows`` says over which rows the statistics are taken.
+            policy has drifted from its sampler. In a simulation it follows starts (``rollout.starts``), and a row is a
+            piece of an episode: only rows in which one ends are compared with it and counted, the others have no
+            advantage. ``rows`` says over which rows the statistics are taken.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -297,13 +306,16 @@ class GroupBaseline:
             log_prob: scores them with the present weights, ``[B, N]``; only a tracker asks.
             weight: ``[B]`` of a weighted baseline, in place of the rows' units.
         """
-        if not self.rows.every:
-            return self._over_some(record, log_prob, weight)
-        return self._over_all(record, log_prob, weight)
-
-    def _over_some(self, record: TensorDictBase, log_prob: Callable[[], Tensor], weight: Tensor | None) -> Tensor:
-        """Statistics over the chosen rows; the others have no advantage."""
+        pieces = self.tracker is not None and layout_of(record) == "control"
+        if self.rows.every and not pieces:
+            return self._over_all(record, log_prob, weight)
         chosen = self.rows.of_record(record)
+        return self._over_some(chosen & _has_end(record) if pieces else chosen, record, log_prob, weight)
+
+    def _over_some(
+        self, chosen: Tensor, record: TensorDictBase, log_prob: Callable[[], Tensor], weight: Tensor | None
+    ) -> Tensor:
+        """Statistics over the chosen rows ``[B]``; the others have no advantage."""
         advantage = torch.zeros_like(record["reward"])
         if bool(chosen.any()):
             some = None if weight is None else weight[chosen]
@@ -318,7 +330,7 @@ class GroupBaseline:
         if self.tracker is not None:
             gap = torch.where(record["mask"], log_prob() - record["behavior_log_prob"], 0.0).abs()
             drift = gap.sum(-1) / record["mask"].sum(-1).clamp(min=1)
-            self.tracker.update(record["prompt_id"], row_return(record), drift)
+            self.tracker.update(record["prompt_id"], compared_reward(record, settings), drift)
         return advantage[:, None].expand_as(record["reward"]).contiguous()
 
     def state_dict(self) -> dict[str, Any]:

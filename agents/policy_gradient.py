@@ -209,7 +209,10 @@ class PolicyGradient:
         reference_kl = ReferenceKl(kl, kl_in, kl_estimator)
         correction = reference_kl.in_loss(correction)
         self.use_critic, self.credit = choose_credit(correction, advantage, credit, language=self.language)
-        check_unread(self.use_critic, self.language, critic_config=critic_config, drop_equal_groups=drop_equal_groups)
+        check_unread(
+            self.use_critic, self.language, critic_config=critic_config, drop_equal_groups=drop_equal_groups,
+            baseline=correction.advantage.get("baseline"),
+        )  # fmt: skip
         check_scales(normalize_reward, normalize_return, use_critic=self.use_critic, language=self.language)
         if critic_lr is not None and not self.use_critic:
             raise ConfigError("agent.critic_lr is of a critic, and there is none: set agent.advantage=critic")

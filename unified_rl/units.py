@@ -41,8 +41,8 @@ STEP_KEYS: dict[str, torch.dtype] = {
 }
 """Keys of shape ``[B, T]`` and their dtypes."""
 
-ROW_KEYS: dict[str, torch.dtype] = {"group": torch.int64, "source": torch.int64}
-"""Keys of shape ``[B]`` and their dtypes."""
+ROW_KEYS: dict[str, torch.dtype] = {"group": torch.int64, "source": torch.int64, "prompt_id": torch.int64}
+"""Keys of shape ``[B]`` and their dtypes. ``prompt_id`` says what a row begins with: a prompt, or a reset state."""
 
 COUNTED = "counted"
 """Optional key ``[B]`` bool: rows where it is False take part in no update, no group and no denominator."""
@@ -165,11 +165,11 @@ def record_from_steps(segment: TensorDictBase) -> TensorDict:
     Args:
         segment: batch size ``[B, T]`` of transitions, with ``behavior_log_prob [B, T, U]`` and optionally
             ``unit_mask [B, T, U]``, ``proximal_log_prob``, ``reference_log_prob``, ``step_mask [B, T]``,
-            ``policy_version [B, T]``, ``group [B, T]``, ``source [B, T]``.
+            ``policy_version [B, T]``, ``group [B, T]``, ``source [B, T]``, ``prompt_id [B, T]``.
 
     Returns:
         A TensorDict of batch size ``[B]`` in which unit keys are ``[B, T * U]``, step keys stay ``[B, T]``, and
-        ``group`` and ``source`` become ``[B]`` (those of the first step).
+        ``group``, ``source`` and ``prompt_id`` become ``[B]`` (those of the first step).
 
     Raises:
         RecordError: if ``behavior_log_prob`` is missing or not ``[B, T, U]``.
@@ -188,7 +188,7 @@ def record_from_steps(segment: TensorDictBase) -> TensorDict:
     unit_mask = segment.get("unit_mask", None)
     if unit_mask is not None:
         mask = mask & unit_mask
-    items: dict[str, Any] = {k: v for k, v in segment.items() if k not in ("unit_mask", "group", "source")}
+    items: dict[str, Any] = {k: v for k, v in segment.items() if k not in ("unit_mask", *ROW_KEYS)}
     for key in ("behavior_log_prob", "proximal_log_prob", "reference_log_prob"):
         if key in items:
             items[key] = items[key].reshape(rows, steps * units)
@@ -198,7 +198,7 @@ def record_from_steps(segment: TensorDictBase) -> TensorDict:
     items["step_index"] = index.expand(rows, -1)
     if "policy_version" in items:
         items["policy_version"] = items["policy_version"].repeat_interleave(units, -1)
-    for key in ("group", "source"):
+    for key in ROW_KEYS:
         if key in segment.keys():
             items[key] = segment[key][:, 0]
     return TensorDict(items, batch_size=[rows], device=segment.device)
@@ -267,7 +267,7 @@ def split_steps(record: TensorDictBase) -> TensorDict:
             ``[B, T * U]``.
 
     Returns:
-        Batch size ``[B * T]``, one step of ``U`` units a row; ``group``, ``source`` and ``index`` are repeated.
+        Batch size ``[B * T]``, one step of ``U`` units a row; what is ``[B]``, such as ``group``, is repeated.
 
     Raises:
         RecordError: steps that do not have the same number of units.
@@ -298,7 +298,7 @@ def split_episodes(segment: TensorDictBase) -> TensorDict:
 
     Returns:
         Batch size ``[R, W]``: ``R`` pieces, padded at the end to the longest; ``step_mask [R, W]`` marks real steps,
-        padding holds zeros (episode, group and version repeat the piece's first).
+        padding holds zeros (episode, group, start and version repeat the piece's first).
     """
     episode = segment["episode"]
     rows, steps = episode.shape
@@ -317,7 +317,7 @@ def split_episodes(segment: TensorDictBase) -> TensorDict:
     for key, value in segment.items():
         flat = value.flatten(0, 1)[kept]
         out = flat.new_zeros((count, width, *flat.shape[1:]))
-        if key in ("episode", "group", "source", "policy_version"):
+        if key in ("episode", "policy_version", *ROW_KEYS):
             out[piece.flip(0)] = flat.flip(0)[:, None]  # the first step of a piece is written last
         out[piece, position] = flat
         items[key] = out

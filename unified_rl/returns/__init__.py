@@ -16,7 +16,7 @@ from unified_rl.returns.ope import (
     weighted_importance_sampling,
     weighted_per_decision,
 )
-from unified_rl.returns.record import record_advantage
+from unified_rl.returns.record import compared_reward, record_advantage
 from unified_rl.returns.scan import gae, retrace, vtrace
 from unified_rl.returns.segments import Segments, hierarchical_gae, segment_ends, segment_gae, to_segments
 from unified_rl.returns.targets import (
@@ -42,6 +42,7 @@ __all__ = [
     "TruncatedScores",
     "action_based_target",
     "action_value_target",
+    "compared_reward",
     "corrected_td_lambda",
     "cut_bootstrap",
     "doubly_robust",

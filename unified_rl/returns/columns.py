@@ -109,6 +109,18 @@ def bent(
     return torch.where(total >= turn, above, below)
 
 
+def success(record: TensorDictBase, *, threshold: float = 1.0) -> Tensor:
+    """1 where the return is at least ``threshold``, else 0: a success rate where the reward is none.
+
+    For ``correction.advantage={baseline: tracker, reward: NAME}``, which counts rewards from 0 to 1, and to compare
+    rows by success where the environment's reward is shaped.
+
+    Args:
+        threshold: of the return, from which on a row has succeeded.
+    """
+    return (row_return(record) >= threshold).float()
+
+
 def spoken(
     record: TensorDictBase, *, levels: TwoOrMore = 10, worst: Positive = 5.0, share: UnitInterval = 1.0
 ) -> Tensor:
@@ -274,6 +286,7 @@ COLUMNS: dict[str, Callable[..., Tensor]] = {
     "rubric": rubric,
     "criterion": criterion,
     "bent": bent,
+    "success": success,
     "spoken": spoken,
     "calibrated": calibrated,
     "loosened": loosened,

@@ -166,9 +166,7 @@ def group_advantage(
     columns, weights = _columns(reward, group, reward_weights)
     groups = Groups(group)
     if combine == "sum_first":
-        if reward.ndim == 2:
-            columns = torch.where(columns.isnan(), 0.0, columns)
-        columns, weights = (columns * weights).sum(-1, keepdim=True), weights.new_ones(1)
+        columns, weights = summed(reward, group, reward_weights).unsqueeze(-1), weights.new_ones(1)
 
     counts = torch.ones_like(columns[:, 0]) if units is None else units.to(columns.dtype)
     spread = _Spread(ddof, eps, min_spread, counts)
@@ -199,6 +197,14 @@ def group_advantage(
 
     total = torch.stack([one(r) for r in columns.unbind(-1)], -1) @ weights
     return spread.whitened(total) if each != scale else total
+
+
+def summed(reward: Tensor, group: Tensor, weights: Sequence[float] | None = None) -> Tensor:
+    """Rewards ``[B]`` or ``[B, K]`` as one number a row, ``[B]``: the weighted sum; NaN of K counts nothing."""
+    columns, each = _columns(reward, group, weights)
+    if reward.ndim == 2:
+        columns = torch.where(columns.isnan(), 0.0, columns)
+    return (columns * each).sum(-1)
 
 
 def stratified_advantage(

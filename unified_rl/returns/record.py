@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.ranges import Name
-from unified_rl.returns.groups import group_advantage, stratified_advantage
+from unified_rl.returns.groups import group_advantage, stratified_advantage, summed
 from unified_rl.returns.tracker import SuccessTracker
 from unified_rl.units import row_return
 
@@ -54,10 +54,11 @@ def record_advantage(
             * ``baseline: weighted`` with ``weight``: ``units`` (each row's number of units, OPO; the default) or an
               entry ``[B]``, for example squared score norms;
             * ``baseline: given`` with ``given``: an entry ``[B]``, for example the reward of a greedy answer;
-            * ``baseline: tracker``: the tracked success rate of the row's ``prompt_id``, and no group (SPO);
+            * ``baseline: tracker``: the tracked success rate of the row's ``prompt_id``, and no group (SPO); K rewards
+              are summed first;
             * ``stratum``: an entry ``[B]`` int64, and ``blend``: strata within groups (Stratified GRPO);
             * ``whiten_over``: ``rows`` (the default) or ``units``, for ``scale`` of ``batch`` and ``whiten``.
-        tracker: for ``baseline: tracker``; update it with the rewards after this call.
+        tracker: for ``baseline: tracker``; update it with :func:`compared_reward` after this call.
 
     Raises:
         ConfigError: an unknown setting, or ones that contradict each other.
@@ -74,6 +75,8 @@ def record_advantage(
     if baseline == "tracker":
         if tracker is None:
             raise ConfigError("baseline=tracker needs a SuccessTracker; use baseline=mean where none is kept")
+        if settings.get("combine", "sum_first") != "sum_first":
+            raise ConfigError("correction.advantage.baseline=tracker counts one reward a row: leave combine out")
         plain["baseline"], plain["given"] = "given", tracker.value(_entry(record, "prompt_id"))
         group = torch.zeros_like(group)
     elif baseline == "given":
@@ -85,6 +88,11 @@ def record_advantage(
     if over not in ("rows", "units"):
         raise ConfigError(f"whiten_over must be rows or units, got {over!r}")
     return group_advantage(reward, group, units=units if over == "units" else None, **plain)
+
+
+def compared_reward(record: TensorDictBase, settings: Mapping[str, Any]) -> Tensor:
+    """What a tracker compares and counts: the reward that the settings name, K of them summed, ``[B]``."""
+    return summed(_reward(record, settings), record["group"], settings.get("reward_weights"))
 
 
 def _reward(record: TensorDictBase, settings: Mapping[str, Any]) -> Tensor:

@@ -1,4 +1,4 @@
-"""A success tracker a prompt, for a baseline without groups."""
+"""A success tracker a prompt, or a start of episodes, for a baseline without groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from unified_rl.errors import RecordError
 class SuccessTracker:
     """Discounted Beta counts of each prompt's success. Single-stream Policy Optimization (SPO).
 
-    Prompts are known by any integer ids; one that was never seen has the counts 0.5 and 0.5.
+    Prompts, and starts of episodes in a simulation, are known by any integer ids; one that was never seen has the
+    counts 0.5 and 0.5.
 
     Args:
         low, high: bounds of the forgetting factor.
@@ -43,7 +44,11 @@ class SuccessTracker:
             RecordError: a reward that is no success rate, below 0 or above 1.
         """
         if not bool(((reward >= 0) & (reward <= 1)).all()):
-            raise RecordError("a success tracker counts rewards from 0 to 1, and one lies outside; use baseline=mean")
+            raise RecordError(
+                "a success tracker counts rewards from 0 to 1, and one lies outside: compare successes in their place "
+                "(agent.columns={won: {name: success, threshold: 0.5}} correction.advantage.reward=won), or use "
+                "correction.advantage.baseline=mean"
+            )
         keep = (2.0 ** (-drift.cpu().double() / self.half_life)).clamp(self.low, self.high)
         for i, r, k in zip(prompt.tolist(), reward.tolist(), keep.tolist(), strict=True):
             success, failure = self.counts.get(i, (0.5, 0.5))

@@ -18,11 +18,15 @@ from unified_rl.protocols import ControlEnv, Samples, StepResult
 from unified_rl.ranges import Count, UnitInterval, Whole, ranged
 from unified_rl.rollout.held_noise import HeldNoise
 from unified_rl.rollout.speakers import ACTED, Actor, Acts
+from unified_rl.rollout.starts import Starts
 from unified_rl.spaces import Space
 from unified_rl.units import NOBODY, Source
 
 STEPS = "rollout/steps"
 """Environment steps that a collection made: ``steps_per_collect``, or fewer where episodes' ends cut chunks short."""
+
+STARTS = "rollout/starts"
+"""How many different starts the rows of a collection have, where ``rollout.starts`` tells them apart."""
 
 
 @configurable
@@ -44,6 +48,9 @@ class ControlRollout:
         random_steps: environment steps acted uniformly at random at the start (SAC-like agents). Their
             ``behavior_log_prob`` is that of the uniform density over the action box, and re-scoring data are the
             policy's own samples, so only agents that do not re-score may use this.
+        starts: tells apart what episodes begin with. Every step then carries the number of its episode's start as
+            ``prompt_id``, and as ``group`` in place of the episode's, so that rows of one start are compared with each
+            other; None leaves every episode alone in its group.
 
     Attributes:
         rows: rows (windows of ``length`` steps) of one collection: one a simulation.
@@ -67,6 +74,7 @@ class ControlRollout:
         staleness: Whole = 0,
         random_steps: Whole = 0,
         speaker: Actor | None = None,
+        starts: Starts | None = None,
         device: str = "cpu",
         streams: Callable[[str], torch.Generator] | None = None,
     ) -> None:
@@ -95,6 +103,9 @@ class ControlRollout:
         self._speaker_stream = torch.Generator().manual_seed(0) if streams is None else streams("speaker")
         if speaker is not None:
             self._check_speaker(speaker, policy)
+        self.starts, self._start = starts, torch.zeros(self.num_envs, dtype=torch.int64)
+        if starts is not None:
+            starts.attach(env)
         bounds = Space.of(env.policy_inputs()).sizes()
         self._low, self._high = (torch.tensor(bounds[key]) for key in ("action_low", "action_high"))
         if random_steps and not bool(torch.isfinite(self._high - self._low).all()):
@@ -116,7 +127,8 @@ class ControlRollout:
             Transitions of batch size ``[horizon, num_envs]`` and means over
             the episodes that ended: ``rollout/return`` (undiscounted), ``rollout/length`` (environment steps), and
             the environment's own such as ``rollout/success``; ``rollout/episodes`` counts them, and
-            ``rollout/steps`` the environment steps that were made.
+            ``rollout/steps`` the environment steps that were made. With ``starts``, ``rollout/starts`` counts how
+            many different ones the rows have.
 
         Raises:
             EnvError: the environment raised, or returned what is no step.
@@ -124,6 +136,7 @@ class ControlRollout:
         """
         if self._observation is None:
             self._observation = reset_env(self.env)
+            self._begin(self._observation)
         before, ended = self.steps, list[dict[str, Tensor]]()
         steps: list[dict[str, Tensor]] = []
         self._vouched = is_vouched(self.env)
@@ -151,7 +164,15 @@ class ControlRollout:
         rows = self._gather(steps, version)
         draws.finish(rows)
         batch = TensorDict({key: value.to("cpu") for key, value in rows.items()}, batch_size=rows["reward"].shape)
-        return batch, {**_episode_means(ended), STEPS: float(self.steps - before)}
+        metrics = {**_episode_means(ended), STEPS: float(self.steps - before)}
+        if self.starts is not None:
+            metrics[STARTS] = float(len(batch["prompt_id"].unique()))
+        return batch, metrics
+
+    def _begin(self, observation: Tensor) -> None:
+        """Numbers the starts of all simulations, ``observation [K, w]``."""
+        if self.starts is not None:
+            self._start = self.starts.number(observation)
 
     def _check_speaker(self, speaker: Actor, policy: Samples) -> None:
         """Raises ConfigError where nobody else can act."""
@@ -196,6 +217,7 @@ class ControlRollout:
             "next_observation": result.next_observation,
             "discount": result.executed,
             "episode": self._episode,
+            **({} if self.starts is None else {"prompt_id": self._start}),
         }
 
     def _gather(self, steps: list[dict[str, Tensor]], version: int) -> dict[str, Tensor]:
@@ -203,7 +225,7 @@ class ControlRollout:
         rows = {key: _stacked([step[key] for step in steps]) for key in steps[0]}
         rows["discount"] = self.gamma ** rows["discount"].to(torch.float32)
         shape = (self.horizon, self.num_envs)
-        rows["group"] = rows["episode"].clone()
+        rows["group"] = rows["episode" if self.starts is None else "prompt_id"].clone()
         rows["policy_version"] = torch.full(shape, version, dtype=torch.int64)
         if ACTED in rows:
             rows["policy_version"].masked_fill_(rows.pop(ACTED).to("cpu"), NOBODY)
@@ -233,6 +255,9 @@ class ControlRollout:
         self._episode = self._episode.clone()
         self._episode[done] = torch.arange(self._next_episode, self._next_episode + count)
         self._next_episode += count
+        if self.starts is not None:
+            self._start = self._start.clone()
+            self._start[done] = self.starts.number(result.observation[done])
         self._return[done] = 0.0
         self._steps[done] = 0
         return finished
@@ -266,6 +291,7 @@ class ControlRollout:
             "steps": self.steps,
             "calls": self._calls,
             "generator": self.generator.get_state(),
+            **({} if self.starts is None else {"start": self._start}),
             **({} if self.noise is None else {"noise": self.noise.state_dict()}),
             **({} if self.speaker is None else {"speaker": self._speaker_stream.get_state()}),
         }
@@ -278,6 +304,8 @@ class ControlRollout:
         self._return, self._steps = state["return"], state["length"]
         self.steps, self._calls = state["steps"], state.get("calls", 0)
         self.generator.set_state(state["generator"])
+        if self.starts is not None:
+            self._start = state["start"]
         if self.noise is not None and "noise" in state:
             self.noise.load_state_dict(state["noise"])
         if self.speaker is not None and "speaker" in state:
@@ -286,6 +314,7 @@ class ControlRollout:
     def restart(self, state: dict[str, Any], seed: int) -> None:
         """Goes on behind :meth:`state_dict` with new episodes in every simulation, and streams from ``seed``."""
         self._observation, self._calls = reset_env(self.env, seed), 0
+        self._begin(self._observation)
         first = state["next_episode"]
         self._episode, self._next_episode = torch.arange(first, first + self.num_envs), first + self.num_envs
         self._return.zero_()

@@ -111,7 +111,7 @@ def _collected(env: Any, own: set[str], rollout: Any) -> set[str]:
     if isinstance(rollout, DemonstrationRollout):
         return epochs
     if env.domain == "control":
-        return {*ROLLOUT_CONTROL}
+        return {*ROLLOUT_CONTROL, *({"starts"} if getattr(rollout, "starts", None) is not None else ())}
     if not isinstance(rollout, LanguageRollout):
         return {*ROLLOUT_LANGUAGE, *own}
     joined = {f"joined/{name}" for name in rollout.sources}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from unified_rl.errors import ConfigError
+from unified_rl.instantiate import is_ours
 from unified_rl.protocols import ChecksWritten
-from unified_rl.replay import WithDataset
+from unified_rl.replay import Group, HindsightReplay, Replay, WithDataset
 from unified_rl.replay.fit import check_written
 from unified_rl.rollout import ControlRollout, DemonstrationRollout, LanguageRollout, StoredRollout
 from unified_rl.rollout.curriculum import EXPECTED
@@ -56,7 +58,8 @@ class Written(NamedTuple):
 
     Attributes:
         sources: who made them.
-        group_size: the most that share a group.
+        group_size: the most that share a group; of a simulation whose starts are told apart all pieces of episodes,
+            of one step at least, of a collection.
         columns: what they hold, and how many numbers of a row the configuration joined in it; 0 where none.
         stored: some were sampled by weights of before, whatever the staleness.
     """
@@ -70,7 +73,9 @@ class Written(NamedTuple):
 def written(rollout: Any) -> Written | None:
     """The rows of a rollout of this library; None for one of the user's own, which may write anything."""
     if type(rollout) is ControlRollout:
-        return Written({int(Source.ONLINE)}, 1, dict.fromkeys((*SHARED, *OF_DOMAIN["control"]), 0))
+        started = rollout.starts is not None
+        columns = dict.fromkeys((*SHARED, *OF_DOMAIN["control"], *(("prompt_id",) if started else ())), 0)
+        return Written({int(Source.ONLINE)}, rollout.rows * rollout.length if started else 1, columns)
     if type(rollout) is LanguageRollout and all(type(source) in WRITES for source in rollout.sources.values()):
         sources: list[Any] = list(rollout.sources.values())
         made = {int(one) for source in sources for one in WRITES[type(source)]}
@@ -94,6 +99,8 @@ def check_rollout(agent: Any, rollout: Any, replay: Any) -> None:
     Raises:
         ConfigError: names the setting and what works.
     """
+    if isinstance(rollout, ControlRollout) and rollout.starts is not None:
+        _check_starts(agent, replay)
     found = written(rollout)
     if found is None:
         if isinstance(rollout, StoredRollout):
@@ -105,3 +112,27 @@ def check_rollout(agent: Any, rollout: Any, replay: Any) -> None:
         more = set() if stored is None or "source" not in stored.keys() else set(stored["source"].unique().tolist())
         stored_too = found.stored or int(Source.OFFLINE) in more
         agent.check_written(found.sources | more, found.group_size, found.columns, stored_too)
+
+
+def _check_starts(agent: Any, replay: Any) -> None:
+    """Refuses ``rollout.starts`` where nothing could compare rows by them, or where rows no longer say how they began.
+
+    Raises:
+        ConfigError: names the setting and what works.
+    """
+    if isinstance(replay, HindsightReplay):
+        raise ConfigError(
+            "replay=her exchanges goals when rows are drawn, which then no longer begin as rollout.starts says: leave "
+            "rollout.starts out"
+        )
+    if isinstance(replay, Replay) and isinstance(replay.sampler, Group):
+        raise ConfigError(
+            "replay=group draws so many stored rows of a group, and those of a simulation are steps, most of them of "
+            "one episode: use replay=fresh or replay=uniform with rollout.starts"
+        )
+    if is_ours(agent) and not isinstance(agent, ChecksWritten):
+        name = getattr(agent, "option", type(agent).__name__)
+        raise ConfigError(
+            f"rollout.starts says which rows are compared with each other, and agent={name} compares none: leave it "
+            "out, or use agent=policy_gradient agent.advantage=group"
+        )
