@@ -52,6 +52,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "context of prompts": lambda part: hasattr(part, "check") and "__call__" in vars(part),
     "beginning of answers": lambda part: hasattr(part, "begin") and hasattr(part, "check"),
     "speaker of rollouts": lambda part: hasattr(part, "speaks") and hasattr(part, "check"),
+    "starts of episodes": lambda part: hasattr(part, "number") and hasattr(part, "attach"),
     "curriculum of prompts": lambda part: hasattr(part, "choose") and hasattr(part, "told"),
     "reward functions": lambda part: part is Rewards,
     "learner": lambda part: part in (DataParallel, FullyShard),

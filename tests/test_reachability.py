@@ -622,6 +622,7 @@ def term_cases() -> Iterator[Case]:
             "rubric.of": "nowhere",
             "rubric.weights": [1.0, -0.1],
             "criterion.of": "nowhere",
+            "success.threshold": 2.0,
             "bent.turn": 0.5,
             "spoken.levels": 100,
             "spoken.worst": 3.0,
@@ -1038,6 +1039,7 @@ VALUES_OF: dict[str, Any] = {
     "language.beginning": {"_target_": "unified_rl.rollout.beginnings.Guided"},
     "language.speaker": {"_target_": "unified_rl.agents.speakers.Interleaved", "folder": "TEACHER", "top_k": 3},
     "control.speaker": {"_target_": "unified_rl.agents.speakers.Alternating", "folder": "nowhere"},
+    "control.starts": {"_target_": "unified_rl.rollout.starts.Starts"},
     "control.streams": "nowhere",
     "language.staleness": 0,
     "language.generation_batch": 4,
@@ -1390,6 +1392,21 @@ def speaker_cases() -> Iterator[Case]:
             yield Case(f"speaker.{name}.{key}", used, (f"rollout.speaker={text({**node, key: value})}",))
 
 
+def start_cases() -> Iterator[Case]:
+    """Which rows of a simulation are compared with each other."""
+    base = (*CONTROL, "agent.advantage=group", "agent.epochs=3", "rollout.num_envs=16")
+    node = {"_target_": "unified_rl.rollout.starts.Starts", "grid": 0.02}
+    alone = (*base, "correction=reinforce", "correction.advantage={baseline: none}")
+    yield Case("starts", alone, (f"rollout.starts={text(node)}",))
+    grouped = (*base, "correction=grpo", f"rollout.starts={text(node)}")
+    for key, value in {"grid": 0.05, "of": [0]}.items():
+        yield Case(f"starts.{key}", grouped, (f"rollout.starts={text({**node, key: value})}",))
+    won = "agent.columns={won: {name: success, threshold: -1.0}}"
+    tracked = "correction.advantage={baseline: tracker, reward: won, scale: whiten}"
+    yield Case("starts.tracker", (*grouped, "rollout.horizon=24"), (tracked, won))
+    yield Case("starts.goal", grouped, (f"rollout.starts={text({**node, 'of': 'goal'})}",))
+
+
 def derived_cases() -> Iterator[Case]:
     """Rows made of own answers, and groups of before, on few prompts that come again."""
     base = (*LANGUAGE, "env.modulus=2", "env.terms=2", "env.held_out=0.0", "env.max_turn_tokens=8", "correction=tis")
@@ -1549,6 +1566,7 @@ CASES = [
     *curriculum_cases(),
     *beginning_cases(),
     *speaker_cases(),
+    *start_cases(),
     *derived_cases(),
     *further_cases(),
 ]
