@@ -52,7 +52,9 @@ def test_the_commands_of_the_page_run(place: Path, source: Path) -> None:
             continue
         if "env=two_route" in words:
             robot = ["rollout.num_envs=4", "rollout.horizon=16", "eval_episodes=2", "progress=false"]
-            robot += ["warm_start.stages=[{updates: 2}]"] if "steps=0" in words else ["steps=128", f"run_dir=run{number}"]
+            robot += (
+                ["warm_start.stages=[{updates: 2}]"] if "steps=0" in words else ["steps=128", f"run_dir=run{number}"]
+            )
             assert main([*words, *robot]) == 0, " ".join(words)
             continue
         short = [] if any("max_turn_tokens" in w for w in words) else ["env.max_turn_tokens=8"]

@@ -70,13 +70,22 @@ def test_curves_are_read_over_the_budget_that_all_have_and_over_tokens(tmp_path:
     path.write_text(path.read_text() + "".join(f"\nd,short,0,2,{k},{10 * k},{0.1 * k},2" for k in range(3)))
     (some,) = summarize([path], "correction", at="reach=0.75", where={"correction": "short"})
     assert some["each seed"] == "15 never" and some["95 % interval"] == "1 of 2 seeds" and some["IQM"] == "15"
+    path.write_text(path.read_text() + "".join(f"\ne,short,0,1,{k},{10 * k},{0.1 * k},2" for k in range(3)))
+    for reads in (
+        lambda: summarize([path], "correction"),
+        lambda: plot_runs([path], tmp_path / "x.png", "score", "correction"),
+    ):
+        with pytest.raises(ConfigError, match=r"runs of correction short differ in domain \(d, e\).*--where domain=d"):
+            reads()
+    assert len(summarize([path], "correction", where={"domain": "d"})) == 2
     with pytest.raises(ConfigError, match="known: end, mean, reach=VALUE"):
-        summarize([path], "correction", at="half")
+        summarize([path], "correction", at="half", where={"domain": "d"})
     with pytest.raises(ConfigError, match="its labels are domain, correction, staleness, seed"):
         summarize([path], "agent")
-    drawn = plot_runs([path], tmp_path / "curve.png", "eval/score", "correction", only=["long"])
+    one = {"domain": "d"}
+    drawn = plot_runs([path], tmp_path / "curve.png", "eval/score", "correction", only=["long"], where=one)
     assert drawn.is_file()
     with pytest.raises(ConfigError, match="no run logged"):
-        plot_runs([path], tmp_path / "curve.png", "eval/score", "correction", only=["nobody"])
+        plot_runs([path], tmp_path / "curve.png", "eval/score", "correction", only=["nobody"], where=one)
     with pytest.raises(ConfigError, match="known: steps, tokens"):
-        summarize([path], "correction", over="seconds")
+        summarize([path], "correction", over="seconds", where=one)

@@ -19,7 +19,7 @@ from unified_rl.files import check_listed, replacing
 from unified_rl.study import figures
 from unified_rl.study.curves import join
 from unified_rl.study.report import save_png
-from unified_rl.study.results import LABELS, SCORE, RunData, group_runs, read_results, read_rows
+from unified_rl.study.results import LABELS, SCORE, RunData, group_runs, read_results, read_rows, unique
 from unified_rl.untrusted import read_yaml
 
 
@@ -33,6 +33,7 @@ def plot_runs(
     title: str | None = None,
     labels: Mapping[str, str] | None = None,
     only: Sequence[str] | None = None,
+    where: Mapping[str, str] | None = None,
 ) -> Path:
     """Draws one curve for each value of a configuration key, with a band over the runs that share it.
 
@@ -45,14 +46,15 @@ def plot_runs(
         title: title of the figure.
         labels: value of the key to its name in the legend.
         only: the values that are drawn, in this order; None draws all.
+        where: labels that runs of a study's file must have, such as ``{"domain": "language"}``.
 
     Returns:
         ``out``.
 
     Raises:
-        ConfigError: a folder without a run, or no run that logged the metric.
+        ConfigError: a folder without a run, no run that logged the metric, or a curve of several tasks.
     """
-    runs = [run for folder in folders for run in load_runs(Path(folder), group_by)]
+    runs = chosen_runs(folders, group_by, where)
     if only is not None:
         runs = [run for value in only for run in runs if str(run.labels[group_by]) == value]
     if not any(run.series(metric, x)[0].size for run in runs):
@@ -74,6 +76,28 @@ def plot_runs(
         _finish(axes[0, 0], metric, x, title)
         figure.legend(lines, names, loc="outside right upper", title=group_by, alignment="left")
     return _save(figure, Path(out))
+
+
+def chosen_runs(folders: Sequence[str | Path], group_by: str, where: Mapping[str, str] | None = None) -> list[RunData]:
+    """The runs of some folders and files that have the labels ``where``.
+
+    Raises:
+        ConfigError: a folder without a run, none that is left, or runs of one value of ``group_by`` that are not
+            repetitions of each other: they differ in more than their seed.
+    """
+    runs = [run for folder in folders for run in load_runs(Path(folder), group_by)]
+    runs = [run for run in runs if all(str(run.labels.get(key)) == value for key, value in (where or {}).items())]
+    if not runs:
+        raise ConfigError(f"no run has {', '.join(f'{key}={value}' for key, value in (where or {}).items())}")
+    for (value,), members in group_runs(runs, (group_by,)).items():
+        for key in (key for key in LABELS if key not in ("seed", group_by)):
+            found = unique(members, key)
+            if len(found) > 1:
+                raise ConfigError(
+                    f"runs of {group_by} {value} differ in {key} ({', '.join(map(str, found))}), so they are no "
+                    f"repetitions of one another: choose, --where {key}={found[0]}"
+                )
+    return runs
 
 
 def load_runs(path: Path, group_by: str) -> list[RunData]:
@@ -146,12 +170,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--by", default="agent", help="configuration key that names the curves")
     parser.add_argument("--x", default="steps", choices=("steps", "update", "wall_seconds"))
     parser.add_argument("--only", help="values that are drawn, with commas")
+    parser.add_argument("--where", action="append", default=[], metavar="LABEL=VALUE", help="of a study's runs")
     parser.add_argument("--title")
     parser.add_argument("--out", required=True, help="a .png or .svg file")
     given = parser.parse_args(arguments)
     try:
         only = None if given.only is None else given.only.split(",")
-        print(plot_runs(given.runs, given.out, given.metric, given.by, x=given.x, title=given.title, only=only))
+        where = dict(one.partition("=")[::2] for one in given.where)
+        drawn = {"x": given.x, "title": given.title, "only": only, "where": where}
+        print(plot_runs(given.runs, given.out, given.metric, given.by, **drawn))
     except UnifiedRLError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

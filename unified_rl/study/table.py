@@ -18,7 +18,7 @@ import numpy as np
 
 from unified_rl.errors import ConfigError, UnifiedRLError
 from unified_rl.files import check_listed, replacing
-from unified_rl.study.plot import load_runs
+from unified_rl.study.plot import chosen_runs
 from unified_rl.study.results import SCORE, RunData, group_runs
 from unified_rl.study.statistics import Array, Interval, stratified_bootstrap
 
@@ -51,12 +51,10 @@ def summarize(
         in no mean.
 
     Raises:
-        ConfigError: a folder without a run, a run without the metric, no run left, or an unknown ``at`` or ``over``.
+        ConfigError: a folder without a run, a run without the metric, no run left, runs of one value that differ in
+            more than their seed, or an unknown ``at`` or ``over``.
     """
-    runs = [run for f in folders for run in load_runs(Path(f), group_by)]
-    runs = [run for run in runs if all(str(run.labels.get(key)) == value for key, value in (where or {}).items())]
-    if not runs:
-        raise ConfigError(f"no run has {', '.join(f'{key}={value}' for key, value in (where or {}).items())}")
+    runs = chosen_runs(folders, group_by, where)
     curves = {id(run): _curve(run, metric, over) for run in runs}
     budget = min(x[-1] for x, _ in curves.values())
     rows = []
