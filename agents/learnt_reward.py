@@ -108,7 +108,7 @@ class Learnt(Fitted):
         if self.within == "group" and lone(record["group"][self.rows.ungated.of_record(record)]):
             raise ConfigError(
                 "agent.reward_model compares rows of one group, and every row is alone in its own: sample several rows "
-                "a prompt or reset state (rollout.group_size), or set agent.reward_model.within=batch"
+                "a prompt (rollout.group_size) or start (rollout.starts), or set agent.reward_model.within=batch"
             )
 
     def look(self, rows: TensorDict) -> None:

@@ -35,6 +35,7 @@ COMPLETED = {
     ("warm_start", "from_run"): ["warm_start.run=x"],
     ("rollout", "stored"): ["rollout.data=x"],
     ("recipe", "pear"): ["rollout.sources.recorded.data=x"],
+    ("recipe", "occupancy_chi2"): ["agent.reward_model.base=x"],
     **{("recipe", name): ["agent.teacher=x"] for name in ("skd", "dagger", "draft_opd")},
     ("recipe", "mixsd"): ["rollout.speaker.folder=x"],
     ("recipe", "sso"): ["rollout.beginning.text=x", "rollout.beginning.opposite=x"],
@@ -128,7 +129,7 @@ MEANT: list[tuple[str, str, str]] = [
      "agent.objectives.early.pass_rate.beta agent.objectives.late.pass_rate.alpha "
      "agent.objectives.late.pass_rate.beta "
      "agent.objectives.prefer.deviation agent.objectives.prefer.nll "
-     "agent.reward_model.dependence agent.reward_model.pessimism agent.reward_model.coefficient "
+     "agent.reward_model.dependence agent.reward_model.pessimism agent.reward_model.coefficient agent.reward_model.lr "
      "agent.per_record.noise "
      "agent.weight_decay env.reset_noise_scale "
      "correction.advantage.eps correction.kernel.beta correction.kernel.k_negative correction.kernel.k_positive "
@@ -180,7 +181,6 @@ MEANT: list[tuple[str, str, str]] = [
     ("[]", "a list may be empty",
      "agent.objectives.align.rows.source agent.objectives.align.rows.unless "
      "agent.filters rollout.columns.domain rollout.columns.stratum "
-     "agent.columns.rubric.of "
      "rollout.columns.answer rollout.columns.label rollout.columns.greedy rollout.columns.old rollout.columns.begun "
      "rollout.columns.marks "
      "rollout.columns.hinted rollout.columns.principle "

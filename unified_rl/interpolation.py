@@ -22,6 +22,7 @@ WANTED: dict[str | int, str] = {
     "folder": "FOLDER, of a language model; a teacher may be the folder of a run too",
     "folders": "[RUN,RUN], folders of runs or of language models",
     "data": "ROWS, a folder that 'unified-rl evaluate RUN --record ROWS' wrote",
+    "base": "ROWS, of another policy, a folder that 'unified-rl evaluate RUN --record ROWS' wrote",
 }
 """What to give for such values by the last part of their key, which the files of this library leave open."""
 MAX_CHARACTERS = 1_000_000

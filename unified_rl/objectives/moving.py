@@ -91,7 +91,7 @@ class Moving:
             other = f", or set {self.where}.over=batch" if "over" in self.settings else ""
             raise ConfigError(
                 f"{self.where} compares rows of one group, and every row is alone in its own: sample several rows a "
-                f"prompt or reset state (rollout.group_size){other}"
+                f"prompt (rollout.group_size) or start (rollout.starts){other}"
             )
 
     @property

@@ -167,7 +167,7 @@ class GroupScoreTerm(ScoreTerm):
         if self.within == "group":
             raise ConfigError(
                 f"{self.where} compares rows of one group, and every row is alone in its own: sample several rows a "
-                f"prompt or reset state (rollout.group_size), or set {self.where}.within=batch"
+                f"prompt (rollout.group_size) or start (rollout.starts), or set {self.where}.within=batch"
             )
 
     def groups(self, rows: TensorDict) -> Tensor:

@@ -35,12 +35,12 @@ def rubric(
         clamp: keep the result within 0 and 1.
 
     Raises:
-        ConfigError: another number of weights than of criteria, or none above 0.
+        ConfigError: no criterion, another number of weights than of criteria, or none above 0.
     """
-    criteria = record[of].float() if isinstance(of, str) else torch.stack([record[name].float() for name in of], -1)
-    told = _rubric_misfit({of: criteria.shape[-1]} if isinstance(of, str) else {}, of=of, weights=weights)
+    told = _rubric_misfit({of: record[of].shape[-1]} if isinstance(of, str) else {}, of=of, weights=weights)
     if told is not None:
         raise ConfigError(f"the column rubric {told}")
+    criteria = record[of].float() if isinstance(of, str) else torch.stack([record[name].float() for name in of], -1)
     given = criteria.new_ones(criteria.shape[-1]) if weights is None else criteria.new_tensor(weights)
     best = given.clamp(min=0).sum()
     if not bool(best > 0):
@@ -52,7 +52,9 @@ def rubric(
 def _rubric_misfit(
     widths: Mapping[str, int], *, of: str | list[str], weights: list[float] | None, **others: object
 ) -> str | None:
-    """What is wrong with the number of weights; None where nothing is, or the number of criteria is unknown."""
+    """What is wrong with criteria and weights; None where nothing is, or the number of criteria is unknown."""
+    if not of:
+        return "has of=[], no criterion at all: name entries of the rows"
     number = widths.get(of) if isinstance(of, str) else len(of)
     if weights is None or number is None or len(weights) == number:
         return None
