@@ -14,7 +14,7 @@ from unified_rl.study.results import RunData, read_results
 from unified_rl.study.table import main
 
 COMMAND = re.compile(r"^    python -m unified_rl\.study\.table (.+)\n\n((?:\|.*\n)+)", re.MULTILINE)
-STUDIES = ["replay", "guidance", "distillation", "preferences", "divergences"]
+STUDIES = ["replay", "guidance", "distillation", "preferences", "divergences", "occupancy"]
 
 
 def runs(source: Path, name: str) -> list[RunData]:
@@ -52,7 +52,8 @@ def test_the_published_runs_are_those_of_the_study(source: Path, name: str) -> N
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_learning_rate_of_zero_changes_nothing(source: Path, name: str) -> None:
     still = [run for run in runs(source, name) if run.labels["correction"] == "frozen"]
-    assert still and all(len(set(run.series("eval/accuracy")[1])) == 1 for run in still)
+    metric = "eval/route" if name == "occupancy" else "eval/accuracy"
+    assert still and all(len(set(run.series(metric)[1])) == 1 for run in still)
 
 
 @pytest.mark.parametrize("name", ["replay", "preferences"])
@@ -63,3 +64,10 @@ def test_shuffled_rewards_teach_nothing(source: Path, name: str, domain: str, ap
         if run.labels["domain"] == domain:
             ends.setdefault(run.labels["correction"], []).append(run.last("eval/accuracy"))
     assert len(ends["shuffled"]) == 5 and max(ends["shuffled"]) < min(ends["grpo"]) - apart
+
+
+def test_a_discriminator_that_does_not_learn_is_no_penalty(source: Path) -> None:
+    found = {(run.labels["correction"], run.labels["seed"]): run for run in runs(source, "occupancy")}
+    for seed in range(1, 6):
+        plain, untaught = (found[name, seed].series("rollout/route")[1] for name in ("ppo", "untaught"))
+        assert plain.tolist() == untaught.tolist()
