@@ -26,6 +26,7 @@ from unified_rl.protocols import (
     standardises,
 )
 from unified_rl.returns import SuccessTracker, compared_reward, gae, record_advantage, segment_ends, to_segments, vtrace
+from unified_rl.returns.gates import ended
 from unified_rl.shard import ALONE, Shard
 from unified_rl.units import Steps
 
@@ -268,12 +269,6 @@ def standardise(x: Tensor, mask: Tensor) -> Tensor:
     return (x - kept.mean()) / (kept.std() + 1e-8)
 
 
-def _has_end(record: TensorDictBase) -> Tensor:
-    """Rows ``[B]`` in which an episode ends: at a valid step that is terminated or truncated."""
-    ended: Tensor = (record["terminated"] | record["truncated"]) & record["step_mask"]
-    return ended.any(-1)
-
-
 def _episode_ends(record: TensorDictBase) -> Tensor:
     """Steps ``[B, T]`` after which the row goes on with another episode."""
     episode = record["episode"]
@@ -310,7 +305,7 @@ class GroupBaseline:
         if self.rows.every and not pieces:
             return self._over_all(record, log_prob, weight)
         chosen = self.rows.of_record(record)
-        return self._over_some(chosen & _has_end(record) if pieces else chosen, record, log_prob, weight)
+        return self._over_some(chosen & ended(record) if pieces else chosen, record, log_prob, weight)
 
     def _over_some(
         self, chosen: Tensor, record: TensorDictBase, log_prob: Callable[[], Tensor], weight: Tensor | None

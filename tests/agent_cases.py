@@ -63,9 +63,10 @@ def transitions(policy: Any, seed: int = 0) -> TensorDict:
     return TensorDict(items, batch_size=[HORIZON, LANES])
 
 
-def control_agent(policy: Any, correction: str = "ppo", **options: Any) -> PolicyGradient:
+def control_agent(policy: Any, correction: Any = "ppo", **options: Any) -> PolicyGradient:
     settings = {"max_grad_norm": None, "critic_hidden": (8,), **options}
-    return PolicyGradient(policy, load_correction(correction), stream(), rows=LANES, length=HORIZON, **settings)
+    made = load_correction(correction) if isinstance(correction, str) else correction
+    return PolicyGradient(policy, made, stream(), rows=LANES, length=HORIZON, **settings)
 
 
 def filled(rows: TensorDict, lanes: int) -> Replay:

@@ -15,6 +15,7 @@ from torch import Tensor
 import unified_rl as ur
 from unified_rl.agents.baselines import GroupBaseline
 from unified_rl.config import compose
+from unified_rl.correction import load_correction
 from unified_rl.envs.control import PointMazeEnv
 from unified_rl.errors import ConfigError, RecordError
 from unified_rl.returns import SuccessTracker, group_advantage
@@ -205,6 +206,20 @@ def test_grpo_compares_rows_of_one_start() -> None:
     assert want.unique().numel() > 3
     torch.testing.assert_close(record["advantage"][:, 0], want, atol=1e-5, rtol=0)
     torch.testing.assert_close(want, group_advantage(total, cup, scale="std"), atol=1e-5, rtol=0)
+
+
+def test_pieces_without_an_end_may_be_left_out_of_groups() -> None:
+    policy = gaussian()
+    correction = load_correction("grpo", advantage={"scale": "std", "rows": {"when": "whole"}})
+    agent = control_agent(policy, correction, advantage="group", gates={"whole": "ended"})
+    agent.check_written([0], 9, ["reward", "group"])
+    (record,) = updates(agent, collections(policy, 1))
+    over = ((record["terminated"] | record["truncated"]) & record["step_mask"]).any(-1)
+    assert 0 < int(over.sum()) < len(record) and torch.equal(record["whole"], over)
+    assert not record["advantage"][~over].any()
+    want = group_advantage(row_return(record)[over], record["group"][over], scale="std")
+    torch.testing.assert_close(record["advantage"][over][:, 0], want, atol=1e-5, rtol=0)
+    assert want.any()
 
 
 def test_a_tracker_follows_starts_and_counts_pieces_in_which_an_episode_ends() -> None:

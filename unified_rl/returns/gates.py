@@ -1,4 +1,4 @@
-"""Gates: bool columns that say which rows a term reads, from the outcomes of their groups."""
+"""Gates: bool columns that say which rows a term reads, from the outcomes of episodes and of their groups."""
 
 from __future__ import annotations
 
@@ -25,4 +25,17 @@ def own_or_unsolved(record: TensorDictBase, *, threshold: float = 0.5) -> Tensor
     return out
 
 
-GATES: dict[str, Callable[..., Tensor]] = {"success_at_most": success_at_most, "own_or_unsolved": own_or_unsolved}
+def ended(record: TensorDictBase) -> Tensor:
+    """Rows ``[B]`` in which an episode ends: at a valid step that is terminated or truncated.
+
+    In a simulation a row is a piece of an episode, and what was cut off says little of how the episode came out.
+    """
+    out: Tensor = ((record["terminated"] | record["truncated"]) & record["step_mask"]).any(-1)
+    return out
+
+
+GATES: dict[str, Callable[..., Tensor]] = {
+    "success_at_most": success_at_most,
+    "own_or_unsolved": own_or_unsolved,
+    "ended": ended,
+}
