@@ -58,7 +58,7 @@ class Starts:
             if goals is None:
                 raise ConfigError(
                     "rollout.starts.of=goal needs observations with achieved_goal and desired_goal (env=gymnasium "
-                    "env.flatten=true, or env=point_maze env.reward=sparse) and none of env.frame_stack, "
+                    "env.flatten=true, or env=point_maze env.reward=sparse), no images, and none of env.frame_stack, "
                     f"env.action_repeat, env.chunk; {type(env).__name__} shows no goals: name the goal's entries of "
                     "the observation, rollout.starts.of=[4,5]"
                 )
