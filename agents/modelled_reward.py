@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
-from unified_rl.errors import ConfigError
+from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.instantiate import nearest
 from unified_rl.objectives.rows import Rows
 from unified_rl.objectives.scores import Within
@@ -188,8 +188,16 @@ class Fitted(ModelledReward):
             metrics |= told
             if "reward_model/loss" not in told:
                 break  # there is nothing to learn from
-            self.optimizer.step(told["reward_model/loss"])
+            self._step(told["reward_model/loss"])
         self.learnt(rows)
+
+    def _step(self, loss: Tensor) -> None:
+        try:
+            self.optimizer.step(loss)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"agent.reward_model cannot learn on: {error}; lower agent.reward_model.lr={self.lr:g}"
+            ) from error
 
     def look(self, rows: TensorDict) -> None:
         """Looks at rows before it learns from them."""

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from unified_rl.agents.modelled_reward import Fitted
 from unified_rl.correction.generators import GENERATORS, Generator
+from unified_rl.correction.levels import CLAMP
 from unified_rl.correction.lookup import bind
-from unified_rl.errors import ConfigError
+from unified_rl.errors import ConfigError, NonFiniteError
 from unified_rl.policies.causal_lm import CausalLM
 from unified_rl.policies.reward_model import RewardModel, hidden_of
 from unified_rl.protocols import ControlPolicy, Trainable, is_language
@@ -24,6 +25,10 @@ from unified_rl.training.seeding import generator
 
 SMALLEST = 1e-6
 """A divergence below which its root is taken of this."""
+LARGEST = 1e15
+"""A row that loses more is an error: squares of such rewards come near the largest float32."""
+AT_ONCE = 16384
+"""Recorded steps whose observations are on the policy's device together, when the moments of all are taken."""
 BASE = "agent.reward_model.base"
 
 
@@ -80,7 +85,8 @@ class Occupancy(Fitted):
         self.stream = generator(seed, "occupancy")
         self.train(RewardModel(policy, hidden, seed=seed, bias=True), policy)
         if not is_language(policy):
-            self.model.observe(_as_windows(self.recorded, (1, len(self.recorded))).to(policy.device))
+            for part in self.recorded.select("observation").split(AT_ONCE):
+                self.model.observe(_as_windows(part, (1, len(part))).to(policy.device))
 
     @property
     def model(self) -> RewardModel:
@@ -115,7 +121,8 @@ class Occupancy(Fitted):
                 logit = sign * self.logits(part)
                 mean = F.softplus(-logit).sum() / (2 * count)
                 mean.backward()
-                loss, right = loss + mean.detach(), right + (logit > 0).sum() / (2 * count)
+                told = (logit > 0).sum() + 0.5 * (logit == 0).sum()  # what is undecided is right every second time
+                loss, right = loss + mean.detach(), right + told / (2 * count)
         return {"reward_model/loss": loss, "reward_model/accuracy": right}
 
     @torch.no_grad()
@@ -127,18 +134,37 @@ class Occupancy(Fitted):
             version: of the present weights.
             metrics: of the update; ``reward_model/divergence`` is ``D_f`` over recorded rows, ``reward_model/reward``
                 what the penalties of a row come to.
+
+        Raises:
+            NonFiniteError: the discriminator's loss is not finite, or a penalty too large to learn from.
         """
         with torch.enable_grad():
             self.learn(record, version, metrics)
         logit = torch.cat([self.rewards(part) for part in self._parts(record)])
         recorded = torch.cat([self.logits(part) for part in self._parts(self.drawn(record))])
-        divergence = self.generator.value(recorded).mean()
+        divergence = self.divergence(recorded)
         cost = self.generator.slope(logit) - self.generator.slope(torch.zeros_like(logit))
         if self.root:
             cost = cost / (2 * divergence.clamp(min=SMALLEST).sqrt())
         taken = torch.where(record["step_mask"], self.coefficient * cost, 0.0)
-        metrics |= {"reward_model/divergence": divergence, "reward_model/reward": -taken.sum(-1).mean()}
+        lost = taken.sum(-1)
+        if not bool((lost.abs() < LARGEST).all()):
+            raise NonFiniteError(
+                f"agent.reward_model takes up to {float(taken.abs().max()):.3g} from the reward of a step, with which "
+                f"nothing can be learnt: lower agent.reward_model.coefficient={self.coefficient:g} or "
+                f"agent.reward_model.lr={self.lr:g}, or take agent.reward_model.generator=tv, whose slope is bounded"
+            )
+        metrics |= {"reward_model/divergence": divergence, "reward_model/reward": -lost.mean()}
         record["reward"] = record["reward"] - taken
+
+    def divergence(self, recorded: Tensor) -> Tensor:
+        """``D_f`` by the logits of recorded steps or answers ``[n]``, a scalar that is never negative.
+
+        The mean of ``f(t) - f'(1) (t - 1)``. Of the exact ``t``, whose mean is 1, it is that of ``f(t)``, which can be
+        negative of an estimate.
+        """
+        flat = self.generator.slope(torch.zeros_like(recorded))
+        return (self.generator.value(recorded) - flat * recorded.clamp(-CLAMP, CLAMP).expm1()).mean()
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, moments and the stream by which recorded rows are drawn."""

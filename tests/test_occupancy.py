@@ -17,7 +17,7 @@ from term_cases import agent_of, joined
 from torch import Tensor
 
 from unified_rl.agents.reward_model import make_reward_model
-from unified_rl.errors import ConfigError, UnifiedRLError
+from unified_rl.errors import ConfigError, NonFiniteError, UnifiedRLError
 from unified_rl.replay import Replay, Uniform
 from unified_rl.units import record_from_steps
 
@@ -78,6 +78,7 @@ def test_equal_occupancies_cost_nothing(tmp_path: Path) -> None:
     untold(rows, 0, found)
     assert torch.equal(rows["reward"], first) and float(found["reward_model/divergence"]) == 0.0
     assert float(found["reward_model/loss"]) == pytest.approx(math.log(2.0))
+    assert float(found["reward_model/accuracy"]) == pytest.approx(0.5)  # it has not decided
     made(rows, 0, found)
     assert float(found["reward_model/divergence"]) < 0.03 and abs(float(found["reward_model/reward"])) < 0.1
 
@@ -87,7 +88,7 @@ def test_equal_occupancies_cost_nothing(tmp_path: Path) -> None:
     ("generator", "value", "slope"),
     [
         ("pearson_chi2", lambda t: (t - 1) ** 2, lambda t: 2 * (t - 1)),
-        ("reverse_kl", lambda t: t * math.log(t), math.log),
+        ("reverse_kl", lambda t: t * math.log(t) - (t - 1), math.log),
         ("tv", lambda t: abs(t - 1) / 2, lambda t: 0.5 if t > 1 else -0.5),
         ("hellinger", lambda t: (t**0.5 - 1) ** 2 / 2, lambda t: (1 - t**-0.5) / 2),
     ],
@@ -107,6 +108,33 @@ def test_the_penalty_by_hand(root: bool, generator: str, value: Any, slope: Any,
     assert float(found["reward_model/divergence"]) == pytest.approx(value(t), rel=1e-5)
     steps_a_row = rows["step_mask"].sum() / len(rows)
     assert float(found["reward_model/reward"]) == pytest.approx(float(-taken * steps_a_row), rel=1e-5)
+
+
+@pytest.mark.parametrize("generator", ["reverse_kl", "forward_kl"])
+def test_a_root_of_a_divergence_near_zero_is_no_large_penalty(generator: str, tmp_path: Path) -> None:
+    made = penalised(tmp_path / "rows", normal(0.0, 1), coefficient=1.0, generator=generator, root=True)
+    for seed in range(6):
+        rows, found = record(normal(0.0, 10 + seed, 512)), {}
+        first = rows["reward"].clone()
+        made(rows, 0, found)
+        assert 0 < float(found["reward_model/divergence"]) < 0.02
+        assert float((rows["reward"] - first).std()) < 2.0  # sqrt(1/2) where t is near 1 and log t has mean 0
+
+
+@pytest.mark.parametrize("changed", [{"coefficient": 1e30}, {"coefficient": 1e38}, {"lr": 1e8}, {"lr": 1e30}])
+def test_penalties_that_nothing_is_learnt_from_are_one_error(changed: dict[str, float], tmp_path: Path) -> None:
+    node = {"coefficient": 1.0, "generator": "neyman_chi2", **changed}
+    made = penalised(tmp_path / "rows", normal(2.0, 1), **node)
+    rows = record(normal(-2.0, 2, 256))
+    first = rows["reward"].clone()
+    with pytest.raises(NonFiniteError, match=r"agent\.reward_model .* lower agent\.reward_model\.(coefficient|lr)="):
+        made(rows, 0, {})
+    assert torch.equal(rows["reward"], first)
+
+
+def test_no_layers_is_a_linear_discriminator(tmp_path: Path) -> None:
+    made = penalised(tmp_path / "rows", normal(0.0, 1, 8), hidden=())
+    assert sum(p.numel() for p in made.module.parameters()) == 3 + 2 + 1
 
 
 def test_an_answer_is_one_step_whose_penalty_stands_at_its_last_turn(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def hidden_of(policy: Trainable, hidden: Sequence[Count] | None) -> Sequence[Cou
             "agent.reward_model.hidden is of layers on observations and actions, and a language model's reward is a "
             "head on its own transformer: leave it out"
         )
-    return hidden or (64, 64)
+    return (64, 64) if hidden is None else hidden
 
 
 def placed(score: Tensor, rows: TensorDictBase) -> Tensor:
