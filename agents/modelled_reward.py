@@ -18,6 +18,7 @@ from unified_rl.policies.reward_model import placed
 from unified_rl.protocols import Trainable
 from unified_rl.ranges import Count, NonNegative, UnitInterval
 from unified_rl.returns.groups import Groups
+from unified_rl.units import Source
 
 Form = Literal["score", "pairwise"]
 
@@ -70,6 +71,13 @@ class ModelledReward:
 
         Raises:
             ConfigError: one that it reads is missing; says what to set.
+        """
+
+    def check_sources(self, sources: Collection[int]) -> None:
+        """Looks at who made the rows that will be drawn, before any are collected.
+
+        Raises:
+            ConfigError: it learns from rows of others alone.
         """
 
     def check_groups(self, record: TensorDictBase) -> None:
@@ -168,6 +176,17 @@ class Fitted(ModelledReward):
                     f"agent.reward_model.rows names {name!r}, which is no column of collected rows (gates open after "
                     f"rewards); {nearest(name, columns)}: define rollout.columns.{name}, or choose by source"
                 )
+
+    def check_sources(self, sources: Collection[int]) -> None:
+        """Looks for rows from which it would learn."""
+        if self.rows.sources and not set(self.rows.sources) & set(sources):
+            wanted, made = (
+                ", ".join(Source(one).name.lower() for one in some) for some in (self.rows.sources, sources)
+            )
+            raise ConfigError(
+                f"agent.reward_model.rows={wanted} would learn nothing: rows of this run are of source {made}; choose "
+                "among those"
+            )
 
     def train(self, module: nn.Module, policy: Trainable) -> None:
         """Makes the optimiser of a model."""

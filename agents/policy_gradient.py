@@ -429,6 +429,7 @@ class PolicyGradient:
         self.anchors.check_columns({*columns, *rules.gates, *rules.columns})
         if self.reward_model is not None:
             self.reward_model.check_columns(columns)
+            self.reward_model.check_sources(sources)
         check_columns(terms, rules, self.correction, columns)
         routes = [provider.by for provider in self.anchors.values() if isinstance(provider, Routed)]
         check_written_columns(rules, terms, self.correction, routes)

@@ -144,6 +144,11 @@ def attached_reward_model(
             f"agent.reward_model gives every row a reward, and correction.advantage.reward={column} reads columns "
             "instead: set one of them to null"
         )
+    if parts.correction.advantage.get("baseline") == "tracker":
+        raise ConfigError(
+            "correction.advantage.baseline=tracker counts successes, from 0 to 1, and rewards of agent.reward_model "
+            "are none: set correction.advantage.baseline=mean, or agent.reward_model=null"
+        )
     if normalize_reward:
         raise ConfigError(
             "agent.normalize_reward scales by what the environment gives, and agent.reward_model gives other rewards: "

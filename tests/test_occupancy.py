@@ -196,6 +196,11 @@ def test_rows_of_others_do_not_stand_for_the_policy(tmp_path: Path) -> None:
         ([*LANGUAGE, "env.max_turn_tokens=2", "agent.reward_model={name: occupancy, base: TEXTS}"],
          "record rows of this task"),
         ([*CONTROL, "agent.reward_model={name: occupancy, base: ROWS, weight: 0.5}"], "weight"),
+        ([*CONTROL, "agent.reward_model={name: occupancy, base: ROWS, rows: expert}"],
+         "agent.reward_model.rows=expert would learn nothing: rows of this run are of source online"),
+        ([*LANGUAGE, "correction=grpo", "correction.advantage={baseline: tracker, scale: whiten}",
+          "agent.reward_model={name: occupancy, base: TEXTS}"],
+         "rewards of agent.reward_model are none: set correction.advantage.baseline=mean"),
     ],
 )  # fmt: skip
 def test_what_it_does_not_take_is_refused_by_name(words: list[str], told: str, folders: dict[str, str]) -> None:
