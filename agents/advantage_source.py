@@ -178,6 +178,26 @@ def refuse_lone(correction: Correction, use_critic: bool) -> None:
     )
 
 
+def refuse_uncompared(terms: Mapping[str, Term], rules: Rules, correction: Correction, modelled: bool) -> None:
+    """Refuses groups in a simulation where advantages come from a critic and nothing else could compare rows.
+
+    Args:
+        terms: of the loss.
+        rules: of the rows of an update.
+        correction: its kernel may make advantages of its own.
+        modelled: rewards come from a model.
+
+    Raises:
+        ConfigError: says what to set instead.
+    """
+    compared = bool(rules.moving or rules.gates or modelled) or any(term.whole_groups for term in terms.values())
+    if not (compared or correction.kernel.traits.own_advantage or without_groups(correction)):
+        raise ConfigError(
+            "rollout.starts says which rows are compared with each other, and nothing compares any: a critic values "
+            "every step by itself; set agent.advantage=group, or leave rollout.starts out"
+        )
+
+
 def gates_read(terms: Mapping[str, Term], correction: Correction) -> dict[str, str]:
     """The bool columns by which rows are chosen, and the setting that names each."""
     chosen = {f"{term.where}.rows": term.rows for term in terms.values()}

@@ -24,6 +24,7 @@ from unified_rl.agents.advantage_source import (
     choose_credit,
     heads_of,
     refuse_lone,
+    refuse_uncompared,
     wants_critic,
 )
 from unified_rl.agents.anchors import PROVIDERS, Anchors, check_anchors
@@ -437,6 +438,8 @@ class PolicyGradient:
         if group_size == 1:
             for term in self.objective.active.values():
                 term.refuse_lone()
+        elif self.use_critic and not self.language:
+            refuse_uncompared(terms, rules, self.correction, self.reward_model is not None)
         if "policy" not in terms:
             return
         if group_size == 1:

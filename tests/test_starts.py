@@ -307,6 +307,7 @@ TRACKED = {
             {**TRACKED, "rollout.starts": NODE, "agent.advantage": "critic"},
             r"baseline=tracker.*come from a critic: set agent\.advantage=group",
         ),
+        ({"rollout.starts": NODE, "correction": "ppo", "agent.advantage": "critic"}, "nothing compares any: a critic"),
         ({"rollout.starts": {**NODE, "of": "goal"}}, r"of=goal.*TwoRouteEnv shows no goals"),
         ({"rollout.starts": {**NODE, "of": [4]}}, r"names entry 4 of the observation, whose entries are 0 to 3"),
         ({"rollout.starts": {**NODE, "of": []}}, r"of=\[\] looks at nothing"),
