@@ -59,7 +59,7 @@ def normal(mean: float, seed: int, count: int = 4096) -> Tensor:
 
 
 def test_two_gaussians_differ_by_what_is_known(tmp_path: Path) -> None:
-    made = penalised(tmp_path / "rows", normal(0.0, 1), steps=400, lr=0.01, coefficient=1.0)
+    made = penalised(tmp_path / "rows", normal(0.0, 1), steps=100, lr=0.02, coefficient=1.0, hidden=(16,))
     rows, found = record(normal(MEAN, 2)), {}
     made(rows.clone(), 0, found)
     chi2 = math.exp(MEAN**2) - 1
@@ -71,7 +71,7 @@ def test_two_gaussians_differ_by_what_is_known(tmp_path: Path) -> None:
 
 
 def test_equal_occupancies_cost_nothing(tmp_path: Path) -> None:
-    made = penalised(tmp_path / "rows", normal(0.0, 1), steps=200, lr=0.01, coefficient=1.0)
+    made = penalised(tmp_path / "rows", normal(0.0, 1), steps=60, lr=0.02, coefficient=1.0, hidden=(16,))
     rows, found = record(normal(0.0, 2)), {}
     first = rows["reward"].clone()
     untold = penalised(tmp_path / "again", normal(0.0, 1), steps=1, lr=0.0, coefficient=1.0)
@@ -112,7 +112,7 @@ def test_the_penalty_by_hand(root: bool, generator: str, value: Any, slope: Any,
 
 @pytest.mark.parametrize("generator", ["reverse_kl", "forward_kl"])
 def test_a_root_of_a_divergence_near_zero_is_no_large_penalty(generator: str, tmp_path: Path) -> None:
-    made = penalised(tmp_path / "rows", normal(0.0, 1), coefficient=1.0, generator=generator, root=True)
+    made = penalised(tmp_path / "rows", normal(0.0, 1), coefficient=1.0, generator=generator, root=True, hidden=(16,))
     for seed in range(6):
         rows, found = record(normal(0.0, 10 + seed, 512)), {}
         first = rows["reward"].clone()
