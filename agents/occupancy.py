@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -174,10 +174,6 @@ class Occupancy(Fitted):
         """Restores them."""
         super().load_state_dict(state)
         self.stream.set_state(state["stream"])
-
-    def check_columns(self, columns: Collection[str]) -> None:
-        """Looks for the columns by which it chooses rows."""
-        super().check_columns([*columns, "source"])
 
 
 def _recorded(rows: TensorDict, policy: Trainable, setting: str) -> TensorDict:
